@@ -1,0 +1,1 @@
+"""Recipes: ready configurations, every key explained where it is set."""

@@ -1,0 +1,80 @@
+"""Bytes of members to tensors and values. Nothing here unpickles, and nothing runs a shell."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.keyed import key
+from gigabatch.data.settings import Settings
+
+IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+class ImageSettings(Settings):
+    """The size and form of images."""
+
+    size: int = Field(224, ge=8)
+    """Pixels a side: the short side is resized to it, then the centre is cut out."""
+    channels: Literal[1, 3] = 3
+    """3: RGB. 1: grey."""
+    mean: float = 0.5
+    """Subtracted from pixels in [0, 1], all channels alike."""
+    std: float = Field(0.5, gt=0)
+    """Divides what remains."""
+
+
+def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
+    """uint8 [C, S, S]. `where` names the sample in errors. Transparency is laid on white."""
+    size = settings.size
+    try:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+            file.draft("RGB", (size, size))  # JPEG: decode at a reduced scale; else no effect
+            if file.has_transparency_data:
+                back = Image.new("RGBA", file.size, (255, 255, 255, 255))
+                image: Image.Image = Image.alpha_composite(back, file.convert("RGBA"))
+            else:
+                image = file
+            image = image.convert("L" if settings.channels == 1 else "RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise GigabatchError(
+            f"{where}: the image cannot be decoded: {error}. Restore or remove the sample."
+        ) from error
+    if image.size != (size, size):
+        scale = size / min(image.size)
+        width, height = (max(size, round(side * scale)) for side in image.size)
+        left, top = (width - size) // 2, (height - size) // 2
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.crop((left, top, left + size, top + size))
+    pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def decode_text(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise GigabatchError(f"{where}: the text is not UTF-8: {error}.") from error
+
+
+def decode_column(data: bytes, column: str, where: str) -> int:
+    """The integer under `column` of a json member; any other value by its 63-bit hash."""
+    try:
+        value: Any = json.loads(data)[column]
+    except (ValueError, KeyError, TypeError) as error:
+        raise GigabatchError(
+            f"{where}: its json member has no {column!r}. Set objective.positives (or the set's) "
+            "to a field that every sample has."
+        ) from error
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62:
+        return value
+    return key("column", json.dumps(value, sort_keys=True)) >> 1

@@ -1,0 +1,56 @@
+"""Package layout: the top-level folders install as one namespace, ``gigabatch``."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ["launcher", "trainer", "data", "kernels", "configs"]
+
+packages = [
+    f"gigabatch.{name}"
+    for folder in FOLDERS
+    for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
+]
+
+setup(
+    name="gigabatch",
+    version="0.1.0",
+    description="Distributed large-batch contrastive pre-training, exact on one laptop or many nodes",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=packages,
+    package_dir={f"gigabatch.{folder}": folder for folder in FOLDERS},
+    package_data={"gigabatch.configs": ["*.yaml"]},
+    install_requires=[
+        "torch>=2.11,<2.14",
+        "numpy>=1.26",
+        "deepspeed>=0.19.8,<0.20",  # trainer/zero.py relies on behaviour checked on this line
+        "ray[default,train]>=2.60,<3",
+        "webdataset>=1.0.2,<2",
+        "pyarrow>=17",
+        "tensorboard>=2.18,<3",
+        "transformers>=5,<6",
+        "tokenizers>=0.22,<1",
+        "safetensors>=0.5,<1",
+        "pydantic>=2.10,<3",
+        "PyYAML>=6",
+        "typer>=0.16,<1",
+        "rich>=13",
+        "pillow>=11",
+        "matplotlib>=3.9",  # its fonts are the demo set; pictures in the README
+        "fonttools>=4.50",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "ruff>=0.9",
+            "mypy>=1.14",
+            "types-PyYAML",
+            "psutil>=6",
+        ],
+    },
+    entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli:main"]},
+)

@@ -1,0 +1,1 @@
+"""What a run does: config, towers, objectives, the exact step, checkpoints, evaluation."""

@@ -1,0 +1,404 @@
+"""The whole run as one typed description: defaults, then a YAML file, then `key=value`.
+
+Each field's docstring is its help. Unknown keys are refused with the nearest known one, so every
+key that a file sets is a key that something reads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from gigabatch.data.augment import Augmentation
+from gigabatch.data.decode import ImageSettings
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.settings import Settings
+from gigabatch.data.tokenizer import TextSettings
+
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class RunSettings(Settings):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    """The run's folder inside `run.dir`; unset takes a new one, named after the config file."""
+    dir: Path = Path("runs")
+    """Where run folders live; on several nodes, a path that all of them share."""
+    seed: int = Field(0, ge=0, lt=1 << 62)
+    """Keys everything random: initial weights, order, augmentation, dropout."""
+
+
+class DataSettings(Settings):
+    root: str = "demo:glyphs"
+    """A folder, or `demo:glyphs` for the demo set, which is made on first use."""
+    train: str = "train"
+    """The folder of training shards, inside `data.root`; `.` when the root holds them itself."""
+    window: Count = 64
+    """Shards mixed at a time by the shuffle."""
+    workers: Amount = 1
+    """Loader processes of each rank; 0 reads in the training process."""
+    prefetch: Count = 2
+    """Micro-batches that each loader process keeps ready."""
+    image: ImageSettings = ImageSettings()
+    text: TextSettings = TextSettings()
+    augment: Augmentation = Augmentation()
+
+
+class BatchSettings(Settings):
+    global_size: Count = 256
+    """Samples a step, over all workers: the N of the contrastive loss."""
+    micro_size: Count = 256
+    """Samples that pass the towers together. Part of the run: it may not change on resume."""
+
+
+class HeadSettings(Settings):
+    layers: Count = 1
+    """1: a linear map. More: that many linear layers with GELU between them."""
+    hidden: Count = 512
+    """Width between the layers."""
+
+
+class Tower(Settings):
+    head: HeadSettings = HeadSettings()
+    freeze: bool = False
+    """Keep the encoder as it is; the head still trains."""
+    checkpoint_activations: bool = False
+    """Recompute the encoder's activations in the backward pass: less memory, more time."""
+
+
+class ConvTower(Tower):
+    kind: Literal["conv"] = "conv"
+    """A small residual convolutional encoder that trains well on a CPU."""
+    widths: tuple[Count, ...] = Field((32, 64, 128), min_length=1)
+    """Channels of each stage; each stage halves the side."""
+    depths: tuple[Amount, ...] = (1, 1, 2)
+    """Residual blocks of each stage."""
+    dropout: Fraction = 0.0
+    """Of the pooled features, while training."""
+
+    @model_validator(mode="after")
+    def _stages_match(self) -> Self:
+        if len(self.widths) != len(self.depths):
+            raise ValueError(f"{len(self.widths)} widths and {len(self.depths)} depths; give as many")
+        return self
+
+
+class TextTower(Tower):
+    kind: Literal["conv"] = "conv"
+    """A small residual convolutional encoder over the caption's tokens."""
+    width: Count = 128
+    layers: Amount = 1
+    """Convolutions of width 3; 0 is a bag of tokens with positions."""
+    dropout: Fraction = 0.0
+    """Of the pooled features, while training."""
+
+
+class HuggingFaceTower(Tower):
+    kind: Literal["huggingface"]
+    """A `transformers` model; of a two-tower model such as CLIP, this modality's half."""
+    name: str | None = None
+    """A pretrained model: a local folder, or a name on the hub. Or give `config`."""
+    config: dict[str, Any] | None = None
+    """`model_type` and that model's own keys: random weights, nothing downloaded."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give either `name` (pretrained) or `config` (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs `model_type`, such as vit, bert or clip_text_model")
+        return self
+
+
+class ModuleTower(Tower):
+    kind: Literal["module"]
+    """Your own `nn.Module`: called with images, or tokens and mask; returns [B, self.width]."""
+    module: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`package.mod:Class`."""
+    args: dict[str, Any] = {}
+    """Keyword arguments of its constructor."""
+
+
+_ANY = HuggingFaceTower | ModuleTower
+
+
+class TowersSettings(Settings):
+    width: Count = 256
+    """D: width of the shared space."""
+    image: Annotated[ConvTower | _ANY, Field(discriminator="kind")] = ConvTower()
+    text: Annotated[TextTower | _ANY, Field(discriminator="kind")] = TextTower()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_kind(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: {"kind": "conv", **v} if isinstance(v, Mapping) else v for k, v in values.items()}
+
+
+class ObjectiveSettings(Settings):
+    name: Literal["infonce"] = "infonce"
+    """CLIP's symmetric InfoNCE, with any number of positives."""
+    positives: str | None = None
+    """A field of the samples' json; samples that share it are right answers to each other.
+    Unset: a caption's right answer is its own image."""
+    scale: float = Field(14.3, gt=0)
+    """The logit scale (inverse temperature) at the start."""
+    scale_max: float = Field(100.0, gt=0)
+    """The logit scale is clamped to this in the forward pass."""
+    learn_scale: bool = True
+
+    @model_validator(mode="after")
+    def _scale_fits(self) -> Self:
+        if self.scale > self.scale_max:
+            raise ValueError(f"scale ({self.scale}) is above scale_max ({self.scale_max})")
+        return self
+
+
+class TrainSettings(Settings):
+    steps: Count = 1000
+    """Optimizer steps of the whole run."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: fp32 weights, towers under bf16 autocast; logits and loss stay fp32."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage: what is sharded over workers (nothing; optimizer; gradients; weights)."""
+    clip: float = Field(1.0, ge=0)
+    """Towers' gradient norm is clipped to this; 0 never clips."""
+    max_bad_steps: Count = 10
+    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+
+
+class OptimizerSettings(Settings):
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate of AdamW."""
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.98
+    eps: float = Field(1e-6, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    """On matrices only: norms, biases and scales are never decayed."""
+    objective_lr: float | None = Field(None, gt=0)
+    """Peak learning rate of the objective's own parameters (logit scale); unset: `lr`."""
+
+
+class ScheduleSettings(Settings):
+    name: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: cosine to the floor; constant; or constant, then a linear decay."""
+    warmup_steps: Amount = 100
+    decay_steps: Count = 100
+    """wsd: length of the final decay."""
+    floor: Fraction = 0.0
+    """The last learning rate, as a fraction of the peak."""
+
+
+class CheckpointSettings(Settings):
+    every_steps: Amount = 0
+    """0: not by steps."""
+    every_minutes: float = Field(10.0, ge=0)
+    """0: not by time. The last step is always saved."""
+    keep: Count = 3
+    """Newest checkpoints kept."""
+
+
+class MonitorSettings(Settings):
+    every_steps: Count = 10
+    """Steps between two lines of metrics."""
+
+
+class EvalSettings(Settings):
+    sets: tuple[str, ...] = ()
+    """Folders of shards, inside `data.root` or by path; retrieval is measured on each."""
+    every_steps: Amount = 0
+    """0: only after the last step."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        names = [Path(name).name for name in self.sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sets share a folder name, so a tag: {', '.join(self.sets)}")
+        return self
+
+
+class ClusterSettings(Settings):
+    launcher: Literal["ray", "torchrun", "inline"] = "ray"
+    """ray: Ray Train starts and restarts the workers. torchrun: torch's own launcher. inline:
+    this process, one worker."""
+    workers: Count = 2
+    """Ranks, one a device."""
+    threads: Amount = 0
+    """CPU threads of each worker; 0: this machine's cores shared out. Pinned when the run starts,
+    since gradients differ in the last bit between thread counts."""
+    max_restarts: Amount = 3
+    """ray, torchrun: how often a failed group of workers is started again."""
+
+
+class Config(Settings):
+    """A run. The names of these keys are an API."""
+
+    run: RunSettings = RunSettings()
+    data: DataSettings = DataSettings()
+    batch: BatchSettings = BatchSettings()
+    towers: TowersSettings = TowersSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    train: TrainSettings = TrainSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    eval: EvalSettings = EvalSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _batch_is_cut(self) -> Self:
+        size, micro = self.batch.global_size, self.batch.micro_size
+        if size % micro:
+            near = max(d for d in range(1, min(micro, size) + 1) if size % d == 0)
+            raise ValueError(
+                f"batch.global_size ({size}) cannot be cut into micro-batches of "
+                f"batch.micro_size ({micro}); the nearest size that divides it is {near}"
+            )
+        if self.schedule.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps ({self.schedule.warmup_steps}) is more than train.steps "
+                f"({self.train.steps})"
+            )
+        if self.cluster.launcher == "inline" and self.cluster.workers != 1:
+            raise ValueError(
+                "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file, apply `key=value` overrides (values are YAML), and validate.
+
+    Relative folders are taken from the working directory. Raises GigabatchError.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise GigabatchError(f"{path}: the config cannot be read: {error.strerror}.") from error
+    return resolve(parse_config(text, str(path), overrides))
+
+
+def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
+    """A Config from YAML text and overrides; `where` names the text in errors."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise GigabatchError(f"{where}: not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise GigabatchError(f"{where}: a config is a mapping of sections, such as `train:`.")
+    for override in overrides:
+        _override(tree, override)
+    _refuse_unknown(tree, where)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise GigabatchError(_explain(error, where)) from error
+
+
+def resolve(config: Config) -> Config:
+    """Fix what depends on this machine: absolute folders and the number of threads."""
+    root = config.data.root
+    data = root if root.startswith("demo:") else str(Path(root).expanduser().absolute())
+    cores = len(os.sched_getaffinity(0))
+    threads = config.cluster.threads or max(1, cores // config.cluster.workers)
+    return config.model_copy(
+        update={
+            "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
+            "data": config.data.model_copy(update={"root": data}),
+            "cluster": config.cluster.model_copy(update={"threads": threads}),
+        }
+    )
+
+
+def dump_config(config: Config) -> str:
+    """YAML that `parse_config` reads back to the same Config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf of a nested mapping."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ, with (old, new)."""
+    before, after = (dict(leaves(c.model_dump(mode="json"))) for c in (old, new))
+    return {
+        key: (before.get(key), after.get(key))
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key)
+    }
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise GigabatchError(f"{override!r}: an override is key=value, such as train.steps=100.")
+    *path, last = key.split(".")
+    for part in path:
+        node = tree.setdefault(part, {})
+        if node is None:
+            node = tree[part] = {}
+        if not isinstance(node, dict):
+            raise GigabatchError(f"{override!r}: {part!r} is a value, not a section.")
+        tree = node
+    try:
+        tree[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise GigabatchError(f"{override!r}: the value is not valid YAML.") from error
+
+
+def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
+    known = set(known_keys(Config))
+    sections = {key.rpartition(".")[0] for key in known}
+    free = [key for key in known if key.endswith((".config", ".args"))]
+    for key, _ in leaves(tree):
+        inside = any(key == f or key.startswith(f"{f}.") for f in free)
+        if key in known or key in sections or inside:
+            continue
+        close = difflib.get_close_matches(key, sorted(known), 1, 0.6)
+        last = key.rpartition(".")[2]
+        close = close or [k for k in sorted(known) if k.rpartition(".")[2] == last][:1]
+        hint = f" Did you mean {close[0]}?" if close else " `gigabatch config` prints all keys."
+        raise GigabatchError(f"{where}: unknown key {key}.{hint}")
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key that a model accepts, over all kinds of tower."""
+    for name, info in model.model_fields.items():
+        models = [m for m in _models_in(info.annotation)]
+        for inner in models:
+            yield from known_keys(inner, f"{prefix}{name}.")
+        if not models:
+            yield f"{prefix}{name}"
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        kinds = {"conv", "huggingface", "module"}
+        key = ".".join(str(part) for part in item["loc"] if part not in kinds)
+        message = item["msg"].removeprefix("Value error, ")
+        given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
+        lines.append(f"{key}: {message}{given}" if key else message)
+    return f"{where}: " + f"\n{where}: ".join(lines)

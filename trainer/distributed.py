@@ -1,0 +1,90 @@
+"""Process group, device and threads of a rank. The same for Ray, torchrun and a single process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a run. `group` is None when it is the only one."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(self.group)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """`value` added over ranks, in place."""
+        if self.group is not None:
+            dist.all_reduce(value, group=self.group)
+        return value
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is set on any rank: one small collective."""
+        if self.group is None:
+            return list(flags)
+        held = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in held]
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group, device=self.device)
+        return box[0]
+
+
+@contextmanager
+def join_world(threads: int) -> Iterator[World]:
+    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT), or one that is already there; with no RANK set, be the only process.
+
+    A group made here is also taken down here.
+    """
+    torch.set_num_threads(threads)
+    device = _device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    made = not dist.is_initialized()
+    if made and "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    elif made:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        size = dist.get_world_size()
+        group = dist.group.WORLD if size > 1 else None
+        yield World(dist.get_rank(), size, device, group)
+    finally:
+        if made and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # Ray shows a worker only its own device; torchrun shows all and numbers the workers.
+    local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
+    device = torch.device("cuda", local)
+    torch.cuda.set_device(device)
+    return device

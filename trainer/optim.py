@@ -1,0 +1,45 @@
+"""AdamW's parameter groups, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from gigabatch.trainer.config import OptimizerSettings, ScheduleSettings
+
+
+def tower_groups(
+    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
+) -> list[dict[str, object]]:
+    """Two groups: matrices, which are decayed, and vectors (norms, biases), which are not."""
+    trained = [p for _, p in named if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps
+    )
+
+
+def lr_factor(step: int, steps: int, settings: ScheduleSettings) -> float:
+    """The learning rate of `step` (from 1 to `steps`) as a fraction of the peak."""
+    if step <= settings.warmup_steps:
+        return step / settings.warmup_steps
+    floor = settings.floor
+    match settings.name:
+        case "constant":
+            return 1.0
+        case "cosine":
+            done = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
+            return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+        case "wsd":
+            left = (steps - step) / settings.decay_steps
+            return floor + (1 - floor) * min(1.0, left)

@@ -1,0 +1,148 @@
+"""The exact large-batch step: two passes over micro-batches, one gradient (GradCache's idea, Gao et
+al. 2021, with the randomness of each micro-batch replayed).
+
+1. Embed every micro-batch without a graph.
+2. The objective over the embeddings of the whole global batch, and its gradient in them.
+3. Embed each micro-batch again and push its slice of that gradient through the towers.
+
+Every gradient, the logit scale's included, equals that of one graph over the same micro-batches.
+With one micro-batch a rank, the first embedding keeps its graph and there is no second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gigabatch.data.augment import augment
+from gigabatch.data.keyed import key
+from gigabatch.data.stream import MicroBatch
+from gigabatch.trainer.config import Config, DataSettings
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.objectives import Context, Objective
+from gigabatch.trainer.optim import adamw
+
+Outputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """`loss`: of the global batch, the same on every rank. `applied`: false when a loss or a
+    gradient was not finite somewhere; then nothing changed anywhere. `metrics`: the objective's."""
+
+    loss: float
+    applied: bool
+    grad_norm: float
+    metrics: Mapping[str, float]
+
+
+class ExactStep:
+    """Takes optimizer steps on (engine, objective)."""
+
+    def __init__(self, engine: Engine, objective: Objective, config: Config, world: World) -> None:
+        self.engine, self.objective, self.world = engine, objective, world
+        self.data, self.seed = config.data, config.run.seed
+        self.own = [p for p in objective.parameters() if p.requires_grad]
+        peak = config.optimizer.objective_lr or config.optimizer.lr
+        self.own_lr_ratio = peak / config.optimizer.lr
+        # Scales and biases: never decayed.
+        groups: list[dict[str, object]] = [{"params": self.own, "weight_decay": 0.0}]
+        self.optimizer = adamw(groups, config.optimizer) if self.own else None
+
+    def __call__(self, step: int, batch: Sequence[MicroBatch], lr: float) -> StepResult:
+        """One step on this rank's micro-batches of step number `step`; `lr` is the towers'."""
+        batch = [micro.to(self.world.device) for micro in batch]
+        one_pass = len(batch) == 1
+        with torch.set_grad_enabled(one_pass):
+            outputs = [self._embed(micro) for micro in batch]
+        rows = self._rows(outputs, batch)
+        meta = _join([micro.tensors for micro in batch], batch, drop=("image", "text", "text_mask"))
+
+        loss = self.objective(rows, meta, Context(self.world.group, step))
+        loss.value.backward()
+        value, finite = self._settle(loss.value, rows)
+        metrics = {name: float(metric) for name, metric in loss.metrics.items()}
+        if not finite:
+            self._clear()
+            return StepResult(value, False, float("nan"), metrics)
+
+        taken = 0
+        with self.engine.accumulating():
+            for micro, first in zip(batch, outputs, strict=True):
+                again = first if one_pass else self._embed(micro)
+                last = taken + (len(micro.keys) if micro.real else 0)
+                self.engine.backward(_surrogate(again, rows, slice(taken, last)))
+                taken = last
+        applied, norm = self.engine.step(lr)
+        if applied:
+            self._step_objective(lr, loss.updates)
+        self._clear()
+        return StepResult(value, applied, norm, metrics)
+
+    def _embed(self, micro: MicroBatch) -> Outputs:
+        stream = key(self.seed, "micro-batch", micro.step, micro.number)
+        return self.engine(tower_inputs(micro, self.data, stream), stream)
+
+    def _rows(self, outputs: Sequence[Outputs], batch: Sequence[MicroBatch]) -> Outputs:
+        rows = _join(outputs, batch)
+        return {tap: value.detach().requires_grad_() for tap, value in rows.items()}
+
+    def _settle(self, value: Tensor, rows: Outputs) -> tuple[float, bool]:
+        """One collective: average the loss and the objective's gradients over ranks, and learn
+        whether everything is finite on every rank."""
+        own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.own]
+        sound = torch.stack([value.detach(), *(r.grad.sum() for r in rows.values() if r.grad is not None)])
+        bad = (~torch.isfinite(sound).all()).to(value.dtype)
+        flat = torch.cat([torch.stack([bad, value.detach()]), *(g.flatten() for g in own)])
+        flat = self.world.sum(flat) / self.world.size
+        for parameter, mean in zip(self.own, flat[2:].split([p.numel() for p in self.own]), strict=True):
+            parameter.grad = mean.view_as(parameter).clone()
+        return float(flat[1]), bool(flat[0] == 0) and bool(torch.isfinite(flat).all())
+
+    def _step_objective(self, lr: float, updates: Mapping[str, Tensor]) -> None:
+        if self.optimizer is not None:
+            self.optimizer.param_groups[0]["lr"] = lr * self.own_lr_ratio
+            self.optimizer.step()
+        for name, value in updates.items():
+            self.objective.get_buffer(name).copy_(value)
+
+    def _clear(self) -> None:
+        for parameter in self.own:
+            parameter.grad = None
+
+
+def tower_inputs(
+    micro: MicroBatch, data: DataSettings, stream: int | None
+) -> dict[str, tuple[Tensor, ...]]:
+    """The towers' arguments from a micro-batch: images augmented (with a key) and normalised."""
+    images = micro.tensors["image"]
+    if stream is None:
+        pixels = images.float() / 255
+    else:
+        pixels = augment(images, data.augment, key(stream, "augment"))
+    pixels = (pixels - data.image.mean) / data.image.std
+    return {"image": (pixels,), "text": (micro.tensors["text"], micro.tensors["text_mask"])}
+
+
+def _join(
+    parts: Sequence[Mapping[str, Tensor]], batch: Sequence[MicroBatch], drop: tuple[str, ...] = ()
+) -> dict[str, Tensor]:
+    """Concatenate the rows of real micro-batches; [0, ...] where there is none."""
+    names = [name for name in parts[0] if name not in drop]
+    rows = [p if m.real else {n: p[n][:0] for n in names} for p, m in zip(parts, batch, strict=True)]
+    return {name: torch.cat([part[name] for part in rows]) for name in names}
+
+
+def _surrogate(outputs: Outputs, rows: Outputs, mine: slice) -> Tensor:
+    """A scalar whose gradient in `outputs` is the objective's; a dummy's is zero, through every
+    tower all the same. (DeepSpeed's `backward` takes scalars only.)"""
+    total = torch.zeros((), device=next(iter(outputs.values())).device)
+    for tap, output in outputs.items():
+        grad = rows[tap].grad
+        used = grad is not None and mine.stop > mine.start
+        total = total + (output * (grad[mine] if used else 0.0)).sum()  # type: ignore[index]
+    return total

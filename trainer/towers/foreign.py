@@ -1,0 +1,83 @@
+"""Encoders from elsewhere: `transformers` models, and any importable `nn.Module`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import HuggingFaceTower, ModuleTower
+
+
+class HuggingFaceEncoder(nn.Module):
+    """A `transformers` model as an encoder: its pooled output, or the mean of its last states."""
+
+    def __init__(self, model: nn.Module, modality: str) -> None:
+        super().__init__()
+        self.model, self.modality = model, modality
+        self.width: int = model.config.hidden_size
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.modality == "image":
+            out = self.model(pixel_values=x)
+        else:
+            out = self.model(input_ids=x, attention_mask=mask)
+        pooled = getattr(out, "pooler_output", None)
+        if pooled is not None:
+            return pooled.flatten(1)
+        states = out.last_hidden_state
+        if mask is None:
+            return states.mean(1) if states.ndim == 3 else states.mean((2, 3))
+        real = mask.unsqueeze(-1)
+        return (states * real).sum(1) / real.sum(1).clamp(min=1)
+
+    def checkpoint_activations(self) -> None:
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def huggingface_encoder(settings: HuggingFaceTower, modality: str) -> HuggingFaceEncoder:
+    """Build or load the model. Of a two-tower model (CLIP, SigLIP) only this modality's half is
+    made, which also leaves its 0-dimensional logit scale behind."""
+    from transformers import AutoConfig, AutoModel
+
+    where = f"towers.{modality}"
+    try:
+        if settings.name is not None:
+            config = AutoConfig.from_pretrained(settings.name)
+        else:
+            keys = dict(settings.config or {})
+            config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+        half = getattr(config, "vision_config" if modality == "image" else "text_config", config)
+        if settings.name is None:
+            model = AutoModel.from_config(half)
+        else:
+            model = AutoModel.from_pretrained(settings.name, config=half)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        what = settings.name or (settings.config or {}).get("model_type")
+        raise GigabatchError(f"{where}: {what!r} cannot be made: {str(error).strip()}") from error
+    # One dtype for all weights: checkpoints and ZeRO keep float32, autocast lowers it in use.
+    return HuggingFaceEncoder(model.to(torch.float32), modality)
+
+
+def module_encoder(settings: ModuleTower, modality: str) -> nn.Module:
+    """Import `package.mod:Class` and call it with `args`."""
+    where = f"towers.{modality}.module"
+    module_name, _, class_name = settings.module.partition(":")
+    try:
+        made: Any = getattr(importlib.import_module(module_name), class_name)(**settings.args)
+    except (ImportError, AttributeError) as error:
+        raise GigabatchError(
+            f"{where}: {settings.module!r} cannot be imported: {error}. It must be on PYTHONPATH "
+            "or installed, on every node."
+        ) from error
+    except TypeError as error:
+        raise GigabatchError(f"{where}: {class_name}(**args) failed: {error}") from error
+    if not isinstance(made, nn.Module) or not isinstance(getattr(made, "width", None), int):
+        raise GigabatchError(
+            f"{where}: {settings.module!r} must be an nn.Module with an integer attribute `width`, "
+            "the size of the vectors that it returns."
+        )
+    return made
