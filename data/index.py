@@ -105,7 +105,9 @@ def open_index(root: Path, progress: Progress | None = None) -> Index:
     shards = sorted(p.name for p in root.glob("*.tar")) if root.is_dir() else []
     if not shards:
         why = "holds no .tar shard" if root.is_dir() else "is not a folder"
-        raise GigabatchError(f"{root}: {why}. Set data.root (and data.train) to a folder of shards.")
+        raise GigabatchError(
+            f"{root}: {why}. Set data.root (and data.train) to a folder of shards."
+        )
     seen = [_state(root / name) for name in shards]
     home = _index_folder(root)
     if _read_manifest(home).get("shards") != seen:

@@ -71,9 +71,7 @@ def _row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) 
     return torch.arange(first, first + n, device=device)
 
 
-def _check(
-    q: Tensor, k: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None) -> None:
     if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1]:
         raise ValueError(f"q and k must be [n, D]; got {tuple(q.shape)} and {tuple(k.shape)}")
     if not q.is_floating_point() or q.dtype != k.dtype:
@@ -85,7 +83,10 @@ def _check(
         raise ValueError(f"scale must be 0-dimensional; got {tuple(scale.shape)}")
     if ids_q is None and (ids_k is not None or len(q) != len(k)):
         raise ValueError("give ids_q (and ids_k), or as many keys as queries and neither")
-    for name, ids, rows in (("ids_q", ids_q, q), ("ids_k", ids_k if ids_k is not None else ids_q, k)):
+    for name, ids, rows in (
+        ("ids_q", ids_q, q),
+        ("ids_k", ids_k if ids_k is not None else ids_q, k),
+    ):
         if ids is None:
             continue
         if ids.dtype != torch.int64:

@@ -112,7 +112,11 @@ class _LseStats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         spec: _Spec = ctx.spec
         source, engine, n = spec.keys, BACKENDS[spec.backend], len(spec.axes)
-        q, scales, z = ctx.saved_tensors[0], ctx.saved_tensors[1 : n + 1], ctx.saved_tensors[n + 1 :]
+        q, scales, z = (
+            ctx.saved_tensors[0],
+            ctx.saved_tensors[1 : n + 1],
+            ctx.saved_tensors[n + 1 :],
+        )
         terms = []
         for i, axis in enumerate(spec.axes):
             values = (z[i], grads[i], grads[n + i])

@@ -69,7 +69,9 @@ def panel_grads(
     for tile in _tiles(q, panel, rule):
         grad = torch.zeros_like(tile.scores)
         for term, dscale in zip(terms, dscales, strict=True):
-            z, gz, gpositive = (_along(tile, panel, term, v) for v in (term.z, term.gz, term.gpositive))
+            z, gz, gpositive = (
+                _along(tile, panel, term, v) for v in (term.z, term.gz, term.gpositive)
+            )
             scale = float(term.scale)
             # A row or column whose pairs are all masked has z = -inf and no probabilities.
             shift = torch.where(z == -torch.inf, torch.inf, z)

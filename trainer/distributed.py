@@ -64,7 +64,7 @@ def join_world(threads: int) -> Iterator[World]:
     A group made here is also taken down here.
     """
     torch.set_num_threads(threads)
-    device = _device()
+    device = device_of_this_process()
     backend = "nccl" if device.type == "cuda" else "gloo"
     made = not dist.is_initialized()
     if made and "RANK" in os.environ:
@@ -80,7 +80,7 @@ def join_world(threads: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def _device() -> torch.device:
+def device_of_this_process() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     # Ray shows a worker only its own device; torchrun shows all and numbers the workers.

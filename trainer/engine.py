@@ -170,7 +170,9 @@ class Engine:
         elif self.stage == 3:
             # `safe_set_full` fails where the world size does not divide the weight: cut it here.
             share = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(value.flatten(), (0, share * self.world.size - value.numel()))
+            padded = nn.functional.pad(
+                value.flatten(), (0, share * self.world.size - value.numel())
+            )
             mine = padded.narrow(0, share * self.world.rank, share)
             safe_set_local_optimizer_state(parameter, mine, moment)
         else:

@@ -22,7 +22,7 @@ from gigabatch.data.keyed import key
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config, DataSettings
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.engine import MOMENTS, Engine
 from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
 
@@ -83,6 +83,25 @@ class ExactStep:
         self._clear()
         return StepResult(value, applied, norm, metrics)
 
+    def own_state(self) -> dict[str, Tensor]:
+        """The objective's parameters, buffers and moments, for a checkpoint."""
+        state = {name: t.detach().cpu() for name, t in self.objective.state_dict().items()}
+        for name, parameter in self.objective.named_parameters():
+            moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
+            for moment in MOMENTS:
+                if moment in moments:
+                    state[f"{name}.{moment}"] = moments[moment].cpu()
+        return state
+
+    def load_own_state(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Put back what `own_state` gave, after `steps` applied steps."""
+        known = self.objective.state_dict()
+        self.objective.load_state_dict({name: state[name] for name in known})
+        for name, parameter in self.objective.named_parameters():
+            if self.optimizer and f"{name}.{MOMENTS[0]}" in state:
+                moments = {m: state[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
+                self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
+
     def _embed(self, micro: MicroBatch) -> Outputs:
         stream = key(self.seed, "micro-batch", micro.step, micro.number)
         return self.engine(tower_inputs(micro, self.data, stream), stream)
@@ -95,11 +114,15 @@ class ExactStep:
         """One collective: average the loss and the objective's gradients over ranks, and learn
         whether everything is finite on every rank."""
         own = [p.grad if p.grad is not None else torch.zeros_like(p) for p in self.own]
-        sound = torch.stack([value.detach(), *(r.grad.sum() for r in rows.values() if r.grad is not None)])
+        sound = torch.stack(
+            [value.detach(), *(r.grad.sum() for r in rows.values() if r.grad is not None)]
+        )
         bad = (~torch.isfinite(sound).all()).to(value.dtype)
         flat = torch.cat([torch.stack([bad, value.detach()]), *(g.flatten() for g in own)])
         flat = self.world.sum(flat) / self.world.size
-        for parameter, mean in zip(self.own, flat[2:].split([p.numel() for p in self.own]), strict=True):
+        for parameter, mean in zip(
+            self.own, flat[2:].split([p.numel() for p in self.own]), strict=True
+        ):
             parameter.grad = mean.view_as(parameter).clone()
         return float(flat[1]), bool(flat[0] == 0) and bool(torch.isfinite(flat).all())
 
@@ -133,7 +156,9 @@ def _join(
 ) -> dict[str, Tensor]:
     """Concatenate the rows of real micro-batches; [0, ...] where there is none."""
     names = [name for name in parts[0] if name not in drop]
-    rows = [p if m.real else {n: p[n][:0] for n in names} for p, m in zip(parts, batch, strict=True)]
+    rows = [
+        p if m.real else {n: p[n][:0] for n in names} for p, m in zip(parts, batch, strict=True)
+    ]
     return {name: torch.cat([part[name] for part in rows]) for name in names}
 
 

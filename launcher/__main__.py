@@ -1,0 +1,5 @@
+"""`python -m gigabatch.launcher` is the command line."""
+
+from gigabatch.launcher.cli import main
+
+main()

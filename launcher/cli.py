@@ -1,0 +1,133 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gigabatch.data.errors import GigabatchError
+
+app = typer.Typer(
+    help="Pre-train encoders by contrast, at any batch size, on one laptop or many nodes.\n\n"
+    "Start with:  gigabatch train configs/quickstart.yaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Set keys, such as train.steps=100."),
+]
+
+
+@app.command()
+def train(config: ConfigPath, overrides: Overrides = None) -> int:
+    """Train a new run, described by CONFIG.
+
+    Ctrl-C (or SIGTERM) ends after the current step with a checkpoint; `gigabatch resume` goes on
+    from it. Exit codes: 0 finished, 2 something to put right, 75 stopped by SIGTERM, 130 stopped
+    by Ctrl-C.
+    """
+    from gigabatch.launcher.start import start_run
+
+    return start_run(config, overrides or [])
+
+
+@app.command()
+def resume(
+    run: RunName,
+    overrides: Overrides = None,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Accept a change of this key, or of the `data`."),
+    ] = None,
+) -> int:
+    """Go on with a run from its newest sound checkpoint, exactly where it was.
+
+    The number of workers, the launcher, and what is saved, shown and evaluated may change freely.
+    """
+    from gigabatch.launcher.start import resume_run
+    from gigabatch.trainer.runfolder import open_run
+
+    return resume_run(open_run(run), overrides or [], allow or [])
+
+
+@app.command()
+def config(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Print the whole resolved configuration: every key, with its value for this machine."""
+    from gigabatch.trainer.config import dump_config, load_config
+
+    print(dump_config(load_config(config, overrides or [])), end="")
+
+
+@app.command("eval")
+def evaluate(
+    run: RunName,
+    on: Annotated[
+        str,
+        typer.Option(metavar="DIR", help="A folder of shards; it is indexed on first use."),
+    ],
+    positives: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="The json field that right answers share; `none` for pairs alone. "
+            "Default: the run's objective.positives.",
+        ),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure retrieval of a run's newest checkpoint on a set of image-text pairs."""
+    from gigabatch.launcher.evaluate import evaluate_run
+    from gigabatch.trainer.runfolder import open_run
+
+    evaluate_run(open_run(run), on, positives, as_json=json)
+
+
+@app.command()
+def board(
+    run: RunName,
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 6006,
+    host: Annotated[str, typer.Option(help="0.0.0.0 shows it to the network.")] = "127.0.0.1",
+) -> None:
+    """Show a run in TensorBoard, until Ctrl-C."""
+    from gigabatch.trainer.runfolder import open_run
+
+    logs = open_run(run).tensorboard
+    command = ["-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, *command, "--host", host])
+
+
+def main() -> None:
+    """Entry point: user errors are one message and exit code 2, never a traceback."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("gigabatch").setLevel(logging.INFO)
+    try:
+        code = app(standalone_mode=False)
+    except GigabatchError as error:
+        print(f"gigabatch: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("gigabatch: aborted", file=sys.stderr)
+        code = 130
+    except typer.Exit as end:
+        code = end.exit_code
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # a usage error of the command line itself
+            raise
+        print(f"gigabatch: {error.format_message()}", file=sys.stderr)
+        code = 2
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

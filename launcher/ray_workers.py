@@ -1,0 +1,112 @@
+"""Workers under Ray Train, which places them, sets their ranks and starts them again.
+
+Ray stores no checkpoint and gets no report; the run folder holds everything. What is known of
+Ray's ways is in this file: its `fit` answers a signal by leaving at once, and workers cannot
+handle signals, so `fit` runs in a thread and a stop travels through the run folder.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.signals import StopRequest
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.distributed import TIMEOUT
+from gigabatch.trainer.runfolder import RunFolder
+
+_SETTINGS = {
+    # Read when Ray is imported. A failed worker is noticed within a second or so.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def run_ray(run: RunFolder, stop: StopRequest) -> str | None:
+    """Train with `cluster.workers` Ray workers on this machine; what failed, or None."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    config = run.config()
+    ray.init(
+        # Never one that a crashed session left written down in /tmp/ray.
+        address="local",
+        num_cpus=config.cluster.workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 * 1024 * 1024,  # nothing large passes through it
+    )
+    try:
+        return _fit(run, config)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(run.path / ".ray", ignore_errors=True)
+
+
+def _fit(run: RunFolder, config: Config) -> str | None:
+    outcome: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            _trainer(run, config).fit()
+        except BaseException as error:
+            outcome.append(error)
+
+    logging.getLogger("ray.train").setLevel(logging.ERROR)
+    thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)  # in slices, so that signals are handled
+    return _first_cause(outcome[0]) if outcome else None
+
+
+def _trainer(run: RunFolder, config: Config) -> Any:
+    import torch
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    attempt = len(list((run.path / "attempts").glob("*.json")))
+    return TorchTrainer(
+        _work,
+        train_loop_config={"run": str(run.path)},
+        torch_config=TorchConfig(timeout_s=int(TIMEOUT / timedelta(seconds=1))),
+        scaling_config=ScalingConfig(
+            num_workers=config.cluster.workers, use_gpu=torch.cuda.is_available()
+        ),
+        run_config=RunConfig(
+            name=f"start-{attempt:06d}",
+            storage_path=str(run.path / ".ray"),
+            failure_config=FailureConfig(max_failures=config.cluster.max_restarts),
+        ),
+    )
+
+
+def _work(settings: dict[str, str]) -> None:
+    from gigabatch.trainer.loop import run_training
+
+    run = RunFolder(Path(settings["run"]))
+    if run.failure() is not None:
+        return
+    try:
+        run_training(run)
+    except GigabatchError as error:
+        run.record_failure(str(error))
+        raise
+
+
+def _first_cause(error: BaseException) -> str:
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank in sorted(failures):
+        return f"worker {rank}: {failures[rank]}"
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,176 @@
+"""Starting and resuming runs: everything that can be wrong is found before a worker starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.progress import Progress
+
+from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import Index
+from gigabatch.launcher.console import Console
+from gigabatch.launcher.local import run_inline, run_torchrun
+from gigabatch.launcher.signals import StopRequest, stop_on_signals
+from gigabatch.trainer.config import Config, differences, load_config, parse_config, resolve
+from gigabatch.trainer.distributed import join_world
+from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.runfolder import RunFolder, create_run, read_json, refuse_taken_name
+
+FREE_ON_RESUME = (
+    "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
+    "run.dir", "train.zero", "train.max_bad_steps",
+)  # fmt: skip
+"""Keys that may change on resume without `--allow`: they leave the training itself as it was."""
+
+
+def start_run(config_path: Path, overrides: Sequence[str]) -> int:
+    """Train a new run; the exit code. Under torchrun, called on every rank."""
+    config = load_config(config_path, overrides)
+    if "RANK" in os.environ:
+        return _as_rank(config, lambda: _prepare(config, config_path.stem))
+    return _launch(_prepare(config, config_path.stem))
+
+
+def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> int:
+    """Go on with a run from its newest sound checkpoint; the exit code."""
+    config = resumed_config(run, overrides, allow)
+    if "RANK" in os.environ:
+        return _as_rank(config, lambda: _reopen(run, config, allow))
+    return _launch(_reopen(run, config, allow))
+
+
+def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> Config:
+    """The run's config with overrides. Raises GigabatchError, with a diff, where they would
+    change the training and `allow` does not name the key."""
+    old = run.config()
+    path = run.path / "config.yaml"
+    new = resolve(parse_config(path.read_text(), str(path), overrides))
+    changed = differences(old, new)
+    refused = {
+        key: values
+        for key, values in changed.items()
+        if not key.startswith(FREE_ON_RESUME) and key not in allow
+    }
+    if refused:
+        diff = "\n".join(f"  {key}: {a!r} -> {b!r}" for key, (a, b) in refused.items())
+        allows = " ".join(f"--allow {key}" for key in refused)
+        raise GigabatchError(
+            f"{run.path}: resuming with a changed config would make it another run:\n{diff}\n"
+            f"Leave these as they were, start a new run, or say {allows}."
+        )
+    return new
+
+
+def _prepare(config: Config, stem: str) -> RunFolder:
+    refuse_taken_name(config)
+    with _index_progress() as progress:
+        index = _check_data(config, progress)
+    tokenizer = make_tokenizer(config, index)
+    run, _ = create_run(config, stem)
+    tokenizer.save(str(run.tokenizer))
+    return run
+
+
+def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> RunFolder:
+    if run.is_finished() and config.train.steps == run.config().train.steps:
+        raise GigabatchError(
+            f"{run.path}: the run is finished ({config.train.steps} steps). To train longer: "
+            "train.steps=N --allow train.steps."
+        )
+    with _index_progress() as progress:
+        index = _check_data(config, progress)
+    saved = run.steps_saved()
+    if saved and "data" not in allow:
+        state = run.checkpoints / f"step-{saved[-1]:08d}" / "state.json"
+        if state.exists() and read_json(state).get("data") != index.digest:
+            raise GigabatchError(
+                f"{run.path}: the shards of {index.root} are not those that the run was trained on "
+                "(their names, sizes or members differ). Restore them, or say --allow data."
+            )
+    run.clear_requests()
+    run.write_config(config)
+    return run
+
+
+def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
+    index = open_train(config, progress)
+    sets = [index, *(open_eval(config, name, progress) for name in config.eval.sets)]
+    for each in sets:
+        each.require(*IMAGE_MEMBERS)
+        each.require("txt")
+        if config.objective.positives:
+            each.require("json")
+    return index
+
+
+def _launch(run: RunFolder) -> int:
+    config = run.config()
+    print(f"run {run.path}", flush=True)
+    with Console(run.log) as console, stop_on_signals(run.request_stop) as stop:
+        fault = _workers(run, config, stop, console)
+    if failure := run.failure():
+        raise GigabatchError(failure)
+    if run.is_finished():
+        return 0
+    if stop():
+        print(f"to go on: gigabatch resume {run.path}", flush=True)
+        return stop.exit_code
+    raise GigabatchError(
+        f"{run.path}: the workers failed: {fault}\nWhat they printed is in the run folder; "
+        f"`gigabatch resume {run.path}` goes on from the last checkpoint."
+    )
+
+
+def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> str | None:
+    match config.cluster.launcher:
+        case "inline":
+            run_inline(run, stop)
+            return None
+        case "torchrun":
+            code = run_torchrun(run, stop)
+            return f"torchrun exited with code {code}; see {run.path / 'workers.log'}"
+        case "ray":
+            from gigabatch.launcher.ray_workers import run_ray
+
+            console.say(f"starting Ray with {config.cluster.workers} workers")
+            return run_ray(run, stop)
+
+
+def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> int:
+    """This process is a rank already (the user called torchrun): rank 0 prepares for all."""
+    with join_world(config.cluster.threads) as world:
+        made: tuple[str, str] | None = None
+        if world.is_main:
+            try:
+                made = ("run", str(prepare().path))
+            except GigabatchError as error:
+                made = ("error", str(error))
+        kind, text = world.share(made)
+        if kind == "error":
+            raise GigabatchError(text)
+        run = RunFolder(Path(text))
+        with stop_on_signals() as stop:
+            if world.is_main:
+                print(f"run {run.path}", flush=True)
+                with Console(run.log):
+                    finished = run_training(run, stop)
+            else:
+                finished = run_training(run, stop)
+        return 0 if finished else stop.exit_code
+
+
+@contextmanager
+def _index_progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar while shards are indexed for the first time; silent where there is nothing to do."""
+    with Progress(transient=True) as bars:
+        task = bars.add_task("indexing shards", total=None, visible=False)
+
+        def progress(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total, visible=True)
+
+        yield progress

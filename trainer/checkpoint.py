@@ -1,0 +1,153 @@
+"""Checkpoints in our own format: safetensors and json, committed atomically, verified on loading.
+
+A folder is written as `.step-N.ATTEMPT.tmp`, each file synced, given a manifest with sizes and
+SHA-256 sums, renamed to `step-N`, and only then named in LATEST. No pickle is ever read. Weights
+and moments are stored whole, so any world size and ZeRO stage loads them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.files import sync_file, sync_folder, to_json, write_atomically
+from gigabatch.trainer.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+FORMAT = 1
+Tensors = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint. `state`: step, counters and fingerprints."""
+
+    path: Path
+    step: int
+    state: Mapping[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file: `towers`, `moments` or `objective`."""
+        return load_file(self.path / f"{name}.safetensors")
+
+
+def save_checkpoint(
+    run: RunFolder,
+    world: World,
+    attempt: int,
+    step: int,
+    files: Mapping[str, Tensors],
+    state: Mapping[str, Any],
+    keep: int,
+) -> None:
+    """Commit a checkpoint; rank 0 writes, all ranks learn whether it stands.
+
+    Raises GigabatchError on every rank where it does not; earlier checkpoints are untouched.
+    """
+    fault = ""
+    if world.is_main:
+        fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
+        try:
+            _write(fresh, step, files, state)
+            _commit(run, fresh, step, attempt)
+            _retain(run, keep)
+        except (OSError, SafetensorError) as error:
+            fault = f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. "
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    fault = world.share(fault)
+    if fault:
+        raise GigabatchError(f"{fault}Earlier checkpoints are intact; make room, then resume.")
+
+
+def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True)
+    for name, tensors in files.items():
+        save_file(dict(tensors), folder / f"{name}.safetensors")
+    (folder / "state.json").write_text(to_json(state))
+    entries = {}
+    for path in sorted(folder.iterdir()):
+        sync_file(path)
+        entries[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    manifest = {"format": FORMAT, "step": step, "files": entries}
+    (folder / "manifest.json").write_text(to_json(manifest))
+    sync_file(folder / "manifest.json")
+    sync_folder(folder)
+
+
+def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
+    if not run.owned_by(attempt):
+        raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
+    final = run.checkpoints / f"step-{step:08d}"
+    if final.exists() and _fault(final):
+        shutil.rmtree(final)  # a damaged one of an earlier attempt, already passed over
+    if not final.exists():  # a sound one is the same to the bit, or to rounding: keep it
+        fresh.rename(final)
+        sync_folder(run.checkpoints)
+    write_atomically(run.checkpoints / "LATEST", final.name + "\n")
+
+
+def _retain(run: RunFolder, keep: int) -> None:
+    for step in run.steps_saved()[:-keep]:
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+
+
+def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
+    """The newest sound checkpoint; None where none was ever saved.
+
+    Passes over damaged ones with a warning. Raises GigabatchError where all are damaged: a fresh
+    start must be asked for, never fallen into.
+    """
+    faults = []
+    for step in reversed(run.steps_saved()):
+        path = run.checkpoints / f"step-{step:08d}"
+        fault = _fault(path)
+        if not fault:
+            state = json.loads((path / "state.json").read_text())
+            return Checkpoint(path, step, state)
+        log.warning("checkpoint passed over: %s", fault)
+        faults.append(fault)
+    if faults:
+        raise GigabatchError(
+            f"{run.checkpoints}: no checkpoint can be loaded: {'; '.join(faults)}. Restore one, or "
+            "start a new run."
+        )
+    return None
+
+
+def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:
+    """The checkpoint of one step, verified by another rank."""
+    path = run.checkpoints / f"step-{step:08d}"
+    return Checkpoint(path, step, json.loads((path / "state.json").read_text()))
+
+
+def _fault(path: Path) -> str:
+    """What is wrong with a checkpoint folder; empty if nothing is."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, entry in manifest["files"].items():
+            file = path / name
+            if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
+                return f"{file} does not match its checksum"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{path} is incomplete ({type(error).__name__}: {error})"
+    if manifest.get("format") != FORMAT:
+        return f"{path} has format {manifest.get('format')}, this version reads {FORMAT}"
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Evaluations, sharded over ranks."""

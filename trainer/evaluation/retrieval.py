@@ -1,0 +1,89 @@
+"""Image-text retrieval: recall@k and median rank, both ways, exact, sharded over ranks.
+
+The rank of a query is 1 + the number of wrong candidates that score at least as well as its best
+right one: ties count against us. Right answers share the query's id, so there may be several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from gigabatch.data.index import Index
+from gigabatch.data.stream import EvalPlans, open_stream
+from gigabatch.kernels import Gather, Local
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.step import tower_inputs
+
+TILE = 1024
+RECALLS = (1, 5, 10)
+Embed = Callable[[Mapping[str, tuple[Tensor, ...]]], Mapping[str, Tensor]]
+
+
+@torch.no_grad()
+def evaluate_retrieval(
+    embed: Embed, index: Index, config: Config, run: RunFolder, world: World, positives: str | None
+) -> dict[str, float]:
+    """Metrics of one indexed set, the same on every rank.
+
+    `embed`: towers' inputs to {image, text}: [B, D], in evaluation mode. `positives`: the json
+    field that right answers share; None: a caption's right answer is its own image.
+    Keys: `candidates`, `i2t_recall@1|5|10`, `t2i_recall@...`, `mean_recall@10`, `i2t_median_rank`,
+    `t2i_median_rank`.
+    """
+    plans = EvalPlans(len(index), config.batch.micro_size, world.size, world.rank)
+    stream = open_stream(
+        index,
+        plans,
+        images=config.data.image,
+        tokenizer=run.tokenizer,
+        columns=[positives] if positives else [],
+        seed=config.run.seed,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )
+    rows: dict[str, list[Tensor]] = {"image": [], "text": [], "id": []}
+    for micro in stream:
+        batch = micro.to(world.device)
+        kept = slice(None) if batch.real else slice(0)
+        for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
+            rows[tap].append(vectors[kept])
+        rows["id"].append(batch.tensors[positives or "sample"][kept])
+    image, text, ids = (torch.cat(rows[name]) for name in ("image", "text", "id"))
+    i2t = _ranks(image, text, ids, world)
+    t2i = _ranks(text, image, ids, world)
+    return {
+        "candidates": float(len(index)),
+        **_summary("i2t", i2t),
+        **_summary("t2i", t2i),
+        "mean_recall@10": (_recall(i2t, 10) + _recall(t2i, 10)) / 2,
+    }
+
+
+def _ranks(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> Tensor:
+    """int64 [all queries]: rank of the best right answer among all keys, from 1."""
+    group = world.group
+    source = Local(keys, {"id": ids}) if group is None else Gather(keys, {"id": ids}, group)
+    (panel,) = source.panels()
+    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
+    for start in range(0, len(queries), TILE):
+        rows = slice(start, start + TILE)
+        scores = queries[rows] @ panel.keys.T
+        right = ids[rows].unsqueeze(1) == panel.metadata["id"]
+        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
+        # "Not below" rather than "at least": a score that is NaN counts against us too.
+        ranks[rows] = 1 + (~(scores < best) & ~right).sum(1)
+    return source.spread(ranks)
+
+
+def _summary(way: str, ranks: Tensor) -> dict[str, float]:
+    recalls = {f"{way}_recall@{k}": _recall(ranks, k) for k in RECALLS}
+    return {**recalls, f"{way}_median_rank": float(ranks.median())}
+
+
+def _recall(ranks: Tensor, k: int) -> float:
+    return float((ranks <= k).double().mean())

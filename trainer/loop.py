@@ -1,0 +1,301 @@
+"""The training function: the same under Ray, torchrun, and in one process.
+
+It reads everything from the run folder, goes on from the newest sound checkpoint, and leaves
+checkpoints, metrics and evaluations there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.order import Order
+from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
+from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.trainer.checkpoint import (
+    Checkpoint,
+    checkpoint_at,
+    latest_checkpoint,
+    save_checkpoint,
+)
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.distributed import World, join_world
+from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
+from gigabatch.trainer.inputs import open_eval, open_train
+from gigabatch.trainer.monitor import Monitor
+from gigabatch.trainer.objectives import build_objective
+from gigabatch.trainer.optim import lr_factor
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.step import ExactStep, StepResult
+from gigabatch.trainer.towers import build_towers
+
+log = logging.getLogger(__name__)
+Stop = Callable[[], bool]
+
+
+def run_training(run: RunFolder, stop: Stop = lambda: False) -> bool:
+    """Train the run in `run` to its last step; false if `stop` (or a stop request in the folder)
+    ended it early, after a checkpoint. Called on every rank.
+
+    Raises GigabatchError for what the user can put right.
+    """
+    config = run.config()
+    with join_world(config.cluster.threads) as world, log_to(run, world):
+        return _Trainer(run, config, world).train(stop)
+
+
+class log_to:  # noqa: N801 (a context manager, used as a verb)
+    """Rank 0's messages go to train.log, from where whoever started the run shows them."""
+
+    def __init__(self, run: RunFolder, world: World) -> None:
+        self.logger, self.world = logging.getLogger("gigabatch"), world
+        self.handler = logging.FileHandler(run.log) if world.is_main else logging.NullHandler()
+        form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
+        self.handler.setFormatter(form)
+
+    def __enter__(self) -> None:
+        self.level, self.propagate = self.logger.level, self.logger.propagate
+        self.logger.setLevel(logging.INFO)
+        self.logger.propagate = False
+        self.logger.addHandler(self.handler)
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self.handler)
+        self.logger.setLevel(self.level)
+        self.logger.propagate = self.propagate
+        self.handler.close()
+
+
+@dataclass
+class _Clock:
+    """Where the time between two lines of metrics went."""
+
+    since: float = field(default_factory=time.monotonic)
+    steps: int = 0
+    waited: float = 0.0
+
+    def rates(self, global_size: int) -> dict[str, float]:
+        elapsed = max(time.monotonic() - self.since, 1e-9)
+        rates = {
+            "perf/samples_per_s": self.steps * global_size / elapsed,
+            "perf/step_s": elapsed / max(self.steps, 1),
+            "data/wait_fraction": self.waited / elapsed,
+        }
+        self.since, self.steps, self.waited = time.monotonic(), 0, 0.0
+        return rates
+
+
+class _Trainer:
+    """One attempt on one rank. Sets up in order; the stages of `train` read top to bottom."""
+
+    def __init__(self, run: RunFolder, config: Config, world: World) -> None:
+        self.run, self.config, self.world = run, config, world
+        self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
+        self.index = open_train(config)
+        vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
+        checkpoint = self._find_checkpoint()
+        towers = build_towers(config, vocab_size)
+        self.objective = build_objective(config.objective).to(world.device)
+        if checkpoint:
+            towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
+        self.engine = Engine(towers.to(world.device), config, world)
+        self.step_fn = ExactStep(self.engine, self.objective, config, world)
+        self.done = self.bad_steps = self.skipped = 0
+        if checkpoint:
+            self._restore(checkpoint)
+        self.saved_at, self.saved_step = time.monotonic(), self.done
+        self.clock = _Clock()
+
+    # --- state -------------------------------------------------------------------------------
+
+    def _find_checkpoint(self) -> Checkpoint | None:
+        """Rank 0 verifies; the others read the one it chose."""
+        found: Any = None
+        if self.world.is_main:
+            try:
+                newest = latest_checkpoint(self.run)
+                found = newest.step if newest else None
+            except GigabatchError as error:
+                found = str(error)
+        found = self.world.share(found)
+        if isinstance(found, str):
+            raise GigabatchError(found)
+        return None if found is None else checkpoint_at(self.run, found)
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoint.state
+        self.engine.load_moments(checkpoint.tensors("moments"), state["optimizer_steps"])
+        self.step_fn.load_own_state(checkpoint.tensors("objective"), state["optimizer_steps"])
+        self.done, self.skipped = checkpoint.step, state["skipped"]
+        self.bad_steps = state["bad_steps"]
+
+    def _save(self) -> None:
+        towers, moments = self.engine.weights(), self.engine.moments()
+        files = {"towers": towers, "moments": moments, "objective": self.step_fn.own_state()}
+        state = {
+            "step": self.done,
+            "samples_seen": self.done * self.config.batch.global_size,
+            "optimizer_steps": self.engine.steps,
+            "skipped": self.skipped,
+            "bad_steps": self.bad_steps,
+            "data": self.index.digest,
+            "attempt": self.attempt,
+        }
+        if self.monitor:
+            self.monitor.flush()
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.run, self.world, self.attempt, self.done, files, state, keep)
+        self.saved_at, self.saved_step = time.monotonic(), self.done
+        log.info("saved checkpoint step-%08d", self.done)
+
+    # --- the run -----------------------------------------------------------------------------
+
+    def train(self, stop: Stop) -> bool:
+        config, steps = self.config, self.config.train.steps
+        self._announce()
+        with ExitStack() as cleanup:
+            self.monitor = None
+            if self.world.is_main:
+                self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
+                cleanup.callback(self.monitor.close)
+            for batch in self._batches():
+                self._one_step(batch)
+                stopping, save_due = self._decide(stop)
+                if save_due or stopping or self.done == steps:
+                    self._save()
+                if stopping and self.done < steps:
+                    log.info("stopped at step %d of %d, as asked", self.done, steps)
+                    return False
+                every = config.eval.every_steps
+                if every and self.done % every == 0 and self.done < steps:
+                    self._evaluate()
+            self._evaluate()
+        log.info("finished: %d steps", steps)
+        return True
+
+    def _announce(self) -> None:
+        weights = sum(p.numel() for p in self.engine.named.values())
+        batch, world = self.config.batch, self.world
+        log.info(
+            f"attempt {self.attempt}: {world.size} worker{'s' * (world.size > 1)} on "
+            f"{world.device.type}, {weights / 1e6:.1f} M weights, {len(self.index):,} samples, "
+            f"batch {batch.global_size:,} in micro-batches of {batch.micro_size:,}"
+        )
+        if self.done:
+            log.info("going on after step %d", self.done)
+
+    def _batches(self) -> Iterator[list[MicroBatch]]:
+        config, world = self.config, self.world
+        plans = TrainPlans(
+            Order(self.index.shard_sizes, config.run.seed, config.data.window),
+            config.batch.global_size,
+            config.batch.micro_size,
+            world.size,
+            world.rank,
+            self.done + 1,
+            config.train.steps,
+        )
+        stream = open_stream(
+            self.index,
+            plans,
+            images=config.data.image,
+            tokenizer=self.run.tokenizer,
+            columns=self.objective.needs.columns,
+            seed=config.run.seed,
+            workers=config.data.workers,
+            prefetch=config.data.prefetch,
+            pin_memory=world.device.type == "cuda",
+        )
+        batches = by_step(stream, plans.per_step)
+        while True:
+            began = time.monotonic()
+            batch = next(batches, None)
+            self.clock.waited += time.monotonic() - began
+            if batch is None:
+                return
+            yield batch
+
+    def _one_step(self, batch: list[MicroBatch]) -> None:
+        step = self.done + 1
+        factor = lr_factor(step, self.config.train.steps, self.config.schedule)
+        lr = self.config.optimizer.lr * factor
+        result = self.step_fn(step, batch, lr)
+        self.done, self.clock.steps = step, self.clock.steps + 1
+        self._count_bad(result)
+        if step % self.config.monitor.every_steps == 0 or step == self.config.train.steps:
+            self._report(result, lr)
+
+    def _count_bad(self, result: StepResult) -> None:
+        self.bad_steps = 0 if result.applied else self.bad_steps + 1
+        self.skipped += not result.applied
+        if not result.applied:
+            log.warning("step %d skipped: a loss or gradient is not finite", self.done)
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            raise GigabatchError(
+                f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
+                f"not finite (the last: step {self.done}). Lower optimizer.lr, or lengthen "
+                "schedule.warmup_steps; the last checkpoint is sound."
+            )
+
+    def _report(self, result: StepResult, lr: float) -> None:
+        if self.monitor is None:
+            return
+        size = self.config.batch.global_size
+        metrics = {
+            "train/loss": result.loss,
+            **{f"train/{name}": value for name, value in result.metrics.items()},
+            "train/lr": lr,
+            "train/grad_norm": result.grad_norm,
+            "train/skipped_steps": float(self.skipped),
+            "data/epoch": self.done * size / len(self.index),
+            **self.clock.rates(size),
+        }
+        self.monitor.report(self.done, self.done * size, metrics)
+        self.monitor.progress(self.done, metrics)
+
+    def _decide(self, stop: Stop) -> tuple[bool, bool]:
+        """Agreed by all ranks: stop now? save now?"""
+        settings = self.config.checkpoint
+        minutes = (time.monotonic() - self.saved_at) / 60
+        by_time = settings.every_minutes and minutes >= settings.every_minutes
+        by_step = settings.every_steps and self.done % settings.every_steps == 0
+        asked = stop() or (self.world.is_main and self.run.stop_requested())
+        stopping, timed = self.world.any(asked, bool(by_time) and self.world.is_main)
+        return stopping, timed or bool(by_step)
+
+    def _evaluate(self) -> None:
+        """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard."""
+        if self.run.evaluated(self.done) or not self.config.eval.sets:
+            return
+        self.engine.train(False)
+        began, positives = time.monotonic(), self.config.objective.positives
+        found: dict[str, float] = {}
+        for name in self.config.eval.sets:
+            index = open_eval(self.config, name)
+            metrics = evaluate_retrieval(
+                self.engine, index, self.config, self.run, self.world, positives
+            )
+            found |= {f"eval/{index.root.name}/{key}": value for key, value in metrics.items()}
+            log.info(describe(index.root.name, metrics))
+        self.engine.train(True)
+        self.clock.since += time.monotonic() - began
+        if self.monitor:
+            self.monitor.report(self.done, self.done * self.config.batch.global_size, found)
+            self.monitor.flush()
+            self.run.write_evaluation(self.done, found)
+
+
+def describe(name: str, metrics: dict[str, float]) -> str:
+    """One line on a set's retrieval."""
+    i2t, t2i = metrics["i2t_recall@10"], metrics["t2i_recall@10"]
+    chance = min(1.0, 10 / metrics["candidates"])
+    return (
+        f"{name}: recall@10 {(i2t + t2i) / 2:.3f} (image to text {i2t:.3f}, text to image "
+        f"{t2i:.3f}; {metrics['candidates']:,.0f} candidates, chance {chance:.3f})"
+    )

@@ -1,0 +1,104 @@
+"""What a run shows while it trains: metrics.jsonl, TensorBoard, and one readable line in train.log.
+
+Rank 0 alone writes. A line of metrics.jsonl is one flat object: `step`, `samples_seen`, `time`,
+`attempt`, then tags. The highest attempt wins, and attempt k voids earlier attempts' lines from
+its first step on; `read_metrics` applies that.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+PROGRESS = "step "  # how a progress line begins: a terminal shows only the newest
+
+
+class Monitor:
+    """Opened by rank 0 when an attempt starts after `first_step` - 1 steps."""
+
+    def __init__(self, run: RunFolder, attempt: int, first_step: int, steps: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.attempt, self.steps = run, attempt, steps
+        self.file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self.board = SummaryWriter(
+            str(run.tensorboard),
+            # Steps that an earlier attempt wrote after its last checkpoint are drawn again.
+            purge_step=first_step if attempt > 1 else None,
+            flush_secs=10,
+        )
+        self.started, self.first_step = time.monotonic(), first_step
+
+    def report(self, step: int, samples_seen: int, metrics: Mapping[str, float]) -> None:
+        """Write one line of metrics and the same scalars to TensorBoard."""
+        if not self.run.owned_by(self.attempt):
+            raise GigabatchError(f"{self.run.path}: a later attempt has taken this run over.")
+        head = {"step": step, "samples_seen": samples_seen, "time": time.time()}
+        line = json.dumps({**head, "attempt": self.attempt, **metrics})
+        self.file.write(line + "\n")
+        self.file.flush()
+        for tag, value in metrics.items():
+            if math.isfinite(value):
+                self.board.add_scalar(tag, value, step)
+
+    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One readable line: where the run is, how well, how fast, how much longer."""
+        done = step - self.first_step + 1
+        left = (self.steps - step) * (time.monotonic() - self.started) / done
+        log.info(
+            f"{PROGRESS}{step}/{self.steps}  loss {metrics['train/loss']:.4f}  "
+            f"lr {metrics['train/lr']:.2e}  scale {metrics['train/logit_scale']:.1f}  "
+            f"{metrics['perf/samples_per_s']:,.0f} samples/s  "
+            f"data wait {metrics['data/wait_fraction']:.0%}  ETA {format_duration(left)}"
+        )
+
+    def flush(self) -> None:
+        """Make everything so far durable; called before a checkpoint is committed, so that a
+        resumed run never misses the lines before it."""
+        self.board.flush()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.board.close()
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The valid lines of a metrics.jsonl, in order; a line cut short by a kill is left out."""
+    lines: list[dict[str, Any]] = []
+    first_step: dict[int, int] = {}
+    with open(path, encoding="utf-8") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
+            lines.append(line)
+            first_step.setdefault(line["attempt"], line["step"])
+
+    def voided(line: dict[str, Any]) -> bool:
+        later = (first for attempt, first in first_step.items() if attempt > line["attempt"])
+        return any(line["step"] >= first for first in later)
+
+    return [line for line in lines if not voided(line)]
+
+
+def format_duration(seconds: float) -> str:
+    """Such as 42 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

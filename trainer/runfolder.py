@@ -1,0 +1,206 @@
+"""The run folder: everything a run leaves, and everything it needs to go on.
+
+config.yaml  environment.json  tokenizer.json  train.log  metrics.jsonl
+attempts/     one file for each start of the workers; the highest number owns the folder
+checkpoints/  step-00001200/, LATEST
+tb/           TensorBoard events
+eval/         step-00001200.json
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config, dump_config, parse_config
+from gigabatch.trainer.files import create_numbered, to_json, write_atomically
+
+_PACKAGES = ("gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tb"
+
+    def config(self) -> Config:
+        path = self.path / "config.yaml"
+        return parse_config(path.read_text(), str(path))
+
+    def write_config(self, config: Config) -> None:
+        write_atomically(self.path / "config.yaml", dump_config(config))
+
+    def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        folder = self.path / "eval"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{step:08d}.json", to_json(metrics))
+
+    def evaluated(self, step: int) -> bool:
+        return (self.path / "eval" / f"step-{step:08d}.json").exists()
+
+    def steps_saved(self) -> list[int]:
+        """Steps with a checkpoint folder, oldest first; whether they are sound is not asked."""
+        names = (p.name for p in self.checkpoints.glob("step-*") if p.is_dir())
+        found = (re.fullmatch(r"step-(\d{8})", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
+
+    def is_finished(self) -> bool:
+        config = self.config()
+        steps = self.steps_saved()
+        last = config.train.steps
+        return bool(steps) and steps[-1] >= last and (self.evaluated(last) or not config.eval.sets)
+
+    def take_attempt(self) -> int:
+        """A number for this start of the workers, higher than all before. An exclusive create."""
+        made = {"time": time.time(), "host": platform.node(), "config": dump_config(self.config())}
+        return create_numbered(self.path / "attempts", "{:06d}.json".format, to_json(made))
+
+    def owned_by(self, attempt: int) -> bool:
+        """Whether no later attempt has started: a cut-off worker must not write any more."""
+        return not (self.path / "attempts" / f"{attempt + 1:06d}.json").exists()
+
+    # Requests and failures travel as files: workers and their starter share this folder, and
+    # under Ray nothing else reaches a worker that is inside a step.
+
+    def request_stop(self) -> None:
+        (self.path / "stop").touch()
+
+    def stop_requested(self) -> bool:
+        return (self.path / "stop").exists()
+
+    def record_failure(self, message: str) -> None:
+        """Keep the first fault that only the user can put right: restarting would not help."""
+        try:
+            with open(self.path / "failure.txt", "x", encoding="utf-8") as file:
+                file.write(message)
+        except FileExistsError:
+            pass
+
+    def failure(self) -> str | None:
+        try:
+            return (self.path / "failure.txt").read_text()
+        except FileNotFoundError:
+            return None
+
+    def clear_requests(self) -> None:
+        for name in ("stop", "failure.txt"):
+            (self.path / name).unlink(missing_ok=True)
+
+
+def create_run(config: Config, stem: str) -> tuple[RunFolder, Config]:
+    """Make the folder of a new run, and its config with the name filled in.
+
+    `stem` begins the name where `run.name` is unset. Raises GigabatchError where the folder
+    exists; nothing in it is touched.
+    """
+    home = config.run.dir
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        path = _take_name(home, config.run.name, re.sub(r"[^A-Za-z0-9._-]", "-", stem) or "run")
+    except OSError as error:
+        raise GigabatchError(f"run.dir: {home} cannot be written: {error.strerror}.") from error
+    named = config.run.model_copy(update={"name": path.name})
+    config, run = config.model_copy(update={"run": named}), RunFolder(path)
+    run.write_config(config)
+    write_atomically(path / "environment.json", to_json(environment()))
+    return run, config
+
+
+def _take_name(home: Path, name: str | None, stem: str) -> Path:
+    if name is None:
+        number = 1
+        while True:
+            path = home / f"{stem}-{number:03d}"
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+    path = home / name
+    try:
+        path.mkdir()
+    except FileExistsError:
+        raise _name_taken(path) from None
+    return path
+
+
+def refuse_taken_name(config: Config) -> None:
+    """Early, before the data is read, say that `run.name` is taken."""
+    if config.run.name and (config.run.dir / config.run.name).exists():
+        raise _name_taken(config.run.dir / config.run.name)
+
+
+def _name_taken(path: Path) -> GigabatchError:
+    if not (path / "config.yaml").exists():
+        return GigabatchError(f"run.name: {path} exists and is not a run. Choose another name.")
+    if RunFolder(path).is_finished():
+        return GigabatchError(
+            f"run.name: {path} holds a finished run. Choose another name, or leave it unset."
+        )
+    return GigabatchError(
+        f"run.name: {path} holds an unfinished run. `gigabatch resume {path}` goes on with it; or "
+        "choose another name."
+    )
+
+
+def open_run(where: str, home: Path = Path("runs")) -> RunFolder:
+    """The run at a path, or by its name inside `home`. Raises GigabatchError."""
+    for path in (Path(where), home / where):
+        if (path / "config.yaml").exists():
+            return RunFolder(path.absolute())
+    known = sorted(p.parent.name for p in home.glob("*/config.yaml"))
+    hint = f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
+    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
+
+
+def environment() -> dict[str, Any]:
+    return {
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "command": sys.argv,
+        "started": time.time(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text())
