@@ -1,5 +1,7 @@
 """Package layout: the top-level folders install as one namespace, ``gigabatch``."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 FOLDERS = ["launcher", "trainer", "data", "kernels", "configs"]
@@ -13,8 +15,8 @@ packages = [
 setup(
     name="gigabatch",
     version="0.1.0",
-    description="Distributed large-batch contrastive pre-training, exact on one laptop or many nodes",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Large-batch contrastive pre-training, exact on one laptop or many nodes",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

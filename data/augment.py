@@ -108,7 +108,7 @@ def _recolour(pixels: Tensor, draws: Tensor, s: Augmentation) -> Tensor:
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:
-    """[B, 3, 3] rotations about the grey axis (Rodrigues' formula for the axis (1, 1, 1)/sqrt 3)."""
+    """[B, 3, 3] rotations about the grey axis (Rodrigues' formula)."""
     cos, sin = torch.cos(angle).view(-1, 1, 1), torch.sin(angle).view(-1, 1, 1)
     eye = torch.eye(3, device=angle.device)
     cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]], device=angle.device) / math.sqrt(3)

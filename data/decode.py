@@ -44,6 +44,8 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
                 image: Image.Image = Image.alpha_composite(back, file.convert("RGBA"))
             else:
                 image = file
+            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert("L" if settings.channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise GigabatchError(

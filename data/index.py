@@ -11,8 +11,8 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,9 +110,9 @@ def open_index(root: Path, progress: Progress | None = None) -> Index:
         )
     seen = [_state(root / name) for name in shards]
     home = _index_folder(root)
-    if _read_manifest(home).get("shards") != seen:
-        _build(root, shards, seen, home, progress)
     manifest = _read_manifest(home)
+    if manifest.get("shards") != seen:
+        manifest = _build(root, shards, seen, home, progress)
     if not manifest["rows"]:
         raise GigabatchError(f"{root}: the shards hold no samples. Set data.root to a filled set.")
     return Index(root, home, tuple(shards), tuple(manifest["shard_sizes"]), manifest["digest"])
@@ -149,7 +149,7 @@ def _read_manifest(home: Path) -> dict[str, Any]:
 
 def _build(
     root: Path, shards: list[str], seen: list[dict[str, Any]], home: Path, progress: Progress | None
-) -> None:
+) -> dict[str, Any]:
     log.info("indexing %d shards in %s", len(shards), root)
     rows: list[dict[str, Any]] = []
     sizes = []
@@ -161,8 +161,9 @@ def _build(
             progress(number + 1, len(shards))
     table = _table(rows)
     digest = hashlib.sha256()
-    for column in table.columns:
-        for value in column.to_pylist():
+    for name in table.column_names:
+        digest.update(f"{name}\n".encode())
+        for value in table[name].to_pylist():
             digest.update(f"{value}\n".encode())
     manifest = {
         "format": FORMAT,
@@ -172,6 +173,7 @@ def _build(
         "digest": digest.hexdigest(),
     }
     _publish(table, manifest, home)
+    return manifest
 
 
 def _samples(path: Path, shard: int) -> Iterator[dict[str, Any]]:
@@ -214,20 +216,20 @@ def _table(rows: list[dict[str, Any]]) -> pa.Table:
 
 
 def _publish(table: pa.Table, manifest: dict[str, Any], home: Path) -> None:
-    """Write beside, then swap in: readers see the old index or the new one, never half of one."""
-    fresh = home.with_name(f"{home.name}.{os.getpid()}.tmp")
-    fresh.mkdir(parents=True)
+    """Replace file by file, the manifest last, so that a manifest never lies.
+
+    Processes that index the same shards at once replace each other's files by equal ones.
+    """
     try:
-        pq.write_table(table, fresh / "samples.parquet")
-        with pa.OSFile(str(fresh / "samples.arrow"), "wb") as sink:
-            with pa.ipc.new_file(sink, table.schema) as writer:
+        home.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as name:
+            fresh = Path(name)
+            pq.write_table(table, fresh / "samples.parquet")
+            with pa.ipc.new_file(fresh / "samples.arrow", table.schema) as writer:
                 writer.write_table(table)
-        (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        if home.exists():
-            shutil.rmtree(home)
-        os.rename(fresh, home)
+            (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            (home / "manifest.json").unlink(missing_ok=True)
+            for file in ("samples.parquet", "samples.arrow", "manifest.json"):
+                os.replace(fresh / file, home / file)
     except OSError as error:
-        if _read_manifest(home).get("shards") != manifest["shards"]:  # nobody else built it
-            raise GigabatchError(f"{home}: the index cannot be written: {error}.") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        raise GigabatchError(f"{home}: the index cannot be written: {error}.") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -136,21 +136,25 @@ class MicroBatchSource(IterableDataset[Sample]):
         self.index, self.plans, self.members, self.seed = index, plans, tuple(members), seed
 
     def __iter__(self) -> Iterator[Sample]:
-        worker = get_worker_info()
-        offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
         with Reader(self.index) as reader:
-            for i, plan in enumerate(self.plans):
-                if i % stride != offset:
-                    continue
+            for plan in _share(self.plans):
                 _seed_all(key(self.seed, "stage", plan.step, plan.number))
                 for sample in plan.samples:
-                    yield self._load(reader, plan, sample)
+                    yield self._load(reader, sample)
 
-    def _load(self, reader: Reader, plan: Plan, sample: int) -> Sample:
+    def _load(self, reader: Reader, sample: int) -> Sample:
         shard = self.index.root / self.index.shards[self.index.shard_of(sample)]
         loaded: Sample = {name: reader.read(sample, name) for name in self.members}
-        loaded |= {"__key__": self.index.key(sample), "__url__": str(shard)}
-        return loaded | {"__sample__": sample, "__plan__": plan}
+        return loaded | {
+            "__key__": self.index.key(sample), "__url__": str(shard), "__sample__": sample
+        }  # fmt: skip
+
+
+def _share(plans: Iterable[Plan]) -> Iterator[Plan]:
+    """Every n-th plan, in one of n loader workers; they take turns, so order is kept."""
+    worker = get_worker_info()
+    offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
+    return islice(plans, offset, None, stride)
 
 
 def _seed_all(seed: int) -> None:
@@ -182,33 +186,26 @@ class Decode:
 
 @dataclass(frozen=True)
 class Collate:
-    """Groups samples into MicroBatches and tokenises, a batch at a time."""
+    """Groups samples into the MicroBatches of `plans` and tokenises, a batch at a time."""
 
+    plans: Iterable[Plan]
     tokenizer_json: str
     columns: tuple[str, ...]
 
     def __call__(self, samples: Iterator[Sample]) -> Iterator[MicroBatch]:
-        tokenizer = Tokenizer.from_str(self.tokenizer_json)
-        rows: list[Sample] = []
-        for sample in samples:
-            if rows and rows[0]["__plan__"] is not sample["__plan__"]:
-                raise self._uneven(rows)
-            rows.append(sample)
-            if len(rows) == len(rows[0]["__plan__"].samples):
-                yield self._stack(rows, tokenizer)
-                rows = []
-        if rows:
-            raise self._uneven(rows)
+        tokenizer, samples = Tokenizer.from_str(self.tokenizer_json), iter(samples)
+        for plan in _share(self.plans):
+            rows = list(islice(samples, len(plan.samples)))
+            # Compared with the plan, so that a stage cannot even lose a whole micro-batch unseen.
+            if tuple(row.get("__sample__") for row in rows) != plan.samples:
+                raise GigabatchError(
+                    "a data stage dropped, repeated or moved samples (micro-batch "
+                    f"{plan.number} of step {plan.step}). Stages must return each sample once, in "
+                    "order; filter when the shards are written instead."
+                )
+            yield self._stack(plan, rows, tokenizer)
 
-    def _uneven(self, rows: list[Sample]) -> GigabatchError:
-        return GigabatchError(
-            f"a data stage changed the number of samples (micro-batch {rows[0]['__plan__'].number} "
-            f"of step {rows[0]['__plan__'].step}). Stages must return each sample once, in order; "
-            "filter when the shards are written instead."
-        )
-
-    def _stack(self, rows: list[Sample], tokenizer: Tokenizer) -> MicroBatch:
-        plan = rows[0]["__plan__"]
+    def _stack(self, plan: Plan, rows: list[Sample], tokenizer: Tokenizer) -> MicroBatch:
         tensors = {"sample": torch.tensor([row["__sample__"] for row in rows])}
         for column in self.columns:
             tensors[column] = torch.tensor([row[column] for row in rows], dtype=torch.int64)
@@ -219,6 +216,28 @@ class Collate:
             tensors["text"], tensors["text_mask"] = encode(tokenizer, captions)
         keys = tuple(row["__key__"] for row in rows)
         return MicroBatch(plan.step, plan.number, plan.real, keys, tensors)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a user must put right, on its way out of a loader worker."""
+
+    message: str
+
+
+def _catch(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch | Failure]:
+    # Raised in a loader worker, an error would come out with a traceback for its message.
+    try:
+        yield from batches
+    except GigabatchError as error:
+        yield Failure(str(error))
+
+
+def _release(batches: Iterator[MicroBatch | Failure]) -> Iterator[MicroBatch]:
+    for batch in batches:
+        if isinstance(batch, Failure):
+            raise GigabatchError(batch.message)
+        yield batch
 
 
 def open_stream(
@@ -236,9 +255,11 @@ def open_stream(
 ) -> wds.DataPipeline:
     """The micro-batches of `plans`, in order, read by `workers` processes (0: in this one).
 
-    `prefetch`: micro-batches each loader worker keeps ready. `columns`: fields of the json member
-    to bring along. `stages`: ordinary webdataset stages, from decoded sample to decoded sample.
-    Raises GigabatchError where samples lack an image or a caption.
+    `plans` must allow more than one pass. `prefetch`: micro-batches each loader worker keeps
+    ready. `columns`: fields of the json member to bring along. `stages`: ordinary webdataset
+    stages, from decoded sample to decoded sample.
+    Raises GigabatchError where samples lack an image or a caption; iterating raises it for what
+    cannot be read or decoded.
     """
     image, text = index.require(*IMAGE_MEMBERS), index.require("txt")
     members = [image, text] + ([index.require("json")] if columns else [])
@@ -247,15 +268,17 @@ def open_stream(
         source,
         wds.map(Decode(image, text, images, tuple(columns)), handler=wds.reraise_exception),
         *stages,
-        Collate(tokenizer.read_text(), tuple(columns)),
+        Collate(plans, tokenizer.read_text(), tuple(columns)),
+        _catch,
     )
-    return wds.WebLoader(
+    loader = wds.WebLoader(
         pipeline,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
     )
+    return loader.compose(_release)
 
 
 def captions(index: Index, limit: int) -> Iterator[str]:

@@ -36,7 +36,8 @@ def walk(path: Path) -> Iterator[Member]:
 
 
 def _members(file: BinaryIO, path: Path, total: int) -> Iterator[Member]:
-    position, long_name, fields = 0, None, {}
+    position, long_name = 0, None
+    fields: dict[str, str] = {}
     while True:
         file.seek(position)
         header = file.read(BLOCK)
@@ -51,16 +52,19 @@ def _members(file: BinaryIO, path: Path, total: int) -> Iterator[Member]:
         size = int(fields.get("size", size))
         data = position + BLOCK
         position = data + -(-size // BLOCK) * BLOCK
-        if position > total:
+        if size < 0 or position > total:
             raise _damage(path, data, f"a member of {size} bytes is cut short: it was truncated")
         if kind == _LONG_NAME:
-            long_name = file.read(size).rstrip(b"\x00").decode()
+            long_name = _text(file.read(size).rstrip(b"\x00"), path, data)
         elif kind == _PAX:
             fields = _pax(file.read(size), path, data)
         elif kind in _REGULAR:
-            yield Member(fields.get("path") or long_name or _name(header), data, size)
+            name = fields.get("path") or long_name or _name(header, path, data - BLOCK)
+            yield Member(name, data, size)
             long_name, fields = None, {}
-        elif kind not in (_PAX_GLOBAL, _FOLDER):
+        elif kind == _FOLDER:
+            long_name, fields = None, {}
+        elif kind != _PAX_GLOBAL:
             raise _damage(path, data - BLOCK, f"a member of type {kind!r}; only files may be read")
 
 
@@ -82,10 +86,18 @@ def _number(field: bytes, path: Path, position: int) -> int:
         raise _damage(path, position, what) from None
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\x00")[0].decode()
-    prefix = header[345:500].split(b"\x00")[0].decode() if header[257:262] == b"ustar" else ""
-    return f"{prefix}/{name}" if prefix else name
+def _name(header: bytes, path: Path, position: int) -> str:
+    name = header[:100].split(b"\x00")[0]
+    # Only POSIX headers end their mark with a zero byte: GNU's have times where the prefix is.
+    prefix = header[345:500].split(b"\x00")[0] if header[257:263] == b"ustar\x00" else b""
+    return _text(prefix + b"/" + name if prefix else name, path, position)
+
+
+def _text(name: bytes, path: Path, position: int) -> str:
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        raise _damage(path, position, f"the name {name!r} is not UTF-8") from None
 
 
 def _pax(records: bytes, path: Path, position: int) -> dict[str, str]:
@@ -94,9 +106,12 @@ def _pax(records: bytes, path: Path, position: int) -> dict[str, str]:
         try:
             length = int(records.split(b" ", 1)[0])
             name, value = records[:length].split(b" ", 1)[1].rstrip(b"\n").split(b"=", 1)
+            if name == b"size":
+                int(value)
         except (ValueError, IndexError):
             raise _damage(path, position, "an extended header cannot be read") from None
-        fields[name.decode()] = value.decode()
+        if name in (b"path", b"size"):  # others may hold anything, such as binary attributes
+            fields[name.decode()] = _text(value, path, position)
         records = records[length:]
     return fields
 

@@ -46,6 +46,7 @@ def train_bpe(captions: Iterable[str], settings: TextSettings) -> Tokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
+    pad_id, end_id = 0, 1  # the special tokens, in their order
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
         special_tokens=[PAD, END],
@@ -56,9 +57,9 @@ def train_bpe(captions: Iterable[str], settings: TextSettings) -> Tokenizer:
     counts = sorted(Counter(captions).items())
     tokenizer.train_from_iterator((t for t, n in counts for _ in range(n)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", special_tokens=[(END, tokenizer.token_to_id(END))]
+        single=f"$A {END}", special_tokens=[(END, end_id)]
     )
-    return _fit(tokenizer, settings.length, tokenizer.token_to_id(PAD), PAD)
+    return _fit(tokenizer, settings.length, pad_id, PAD)
 
 
 def named_tokenizer(settings: TextSettings) -> Tokenizer:

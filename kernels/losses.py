@@ -83,15 +83,13 @@ def _check(q: Tensor, k: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Ten
         raise ValueError(f"scale must be 0-dimensional; got {tuple(scale.shape)}")
     if ids_q is None and (ids_k is not None or len(q) != len(k)):
         raise ValueError("give ids_q (and ids_k), or as many keys as queries and neither")
-    for name, ids, rows in (
-        ("ids_q", ids_q, q),
-        ("ids_k", ids_k if ids_k is not None else ids_q, k),
-    ):
+    for name, ids, rows in (("ids_q", ids_q, q), ("ids_k", ids_q if ids_k is None else ids_k, k)):
         if ids is None:
             continue
         if ids.dtype != torch.int64:
             raise TypeError(f"{name} must be int64; got {ids.dtype}")
         if ids.shape != (len(rows),) or ids.device != q.device:
             raise ValueError(
-                f"{name} must be [{len(rows)}] on {q.device}; got {tuple(ids.shape)} on {ids.device}"
+                f"{name} must be [{len(rows)}] on {q.device}; got {tuple(ids.shape)} "
+                f"on {ids.device}"
             )

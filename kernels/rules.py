@@ -27,7 +27,7 @@ class Eq:
 
 @dataclass(frozen=True)
 class BoundEq:
-    """`Eq` on one panel: its codes sorted once, so that a tile costs its own pairs, not its area."""
+    """`Eq` on one panel, its codes sorted once: a tile then costs its own pairs, not its area."""
 
     rows: Tensor
     codes: Tensor

@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Panel:
-    """Keys at hand: `keys` [m, D], `metadata` columns [m], `offset` of its first key among all."""
+    """Keys at hand: `keys` [m, D], `metadata` columns [m], `offset` of the first among all."""
 
     keys: Tensor
     metadata: Mapping[str, Tensor]
@@ -27,12 +27,14 @@ class Panel:
 
 
 class KeySource(Protocol):
-    """What the engine asks of a source; `k` is its differentiable tensor, this rank's slice."""
+    """What the engine asks of a source."""
 
-    k: Tensor
+    @property
+    def k(self) -> Tensor:
+        """The differentiable tensor: this rank's slice of the keys, [n, D]."""
 
     def panels(self) -> Iterator[Panel]:
-        """All keys, a panel at a time, detached; the same panels in the same order every time."""
+        """All keys, a panel at a time, detached; always the same panels in the same order."""
 
     def begin_grad(self) -> Tensor:
         """A zeroed float accumulator [N, D] for `accept_grad`."""
@@ -44,7 +46,7 @@ class KeySource(Protocol):
         """This rank's slice of the gradient, summed over ranks: [n, D]."""
 
     def merge_lse(self, z: Tensor) -> Tensor:
-        """Log-sum-exps of all columns [N], over this rank's rows, merged over ranks -> slice [n]."""
+        """Log-sum-exps [N] of columns over this rank's rows, merged over ranks -> slice [n]."""
 
     def merge_sum(self, value: Tensor) -> Tensor:
         """Column sums [N] over this rank's rows, added over ranks -> this rank's slice [n]."""

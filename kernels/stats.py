@@ -119,9 +119,9 @@ class _LseStats(torch.autograd.Function):
         )
         terms = []
         for i, axis in enumerate(spec.axes):
-            values = (z[i], grads[i], grads[n + i])
+            values = [z[i], grads[i], grads[n + i]]
             if axis == "columns":
-                values = tuple(source.spread(v.contiguous()) for v in values)
+                values = [source.spread(value.contiguous()) for value in values]
             terms.append(tiled.Term(axis == "rows", scales[i], *values))
         dq = torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device)
         total = source.begin_grad()

@@ -121,7 +121,7 @@ def _launch(run: RunFolder) -> int:
         print(f"to go on: gigabatch resume {run.path}", flush=True)
         return stop.exit_code
     raise GigabatchError(
-        f"{run.path}: the workers failed: {fault}\nWhat they printed is in the run folder; "
+        f"{run.path}: the workers failed: {fault}\n"
         f"`gigabatch resume {run.path}` goes on from the last checkpoint."
     )
 
@@ -132,8 +132,7 @@ def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console
             run_inline(run, stop)
             return None
         case "torchrun":
-            code = run_torchrun(run, stop)
-            return f"torchrun exited with code {code}; see {run.path / 'workers.log'}"
+            return run_torchrun(run)
         case "ray":
             from gigabatch.launcher.ray_workers import run_ray
 

@@ -6,19 +6,18 @@ import sys
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.signals import stop_on_signals
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder
 
 
 def work(run: RunFolder) -> None:
     """Train as one rank. A fault that the user must put right is recorded first, so that whoever
-    started the workers shows it instead of a traceback, and does not start them again."""
+    started the workers shows it instead of a traceback, and does not start them again. A stop
+    comes through the run folder; SIGTERM is torchrun's way to end a rank at once."""
     if run.failure() is not None:
         return
     try:
-        with stop_on_signals() as stop:
-            run_training(run, stop)
+        run_training(run)
     except GigabatchError as error:
         run.record_failure(str(error))
         raise

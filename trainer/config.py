@@ -126,7 +126,7 @@ class ModuleTower(Tower):
     """Your own `nn.Module`: called with images, or tokens and mask; returns [B, self.width]."""
     module: str = Field(pattern=r"^[\w.]+:\w+$")
     """`package.mod:Class`."""
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of its constructor."""
 
 
@@ -174,7 +174,7 @@ class TrainSettings(Settings):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 weights, towers under bf16 autocast; logits and loss stay fp32."""
     zero: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage: what is sharded over workers (nothing; optimizer; gradients; weights)."""
+    """DeepSpeed ZeRO stage. 1 shards the optimizer over workers, 2 gradients too, 3 weights too."""
     clip: float = Field(1.0, ge=0)
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
@@ -380,7 +380,7 @@ def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key that a model accepts, over all kinds of tower."""
     for name, info in model.model_fields.items():
-        models = [m for m in _models_in(info.annotation)]
+        models = list(_models_in(info.annotation))
         for inner in models:
             yield from known_keys(inner, f"{prefix}{name}.")
         if not models:

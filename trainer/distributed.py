@@ -68,7 +68,7 @@ def join_world(threads: int) -> Iterator[World]:
     backend = "nccl" if device.type == "cuda" else "gloo"
     made = not dist.is_initialized()
     if made and "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        _join_from_environment(backend)
     elif made:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -78,6 +78,14 @@ def join_world(threads: int) -> Iterator[World]:
     finally:
         if made and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join_from_environment(backend: str) -> None:
+    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    # torchrun keeps its store when it starts workers again, with the addresses of the dead in it.
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(f"start-{start}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def device_of_this_process() -> torch.device:

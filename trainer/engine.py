@@ -46,11 +46,9 @@ class Engine:
         self._norm = 0.0
         if self.stage == 0:
             self.adamw.register_step_pre_hook(partial(self._clip, config.train.clip or torch.inf))
-        elif self.stage < 3:
-            self._prime()
+        self._make_moments()
         self.steps = 0
         """Optimizer steps applied, which AdamW's bias correction counts."""
-        self._count_from(0)
 
     def __call__(self, *args: Any) -> dict[str, Tensor]:
         return self.ds(*args)
@@ -108,23 +106,27 @@ class Engine:
         parameters = list(self.trained.values())
         self._norm = float(nn.utils.clip_grad_norm_(parameters, limit))
 
-    def _prime(self) -> None:
-        """One step with a zero gradient and a zero learning rate: it changes no weight, and
-        makes the moments of ZeRO 1 and 2, which otherwise exist only after the first step."""
-        with self.accumulating():
-            self.backward(sum(p.sum() * 0 for p in self.trained.values()))
-        self.steps = 0
-        self.step(0.0)
-        # DeepSpeed links its fragments to the moments after the first of several parameter
-        # groups has stepped, when the others have none yet: link them again.
-        self.ds.optimizer._hp_optimizer_states_linked = False
-        self.ds.optimizer._lazy_init_hp_params_optimizer_state()
+    def _make_moments(self) -> None:
+        """Zero moments for what AdamW steps: weights, or ZeRO's flat fp32 shards of them. AdamW
+        makes them in its first step, but a checkpoint must find them before that."""
+        zero = self.ds.optimizer
+        stepped = {
+            0: lambda: list(self.trained.values()),
+            1: lambda: zero.single_partition_of_fp32_groups,
+            2: lambda: zero.single_partition_of_fp32_groups,
+            3: lambda: zero.fp32_partitioned_groups_flat,
+        }[self.stage]()
+        for tensor in stepped:
+            moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
+            self.adamw.state[tensor] = {"step": torch.zeros(()), **moments}
+        if self.stage in (1, 2):
+            # DeepSpeed would link its fragments when only the first parameter group has moments.
+            zero._lazy_init_hp_params_optimizer_state()
 
     def _count_from(self, steps: int) -> None:
         self.steps = steps
         for state in self.adamw.state.values():
-            if "step" in state:
-                state["step"].fill_(steps)
+            state["step"].fill_(steps)
 
     def weights(self) -> State:
         """All weights and buffers, full, float32. A collective: call it on every rank."""
@@ -145,8 +147,7 @@ class Engine:
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.stage == 0:
-            state = self.adamw.state.get(parameter, {})
-            return state.get(moment, torch.zeros_like(parameter))
+            return self.adamw.state[parameter][moment]
         from deepspeed.utils import safe_get_full_optimizer_state
 
         return safe_get_full_optimizer_state(parameter, moment)
@@ -159,14 +160,12 @@ class Engine:
                 self._set_moment(parameter, moment, moments[f"{name}.{moment}"])
         self._count_from(steps)
 
-    def _set_moment(self, parameter: nn.Parameter, moment: str, value: Tensor) -> None:
+    def _set_moment(self, parameter: Any, moment: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
         value = value.to(self.world.device)
         if self.stage == 0:
-            state = self.adamw.state[parameter]
-            state.setdefault("step", torch.zeros(()))
-            state[moment] = value.clone(memory_format=torch.preserve_format)
+            self.adamw.state[parameter][moment].copy_(value)
         elif self.stage == 3:
             # `safe_set_full` fails where the world size does not divide the weight: cut it here.
             share = parameter.ds_tensor.numel()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,26 +50,24 @@ def run_training(run: RunFolder, stop: Stop = lambda: False) -> bool:
         return _Trainer(run, config, world).train(stop)
 
 
-class log_to:  # noqa: N801 (a context manager, used as a verb)
+@contextmanager
+def log_to(run: RunFolder, world: World) -> Iterator[None]:
     """Rank 0's messages go to train.log, from where whoever started the run shows them."""
-
-    def __init__(self, run: RunFolder, world: World) -> None:
-        self.logger, self.world = logging.getLogger("gigabatch"), world
-        self.handler = logging.FileHandler(run.log) if world.is_main else logging.NullHandler()
-        form = logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%Y-%m-%d %H:%M:%S")
-        self.handler.setFormatter(form)
-
-    def __enter__(self) -> None:
-        self.level, self.propagate = self.logger.level, self.logger.propagate
-        self.logger.setLevel(logging.INFO)
-        self.logger.propagate = False
-        self.logger.addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.removeHandler(self.handler)
-        self.logger.setLevel(self.level)
-        self.logger.propagate = self.propagate
-        self.handler.close()
+    logger = logging.getLogger("gigabatch")
+    handler = logging.FileHandler(run.log) if world.is_main else logging.NullHandler()
+    line = "%(asctime)s %(levelname).1s %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%Y-%m-%d %H:%M:%S"))
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
+        handler.close()
 
 
 @dataclass

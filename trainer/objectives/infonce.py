@@ -52,6 +52,6 @@ class _ClampInward(torch.autograd.Function):
         return x.clamp(max=ceiling)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         # Descent moves x by -grad: a negative gradient pushes up, out of the range.
         return (grad.clamp(min=0) if ctx.outside else grad), None  # type: ignore[attr-defined]

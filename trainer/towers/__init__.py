@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +32,7 @@ MODALITIES = ("image", "text")
 
 
 class Towers(nn.Module):
-    """All towers of a run. `autocast`: a lower precision for what is inside; weights stay float32."""
+    """All towers of a run. `autocast`: the precision inside, if lower; weights stay float32."""
 
     def __init__(
         self,
@@ -45,7 +47,7 @@ class Towers(nn.Module):
     def forward(
         self, inputs: Mapping[str, tuple[Tensor, ...]], stream: int | None = None
     ) -> dict[str, Tensor]:
-        """modality -> float32 [B, D], of unit length. `inputs`: modality -> its encoder's arguments.
+        """modality -> float32 [B, D] of unit length; `inputs`: modality -> its encoder's arguments.
 
         `stream` keys all randomness inside: each tower starts from its own seed, so that a second
         pass over the same micro-batch repeats the first. None (evaluation) leaves it alone.
@@ -94,7 +96,7 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     return Towers(encoders, heads, autocast)
 
 
-def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> nn.Module:
+def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> Any:
     image, text = config.data.image, config.data.text
     match settings:
         case ConvTower():
@@ -115,13 +117,13 @@ def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> nn.
 def _head(inner: int, outer: int, settings: HeadSettings) -> nn.Sequential:
     widths = [inner, *[settings.hidden] * (settings.layers - 1), outer]
     layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (a, b) in enumerate(pairwise(widths)):
         layers += [nn.GELU()] if i else []
         layers.append(nn.Linear(a, b, bias=i < len(widths) - 2))
     return nn.Sequential(*layers)
 
 
-def _checkpoint_activations(encoder: nn.Module, name: str) -> None:
+def _checkpoint_activations(encoder: Any, name: str) -> None:
     if hasattr(encoder, "checkpoint_activations"):
         encoder.checkpoint_activations()
     elif isinstance(getattr(encoder, "blocks", None), nn.ModuleList):

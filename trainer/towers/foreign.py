@@ -15,7 +15,7 @@ from gigabatch.trainer.config import HuggingFaceTower, ModuleTower
 class HuggingFaceEncoder(nn.Module):
     """A `transformers` model as an encoder: its pooled output, or the mean of its last states."""
 
-    def __init__(self, model: nn.Module, modality: str) -> None:
+    def __init__(self, model: Any, modality: str) -> None:
         super().__init__()
         self.model, self.modality = model, modality
         self.width: int = model.config.hidden_size

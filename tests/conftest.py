@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import TINY, Command, write_samples
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `train` (200 samples in 4 shards) and `val` (60 in 1)."""
+    root = tmp_path_factory.mktemp("shards")
+    write_samples(root / "train", 200, 50, seed=1)
+    write_samples(root / "val", 60, 60, seed=2)
+    return root
+
+
+@pytest.fixture
+def tiny(shards: Path, tmp_path: Path) -> Path:
+    """A config file of a run that takes a second or two."""
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY.format(root=shards) + f"run: {{dir: {tmp_path / 'runs'}}}\n")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def quiet_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Nothing a test starts may write to the user's home, or to the demo set's cache."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("GIGABATCH_CACHE", str(home / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture
+def start() -> Iterator[Any]:
+    """Start commands; whatever still runs when the test ends is killed."""
+    started: list[Command] = []
+
+    def run(*arguments: str | Path, **options: Any) -> Command:
+        started.append(Command(arguments, **options))
+        return started[-1]
+
+    yield run
+    for command in started:
+        if command.process.poll() is None:
+            command.kill()
+            command.process.communicate()
+
+
+@pytest.fixture
+def gigabatch(start: Any) -> Any:
+    """Run a command to its end."""
+
+    def run(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        return start(*arguments).wait(timeout)
+
+    return run

@@ -1,0 +1,114 @@
+"""Small real shards, a small config, and ways to start the product as its users do."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import unicodedata
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from gigabatch.trainer.monitor import read_metrics
+
+SIDE = 16
+TINY = """
+data:
+  root: {root}
+  workers: 1
+  image: {{size: 16, channels: 3}}
+  text: {{vocab_size: 300, length: 12}}
+  augment: {{rotate: 10, zoom: 0.1, flip: 0.5, contrast: 0.3, hue: 20, noise: 0.05}}
+batch: {{global_size: 32, micro_size: 8}}
+towers:
+  width: 16
+  image: {{kind: conv, widths: [8, 8], depths: [1, 1], dropout: 0.1}}
+  text: {{kind: conv, width: 16, dropout: 0.1}}
+objective: {{positives: concept}}
+train: {{steps: 12}}
+optimizer: {{lr: 5.0e-4}}
+checkpoint: {{every_steps: 3}}
+monitor: {{every_steps: 1}}
+eval: {{sets: [val]}}
+cluster: {{launcher: inline, workers: 1, threads: 1}}
+"""
+
+
+def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
+    """`count` samples of noisy coloured images, each with a caption and a concept (of 50)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for shard, first in enumerate(range(0, count, per_shard)):
+        with wds.TarWriter(str(folder / f"{folder.name}-{shard:03d}.tar"), mtime=0) as writer:
+            for number in range(first, min(first + per_shard, count)):
+                concept = number % 50
+                shade = np.random.default_rng(concept).integers(0, 255, 3)
+                pixels = np.clip(shade + random.normal(0, 40, (SIDE, SIDE, 3)), 0, 255)
+                png = BytesIO()
+                Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
+                writer.write(
+                    {
+                        "__key__": f"s{number:05d}",
+                        "png": png.getvalue(),
+                        "txt": unicodedata.name(chr(0x3B1 + concept), f"COLOUR {concept}").lower(),
+                        "json": {"concept": concept, "colour": f"shade {concept}"},
+                    }
+                )
+
+
+class Command:
+    """A `gigabatch` process."""
+
+    def __init__(self, arguments: Sequence[str | Path], **options: Any) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "gigabatch.launcher", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            start_new_session=True,
+            **options,
+        )
+
+    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+        """Its outcome. Everything it started is killed if it takes too long."""
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            out, err = self.process.communicate()
+            pytest.fail(f"took more than {timeout} s:\n{out}\n{err}")
+        return subprocess.CompletedProcess(self.process.args, self.process.returncode, out, err)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL to the process and everything in its session."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+
+
+def losses(run: Path) -> dict[int, float]:
+    """step -> train/loss of the lines that count."""
+    lines = read_metrics(run / "metrics.jsonl")
+    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def run_ranks(script: Path, world_size: int, *arguments: str | Path, timeout: float = 240) -> Any:
+    """Run `script` on `world_size` torchrun ranks; what rank 0 printed last, as JSON."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={world_size}", str(script), *map(str, arguments),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])

@@ -1,0 +1,145 @@
+"""On torchrun ranks, for each ZeRO stage: the gradients of one exact step, beside those of one
+graph over the same micro-batches; and how many reductions a step takes. Prints JSON on rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gigabatch.data.index import open_index
+from gigabatch.data.keyed import key
+from gigabatch.data.order import Order
+from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
+from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.trainer.config import Config, load_config
+from gigabatch.trainer.distributed import World, join_world
+from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.step import ExactStep, tower_inputs
+from gigabatch.trainer.towers import build_towers
+
+
+class ListeningEngine(Engine):
+    """Keeps the averaged gradients that a step is about to apply."""
+
+    def step(self, lr: float) -> tuple[bool, float]:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self.stage > 0:
+            self.seen = {n: safe_get_full_grad(p).clone() for n, p in self.trained.items()}
+            return super().step(lr)
+        hook = self.adamw.register_step_pre_hook(lambda *_: self._keep())
+        # Before clipping, which is a hook of its own, added first: clipping is off in this probe.
+        result = super().step(lr)
+        hook.remove()
+        return result
+
+    def _keep(self) -> None:
+        self.seen = {name: p.grad.clone() for name, p in self.trained.items()}
+
+
+def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[MicroBatch]:
+    index = open_index(Path(config.data.root) / config.data.train)
+    order = Order(index.shard_sizes, config.run.seed, config.data.window)
+    sizes = (config.batch.global_size, config.batch.micro_size)
+    plans = TrainPlans(order, *sizes, world_size, rank, 1, 1)
+    stream = open_stream(
+        index, plans, images=config.data.image, tokenizer=tokenizer, columns=["concept"],
+        seed=config.run.seed, workers=0, prefetch=1,
+    )  # fmt: skip
+    return next(by_step(stream, plans.per_step))
+
+
+def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
+    """Gradients of the whole global batch in one autograd graph, in this process alone."""
+    towers, objective = build_towers(config, vocab), build_objective(config.objective)
+    outputs: dict[str, list[Tensor]] = {"image": [], "text": []}
+    meta: list[Tensor] = []
+    for micro in batch(config, tokenizer, 1, 0):
+        stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        for tap, vectors in towers(tower_inputs(micro, config.data, stream), stream).items():
+            outputs[tap].append(vectors)
+        meta.append(micro.tensors["concept"])
+    rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}
+    loss = objective(rows, {"concept": torch.cat(meta)}, Context(None, 1))
+    loss.value.backward()
+    grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
+    return grads | {"log_scale": objective.log_scale.grad, "loss": loss.value.detach()}
+
+
+def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dict[str, Tensor]:
+    towers, objective = build_towers(config, vocab), build_objective(config.objective)
+    engine = ListeningEngine(towers, config, world)
+    step = ExactStep(engine, objective, config, world)
+    own: dict[str, Tensor] = {}
+
+    def keep_own(*_: Any) -> None:
+        own["log_scale"] = objective.log_scale.grad.clone()
+
+    step.optimizer.register_step_pre_hook(keep_own)
+    result = step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3)
+    assert result.applied
+    return engine.seen | own | {"loss": torch.tensor(result.loss)}
+
+
+class CountReductions:
+    """Counts calls that reduce over ranks, by listening at torch.distributed."""
+
+    NAMES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_all_reduce")
+
+    def __enter__(self) -> CountReductions:
+        self.calls, self.kept = 0, {n: getattr(dist, n) for n in self.NAMES if hasattr(dist, n)}
+        for name, function in self.kept.items():
+            setattr(dist, name, self._counting(function))
+        return self
+
+    def _counting(self, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *_: object) -> None:
+        for name, function in self.kept.items():
+            setattr(dist, name, function)
+
+
+def worst(exact: dict[str, Tensor], whole: dict[str, Tensor]) -> tuple[float, str]:
+    assert exact.keys() == whole.keys(), exact.keys() ^ whole.keys()
+    gaps = {
+        name: float((exact[name] - value).norm() / value.norm()) for name, value in whole.items()
+    }
+    name = max(gaps, key=lambda n: gaps[n])
+    return gaps[name], name
+
+
+def main(config_path: Path, tokenizer: Path) -> None:
+    vocab = load_tokenizer(tokenizer).get_vocab_size()
+    report: dict[str, Any] = {}
+    with join_world(1) as world:
+        whole = one_graph(load_config(config_path, ["train.clip=0"]), tokenizer, vocab)
+        for zero in (0, 1, 2, 3):
+            counts = []
+            for micro in (16, 4):
+                config = load_config(
+                    config_path, [f"train.zero={zero}", "train.clip=0", f"batch.micro_size={micro}"]
+                )
+                with CountReductions() as counter:
+                    exact_step(config, tokenizer, vocab, world)
+                counts.append(counter.calls)
+            config = load_config(config_path, [f"train.zero={zero}", "train.clip=0"])
+            gap, name = worst(exact_step(config, tokenizer, vocab, world), whole)
+            report[str(zero)] = {"gap": gap, "name": name, "reductions": counts}
+        if world.is_main:
+            print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,134 @@
+"""Kill it anywhere, resume it: the same losses to the last bit."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import Command, losses
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gigabatch.trainer.monitor import read_metrics
+
+
+def wait_for_step(run: Path, step: int, command: Command) -> None:
+    """Until `step` stands in metrics.jsonl."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
+            return
+        if command.process.poll() is not None:
+            out, err = command.process.communicate()
+            pytest.fail(f"ended before step {step}:\n{out}\n{err}")
+        time.sleep(0.02)
+    pytest.fail(f"did not reach step {step}")
+
+
+def workers_of(command: Command) -> list[psutil.Process]:
+    """The training ranks below a launcher, in rank order."""
+    children = psutil.Process(command.process.pid).children(recursive=True)
+    ranks = [p for p in children if "gigabatch.launcher.worker" in " ".join(p.cmdline())]
+    ranks = [p for p in ranks if p.environ().get("RANK") is not None]
+    parents = {p.pid for p in ranks}
+    ranks = [p for p in ranks if p.ppid() not in parents]  # not their loader processes
+    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
+
+
+def kill_all(command: Command) -> None:
+    """SIGKILL to the launcher and everything below it, at once."""
+    processes = [psutil.Process(command.process.pid)]
+    processes += processes[0].children(recursive=True)
+    for process in processes:
+        if process.is_running():
+            os.kill(process.pid, signal.SIGKILL)
+    command.process.communicate()
+    psutil.wait_procs(processes, timeout=10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("bf16", 2), ("bf16", 0), ("fp32", 2)])
+def test_killed_and_resumed_gives_the_same_losses_to_the_bit(
+    precision: str, zero: int, tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    settings = [
+        f"train.precision={precision}", f"train.zero={zero}", "train.steps=14", "eval.sets=[]",
+        "cluster.launcher=torchrun", "cluster.workers=2",
+    ]  # fmt: skip
+    assert gigabatch("train", tiny, *settings, "run.name=whole").returncode == 0
+    whole = losses(tmp_path / "runs" / "whole")
+    assert sorted(whole) == list(range(1, 15))
+
+    # Different moments each time the matrix is walked, the same from run to run.
+    moment = random.Random(f"{precision}{zero}")
+    killed = tmp_path / "runs" / "killed"
+    command = start("train", tiny, *settings, "run.name=killed", "cluster.max_restarts=3")
+    wait_for_step(killed, moment.randint(4, 6), command)
+    kill_all(command)
+    command = start("resume", killed)
+    wait_for_step(killed, moment.randint(8, 10), command)
+    victim = workers_of(command)[moment.randint(0, 1)]  # a single rank: torchrun starts both again
+    victim.send_signal(signal.SIGKILL)
+    done = command.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    assert losses(killed) == whole
+    attempts = {line["attempt"] for line in read_metrics(killed / "metrics.jsonl")}
+    assert len(attempts) >= 2
+    assert max(int(p.stem) for p in (killed / "attempts").glob("*.json")) >= 3
+    assert_board_has_each_step_once(killed, whole)
+
+
+def assert_board_has_each_step_once(run: Path, whole: dict[int, float]) -> None:
+    board = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
+    board.Reload()
+    events = board.Scalars("train/loss")
+    assert [event.step for event in events] == sorted(whole)
+    assert [event.value for event in events] == pytest.approx(list(whole.values()), rel=1e-6)
+
+
+@pytest.mark.slow
+def test_world_sizes_agree_over_twenty_steps(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+    """Dropout and augmentation on, fp32: ranks 1, 2 and 3 (which gets dummies) see one run."""
+    curves = []
+    for workers in (1, 2, 3):
+        done = gigabatch(
+            "train", tiny, "train.steps=20", "eval.sets=[]", "checkpoint.every_steps=0",
+            "cluster.launcher=torchrun", f"cluster.workers={workers}", f"run.name=w{workers}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        curves.append(losses(tmp_path / "runs" / f"w{workers}"))
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+    assert len(curves[0]) == 20
+
+
+@pytest.mark.slow
+def test_resumes_on_another_number_of_workers_and_another_zero_stage(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    whole = [tiny, "train.steps=9", "eval.sets=[]", "cluster.launcher=torchrun"]
+    assert gigabatch("train", *whole, "cluster.workers=2", "run.name=whole").returncode == 0
+    part = tmp_path / "runs" / "part"
+    first = gigabatch("train", *whole, "cluster.workers=2", "train.zero=3", "run.name=part",
+                      "checkpoint.keep=9")  # fmt: skip
+    assert first.returncode == 0, first.stderr
+    for step in (6, 9):
+        folder = part / "checkpoints" / f"step-{step:08d}"
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    for workers, zero in ((3, 3), (1, 1)):
+        done = gigabatch("resume", part, f"cluster.workers={workers}", f"train.zero={zero}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert losses(part) == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-5)
+        for step in (6, 9):
+            folder = part / "checkpoints" / f"step-{step:08d}"
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()

@@ -1,0 +1,28 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import run_ranks
+
+from gigabatch.trainer.config import load_config
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+
+PROBE = Path(__file__).with_name("step_probe.py")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_exact_step_equals_one_graph_on_every_zero_stage(
+    world_size: int, tiny: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny)
+    tokenizer = tmp_path / "tokenizer.json"
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    report = run_ranks(PROBE, world_size, tiny, tokenizer)
+    assert set(report) == {"0", "1", "2", "3"}
+    for stage in report.values():
+        assert stage["gap"] < 1e-5, stage
+        few, many = stage["reductions"]
+        assert few == many, "the number of reductions grows with the number of micro-batches"
+        assert few > 0 or world_size == 1
