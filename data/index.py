@@ -142,7 +142,7 @@ def cache_home() -> Path:
 def _read_manifest(home: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((home / "manifest.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return {}
     return manifest if manifest.get("format") == FORMAT else {}
 

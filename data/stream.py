@@ -236,6 +236,7 @@ def _catch(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch | Failure]:
 def _release(batches: Iterator[MicroBatch | Failure]) -> Iterator[MicroBatch]:
     for batch in batches:
         if isinstance(batch, Failure):
+            del batches  # else the traceback would keep the loader's workers alive
             raise GigabatchError(batch.message)
         yield batch
 
@@ -284,7 +285,7 @@ def open_stream(
 def captions(index: Index, limit: int) -> Iterator[str]:
     """The captions of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
     member = index.require("txt")
-    step = max(1, len(index) // limit)
+    step = -(-len(index) // limit)
     with Reader(index) as reader:
         for sample in range(0, len(index), step):
             where = f"sample {index.key(sample)!r} of {index.root}"

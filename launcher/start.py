@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import rich.console
 from rich.progress import Progress
 
 from gigabatch.data.decode import IMAGE_MEMBERS
@@ -166,7 +167,8 @@ def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> int:
 @contextmanager
 def _index_progress() -> Iterator[Callable[[int, int], None]]:
     """A bar while shards are indexed for the first time; silent where there is nothing to do."""
-    with Progress(transient=True) as bars:
+    shown = rich.console.Console(stderr=True)
+    with Progress(transient=True, console=shown, disable=not shown.is_terminal) as bars:
         task = bars.add_task("indexing shards", total=None, visible=False)
 
         def progress(done: int, total: int) -> None:

@@ -1,12 +1,30 @@
 from __future__ import annotations
 
+import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from hypothesis import settings
+from hypothesis.configuration import set_hypothesis_home_dir
 from support import TINY, Command, write_samples
+
+
+# The same examples on every run, and nothing kept in the repository between runs.
+settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
+settings.load_profile("gigabatch")
+HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
+set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,6 +51,9 @@ def quiet_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("GIGABATCH_CACHE", str(home / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Processes that a test starts find `support_towers` there.
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 

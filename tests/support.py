@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import unicodedata
 from collections.abc import Sequence
 from io import BytesIO
@@ -101,6 +102,19 @@ def losses(run: Path) -> dict[int, float]:
     """step -> train/loss of the lines that count."""
     lines = read_metrics(run / "metrics.jsonl")
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def wait_for_step(run: Path, step: int, command: Command) -> None:
+    """Until `step` stands in metrics.jsonl."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
+            return
+        if command.process.poll() is not None:
+            out, err = command.process.communicate()
+            pytest.fail(f"ended before step {step}:\n{out}\n{err}")
+        time.sleep(0.02)
+    pytest.fail(f"did not reach step {step}")
 
 
 def run_ranks(script: Path, world_size: int, *arguments: str | Path, timeout: float = 240) -> Any:

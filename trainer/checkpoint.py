@@ -102,6 +102,8 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
 def _retain(run: RunFolder, keep: int) -> None:
     for step in run.steps_saved()[:-keep]:
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def latest_checkpoint(run: RunFolder) -> Checkpoint | None:

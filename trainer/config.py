@@ -397,8 +397,10 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
-        kinds = {"conv", "huggingface", "module"}
-        key = ".".join(str(part) for part in item["loc"] if part not in kinds)
+        path = list(item["loc"])
+        if path[:1] == ["towers"]:
+            del path[2:3]  # pydantic puts the kind of the tower there
+        key = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
         given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
         lines.append(f"{key}: {message}{given}" if key else message)

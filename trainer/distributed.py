@@ -61,22 +61,23 @@ def join_world(threads: int) -> Iterator[World]:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR and
     MASTER_PORT), or one that is already there; with no RANK set, be the only process.
 
-    A group made here is also taken down here.
+    A group of several is taken down at the end; a group of one stays, for DeepSpeed holds on to
+    the first that it sees in a process.
     """
     torch.set_num_threads(threads)
     device = device_of_this_process()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    made = not dist.is_initialized()
-    if made and "RANK" in os.environ:
+    joined = not dist.is_initialized() and "RANK" in os.environ
+    if joined:
         _join_from_environment(backend)
-    elif made:
+    elif not dist.is_initialized():
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         size = dist.get_world_size()
         group = dist.group.WORLD if size > 1 else None
         yield World(dist.get_rank(), size, device, group)
     finally:
-        if made and dist.is_initialized():
+        if joined and dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -13,6 +13,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order import Order
 from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
@@ -182,7 +184,8 @@ class _Trainer:
         batch, world = self.config.batch, self.world
         log.info(
             f"attempt {self.attempt}: {world.size} worker{'s' * (world.size > 1)} on "
-            f"{world.device.type}, {weights / 1e6:.1f} M weights, {len(self.index):,} samples, "
+            f"{world.device.type} (threads each: {torch.get_num_threads()}), "
+            f"{weights / 1e6:.1f} M weights, {len(self.index):,} samples, "
             f"batch {batch.global_size:,} in micro-batches of {batch.micro_size:,}"
         )
         if self.done:

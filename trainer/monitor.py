@@ -56,10 +56,10 @@ class Monitor:
         done = step - self.first_step + 1
         left = (self.steps - step) * (time.monotonic() - self.started) / done
         log.info(
-            f"{PROGRESS}{step}/{self.steps}  loss {metrics['train/loss']:.4f}  "
-            f"lr {metrics['train/lr']:.2e}  scale {metrics['train/logit_scale']:.1f}  "
-            f"{metrics['perf/samples_per_s']:,.0f} samples/s  "
-            f"data wait {metrics['data/wait_fraction']:.0%}  ETA {format_duration(left)}"
+            f"{PROGRESS}{step}/{self.steps}  ETA {format_duration(left)}  "
+            f"loss {metrics['train/loss']:.4f}  {metrics['perf/samples_per_s']:,.0f} samples/s  "
+            f"data wait {metrics['data/wait_fraction']:.0%}  lr {metrics['train/lr']:.1e}  "
+            f"scale {metrics['train/logit_scale']:.1f}"
         )
 
     def flush(self) -> None:

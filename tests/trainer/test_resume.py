@@ -5,29 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from support import Command, losses
+from support import Command, losses, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gigabatch.trainer.monitor import read_metrics
-
-
-def wait_for_step(run: Path, step: int, command: Command) -> None:
-    """Until `step` stands in metrics.jsonl."""
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
-            return
-        if command.process.poll() is not None:
-            out, err = command.process.communicate()
-            pytest.fail(f"ended before step {step}:\n{out}\n{err}")
-        time.sleep(0.02)
-    pytest.fail(f"did not reach step {step}")
 
 
 def workers_of(command: Command) -> list[psutil.Process]:
@@ -52,7 +38,9 @@ def kill_all(command: Command) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "zero"), [("fp32", 0), ("bf16", 2), ("bf16", 0), ("fp32", 2)])
+@pytest.mark.parametrize(
+    ("precision", "zero"), [("fp32", 0), ("bf16", 2), ("bf16", 0), ("fp32", 2)]
+)
 def test_killed_and_resumed_gives_the_same_losses_to_the_bit(
     precision: str, zero: int, tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:

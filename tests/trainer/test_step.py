@@ -26,3 +26,21 @@ def test_exact_step_equals_one_graph_on_every_zero_stage(
         few, many = stage["reductions"]
         assert few == many, "the number of reductions grows with the number of micro-batches"
         assert few > 0 or world_size == 1
+
+
+@pytest.mark.slow
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
+    tiny: Path, tmp_path: Path
+) -> None:
+    config = load_config(tiny)
+    tokenizer = tmp_path / "tokenizer.json"
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    report = run_ranks(PROBE.with_name("finite_probe.py"), 2, tiny, tokenizer)
+    for stage in ("0", "1", "2", "3"):
+        assert report[stage] == {
+            "applied": [True, False, False, True],
+            "untouched": [True, True],
+            "moved": True,
+            "finite": True,
+            "steps": 2,
+        }, stage

@@ -35,7 +35,10 @@ class HuggingFaceEncoder(nn.Module):
         return (states * real).sum(1) / real.sum(1).clamp(min=1)
 
     def checkpoint_activations(self) -> None:
-        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        # Renamed within version 5; its default is the non-reentrant kind, which ours needs.
+        model = self.model
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
 
 
 def huggingface_encoder(settings: HuggingFaceTower, modality: str) -> HuggingFaceEncoder:

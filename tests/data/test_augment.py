@@ -1,0 +1,208 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from gigabatch.data.augment import Augmentation, augment
+
+STRONG = {
+    "zoom": 0.9, "aspect": 0.9, "rotate": 45, "shear": 20, "shift": 0.3, "flip": 1.0,
+    "brightness": 0.5, "contrast": 0.8, "saturation": 1.0, "hue": 120, "noise": 0.3,
+}  # fmt: skip
+EVERYTHING = Augmentation(**STRONG)
+
+
+def images(batch: int = 6, channels: int = 3, height: int = 12, width: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    shape = (batch, channels, height, width)
+    return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def smooth_disc(side: int = 33) -> Tensor:
+    """uint8 [1, 3, side, side]: a soft bright disc, the same after any turn about the centre."""
+    axis = torch.linspace(-1, 1, side)
+    radius = (axis[:, None] ** 2 + axis[None] ** 2).sqrt()
+    return (255 * torch.exp(-8 * radius**2)).byte().expand(1, 3, side, side).contiguous()
+
+
+def test_every_setting_is_covered_here() -> None:
+    assert set(STRONG) == set(Augmentation.model_fields)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_settings_of_zero_give_the_image_itself(channels: int) -> None:
+    data = images(channels=channels)
+    assert torch.equal(augment(data, Augmentation(), 7), data.float() / 255)
+
+
+@pytest.mark.parametrize("field", STRONG)
+def test_each_setting_changes_pixels_and_only_by_its_key(field: str) -> None:
+    settings = Augmentation(**{field: STRONG[field]})
+    data = images()
+    one = augment(data, settings, 1)
+    assert one.dtype == torch.float32
+    assert one.shape == data.shape
+    assert one.isfinite().all()
+    assert not torch.allclose(one, data.float() / 255, atol=0.01)
+    assert torch.equal(augment(data, settings, 1), one)
+    if field != "flip":  # at probability 1 there is nothing left to chance
+        assert not torch.allclose(augment(data, settings, 2), one, atol=0.01)
+
+
+@pytest.mark.parametrize("field", sorted(set(STRONG) - {"flip"}))
+def test_rows_of_a_batch_are_changed_differently(field: str) -> None:
+    same = images(batch=1).expand(4, -1, -1, -1).contiguous()
+    changed = augment(same, Augmentation(**{field: STRONG[field]}), 1)
+    for other in range(1, 4):
+        assert not torch.allclose(changed[other], changed[0], atol=0.01)
+
+
+def test_no_global_random_state_is_read_or_moved() -> None:
+    data = images()
+    torch.manual_seed(0)
+    np.random.seed(0)
+    first = augment(data, EVERYTHING, 5)
+    untouched = (torch.initial_seed(), torch.rand(1), np.random.rand())
+    torch.manual_seed(0)
+    np.random.seed(0)
+    assert (torch.initial_seed(), torch.rand(1), np.random.rand()) == untouched
+    torch.manual_seed(99)
+    assert torch.equal(augment(data, EVERYTHING, 5), first)
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2**63, 2**64 - 1])
+def test_keys_of_64_bits(stream: int) -> None:
+    assert augment(images(), EVERYTHING, stream).isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("height", "width"), [(12, 12), (8, 20)])
+def test_shapes(channels: int, height: int, width: int) -> None:
+    data = images(1, channels, height, width)
+    changed = augment(data, EVERYTHING, 4)
+    assert changed.shape == data.shape
+    assert changed.isfinite().all()
+
+
+def test_the_first_rows_do_not_depend_on_the_batch_size() -> None:
+    """All but the noise, whose generator fills the batch as a whole."""
+    settings = EVERYTHING.model_copy(update={"noise": 0.0})
+    data = images(batch=6)
+    part = augment(data[:2], settings, 8)
+    torch.testing.assert_close(augment(data, settings, 8)[:2], part, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("width", [12, 13])
+def test_a_flip_of_probability_one_flips(width: int) -> None:
+    data = images(width=width)
+    flipped = augment(data, Augmentation(flip=1.0), 3)
+    torch.testing.assert_close(flipped, (data.float() / 255).flip(-1), atol=1e-5, rtol=0)
+
+
+def test_a_flip_of_probability_a_third_flips_about_a_third() -> None:
+    data = images(batch=1, channels=1, height=8, width=8).expand(3000, -1, -1, -1).contiguous()
+    changed = augment(data, Augmentation(flip=1 / 3), 3)
+    flipped = (changed - data.flip(-1) / 255).abs().amax((1, 2, 3)) < 1e-4
+    kept = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-4
+    assert (flipped ^ kept).all()
+    assert abs(flipped.float().mean().item() - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
+
+
+def test_turning_a_disc_about_its_centre_leaves_it() -> None:
+    disc = smooth_disc()
+    for stream in range(8):
+        turned = augment(disc, Augmentation(rotate=180), stream)
+        assert (turned - disc / 255).abs().max() < 0.02
+
+
+def test_a_quarter_turn_is_exact() -> None:
+    """The half turn of a flipped image is its upside-down: found among many draws."""
+    data = images(batch=1)
+    many = augment(data.expand(4000, -1, -1, -1).contiguous(), Augmentation(rotate=180), 1)
+    quarter = torch.rot90(data.float() / 255, 1, (-2, -1))
+    distance = (many - quarter).abs().mean((1, 2, 3))
+    assert distance.min() < 0.01
+    assert distance.median() > 0.1
+
+
+def test_zoom_keeps_the_centre_and_scales_the_spread() -> None:
+    disc = smooth_disc()
+    axis = torch.linspace(-1, 1, 33)
+    for stream in range(8):
+        zoomed = augment(disc, Augmentation(zoom=0.3), stream)[0, 0]
+        mass = zoomed.sum()
+        assert abs((zoomed.sum(0) * axis).sum() / mass) < 1e-3
+        assert abs((zoomed.sum(1) * axis).sum() / mass) < 1e-3
+        # The Gaussian exp(-8 r^2) has a variance of 1/16 an axis, times the zoom squared.
+        spread = ((zoomed.sum(0) * axis**2).sum() / mass).sqrt().item() * 4
+        assert np.exp(-0.32) < spread < np.exp(0.32)
+
+
+def test_shift_moves_by_a_fraction_of_the_side() -> None:
+    disc = smooth_disc()
+    axis = torch.linspace(-0.5, 0.5, 33)
+    moved = augment(disc.expand(200, -1, -1, -1).contiguous(), Augmentation(shift=0.1), 1)[:, 0]
+    centres = torch.stack([(moved.sum(d) * axis).sum(1) for d in (1, 2)], 1)
+    centres = centres / moved.sum((1, 2))[:, None]
+    assert centres.abs().max() < 0.105
+    assert centres.abs().amax(0).min() > 0.09
+    assert centres.mean(0).abs().max() < 0.02
+
+
+def test_pixels_from_outside_repeat_the_border() -> None:
+    flat = torch.full((4, 3, 12, 12), 200, dtype=torch.uint8)
+    geometric = Augmentation(rotate=90, shift=0.5, zoom=0.9, shear=60, aspect=0.9, flip=0.5)
+    torch.testing.assert_close(augment(flat, geometric, 2), flat / 255)
+
+
+@pytest.mark.parametrize("field", ["hue", "saturation"])
+def test_colour_changes_keep_grey_images_grey(field: str) -> None:
+    grey = images(channels=1).expand(-1, 3, -1, -1).contiguous()
+    changed = augment(grey, Augmentation(**{field: STRONG[field]}), 1)
+    torch.testing.assert_close(changed, grey / 255, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("field", ["hue", "saturation"])
+def test_colour_changes_keep_the_mean_of_the_channels(field: str) -> None:
+    data = images()
+    changed = augment(data, Augmentation(**{field: STRONG[field]}), 1)
+    torch.testing.assert_close(changed.mean(1), (data / 255).mean(1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("field", ["hue", "saturation"])
+def test_colour_settings_leave_images_of_one_channel(field: str) -> None:
+    data = images(channels=1)
+    torch.testing.assert_close(augment(data, Augmentation(**{field: STRONG[field]}), 1), data / 255)
+
+
+def test_brightness_and_contrast_treat_one_channel_like_three() -> None:
+    data = images(channels=1)
+    settings = Augmentation(brightness=0.5, contrast=0.8)
+    three = augment(data.expand(-1, 3, -1, -1).contiguous(), settings, 1)
+    torch.testing.assert_close(
+        augment(data, settings, 1).expand_as(three), three, atol=1e-5, rtol=0
+    )
+
+
+def test_contrast_turns_about_mid_grey_and_brightness_shifts() -> None:
+    levels = torch.tensor([0, 51, 204, 255], dtype=torch.uint8).view(1, 1, 2, 2)
+    contrast = augment(levels, Augmentation(contrast=0.5), 1).flatten() - 0.5
+    gain = contrast / (levels.flatten() / 255 - 0.5)
+    torch.testing.assert_close(gain, gain[:1].expand(4))
+    assert np.exp(-0.5) <= gain[0] <= np.exp(0.5)
+    added = (augment(levels, Augmentation(brightness=0.2), 1) - levels / 255).flatten()
+    torch.testing.assert_close(added, added[:1].expand(4))
+    assert abs(added[0]) <= 0.2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"zoom": -0.1}, {"zoom": 1}, {"flip": 1.5}, {"rotate": 181}, {"zoon": 0.1},
+     {"noise": float("nan")}],
+)  # fmt: skip
+def test_settings_out_of_range_or_unknown_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        Augmentation(**settings)

@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gigabatch.data.keyed import key, permute
+from gigabatch.data.order import Order, batch_samples, deal, rounds
+
+ORDERS = st.builds(
+    Order,
+    # An empty shard is legal: it holds no sample and takes a place in the walk.
+    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any).map(tuple),
+    st.integers(0, 2**63 - 1),
+    st.integers(1, 15),
+)
+SMALL = Order((3, 5, 2, 4), seed=11, window=2)
+
+
+def epoch_of(order: Order, epoch: int) -> np.ndarray:
+    first = epoch * order.epoch_size
+    epochs, samples = order.locate(np.arange(first, first + order.epoch_size))
+    assert (epochs == epoch).all()
+    return samples
+
+
+@given(order=ORDERS, epoch=st.integers(0, 10**6))
+def test_each_sample_comes_once_an_epoch(order: Order, epoch: int) -> None:
+    assert np.array_equal(np.sort(epoch_of(order, epoch)), np.arange(order.epoch_size))
+
+
+def test_golden_positions() -> None:
+    """The order is a versioned format: a resumed run must see the order that it began with."""
+    epochs, samples = SMALL.locate(np.arange(28))
+    assert epochs.tolist() == [0] * 14 + [1] * 14
+    assert samples[:14].tolist() == [13, 10, 6, 4, 12, 3, 7, 11, 5, 8, 2, 9, 0, 1]
+    assert samples[14:].tolist() == [1, 9, 2, 0, 8, 6, 4, 13, 12, 10, 3, 5, 7, 11]
+
+
+def test_seeking_to_position_a_billion_equals_the_walk_and_is_fast() -> None:
+    order = Order((1000,) * 10_000, seed=3, window=8)
+    began = time.perf_counter()
+    epochs, samples = order.locate(np.array([10**9, 10**9 + 1, 10**9 + 7 * 10**6]))
+    assert time.perf_counter() - began < 0.5
+    assert epochs.tolist() == [100, 100, 100]
+    assert samples.tolist() == [walk_to(order, 100, offset) for offset in (0, 1, 7 * 10**6)]
+
+
+def walk_to(order: Order, epoch: int, offset: int) -> int:
+    """The sample at `offset`, by visiting shards and windows one after the other."""
+    sizes = order.shard_sizes
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    places = permute(np.arange(len(sizes)), len(sizes), key(order.seed, "shards", epoch)).tolist()
+    for window in range(0, len(places), order.window):
+        rows = [
+            sample
+            for shard in places[window : window + order.window]
+            for sample in range(starts[shard], starts[shard + 1])
+        ]
+        if offset < len(rows):
+            stream = key(order.seed, "window", epoch, window // order.window)
+            return rows[int(permute(np.array([offset]), len(rows), stream)[0])]
+        offset -= len(rows)
+    raise AssertionError("past the end of the epoch")
+
+
+@given(order=ORDERS, data=st.data())
+def test_a_lookup_equals_the_walk(order: Order, data: st.DataObject) -> None:
+    epoch = data.draw(st.integers(0, 1000))
+    offset = data.draw(st.integers(0, order.epoch_size - 1))
+    _, samples = order.locate(np.array([epoch * order.epoch_size + offset]))
+    assert samples.tolist() == [walk_to(order, epoch, offset)]
+
+
+@given(order=ORDERS, epoch=st.integers(0, 5))
+def test_a_window_draws_from_its_own_shards_only(order: Order, epoch: int) -> None:
+    sizes, first = np.array(order.shard_sizes), np.cumsum((0, *order.shard_sizes))
+    shard = np.searchsorted(first, epoch_of(order, epoch), side="right") - 1
+    # Shards in the order of their first appearance must come in groups of `window` that close.
+    visit = permute(np.arange(len(sizes)), len(sizes), key(order.seed, "shards", epoch))
+    offset = 0
+    for w in range(0, len(sizes), order.window):
+        mixed = visit[w : w + order.window]
+        count = int(sizes[mixed].sum())
+        assert set(shard[offset : offset + count]) <= set(mixed.tolist())
+        offset += count
+
+
+def test_seeds_and_epochs_shuffle_differently() -> None:
+    one = Order((50, 50), seed=1, window=2)
+    two = Order((50, 50), seed=2, window=2)
+    assert not np.array_equal(epoch_of(one, 0), epoch_of(two, 0))
+    assert not np.array_equal(epoch_of(one, 0), epoch_of(one, 1))
+    assert not np.array_equal(epoch_of(one, 0), np.arange(100))
+
+
+@given(order=ORDERS, step=st.integers(1, 10**6), size=st.integers(1, 64))
+def test_a_batch_is_its_positions_sorted(order: Order, step: int, size: int) -> None:
+    batch = batch_samples(order, step, size)
+    assert (np.diff(batch) >= 0).all()
+    positions = np.arange((step - 1) * size, step * size)
+    assert np.array_equal(batch, np.sort(order.locate(positions)[1]))
+
+
+def test_a_batch_may_straddle_two_epochs() -> None:
+    batch = batch_samples(SMALL, 2, 10)
+    assert batch.tolist() == [0, 0, 1, 1, 2, 2, 6, 8, 9, 9]
+    ends = epoch_of(SMALL, 0)[10:].tolist() + epoch_of(SMALL, 1)[:6].tolist()
+    assert batch.tolist() == sorted(ends)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 8, 24, 100])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 8, 24, 31])
+def test_deal_covers_every_micro_batch_once_in_even_runs(
+    micro_batches: int, world_size: int
+) -> None:
+    runs = [deal(micro_batches, world_size, rank) for rank in range(world_size)]
+    assert [j for run in runs for j in run] == list(range(micro_batches))
+    lengths = [len(run) for run in runs]
+    assert max(lengths) - min(lengths) <= 1
+    assert rounds(micro_batches, world_size) == max(lengths)

@@ -1,0 +1,295 @@
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tarfiles import overwrite, write_tar
+
+from gigabatch.data.decode import ImageSettings
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import Index, open_index
+from gigabatch.data.keyed import key
+from gigabatch.data.order import Order, batch_samples
+from gigabatch.data.stream import (
+    EvalPlans,
+    MicroBatch,
+    Plan,
+    Sample,
+    TrainPlans,
+    by_step,
+    captions,
+    open_stream,
+)
+from gigabatch.data.tokenizer import TextSettings, train_bpe
+
+# Three loader workers on a machine of two cores are what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+GLOBAL, MICRO = 24, 4
+
+
+@pytest.fixture(scope="module")
+def index(shards: Path) -> Index:
+    return open_index(shards / "train")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_bpe(captions(index, 1000), TextSettings(vocab_size=300, length=12)).save(str(path))
+    return path
+
+
+@pytest.fixture
+def stream(index: Index, tokenizer: Path) -> Iterator[Callable[..., list[MicroBatch]]]:
+    def read(
+        plans: Any, workers: int = 0, stages: Sequence[Any] = (), of: Index = index
+    ) -> list[MicroBatch]:
+        opened = open_stream(
+            of, plans, images=ImageSettings(size=8), tokenizer=tokenizer,
+            columns=["concept", "colour"], seed=5, workers=workers, prefetch=2, stages=stages,
+        )  # fmt: skip
+        return list(opened)
+
+    yield read
+    gc.collect()  # a traceback holds loader workers, which else end in the midst of another test
+
+
+def plans(
+    index: Index, world_size: int = 1, rank: int = 0, first: int = 1, last: int = 3
+) -> TrainPlans:
+    order = Order(index.shard_sizes, seed=5, window=2)
+    return TrainPlans(order, GLOBAL, MICRO, world_size, rank, first, last)
+
+
+def assert_equal(one: Sequence[MicroBatch], two: Sequence[MicroBatch]) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert (a.step, a.number, a.real, a.keys) == (b.step, b.number, b.real, b.keys)
+        assert a.tensors.keys() == b.tensors.keys()
+        for name in a.tensors:
+            assert torch.equal(a.tensors[name], b.tensors[name]), name
+
+
+def test_micro_batches_hold_what_the_shards_hold(
+    index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    batches = stream(plans(index))
+    assert [(b.step, b.number) for b in batches] == [(s, j) for s in (1, 2, 3) for j in range(6)]
+    for step in (1, 2, 3):
+        rows = torch.cat([b.tensors["sample"] for b in batches if b.step == step])
+        assert rows.tolist() == batch_samples(plans(index).order, step, GLOBAL).tolist()
+    for batch in batches:
+        assert batch.real
+        tensors, samples = batch.tensors, batch.tensors["sample"].tolist()
+        assert set(tensors) == {"sample", "concept", "colour", "image", "text", "text_mask"}
+        assert batch.keys == tuple(index.key(s) for s in samples)
+        # Sample s of the set is the s-th written, of concept s % 50: see support.write_samples.
+        assert tensors["concept"].tolist() == [s % 50 for s in samples]
+        assert (tensors["colour"] == colour_codes(tensors["concept"])).all()
+        assert tensors["image"].shape == (MICRO, 3, 8, 8)
+        assert tensors["image"].dtype == torch.uint8
+        assert tensors["text"].shape == tensors["text_mask"].shape == (MICRO, 12)
+
+
+def colour_codes(concepts: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([key("column", f'"shade {c}"') >> 1 for c in concepts.tolist()])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loader_workers_change_nothing(
+    workers: int, index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    assert_equal(stream(plans(index), workers=workers), stream(plans(index)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 8])
+def test_ranks_together_hold_the_global_batch_once(
+    world_size: int, index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    whole = stream(plans(index))
+    ranks = [stream(plans(index, world_size, rank)) for rank in range(world_size)]
+    per_step = plans(index, world_size).per_step
+    # Collectives pair up: as many micro-batches on every rank, in every step.
+    for rank in ranks:
+        assert [b.step for b in rank] == [s for s in (1, 2, 3) for _ in range(per_step)]
+    real = [b for rank in ranks for b in rank if b.real]
+    assert_equal(sorted(real, key=lambda b: (b.step, b.number)), whole)
+    for dummy in (b for rank in ranks for b in rank if not b.real):
+        assert len(dummy.keys) == len(dummy.tensors["image"]) == 1
+        assert dummy.number == GLOBAL // MICRO  # a name that no real one has
+        assert dummy.keys[0] in whole[0].keys + whole[6].keys + whole[12].keys
+
+
+def test_starting_at_a_later_step_equals_skipping(
+    index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    late = stream(plans(index, first=8, last=10))  # step 9 straddles the edge of the first epoch
+    assert_equal(late, stream(plans(index, first=1, last=10))[-len(late) :])
+
+
+def test_by_step_groups(index: Index, stream: Callable[..., list[MicroBatch]]) -> None:
+    mine = plans(index, world_size=4, rank=1)
+    steps = list(by_step(stream(mine), mine.per_step))
+    assert [[b.step for b in step] for step in steps] == [[1, 1], [2, 2], [3, 3]]
+
+
+class Noise:
+    """A user's random stage, of all three generators."""
+
+    def __call__(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            shift = random.randrange(50) + np.random.randint(50) + int(torch.randint(50, ()))
+            yield sample | {"image": (sample["image"].int() + shift).clamp(max=255).byte()}
+
+
+def test_random_user_stages_are_the_same_for_any_workers_and_ranks(
+    index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    plain, noisy = stream(plans(index)), stream(plans(index), stages=[Noise()])
+    shifts = [
+        (a.tensors["image"].int() - b.tensors["image"].int()).amax((1, 2, 3)).tolist()
+        for a, b in zip(noisy, plain, strict=True)
+    ]
+    assert len({shift for row in shifts for shift in row}) > 20
+    assert len({tuple(row) for row in shifts}) == len(shifts)
+    for workers in (1, 3):
+        assert_equal(stream(plans(index), workers=workers, stages=[Noise()]), noisy)
+    mine = [b for b in stream(plans(index, 3, 1), stages=[Noise()]) if b.real]
+    assert_equal(mine, [b for b in noisy if b.number in (2, 3)])
+
+
+def drop_one(samples: Iterator[Sample]) -> Iterator[Sample]:
+    yield from (sample for i, sample in enumerate(samples) if i != 6)
+
+
+def drop_a_micro_batch(samples: Iterator[Sample]) -> Iterator[Sample]:
+    yield from (sample for i, sample in enumerate(samples) if i // MICRO != 1)
+
+
+def drop_the_last(samples: Iterator[Sample]) -> Iterator[Sample]:
+    held = None
+    for sample in samples:
+        if held is not None:
+            yield held
+        held = sample
+
+
+def repeat(samples: Iterator[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        yield sample
+        yield sample
+
+
+def swap(samples: Iterator[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        yield next(samples)
+        yield sample
+
+
+def drop_all(samples: Iterator[Sample]) -> Iterator[Sample]:
+    yield from [s for s in samples if False]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    "stage", [drop_one, drop_a_micro_batch, drop_the_last, repeat, swap, drop_all]
+)
+def test_stages_that_lose_repeat_or_move_samples_are_refused(
+    stage: Any, workers: int, index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    with pytest.raises(GigabatchError, match="a data stage dropped, repeated or moved") as caught:
+        stream(plans(index), workers=workers, stages=[stage])
+    assert "\n" not in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_samples_before_the_fault_still_come(index: Index, tokenizer: Path) -> None:
+    opened = open_stream(
+        index, plans(index), images=ImageSettings(size=8), tokenizer=tokenizer, columns=[],
+        seed=5, workers=2, prefetch=2, stages=[drop_the_last],
+    )  # fmt: skip
+    iterator = iter(opened)
+    first = [next(iterator) for _ in range(16)]
+    assert [(b.step, b.number) for b in first[-2:]] == [(3, 2), (3, 3)]
+    with pytest.raises(GigabatchError, match="micro-batch 4 of step 3"):
+        next(iterator)
+
+
+def test_a_bug_in_a_user_stage_keeps_its_type(
+    index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    def fail(samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            yield sample | {"image": 1 // 0}
+
+    with pytest.raises(ZeroDivisionError):
+        stream(plans(index), stages=[fail])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_image_is_named_with_its_shard(
+    workers: int, shards: Path, tmp_path: Path, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    for shard in (shards / "train").glob("*.tar"):
+        (tmp_path / shard.name).write_bytes(shard.read_bytes())
+    copy = open_index(tmp_path)
+    sample = plans(copy).order.locate(np.array([30]))[1][0]
+    shard = tmp_path / copy.shards[copy.shard_of(sample)]
+    overwrite(shard, copy.span(sample, "png")[0] + 40, bytes(64))
+    with pytest.raises(GigabatchError) as caught:
+        stream(plans(copy), workers=workers, of=copy)
+    message = str(caught.value)
+    assert message.startswith(f"{shard}: sample '{copy.key(sample)}': the image cannot be decoded")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("members", "why"),
+    [
+        ({"a.txt": b"x", "a.json": b"{}"}, "no sample has a .png or .jpg"),
+        ({"a.png": b"x", "a.json": b"{}"}, "no sample has a .txt"),
+        ({"a.png": b"x", "a.txt": b"x"}, "no sample has a .json"),
+    ],
+)
+def test_sets_without_the_members_are_refused_at_once(
+    members: dict[str, bytes], why: str, tmp_path: Path, tokenizer: Path
+) -> None:
+    write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(GigabatchError) as caught:
+        open_stream(
+            open_index(tmp_path), [], images=ImageSettings(size=8), tokenizer=tokenizer,
+            columns=["x"], seed=0, workers=0, prefetch=1,
+        )  # fmt: skip
+    assert why in str(caught.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 60])
+@pytest.mark.parametrize("count", [1, 7, 8, 50, 200])
+def test_evaluation_covers_each_sample_once(count: int, world_size: int) -> None:
+    ranks = [list(EvalPlans(count, 8, world_size, rank)) for rank in range(world_size)]
+    assert len({len(rank) for rank in ranks}) == 1
+    real = [sample for rank in ranks for plan in rank if plan.real for sample in plan.samples]
+    assert real == list(range(count))
+    assert all(plan == Plan(0, -(-count // 8), False, (0,))
+               for rank in ranks for plan in rank if not plan.real)  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_last_micro_batch_of_an_evaluation_may_be_short(
+    workers: int, index: Index, stream: Callable[..., list[MicroBatch]]
+) -> None:
+    batches = stream(EvalPlans(len(index), 64, 1, 0), workers=workers)
+    assert [len(b.keys) for b in batches] == [64, 64, 64, 8]
+    assert torch.cat([b.tensors["sample"] for b in batches]).tolist() == list(range(200))
+
+
+@pytest.mark.parametrize(("limit", "count"), [(1000, 200), (200, 200), (50, 50), (60, 50), (1, 1)])
+def test_captions_are_evenly_spaced(limit: int, count: int, index: Index) -> None:
+    assert len(list(captions(index, limit))) <= limit
+    assert len(list(captions(index, limit))) == count

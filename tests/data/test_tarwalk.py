@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import io
+import struct
+import tarfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tarfiles import FORMATS, listed, overwrite, shard_of, write_tar
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.tarwalk import BLOCK, walk
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(GigabatchError) as caught:
+        list(walk(path))
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def shard(tmp_path: Path) -> Path:
+    return shard_of(tmp_path / "set")
+
+
+def test_webdataset_shards_hold_what_tarfile_says(shard: Path) -> None:
+    found = [tuple(member) for member in walk(shard)]
+    assert len(found) == 36
+    assert found == listed(shard)
+
+
+@pytest.mark.parametrize("dialect", FORMATS)
+@settings(max_examples=40)
+@given(
+    names=st.lists(
+        st.text("abcé/", min_size=1, max_size=90).map(lambda s: s.strip("/") or "x"),
+        unique=True, max_size=8,
+    ),
+    sizes=st.lists(st.integers(0, 1600), min_size=8, max_size=8),
+)  # fmt: skip
+def test_every_dialect_reads_as_tarfile_reads_it(
+    dialect: str, names: list[str], sizes: list[int], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    data = dict(zip(names, (bytes([i]) * n for i, n in enumerate(sizes)), strict=False))
+    path = write_tar(tmp_path_factory.mktemp("dialect") / "s.tar", data, dialect)
+    assert [tuple(member) for member in walk(path)] == listed(path)
+
+
+@pytest.mark.parametrize("dialect", ["gnu", "pax"])
+def test_names_too_long_for_a_header(dialect: str, tmp_path: Path) -> None:
+    names = ["a" * 300 + ".png", "short.png", "d" * 120 + "/" + "e" * 120 + "/ü.png"]
+    path = write_tar(tmp_path / "s.tar", [(name, b"x" * 700) for name in names], dialect)
+    assert [m.name for m in walk(path)] == names
+    assert [tuple(member) for member in walk(path)] == listed(path)
+
+
+def test_ustar_prefixes_join_names(tmp_path: Path) -> None:
+    name = "d" * 90 + "/" + "e" * 60 + ".png"
+    path = write_tar(tmp_path / "s.tar", {name: b"x"})
+    assert [m.name for m in walk(path)] == [name]
+
+
+@pytest.mark.parametrize("dialect", ["gnu", "pax"])
+def test_a_folder_keeps_its_long_name_to_itself(dialect: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=FORMATS[dialect]) as tar:
+        folder = tarfile.TarInfo("d" * 150)
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        file = tarfile.TarInfo("x.txt")
+        file.size = 3
+        tar.addfile(file, io.BytesIO(b"abc"))
+    assert [m.name for m in walk(path)] == ["x.txt"]
+
+
+def test_binary_extended_attributes_are_passed_over(tmp_path: Path) -> None:
+    """GNU tar --xattrs writes file capabilities as raw bytes."""
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        file = tarfile.TarInfo("x.txt")
+        file.pax_headers = {"SCHILY.xattr.security.capability": "\udcff\udcfe"}
+        tar.addfile(file)
+    assert b"\xff\xfe" in path.read_bytes()
+    assert [m.name for m in walk(path)] == ["x.txt"]
+
+
+def test_base_256_sizes_are_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "s.tar", {"x.txt": b"abc"})
+    header = bytearray(path.read_bytes()[:BLOCK])
+    header[124:136] = b"\x80" + bytes(3) + struct.pack(">Q", 3)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    overwrite(path, 0, bytes(header))
+    assert [m.size for m in walk(path)] == [3] == [size for _, _, size in listed(path)]
+
+
+def test_cut_at_a_member_edge(shard: Path) -> None:
+    _, offset, _ = listed(shard)[7]
+    edge = offset - BLOCK
+    shard.write_bytes(shard.read_bytes()[:edge])
+    message = refusal(shard)
+    assert f"at byte {edge}:" in message
+    assert "cut short" in message
+
+
+def test_cut_inside_the_data(shard: Path) -> None:
+    _, offset, _ = listed(shard)[9]
+    shard.write_bytes(shard.read_bytes()[: offset + 1])
+    message = refusal(shard)
+    assert f"at byte {offset}:" in message
+    assert "truncated" in message
+
+
+def test_cut_inside_a_header(shard: Path) -> None:
+    _, offset, _ = listed(shard)[9]
+    shard.write_bytes(shard.read_bytes()[: offset - 100])
+    assert f"at byte {offset - BLOCK}:" in refusal(shard)
+
+
+@settings(max_examples=60, deadline=None)
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_no_cut_goes_unnoticed(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("cut") / "s.tar"
+    write_tar(path, {f"{i}.txt": b"x" * 100 * i for i in range(6)})
+    last = listed(path)[-1]
+    end = last[1] + -(-last[2] // BLOCK) * BLOCK + BLOCK  # of the first block of the end mark
+    path.write_bytes(path.read_bytes()[: int(share * end)])
+    refusal(path)
+
+
+@pytest.mark.parametrize("byte", [0, 99, 124, 135, 148, 156, 257, 345, 511])
+def test_one_bad_header_byte(shard: Path, byte: int) -> None:
+    _, offset, _ = listed(shard)[5]
+    position = offset - BLOCK + byte
+    overwrite(shard, position, bytes([shard.read_bytes()[position] ^ 0x55]))
+    message = refusal(shard)
+    assert f"at byte {offset - BLOCK}:" in message
+    assert "damaged" in message
+
+
+def test_a_kibibyte_of_zeros_over_a_header(shard: Path) -> None:
+    _, offset, _ = listed(shard)[6]
+    overwrite(shard, offset - BLOCK, bytes(1024))
+    message = refusal(shard)
+    assert f"at byte {offset - BLOCK}:" in message
+    assert "followed by more data" in message
+
+
+@pytest.mark.parametrize("start", [0, 300])
+def test_an_error_page_in_place_of_a_tar(tmp_path: Path, start: int) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(b" " * start + b"<html><body>404 Not Found</body></html>" * 60)
+    message = refusal(path)
+    assert "at byte 0:" in message
+    assert "not a tar file" in message
+
+
+@pytest.mark.parametrize("size", [0, 200, 512, 10240])
+def test_files_without_members(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(bytes(size))
+    if size < BLOCK:
+        assert "at byte 0:" in refusal(path)
+    else:
+        assert list(walk(path)) == []
+
+
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+        link = tarfile.TarInfo("b.txt")
+        link.type, link.linkname = kind, "/etc/passwd"
+        tar.addfile(link)
+    message = refusal(path)
+    assert f"at byte {BLOCK}:" in message
+    assert "only files" in message
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT, encoding="latin-1") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+        tar.addfile(tarfile.TarInfo("é.txt"))
+    assert f"at byte {BLOCK}:" in refusal(path)
+
+
+@pytest.mark.parametrize("size", ["-1024", "many"])
+def test_impossible_sizes_in_extended_headers_are_refused(tmp_path: Path, size: str) -> None:
+    path = tmp_path / "s.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        file = tarfile.TarInfo("x.txt")
+        file.pax_headers = {"size": size}
+        tar.addfile(file)
+    refusal(path)

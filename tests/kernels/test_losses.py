@@ -1,0 +1,308 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from dense import (
+    Case,
+    Result,
+    assert_as_exact_as_torch,
+    dense_loss,
+    differentiate,
+    make_case,
+    positives,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gigabatch.kernels import Eq, Local, Lse, contrastive_loss, lse_stats, tiled
+
+BACKENDS = ["reference", "tiled"]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+CASES = st.builds(
+    make_case,
+    m=st.integers(1, 40),
+    n=st.integers(1, 40),
+    d=st.integers(1, 17),
+    scale=st.floats(-2, 2).map(lambda exponent: 10**exponent),
+    ids=st.integers(1, 60),  # from all alike to hardly any positive
+    seed=st.integers(0, 10**6),
+    symmetric=st.booleans(),
+)
+SQUARES = st.builds(
+    lambda n, d, seed, scale, symmetric: make_case(n, n, d, scale, None, seed, symmetric),
+    st.integers(1, 40), st.integers(1, 17), st.integers(0, 10**6),
+    st.sampled_from([0.01, 1.0, 14.3, 100.0]), st.booleans(),
+)  # fmt: skip
+
+
+@pytest.fixture(params=["whole", "ragged"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles larger than these inputs, then so small that there are many, not all full."""
+    if request.param == "ragged":
+        monkeypatch.setattr(tiled, "ROWS", 7)
+        monkeypatch.setattr(tiled, "COLUMNS", 5)
+
+
+def checked(case: Case, backend: str) -> Result:
+    ours = differentiate(case, backend)
+    assert ours.finite()
+    assert_as_exact_as_torch(case, ours)
+    return ours
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60)
+@given(case=CASES)
+def test_value_and_gradients_equal_the_dense_ones(
+    backend: str, dtype: torch.dtype, case: Case
+) -> None:
+    checked(case.to(dtype), backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60)
+@given(case=CASES)
+def test_ragged_tiles_equal_the_dense_matrix(dtype: torch.dtype, case: Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "ROWS", 7)
+        patch.setattr(tiled, "COLUMNS", 5)
+        checked(case.to(dtype), "tiled")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=40)
+@given(case=SQUARES)
+def test_without_ids_row_i_matches_key_i(backend: str, case: Case) -> None:
+    assert case.ids_q is None
+    ours = checked(case.to(torch.float32), backend)
+    logits = case.scale * case.q @ case.k.T
+    target = torch.arange(len(logits))
+    clip = torch.nn.functional.cross_entropy(logits, target)
+    if case.symmetric:
+        clip = (clip + torch.nn.functional.cross_entropy(logits.T, target)) / 2
+    torch.testing.assert_close(ours.value.double(), clip, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ids_of_the_queries_alone_hold_for_the_keys_too(backend: str) -> None:
+    case = make_case(20, 20, 8, ids=7)
+    alone = Case(case.q, case.k, case.scale, case.ids_q)
+    both = Case(case.q, case.k, case.scale, case.ids_q, case.ids_q)
+    assert differentiate(alone, backend).equal(differentiate(both, backend))
+    checked(alone, backend)
+
+
+def test_the_default_back_end_is_tiled() -> None:
+    case = make_case(30, 20, 8).to(torch.float32)
+    assert differentiate(case).equal(differentiate(case, "tiled"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.usefixtures("tiles")
+def test_gradcheck(backend: str, symmetric: bool) -> None:
+    case = make_case(9, 12, 4, scale=3.0, ids=5, symmetric=symmetric)
+
+    def loss(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
+        return contrastive_loss(
+            q, k, scale, ids_q=case.ids_q, ids_k=case.ids_k, symmetric=symmetric, backend=backend
+        )
+
+    inputs = tuple(t.clone().requires_grad_() for t in (case.q, case.k, case.scale))
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("tiles")
+def test_gradcheck_of_several_statistics_with_scales_of_their_own(backend: str) -> None:
+    case = make_case(9, 12, 4, ids=5)
+    assert case.ids_q is not None
+    assert case.ids_k is not None
+    ids_q, ids_k = case.ids_q, case.ids_k
+
+    def stats(q: Tensor, k: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
+        lses = [Lse("rows", scales[0]), Lse("columns", scales[1]), Lse("rows", scales[2])]
+        found = lse_stats(q, Local(k, {"id": ids_k}), lses, Eq(ids_q, "id"), backend)
+        return (*found.z, *found.positive)
+
+    scales = [torch.tensor(s, dtype=torch.float64) for s in (0.5, 2.0, 7.0)]
+    inputs = tuple(t.clone().requires_grad_() for t in (case.q, case.k, *scales))
+    assert torch.autograd.gradcheck(stats, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("tiles")
+def test_statistics_are_what_their_formulas_say(backend: str) -> None:
+    case = make_case(23, 17, 6, ids=9)
+    assert case.ids_q is not None
+    assert case.ids_k is not None
+    lses = [Lse("columns", torch.tensor(2.0)), Lse("rows", torch.tensor(30.0))]
+    keys = Local(case.k, {"id": case.ids_k})
+    found = lse_stats(case.q, keys, lses, Eq(case.ids_q, "id"), backend)
+    scores, mask = case.q @ case.k.T, positives(case)
+    torch.testing.assert_close(found.z[0], (2 * scores).logsumexp(0))
+    torch.testing.assert_close(found.z[1], (30 * scores).logsumexp(1))
+    torch.testing.assert_close(found.positive[0], (scores * mask).sum(0))
+    torch.testing.assert_close(found.positive[1], (scores * mask).sum(1))
+    assert [c.tolist() for c in found.count] == [mask.sum(0).tolist(), mask.sum(1).tolist()]
+    assert found.count[0].dtype == torch.int64
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_second_derivative_is_refused_not_wrong(backend: str) -> None:
+    case = make_case(6, 6, 4)
+    q = case.q.clone().requires_grad_()
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    loss = contrastive_loss(
+        q, case.k, case.scale, ids_q=case.ids_q, ids_k=case.ids_k, backend=backend
+    )
+    (dq,) = torch.autograd.grad(weight * loss, q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dq.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.usefixtures("tiles")
+def test_rows_without_a_positive_weigh_nothing(backend: str, dtype: torch.dtype) -> None:
+    """Neither in the sum nor in the count, though they stay negatives of the other side."""
+    case = make_case(12, 15, 8, symmetric=False).to(dtype)
+    assert case.ids_q is not None
+    ids_q = case.ids_q.clone()
+    ids_q[[2, 5, 11]] = -1  # no key has it
+    with_strangers = Case(case.q, case.k, case.scale, ids_q, case.ids_k, symmetric=False)
+    kept = ids_q != -1
+    without = Case(case.q[kept], case.k, case.scale, ids_q[kept], case.ids_k, symmetric=False)
+    one, two = checked(with_strangers, backend), checked(without, backend)
+    torch.testing.assert_close(one.value, two.value)
+    assert (one.dq[~kept] == 0).all()
+    torch.testing.assert_close(one.dq[kept], two.dq)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.usefixtures("tiles")
+def test_no_positive_at_all_gives_zero(backend: str, dtype: torch.dtype, symmetric: bool) -> None:
+    case = make_case(12, 15, 8, scale=100.0).to(dtype)
+    nothing = Case(case.q, case.k, case.scale, torch.arange(12), 100 + torch.arange(15), symmetric)
+    result = differentiate(nothing, backend)
+    for tensor in (result.value, result.dq, result.dk, result.dscale):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("m", "n"), [(0, 5), (5, 0), (0, 0)])
+def test_empty_sides_give_zero(backend: str, m: int, n: int) -> None:
+    result = differentiate(make_case(m, n, 4).to(torch.float32), backend)
+    assert result.dq.shape == (m, 4)
+    assert result.dk.shape == (n, 4)
+    for tensor in (result.value, result.dq, result.dk, result.dscale):
+        assert (tensor == 0).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.usefixtures("tiles")
+def test_scores_of_128_do_not_overflow(backend: str, dtype: torch.dtype, scale: float) -> None:
+    signs = torch.where(torch.rand(24, 8, generator=torch.Generator().manual_seed(1)) < 0.5, -1, 1)
+    rows = 4.0 * signs  # of squared length 128: scores run from -128 to 128
+    case = Case(rows[:12], rows[8:], torch.tensor(scale), torch.arange(12), torch.arange(8, 24)).to(
+        dtype
+    )
+    assert (case.q @ case.k.T).abs().max() == 128
+    checked(case, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("offset", [128.0, -128.0])
+@pytest.mark.usefixtures("tiles")
+def test_a_common_offset_of_all_logits_changes_nothing(backend: str, offset: float) -> None:
+    """exp(12800) is no float: only a true maximum saves the sums."""
+    case = make_case(13, 11, 6, scale=100.0)
+    one, minus = torch.ones(13, 1).double(), torch.full((11, 1), offset).double()
+    moved = Case(
+        torch.cat([case.q, one], 1), torch.cat([case.k, minus], 1), case.scale, case.ids_q,
+        case.ids_k,
+    )  # fmt: skip
+    plain, lifted = differentiate(case, backend), differentiate(moved, backend)
+    torch.testing.assert_close(lifted.value, plain.value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lifted.dq[:, :6], plain.dq, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(lifted.dk[:, :6], plain.dk, rtol=1e-7, atol=1e-9)
+
+
+def test_late_gradients_survive_bfloat16() -> None:
+    """Rows found almost surely: the positive weight must be taken off before G is rounded."""
+    case = make_case(64, 64, 32, scale=100.0, ids=None, seed=4)
+    near = torch.nn.functional.normalize(case.q + 1.3 * case.k, dim=1)
+    late = Case(case.q, near, case.scale).to(torch.bfloat16)
+    ours = differentiate(late, "tiled")
+    exact = differentiate(late.to(torch.float64), dense=True)
+    plain = differentiate(late, dense=True)
+    error, torchs = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
+    assert error < 0.01 * exact.dq.norm()
+    assert error < 0.1 * torchs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_calls_agree_to_the_last_bit(backend: str, dtype: torch.dtype) -> None:
+    case = make_case(700, 1100, 16, ids=50).to(dtype)
+    assert differentiate(case, backend).equal(differentiate(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tiles_larger_than_one_panel_of_the_default_size(backend: str) -> None:
+    case = make_case(tiled.ROWS + 3, tiled.COLUMNS + 5, 3, ids=900)
+    checked(case.to(torch.float32), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_permuting_rows_permutes_gradients(backend: str) -> None:
+    case = make_case(20, 20, 8)
+    assert case.ids_q is not None
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    moved = Case(case.q[order], case.k, case.scale, case.ids_q[order], case.ids_k)
+    one, two = differentiate(case, backend), differentiate(moved, backend)
+    torch.testing.assert_close(two.value, one.value)
+    torch.testing.assert_close(two.dq, one.dq[order])
+    torch.testing.assert_close(two.dk, one.dk)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layouts_do_not_matter(backend: str) -> None:
+    case = make_case(20, 24, 8)
+    strided = Case(
+        case.q.T.contiguous().T, case.k.repeat(1, 2)[:, :8], case.scale, case.ids_q, case.ids_k
+    )
+    one, two = differentiate(case, backend), differentiate(strided, backend)
+    torch.testing.assert_close(two.value, one.value)
+    torch.testing.assert_close(two.dq, one.dq)
+    torch.testing.assert_close(two.dk, one.dk)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradients_of_one_input_alone(backend: str) -> None:
+    case = make_case(20, 24, 8)
+    whole = differentiate(case, backend)
+    for name, expected in (("q", whole.dq), ("k", whole.dk), ("scale", whole.dscale)):
+        inputs = {n: getattr(case, n).clone() for n in ("q", "k", "scale")}
+        inputs[name].requires_grad_()
+        loss = contrastive_loss(**inputs, ids_q=case.ids_q, ids_k=case.ids_k, backend=backend)
+        loss.backward()
+        assert torch.equal(inputs[name].grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_same_tensor_on_both_sides(backend: str) -> None:
+    """Text against text: both gradients flow into the one tensor."""
+    case = make_case(15, 1, 6)
+    q = case.q.clone().requires_grad_()
+    contrastive_loss(q, q, case.scale, backend=backend).backward()
+    other = case.q.clone().requires_grad_()
+    mask = torch.eye(15, dtype=torch.bool)
+    dense_loss(other, other, case.scale, mask, symmetric=True).backward()
+    torch.testing.assert_close(q.grad, other.grad)

@@ -1,0 +1,77 @@
+"""Towers of a user's own, for tests of `kind: module`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Pixels(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(3, width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.linear(images.mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.embedding = nn.Embedding(1000, width)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        return (self.embedding(tokens) * mask.unsqueeze(-1)).sum(1)
+
+
+class Broken(Pixels):
+    """Its output is never finite."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * torch.nan
+
+
+class BrokenBackward(Pixels):
+    """Sound forwards; its gradient is not finite on the rank that BROKEN_RANK names."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return _NanGradient.apply(super().forward(images))
+
+
+class _NanGradient(torch.autograd.Function):
+    broken = False
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * torch.nan if _NanGradient.broken else grad
+
+
+class Crashing(Pixels):
+    """Fails at its first image, as a programming error would."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise RuntimeError("this tower cannot see")
+
+
+class Normed(Pixels):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width)
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.norm(super().forward(images))
+
+
+class Scaled(Pixels):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__(width)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * self.temperature

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.checkpoint import latest_checkpoint, save_checkpoint
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.runfolder import RunFolder
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "000001.json").touch()
+    return RunFolder(tmp_path)
+
+
+def save(run: RunFolder, step: int, attempt: int = 1, keep: int = 10) -> None:
+    files = {"towers": {"w": torch.full((3,), float(step))}, "moments": {"m": torch.ones(2)}}
+    save_checkpoint(run, ALONE, attempt, step, files, {"step": step, "data": "x"}, keep)
+
+
+def flip_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_what_is_saved_is_loaded(run: RunFolder) -> None:
+    save(run, 7)
+    found = latest_checkpoint(run)
+    assert found is not None
+    assert (found.step, found.state["data"]) == (7, "x")
+    assert torch.equal(found.tensors("towers")["w"], torch.full((3,), 7.0))
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
+
+
+def test_no_checkpoint_is_none(run: RunFolder) -> None:
+    assert latest_checkpoint(run) is None
+
+
+def test_only_the_newest_are_kept(run: RunFolder) -> None:
+    for step in (1, 2, 3, 4):
+        save(run, step, keep=2)
+    assert run.steps_saved() == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["towers.safetensors", "state.json", "manifest.json"])
+def test_one_flipped_byte_falls_back_loudly(
+    name: str, run: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run, 1)
+    save(run, 2)
+    path = run.checkpoints / "step-00000002" / name
+    flip_byte(path) if name != "manifest.json" else path.write_text("{")
+    with caplog.at_level(logging.WARNING, logger="gigabatch"):
+        found = latest_checkpoint(run)
+    assert found is not None
+    assert found.step == 1
+    assert "step-00000002" in caplog.text
+
+
+def test_a_missing_file_falls_back(run: RunFolder) -> None:
+    save(run, 1)
+    save(run, 2)
+    (run.checkpoints / "step-00000002" / "moments.safetensors").unlink()
+    assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("content", ["", "step-000", "step-99999999\n"])
+def test_a_damaged_latest_does_not_matter(content: str, run: RunFolder) -> None:
+    save(run, 3)
+    (run.checkpoints / "LATEST").write_text(content)
+    assert latest_checkpoint(run).step == 3  # type: ignore[union-attr]
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(run: RunFolder) -> None:
+    for step in (1, 2):
+        save(run, step)
+        flip_byte(run.checkpoints / f"step-{step:08d}" / "towers.safetensors")
+    with pytest.raises(GigabatchError, match="no checkpoint can be loaded"):
+        latest_checkpoint(run)
+
+
+def test_half_written_folders_are_not_checkpoints(run: RunFolder) -> None:
+    save(run, 1)
+    (run.checkpoints / ".step-00000002.000001.tmp").mkdir()
+    assert run.steps_saved() == [1]
+    (run.path / "attempts" / "000002.json").touch()
+    save(run, 2, attempt=2)
+    assert run.steps_saved() == [1, 2]
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_failed_write_leaves_the_old_ones_and_no_rubbish(run: RunFolder) -> None:
+    save(run, 1)
+    # A file where the temporary folder must go: the same as any other error of the file system.
+    (run.checkpoints / ".step-00000002.000001.tmp").write_text("in the way")
+    with pytest.raises(GigabatchError, match="step 2 was not saved"):
+        save(run, 2)
+    assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
+
+
+def test_a_worker_that_was_cut_off_cannot_commit(run: RunFolder) -> None:
+    save(run, 1)
+    (run.path / "attempts" / "000002.json").touch()
+    with pytest.raises(GigabatchError, match="a later one has taken over"):
+        save(run, 2, attempt=1)
+    assert run.steps_saved() == [1]
+    assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_sound_checkpoint_is_never_overwritten(run: RunFolder) -> None:
+    save(run, 1)
+    path = run.checkpoints / "step-00000001" / "towers.safetensors"
+    before = os.stat(path).st_ino
+    save(run, 1)
+    assert os.stat(path).st_ino == before
+
+
+def test_a_damaged_one_is_replaced(run: RunFolder) -> None:
+    save(run, 1)
+    flip_byte(run.checkpoints / "step-00000001" / "towers.safetensors")
+    save(run, 1)
+    assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
+
+
+def test_the_manifest_lists_every_file_with_its_sum(run: RunFolder) -> None:
+    save(run, 5)
+    folder = run.checkpoints / "step-00000005"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
+    assert load_file(folder / "towers.safetensors").keys() == {"w"}

@@ -1,0 +1,314 @@
+"""No key that nothing reads: each key of the config, changed, must change something real."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from support import TINY
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.order import Order
+from gigabatch.data.stream import TrainPlans, open_stream
+from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.trainer.config import Config, known_keys, parse_config, resolve
+from gigabatch.trainer.engine import deepspeed_config
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
+from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.step import tower_inputs
+from gigabatch.trainer.towers import build_towers
+
+VIT = (
+    "{model_type: vit, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 8, image_size: 16, patch_size: 8}"
+)
+
+# key: (override, the probe that must see it, what else both sides need)
+KEYS: dict[str, tuple[str, str, list[str]]] = {
+    "run.name": ("other", "run", []),
+    "run.dir": ("elsewhere", "paths", []),
+    "run.seed": ("1", "batch", []),
+    "data.root": ("/nowhere", "paths", []),
+    "data.train": ("val", "batch", []),
+    "data.window": ("1", "batch", []),
+    "data.workers": ("2", "loaders", []),
+    "data.prefetch": ("3", "loaders", []),
+    "data.image.size": ("24", "batch", []),
+    "data.image.channels": ("1", "batch", []),
+    "data.image.mean": ("0.3", "inputs", []),
+    "data.image.std": ("0.3", "inputs", []),
+    "data.text.tokenizer": ("no/such-name", "batch", []),
+    "data.text.vocab_size": ("310", "batch", []),
+    "data.text.length": ("5", "batch", []),
+    **{
+        f"data.augment.{name}": ("0.4", "inputs", [])
+        for name in (
+            "zoom", "aspect", "rotate", "shear", "shift", "flip", "brightness", "contrast",
+            "saturation", "hue", "noise",
+        )
+    },
+    "batch.global_size": ("64", "batch", []),
+    "batch.micro_size": ("16", "batch", []),
+    "towers.width": ("8", "towers", []),
+    "towers.image.kind": ("module", "towers", []),
+    "towers.image.widths": ("[4, 8]", "towers", []),
+    "towers.image.depths": ("[1, 2]", "towers", []),
+    "towers.image.dropout": ("0.5", "towers", []),
+    "towers.image.freeze": ("true", "towers", []),
+    "towers.image.checkpoint_activations": ("true", "saved", []),
+    "towers.image.head.layers": ("2", "towers", []),
+    "towers.image.head.hidden": ("7", "towers", ["towers.image.head.layers=2"]),
+    "towers.image.name": ("no/such-model", "towers", ["towers.image={kind: huggingface}"]),
+    "towers.image.config": (VIT, "towers", ["towers.image={kind: huggingface}"]),
+    "towers.image.module": ("torch.nn:Linear", "towers", ["towers.image={kind: module}"]),
+    "towers.image.args": (
+        "{width: 6}", "towers",
+        ["towers.image={kind: module, module: 'support_towers:Pixels'}"],
+    ),
+    "towers.text.kind": ("module", "towers", []),
+    "towers.text.width": ("8", "towers", []),
+    "towers.text.layers": ("2", "towers", []),
+    "towers.text.dropout": ("0.5", "towers", []),
+    "towers.text.freeze": ("true", "towers", []),
+    "towers.text.checkpoint_activations": ("true", "saved", []),
+    "towers.text.head.layers": ("2", "towers", []),
+    "towers.text.head.hidden": ("7", "towers", ["towers.text.head.layers=2"]),
+    "towers.text.name": ("no/such-model", "towers", ["towers.text={kind: huggingface}"]),
+    "towers.text.config": ("{model_type: nonsense}", "towers", ["towers.text={kind: huggingface}"]),
+    "towers.text.module": ("torch.nn:Linear", "towers", ["towers.text={kind: module}"]),
+    "towers.text.args": (
+        "{width: 6}", "towers",
+        ["towers.text={kind: module, module: 'support_towers:Tokens'}"],
+    ),
+    "objective.name": ("other", "objective", []),
+    "objective.positives": ("null", "objective", []),
+    "objective.scale": ("5.0", "objective", []),
+    "objective.scale_max": ("10.0", "objective", ["objective.scale=10.0"]),
+    "objective.learn_scale": ("false", "objective", []),
+    "train.steps": ("5", "run", []),
+    "train.precision": ("bf16", "towers", []),
+    "train.zero": ("2", "deepspeed", []),
+    "train.clip": ("0.001", "run", []),
+    "train.max_bad_steps": (
+        "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "optimizer.lr": ("0.1", "optimizer", []),
+    "optimizer.beta1": ("0.5", "optimizer", []),
+    "optimizer.beta2": ("0.5", "optimizer", []),
+    "optimizer.eps": ("0.1", "optimizer", []),
+    "optimizer.weight_decay": ("0.5", "optimizer", []),
+    "optimizer.objective_lr": ("0.5", "run", []),
+    "schedule.name": ("constant", "schedule", []),
+    "schedule.warmup_steps": ("3", "schedule", []),
+    "schedule.decay_steps": ("5", "schedule", ["schedule.name=wsd"]),
+    "schedule.floor": ("0.5", "schedule", []),
+    "checkpoint.every_steps": ("2", "run", []),
+    "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
+    "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
+    "monitor.every_steps": ("2", "run", []),
+    "eval.sets": ("[val]", "run", []),
+    "eval.every_steps": ("1", "run", ["eval.sets=[val]"]),
+    "cluster.launcher": ("torchrun", "command", []),
+    "cluster.workers": ("2", "command", ["cluster.launcher=torchrun"]),
+    "cluster.threads": ("2", "run", []),
+    "cluster.max_restarts": (
+        "1", "command",
+        [
+            "cluster.launcher=torchrun", "cluster.max_restarts=0",
+            "towers.image={kind: module, module: 'support_towers:Crashing'}",
+        ],
+    ),
+}  # fmt: skip
+SLOW = ("command",)
+
+
+def test_the_table_names_every_key() -> None:
+    assert set(KEYS) == set(known_keys(Config))
+
+
+@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if v[1] not in SLOW])
+def test_key_has_an_effect_or_is_refused(key: str, shards: Path, tmp_path: Path) -> None:
+    assert_effect(key, shards, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if v[1] in SLOW])
+def test_key_of_the_launcher_has_an_effect(
+    key: str, shards: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    def command(overrides: list[str], folder: Path) -> Any:
+        path = folder / "c.yaml"
+        path.parent.mkdir()
+        path.write_text(TINY.format(root=shards))
+        settings = ["eval.sets=[]", "train.steps=2", f"run.dir={folder}", "run.name=r"]
+        done = gigabatch("train", path, *settings, *overrides)
+        log = (folder / "r" / "train.log").read_text().splitlines()
+        return {
+            "code": done.returncode,
+            "workers": [line.split(" on ")[0][22:] for line in log if "attempt 1:" in line],
+            "attempts": len(list((folder / "r" / "attempts").iterdir())),
+            "printed": (folder / "r" / "workers.log").exists(),
+        }
+
+    override, _, both = KEYS[key]
+    before = command(both, tmp_path / "before")
+    assert command([*both, f"{key}={override}"], tmp_path / "after") != before
+
+
+def assert_effect(key: str, shards: Path, tmp_path: Path) -> None:
+    override, probe, both = KEYS[key]
+    before = observe(probe, both, shards, tmp_path / "before")
+    after = observe(probe, [*both, f"{key}={override}"], shards, tmp_path / "after")
+    assert after != before
+
+
+def observe(probe: str, overrides: list[str], shards: Path, folder: Path) -> Any:
+    """What a probe sees of a config, or the words with which it is refused."""
+    folder.mkdir()
+    base = ["eval.sets=[]", "train.steps=3", f"run.dir={folder}", "data.workers=0"]
+    try:
+        text = TINY.format(root=shards)
+        return PROBES[probe](resolve(parse_config(text, "tiny", [*base, *overrides])), folder)
+    except GigabatchError as error:
+        return str(error).replace(str(folder), "")
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    joined = b"".join(t.detach().double().numpy().tobytes() for t in tensors)
+    return hashlib.sha256(joined).hexdigest()
+
+
+def micro_batches(config: Config, folder: Path) -> Any:
+    index = open_train(config)
+    make_tokenizer(config, index).save(str(folder / "tokenizer.json"))
+    order = Order(index.shard_sizes, config.run.seed, config.data.window)
+    plans = TrainPlans(order, config.batch.global_size, config.batch.micro_size, 1, 0, 1, 1)
+    columns = build_objective(config.objective).needs.columns
+    return open_stream(
+        index, plans, images=config.data.image, tokenizer=folder / "tokenizer.json",
+        columns=columns, seed=config.run.seed, workers=config.data.workers,
+        prefetch=config.data.prefetch,
+    )  # fmt: skip
+
+
+def see_batch(config: Config, folder: Path) -> Any:
+    return [
+        [m.number, list(m.keys), digest(*m.tensors.values())] for m in micro_batches(config, folder)
+    ]
+
+
+def see_inputs(config: Config, folder: Path) -> Any:
+    micro = next(iter(micro_batches(config, folder)))
+    return digest(*tower_inputs(micro, config.data, stream=7)["image"])
+
+
+def see_loaders(config: Config, folder: Path) -> Any:
+    stream = micro_batches(config, folder)
+    workers = len(psutil.Process().children())
+    iterator = iter(stream)
+    next(iterator)
+    workers = len(psutil.Process().children()) - workers
+    ahead = stream.pipeline[0].prefetch_factor if workers else None
+    # Prefetching means something only with a loader process: read both with one.
+    if not workers:
+        one = config.data.model_copy(update={"workers": 1})
+        return see_loaders(config.model_copy(update={"data": one}), folder)
+    return [workers, ahead]
+
+
+def embed(config: Config, folder: Path) -> tuple[Any, Any]:
+    micro = next(iter(micro_batches(config, folder)))
+    vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
+    towers = build_towers(config, vocab)
+    return towers, towers(tower_inputs(micro, config.data, stream=7), 7)
+
+
+def see_towers(config: Config, folder: Path) -> Any:
+    towers, outputs = embed(config, folder)
+    trained = [name for name, p in towers.named_parameters() if p.requires_grad]
+    return [trained, digest(*towers.state_dict().values()), digest(*outputs.values())]
+
+
+def see_saved(config: Config, folder: Path) -> Any:
+    kept: list[int] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        embed(config, folder)
+    return sum(kept)
+
+
+def see_objective(config: Config, folder: Path) -> Any:
+    objective = build_objective(config.objective)
+    torch.manual_seed(0)
+    rows = {tap: torch.nn.functional.normalize(torch.randn(6, 4)) for tap in ("image", "text")}
+    meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
+    with torch.no_grad():
+        objective.log_scale += 0.1  # beyond scale_max, where that is the initial scale
+    value = objective(
+        {t: r.requires_grad_() for t, r in rows.items()}, meta, Context(None, 1)
+    ).value
+    return [float(value.detach()), objective.log_scale.requires_grad]
+
+
+def see_optimizer(config: Config, folder: Path) -> Any:
+    towers, _ = embed(config, folder)
+    made = adamw(
+        tower_groups(towers.named_parameters(), config.optimizer.weight_decay), config.optimizer
+    )
+    return [{k: v for k, v in group.items() if k != "params"} for group in made.param_groups]
+
+
+def see_schedule(config: Config, folder: Path) -> Any:
+    return [lr_factor(step, 400, config.schedule) for step in (1, 50, 300, 395)]
+
+
+def see_run(config: Config, folder: Path) -> Any:
+    index = open_train(config)
+    tokenizer = make_tokenizer(config, index)
+    run, config = create_run(config, "run")
+    tokenizer.save(str(run.tokenizer))
+    threads = torch.get_num_threads()
+    try:
+        run_training(run)
+        return leavings(run)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def leavings(run: RunFolder) -> Any:
+    lines = read_metrics(run.metrics)
+    tags = ("train/loss", "train/logit_scale", "step")
+    told = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
+    return [
+        run.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
+        [{tag: line.get(tag) for tag in tags} for line in lines], told,
+    ]  # fmt: skip
+
+
+PROBES: dict[str, Callable[[Config, Path], Any]] = {
+    "batch": see_batch,
+    "inputs": see_inputs,
+    "loaders": see_loaders,
+    "towers": see_towers,
+    "saved": see_saved,
+    "objective": see_objective,
+    "optimizer": see_optimizer,
+    "schedule": see_schedule,
+    "run": see_run,
+    "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
+    "paths": lambda config, folder: [str(config.run.dir), str(open_train(config).root)],
+}

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.monitor import Monitor, format_duration, read_metrics
+from gigabatch.trainer.runfolder import RunFolder
+
+
+def attempt(run: RunFolder, number: int, first: int, last: int, value: float) -> None:
+    (run.path / "attempts").mkdir(exist_ok=True)
+    (run.path / "attempts" / f"{number:06d}.json").touch()
+    monitor = Monitor(run, number, first, 10)
+    for step in range(first, last + 1):
+        monitor.report(step, step * 4, {"train/loss": value + step})
+    monitor.close()
+
+
+def test_a_later_attempt_voids_earlier_lines_from_its_first_step(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 6, 100.0)
+    attempt(run, 2, 4, 5, 200.0)
+    attempt(run, 3, 5, 7, 300.0)
+    lines = read_metrics(run.metrics)
+    assert [(line["attempt"], line["step"]) for line in lines] == [
+        (1, 1), (1, 2), (1, 3), (2, 4), (3, 5), (3, 6), (3, 7),
+    ]  # fmt: skip
+    assert [line["samples_seen"] for line in lines] == [4 * line["step"] for line in lines]
+
+
+def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 6, 100.0)
+    attempt(run, 2, 4, 7, 200.0)
+    board = EventAccumulator(str(run.tensorboard))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
+        (1, 101), (2, 102), (3, 103), (4, 204), (5, 205), (6, 206), (7, 207),
+    ]  # fmt: skip
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 3, 0.0)
+    run.metrics.write_text(run.metrics.read_text()[:-20])
+    assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2]
+
+
+def test_a_cut_off_attempt_cannot_write_metrics(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    (tmp_path / "attempts").mkdir()
+    old = Monitor(run, 1, 1, 10)
+    (tmp_path / "attempts" / "000002.json").touch()
+    with pytest.raises(GigabatchError, match="later attempt"):
+        old.report(1, 4, {"train/loss": 1.0})
+    old.close()
+    assert run.metrics.read_text() == ""
+
+
+def test_lines_are_flat_json_with_exact_floats(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 1, 0.1)
+    line = json.loads(run.metrics.read_text())
+    assert line["train/loss"] == 0.1 + 1
+    assert {"step", "samples_seen", "time", "attempt"} <= line.keys()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(42.4, "42 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations_read_well(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config, parse_config
+from gigabatch.trainer.runfolder import RunFolder, create_run, open_run
+
+
+def config(tmp_path: Path, *overrides: str) -> Config:
+    return parse_config("", "c", [f"run.dir={tmp_path}", *overrides])
+
+
+def test_an_unnamed_run_takes_a_new_name_each_time(tmp_path: Path) -> None:
+    names = [create_run(config(tmp_path), "my config!")[0].name for _ in range(3)]
+    assert names == ["my-config--001", "my-config--002", "my-config--003"]
+
+
+def test_the_resolved_config_and_the_environment_are_kept(tmp_path: Path) -> None:
+    run, named = create_run(config(tmp_path, "run.name=a"), "x")
+    assert run.config() == named
+    assert '"torch"' in (run.path / "environment.json").read_text()
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("years of work")
+    with pytest.raises(GigabatchError, match="not a run"):
+        create_run(config(tmp_path, "run.name=a"), "x")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["thesis.tex"]
+
+
+def test_an_unfinished_run_says_resume(tmp_path: Path) -> None:
+    create_run(config(tmp_path, "run.name=a"), "x")
+    with pytest.raises(GigabatchError, match="gigabatch resume"):
+        create_run(config(tmp_path, "run.name=a"), "x")
+
+
+def take(path: str) -> int:
+    return RunFolder(Path(path)).take_attempt()
+
+
+def test_attempt_numbers_are_never_shared(tmp_path: Path) -> None:
+    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        taken = pool.map(take, [str(run.path)] * 12)
+    assert sorted(taken) == list(range(1, 13))
+    assert run.owned_by(12)
+    assert not run.owned_by(11)
+
+
+def test_only_the_first_failure_is_kept_until_cleared(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.record_failure("first")
+    run.record_failure("second")
+    assert run.failure() == "first"
+    run.request_stop()
+    run.clear_requests()
+    assert run.failure() is None
+    assert not run.stop_requested()
+
+
+def test_a_run_is_found_by_path_or_by_name(tmp_path: Path) -> None:
+    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    assert open_run(str(run.path)).path == run.path
+    assert open_run("a", tmp_path).path == run.path
+    with pytest.raises(GigabatchError, match="b: not a run folder"):
+        open_run("b", tmp_path)
