@@ -107,6 +107,28 @@ def board(
     os.execv(sys.executable, [sys.executable, *command, "--host", host])
 
 
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def memory(
+    n: Annotated[int, typer.Option(help="Rows: the global batch.")] = 32768,
+    d: Annotated[int, typer.Option(help="Width of the embeddings.")] = 256,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Plain torch instead, which holds n x n logits.")
+    ] = False,
+) -> None:
+    """Peak memory of one contrastive loss, forward and backward, above inputs and gradients."""
+    from gigabatch.kernels.bench.memory import measure
+
+    found = measure(n, d, dense)
+    print(
+        f"n {n:,}  d {d}  float32, forward and backward: {found['peak_mib']:.0f} MiB above inputs "
+        f"and gradients, {found['seconds']:.1f} s"
+    )
+
+
 def main() -> None:
     """Entry point: user errors are one message and exit code 2, never a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

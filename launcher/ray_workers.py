@@ -15,8 +15,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.signals import StopRequest
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import TIMEOUT
 from gigabatch.trainer.runfolder import RunFolder
@@ -31,8 +29,9 @@ _SETTINGS = {
 }
 
 
-def run_ray(run: RunFolder, stop: StopRequest) -> str | None:
-    """Train with `cluster.workers` Ray workers on this machine; what failed, or None."""
+def run_ray(run: RunFolder) -> None:
+    """Train with `cluster.workers` Ray workers on this machine. What goes wrong is left in the run
+    folder."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -48,27 +47,25 @@ def run_ray(run: RunFolder, stop: StopRequest) -> str | None:
         object_store_memory=100 * 1024 * 1024,  # nothing large passes through it
     )
     try:
-        return _fit(run, config)
+        _fit(run, config)
     finally:
         ray.shutdown()
         shutil.rmtree(run.path / ".ray", ignore_errors=True)
 
 
-def _fit(run: RunFolder, config: Config) -> str | None:
-    outcome: list[BaseException] = []
-
+def _fit(run: RunFolder, config: Config) -> None:
     def fit() -> None:
         try:
             _trainer(run, config).fit()
-        except BaseException as error:
-            outcome.append(error)
+        except Exception as error:
+            # A worker's own fault stands in the run folder already; this one is Ray's.
+            run.record_crash(f"{type(error).__name__}: {error}")
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
     thread.start()
     while thread.is_alive():
         thread.join(0.2)  # in slices, so that signals are handled
-    return _first_cause(outcome[0]) if outcome else None
 
 
 def _trainer(run: RunFolder, config: Config) -> Any:
@@ -93,20 +90,6 @@ def _trainer(run: RunFolder, config: Config) -> Any:
 
 
 def _work(settings: dict[str, str]) -> None:
-    from gigabatch.trainer.loop import run_training
+    from gigabatch.launcher.worker import work
 
-    run = RunFolder(Path(settings["run"]))
-    if run.failure() is not None:
-        return
-    try:
-        run_training(run)
-    except GigabatchError as error:
-        run.record_failure(str(error))
-        raise
-
-
-def _first_cause(error: BaseException) -> str:
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank in sorted(failures):
-        return f"worker {rank}: {failures[rank]}"
-    return f"{type(error).__name__}: {error}"
+    work(RunFolder(Path(settings["run"])))

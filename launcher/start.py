@@ -14,8 +14,8 @@ from gigabatch.data.decode import IMAGE_MEMBERS
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.launcher.console import Console
-from gigabatch.launcher.local import run_inline, run_torchrun
 from gigabatch.launcher.signals import StopRequest, stop_on_signals
+from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.config import Config, differences, load_config, parse_config, resolve
 from gigabatch.trainer.distributed import join_world
 from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
@@ -113,7 +113,7 @@ def _launch(run: RunFolder) -> int:
     config = run.config()
     print(f"run {run.path}", flush=True)
     with Console(run.log) as console, stop_on_signals(run.request_stop) as stop:
-        fault = _workers(run, config, stop, console)
+        _workers(run, config, stop, console)
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
@@ -121,24 +121,24 @@ def _launch(run: RunFolder) -> int:
     if stop():
         print(f"to go on: gigabatch resume {run.path}", flush=True)
         return stop.exit_code
+    crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
-        f"{run.path}: the workers failed: {fault}\n"
+        f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
         f"`gigabatch resume {run.path}` goes on from the last checkpoint."
     )
 
 
-def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> str | None:
+def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> None:
     match config.cluster.launcher:
         case "inline":
-            run_inline(run, stop)
-            return None
+            run_training(run, stop)
         case "torchrun":
-            return run_torchrun(run)
+            run_torchrun(run)
         case "ray":
             from gigabatch.launcher.ray_workers import run_ray
 
             console.say(f"starting Ray with {config.cluster.workers} workers")
-            return run_ray(run, stop)
+            run_ray(run)
 
 
 def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> int:

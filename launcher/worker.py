@@ -1,8 +1,9 @@
-"""One rank under torchrun: `python -m gigabatch.launcher.worker RUN`. Used by the launcher."""
+"""One rank: what a Ray worker calls, and `python -m gigabatch.launcher.worker RUN` in torchrun."""
 
 from __future__ import annotations
 
 import sys
+import traceback
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
@@ -11,15 +12,18 @@ from gigabatch.trainer.runfolder import RunFolder
 
 
 def work(run: RunFolder) -> None:
-    """Train as one rank. A fault that the user must put right is recorded first, so that whoever
-    started the workers shows it instead of a traceback, and does not start them again. A stop
-    comes through the run folder; SIGTERM is torchrun's way to end a rank at once."""
+    """Train as one rank. What goes wrong is left in the run folder for whoever started the
+    workers: a fault that the user must put right, after which nobody starts them again, or the
+    traceback of a crash. A stop comes through the run folder too."""
     if run.failure() is not None:
         return
     try:
         run_training(run)
     except GigabatchError as error:
         run.record_failure(str(error))
+        raise
+    except Exception:
+        run.record_crash(traceback.format_exc())
         raise
 
 

@@ -13,12 +13,27 @@ from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from support import TINY, Command, write_samples
 
+# Read when huggingface_hub is imported, which none of the imports above does.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The same examples on every run, and nothing kept in the repository between runs.
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
 settings.load_profile("gigabatch")
 HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
 set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
+
+
+ALLOWED_SKIPS = ("needs root", "needs a GPU")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A skip for any other reason fails the run: a test that never runs protects nothing."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    skipped = reporter.stats.get("skipped", []) if reporter else []
+    reasons = [str(report.longrepr) for report in skipped]
+    if any(not any(allowed in reason for allowed in ALLOWED_SKIPS) for reason in reasons):
+        reporter.write_line("\nskipped for a reason that is not allowed", red=True)
+        session.exitstatus = 1
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,7 +69,6 @@ def quiet_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPat
     # Processes that a test starts find `support_towers` there.
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

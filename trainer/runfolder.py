@@ -14,6 +14,7 @@ import platform
 import re
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -83,6 +84,7 @@ class RunFolder:
 
     def take_attempt(self) -> int:
         """A number for this start of the workers, higher than all before. An exclusive create."""
+        (self.path / "crash.txt").unlink(missing_ok=True)
         made = {"time": time.time(), "host": platform.node(), "config": dump_config(self.config())}
         return create_numbered(self.path / "attempts", "{:06d}.json".format, to_json(made))
 
@@ -101,21 +103,30 @@ class RunFolder:
 
     def record_failure(self, message: str) -> None:
         """Keep the first fault that only the user can put right: restarting would not help."""
-        try:
-            with open(self.path / "failure.txt", "x", encoding="utf-8") as file:
-                file.write(message)
-        except FileExistsError:
-            pass
+        _write_first(self.path / "failure.txt", message)
 
     def failure(self) -> str | None:
-        try:
-            return (self.path / "failure.txt").read_text()
-        except FileNotFoundError:
-            return None
+        return _read_if_there(self.path / "failure.txt")
+
+    def record_crash(self, traceback: str) -> None:
+        """Keep the first traceback of an attempt: those of other ranks follow from it."""
+        _write_first(self.path / "crash.txt", traceback)
+
+    def crash(self) -> str | None:
+        return _read_if_there(self.path / "crash.txt")
 
     def clear_requests(self) -> None:
-        for name in ("stop", "failure.txt"):
+        for name in ("stop", "failure.txt", "crash.txt"):
             (self.path / name).unlink(missing_ok=True)
+
+
+def _write_first(path: Path, text: str) -> None:
+    with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _read_if_there(path: Path) -> str | None:
+    return path.read_text() if path.exists() else None
 
 
 def create_run(config: Config, stem: str) -> tuple[RunFolder, Config]:

@@ -1,0 +1,45 @@
+"""Workers on this machine under torch's own launcher."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+
+from gigabatch.trainer.runfolder import RunFolder
+
+GRACE = 30  # seconds that torchrun gives its workers to end
+
+
+def run_torchrun(run: RunFolder) -> None:
+    """Start torch's own launcher on this machine and wait. Workers hear of a stop through the run
+    folder, and leave there what went wrong. It ends with this process, however that ends."""
+    cluster = run.config().cluster
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc-per-node={cluster.workers}", f"--max-restarts={cluster.max_restarts}",
+        "-m", "gigabatch.launcher.worker", str(run.path),
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cluster.threads)}
+    with open(run.path / "workers.log", "ab") as output:
+        # Its own session: Ctrl-C reaches this process alone, which then asks for a clean stop.
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment,
+            start_new_session=True, preexec_fn=_die_with_parent,
+        )  # fmt: skip
+        try:
+            process.wait()
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(GRACE)
+                except subprocess.TimeoutExpired:
+                    os.killpg(process.pid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
