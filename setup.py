@@ -22,7 +22,7 @@ setup(
     python_requires=">=3.11",
     packages=packages,
     package_dir={f"gigabatch.{folder}": folder for folder in FOLDERS},
-    package_data={"gigabatch.configs": ["*.yaml"]},
+    package_data={"gigabatch.configs": ["*.yaml"], "": ["py.typed"]},
     install_requires=[
         "torch>=2.11,<2.14",
         "numpy>=1.26",
