@@ -34,7 +34,9 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
     config = load_config(config_path, overrides)
     if "RANK" in os.environ:
         return _as_rank(config, lambda: _prepare(config, config_path.stem))
-    return _launch(_prepare(config, config_path.stem))
+    run = _prepare(config, config_path.stem)
+    with run.held():
+        return _launch(run)
 
 
 def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> int:
@@ -42,7 +44,8 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
     config = resumed_config(run, overrides, allow)
     if "RANK" in os.environ:
         return _as_rank(config, lambda: _reopen(run, config, allow))
-    return _launch(_reopen(run, config, allow))
+    with run.held():
+        return _launch(_reopen(run, config, allow))
 
 
 def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> Config:

@@ -9,12 +9,16 @@ eval/         step-00001200.json
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import platform
 import re
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,6 +28,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config, dump_config, parse_config
 from gigabatch.trainer.files import create_numbered, to_json, write_atomically
 
+log = logging.getLogger(__name__)
 _PACKAGES = ("gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "numpy")
 
 
@@ -91,6 +96,29 @@ class RunFolder:
     def owned_by(self, attempt: int) -> bool:
         """Whether no later attempt has started: a cut-off worker must not write any more."""
         return not (self.path / "attempts" / f"{attempt + 1:06d}.json").exists()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the run while its workers train. Raises GigabatchError where another process does.
+
+        A POSIX lock: it ends with the process, however that ends, and children do not inherit it.
+        (Where a file system has no locks, attempts still fence each other off.)
+        """
+        with open(self.path / "lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                raise GigabatchError(
+                    f"{self.path}: this run is being trained now (by {file.read().strip()}). Stop "
+                    "that first, or wait for its end."
+                ) from None
+            except OSError as error:
+                log.warning("%s cannot be locked (%s)", self.path, error)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+            yield
 
     # Requests and failures travel as files: workers and their starter share this folder, and
     # under Ray nothing else reaches a worker that is inside a step.

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,21 @@ def test_a_run_is_found_by_path_or_by_name(tmp_path: Path) -> None:
     assert open_run("a", tmp_path).path == run.path
     with pytest.raises(GigabatchError, match="b: not a run folder"):
         open_run("b", tmp_path)
+
+
+def hold(path: str) -> str:
+    try:
+        with RunFolder(Path(path)).held():
+            return "held"
+    except GigabatchError as error:
+        return str(error)
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
+    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        with run.held():
+            assert f"being trained now (by process {os.getpid()} on" in pool.apply(
+                hold, [str(run.path)]
+            )
+        assert pool.apply(hold, [str(run.path)]) == "held"
