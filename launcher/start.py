@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import rich.console
 from rich.progress import Progress
@@ -17,7 +18,7 @@ from gigabatch.launcher.console import Console
 from gigabatch.launcher.signals import StopRequest, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.config import Config, differences, load_config, parse_config, resolve
-from gigabatch.trainer.distributed import join_world
+from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder, create_run, read_json, refuse_taken_name
@@ -33,7 +34,7 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
     """Train a new run; the exit code. Under torchrun, called on every rank."""
     config = load_config(config_path, overrides)
     if "RANK" in os.environ:
-        return _as_rank(config, lambda: _prepare(config, config_path.stem))
+        _as_rank(config, lambda: _prepare(config, config_path.stem))
     run = _prepare(config, config_path.stem)
     with run.held():
         return _launch(run)
@@ -43,7 +44,7 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
     """Go on with a run from its newest sound checkpoint; the exit code."""
     config = resumed_config(run, overrides, allow)
     if "RANK" in os.environ:
-        return _as_rank(config, lambda: _reopen(run, config, allow))
+        _as_rank(config, lambda: _reopen(run, config, allow))
     with run.held():
         return _launch(_reopen(run, config, allow))
 
@@ -144,7 +145,7 @@ def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console
             run_ray(run)
 
 
-def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> int:
+def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> NoReturn:
     """This process is a rank already (the user called torchrun): rank 0 prepares for all."""
     with join_world(config.cluster.threads) as world:
         made: tuple[str, str] | None = None
@@ -164,7 +165,7 @@ def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> int:
                     finished = run_training(run, stop)
             else:
                 finished = run_training(run, stop)
-        return 0 if finished else stop.exit_code
+    leave(0 if finished else stop.exit_code)
 
 
 @contextmanager

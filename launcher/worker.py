@@ -7,6 +7,7 @@ import traceback
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.distributed import leave
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder
 
@@ -29,3 +30,4 @@ def work(run: RunFolder) -> None:
 
 if __name__ == "__main__":
     work(RunFolder(Path(sys.argv[1])))
+    leave(0)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from dense import Case, make_case
 
 from gigabatch.kernels import contrastive_loss
+from gigabatch.trainer.distributed import leave
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,4 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    leave(0)

@@ -13,7 +13,7 @@ import torch
 from step_probe import batch
 
 from gigabatch.trainer.config import load_config
-from gigabatch.trainer.distributed import World, join_world
+from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.step import ExactStep
@@ -81,3 +81,4 @@ def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str,
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)

@@ -6,7 +6,7 @@ import json
 
 import torch
 
-from gigabatch.trainer.distributed import join_world
+from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.evaluation.retrieval import _ranks
 
 with join_world(1) as world:
@@ -18,3 +18,4 @@ with join_world(1) as world:
     ranks = _ranks(queries[mine], keys[mine], ids[mine], world)
     if world.is_main:
         print(json.dumps(ranks.tolist()))
+leave(0)

@@ -18,7 +18,7 @@ from gigabatch.data.order import Order
 from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config, load_config
-from gigabatch.trainer.distributed import World, join_world
+from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
@@ -143,3 +143,4 @@ def main(config_path: Path, tokenizer: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
+    leave(0)
