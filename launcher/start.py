@@ -115,7 +115,7 @@ def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
 
 def _launch(run: RunFolder) -> int:
     config = run.config()
-    print(f"run {run.path}", flush=True)
+    print(f"run {_shown(run.path)}", flush=True)
     with Console(run.log) as console, stop_on_signals(run.request_stop) as stop:
         _workers(run, config, stop, console)
     if failure := run.failure():
@@ -123,7 +123,7 @@ def _launch(run: RunFolder) -> int:
     if run.is_finished():
         return 0
     if stop():
-        print(f"to go on: gigabatch resume {run.path}", flush=True)
+        print(f"to go on: gigabatch resume {_shown(run.path)}", flush=True)
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
@@ -143,6 +143,12 @@ def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console
 
             console.say(f"starting Ray with {config.cluster.workers} workers")
             run_ray(run)
+
+
+def _shown(path: Path) -> Path:
+    """A path as the user would type it: relative where it lies below the working directory."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> NoReturn:
