@@ -74,8 +74,8 @@ def decode_column(data: bytes, column: str, where: str) -> int:
         value: Any = json.loads(data)[column]
     except (ValueError, KeyError, TypeError) as error:
         raise GigabatchError(
-            f"{where}: its json member has no {column!r}. Set objective.positives (or the set's) "
-            "to a field that every sample has."
+            f"{where}: its json member has no {column!r}. Set objective.positives to "
+            "a field that every sample has."
         ) from error
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62:
         return value

@@ -11,9 +11,10 @@ from typing import NoReturn
 import rich.console
 from rich.progress import Progress
 
-from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.decode import IMAGE_MEMBERS, decode_column
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
+from gigabatch.data.reader import Reader
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.signals import StopRequest, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
@@ -109,8 +110,16 @@ def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
         each.require(*IMAGE_MEMBERS)
         each.require("txt")
         if config.objective.positives:
-            each.require("json")
+            _check_column(each, config.objective.positives)
     return index
+
+
+def _check_column(index: Index, column: str) -> None:
+    """Whether the first sample has the field: a misspelt one is found before workers start."""
+    member = index.require("json")
+    with Reader(index) as reader:
+        where = f"{index.root}: sample {index.key(0)!r}"
+        decode_column(reader.read(0, member), column, where)
 
 
 def _launch(run: RunFolder) -> int:

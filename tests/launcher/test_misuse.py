@@ -41,6 +41,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.train=hollow"], "hold no samples"),
         (["data.train=words"], "no sample has a .png"),
         (["data.train=broken"], "broken-000.tar: at byte 1024: the header's checksum is wrong"),
+        (["objective.positives=concpet"], "has no 'concpet'. Set objective.positives"),
         (["data.text.tokenizer=no/such"], "text.tokenizer: 'no/such'"),
         (["run.name=taken"], "taken exists and is not a run"),
         (["run.dir=/proc/nope"], "cannot be written"),
