@@ -108,11 +108,17 @@ def open_index(root: Path, progress: Progress | None = None) -> Index:
         raise GigabatchError(
             f"{root}: {why}. Set data.root (and data.train) to a folder of shards."
         )
-    seen = [_state(root / name) for name in shards]
     home = _index_folder(root)
     manifest = _read_manifest(home)
-    if manifest.get("shards") != seen:
-        manifest = _build(root, shards, seen, home, progress)
+    try:
+        seen = [_state(root / name) for name in shards]
+        if manifest.get("shards") != seen:
+            manifest = _build(root, shards, seen, home, progress)
+    except OSError as error:
+        raise GigabatchError(
+            f"{error.filename or root}: the shard cannot be read: {error.strerror or error}. Make "
+            "it readable, or remove it from the folder."
+        ) from error
     if not manifest["rows"]:
         raise GigabatchError(f"{root}: the shards hold no samples. Set data.root to a filled set.")
     return Index(root, home, tuple(shards), tuple(manifest["shard_sizes"]), manifest["digest"])

@@ -21,7 +21,11 @@ class Reader:
         """The bytes of `member` (an extension) of sample number `sample`."""
         offset, size = self.index.span(sample, member)
         shard = self.index.shard_of(sample)
-        data = os.pread(self._file(shard), size, offset)
+        path = self.index.root / self.index.shards[shard]
+        try:
+            data = os.pread(self._file(shard), size, offset)
+        except OSError as error:
+            raise GigabatchError(f"{path}: the shard cannot be read: {error}.") from error
         if len(data) != size:
             raise GigabatchError(
                 f"{self.index.root / self.index.shards[shard]}: at byte {offset}: member "

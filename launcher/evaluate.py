@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from gigabatch.trainer.distributed import World, device_of_this_process
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
@@ -28,7 +27,7 @@ def evaluate_run(run: RunFolder, on: str, positives: str | None, as_json: bool) 
         world,
         None if field == "none" else field,
     )
-    name = Path(on).name
+    name = index.root.resolve().name
     if as_json:
         print(json.dumps({f"eval/{name}/{key}": value for key, value in metrics.items()}))
     else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import threading
 from datetime import timedelta
 from pathlib import Path
@@ -37,6 +38,7 @@ def run_ray(run: RunFolder) -> None:
     import ray
 
     config = run.config()
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     ray.init(
         # Never one that a crashed session left written down in /tmp/ray.
         address="local",
@@ -46,6 +48,8 @@ def run_ray(run: RunFolder) -> None:
         logging_level=logging.ERROR,
         object_store_memory=100 * 1024 * 1024,  # nothing large passes through it
     )
+    for number, handler in handlers.items():  # ray.init puts its own in their place
+        signal.signal(number, handler)
     try:
         _fit(run, config)
     finally:
@@ -84,7 +88,10 @@ def _trainer(run: RunFolder, config: Config) -> Any:
         run_config=RunConfig(
             name=f"start-{attempt:06d}",
             storage_path=str(run.path / ".ray"),
-            failure_config=FailureConfig(max_failures=config.cluster.max_restarts),
+            failure_config=FailureConfig(
+                max_failures=config.cluster.max_restarts,
+                controller_failure_limit=config.cluster.max_restarts,
+            ),
         ),
     )
 

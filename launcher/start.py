@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import rich.console
+import torch
 from rich.progress import Progress
 
 from gigabatch.data.decode import IMAGE_MEMBERS, decode_column
@@ -18,11 +19,12 @@ from gigabatch.data.reader import Reader
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.signals import StopRequest, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
+from gigabatch.trainer.checkpoint import latest_checkpoint
 from gigabatch.trainer.config import Config, differences, load_config, parse_config, resolve
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder, create_run, read_json, refuse_taken_name
+from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
 
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
@@ -35,6 +37,11 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
     """Train a new run; the exit code. Under torchrun, called on every rank."""
     config = load_config(config_path, overrides)
     if "RANK" in os.environ:
+        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+            raise GigabatchError(
+                "torchrun started `train` again, which would begin another run. Use `torchrun ... "
+                "-m gigabatch.launcher resume RUN`, or let cluster.launcher=torchrun restart it."
+            )
         _as_rank(config, lambda: _prepare(config, config_path.stem))
     run = _prepare(config, config_path.stem)
     with run.held():
@@ -83,27 +90,33 @@ def _prepare(config: Config, stem: str) -> RunFolder:
 
 
 def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> RunFolder:
-    if run.is_finished() and config.train.steps == run.config().train.steps:
+    newest = latest_checkpoint(run)
+    last = config.train.steps
+    done = newest is not None and newest.step >= last
+    if done and (run.evaluated(last) or not config.eval.sets):
         raise GigabatchError(
             f"{run.path}: the run is finished ({config.train.steps} steps). To train longer: "
             "train.steps=N --allow train.steps."
         )
     with _index_progress() as progress:
         index = _check_data(config, progress)
-    saved = run.steps_saved()
-    if saved and "data" not in allow:
-        state = run.checkpoints / f"step-{saved[-1]:08d}" / "state.json"
-        if state.exists() and read_json(state).get("data") != index.digest:
-            raise GigabatchError(
-                f"{run.path}: the shards of {index.root} are not those that the run was trained on "
-                "(their names, sizes or members differ). Restore them, or say --allow data."
-            )
+    if newest and "data" not in allow and newest.state["data"] != index.digest:
+        raise GigabatchError(
+            f"{run.path}: the shards of {index.root} are not those that the run was trained on "
+            "(their names, sizes or members differ). Restore them, or say --allow data."
+        )
     run.clear_requests()
     run.write_config(config)
     return run
 
 
 def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
+    devices = torch.cuda.device_count()
+    if 0 < devices < config.cluster.workers:
+        raise GigabatchError(
+            f"cluster.workers: {config.cluster.workers} workers need as many GPUs, and this "
+            f"machine has {devices}. Set cluster.workers={devices}."
+        )
     index = open_train(config, progress)
     sets = [index, *(open_eval(config, name, progress) for name in config.eval.sets)]
     for each in sets:
@@ -131,7 +144,7 @@ def _launch(run: RunFolder) -> int:
         raise GigabatchError(failure)
     if run.is_finished():
         return 0
-    if stop():
+    if run.stopped():
         print(f"to go on: gigabatch resume {_shown(run.path)}", flush=True)
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
@@ -176,7 +189,7 @@ def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> NoReturn:
         with stop_on_signals() as stop:
             if world.is_main:
                 print(f"run {run.path}", flush=True)
-                with Console(run.log):
+                with run.held(), Console(run.log):
                     finished = run_training(run, stop)
             else:
                 finished = run_training(run, stop)

@@ -62,7 +62,7 @@ def save_checkpoint(
         try:
             _write(fresh, step, files, state)
             _commit(run, fresh, step, attempt)
-            _retain(run, keep)
+            _retain(run, step, keep)
         except (OSError, SafetensorError) as error:
             fault = f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. "
         finally:
@@ -99,8 +99,11 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
 
 
-def _retain(run: RunFolder, keep: int) -> None:
-    for step in run.steps_saved()[:-keep]:
+def _retain(run: RunFolder, newest: int, keep: int) -> None:
+    """Remove all but the last `keep` up to `newest`; what lies beyond it was found damaged."""
+    saved = run.steps_saved()
+    kept = [step for step in saved if step <= newest][-keep:]
+    for step in set(saved) - set(kept):
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
     for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -139,14 +142,17 @@ def _fault(path: Path) -> str:
     """What is wrong with a checkpoint folder; empty if nothing is."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
+        if manifest["format"] != FORMAT:
+            raise GigabatchError(
+                f"{path}: it has format {manifest['format']}, this version reads {FORMAT}. Go on "
+                "with the version that wrote it."
+            )
         for name, entry in manifest["files"].items():
             file = path / name
             if file.stat().st_size != entry["bytes"] or _sha256(file) != entry["sha256"]:
                 return f"{file} does not match its checksum"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{path} is incomplete ({type(error).__name__}: {error})"
-    if manifest.get("format") != FORMAT:
-        return f"{path} has format {manifest.get('format')}, this version reads {FORMAT}"
     return ""
 
 

@@ -309,15 +309,29 @@ def resolve(config: Config) -> Config:
     """Fix what depends on this machine: absolute folders and the number of threads."""
     root = config.data.root
     data = root if root.startswith("demo:") else str(Path(root).expanduser().absolute())
+    sets = tuple(name if "/" not in name else _absolute_if_there(name) for name in config.eval.sets)
+    towers = {
+        modality: tower.model_copy(update={"name": _absolute_if_there(tower.name)})
+        for modality in ("image", "text")
+        if isinstance(tower := getattr(config.towers, modality), HuggingFaceTower) and tower.name
+    }
     cores = len(os.sched_getaffinity(0))
     threads = config.cluster.threads or max(1, cores // config.cluster.workers)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
             "data": config.data.model_copy(update={"root": data}),
+            "towers": config.towers.model_copy(update=towers),
+            "eval": config.eval.model_copy(update={"sets": sets}),
             "cluster": config.cluster.model_copy(update={"threads": threads}),
         }
     )
+
+
+def _absolute_if_there(name: str) -> str:
+    """Workers have working directories of their own; what is no folder may be a name on a hub."""
+    path = Path(name).expanduser()
+    return str(path.absolute()) if path.is_dir() else name
 
 
 def dump_config(config: Config) -> str:

@@ -31,7 +31,6 @@ class Engine:
 
     def __init__(self, towers: nn.Module, config: Config, world: World) -> None:
         self.stage, self.world = config.train.zero, world
-        self.buffers = dict(towers.named_buffers())
         deepspeed = _import_deepspeed(world.device)
         optimizer = adamw(
             tower_groups(towers.named_parameters(), config.optimizer.weight_decay),
@@ -130,10 +129,11 @@ class Engine:
 
     def weights(self) -> State:
         """All weights and buffers, full, float32. A collective: call it on every rank."""
-        full = {name: _cpu(buffer) for name, buffer in self.buffers.items()}
-        for name, parameter in self.named.items():
-            with _gathered(parameter, self.stage):
-                full[name] = _cpu(parameter)
+        full = {}
+        # What `load_state_dict` will ask for: not all buffers, but both names of tied weights.
+        for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
+            with _gathered(tensor, self.stage):
+                full[name] = _cpu(tensor)
         return full
 
     def moments(self) -> State:
@@ -199,12 +199,12 @@ def _cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
-def _gathered(parameter: nn.Parameter, stage: int) -> AbstractContextManager[Any]:
-    if stage < 3:
+def _gathered(tensor: Tensor, stage: int) -> AbstractContextManager[Any]:
+    if stage < 3 or not isinstance(tensor, nn.Parameter):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([parameter])
+    return GatheredParameters([tensor])
 
 
 def _import_deepspeed(device: torch.device) -> Any:

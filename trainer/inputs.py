@@ -35,9 +35,9 @@ def open_train(config: Config, progress: Progress | None = None) -> Index:
 
 
 def open_eval(config: Config, name: str, progress: Progress | None = None) -> Index:
-    """A set of `eval.sets`, by its path, or inside `data.root`."""
-    own = Path(name).expanduser()
-    return open_index(own if own.is_dir() else data_root(config) / name, progress)
+    """A set of `eval.sets`, inside `data.root`, or by its path."""
+    inside = data_root(config) / name
+    return open_index(inside if inside.is_dir() else Path(name).expanduser(), progress)
 
 
 def make_tokenizer(config: Config, index: Index) -> Tokenizer:

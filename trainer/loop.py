@@ -157,24 +157,26 @@ class _Trainer:
     # --- the run -----------------------------------------------------------------------------
 
     def train(self, stop: Stop) -> bool:
-        config, steps = self.config, self.config.train.steps
+        steps = self.config.train.steps
         self._announce()
         with ExitStack() as cleanup:
             self.monitor = None
             if self.world.is_main:
                 self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
                 cleanup.callback(self.monitor.close)
+                self.run.forget_evaluations_after(self.done)
+            self._evaluate_if_due()  # a stop or a kill may have come between
             for batch in self._batches():
                 self._one_step(batch)
                 stopping, save_due = self._decide(stop)
                 if save_due or stopping or self.done == steps:
                     self._save()
                 if stopping and self.done < steps:
+                    if self.world.is_main:
+                        self.run.record_stop()
                     log.info("stopped at step %d of %d, as asked", self.done, steps)
                     return False
-                every = config.eval.every_steps
-                if every and self.done % every == 0 and self.done < steps:
-                    self._evaluate()
+                self._evaluate_if_due()
             self._evaluate()
         log.info("finished: %d steps", steps)
         return True
@@ -241,7 +243,7 @@ class _Trainer:
             raise GigabatchError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
                 f"not finite (the last: step {self.done}). Lower optimizer.lr, or lengthen "
-                "schedule.warmup_steps; the last checkpoint is sound."
+                "schedule.warmup_steps; what was saved before is sound."
             )
 
     def _report(self, result: StepResult, lr: float) -> None:
@@ -270,9 +272,15 @@ class _Trainer:
         stopping, timed = self.world.any(asked, bool(by_time) and self.world.is_main)
         return stopping, timed or bool(by_step)
 
+    def _evaluate_if_due(self) -> None:
+        every = self.config.eval.every_steps
+        if every and 0 < self.done < self.config.train.steps and self.done % every == 0:
+            self._evaluate()
+
     def _evaluate(self) -> None:
         """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard."""
-        if self.run.evaluated(self.done) or not self.config.eval.sets:
+        # Rank 0's word: on a shared file system the others may see an older folder.
+        if not self.config.eval.sets or self.world.share(self.run.evaluated(self.done)):
             return
         self.engine.train(False)
         began, positives = time.monotonic(), self.config.objective.positives

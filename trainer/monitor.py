@@ -1,8 +1,8 @@
 """What a run shows while it trains: metrics.jsonl, TensorBoard, and one readable line in train.log.
 
 Rank 0 alone writes. A line of metrics.jsonl is one flat object: `step`, `samples_seen`, `time`,
-`attempt`, then tags. The highest attempt wins, and attempt k voids earlier attempts' lines from
-its first step on; `read_metrics` applies that.
+`attempt`, then tags (null where a value is not finite). The highest attempt wins, and attempt k
+voids earlier attempts' lines from its first step on; `read_metrics` applies that.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Monitor:
 
         self.run, self.attempt, self.steps = run, attempt, steps
         self.file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        if run.metrics.stat().st_size and not run.metrics.read_bytes().endswith(b"\n"):
+            self.file.write("\n")  # a kill has cut the last line short
         self.board = SummaryWriter(
             str(run.tensorboard),
             # Steps that an earlier attempt wrote after its last checkpoint are drawn again.
@@ -44,7 +46,8 @@ class Monitor:
         if not self.run.owned_by(self.attempt):
             raise GigabatchError(f"{self.run.path}: a later attempt has taken this run over.")
         head = {"step": step, "samples_seen": samples_seen, "time": time.time()}
-        line = json.dumps({**head, "attempt": self.attempt, **metrics})
+        known = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
+        line = json.dumps({**head, "attempt": self.attempt, **known}, allow_nan=False)
         self.file.write(line + "\n")
         self.file.flush()
         for tag, value in metrics.items():
@@ -85,7 +88,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             lines.append(line)
-            first_step.setdefault(line["attempt"], line["step"])
+            if "train/loss" in line:  # an attempt may begin with an evaluation of what it found
+                first_step.setdefault(line["attempt"], line["step"])
 
     def voided(line: dict[str, Any]) -> bool:
         later = (first for attempt, first in first_step.items() if attempt > line["attempt"])

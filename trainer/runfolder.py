@@ -10,7 +10,6 @@ eval/         step-00001200.json
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import platform
@@ -75,6 +74,12 @@ class RunFolder:
     def evaluated(self, step: int) -> bool:
         return (self.path / "eval" / f"step-{step:08d}.json").exists()
 
+    def forget_evaluations_after(self, step: int) -> None:
+        """Those of steps that are about to be trained again."""
+        for path in (self.path / "eval").glob("step-*.json"):
+            if int(path.stem.removeprefix("step-")) > step:
+                path.unlink()
+
     def steps_saved(self) -> list[int]:
         """Steps with a checkpoint folder, oldest first; whether they are sound is not asked."""
         names = (p.name for p in self.checkpoints.glob("step-*") if p.is_dir())
@@ -89,7 +94,8 @@ class RunFolder:
 
     def take_attempt(self) -> int:
         """A number for this start of the workers, higher than all before. An exclusive create."""
-        (self.path / "crash.txt").unlink(missing_ok=True)
+        for name in ("crash.txt", "stopped"):
+            (self.path / name).unlink(missing_ok=True)
         made = {"time": time.time(), "host": platform.node(), "config": dump_config(self.config())}
         return create_numbered(self.path / "attempts", "{:06d}.json".format, to_json(made))
 
@@ -129,6 +135,13 @@ class RunFolder:
     def stop_requested(self) -> bool:
         return (self.path / "stop").exists()
 
+    def record_stop(self) -> None:
+        """The workers have stopped as asked, with a checkpoint."""
+        (self.path / "stopped").touch()
+
+    def stopped(self) -> bool:
+        return (self.path / "stopped").exists()
+
     def record_failure(self, message: str) -> None:
         """Keep the first fault that only the user can put right: restarting would not help."""
         _write_first(self.path / "failure.txt", message)
@@ -144,7 +157,7 @@ class RunFolder:
         return _read_if_there(self.path / "crash.txt")
 
     def clear_requests(self) -> None:
-        for name in ("stop", "failure.txt", "crash.txt"):
+        for name in ("stop", "stopped", "failure.txt", "crash.txt"):
             (self.path / name).unlink(missing_ok=True)
 
 
@@ -239,7 +252,3 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text())

@@ -40,6 +40,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.train=empty"], "holds no .tar shard"),
         (["data.train=hollow"], "hold no samples"),
         (["data.train=words"], "no sample has a .png"),
+        (["data.train=unreadable"], "a.tar: the shard cannot be read: No such file"),
         (["data.train=broken"], "broken-000.tar: at byte 1024: the header's checksum is wrong"),
         (["objective.positives=concpet"], "has no 'concpet'. Set objective.positives"),
         (["data.text.tokenizer=no/such"], "text.tokenizer: 'no/such'"),
@@ -63,6 +64,8 @@ def test_a_start_that_cannot_work_says_why(
     (root / "hollow").mkdir()
     (root / "hollow" / "a.tar").write_bytes(bytes(1024))
     write_words(root / "words")
+    (root / "unreadable").mkdir()
+    (root / "unreadable" / "a.tar").symlink_to(root / "gone.tar")
     shard = root / "broken" / "broken-000.tar"
     with tarfile.open(shard) as members:
         second = members.getmembers()[1].offset

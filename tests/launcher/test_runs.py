@@ -71,6 +71,46 @@ def test_resume_refuses_another_run_with_a_diff(tiny: Path, tmp_path: Path, giga
     assert sorted(losses(run)) == list(range(1, 15))
 
 
+def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
+    tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
+) -> None:
+    settings = ["run.name=a", "eval.every_steps=3", f"eval.sets=[{shards / 'val'}]"]
+    assert gigabatch("train", tiny, *settings).returncode == 0
+    run = tmp_path / "runs" / "a"
+    names = [f"step-{step:08d}.json" for step in (3, 6, 9, 12)]
+    assert sorted(p.name for p in (run / "eval").iterdir()) == names
+    # As if killed after step 9 was saved, before it was evaluated; step 12 is damaged besides.
+    (run / "eval" / names[2]).unlink()
+    (run / "checkpoints" / "step-00000012" / "state.json").write_text("{")
+    done = gigabatch("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 9" in done.stdout
+    assert sorted(p.name for p in (run / "eval").iterdir()) == names
+    lines = read_metrics(run / "metrics.jsonl")
+    assert {line["step"] for line in lines if "train/loss" not in line} == {3, 6, 9, 12}
+
+
+def test_hugging_face_towers_are_saved_resumed_and_evaluated(
+    tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
+) -> None:
+    bert = (
+        "towers.text={kind: huggingface, config: {model_type: bert, hidden_size: 16, "
+        "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, vocab_size: 400}}"
+    )
+    clip = (
+        "towers.image={kind: huggingface, config: {model_type: clip_vision_model, hidden_size: 16, "
+        "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16, image_size: 16, "
+        "patch_size: 8}}"
+    )
+    settings = [bert, clip, "run.name=a", "train.steps=4", "eval.sets=[]"]
+    assert gigabatch("train", tiny, *settings).returncode == 0
+    run = tmp_path / "runs" / "a"
+    longer = gigabatch("resume", run, "train.steps=6", "--allow", "train.steps", "train.zero=3")
+    assert longer.returncode == 0, longer.stderr
+    evaluated = gigabatch("eval", run, "--on", shards / "val", "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+
+
 def test_resume_refuses_other_shards(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
@@ -93,6 +133,7 @@ def test_resume_refuses_other_shards(
         ("inline", 1, signal.SIGINT, 130),
         ("torchrun", 2, signal.SIGTERM, 75),
         ("ray", 2, signal.SIGINT, 130),
+        ("ray", 2, signal.SIGTERM, 75),
     ],
 )
 def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(

@@ -134,6 +134,23 @@ def test_a_damaged_one_is_replaced(run: RunFolder) -> None:
     assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
 
 
+def test_a_damaged_newer_one_does_not_push_out_sound_ones(run: RunFolder) -> None:
+    save(run, 100)
+    save(run, 200)
+    flip_byte(run.checkpoints / "step-00000200" / "towers.safetensors")
+    save(run, 150, keep=1)
+    assert run.steps_saved() == [150]
+    assert latest_checkpoint(run).step == 150  # type: ignore[union-attr]
+
+
+def test_another_format_is_refused_not_passed_over(run: RunFolder) -> None:
+    save(run, 1)
+    manifest = run.checkpoints / "step-00000001" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+    with pytest.raises(GigabatchError, match="it has format 9"):
+        latest_checkpoint(run)
+
+
 def test_the_manifest_lists_every_file_with_its_sum(run: RunFolder) -> None:
     save(run, 5)
     folder = run.checkpoints / "step-00000005"

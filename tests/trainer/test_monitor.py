@@ -50,6 +50,32 @@ def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2]
 
 
+def test_an_attempt_that_only_evaluates_voids_nothing(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 3, 0.0)
+    (run.path / "attempts" / "000002.json").touch()
+    monitor = Monitor(run, 2, 4, 10)
+    monitor.report(3, 12, {"eval/val/candidates": 5.0})
+    monitor.close()
+    assert [(line["attempt"], line["step"]) for line in read_metrics(run.metrics)] == [
+        (1, 1), (1, 2), (1, 3), (2, 3),
+    ]  # fmt: skip
+
+
+def test_a_torn_last_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 3, 0.0)
+    run.metrics.write_text(run.metrics.read_text()[:-20])
+    attempt(run, 2, 3, 4, 0.0)
+    assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2, 3, 4]
+
+
+def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    attempt(run, 1, 1, 1, float("nan"))
+    assert json.loads(run.metrics.read_text())["train/loss"] is None
+
+
 def test_a_cut_off_attempt_cannot_write_metrics(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     (tmp_path / "attempts").mkdir()
