@@ -157,7 +157,12 @@ def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
     assert not alive
     stopped = max(losses(run))
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{stopped:08d}\n"
-    resumed = gigabatch("resume", run, f"train.steps={stopped + 2}", "--allow", "train.steps")
+    here = [
+        "cluster.launcher=inline",
+        "cluster.workers=1",
+    ]  # any launcher goes on, this one soonest
+    more = [f"train.steps={stopped + 2}", "--allow", "train.steps"]
+    resumed = gigabatch("resume", run, *here, *more)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sorted(losses(run)) == list(range(1, stopped + 3))
 
