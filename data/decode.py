@@ -72,10 +72,12 @@ def decode_column(data: bytes, column: str, where: str) -> int:
     """The integer under `column` of a json member; any other value by its 63-bit hash."""
     try:
         value: Any = json.loads(data)[column]
+        if value is None:  # unknown is not the same as equal
+            raise KeyError(column)
     except (ValueError, KeyError, TypeError) as error:
         raise GigabatchError(
-            f"{where}: its json member has no {column!r}. Set objective.positives to "
-            "a field that every sample has."
+            f"{where}: its json member has no {column!r}. Set objective.positives "
+            "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
         ) from error
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62:
         return value

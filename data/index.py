@@ -50,7 +50,7 @@ class Index:
 
     @cached_property
     def table(self) -> pa.Table:
-        return pa.ipc.open_file(pa.memory_map(str(self.folder / "samples.arrow"))).read_all()
+        return _map_table(self.folder)
 
     @cached_property
     def first_sample(self) -> NDArray[np.int64]:
@@ -69,16 +69,31 @@ class Index:
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
 
+    def column(self, name: str) -> NDArray[np.int64]:
+        """A numeric column, such as `png.offset`, without a copy.
+
+        (pyarrow's own `to_numpy` imports pandas, for seconds, and swallows a Ctrl-C meanwhile.)
+        """
+        if name not in self._columns:
+            parts = [np.frombuffer(c.buffers()[1], np.int64, len(c), 8 * c.offset)
+                     for c in self.table[name].chunks]  # fmt: skip
+            self._columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return self._columns[name]
+
+    @cached_property
+    def _columns(self) -> dict[str, NDArray[np.int64]]:
+        return {}
+
     def span(self, sample: int, member: str) -> tuple[int, int]:
         """(offset, size) of one member in its shard, in bytes; offset 0 means it is missing."""
-        table = self.table
-        return table[f"{member}.offset"][sample].as_py(), table[f"{member}.size"][sample].as_py()
+        offset, size = self.column(f"{member}.offset"), self.column(f"{member}.size")
+        return int(offset[sample]), int(size[sample])
 
     def require(self, *choices: str) -> str:
         """The first of `choices` (extensions) that every sample has."""
         for member in choices:
             if member in self.members:
-                missing = np.flatnonzero(self.table[f"{member}.offset"].to_numpy() == 0)
+                missing = np.flatnonzero(self.column(f"{member}.offset") == 0)
                 if missing.size == 0:
                     return member
                 sample = int(missing[0])
@@ -94,7 +109,8 @@ class Index:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description, not the mapped table: each process maps it itself."""
-        return {k: v for k, v in self.__dict__.items() if k not in ("table", "first_sample")}
+        mapped = ("table", "first_sample", "_columns")
+        return {k: v for k, v in self.__dict__.items() if k not in mapped}
 
 
 def open_index(root: Path, progress: Progress | None = None) -> Index:
@@ -105,9 +121,10 @@ def open_index(root: Path, progress: Progress | None = None) -> Index:
     shards = sorted(p.name for p in root.glob("*.tar")) if root.is_dir() else []
     if not shards:
         why = "holds no .tar shard" if root.is_dir() else "is not a folder"
-        raise GigabatchError(
-            f"{root}: {why}. Set data.root (and data.train) to a folder of shards."
-        )
+        remedy = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
+        if any(root.parent.glob("*.tar")):
+            remedy = f"{root.parent} holds shards itself: for those, data.train=. (a dot)."
+        raise GigabatchError(f"{root}: {why}. {remedy}")
     home = _index_folder(root)
     manifest = _read_manifest(home)
     try:
@@ -146,11 +163,17 @@ def cache_home() -> Path:
 
 
 def _read_manifest(home: Path) -> dict[str, Any]:
+    """The manifest of a whole index; empty where there is none, or part of one is missing."""
     try:
         manifest = json.loads((home / "manifest.json").read_text())
-    except (OSError, ValueError):
+        whole = manifest["format"] == FORMAT and manifest["rows"] == _map_table(home).num_rows
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
         return {}
-    return manifest if manifest.get("format") == FORMAT else {}
+    return manifest if whole else {}
+
+
+def _map_table(home: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(home / "samples.arrow"))).read_all()
 
 
 def _build(
@@ -189,6 +212,7 @@ def _samples(path: Path, shard: int) -> Iterator[dict[str, Any]]:
     for member in walk(path):
         folder, _, base = member.name.rpartition("/")
         stem, dot, extension = base.partition(".")
+        extension = extension.lower()  # as webdataset does
         if not dot or not stem:
             continue  # webdataset skips names without an extension, and hidden files
         key = f"{folder}/{stem}" if folder else stem

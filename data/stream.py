@@ -8,6 +8,7 @@ The only state is the step at which the stream starts.
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -157,6 +158,13 @@ def _share(plans: Iterable[Plan]) -> Iterator[Plan]:
     return islice(plans, offset, None, stride)
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """A forked loader would run its parent's handlers: Ctrl-C is the parent's to answer, and
+    SIGTERM is how the parent ends a loader."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed % (1 << 63))
     np.random.seed(seed % (1 << 32))
@@ -278,6 +286,7 @@ def open_stream(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_parent,
     )
     return loader.compose(_release)
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.signals import INTERRUPTED
 
 app = typer.Typer(
     help="Pre-train encoders by contrast, at any batch size, on one laptop or many nodes.\n\n"
@@ -138,11 +139,11 @@ def main() -> None:
     except GigabatchError as error:
         print(f"gigabatch: {error}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
-        print("gigabatch: aborted", file=sys.stderr)
-        code = 130
-    except typer.Exit as end:
-        code = end.exit_code
+    except (KeyboardInterrupt, typer.Abort, typer.Exit) as end:
+        # Typer turns a KeyboardInterrupt into one of the others, by version.
+        code = getattr(end, "exit_code", INTERRUPTED)
+        if code == INTERRUPTED:
+            print("gigabatch: aborted", file=sys.stderr)
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line itself
             raise

@@ -52,7 +52,7 @@ class Console:
             self._read()
         self._read()
         if self.pending:
-            self._write("\n")
+            write("\n")
 
     def _read(self) -> None:
         try:
@@ -68,18 +68,20 @@ class Console:
 
     def _show(self, line: str) -> None:
         if not self.live:
-            self._write(line + "\n")
+            write(line + "\n")
             return
         progress = line.startswith(PROGRESS)
         if progress:
             line = line[: shutil.get_terminal_size().columns - 1]
         clear = "\r\x1b[K" if self.pending else ""
-        self._write(f"{clear}{line}" + ("" if progress else "\n"))
+        write(f"{clear}{line}" + ("" if progress else "\n"))
         self.pending = progress
 
-    def _write(self, text: str) -> None:
-        try:
-            sys.stdout.write(text)
-            sys.stdout.flush()
-        except BrokenPipeError:  # the reader has gone (such as `| head`): train on, in silence
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+def write(text: str) -> None:
+    """To stdout, or nowhere once its reader has gone (such as `| head`): the run goes on."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115

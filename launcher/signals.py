@@ -29,6 +29,26 @@ class StopRequest:
 
 
 @contextmanager
+def abort_on_interrupt() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt inside, as ever; and again at the end of the block where
+    some library has swallowed it."""
+    came = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+        if came:
+            raise KeyboardInterrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def stop_on_signals(also: Callable[[], None] = lambda: None) -> Iterator[StopRequest]:
     """A StopRequest that SIGINT and SIGTERM set; `also` is called once. A second one aborts."""
     request = StopRequest()

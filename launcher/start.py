@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -16,15 +16,18 @@ from gigabatch.data.decode import IMAGE_MEMBERS, decode_column
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
-from gigabatch.launcher.console import Console
-from gigabatch.launcher.signals import StopRequest, stop_on_signals
+from gigabatch.launcher.console import Console, write
+from gigabatch.launcher.signals import StopRequest, abort_on_interrupt, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
-from gigabatch.trainer.config import Config, differences, load_config, parse_config, resolve
+from gigabatch.trainer.config import Config, differences, load_config
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
+
+Opened = Callable[[], AbstractContextManager[RunFolder]]
+"""Prepares a run and holds it."""
 
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
@@ -35,34 +38,57 @@ FREE_ON_RESUME = (
 
 def start_run(config_path: Path, overrides: Sequence[str]) -> int:
     """Train a new run; the exit code. Under torchrun, called on every rank."""
-    config = load_config(config_path, overrides)
-    if "RANK" in os.environ:
-        if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-            raise GigabatchError(
-                "torchrun started `train` again, which would begin another run. Use `torchrun ... "
-                "-m gigabatch.launcher resume RUN`, or let cluster.launcher=torchrun restart it."
-            )
-        _as_rank(config, lambda: _prepare(config, config_path.stem))
-    run = _prepare(config, config_path.stem)
-    with run.held():
-        return _launch(run)
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        raise GigabatchError(
+            "torchrun started `train` again, which would begin another run. Use `torchrun ... "
+            "-m gigabatch.launcher resume RUN`, or let cluster.launcher=torchrun restart it."
+        )
+    config = load_config(config_path, [*overrides, *_own_world()])
+
+    @contextmanager
+    def new_run() -> Iterator[RunFolder]:
+        run = _prepare(config, config_path.stem)
+        with run.held():
+            yield run
+
+    return _start(new_run, config)
 
 
 def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Go on with a run from its newest sound checkpoint; the exit code."""
-    config = resumed_config(run, overrides, allow)
+    """Go on with a run from its newest sound checkpoint; the exit code. Under torchrun, called
+    on every rank."""
+    config = resumed_config(run, [*overrides, *_own_world()], allow)
+
+    @contextmanager
+    def old_run() -> Iterator[RunFolder]:
+        with run.held():  # first of all: nothing of a run that is being trained may be touched
+            _reopen(run, config, allow)
+            yield run
+
+    return _start(old_run, config)
+
+
+def _own_world() -> list[str]:
+    """Where the user called torchrun, its world is the run's, whatever the config says."""
+    if "RANK" not in os.environ:
+        return []
+    return ["cluster.launcher=torchrun", f"cluster.workers={os.environ['WORLD_SIZE']}"]
+
+
+def _start(opened: Opened, config: Config) -> int:
     if "RANK" in os.environ:
-        _as_rank(config, lambda: _reopen(run, config, allow))
-    with run.held():
-        return _launch(_reopen(run, config, allow))
+        _as_rank(opened, config)
+    with ExitStack() as stack:
+        with abort_on_interrupt():
+            run = stack.enter_context(opened())
+        return _launch(run)
 
 
 def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> Config:
     """The run's config with overrides. Raises GigabatchError, with a diff, where they would
     change the training and `allow` does not name the key."""
     old = run.config()
-    path = run.path / "config.yaml"
-    new = resolve(parse_config(path.read_text(), str(path), overrides))
+    new = load_config(run.path / "config.yaml", overrides)
     changed = differences(old, new)
     refused = {
         key: values
@@ -84,19 +110,22 @@ def _prepare(config: Config, stem: str) -> RunFolder:
     with _index_progress() as progress:
         index = _check_data(config, progress)
     tokenizer = make_tokenizer(config, index)
-    run, _ = create_run(config, stem)
+    run = create_run(config, stem)
     tokenizer.save(str(run.tokenizer))
     return run
 
 
-def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> RunFolder:
+def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
     newest = latest_checkpoint(run)
     last = config.train.steps
-    done = newest is not None and newest.step >= last
-    if done and (run.evaluated(last) or not config.eval.sets):
+    if newest and newest.step > last:
         raise GigabatchError(
-            f"{run.path}: the run is finished ({config.train.steps} steps). To train longer: "
-            "train.steps=N --allow train.steps."
+            f"{run.path}: train.steps={last} is less than the {newest.step} steps already done."
+        )
+    if newest and newest.step == last and (run.evaluated(last) or not config.eval.sets):
+        raise GigabatchError(
+            f"{run.path}: the run is finished ({last} steps). To train longer: train.steps=N "
+            "--allow train.steps. To measure another set: gigabatch eval."
         )
     with _index_progress() as progress:
         index = _check_data(config, progress)
@@ -105,14 +134,17 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> RunFolder:
             f"{run.path}: the shards of {index.root} are not those that the run was trained on "
             "(their names, sizes or members differ). Restore them, or say --allow data."
         )
+    if not run.tokenizer.exists():
+        if newest:
+            raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
+        make_tokenizer(config, index).save(str(run.tokenizer))  # its making was cut off
     run.clear_requests()
     run.write_config(config)
-    return run
 
 
 def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
     devices = torch.cuda.device_count()
-    if 0 < devices < config.cluster.workers:
+    if "RANK" not in os.environ and 0 < devices < config.cluster.workers:
         raise GigabatchError(
             f"cluster.workers: {config.cluster.workers} workers need as many GPUs, and this "
             f"machine has {devices}. Set cluster.workers={devices}."
@@ -137,15 +169,15 @@ def _check_column(index: Index, column: str) -> None:
 
 def _launch(run: RunFolder) -> int:
     config = run.config()
-    print(f"run {_shown(run.path)}", flush=True)
     with Console(run.log) as console, stop_on_signals(run.request_stop) as stop:
+        console.say(f"run {_shown(run.path)}")
         _workers(run, config, stop, console)
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
         return 0
     if run.stopped():
-        print(f"to go on: gigabatch resume {_shown(run.path)}", flush=True)
+        write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
@@ -173,26 +205,24 @@ def _shown(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _as_rank(config: Config, prepare: Callable[[], RunFolder]) -> NoReturn:
+def _as_rank(opened: Opened, config: Config) -> NoReturn:
     """This process is a rank already (the user called torchrun): rank 0 prepares for all."""
-    with join_world(config.cluster.threads) as world:
+    with join_world(config.cluster.threads) as world, ExitStack() as stack:
         made: tuple[str, str] | None = None
         if world.is_main:
             try:
-                made = ("run", str(prepare().path))
+                made = ("run", str(stack.enter_context(opened()).path))
             except GigabatchError as error:
                 made = ("error", str(error))
         kind, text = world.share(made)
         if kind == "error":
             raise GigabatchError(text)
         run = RunFolder(Path(text))
-        with stop_on_signals() as stop:
-            if world.is_main:
-                print(f"run {run.path}", flush=True)
-                with run.held(), Console(run.log):
-                    finished = run_training(run, stop)
-            else:
-                finished = run_training(run, stop)
+        if world.is_main:
+            console = stack.enter_context(Console(run.log))
+            console.say(f"run {_shown(run.path)}")
+        stop = stack.enter_context(stop_on_signals())
+        finished = run_training(run, stop)
     leave(0 if finished else stop.exit_code)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from gigabatch.data.augment import Augmentation
 from gigabatch.data.decode import ImageSettings
@@ -21,19 +21,20 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
 from gigabatch.data.tokenizer import TextSettings
 
-Count = Annotated[int, Field(ge=1)]
-Amount = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Amount = Annotated[int, Field(ge=0, strict=True)]
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RunSettings(Settings):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = (
+    name: Annotated[str, Field(pattern=NAME, max_length=100, coerce_numbers_to_str=True)] | None = (
         None
     )
     """The run's folder inside `run.dir`; unset takes a new one, named after the config file."""
     dir: Path = Path("runs")
     """Where run folders live; on several nodes, a path that all of them share."""
-    seed: int = Field(0, ge=0, lt=1 << 62)
+    seed: int = Field(0, ge=0, lt=1 << 62, strict=True)
     """Keys everything random: initial weights, order, augmentation, dropout."""
 
 
@@ -217,8 +218,12 @@ class MonitorSettings(Settings):
     """Steps between two lines of metrics."""
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class EvalSettings(Settings):
-    sets: tuple[str, ...] = ()
+    sets: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """Folders of shards, inside `data.root` or by path; retrieval is measured on each."""
     every_steps: Amount = 0
     """0: only after the last step."""
@@ -281,11 +286,17 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
     Relative folders are taken from the working directory. Raises GigabatchError.
     """
+    return resolve(parse_config(read_config(path), str(path), overrides))
+
+
+def read_config(path: Path) -> str:
+    """The text of a config file. Raises GigabatchError."""
     try:
-        text = path.read_text()
+        return path.read_text(encoding="utf-8")
     except OSError as error:
         raise GigabatchError(f"{path}: the config cannot be read: {error.strerror}.") from error
-    return resolve(parse_config(text, str(path), overrides))
+    except UnicodeDecodeError as error:
+        raise GigabatchError(f"{path}: not a config: it is not UTF-8 text.") from error
 
 
 def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:

@@ -31,10 +31,6 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.group is not None:
-            dist.barrier(self.group)
-
     def sum(self, value: Tensor) -> Tensor:
         """`value` added over ranks, in place."""
         if self.group is not None:

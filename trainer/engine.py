@@ -128,22 +128,25 @@ class Engine:
             state["step"].fill_(steps)
 
     def weights(self) -> State:
-        """All weights and buffers, full, float32. A collective: call it on every rank."""
-        full = {}
+        """All weights and buffers, full, float32, on rank 0; elsewhere nothing. A collective."""
+        full: State = {}
         # What `load_state_dict` will ask for: not all buffers, but both names of tied weights.
         for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
             with _gathered(tensor, self.stage):
-                full[name] = _cpu(tensor)
+                if self.world.is_main:
+                    full[name] = _cpu(tensor)
         return full
 
     def moments(self) -> State:
-        """AdamW's moments of every trained weight, as `NAME.exp_avg` and `NAME.exp_avg_sq`, full.
-        A collective: call it on every rank."""
-        return {
-            f"{name}.{moment}": _cpu(self._moment(parameter, moment))
-            for name, parameter in self.trained.items()
-            for moment in MOMENTS
-        }
+        """AdamW's moments of every trained weight, as `NAME.exp_avg` and `NAME.exp_avg_sq`, full,
+        on rank 0; elsewhere nothing. A collective."""
+        full: State = {}
+        for name, parameter in self.trained.items():
+            for moment in MOMENTS:
+                value = self._moment(parameter, moment)
+                if self.world.is_main:
+                    full[f"{name}.{moment}"] = _cpu(value)
+        return full
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
         if self.stage == 0:

@@ -36,8 +36,11 @@ def open_train(config: Config, progress: Progress | None = None) -> Index:
 
 def open_eval(config: Config, name: str, progress: Progress | None = None) -> Index:
     """A set of `eval.sets`, inside `data.root`, or by its path."""
+    own = Path(name).expanduser()
+    if own.is_absolute():
+        return open_index(own, progress)
     inside = data_root(config) / name
-    return open_index(inside if inside.is_dir() else Path(name).expanduser(), progress)
+    return open_index(inside if inside.is_dir() or not own.is_dir() else own, progress)
 
 
 def make_tokenizer(config: Config, index: Index) -> Tokenizer:

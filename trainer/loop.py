@@ -165,21 +165,30 @@ class _Trainer:
                 self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
                 cleanup.callback(self.monitor.close)
                 self.run.forget_evaluations_after(self.done)
-            self._evaluate_if_due()  # a stop or a kill may have come between
+            if not self._evaluate(stop, if_due=True):  # a stop or a kill may have come before it
+                return self._stopped()
             for batch in self._batches():
                 self._one_step(batch)
                 stopping, save_due = self._decide(stop)
-                if save_due or stopping or self.done == steps:
+                if save_due or self.done == steps:
                     self._save()
                 if stopping and self.done < steps:
-                    if self.world.is_main:
-                        self.run.record_stop()
-                    log.info("stopped at step %d of %d, as asked", self.done, steps)
-                    return False
-                self._evaluate_if_due()
-            self._evaluate()
+                    return self._stopped()
+                if not self._evaluate(stop, if_due=True):
+                    return self._stopped()
+            if not self._evaluate(stop):
+                return self._stopped()
         log.info("finished: %d steps", steps)
         return True
+
+    def _stopped(self) -> bool:
+        """Leave as asked; false."""
+        if self.saved_step < self.done:
+            self._save()
+        if self.world.is_main:
+            self.run.record_stop()
+        log.info("stopped at step %d of %d, as asked", self.done, self.config.train.steps)
+        return False
 
     def _announce(self) -> None:
         weights = sum(p.numel() for p in self.engine.named.values())
@@ -242,8 +251,8 @@ class _Trainer:
         if self.bad_steps >= self.config.train.max_bad_steps:
             raise GigabatchError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
-                f"not finite (the last: step {self.done}). Lower optimizer.lr, or lengthen "
-                "schedule.warmup_steps; what was saved before is sound."
+                f"not finite (the last: step {self.done}; the last checkpoint: step "
+                f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
             )
 
     def _report(self, result: StepResult, lr: float) -> None:
@@ -268,36 +277,51 @@ class _Trainer:
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = settings.every_steps and self.done % settings.every_steps == 0
-        asked = stop() or (self.world.is_main and self.run.stop_requested())
-        stopping, timed = self.world.any(asked, bool(by_time) and self.world.is_main)
-        return stopping, timed or bool(by_step)
+        stopping, timed = self.world.any(self._asked(stop), bool(by_time) and self.world.is_main)
+        # A streak of bad steps must not push the checkpoints before it out.
+        return stopping, (timed or bool(by_step)) and self.bad_steps == 0
 
-    def _evaluate_if_due(self) -> None:
-        every = self.config.eval.every_steps
-        if every and 0 < self.done < self.config.train.steps and self.done % every == 0:
-            self._evaluate()
+    def _asked(self, stop: Stop) -> bool:
+        return stop() or (self.world.is_main and self.run.stop_requested())
 
-    def _evaluate(self) -> None:
-        """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard."""
+    def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
+        """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard. False where a stop
+        was asked for in the middle: then nothing of it is kept, and a resume measures again."""
+        settings, every = self.config.eval, self.config.eval.every_steps
+        due = every and 0 < self.done < self.config.train.steps and self.done % every == 0
+        if not settings.sets or (if_due and not due):
+            return True
         # Rank 0's word: on a shared file system the others may see an older folder.
-        if not self.config.eval.sets or self.world.share(self.run.evaluated(self.done)):
-            return
+        if self.world.share(self.run.evaluated(self.done)):
+            return True
         self.engine.train(False)
-        began, positives = time.monotonic(), self.config.objective.positives
+        began, found = time.monotonic(), self._measure(stop)
+        self.engine.train(True)
+        self.clock.since += time.monotonic() - began
+        if found and self.monitor:
+            self.monitor.report(self.done, self.done * self.config.batch.global_size, found)
+            self.monitor.flush()
+            self.run.write_evaluation(self.done, found)
+        return found is not None
+
+    def _measure(self, stop: Stop) -> dict[str, float] | None:
         found: dict[str, float] = {}
         for name in self.config.eval.sets:
             index = open_eval(self.config, name)
             metrics = evaluate_retrieval(
-                self.engine, index, self.config, self.run, self.world, positives
+                self.engine,
+                index,
+                self.config,
+                self.run,
+                self.world,
+                self.config.objective.positives,
+                stop=lambda: self.world.any(self._asked(stop))[0],
             )
+            if metrics is None:
+                return None
             found |= {f"eval/{index.root.name}/{key}": value for key, value in metrics.items()}
             log.info(describe(index.root.name, metrics))
-        self.engine.train(True)
-        self.clock.since += time.monotonic() - began
-        if self.monitor:
-            self.monitor.report(self.done, self.done * self.config.batch.global_size, found)
-            self.monitor.flush()
-            self.run.write_evaluation(self.done, found)
+        return found
 
 
 def describe(name: str, metrics: dict[str, float]) -> str:

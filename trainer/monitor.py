@@ -61,8 +61,8 @@ class Monitor:
         log.info(
             f"{PROGRESS}{step}/{self.steps}  ETA {format_duration(left)}  "
             f"loss {metrics['train/loss']:.4f}  {metrics['perf/samples_per_s']:,.0f} samples/s  "
-            f"data wait {metrics['data/wait_fraction']:.0%}  lr {metrics['train/lr']:.1e}  "
-            f"scale {metrics['train/logit_scale']:.1f}"
+            f"data wait {metrics['data/wait_fraction']:.0%}  lr {metrics['train/lr']:.1e}"
+            + (f"  scale {metrics[scale]:.1f}" if (scale := "train/logit_scale") in metrics else "")
         )
 
     def flush(self) -> None:

@@ -14,6 +14,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, dump_config, parse_config
+from gigabatch.trainer.config import Config, dump_config, parse_config, read_config
 from gigabatch.trainer.files import create_numbered, to_json, write_atomically
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,6 @@ _PACKAGES = ("gigabatch", "torch", "deepspeed", "ray", "webdataset", "transforme
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
-
-    @property
-    def name(self) -> str:
-        return self.path.name
 
     @property
     def tokenizer(self) -> Path:
@@ -61,7 +58,7 @@ class RunFolder:
 
     def config(self) -> Config:
         path = self.path / "config.yaml"
-        return parse_config(path.read_text(), str(path))
+        return parse_config(read_config(path), str(path))
 
     def write_config(self, config: Config) -> None:
         write_atomically(self.path / "config.yaml", dump_config(config))
@@ -159,6 +156,7 @@ class RunFolder:
     def clear_requests(self) -> None:
         for name in ("stop", "stopped", "failure.txt", "crash.txt"):
             (self.path / name).unlink(missing_ok=True)
+        shutil.rmtree(self.path / ".ray", ignore_errors=True)  # Ray's own, of a killed start
 
 
 def _write_first(path: Path, text: str) -> None:
@@ -170,8 +168,8 @@ def _read_if_there(path: Path) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def create_run(config: Config, stem: str) -> tuple[RunFolder, Config]:
-    """Make the folder of a new run, and its config with the name filled in.
+def create_run(config: Config, stem: str) -> RunFolder:
+    """Make the folder of a new run, which keeps the config with the name filled in.
 
     `stem` begins the name where `run.name` is unset. Raises GigabatchError where the folder
     exists; nothing in it is touched.
@@ -183,10 +181,10 @@ def create_run(config: Config, stem: str) -> tuple[RunFolder, Config]:
     except OSError as error:
         raise GigabatchError(f"run.dir: {home} cannot be written: {error.strerror}.") from error
     named = config.run.model_copy(update={"name": path.name})
-    config, run = config.model_copy(update={"run": named}), RunFolder(path)
-    run.write_config(config)
+    run = RunFolder(path)
+    run.write_config(config.model_copy(update={"run": named}))
     write_atomically(path / "environment.json", to_json(environment()))
-    return run, config
+    return run
 
 
 def _take_name(home: Path, name: str | None, stem: str) -> Path:

@@ -108,7 +108,8 @@ class ExactStep:
 
     def _rows(self, outputs: Sequence[Outputs], batch: Sequence[MicroBatch]) -> Outputs:
         rows = _join(outputs, batch)
-        return {tap: value.detach().requires_grad_() for tap, value in rows.items()}
+        taps = self.objective.needs.taps
+        return {tap: rows[tap].detach().requires_grad_() for tap in taps}
 
     def _settle(self, value: Tensor, rows: Outputs) -> tuple[float, bool]:
         """One collective: average the loss and the objective's gradients over ranks, and learn
@@ -167,7 +168,7 @@ def _surrogate(outputs: Outputs, rows: Outputs, mine: slice) -> Tensor:
     tower all the same. (DeepSpeed's `backward` takes scalars only.)"""
     total = torch.zeros((), device=next(iter(outputs.values())).device)
     for tap, output in outputs.items():
-        grad = rows[tap].grad
+        grad = rows[tap].grad if tap in rows else None
         used = grad is not None and mine.stop > mine.start
         total = total + (output * (grad[mine] if used else 0.0)).sum()  # type: ignore[index]
     return total

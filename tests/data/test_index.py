@@ -3,6 +3,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from multiprocessing.synchronize import Barrier
@@ -373,3 +375,35 @@ def test_sizes_add_up_to_the_bytes_of_the_members(tmp_path: Path) -> None:
     index = open_index(tmp_path)
     total = sum(index.span(i, m)[1] for i in range(len(index)) for m in index.members)
     assert total == sum(map(len, contents(shard).values()))
+
+
+@pytest.mark.parametrize("damage", ["missing arrow", "cut arrow", "a list", "not json"])
+def test_a_damaged_index_is_built_again(damage: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", pairs(5))
+    whole = open_index(tmp_path)
+    arrow, manifest = whole.folder / "samples.arrow", whole.folder / "manifest.json"
+    if damage == "missing arrow":
+        arrow.unlink()
+    elif damage == "cut arrow":
+        arrow.write_bytes(arrow.read_bytes()[:100])
+    else:
+        manifest.write_text("[]" if damage == "a list" else "{")
+    again = open_index(tmp_path)
+    assert again.digest == whole.digest
+    assert again.table.num_rows == len(whole)
+
+
+def test_extensions_are_lower_case_as_webdataset_reads_them(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"x.JPG": b"j", "x.txt": b"t"})
+    assert open_index(tmp_path).members == ("jpg", "txt")
+
+
+def test_opening_an_index_does_not_import_pandas(tmp_path: Path) -> None:
+    """pyarrow would, within some calls; that takes a second and swallows a Ctrl-C."""
+    write_tar(tmp_path / "a.tar", pairs(5))
+    open_index(tmp_path)
+    look = (
+        "import sys; from pathlib import Path; from gigabatch.data.index import open_index; "
+        "open_index(Path(sys.argv[1])).require('txt'); sys.exit('pandas' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", look, str(tmp_path)]).returncode == 0

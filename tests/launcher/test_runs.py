@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -111,6 +112,95 @@ def test_hugging_face_towers_are_saved_resumed_and_evaluated(
     assert evaluated.returncode == 0, evaluated.stderr
 
 
+def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    write_samples(tmp_path / "many" / "wide", 6000, 6000, seed=3)
+    settings = [f"eval.sets=[{tmp_path / 'many' / 'wide'}]", "eval.every_steps=4", "run.name=a"]
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, *settings, "checkpoint.every_steps=0", "batch.micro_size=2")
+    wait_for_step(run, 4, command)  # the evaluation of 3,000 micro-batches comes next
+    command.signal(signal.SIGTERM)
+    done = command.wait(60)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "wide: recall" not in done.stdout
+    assert (run / "checkpoints" / "LATEST").read_text() == "step-00000004\n"
+    assert not (run / "eval" / "step-00000004.json").exists()
+    assert gigabatch("resume", run, timeout=200).returncode == 0
+    assert (run / "eval" / "step-00000004.json").exists()
+
+
+def test_steps_that_are_not_finite_push_no_checkpoint_out(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    settings = ["optimizer.lr=1.0e+30", "schedule.warmup_steps=0", "train.clip=0", "run.name=a"]
+    done = gigabatch("train", tiny, *settings, "checkpoint.every_steps=1", "train.max_bad_steps=4")
+    assert done.returncode == 2
+    assert "4 steps in a row" in done.stderr
+    saved = [p.name for p in (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")]
+    assert saved == ["step-00000001"]
+    assert "the last checkpoint: step 1" in done.stderr
+
+
+def test_ctrl_c_at_any_moment_of_the_start_is_heard(tiny: Path, start: Any) -> None:
+    for moment in (0.8, 1.1, 1.4, 1.7, 2.0):
+        command = start("train", tiny, "train.steps=5000", "eval.sets=[]")
+        time.sleep(moment)  # any moment will do: imports, indexing, setting up, training
+        command.signal(signal.SIGINT)
+        done = command.wait(60)
+        assert done.returncode in (130, -signal.SIGINT), (moment, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr or moment < 1
+
+
+def test_a_run_that_is_being_trained_is_left_alone(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, "train.steps=5000", "eval.sets=[]", "run.name=a")
+    wait_for_step(run, 3, command)
+    before = (run / "config.yaml").read_text()
+    plain = gigabatch("resume", run, "monitor.every_steps=7")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    as_rank = gigabatch("resume", run, "monitor.every_steps=7")
+    for refused in (plain, as_rank):
+        assert refused.returncode == 2
+        assert "being trained now" in refused.stderr
+    assert (run / "config.yaml").read_text() == before
+    assert command.process.poll() is None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_eval_takes_a_folder_as_the_user_sees_it_with_the_training_data_gone(
+    tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    root = tmp_path / "own"
+    write_samples(root / "train", 40, 40, seed=1)
+    write_samples(tmp_path / "elsewhere" / "small", 9, 9, seed=2)
+    settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=2"]
+    assert start("train", tiny, *settings).wait().returncode == 0
+    root.rename(tmp_path / "gone")
+    for on, here in (
+        (tmp_path / "elsewhere" / "small", tmp_path),
+        (".", tmp_path / "elsewhere/small"),
+    ):
+        done = start("eval", tmp_path / "runs" / "a", "--on", on, "--json", cwd=here).wait()
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["eval/small/candidates"] == 9
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gigabatch.launcher train {tiny} run.name=a eval.sets=[] | true"
+    subprocess.run(["bash", "-c", command], timeout=60, check=True, capture_output=True)
+    assert len(losses(tmp_path / "runs" / "a")) == 12
+
+
 def test_resume_refuses_other_shards(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
@@ -185,12 +275,14 @@ def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any)
 def test_torchrun_started_by_the_user(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-        "-m", "gigabatch.launcher", "train", str(tiny), "cluster.launcher=torchrun",
-        "cluster.workers=2", "run.name=a",
+        "-m", "gigabatch.launcher", "train", str(tiny), "run.name=a",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers on" in done.stdout
+    kept = (tmp_path / "runs" / "a" / "config.yaml").read_text()
+    assert "launcher: torchrun" in kept
+    assert "workers: 2" in kept
     assert len(losses(tmp_path / "runs" / "a")) == 12
 
 

@@ -39,6 +39,7 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("steps=3", "unknown key steps. Did you mean train.steps?"),
         ("train.steps=many", "train.steps: "),
         ("train.steps=0", "train.steps: "),
+        ("train.steps=true", "train.steps: "),
         ("train.zero=4", "train.zero: "),
         ("train=3", "train: "),
         ("train.steps.more=3", "unknown key train.steps.more"),
@@ -74,6 +75,17 @@ def test_a_file_that_is_no_config_is_refused_by_name(text: str, tmp_path: Path) 
     path.write_text(text)
     with pytest.raises(GigabatchError, match=r"bad\.yaml"):
         load_config(path)
+
+
+def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shard.tar").write_bytes(bytes(range(256)))
+    with pytest.raises(GigabatchError, match=r"shard\.tar: not a config"):
+        load_config(tmp_path / "shard.tar")
+
+
+def test_a_number_may_name_a_run_and_one_set_needs_no_list() -> None:
+    config = parse_config("", "c", ["run.name=2024", "eval.sets=val"])
+    assert (config.run.name, config.eval.sets) == ("2024", ("val",))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -279,7 +279,7 @@ def see_schedule(config: Config, folder: Path) -> Any:
 def see_run(config: Config, folder: Path) -> Any:
     index = open_train(config)
     tokenizer = make_tokenizer(config, index)
-    run, config = create_run(config, "run")
+    run = create_run(config, "run")
     tokenizer.save(str(run.tokenizer))
     threads = torch.get_num_threads()
     try:
@@ -294,7 +294,7 @@ def leavings(run: RunFolder) -> Any:
     tags = ("train/loss", "train/logit_scale", "step")
     told = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
     return [
-        run.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
+        run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
         [{tag: line.get(tag) for tag in tags} for line in lines], told,
     ]  # fmt: skip
 

@@ -16,13 +16,13 @@ def config(tmp_path: Path, *overrides: str) -> Config:
 
 
 def test_an_unnamed_run_takes_a_new_name_each_time(tmp_path: Path) -> None:
-    names = [create_run(config(tmp_path), "my config!")[0].name for _ in range(3)]
+    names = [create_run(config(tmp_path), "my config!").path.name for _ in range(3)]
     assert names == ["my-config--001", "my-config--002", "my-config--003"]
 
 
 def test_the_resolved_config_and_the_environment_are_kept(tmp_path: Path) -> None:
-    run, named = create_run(config(tmp_path, "run.name=a"), "x")
-    assert run.config() == named
+    run = create_run(config(tmp_path), "x")
+    assert run.config() == config(tmp_path, "run.name=x-001")
     assert '"torch"' in (run.path / "environment.json").read_text()
 
 
@@ -45,7 +45,7 @@ def take(path: str) -> int:
 
 
 def test_attempt_numbers_are_never_shared(tmp_path: Path) -> None:
-    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    run = create_run(config(tmp_path, "run.name=a"), "x")
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         taken = pool.map(take, [str(run.path)] * 12)
     assert sorted(taken) == list(range(1, 13))
@@ -65,7 +65,7 @@ def test_only_the_first_failure_is_kept_until_cleared(tmp_path: Path) -> None:
 
 
 def test_a_run_is_found_by_path_or_by_name(tmp_path: Path) -> None:
-    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    run = create_run(config(tmp_path, "run.name=a"), "x")
     assert open_run(str(run.path)).path == run.path
     assert open_run("a", tmp_path).path == run.path
     with pytest.raises(GigabatchError, match="b: not a run folder"):
@@ -81,7 +81,7 @@ def hold(path: str) -> str:
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
-    run, _ = create_run(config(tmp_path, "run.name=a"), "x")
+    run = create_run(config(tmp_path, "run.name=a"), "x")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         with run.held():
             assert f"being trained now (by process {os.getpid()} on" in pool.apply(

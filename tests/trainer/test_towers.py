@@ -198,6 +198,24 @@ def test_a_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None
     assert_loaded(towers, "text", saved)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([f"towers.image={{kind: huggingface, config: {VIT}}}", "data.image.size=32"],
+         "towers.image: its image_size is 16, but data.image.size is 32"),
+        ([f"towers.image={{kind: huggingface, config: {VIT}}}", "data.image.channels=1"],
+         "towers.image: its num_channels is 3, but data.image.channels is 1"),
+        ([f"towers.text={{kind: huggingface, config: {BERT.replace('100', '99')}}}"],
+         "towers.text: its vocab_size is 99, but the tokeniser has 100"),
+        ([f"towers.text={{kind: huggingface, config: {BERT}}}", "data.text.length=600"],
+         "towers.text: its max_position_embeddings is 512, but data.text.length is 600"),
+    ],
+)  # fmt: skip
+def test_a_model_that_does_not_fit_the_data_is_refused(overrides: list[str], words: str) -> None:
+    with pytest.raises(GigabatchError, match=words):
+        build_towers(config(*overrides), 100)
+
+
 def test_a_pretrained_model_that_is_not_there_is_named() -> None:
     with pytest.raises(GigabatchError, match=r"towers\.text: 'no/such'"):
         build_towers(config("towers.text={kind: huggingface, name: no/such}"), 100)

@@ -26,9 +26,16 @@ Embed = Callable[[Mapping[str, tuple[Tensor, ...]]], Mapping[str, Tensor]]
 
 @torch.no_grad()
 def evaluate_retrieval(
-    embed: Embed, index: Index, config: Config, run: RunFolder, world: World, positives: str | None
-) -> dict[str, float]:
-    """Metrics of one indexed set, the same on every rank.
+    embed: Embed,
+    index: Index,
+    config: Config,
+    run: RunFolder,
+    world: World,
+    positives: str | None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Metrics of one indexed set, the same on every rank; None where `stop`, which is asked after
+    each micro-batch and must answer alike on every rank, said to leave off.
 
     `embed`: towers' inputs to {image, text}: [B, D], in evaluation mode. `positives`: the json
     field that right answers share; None: a caption's right answer is its own image.
@@ -53,6 +60,8 @@ def evaluate_retrieval(
         for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
             rows[tap].append(vectors[kept])
         rows["id"].append(batch.tensors[positives or "sample"][kept])
+        if stop():
+            return None
     image, text, ids = (torch.cat(rows[name]) for name in ("image", "text", "id"))
     i2t = _ranks(image, text, ids, world)
     t2i = _ranks(text, image, ids, world)

@@ -108,7 +108,7 @@ def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> Any
                 vocab_size, text.length, settings.width, settings.layers, settings.dropout
             )
         case HuggingFaceTower():
-            return huggingface_encoder(settings, name)
+            return huggingface_encoder(settings, name, config.data, vocab_size)
         case ModuleTower():
             return module_encoder(settings, name)
     raise AssertionError(f"no encoder for {settings!r}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import HuggingFaceTower, ModuleTower
+from gigabatch.trainer.config import DataSettings, HuggingFaceTower, ModuleTower
 
 
 class HuggingFaceEncoder(nn.Module):
@@ -41,7 +41,9 @@ class HuggingFaceEncoder(nn.Module):
         (enable or model.gradient_checkpointing_enable)()
 
 
-def huggingface_encoder(settings: HuggingFaceTower, modality: str) -> HuggingFaceEncoder:
+def huggingface_encoder(
+    settings: HuggingFaceTower, modality: str, data: DataSettings, vocab_size: int
+) -> HuggingFaceEncoder:
     """Build or load the model. Of a two-tower model (CLIP, SigLIP) only this modality's half is
     made, which also leaves its 0-dimensional logit scale behind."""
     from transformers import AutoConfig, AutoModel
@@ -61,8 +63,32 @@ def huggingface_encoder(settings: HuggingFaceTower, modality: str) -> HuggingFac
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = settings.name or (settings.config or {}).get("model_type")
         raise GigabatchError(f"{where}: {what!r} cannot be made: {str(error).strip()}") from error
+    _refuse_misfit(where, half, data, vocab_size)
     # One dtype for all weights: checkpoints and ZeRO keep float32, autocast lowers it in use.
     return HuggingFaceEncoder(model.to(torch.float32), modality)
+
+
+def _refuse_misfit(where: str, model: Any, data: DataSettings, vocab_size: int) -> None:
+    """Compare the model's own sizes with the data's: it would fail at its first batch, vaguely."""
+    image, text = data.image, data.text
+    exact = {
+        "image_size": (image.size, "data.image.size"),
+        "num_channels": (image.channels, "data.image.channels"),
+    }
+    for name, (ours, key) in exact.items():
+        own = getattr(model, name, None)
+        if isinstance(own, int) and own != ours:
+            raise GigabatchError(
+                f"{where}: its {name} is {own}, but {key} is {ours}; set {key}={own}."
+            )
+    least = {
+        "vocab_size": (vocab_size, "the tokeniser has", "take its own by data.text.tokenizer"),
+        "max_position_embeddings": (text.length, "data.text.length is", "shorten that"),
+    }
+    for name, (ours, what, remedy) in least.items():
+        own = getattr(model, name, None)
+        if isinstance(own, int) and own < ours:
+            raise GigabatchError(f"{where}: its {name} is {own}, but {what} {ours}; {remedy}.")
 
 
 def module_encoder(settings: ModuleTower, modality: str) -> nn.Module:
