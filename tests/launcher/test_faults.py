@@ -1,0 +1,240 @@
+"""What goes wrong in real runs: signals, kills, damage, full disks. Nothing may be lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import losses, wait_for_step, write_samples
+
+from gigabatch.trainer.monitor import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
+    tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
+) -> None:
+    settings = ["run.name=a", "eval.every_steps=3", f"eval.sets=[{shards / 'val'}]"]
+    assert gigabatch("train", tiny, *settings).returncode == 0
+    run = tmp_path / "runs" / "a"
+    names = [f"step-{step:08d}.json" for step in (3, 6, 9, 12)]
+    assert sorted(p.name for p in (run / "eval").iterdir()) == names
+    # As if killed after step 9 was saved, before it was evaluated; step 12 is damaged besides.
+    (run / "eval" / names[2]).unlink()
+    (run / "checkpoints" / "step-00000012" / "state.json").write_text("{")
+    done = gigabatch("resume", run)
+    assert done.returncode == 0, done.stderr
+    assert "going on after step 9" in done.stdout
+    assert sorted(p.name for p in (run / "eval").iterdir()) == names
+    lines = read_metrics(run / "metrics.jsonl")
+    assert {line["step"] for line in lines if "train/loss" not in line} == {3, 6, 9, 12}
+
+
+def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    write_samples(tmp_path / "many" / "wide", 2000, 2000, seed=3)
+    settings = [f"eval.sets=[{tmp_path / 'many' / 'wide'}]", "eval.every_steps=4", "run.name=a"]
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, *settings, "checkpoint.every_steps=0", "batch.micro_size=2", "train.steps=5"
+    )
+    wait_for_step(run, 4, command)  # the evaluation of 1,000 micro-batches comes next
+    command.signal(signal.SIGTERM)
+    done = command.wait(60)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "wide: recall" not in done.stdout
+    assert (run / "checkpoints" / "LATEST").read_text() == "step-00000004\n"
+    assert not (run / "eval" / "step-00000004.json").exists()
+    assert gigabatch("resume", run, timeout=200).returncode == 0
+    assert (run / "eval" / "step-00000004.json").exists()
+
+
+def test_steps_that_are_not_finite_push_no_checkpoint_out(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    settings = ["optimizer.lr=1.0e+30", "schedule.warmup_steps=0", "train.clip=0", "run.name=a"]
+    done = gigabatch("train", tiny, *settings, "checkpoint.every_steps=1", "train.max_bad_steps=4")
+    assert done.returncode == 2
+    assert "4 steps in a row" in done.stderr
+    saved = [p.name for p in (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")]
+    assert saved == ["step-00000001"]
+    assert "the last checkpoint: step 1" in done.stderr
+
+
+def test_ctrl_c_at_any_moment_of_the_start_is_heard(tiny: Path, start: Any) -> None:
+    for moment in (0.8, 1.1, 1.4, 1.7, 2.0):
+        command = start("train", tiny, "train.steps=5000", "eval.sets=[]")
+        time.sleep(moment)  # any moment will do: imports, indexing, setting up, training
+        command.signal(signal.SIGINT)
+        done = command.wait(60)
+        assert done.returncode in (130, -signal.SIGINT), (moment, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr or moment < 1
+
+
+def test_a_run_that_is_being_trained_is_left_alone(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, "train.steps=5000", "eval.sets=[]", "run.name=a")
+    wait_for_step(run, 3, command)
+    before = (run / "config.yaml").read_text()
+    plain = gigabatch("resume", run, "monitor.every_steps=7")
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    as_rank = gigabatch("resume", run, "monitor.every_steps=7")
+    for refused in (plain, as_rank):
+        assert refused.returncode == 2
+        assert "being trained now" in refused.stderr
+    assert (run / "config.yaml").read_text() == before
+    assert command.process.poll() is None
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path) -> None:
+    command = f"{sys.executable} -m gigabatch.launcher train {tiny} run.name=a eval.sets=[] | true"
+    subprocess.run(["bash", "-c", command], timeout=60, check=True, capture_output=True)
+    assert len(losses(tmp_path / "runs" / "a")) == 12
+
+
+@pytest.mark.parametrize(
+    ("launcher", "workers", "number", "code"),
+    [
+        ("inline", 1, signal.SIGINT, 130),
+        ("torchrun", 2, signal.SIGTERM, 75),
+        ("ray", 2, signal.SIGINT, 130),
+        ("ray", 2, signal.SIGTERM, 75),
+    ],
+)
+def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
+    launcher: str, workers: int, number: signal.Signals, code: int, tiny: Path, tmp_path: Path,
+    start: Any, gigabatch: Any,
+) -> None:  # fmt: skip
+    settings = [
+        f"cluster.launcher={launcher}", f"cluster.workers={workers}", "train.steps=300",
+        "eval.sets=[]", "checkpoint.every_steps=0", "run.name=a",
+    ]  # fmt: skip
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, *settings)
+    wait_for_step(run, 5, command)
+    below = psutil.Process(command.process.pid).children(recursive=True)
+    command.signal(number)
+    done = command.wait(60)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "stopping after this step" in done.stderr
+    assert f"gigabatch resume {run}" in done.stdout
+    _, alive = psutil.wait_procs(below, timeout=15)
+    assert not alive
+    stopped = max(losses(run))
+    assert (run / "checkpoints" / "LATEST").read_text() == f"step-{stopped:08d}\n"
+    here = [
+        "cluster.launcher=inline",
+        "cluster.workers=1",
+    ]  # any launcher goes on, this one soonest
+    more = [f"train.steps={stopped + 2}", "--allow", "train.steps"]
+    resumed = gigabatch("resume", run, *here, *more)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert sorted(losses(run)) == list(range(1, stopped + 3))
+
+
+def ray_workers() -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        title = " ".join(process.info["cmdline"] or [])
+        if "RayTrainWorker" in title:
+            found.append(process)
+    return found
+
+
+def test_a_rank_killed_under_ray_is_started_again(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    settings = ["cluster.workers=2", "train.steps=40", "eval.sets=[]", "checkpoint.every_steps=4"]
+    whole = gigabatch("train", tiny, *settings, "cluster.launcher=torchrun", "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, *settings, "cluster.launcher=ray", "run.name=a")
+    wait_for_step(run, 6, command)
+    mine = {p.pid for p in psutil.Process(command.process.pid).children(recursive=True)}
+    victims = [p for p in ray_workers() if p.pid in mine]
+    assert victims
+    os.kill(victims[-1].pid, signal.SIGKILL)
+    done = command.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "attempt 2: 2 workers" in done.stdout
+    text = (run / "metrics.jsonl").read_text()
+    assert '"attempt": 2' in text
+    assert losses(run) == losses(tmp_path / "runs" / "whole")
+
+
+@pytest.mark.parametrize("launcher", ["inline", "torchrun", "ray"])
+def test_an_image_that_cannot_be_read_is_named_and_not_retried(
+    launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    root = tmp_path / "own"
+    write_samples(root / "train", 32, 32, seed=1)
+    shard = root / "train" / "train-000.tar"
+    data = bytearray(shard.read_bytes())
+    at = data.index(b"\x89PNG")
+    data[at : at + 64] = bytes(64)
+    shard.write_bytes(bytes(data))
+    done = gigabatch(
+        "train", tiny, f"data.root={root}", "eval.sets=[]", f"cluster.launcher={launcher}",
+        "cluster.workers=1", "run.name=a",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"gigabatch: {shard}: sample 's00000'" in done.stderr
+    assert "the image cannot be decoded" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(list((tmp_path / "runs" / "a" / "attempts").iterdir())) == 1
+
+
+def test_a_fault_in_a_tower_shows_its_traceback(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+    for launcher in ("torchrun", "ray"):
+        done = gigabatch(
+            "train", tiny, f"cluster.launcher={launcher}", "cluster.max_restarts=0", "eval.sets=[]",
+            f"run.name={launcher}",
+            "towers.image={kind: module, module: 'support_towers:Crashing'}",
+        )  # fmt: skip
+        assert done.returncode == 2
+        assert "this tower cannot see" in done.stderr
+        assert "support_towers.py" in done.stderr
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=460k", "none", str(disk)], check=True)
+    try:
+        settings = [f"run.dir={disk}", "run.name=a", "eval.sets=[]", "checkpoint.keep=9"]
+        done = gigabatch("train", tiny, *settings)
+        assert done.returncode == 2, done.stdout
+        assert "No space left" in done.stderr
+        assert not list((disk / "a" / "checkpoints").glob(".*"))
+        kept = sorted(p.name for p in (disk / "a" / "checkpoints").glob("step-*"))
+        assert kept, "the disk was too small for the test"
+        subprocess.run(["mount", "-o", "remount,size=50M", str(disk)], check=True)
+        resumed = gigabatch("resume", disk / "a")
+        assert resumed.returncode == 0, resumed.stderr
+        assert sorted(losses(disk / "a")) == list(range(1, 13))
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
