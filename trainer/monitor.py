@@ -33,6 +33,7 @@ class Monitor:
         self.file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
         if run.metrics.stat().st_size and not run.metrics.read_bytes().endswith(b"\n"):
             self.file.write("\n")  # a kill has cut the last line short
+        _await_a_later_second(run.tensorboard)
         self.board = SummaryWriter(
             str(run.tensorboard),
             # Steps that an earlier attempt wrote after its last checkpoint are drawn again.
@@ -75,6 +76,21 @@ class Monitor:
     def close(self) -> None:
         self.board.close()
         self.file.close()
+
+
+def _await_a_later_second(folder: Path) -> None:
+    """TensorBoard reads event files in the order of their names, which begin with the second they
+    were made in: an attempt's file must not sort before that of the attempt it goes on from."""
+    seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
+    wait = max(seconds, default=0) + 1 - time.time()
+    if wait > 5:
+        log.warning(
+            f"{folder}: an earlier attempt's events are dated {format_duration(wait)} ahead of "
+            "this machine's clock; TensorBoard will draw steps in the wrong order. "
+            "Set the machines' clocks alike."
+        )
+    elif wait > 0:
+        time.sleep(wait)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gigabatch.trainer.runfolder import RunFolder
 
 
 def attempt(run: RunFolder, number: int, first: int, last: int, value: float) -> None:
-    (run.path / "attempts").mkdir(exist_ok=True)
+    (run.path / "attempts").mkdir(parents=True, exist_ok=True)
     (run.path / "attempts" / f"{number:06d}.json").touch()
     monitor = Monitor(run, number, first, 10)
     for step in range(first, last + 1):
@@ -41,6 +42,27 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
         (1, 101), (2, 102), (3, 103), (4, 204), (5, 205), (6, 206), (7, 207),
     ]  # fmt: skip
+
+
+def test_event_files_of_one_second_keep_their_order(tmp_path: Path) -> None:
+    # Names end in a counter of the process: the tenth sorts before the ninth.
+    for number in range(1, 3):
+        for made in range(6):
+            attempt(RunFolder(tmp_path / str(made)), number, 3 * number, 3 * number + 3, 0.0)
+    for made in range(6):
+        board = EventAccumulator(str(RunFolder(tmp_path / str(made)).tensorboard))
+        board.Reload()
+        assert [e.step for e in board.Scalars("train/loss")] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_clock_that_ran_backwards_is_reported(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = RunFolder(tmp_path)
+    run.tensorboard.mkdir()
+    (run.tensorboard / f"events.out.tfevents.{time.time() + 3600:.0f}.host.1.0").touch()
+    attempt(run, 1, 1, 1, 0.0)
+    assert "1 h 00 min ahead of this machine's clock" in caplog.text
 
 
 def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
