@@ -127,7 +127,7 @@ def test_resume_refuses_other_shards(
 
 def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     curves = {}
-    for launcher, workers in (("inline", 1), ("torchrun", 1), ("torchrun", 2), ("ray", 2)):
+    for launcher, workers in (("inline", 1), ("torchrun", 2), ("ray", 2)):
         name = f"{launcher}{workers}"
         done = gigabatch(
             "train", tiny, f"cluster.launcher={launcher}", f"cluster.workers={workers}",
@@ -135,7 +135,6 @@ def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any)
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         curves[name] = losses(tmp_path / "runs" / name)
-    assert curves["inline1"] == curves["torchrun1"]
     assert curves["torchrun2"] == curves["ray2"]
     assert curves["torchrun2"] == pytest.approx(curves["inline1"], rel=1e-5)
 
