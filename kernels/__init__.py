@@ -3,9 +3,23 @@
 Needs torch alone. See docs/engine.md.
 """
 
-from gigabatch.kernels.losses import contrastive_loss
-from gigabatch.kernels.rules import Eq
-from gigabatch.kernels.sources import Gather, Local
-from gigabatch.kernels.stats import Lse, Stats, lse_stats
+from gigabatch.kernels.collect import gather_rows, row_top, take
+from gigabatch.kernels.compound import Concat, Products, Ragged, all_pairings
+from gigabatch.kernels.losses import (
+    contrastive_loss,
+    key_source,
+    late_interaction_loss,
+    sigmoid_loss,
+)
+from gigabatch.kernels.maxsim import MaxSim, maxsim, token_keys
+from gigabatch.kernels.rules import AbsDiff, AtLeast, Either, Eq, Ne, SecondScore, Table
+from gigabatch.kernels.scores import Dot, GatedCosine
+from gigabatch.kernels.sources import Gather, Local, Ring
+from gigabatch.kernels.stats import Lse, Stats, lse_stats, pair_sum
 
-__all__ = ["Eq", "Gather", "Local", "Lse", "Stats", "contrastive_loss", "lse_stats"]
+__all__ = [
+    "AbsDiff", "AtLeast", "Concat", "Dot", "Either", "Eq", "GatedCosine", "Gather", "Local", "Lse",
+    "MaxSim", "Ne", "Products", "Ragged", "Ring", "SecondScore", "Stats", "Table", "all_pairings",
+    "contrastive_loss", "gather_rows", "key_source", "late_interaction_loss", "lse_stats", "maxsim",
+    "pair_sum", "row_top", "sigmoid_loss", "take", "token_keys",
+]  # fmt: skip

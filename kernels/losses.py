@@ -1,95 +1,234 @@
-"""Losses over the engine's primitives, each a few lines and a formula."""
+"""Losses over the engine's primitives, each a few lines and a formula.
+
+`q` and `k` are this rank's slices. The *mean over ranks* of the returned value is the loss of the
+global batch, and gradients averaged over ranks are its gradients. Values are at least float32.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Literal
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.kernels.rules import Eq
-from gigabatch.kernels.sources import Gather, KeySource, Local
-from gigabatch.kernels.stats import Lse, lse_stats
+from gigabatch.kernels.collect import sum_rows
+from gigabatch.kernels.heads import soft_positives
+from gigabatch.kernels.maxsim import MaxSim, token_keys
+from gigabatch.kernels.rules import Either, Eq, Ne
+from gigabatch.kernels.scores import Dot
+from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
+from gigabatch.kernels.stats import Lse, lse_stats, pair_sum
+
+Schedule = Literal["gather", "ring"]
 
 
 def contrastive_loss(
-    q: Tensor,
-    k: Tensor,
-    scale: Tensor,
-    *,
-    ids_q: Tensor | None = None,
-    ids_k: Tensor | None = None,
-    symmetric: bool = True,
-    group: dist.ProcessGroup | None = None,
-    backend: str | None = None,
-) -> Tensor:
+    q: Tensor, k: Tensor, scale: Tensor, *,
+    ids_q: Tensor | None = None, ids_k: Tensor | None = None,
+    same_id: Literal["positive", "exclude"] = "positive", bias: Tensor | None = None,
+    symmetric: bool = True, label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
+    schedule: Schedule = "gather", backend: str | None = None, validate: bool = False,
+    counts: dict[str, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """InfoNCE over the global batch: CLIP's loss, with any number of positives a row.
 
-        L_rows = mean_i [ log sum_j exp(scale s_ij) - 1/|P_i| sum_{j in P_i} scale s_ij ]
+        L_rows = mean_i [ log sum_j exp(l_ij) - sum_j P_ij l_ij ],   l_ij = scale <q_i, k_j> + b_j
 
-    over the rows that have a positive (SupCon's "outside" average, Khosla et al. 2020, eq. 2);
-    symmetric: (L_rows + L_columns) / 2 (Radford et al. 2021). s_ij = <q_i, k_j>: normalise first.
+    over the rows i that have a positive; symmetric: (L_rows + L_columns) / 2 (Radford et al.
+    2021), where b cancels in L_columns. P_ij = (1 - e) [j in P_i] / |P_i| + e / |candidates of i|,
+    e = label_smoothing: several positives are averaged outside the logarithm (SupCon, Khosla et
+    al. 2020, eq. 2). The score is a plain dot product: normalise first.
 
-    q, k: [n, D], this rank's slices; any floating dtype, the same on every rank; n may differ
-    between ranks and be 0. scale: 0-dimensional, positive. ids_q, ids_k: int64 [n]; pairs with
-    equal ids are positives. Without ids, row i's positive is key i; with ids_q alone, ids_k is
-    the same. group: a process group, or None for this process alone. backend: see `lse_stats`.
+    q, k: [n, D], any floating dtype, the same on every rank; n may differ between ranks, and be 0.
+    scale: 0-dimensional. bias: float [n], one a key (log popularity, say). ids_q, ids_k: int64
+    [n]; without them row i's positive is key i; with ids_q alone, ids_k is the same. same_id:
+    "positive": all pairs of equal ids are positives; "exclude": row i's positive is key i, and
+    other pairs of equal ids are left out altogether. group: a process group, or None for this
+    process alone. schedule: "gather" holds all keys, O(N D); "ring" passes them round, O(n D).
+    backend: see `lse_stats`. validate: raise, on every rank, for NaN or infinity and for a row
+    without a positive, which otherwise has weight 0. counts: a dict that receives how many there
+    were, "rows_without_positive" and "columns_without_positive", int64.
 
-    Returns a 0-dimensional tensor, at least float32. The *mean over ranks* of the returned values
-    is the loss of the global batch, and gradients averaged over ranks are its gradients. Rows
-    without a positive have weight 0. Raises ValueError or TypeError for arguments that do not fit.
+    Raises ValueError or TypeError for arguments that do not fit, before any work.
     """
-    _check(q, k, scale, ids_q, ids_k)
-    if ids_q is None:
-        ids_q = _row_numbers(len(q), q.device, group)
-    ids_k = ids_q if ids_k is None else ids_k
-    keys: KeySource
+    exclude = same_id == "exclude"
+    _check(q, k, schedule, paired=ids_q is None or exclude, scale=scale)
+    _check_columns(q, k, ids_q, ids_k, bias)
+    if same_id not in ("positive", "exclude") or not 0 <= label_smoothing < 1:
+        raise ValueError(f"same_id must be positive or exclude, label_smoothing in [0, 1); got "
+                         f"{same_id!r} and {label_smoothing}")  # fmt: skip
+    if validate:
+        _check_finite(group, q=q, k=k, scale=scale, bias=bias)
+    numbers = row_numbers(len(q), q.device, group)
+    ids_q = numbers if ids_q is None else ids_q
+    metadata = {"id": ids_q if ids_k is None else ids_k}
+    same = own = Eq(ids_q, "id")
+    if exclude:
+        metadata["number"], own = numbers, Eq(numbers, "number")
+    rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
+    keys = key_source(k, metadata, group, schedule)
+    lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
+    stats = lse_stats(q, keys, lses, own, backend)
+    targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
+    if label_smoothing:
+        candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
+        if exclude:  # minus those of the same id, apart from the row's own
+            others = lse_stats(q, keys, lses, same, backend)
+            candidates = [
+                (total - others.positive[i] + targets[i], count - others.weight[i] + 1)
+                for i, (total, count) in enumerate(candidates)
+            ]
+        targets = [
+            target.lerp(total / count.clamp(min=1), label_smoothing)
+            for target, (total, count) in zip(targets, candidates, strict=True)
+        ]
+    kept = [weight > 0 for weight in stats.weight]
+    each = zip(kept, stats.z, targets, strict=True)
+    losses = [torch.where(keep, z - target, 0) for keep, z, target in each]
+    return _mean_over_ranks(losses, kept, group, validate, counts)
+
+
+def sigmoid_loss(
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, *, group: dist.ProcessGroup | None = None,
+    schedule: Schedule = "gather", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """SigLIP's loss (Zhai et al. 2023): every pair of the global batch is its own question,
+
+        1/N sum_ij log(1 + exp(-y_ij l_ij)),   l_ij = scale <q_i, k_j> + bias,
+
+    y = 1 for row i with key i, else -1. q, k: [n, D], this rank's slices. scale, bias:
+    0-dimensional. `group`, `schedule`, `backend`, errors, result: as `contrastive_loss`. Three
+    matrix passes: the gradient is made in the forward pass.
+    """
+    _check(q, k, schedule, scale=scale, bias=bias)
+    numbers = row_numbers(len(q), q.device, group)
+    keys = key_source(k, {"number": numbers}, group, schedule)
+    # The positives are left out of the sum, not taken off it: late in training their terms are
+    # smaller than the rounding of what they would be taken off.
+    rest = (Ne(numbers, "number"),)
+    negatives = pair_sum(q, keys, "softplus", scale, bias, rule=rest, total=True, backend=backend)
+    logits = scale * Dot(q).pairs(Panel(k, {}, 0)) + bias
+    count = all_sum(torch.tensor(len(q), device=q.device), group)
+    total = negatives + F.softplus(-logits, threshold=40).sum()
+    return _world_size(group) * total / count.clamp(min=1)
+
+
+def late_interaction_loss(
+    q: Tensor, k: Tensor, scale: Tensor, *, mask_q: Tensor | None = None,
+    mask_k: Tensor | None = None, symmetric: bool = True, group: dist.ProcessGroup | None = None,
+    schedule: Schedule = "gather", backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """InfoNCE over token-wise MaxSim scores (FILIP, number 25; one way: ColBERT).
+
+    q [n, Tq, D], k [n, Tk, D]: token vectors, normalised; masks bool [n, T], true for real tokens.
+    Row i's positive is key i. symmetric: the way back uses the other score, the mean over the
+    key's tokens. The rest as in `contrastive_loss`.
+    """
+    _check(q, k, schedule, 3, scale=scale)
+    numbers = row_numbers(len(q), q.device, group)
+    sides = [((q, mask_q), (k, mask_k)), ((k, mask_k), (q, mask_q))][: 1 + symmetric]
+    losses, kept = [], []
+    for (rows, row_mask), (columns, mask) in sides:
+        metadata = token_keys(columns, mask, number=numbers)
+        keys = key_source(columns, metadata, group, schedule)
+        score, own = MaxSim(rows, row_mask), Eq(numbers, "number")
+        stats = lse_stats(score, keys, [Lse("rows", scale)], own, backend)
+        losses.append(stats.z[0] - stats.positive[0])
+        kept.append(stats.weight[0] > 0)
+    return _mean_over_ranks(losses, kept, group)
+
+
+def key_source(
+    k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup | None,
+    schedule: Schedule = "gather",
+) -> KeySource:  # fmt: skip
+    """The keys of all ranks, by the schedule's way; this process's alone without a group."""
     if group is None:
-        keys, world_size = Local(k, {"id": ids_k}), 1
-    else:
-        keys, world_size = Gather(k, {"id": ids_k}, group), dist.get_world_size(group)
-    axes = [Lse("rows", scale), Lse("columns", scale)] if symmetric else [Lse("rows", scale)]
-    stats = lse_stats(q, keys, axes, Eq(ids_q, "id"), backend)
-    sums, counted = [], []
-    for z, positive, count in zip(stats.z, stats.positive, stats.count, strict=True):
-        has_positive = count > 0
-        per_row = z - scale * positive / count.clamp(min=1)
-        sums.append(torch.where(has_positive, per_row, 0).sum())
-        counted.append(has_positive.sum())
-    totals = torch.stack(counted)
-    if group is not None:
-        dist.all_reduce(totals, group=group)
-    return world_size * (torch.stack(sums) / totals.clamp(min=1)).mean()
+        return Local(k, metadata)
+    return (Ring if schedule == "ring" else Gather)(k, metadata, group)
 
 
-def _row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
-    """Numbers of this rank's rows in the global batch, ranks in order."""
-    first = 0
-    if group is not None:
-        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(group.size())]
-        dist.all_gather(sizes, torch.tensor([n], device=device), group=group)
-        first = int(sum(sizes[: dist.get_rank(group)]))
-    return torch.arange(first, first + n, device=device)
+def _all_logits(
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor | None, group: dist.ProcessGroup | None
+) -> list[tuple[Tensor, Tensor]]:
+    """For rows and columns: the sum of all their logits, and how many. O(N D), no tile."""
+    found = []
+    for mine, others in ((q, k), (k, q)):
+        one_q, one_k = (torch.ones_like(side[:, :1]) for side in (mine, others))
+        count = all_sum(torch.tensor(len(others), device=q.device), group)
+        total = scale * soft_positives(mine, others, one_q, one_k, group)
+        found.append((total, count.expand(len(mine))))
+    if bias is not None:
+        found[0] = (found[0][0] + sum_rows(bias.sum(), group), found[0][1])
+    return found
 
 
-def _check(q: Tensor, k: Tensor, scale: Tensor, ids_q: Tensor | None, ids_k: Tensor | None) -> None:
-    if q.ndim != 2 or k.ndim != 2 or q.shape[1] != k.shape[1]:
-        raise ValueError(f"q and k must be [n, D]; got {tuple(q.shape)} and {tuple(k.shape)}")
+def _mean_over_ranks(
+    losses: list[Tensor], kept: list[Tensor], group: dist.ProcessGroup | None,
+    validate: bool = False, counts: dict[str, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """World size x (this rank's sum / number of rows kept on all), averaged over the axes."""
+    numbers = torch.stack([keep.sum() for keep in kept] + [(~keep).sum() for keep in kept])
+    with_positive, without = all_sum(numbers, group).chunk(2)
+    if counts is not None:
+        names = ("rows_without_positive", "columns_without_positive")
+        counts.update(zip(names, without, strict=False))
+    if validate and without.any():
+        raise ValueError(f"rows (and columns) without a positive: {without.tolist()}; give each an "
+                         "id that a key has, or leave it out")  # fmt: skip
+    sums = torch.stack([loss.sum() for loss in losses])
+    return _world_size(group) * (sums / with_positive.clamp(min=1)).mean()
+
+
+def _world_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else group.size()
+
+
+def _check(
+    q: Tensor, k: Tensor, schedule: str, ndim: int = 2, paired: bool = True, **scalars: Tensor
+) -> None:
+    """Refuse, before any work and any communication, what does not fit."""
+    if q.ndim != ndim or k.ndim != ndim or q.shape[-1] != k.shape[-1]:
+        what = "[n, D]" if ndim == 2 else "[n, tokens, D]"
+        raise ValueError(f"q and k must be {what}; got {tuple(q.shape)} and {tuple(k.shape)}")
     if not q.is_floating_point() or q.dtype != k.dtype:
         raise TypeError(f"q and k must share a floating dtype; got {q.dtype} and {k.dtype}")
-    if q.device != k.device or scale.device != q.device:
-        raise ValueError(f"q, k and scale must share a device; got {q.device}, {k.device}, "
-                         f"{scale.device}")  # fmt: skip
-    if scale.ndim != 0:
-        raise ValueError(f"scale must be 0-dimensional; got {tuple(scale.shape)}")
-    if ids_q is None and (ids_k is not None or len(q) != len(k)):
-        raise ValueError("give ids_q (and ids_k), or as many keys as queries and neither")
-    for name, ids, rows in (("ids_q", ids_q, q), ("ids_k", ids_q if ids_k is None else ids_k, k)):
-        if ids is None:
+    devices = [str(tensor.device) for tensor in (q, k, *scalars.values())]
+    if len(set(devices)) > 1:
+        raise ValueError(f"q, k, {', '.join(scalars)} must share a device; got {devices}")
+    for name, value in scalars.items():
+        if value.ndim != 0 or not value.is_floating_point():
+            shape = tuple(value.shape)
+            raise ValueError(f"{name} must be 0-dimensional, floating; got {shape}, {value.dtype}")
+    if paired and len(q) != len(k):
+        raise ValueError(f"row i belongs to key i without ids; got {len(q)} and {len(k)}")
+    if schedule not in ("gather", "ring"):
+        raise ValueError(f"schedule is {schedule!r}; choose gather or ring")
+
+
+def _check_columns(
+    q: Tensor, k: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, bias: Tensor | None
+) -> None:
+    if ids_q is None and ids_k is not None:
+        raise ValueError("give ids_q with ids_k")
+    ids_k = ids_q if ids_k is None else ids_k
+    for name, column, rows in (("ids_q", ids_q, q), ("ids_k", ids_k, k), ("bias", bias, k)):
+        if column is None:
             continue
-        if ids.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64; got {ids.dtype}")
-        if ids.shape != (len(rows),) or ids.device != q.device:
-            raise ValueError(
-                f"{name} must be [{len(rows)}] on {q.device}; got {tuple(ids.shape)} "
-                f"on {ids.device}"
-            )
+        if column.dtype != torch.int64 if name != "bias" else not column.is_floating_point():
+            what = "int64" if name != "bias" else "floating"
+            raise TypeError(f"{name} must be {what}; got {column.dtype}")
+        if column.shape != (len(rows),) or column.device != q.device:
+            got = f"{tuple(column.shape)} on {column.device}"
+            raise ValueError(f"{name} must be [{len(rows)}] on {q.device}; got {got}")
+
+
+def _check_finite(group: dist.ProcessGroup | None, **tensors: Tensor | None) -> None:
+    """ValueError on every rank if a tensor of any rank holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        bad = 0 if tensor is None else int(all_sum((~tensor.isfinite()).sum(), group))
+        if bad:
+            raise ValueError(f"{name} holds {bad} values that are NaN or infinite")

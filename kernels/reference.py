@@ -1,58 +1,82 @@
-"""The `reference` back end: dense and in float64. The oracle that every other one is tested on."""
+"""The `reference` back end: dense, in float64, gradients by autograd. The oracle of all others."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.rules import BoundEq
-from gigabatch.kernels.sources import Panel, wide
-from gigabatch.kernels.tiled import PanelStats, Term
+from gigabatch.kernels.rules import blend
+from gigabatch.kernels.scores import Score
+from gigabatch.kernels.sources import ALL, Panel
+from gigabatch.kernels.tiled import Part
+
+PHI: dict[str, Callable[[Tensor], Tensor]] = {
+    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
+    "relu": lambda x: x.clamp(min=0),
+    "step": lambda x: (~(x < 0)).double() + 0 * x.nan_to_num(),
+    "linear": lambda x: x,
+    "one": lambda x: torch.ones_like(x) + 0 * x,
+}
 
 
-def panel_stats(
-    q: Tensor, panel: Panel, rule: BoundEq, rows: Sequence[bool], scales: Sequence[Tensor]
-) -> PanelStats:
-    scores, mask, kind = _scores(q, panel), _mask(q, panel, rule), wide(q.dtype)
-    axes = [1 if along_rows else 0 for along_rows in rows]
-    return PanelStats(
-        [(scores * s.double()).logsumexp(a).to(kind) for a, s in zip(axes, scales, strict=True)],
-        [(scores * mask).sum(a).to(kind) for a in axes],
-        [mask.sum(a) for a in axes],
-    )
+def sweep(
+    score: Score, panel: Panel, parts: Sequence[Part],
+    drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+) -> None:  # fmt: skip
+    """See `tiled.sweep`. With Z held fixed, sum g exp(x - Z) has the gradient of sum g Z."""
+    with torch.set_grad_enabled(dk is not None):
+        leaves = [_leaf(operand[panel.rows]) for operand in score.operands]
+        keys = _leaf(panel.keys)
+        scores = score.dense(leaves, replace(panel, keys=keys))
+        total = 0 * scores.sum()
+        wanted: list[tuple[Tensor | None, Tensor | None]] = [(dk, keys)]
+        wanted += [(drow[panel.rows], leaf) for drow, leaf in zip(drows, leaves, strict=False)]
+        for part in parts:
+            given = [None if v is None else _leaf(v) for v in (part.scale, part.shift, part.bias)]
+            wanted += zip((part.dscale, part.dshift, part.dbias), given, strict=True)
+            total = total + _term(part, panel, scores, given)
+    if dk is not None:
+        asked = [(into, leaf) for into, leaf in wanted if into is not None and leaf is not None]
+        found = torch.autograd.grad(total, [leaf for _, leaf in asked], allow_unused=True)
+        for (into, _), grad in zip(asked, found, strict=True):
+            into += 0 if grad is None else grad.to(into.dtype)
 
 
-def panel_grads(
-    q: Tensor,
-    panel: Panel,
-    rule: BoundEq,
-    terms: Sequence[Term],
-    dq: Tensor,
-    dscales: Sequence[Tensor],
-) -> Tensor:
-    scores, mask = _scores(q, panel), _mask(q, panel, rule)
-    grad = torch.zeros_like(scores)
-    for term, dscale in zip(terms, dscales, strict=True):
-        z, gz, gpositive = (
-            v.double().unsqueeze(1)
-            if term.along_rows
-            else v[panel.offset : panel.offset + len(panel.keys)].double().unsqueeze(0)
-            for v in (term.z, term.gz, term.gpositive)
-        )
-        p = gz * torch.exp(term.scale.double() * scores - z)
-        dscale += (p * scores).sum().to(dscale.dtype)
-        grad += term.scale.double() * p + mask * gpositive
-    dq += (grad @ panel.keys.double()).to(dq.dtype)
-    return (grad.T @ q.detach().double()).to(dq.dtype)
+def _term(part: Part, panel: Panel, scores: Tensor, given: Sequence[Tensor | None]) -> Tensor:
+    """Adds to the part's `out`; returns what has the gradient of its results times `g`."""
+    axis, span = (1, panel.rows) if part.on_rows else (0, ALL)
+
+    def cut(value: Tensor, along: bool = True) -> Tensor:
+        value = value.double()
+        on_rows = value.ndim and part.on_rows == along
+        return value[panel.rows].unsqueeze(1) if on_rows else value
+
+    scale, shift, bias = given
+    assert scale is not None
+    x = cut(scale) * scores
+    x = x if shift is None else x + cut(shift)
+    x = x if bias is None else x + cut(bias, along=False)
+    mask, weights = blend(part.rule, panel.rows, panel, scores.detach())
+    g = torch.zeros(()) if part.g is None else cut(part.g)
+    if part.phi == "lse":
+        x = x if weights is None else x + weights
+        x = x if mask is None else x.masked_fill(~mask, -torch.inf)
+        if part.out is not None:
+            both = torch.logaddexp(part.out[span].double(), x.detach().logsumexp(axis))
+            part.out[span] = both.to(part.out.dtype)
+        if part.z is None:
+            return 0 * scores.sum()
+        z = cut(part.z)
+        return (g * torch.exp(x - torch.where(z == -torch.inf, torch.inf, z))).sum()
+    weight = torch.ones_like(scores.detach()) if weights is None else weights.double().exp()
+    values = PHI[part.phi](x) * (weight if mask is None else weight * mask)
+    if part.out is not None:
+        part.out[span] += values.detach().sum(axis).to(part.out.dtype)
+    return (g * values).sum()
 
 
-def _scores(q: Tensor, panel: Panel) -> Tensor:
-    return q.detach().double() @ panel.keys.double().T
-
-
-def _mask(q: Tensor, panel: Panel, rule: BoundEq) -> Tensor:
-    mask = torch.zeros(len(q), len(panel.keys), dtype=torch.bool, device=q.device)
-    mask[rule.pairs(0, len(q))] = True
-    return mask
+def _leaf(value: Tensor) -> Tensor:
+    return value.detach().double().requires_grad_(torch.is_grad_enabled())

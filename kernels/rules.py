@@ -1,55 +1,152 @@
-"""Rules say which pairs count, from O(N) metadata; nothing of size M x N is ever stored."""
+"""Rules say which pairs count and how much, from O(N) metadata; nothing of size M x N is stored.
+
+A rule is a sequence of clauses that hold together. A clause is a mask (bool: the pair counts or
+does not) or a log-weight (float: its exp multiplies the pair's term). It sets a value of each row,
+`rows` [M, ...], against a metadata column of the key source, named `keys`. The list is closed: a
+clause has one function here and one in each compiled back end.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.sources import Panel, wide
+
+
+class Clause(Protocol):
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        """Mask or log-weights [r, c] of pairs of `rows` and a panel's keys with these `scores`."""
+
+
+Rule = Sequence[Clause]
 
 
 @dataclass(frozen=True)
 class Eq:
-    """Pairs whose row code equals the key's code.
-
-    `rows`: int64 [M]. `keys`: the name of an int64 metadata column of the key source.
-    """
+    """Mask: equal values. Same id, class, group, language; by number, the row's own key."""
 
     rows: Tensor
     keys: str
 
-    def bind(self, panel: Panel) -> BoundEq:
-        codes, order = torch.sort(panel.metadata[self.keys], stable=True)
-        return BoundEq(self.rows, codes, order)
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        return self.rows[rows].unsqueeze(1) == panel.metadata[self.keys]
+
+
+class Ne(Eq):
+    """Mask: different values. Not itself, not of the same class."""
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        return ~super().block(rows, panel, scores)
 
 
 @dataclass(frozen=True)
-class BoundEq:
-    """`Eq` on one panel, its codes sorted once: a tile then costs its own pairs, not its area."""
+class Either:
+    """Mask: one of two masks holds. Another id, or the row's own key."""
+
+    one: Clause
+    other: Clause
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        return self.one.block(rows, panel, scores) | self.other.block(rows, panel, scores)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Log-weight `table[row's code, key's code]` by role or relation; codes int64, `table` float
+    [A, B], -inf to mask. `only`: a mask outside which it does not apply, so that a row's own
+    reversal weighs otherwise than a stranger's."""
 
     rows: Tensor
-    codes: Tensor
-    order: Tensor
+    keys: str
+    table: Tensor
+    only: Clause | None = None
 
-    def counts(self) -> Tensor:
-        """int64 [M]: keys of the panel that equal each row."""
-        return self._edges(self.rows)[1] - self._edges(self.rows)[0]
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        weights = self.table[self.rows[rows]][:, panel.metadata[self.keys]]
+        only = None if self.only is None else self.only.block(rows, panel, scores)
+        return weights if only is None else torch.where(only, weights, 0)
 
-    def pairs(self, first: int, last: int) -> tuple[Tensor, Tensor]:
-        """(row, key) numbers of the equal pairs of rows `first` to `last` - 1; rows from 0.
 
-        At most (last - first) * panel entries, so no more than a tile of that height.
+@dataclass(frozen=True)
+class AbsDiff:
+    """Log-weight log(factor_i |y_i - y_j| + 1): the farther the labels, the stronger a negative
+    (SupReMix, number 42). `factor`: float [M]; 1 without it, 1 - lambda for mixtures."""
+
+    rows: Tensor
+    keys: str
+    factor: Tensor | None = None
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        distance = (self.rows[rows].unsqueeze(1) - panel.metadata[self.keys]).abs()
+        return (distance if self.factor is None else self.factor[rows, None] * distance).log1p()
+
+
+@dataclass(frozen=True)
+class SecondScore:
+    """By another score t_ij = <rows_i, column_j>, without gradient; vectors [M, E] and [n, E].
+
+    `at_most`: the mask t_ij <= at_most, without a teacher's false negatives (MultiCSR, number 39).
+    Else the log-weight `scale` t_ij: a teacher's softmax, up to its sum, as soft positives.
+    """
+
+    rows: Tensor
+    keys: str
+    at_most: float | None = None
+    scale: float = 1.0
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        kind = wide(self.rows.dtype)
+        t = self.rows[rows].to(kind) @ panel.metadata[self.keys].to(kind).T
+        return self.scale * t if self.at_most is None else t <= self.at_most
+
+
+@dataclass(frozen=True)
+class AtLeast:
+    """Mask s_ij >= rows_i: only keys whose score reaches a threshold, such as a row's quantile
+    (`row_top`). Put thresholds between two scores: the same score may round differently."""
+
+    rows: Tensor
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        return scores >= self.rows[rows].unsqueeze(1)
+
+
+def blend(rule: Rule, rows: slice, panel: Panel, scores: Tensor) -> tuple[Tensor | None, ...]:
+    """All clauses on one tile: (mask, log-weights), each None where nothing is said."""
+    mask = weights = None
+    for clause in rule:
+        block = clause.block(rows, panel, scores)
+        if block.dtype == torch.bool:
+            mask = block if mask is None else mask & block
+        else:
+            weights = block if weights is None else weights + block
+    return mask, weights
+
+
+class Matches:
+    """`Eq` on one panel, its codes sorted once: a tile then costs its own pairs, not its area."""
+
+    def __init__(self, clause: Eq, panel: Panel) -> None:
+        self.rows, self._block = clause.rows, slice(0)
+        self.codes, self.order = torch.sort(panel.metadata[clause.keys], stable=True)
+
+    def inside(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """(row, key) of the equal pairs of a tile, both counted from its first.
+
+        Those of its block of rows are kept for the next tile: at most block x panel, no more than
+        the scores of that block would be.
         """
-        low, high = self._edges(self.rows[first:last])
-        count = high - low
-        row = torch.repeat_interleave(count)
-        start = torch.cumsum(count, 0) - count
-        nth = torch.arange(row.numel(), device=row.device) - start[row]
-        return row, self.order[low[row] + nth]
-
-    def _edges(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.searchsorted(self.codes, rows), torch.searchsorted(
-            self.codes, rows, right=True
-        )
+        if rows != self._block:
+            low = torch.searchsorted(self.codes, self.rows[rows])
+            count = torch.searchsorted(self.codes, self.rows[rows], right=True) - low
+            row, start = torch.repeat_interleave(count), torch.cumsum(count, 0) - count
+            nth = torch.arange(row.numel(), device=row.device) - start[row]
+            self._block, self._pairs = rows, (row, self.order[low[row] + nth])
+        row, key = self._pairs
+        here = (key >= columns.start) & (key < columns.stop)
+        return row[here], key[here] - columns.start

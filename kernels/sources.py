@@ -1,146 +1,189 @@
 """Key sources: where the keys of a loss come from. All collectives of the engine live here.
 
-A rank holds its rows and sees all keys. Only the key side's embeddings travel; column statistics
-need two O(N) reductions; key gradients are summed over ranks and each rank keeps its slice.
+A rank holds its rows and sees all keys. Only the key side's embeddings travel; what belongs to a
+key (column statistics, gradients) is merged over ranks and ends at the rank that owns the key.
 
 Convention: what is differentiated is the *sum over ranks* of the values that ranks return.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ALL = slice(None)
+Merge = Literal["grad", "sum", "lse"]
+
 
 @dataclass(frozen=True)
 class Panel:
-    """Keys at hand: `keys` [m, D], `metadata` columns [m], `offset` of the first among all."""
+    """Keys at hand: `keys` [m, ...], `metadata` columns [m, ...], `offset`: the first one's number
+    among all keys. `rows`: the only queries that see them."""
 
     keys: Tensor
     metadata: Mapping[str, Tensor]
     offset: int
+    rows: slice = field(default_factory=lambda: ALL)
+
+    def cut(self, part: slice) -> Panel:
+        """Some of the keys, and of every column."""
+        metadata = {name: column[part] for name, column in self.metadata.items()}
+        return Panel(self.keys[part], metadata, self.offset + part.start, self.rows)
+
+    def to(self, kind: torch.dtype) -> Panel:
+        return replace(self, keys=self.keys.to(kind))
 
 
-class KeySource(Protocol):
-    """What the engine asks of a source."""
-
-    @property
-    def k(self) -> Tensor:
-        """The differentiable tensor: this rank's slice of the keys, [n, D]."""
-
-    def panels(self) -> Iterator[Panel]:
-        """All keys, a panel at a time, detached; always the same panels in the same order."""
-
-    def begin_grad(self) -> Tensor:
-        """A zeroed float accumulator [N, D] for `accept_grad`."""
-
-    def accept_grad(self, total: Tensor, panel: Panel, dk: Tensor) -> None:
-        """Add a panel's gradient."""
-
-    def end_grad(self, total: Tensor) -> Tensor:
-        """This rank's slice of the gradient, summed over ranks: [n, D]."""
-
-    def merge_lse(self, z: Tensor) -> Tensor:
-        """Log-sum-exps [N] of columns over this rank's rows, merged over ranks -> slice [n]."""
-
-    def merge_sum(self, value: Tensor) -> Tensor:
-        """Column sums [N] over this rank's rows, added over ranks -> this rank's slice [n]."""
-
-    def spread(self, value: Tensor) -> Tensor:
-        """A slice [n] of a per-key quantity -> all [N]."""
+Work = Callable[[Panel, list[Tensor]], list[Tensor]]
 
 
-@dataclass(frozen=True)
-class Local:
-    """Keys of this process alone; `k` [N, D], `metadata` columns [N]."""
+class KeySource(ABC):
+    """What the engine asks of a source: to bring all keys by, a panel at a time.
 
-    k: Tensor
-    metadata: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def panels(self) -> Iterator[Panel]:
-        yield Panel(self.k.detach(), self.metadata, 0)
-
-    def begin_grad(self) -> Tensor:
-        return _accumulator(self.k, self.k.shape[0])
-
-    def accept_grad(self, total: Tensor, panel: Panel, dk: Tensor) -> None:
-        total[panel.offset : panel.offset + len(dk)] += dk
-
-    def end_grad(self, total: Tensor) -> Tensor:
-        return total
-
-    def merge_lse(self, z: Tensor) -> Tensor:
-        return z
-
-    def merge_sum(self, value: Tensor) -> Tensor:
-        return value
-
-    def spread(self, value: Tensor) -> Tensor:
-        return value
-
-
-class Gather:
-    """Keys of every rank of `group`, gathered in rank order; slices may differ in length.
-
-    `k`: this rank's keys [n, D]. `metadata`: its columns [n], which travel too. Memory O(N D).
+    `tensors`: what is differentiated. `total`: number of keys, over all ranks. `held`: of those
+    that belong to this rank, the length of its per-key values.
     """
 
-    def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup):
-        self.k, self.group = k, group
-        self.world_size = dist.get_world_size(group)
-        self.sizes = _all_sizes(len(k), k.device, group)
-        self.start = sum(self.sizes[: dist.get_rank(group)])
-        self._keys = self.spread(k.detach())
-        self._metadata = {name: self.spread(column) for name, column in metadata.items()}
+    tensors: tuple[Tensor, ...]
+    total: int
+    held: int
 
-    def panels(self) -> Iterator[Panel]:
-        yield Panel(self._keys, self._metadata, 0)
+    @abstractmethod
+    def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
+        """Call `work(panel, columns of the panel)` for all keys, always the same panels in the
+        same order. `columns`: per-key values [held]. `work` returns per-key results [m, ...] from
+        this rank's rows, one for each of `merges`: "sum" adds them over ranks, "lse" is their
+        log-sum-exp, "grad" (only the first) is the gradient of the panel's keys, summed.
 
-    def begin_grad(self) -> Tensor:
-        return _accumulator(self.k, sum(self.sizes))
+        Returns this rank's part of the merged results [held, ...]; of a "grad" the gradients of
+        `tensors`, concatenated."""
 
-    def accept_grad(self, total: Tensor, panel: Panel, dk: Tensor) -> None:
-        total[panel.offset : panel.offset + len(dk)] += dk
 
-    def end_grad(self, total: Tensor) -> Tensor:
-        if len(set(self.sizes)) == 1 and total.device.type != "cpu":
-            mine = total.new_empty(self.sizes[0], total.shape[1])
-            dist.reduce_scatter_tensor(mine, total, group=self.group)
-            return mine
-        # gloo has no reduce-scatter of its own, and slices may be uneven.
-        return self.merge_sum(total).clone()
+class Local(KeySource):
+    """Keys that this process holds: `k` [N, ...], `metadata` columns [N].
 
-    def merge_lse(self, z: Tensor) -> Tensor:
-        top = z.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
-        # A column masked on every rank stays -inf: exp(-inf - finite) is 0, and log 0 is -inf.
-        safe = torch.where(top == -torch.inf, 0, top)
-        return safe[self._mine] + self.merge_sum(torch.exp(z - safe)).log()
+    Also a queue (keys without gradient, the same on every rank) and prototypes (a parameter, the
+    same on every rank: sum its gradient over ranks, as for any parameter). Column statistics cover
+    this process's rows alone.
+    """
 
-    def merge_sum(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, group=self.group)
-        return value[self._mine]
+    def __init__(self, k: Tensor, metadata: Mapping[str, Tensor] | None = None) -> None:
+        self.tensors, self.total, self.held = (k,), len(k), len(k)
+        self.panel = Panel(k.detach(), metadata or {}, 0)
+
+    def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
+        return work(self.panel, list(columns))
+
+
+class Gather(KeySource):
+    """Keys of every rank of `group`, gathered in rank order; slices may differ in length.
+
+    `k`: this rank's keys [n, ...]. `metadata`: its columns [n], which travel too. Memory O(N D).
+    """
+
+    def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+        self.group, self.sizes = group, all_sizes(len(k), k.device, group)
+        self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
+        spread = {name: self.spread(column) for name, column in metadata.items()}
+        self.panel = Panel(self.spread(k), spread, 0)
+
+    def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
+        results = work(self.panel, [self.spread(column) for column in columns])
+        return [
+            self._merge_lse(result) if how == "lse" else self._merge_sum(result)
+            for how, result in zip(merges, results, strict=True)
+        ]
 
     def spread(self, value: Tensor) -> Tensor:
-        longest = max(self.sizes)
-        padded = value.new_zeros(longest, *value.shape[1:])
-        padded[: len(value)] = value
+        """A slice [n, ...] of something per key -> all of it [N, ...]."""
+        padded = value.new_zeros(max(self.sizes), *value.shape[1:])
+        padded[: len(value)] = value.detach()
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
 
+    def _merge_lse(self, z: Tensor) -> Tensor:
+        top = z.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+        # A column masked on every rank stays -inf: exp(-inf - finite) is 0, and log 0 is -inf.
+        safe = torch.where(top == -torch.inf, 0, top)
+        return safe[self._mine] + self._merge_sum(torch.exp(z - safe)).log()
+
+    def _merge_sum(self, value: Tensor) -> Tensor:
+        if len(set(self.sizes)) == 1 and value.device.type != "cpu":
+            mine = value.new_empty(self.sizes[0], *value.shape[1:])
+            dist.reduce_scatter_tensor(mine, value, group=self.group)
+            return mine
+        # gloo has no reduce-scatter of its own, and slices may be uneven.
+        return all_sum(value, self.group)[self._mine].clone()
+
     @property
     def _mine(self) -> slice:
-        return slice(self.start, self.start + len(self.k))
+        start = sum(self.sizes[: dist.get_rank(self.group)])
+        return slice(start, start + self.held)
 
 
-def _accumulator(k: Tensor, rows: int) -> Tensor:
-    return torch.zeros(rows, k.shape[1], dtype=wide(k.dtype), device=k.device)
+class Ring(KeySource):
+    """The keys of `Gather`, passed from rank to rank: memory O(n D), whatever the world size.
+
+    While a panel is worked on, the next one is on its way; column results and key gradients travel
+    behind their panel, each rank adding its share, until they are home. Panels come in another
+    order on each rank, so sums round differently than under `Gather`; from run to run they agree.
+    """
+
+    def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
+        self.group, self.sizes = group, all_sizes(len(k), k.device, group)
+        self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
+        self.rank, self.world_size, self.metadata = dist.get_rank(group), group.size(), metadata
+
+    def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
+        names, done = list(self.metadata), list[Tensor]()
+        held = [v.detach() for v in (*self.tensors, *self.metadata.values(), *columns)]
+        for step in range(self.world_size):
+            owner, last = (self.rank + step) % self.world_size, step == self.world_size - 1
+            arriving = [] if last else self._room(held, owner + 1)
+            merged = self._room(done, owner)  # what earlier ranks found for this panel
+            requests = self._exchange(done if last else held + done, arriving + merged)
+            metadata = dict(zip(names, held[1:], strict=False))
+            panel = Panel(held[0], metadata, sum(self.sizes[:owner]))
+            results = work(panel, held[1 + len(names) :])
+            for request in requests:
+                request.wait()
+            done = results if step == 0 else [
+                torch.logaddexp(old, new) if how == "lse" else old.add_(new)
+                for how, old, new in zip(merges, merged, results, strict=True)
+            ]  # fmt: skip
+            held = arriving
+        home = self._room(done, self.rank)
+        for request in self._exchange(done, home):
+            request.wait()
+        return home if self.world_size > 1 else done
+
+    def _room(self, values: Sequence[Tensor], owner: int) -> list[Tensor]:
+        size = self.sizes[owner % self.world_size]
+        return [value.new_empty(size, *value.shape[1:]) for value in values]
+
+    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[dist.Work]:
+        """Start sending to the rank before this one, and receiving what the one behind sends."""
+        if self.world_size == 1:
+            return []
+        before, behind = (
+            dist.get_global_rank(self.group, (self.rank + d) % self.world_size) for d in (-1, 1)
+        )
+        sends = [(dist.isend, value, before, tag) for tag, value in enumerate(outgoing)]
+        receives = [(dist.irecv, value, behind, tag) for tag, value in enumerate(incoming)]
+        transfers = [
+            dist.P2POp(operation, value.contiguous(), peer, self.group, tag)
+            for operation, value, peer, tag in sends + receives
+            if value.numel()
+        ]
+        return dist.batch_isend_irecv(transfers) if transfers else []
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -148,8 +191,22 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _all_sizes(n: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+def all_sizes(n: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """Every rank's `n`, ranks in order."""
     mine = torch.tensor([n], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    sizes = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(sizes, mine, group=group)
     return [int(size) for size in sizes]
+
+
+def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks, in place and without gradient."""
+    if group is not None:
+        dist.all_reduce(value, group=group)
+    return value
+
+
+def row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+    """int64 [n]: the numbers of this rank's rows in the global batch, ranks in order."""
+    first = 0 if group is None else sum(all_sizes(n, device, group)[: dist.get_rank(group)])
+    return torch.arange(first, first + n, device=device)

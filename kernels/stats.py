@@ -1,18 +1,19 @@
-"""`lse_stats`: log-sum-exps along rows and columns, and sums of positive scores, of one score pass.
+"""The engine's two sums: `lse_stats` and `pair_sum`, each of one score pass.
 
-With s_ij = <q_i, k_j>, for each `Lse`:
+With scores s_ij and, for each term, a scale, a bias and weights w_ij = exp(log-weights), 0 where
+its rule masks:
 
-    rows:     Z_i = log sum_j exp(scale * s_ij)         columns:  Z_j = log sum_i exp(scale * s_ij)
-
-and, for one rule that names the positive pairs P, along the same axis:
-
-    positive_i = sum_{j in P_i} s_ij,   count_i = |P_i|.
+    lse, rows:     Z_i = log sum_j w_ij exp(scale_i s_ij + bias_j)
+    lse, columns:  Z_j = log sum_i w_ij exp(scale_j s_ij + bias_i)
+    positives:     positive_i = sum_j P_ij (scale_i s_ij + bias_j),   weight_i = sum_j P_ij
+    pair_sum:      out_i = sum_j w_ij phi(scale_i s_ij + shift_i + bias_j)
 
 The backward pass forms, a tile at a time, the gradient of everything at once,
 
-    G_ij = sum_lse gZ * scale * exp(scale * s_ij - Z) + [ij in P] * gpositive,
+    G_ij = sum_lse gZ scale w_ij exp(x_ij - Z) + P_ij gpositive + gout scale w_ij phi'(x_ij),
 
-and from it dQ = G K and dK = G^T Q: four matrix passes in all (S; S again; dQ; dK).
+and from it dQ = G K and dK = G^T Q: four matrix passes in all (S; S again; dQ; dK), or three for
+the total of a `pair_sum`, whose gradient is known up to one factor while the scores are at hand.
 """
 
 from __future__ import annotations
@@ -26,109 +27,231 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gigabatch.kernels import reference, tiled
-from gigabatch.kernels.rules import Eq
-from gigabatch.kernels.sources import KeySource, wide
+from gigabatch.kernels.rules import Clause, Rule
+from gigabatch.kernels.scores import Dot, Score
+from gigabatch.kernels.sources import KeySource, Merge, Panel, wide
 
 BACKENDS = {"reference": reference, "tiled": tiled}
+Axis = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
 class Lse:
     """One log-sum-exp. `axis`: "rows" gives one a query, "columns" one a key.
 
-    `scale`: positive 0-dimensional tensor (differentiable); multiplies the score.
+    `scale`: multiplies the score; 0-dimensional, or one for each result ([M] rows or this rank's
+    [n] keys); may be negative. `bias`: added to the logits, one for each entry across the axis
+    ([n] this rank's keys for "rows", [M] for "columns"). Both differentiable. `rule`: which pairs
+    count and with what weight; without it all count alike.
     """
 
-    axis: Literal["rows", "columns"]
+    axis: Axis
     scale: Tensor
+    bias: Tensor | None = None
+    rule: Rule = ()
 
 
 @dataclass(frozen=True)
 class Stats:
-    """For each `Lse` asked for: `z`, and along its axis `positive` sums and `count`.
+    """For each `Lse`: `z`, and along its axis sums of its `positive` logits and their `weight`.
 
-    Each is [n]: this rank's rows, or for columns this rank's keys. `z` and `positive` are at least
-    float32, `count` is int64 and has no gradient.
+    Each is [M] or, for columns, [n]: this rank's keys. At least float32. A result over no pair at
+    all has z = -inf; weights have no gradient. Without a rule of positives those two are empty.
     """
 
     z: tuple[Tensor, ...]
     positive: tuple[Tensor, ...]
-    count: tuple[Tensor, ...]
+    weight: tuple[Tensor, ...]
 
 
 def lse_stats(
-    q: Tensor, keys: KeySource, lses: Sequence[Lse], positives: Eq, backend: str | None = None
-) -> Stats:
-    """Log-sum-exps and positive sums of the scores of `q` [n, D] against all keys of a source.
+    score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
+    positives: Rule | Clause | None = None, backend: str | None = None,
+) -> Stats:  # fmt: skip
+    """Log-sum-exps and positive sums of the scores of this rank's queries against all keys.
 
-    `backend`: "tiled" (plain torch, the default), or "reference" (dense, float64; the oracle).
-    Differentiable once, in q, the source's keys and the scales. Memory O(n + N) beside the keys.
+    `score`: a score, or queries [M, D] for the dot product. `positives`: their rule, one clause or
+    several; log-weights weigh them. A lone `Eq` costs nothing a tile. `backend`: "tiled" (plain
+    torch, the default), or "reference" (dense, float64; the oracle). Differentiable once, in the
+    score's operands, the source's tensors, scales and biases. Memory O(M + N) beside the keys.
     Under a process group the *sum over ranks* of a function of the results is what is
-    differentiated. Raises ValueError for an unknown back end.
+    differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
     """
+    rule: Rule | None = None
+    if positives is not None:
+        rule = positives if isinstance(positives, Sequence) else (positives,)
+    terms = []
+    for lse in lses:
+        terms.append(_Term(lse.axis, "lse", lse.rule, lse.scale, bias=lse.bias))
+        if rule is not None:
+            terms.append(_Term(lse.axis, "linear", rule, lse.scale, bias=lse.bias))
+            terms.append(_Term(lse.axis, "one", rule, lse.scale.detach()))
+    out = _run(score, keys, terms, backend)
+    return Stats(out[::3], out[1::3], out[2::3]) if rule is not None else Stats(out, (), ())
+
+
+def pair_sum(
+    score: Score | Tensor, keys: KeySource, phi: Literal["softplus", "relu", "step"],
+    scale: Tensor, shift: Tensor, bias: Tensor | None = None, rule: Rule = (), *,
+    total: bool = False, backend: str | None = None,
+) -> Tensor:  # fmt: skip
+    """[M], or with `total` their sum (0-dimensional); at least float32.
+
+    `phi`: "softplus" log(1 + e^x), "relu", or "step" (0 where x < 0, else 1; no gradient). `scale`,
+    `shift`: 0-dimensional or [M]; `bias`: None or this rank's [n] keys; all differentiable, as are
+    the score's operands and the source's tensors, once (a total's gradient must be the same number
+    on every rank, as it is in any loss). `rule`: which pairs count, and how much.
+    `backend`, errors, process groups: as `lse_stats`; ValueError too for an unknown `phi`.
+    """
+    if phi not in ("softplus", "relu", "step"):
+        raise ValueError(f"phi is {phi!r}; choose one of softplus, relu, step")
+    return _run(score, keys, [_Term("rows", phi, rule, scale, shift, bias)], backend, total)[0]
+
+
+def engine_name(backend: str | None) -> str:
+    """The back end to use; ValueError for one that does not exist."""
     if (backend or "tiled") not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; choose one of {', '.join(sorted(BACKENDS))}")
-    spec = _Spec(keys, tuple(lse.axis for lse in lses), positives, backend or "tiled")
-    out = _LseStats.apply(spec, q, keys.k, *(lse.scale for lse in lses))
-    n = len(lses)
-    return Stats(out[:n], out[n : 2 * n], out[2 * n :])
+    return backend or "tiled"
+
+
+@dataclass(frozen=True)
+class _Term:
+    """See `tiled.Part`. `scale` and `shift` lie along the axis, `bias` across it."""
+
+    axis: str
+    phi: str
+    rule: Rule
+    scale: Tensor
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+
+    def on_keys(self, name: str) -> bool:
+        """Whether a field of `tiled.Part` belongs to the keys, and travels with them."""
+        return (self.axis == "columns") != (name in ("bias", "dbias"))
 
 
 @dataclass(frozen=True)
 class _Spec:
+    score: Score
     keys: KeySource
-    axes: tuple[str, ...]
-    positives: Eq
-    backend: str
+    terms: Sequence[_Term]
+    engine: Any
+    total: bool  # one term, whose sum is asked for
+    early: bool  # its gradient is made in the forward pass, up to one factor
 
 
-class _LseStats(torch.autograd.Function):
+def _run(
+    score: Score | Tensor, keys: KeySource, terms: Sequence[_Term], backend: str | None,
+    total: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    score = Dot(score) if isinstance(score, Tensor) else score
+    for term in terms:
+        _check(term, len(score.operands[0]), keys.held)
+    tensors: list[Tensor | None] = [*score.operands, *keys.tensors]
+    tensors += [value for term in terms for value in (term.scale, term.shift, term.bias)]
+    learns = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
+    spec = _Spec(score, keys, terms, BACKENDS[engine_name(backend)], total, total and learns)
+    return _Sweep.apply(spec, *tensors)
+
+
+def _check(term: _Term, m: int, n: int) -> None:
+    if term.axis not in ("rows", "columns"):
+        raise ValueError(f"axis is {term.axis!r}; choose rows or columns")
+    along, across = (m, n) if term.axis == "rows" else (n, m)
+    for name, sizes in (
+        ("scale", [(), (along,)]),
+        ("shift", [(), (along,)]),
+        ("bias", [(across,)]),
+    ):
+        value = getattr(term, name)
+        if value is not None and value.shape not in sizes:
+            wanted = " or ".join(str(size) for size in sizes)
+            raise ValueError(f"{name} of {term.axis} must be {wanted}; got {tuple(value.shape)}")
+
+
+class _Sweep(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, spec: _Spec, q: Tensor, k: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
-        source, engine = spec.keys, BACKENDS[spec.backend]
-        rows = [axis == "rows" for axis in spec.axes]
-        z, positive, count = [], [], []
-        panels = [
-            engine.panel_stats(q, p, p_rule, rows, scales)
-            for p in source.panels()
-            for p_rule in [spec.positives.bind(p)]
-        ]
-        for i, along_rows in enumerate(rows):
-            if along_rows:
-                z.append(torch.stack([p.z[i] for p in panels]).logsumexp(0))
-                positive.append(sum(p.positive[i] for p in panels))
-                count.append(sum(p.count[i] for p in panels))
-            else:
-                z.append(source.merge_lse(torch.cat([p.z[i] for p in panels])))
-                positive.append(source.merge_sum(torch.cat([p.positive[i] for p in panels])))
-                count.append(source.merge_sum(torch.cat([p.count[i] for p in panels])))
-        ctx.save_for_backward(q, *scales, *z)
+    def forward(ctx: Any, spec: _Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        like = spec.keys.tensors[0]
+        g = [like.new_ones((), dtype=wide(like.dtype))] if spec.early else None
+        out, grads = _sweep(spec, tensors, ctx.needs_input_grad[1:], None, g)
         ctx.spec = spec
-        ctx.mark_non_differentiable(*count)
-        return (*z, *positive, *count)
+        ctx.save_for_backward(*(grads if spec.early else (*tensors, *out)))
+        results = [out[0].sum()] if spec.total else out
+        constant = [r for r, t in zip(results, spec.terms, strict=True) if t.phi in ("one", "step")]
+        ctx.mark_non_differentiable(*constant)
+        return tuple(results)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        spec: _Spec = ctx.spec
-        source, engine, n = spec.keys, BACKENDS[spec.backend], len(spec.axes)
-        q, scales, z = (
-            ctx.saved_tensors[0],
-            ctx.saved_tensors[1 : n + 1],
-            ctx.saved_tensors[n + 1 :],
-        )
-        terms = []
-        for i, axis in enumerate(spec.axes):
-            values = [z[i], grads[i], grads[n + i]]
-            if axis == "columns":
-                values = [source.spread(value.contiguous()) for value in values]
-            terms.append(tiled.Term(axis == "rows", scales[i], *values))
-        dq = torch.zeros(q.shape, dtype=wide(q.dtype), device=q.device)
-        total = source.begin_grad()
-        dscales = [torch.zeros_like(scale) for scale in scales]
-        for panel in source.panels():
-            rule = spec.positives.bind(panel)
-            dk = engine.panel_grads(q, panel, rule, terms, dq, dscales)
-            source.accept_grad(total, panel, dk)
-        dk = source.end_grad(total)
-        return (None, dq.to(q.dtype), dk.to(source.k.dtype), *dscales)
+    def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
+        spec, saved, n = ctx.spec, ctx.saved_tensors, len(ctx.spec.terms)
+        if spec.early:
+            return (None, *(None if grad is None else grad * g[0].to(grad.dtype) for grad in saved))
+        return (None, *_sweep(spec, saved[:-n], ctx.needs_input_grad[1:], saved[-n:], g)[1])
+
+
+def _sweep(
+    spec: _Spec, tensors: Sequence[Tensor | None], needs: Sequence[bool],
+    z: Sequence[Tensor] | None, g: Sequence[Tensor] | None,
+) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
+    """All panels once: the terms' results, unless they are given as `z`; and with `g`, their
+    gradients, those of all `tensors`."""
+    score, keys, terms = spec.score, spec.keys, spec.terms
+    like, learns = keys.tensors[0], g is not None
+    kind, first = wide(like.dtype), len(tensors) - 3 * len(terms)
+    fields: list[dict[str, Tensor]] = []  # of each term's `tiled.Part`
+    for i, term in enumerate(terms):
+        own = {name: getattr(term, name) for name in ("scale", "shift", "bias")}
+        found = {name: value.detach() for name, value in own.items() if value is not None}
+        if z is None:
+            size = len(score.operands[0]) if term.axis == "rows" else keys.held
+            found["out"] = like.new_full((size,), _empty(term, "out"), dtype=kind)
+        elif term.phi == "lse":
+            found["z"] = z[i]
+        if g is not None and term.phi != "one":
+            found["g"] = g[i]
+            for (name, value), need in zip(own.items(), needs[first + 3 * i :], strict=False):
+                if value is not None and need:
+                    found[f"d{name}"] = torch.zeros_like(value, dtype=kind)
+        fields.append(found)
+    travel = [
+        (i, name) for i, found in enumerate(fields) for name, value in found.items()
+        if value.ndim and terms[i].on_keys(name)
+    ]  # fmt: skip
+    back = [at for at in travel if at[1] in ("out", "dscale", "dshift", "dbias")]
+    forth = [at for at in travel if at not in back]
+    drows = [torch.zeros_like(o, dtype=kind) for o in score.operands if learns]
+
+    def work(panel: Panel, columns: list[Tensor]) -> list[Tensor]:
+        here = [dict(found) for found in fields]
+        for (i, name), column in zip(forth, columns, strict=True):
+            here[i][name] = column
+        for i, name in back:
+            here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
+        parts = [
+            tiled.Part(term.axis == "rows", term.phi, term.rule, **found)
+            for term, found in zip(terms, here, strict=True)
+        ]
+        dk = torch.zeros_like(panel.keys, dtype=kind) if learns else None
+        spec.engine.sweep(score, panel, parts, drows, dk)
+        return [*([] if dk is None else [dk]), *(here[i][name] for i, name in back)]
+
+    merges: list[Merge] = ["sum" if _empty(terms[i], name) == 0 else "lse" for i, name in back]
+    columns = [fields[i][name] for i, name in forth]
+    merged = keys.fold(work, columns, ["grad", *merges] if learns else merges)
+    dkeys = merged.pop(0).split([len(t) for t in keys.tensors]) if learns else ()
+    for (i, name), value in zip(back, merged, strict=True):
+        fields[i][name] = value
+    grads = [*drows, *dkeys]
+    grads += [found.get(name) for found in fields for name in ("dscale", "dshift", "dbias")]
+    return [found["out"] for found in fields if "out" in found], [
+        None if grad is None or tensor is None else grad.to(tensor.dtype)
+        for grad, tensor in zip(grads, tensors, strict=False)
+    ]
+
+
+def _empty(term: _Term, name: str) -> float:
+    """The result of a term over no pair."""
+    return -torch.inf if name == "out" and term.phi == "lse" else 0.0

@@ -2,136 +2,240 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.kernels.rules import BoundEq
+from gigabatch.kernels.rules import Eq, Matches, Rule, blend
+from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, wide
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
 
+# Functions of a logit and their slopes. Beyond 40, log(1 + exp x) is x in either precision.
+PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "softplus": (lambda x: F.softplus(x, threshold=40), torch.sigmoid),
+    "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
+    "step": (lambda x: (~(x < 0)).to(x.dtype), torch.zeros_like),  # NaN counts
+    "linear": (lambda x: x, torch.ones_like),
+    "one": (torch.ones_like, torch.zeros_like),
+}
 
-@dataclass(frozen=True)
-class PanelStats:
-    """Statistics over one panel: row entries [M], column entries [m]."""
 
-    z: list[Tensor]
-    positive: list[Tensor]
-    count: list[Tensor]
+@dataclass
+class Part:
+    """A term over one panel: with logits x_ij = scale_i s_ij + shift_i + bias_j and weights w_ij,
 
+        phi "lse": log sum_j w_ij exp(x_ij)        else: sum_j w_ij phi(x_ij)
 
-@dataclass(frozen=True)
-class Term:
-    """One log-sum-exp in the backward pass, with the gradients of its results.
-
-    `z`, `gz`, `gpositive`: [M] where `along_rows`, else for all keys [N].
+    (i the row where `on_rows`, else the key). Along its axis vectors have [M] or the panel's [m]
+    entries; `bias` lies across it. `out` is added to, if given; with `g`, the gradient of the
+    results (and `z`, an lse's own), `dscale`, `dshift`, `dbias` are, where they are asked for.
     """
 
-    along_rows: bool
+    on_rows: bool
+    phi: str
+    rule: Rule
     scale: Tensor
-    z: Tensor
-    gz: Tensor
-    gpositive: Tensor
+    shift: Tensor | None = None
+    bias: Tensor | None = None
+    z: Tensor | None = None  # results of an lse, for its gradient
+    g: Tensor | None = None
+    out: Tensor | None = None
+    dscale: Tensor | None = None
+    dshift: Tensor | None = None
+    dbias: Tensor | None = None
 
 
-def panel_stats(
-    q: Tensor, panel: Panel, rule: BoundEq, rows: Sequence[bool], scales: Sequence[Tensor]
-) -> PanelStats:
-    """Forward over one panel: for each log-sum-exp (`rows[i]`: along rows) its partial results."""
-    m, n, kind = len(q), len(panel.keys), wide(q.dtype)
-    lengths = [m if along_rows else n for along_rows in rows]
-    z = [torch.full((size,), -torch.inf, dtype=kind, device=q.device) for size in lengths]
-    positive = [torch.zeros(size, dtype=kind, device=q.device) for size in lengths]
-    count = [torch.zeros(size, dtype=torch.int64, device=q.device) for size in lengths]
-    for tile in _tiles(q, panel, rule):
-        for i, along_rows in enumerate(rows):
-            span, index = (tile.rows, tile.row) if along_rows else (tile.columns, tile.column)
-            part = _tile_lse(tile, along_rows, scales[i])
-            z[i][span] = torch.logaddexp(z[i][span], part)
-            positive[i][span].index_add_(0, index, tile.positive_scores())
-            count[i][span].index_add_(0, index, torch.ones_like(index))
-    return PanelStats(z, positive, count)
+def sweep(
+    score: Score, panel: Panel, parts: Sequence[Part],
+    drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Results of all terms over one panel and, with `dk`, gradients: adds to `out` and the
+    gradients of the parts, to `drows` of the operands and `dk` of the panel's keys."""
+    matches = [_matches(part, panel) for part in parts]
+    for tile in tiles(score, panel, drows, dk):
+        blends: dict[int, Any] = {}
+        grad = None if dk is None else torch.zeros_like(tile.scores)
+        for part, match in zip(parts, matches, strict=True):
+            if part.phi == "lse":
+                _lse(tile, part, blends, grad)
+            elif match is None:
+                _phi(Block(tile), part, blends, grad)
+            else:
+                _phi(Pairs(tile, *match.inside(tile.rows, tile.columns)), part, None, grad)
+        if grad is not None:
+            tile.pull(grad)
 
 
-def panel_grads(
-    q: Tensor,
-    panel: Panel,
-    rule: BoundEq,
-    terms: Sequence[Term],
-    dq: Tensor,
-    dscales: Sequence[Tensor],
-) -> Tensor:
-    """Backward over one panel: adds to `dq` [M, D] and `dscales`, returns dk [m, D]."""
-    dk = torch.zeros(panel.keys.shape, dtype=dq.dtype, device=dq.device)
-    for tile in _tiles(q, panel, rule):
-        grad = torch.zeros_like(tile.scores)
-        for term, dscale in zip(terms, dscales, strict=True):
-            z, gz, gpositive = (
-                _along(tile, panel, term, v) for v in (term.z, term.gz, term.gpositive)
-            )
-            scale = float(term.scale)
-            # A row or column whose pairs are all masked has z = -inf and no probabilities.
-            shift = torch.where(z == -torch.inf, torch.inf, z)
-            p = torch.add(-shift, tile.scores, alpha=scale, out=tile.spare).exp_().mul_(gz)
-            grad.add_(p, alpha=scale)
-            dscale += p.mul_(tile.scores).sum()  # pairwise: a dot product rounds 100 times worse
-            index = tile.row if term.along_rows else tile.column
-            grad.index_put_((tile.row, tile.column), gpositive.flatten()[index], accumulate=True)
-        dq[tile.rows].addmm_(grad, tile.k)
-        dk[tile.columns].addmm_(grad.T, tile.q)
-    return dk
+def top(score: Score, panel: Panel, rule: Rule, values: Tensor, index: Tensor) -> None:
+    """Merge the best keys of one panel into `values` and `index` [M, k], descending."""
+    for tile in tiles(score, panel):
+        mask, _ = blend(rule, tile.rows, tile.keys, tile.scores)
+        if mask is not None:
+            tile.scores.masked_fill_(~mask, -torch.inf)
+        number = torch.arange(len(tile.keys.keys), device=index.device) + tile.keys.offset
+        number = torch.where(tile.scores == -torch.inf, -1, number)
+        values[tile.rows], at = torch.cat([values[tile.rows], tile.scores], 1).topk(
+            values.shape[1], 1
+        )
+        index[tile.rows] = torch.cat([index[tile.rows], number], 1).gather(1, at)
 
 
 @dataclass(frozen=True)
-class _Tile:
-    """Scores [r, c] of `rows` x `columns`, their operands, and the positive pairs inside."""
+class Tile:
+    """Scores [r, c] of `rows` and the keys `columns` of a panel; `spare`: work space [r, c]."""
 
     rows: slice
     columns: slice
-    q: Tensor
-    k: Tensor
+    keys: Panel
     scores: Tensor
-    spare: Tensor  # scratch of the same shape
-    row: Tensor  # of each positive pair, from the tile's first row
-    column: Tensor
-
-    def positive_scores(self) -> Tensor:
-        return self.scores[self.row, self.column]
+    spare: Tensor
+    pull: Callable[[Tensor], None]  # takes a gradient [r, c] of the scores to queries and keys
 
 
-def _tiles(q: Tensor, panel: Panel, rule: BoundEq) -> Iterator[_Tile]:
-    kind, n = wide(q.dtype), len(panel.keys)
-    buffers = torch.empty(2, min(ROWS, len(q)) * min(COLUMNS, n), dtype=kind, device=q.device)
-    for top in range(0, len(q), ROWS):
-        rows = slice(top, min(top + ROWS, len(q)))
-        q_rows = q[rows].detach().to(kind)
-        pair_row, pair_key = rule.pairs(rows.start, rows.stop)
-        for left in range(0, n, COLUMNS):
-            columns = slice(left, min(left + COLUMNS, n))
-            k_rows = panel.keys[columns].to(kind)
-            shape = (len(q_rows), len(k_rows))
-            scores, spare = (b[: shape[0] * shape[1]].view(shape) for b in buffers)
-            torch.mm(q_rows, k_rows.T, out=scores)
-            inside = (pair_key >= columns.start) & (pair_key < columns.stop)
-            yield _Tile(
-                rows, columns, q_rows, k_rows, scores, spare,
-                pair_row[inside], pair_key[inside] - left,
-            )  # fmt: skip
+def tiles(
+    score: Score, panel: Panel, drows: Sequence[Tensor] = (), dk: Tensor | None = None
+) -> Iterator[Tile]:
+    """All tiles of the scores of a panel's rows; with gradients `drows` and `dk` to pull into."""
+    n, kind = len(panel.keys), wide(panel.keys.dtype)
+    first, stop, _ = panel.rows.indices(len(score.operands[0]))
+    if first >= stop or n == 0:
+        return
+    height, width = score.tile_shape(ROWS, COLUMNS, panel)
+    height, width = min(height, stop - first), min(width, n)
+    buffers = torch.empty(2, height * width, dtype=kind, device=panel.keys.device)
+    scratch = score.scratch(height, width, panel)
+    for start in range(first, stop, height):
+        rows = slice(start, min(start + height, stop))
+        blocks = [operand[rows].detach().to(kind) for operand in score.operands]
+        dblocks = [operand[rows] for operand in drows]
+        for left in range(0, n, width):
+            columns = slice(left, min(left + width, n))
+            keys, shape = panel.cut(columns).to(kind), (len(blocks[0]), columns.stop - left)
+            scores, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
+            score.tile(blocks, keys, scores, scratch)
+            into = scores if dk is None else dk[columns]  # without gradients it is not called
+            pull = partial(score.pull, blocks, keys, scores, scratch, dblocks, into)
+            yield Tile(rows, columns, keys, scores, spare, pull)
 
 
-def _tile_lse(tile: _Tile, along_rows: bool, scale: Tensor) -> Tensor:
-    axis = 1 if along_rows else 0
-    top = tile.scores.amax(axis, keepdim=True) * scale
-    p = torch.add(-top, tile.scores, alpha=float(scale), out=tile.spare).exp_()
-    return p.sum(axis).log_() + top.squeeze(axis)
+class Block:
+    """All pairs of a tile: values [r, c]."""
+
+    def __init__(self, tile: Tile) -> None:
+        self.tile, self.scores = tile, tile.scores
+
+    def cut(self, value: Tensor, on_rows: bool) -> Tensor:
+        """The tile's part of something per row or per key, or a scalar, ready to broadcast."""
+        if value.ndim == 0:
+            return value
+        return value[self.tile.rows].unsqueeze(1) if on_rows else value[self.tile.columns]
+
+    def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
+        """Add sums along an axis to a vector or, over both axes, to a scalar."""
+        if total is None:
+            return
+        if total.ndim == 0:
+            total += values.sum()  # pairwise: a dot product rounds 100 times worse
+        else:
+            total[self.tile.rows if on_rows else self.tile.columns] += values.sum(int(on_rows))
+
+    def give(self, grad: Tensor, values: Tensor) -> None:
+        grad += values
 
 
-def _along(tile: _Tile, panel: Panel, term: Term, value: Tensor) -> Tensor:
-    """The entries of a per-row or per-key quantity that belong to a tile, ready to broadcast."""
-    if term.along_rows:
-        return value[tile.rows].unsqueeze(1)
-    start = panel.offset + tile.columns.start
-    return value[start : panel.offset + tile.columns.stop].unsqueeze(0)
+class Pairs(Block):
+    """Some pairs of a tile: values [number of pairs]; `row`, `column` [same] from its first."""
+
+    def __init__(self, tile: Tile, row: Tensor, column: Tensor) -> None:
+        self.tile, self.row, self.column = tile, row, column
+        self.scores = tile.scores[row, column]
+
+    def cut(self, value: Tensor, on_rows: bool) -> Tensor:
+        if value.ndim == 0:
+            return value
+        return super().cut(value, on_rows).flatten()[self.row if on_rows else self.column]
+
+    def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
+        if total is None or total.ndim == 0:
+            super().add(total, values, on_rows)
+        else:  # index_put is deterministic on every device, index_add is not
+            span, at = (self.tile.rows, self.row) if on_rows else (self.tile.columns, self.column)
+            total[span].index_put_((at,), values, accumulate=True)
+
+    def give(self, grad: Tensor, values: Tensor) -> None:
+        grad.index_put_((self.row, self.column), values, accumulate=True)
+
+
+def _matches(part: Part, panel: Panel) -> Matches | None:
+    """A lone equality names its pairs directly; any other rule is worked out by tile."""
+    clause = part.rule[0] if len(part.rule) == 1 and part.phi != "lse" else None
+    return Matches(clause, panel) if isinstance(clause, Eq) and type(clause) is Eq else None
+
+
+def _phi(view: Block, part: Part, blends: dict[int, Any] | None, grad: Tensor | None) -> None:
+    scale = view.cut(part.scale, part.on_rows)
+    x = view.scores * scale
+    for value, on_rows in ((part.shift, part.on_rows), (part.bias, not part.on_rows)):
+        if value is not None:
+            x = x + view.cut(value, on_rows)
+    weight = None
+    if part.rule and blends is not None:
+        mask, weights = _blend(view.tile, part.rule, blends)
+        weight = torch.ones_like(x) if weights is None else weights.exp()
+        weight = weight if mask is None else torch.where(mask, weight, 0)
+    phi, slope = PHI[part.phi]
+    if part.out is not None:
+        values = phi(x) if weight is None else phi(x) * weight
+        view.add(part.out, values, part.on_rows)
+    if part.g is None or grad is None:
+        return
+    dx = slope(x) * view.cut(part.g, part.on_rows)
+    dx = dx if weight is None else dx * weight
+    view.add(part.dshift, dx, part.on_rows)
+    view.add(part.dbias, dx, not part.on_rows)
+    if part.dscale is not None:
+        view.add(part.dscale, dx * view.scores, part.on_rows)
+    view.give(grad, dx * scale)
+
+
+def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) -> None:
+    view, axis = Block(tile), int(part.on_rows)
+    scale = view.cut(part.scale, part.on_rows)
+    logits = torch.mul(tile.scores, scale, out=tile.spare)
+    if part.bias is not None:
+        logits += view.cut(part.bias, not part.on_rows)
+    if part.rule:
+        mask, weights = _blend(tile, part.rule, blends)
+        if weights is not None:
+            logits += weights
+        if mask is not None:
+            logits.masked_fill_(~mask, -torch.inf)
+    if part.out is not None:
+        most = logits.amax(axis, keepdim=True)
+        most.masked_fill_(most == -torch.inf, 0)  # all masked: the sum is 0, its log -inf
+        part_z = logits.sub_(most).exp_().sum(axis).log_() + most.squeeze(axis)
+        span = tile.rows if part.on_rows else tile.columns
+        part.out[span] = torch.logaddexp(part.out[span], part_z)
+    if part.g is None or part.z is None or grad is None:
+        return
+    # A row or column whose pairs are all masked has z = -inf and no probabilities.
+    z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
+    p = logits.sub_(z).exp_().mul_(view.cut(part.g, part.on_rows))
+    grad.addcmul_(p, scale.expand_as(p)) if part.scale.ndim else grad.add_(p, alpha=float(scale))
+    view.add(part.dbias, p, not part.on_rows)
+    if part.dscale is not None:
+        view.add(part.dscale, p.mul_(tile.scores), part.on_rows)
+
+
+def _blend(tile: Tile, rule: Rule, blends: dict[int, Any]) -> Any:
+    """A rule's mask and log-weights on a tile, worked out once for all terms that share it."""
+    if id(rule) not in blends:
+        blends[id(rule)] = blend(rule, tile.rows, tile.keys, tile.scores)
+    return blends[id(rule)]

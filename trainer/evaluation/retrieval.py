@@ -13,13 +13,12 @@ from torch import Tensor
 
 from gigabatch.data.index import Index
 from gigabatch.data.stream import EvalPlans, open_stream
-from gigabatch.kernels import Gather, Local
+from gigabatch.kernels import Eq, Ne, gather_rows, key_source, pair_sum, row_top
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
-TILE = 1024
 RECALLS = (1, 5, 10)
 Embed = Callable[[Mapping[str, tuple[Tensor, ...]]], Mapping[str, Tensor]]
 
@@ -74,19 +73,13 @@ def evaluate_retrieval(
 
 
 def _ranks(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> Tensor:
-    """int64 [all queries]: rank of the best right answer among all keys, from 1."""
-    group = world.group
-    source = Local(keys, {"id": ids}) if group is None else Gather(keys, {"id": ids}, group)
-    (panel,) = source.panels()
-    ranks = torch.empty(len(queries), dtype=torch.int64, device=queries.device)
-    for start in range(0, len(queries), TILE):
-        rows = slice(start, start + TILE)
-        scores = queries[rows] @ panel.keys.T
-        right = ids[rows].unsqueeze(1) == panel.metadata["id"]
-        best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
-        # "Not below" rather than "at least": a score that is NaN counts against us too.
-        ranks[rows] = 1 + (~(scores < best) & ~right).sum(1)
-    return source.spread(ranks)
+    """int64 [all queries]: rank of the best right answer among all keys, from 1. Two score passes,
+    no matrix; a score that is NaN counts against us."""
+    source = key_source(keys, {"id": ids}, world.group)
+    best, _ = row_top(queries, source, 1, (Eq(ids, "id"),))
+    one = best.new_ones(())
+    not_below = pair_sum(queries, source, "step", one, -best[:, 0], rule=(Ne(ids, "id"),))
+    return gather_rows(1 + not_below.long(), world.group)
 
 
 def _summary(way: str, ranks: Tensor) -> dict[str, float]:

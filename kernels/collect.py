@@ -1,0 +1,99 @@
+"""What is fetched besides panels: each row's best keys, chosen keys, all ranks' rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gigabatch.kernels.rules import Rule
+from gigabatch.kernels.scores import Dot, Score
+from gigabatch.kernels.sources import Gather, KeySource, Panel, wide
+from gigabatch.kernels.tiled import top
+
+
+@torch.no_grad()
+def row_top(
+    score: Score | Tensor, keys: KeySource, k: int, rule: Rule = ()
+) -> tuple[Tensor, Tensor]:
+    """The k best keys of each query that the rule's masks allow: values [M, k], at least float32,
+    descending, and the keys' numbers int64 [M, k]; -inf and -1 where there are fewer. No gradient:
+    rescore what is to be differentiated, `score.pairs(take(keys, index))`. Log-weights do not
+    count. Memory O(M k) beside the keys. ValueError for k < 1."""
+    score = Dot(score) if isinstance(score, Tensor) else score
+    m, like = len(score.operands[0]), keys.tensors[0]
+    if k < 1:
+        raise ValueError(f"k is {k}; ask for at least one key")
+    values = torch.full((m, k), -torch.inf, dtype=wide(like.dtype), device=like.device)
+    index = torch.full((m, k), -1, dtype=torch.int64, device=like.device)
+
+    def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
+        top(score, panel, rule, values, index)
+        return []
+
+    keys.fold(work, [], [])
+    return values, index
+
+
+def take(keys: KeySource, index: Tensor) -> Panel:
+    """Keys by their numbers among all, wherever they are: `index` int64 [M] -> a panel of M keys
+    with their metadata, differentiable in the source's tensors; zeros where the index is -1."""
+    columns: dict[str, Tensor] = {}
+    return Panel(_Take.apply(keys, index, columns, *keys.tensors), columns, 0)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keys: KeySource, index: Tensor, columns: dict[str, Tensor], *tensors: Tensor
+    ) -> Tensor:
+        chosen: dict[str, Tensor] = {}
+
+        def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
+            row, here = _inside(index, panel)
+            for name, column in (("", panel.keys), *panel.metadata.items()):
+                into = chosen.setdefault(name, column.new_zeros(len(index), *column.shape[1:]))
+                into[row] = column[here]
+            return []
+
+        keys.fold(work, [], [])
+        ctx.keys, ctx.index = keys, index
+        columns.update((name, column) for name, column in chosen.items() if name)
+        return chosen[""]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
+            row, here = _inside(ctx.index, panel)
+            dk = torch.zeros_like(panel.keys, dtype=wide(panel.keys.dtype))
+            return [dk.index_put_((here,), grad[row].to(dk.dtype), accumulate=True)]
+
+        tensors = ctx.keys.tensors
+        (grads,) = ctx.keys.fold(work, [], ["grad"])
+        dkeys = zip(grads.split([len(t) for t in tensors]), tensors, strict=True)
+        return None, None, None, *(dk.to(tensor.dtype) for dk, tensor in dkeys)
+
+
+def _inside(index: Tensor, panel: Panel) -> tuple[Tensor, Tensor]:
+    """Which entries name a key of this panel, and which one, counted from its first."""
+    here = (index >= panel.offset) & (index < panel.offset + len(panel.keys))
+    row = here.nonzero().squeeze(1)
+    return row, index[row] - panel.offset
+
+
+def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """All ranks' rows in rank order, [n, ...] -> [N, ...], differentiable: a rank receives the sum
+    over ranks of what its own rows are given."""
+    if group is None:
+        return rows
+    source = Gather(rows, {}, group)
+    return take(source, torch.arange(source.total, device=rows.device)).keys
+
+
+def sum_rows(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over ranks of a tensor of any shape, on each of them, differentiable."""
+    return gather_rows(value.unsqueeze(0), group).sum(0)

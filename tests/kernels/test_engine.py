@@ -1,0 +1,298 @@
+"""`lse_stats`, `pair_sum` and `row_top` against brute force, over everything that combines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import brute
+import pytest
+import torch
+from brute import World
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gigabatch.kernels import (
+    AbsDiff,
+    AtLeast,
+    Either,
+    Eq,
+    GatedCosine,
+    Local,
+    Lse,
+    Ne,
+    SecondScore,
+    Table,
+    lse_stats,
+    pair_sum,
+    row_top,
+    tiled,
+)
+from gigabatch.kernels.scores import Dot
+
+BACKENDS = ["reference", "tiled"]
+MASKS, WEIGHTS = sorted(brute.MASKS), sorted(brute.WEIGHTS)
+RULES = st.tuples(
+    st.lists(st.sampled_from(MASKS), max_size=2, unique=True),
+    st.lists(st.sampled_from(WEIGHTS), max_size=2, unique=True),
+).map(lambda both: both[0] + both[1])
+POSITIVES = st.sampled_from(
+    [[], ["eq"], ["eq", "not self"], ["eq", "distance"], ["soft"], ["own table", "eq"]]
+)
+SIZES = {"m": st.integers(1, 12), "n": st.integers(1, 12), "d": st.integers(1, 9)}
+
+
+def clause(w: World, name: str) -> Any:
+    rows, keys = torch.arange(w.m), w.tensors
+    equal = Eq(w.row_id, "id")
+    return {
+        "eq": equal,
+        "ne": Ne(w.row_id, "id"),
+        "not self": Ne(rows, "number"),
+        "either": Either(Ne(w.row_id, "id"), Eq(rows, "number")),
+        "teacher": SecondScore(keys["row_teacher"], "teacher", at_most=0.5),
+        "at least": AtLeast(keys["threshold"]),
+        "table": Table(w.row_role, "role", keys["table"]),
+        "own table": Table(w.row_role, "role", keys["table"], only=equal),
+        "distance": AbsDiff(keys["row_label"], "label") if w.n else None,
+        "mixed distance": AbsDiff(keys["row_label"], "label", keys["factor"]),
+        "soft": SecondScore(keys["row_teacher"], "teacher", scale=2.0),
+    }[name]
+
+
+def rule_of(w: World, names: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(clause(w, name) for name in names)
+
+
+class Problem:
+    """One random use of the engine: its results and gradients, by the engine and by brute force."""
+
+    def __init__(
+        self, world: World, score: str, axes: Sequence[str], rule: Sequence[str],
+        positives: Sequence[str], vectors: bool, biased: bool, scale: float,
+    ) -> None:  # fmt: skip
+        self.world, self.score, self.axes = world, score, axes
+        self.rule, self.positives, self.biased = rule, positives, biased
+        wide = torch.promote_types(world.dtype, torch.float32)
+        t = world.tensors
+        self.inputs = {"q": t["q"], "k": t["k"]}
+        if score == "gated":
+            self.inputs["gate"] = t["gate"]
+        for axis in axes:
+            along, across = ("row", "key") if axis == "rows" else ("key", "row")
+            self.inputs[f"{axis} scale"] = (
+                scale * t[f"{along}_scale"] if vectors else torch.tensor(scale, dtype=wide)
+            )
+            if biased:
+                self.inputs[f"{axis} bias"] = t[f"{across}_bias"]
+
+    def to(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        return {name: value.detach().to(dtype) for name, value in self.inputs.items()}
+
+    def engine(self, x: dict[str, Tensor], backend: str) -> list[Tensor]:
+        w = self.world
+        score = Dot(x["q"]) if self.score == "dot" else GatedCosine(x["q"], x["gate"])
+        rule = rule_of(w, self.rule)
+        lses = [Lse(axis, x[f"{axis} scale"], x.get(f"{axis} bias"), rule) for axis in self.axes]
+        found = lse_stats(
+            score, Local(x["k"], w.metadata()), lses,
+            rule_of(w, self.positives) if self.positives else None, backend,
+        )  # fmt: skip
+        return [*found.z, *found.positive, *found.weight]
+
+    def brute(self, x: dict[str, Tensor], rule_scores: Tensor | None = None) -> list[Tensor]:
+        w = self.world
+        scores = (
+            brute.dot(x["q"], x["k"]) if self.score == "dot"
+            else brute.gated(x["q"], x["gate"], x["k"])
+        )  # fmt: skip
+        judged = scores if rule_scores is None else rule_scores
+        mask, weights = brute.blend(w, self.rule, judged)
+        z, positive, weight = [], [], []
+        for axis in self.axes:
+            a, scale = int(axis == "rows"), x[f"{axis} scale"]
+            logits = (scale.unsqueeze(a) if scale.ndim else scale) * scores
+            if self.biased:
+                logits = logits + x[f"{axis} bias"].unsqueeze(1 - a)
+            z.append(brute.lse((logits + weights).masked_fill(~mask, -torch.inf), a))
+            if self.positives:
+                keep, lw = brute.blend(w, self.positives, judged)
+                share = torch.where(keep, lw.exp(), 0)
+                positive.append((share * logits).sum(a))
+                weight.append(share.sum(a).detach())
+        return [*z, *positive, *weight]
+
+
+def differentiate(results: list[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Results, then gradients of a fixed linear function of them (of what is finite)."""
+    g = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=results[0].dtype)
+    for r in results:
+        if r.requires_grad:
+            weight = torch.randn(r.shape, generator=g, dtype=torch.float64).to(r.dtype)
+            total = total + torch.where(r.detach().isfinite(), r * weight, 0).sum()
+    grads = torch.autograd.grad(total, list(inputs.values()), allow_unused=True)
+    zeros = [torch.zeros_like(x) for x in inputs.values()]
+    return [*results, *(z if g is None else g for z, g in zip(zeros, grads, strict=True))]
+
+
+def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
+
+
+def assert_close(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], big: float) -> None:
+    """Errors against float64 are at most twice plain torch's, but for a few roundings of the
+    largest logit `big`, by which plain torch may be right by luck: an exp's relative error."""
+    for i, (got, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
+        finite = exact.isfinite()
+        assert torch.equal(got.isfinite(), finite), i
+        assert torch.equal(got[~finite].double(), exact[~finite].double()), i
+        kind = torch.promote_types(got.dtype, torch.float32)
+        size = exact[finite].detach().abs().max().item() if finite.any() else 0.0
+        floor = 8 * torch.finfo(kind).eps * big * (1 + size) + torch.finfo(got.dtype).eps * size
+        error, allowed = (
+            (t[finite].double() - exact[finite]).abs().max().item() if finite.any() else 0.0
+            for t in (got, other)
+        )
+        assert error <= 2 * allowed + floor, (i, error, allowed, floor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@settings(max_examples=60, deadline=None)
+@given(
+    **SIZES, seed=st.integers(0, 10**6), score=st.sampled_from(["dot", "dot", "gated"]),
+    axes=st.sampled_from([["rows"], ["columns"], ["rows", "columns"], ["columns", "rows", "rows"]]),
+    rule=RULES, positives=POSITIVES, vectors=st.booleans(), biased=st.booleans(),
+    exponent=st.floats(-3, 3), sign=st.sampled_from([1, 1, -1]),
+)  # fmt: skip
+def test_statistics_equal_brute_force(
+    backend: str, dtype: torch.dtype, m: int, n: int, d: int, seed: int, score: str,
+    axes: list[str], rule: list[str], positives: list[str], vectors: bool, biased: bool,
+    exponent: float, sign: int,
+) -> None:  # fmt: skip
+    world = World(m, n, d, seed, dtype)
+    scale = sign * 10.0**exponent
+    problem = Problem(world, score, axes, rule, positives, vectors, biased, scale)
+    ours = leaves(problem.inputs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "ROWS", 5)
+        patch.setattr(tiled, "COLUMNS", 4)
+        got = differentiate(problem.engine(ours, backend), ours)
+    plain, exact = leaves(problem.inputs), leaves(problem.to(torch.float64))
+    # A mask by score must judge the same scores, or the comparison means nothing.
+    judged = brute.dot(world.tensors["q"], world.tensors["k"]) if score == "dot" else brute.gated(
+        world.tensors["q"], world.tensors["gate"], world.tensors["k"])  # fmt: skip
+    if "at least" in rule:
+        gap = (judged - world.tensors["threshold"][:, None]).abs().min()
+        if gap < 1e-4:
+            return
+    other = differentiate(problem.brute(plain, judged), plain)
+    truth = differentiate(problem.brute(exact, judged.double()), exact)
+    biggest = max(float(v.abs().max()) for n_, v in problem.inputs.items() if "scale" in n_)
+    # Small gates amplify every rounding.
+    assert_close(got, other, truth, (4 + biggest) * (64 if score == "gated" else 1))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("phi", ["softplus", "relu", "step"])
+@pytest.mark.parametrize("total", [False, True])
+@settings(max_examples=25, deadline=None)
+@given(
+    **SIZES, seed=st.integers(0, 10**6), rule=RULES, vectors=st.booleans(), biased=st.booleans(),
+    exponent=st.floats(-3, 2),
+)  # fmt: skip
+def test_pair_sums_equal_brute_force(
+    backend: str, phi: str, total: bool, m: int, n: int, d: int, seed: int, rule: list[str],
+    vectors: bool, biased: bool, exponent: float,
+) -> None:  # fmt: skip
+    w, scale = World(m, n, d, seed), 10.0**exponent
+    t = w.tensors
+    inputs = {
+        "q": t["q"], "k": t["k"],
+        "scale": scale * t["row_scale"] if vectors else torch.tensor(scale, dtype=torch.float64),
+        "shift": t["shift"],
+    }  # fmt: skip
+    if biased:
+        inputs["bias"] = t["key_bias"]
+
+    def engine(x: dict[str, Tensor]) -> list[Tensor]:
+        out = pair_sum(
+            x["q"], Local(x["k"], w.metadata()), phi, x["scale"], x["shift"], x.get("bias"),
+            rule_of(w, rule), total=total, backend=backend,
+        )  # fmt: skip
+        return [out]
+
+    def dense(x: dict[str, Tensor]) -> list[Tensor]:
+        scores = brute.dot(x["q"], x["k"])
+        logits = scores * (x["scale"][:, None] if vectors else x["scale"]) + x["shift"][:, None]
+        logits = logits + x["bias"] if biased else logits
+        value = {
+            "softplus": torch.logaddexp(logits, torch.zeros_like(logits)),
+            "relu": logits.clamp(min=0),
+            "step": (logits >= 0).double(),
+        }[phi]
+        mask, weights = brute.blend(w, rule, scores)
+        out = torch.where(mask, value * weights.exp(), 0).sum(1)
+        return [out.sum() if total else out]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "ROWS", 5)
+        patch.setattr(tiled, "COLUMNS", 4)
+        ours, truth = leaves(inputs), leaves(inputs)
+        got, want = engine(ours), dense(truth)
+        if phi == "step":
+            assert not got[0].requires_grad
+            torch.testing.assert_close(got[0], want[0])
+            return
+        got, want = differentiate(got, ours), differentiate(want, truth)
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9 * (1 + scale))
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SIZES, seed=st.integers(0, 10**6), rule=RULES, k=st.integers(1, 5))
+def test_the_best_keys_are_those_of_a_sort(
+    m: int, n: int, d: int, seed: int, rule: list[str], k: int
+) -> None:
+    w = World(m, n, d, seed)
+    t = w.tensors
+    scores = brute.dot(t["q"], t["k"])
+    mask, _ = brute.blend(w, [name for name in rule if name in brute.MASKS], scores)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiled, "ROWS", 5)
+        patch.setattr(tiled, "COLUMNS", 4)
+        values, index = row_top(t["q"], Local(t["k"], w.metadata()), k, rule_of(w, rule))
+    allowed = scores.masked_fill(~mask, -torch.inf)
+    want = torch.full((m, max(k, n)), -torch.inf, dtype=torch.float64)
+    want[:, :n] = allowed
+    torch.testing.assert_close(values, want.sort(1, descending=True).values[:, :k])
+    found = index >= 0
+    assert torch.equal(found, values > -torch.inf)
+    assert (index[~found] == -1).all()
+    at = index.clamp(min=0).clamp(max=n - 1)
+    torch.testing.assert_close(values[found], allowed.gather(1, at)[found])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_arguments_that_do_not_fit_are_refused(backend: str) -> None:
+    w = World(4, 5, 3, 0)
+    q, keys, one = w.tensors["q"], Local(w.tensors["k"], w.metadata()), torch.ones(())
+    for lse, says in [
+        (Lse("diagonal", one), "choose rows or columns"),  # type: ignore[arg-type]
+        (Lse("rows", torch.ones(5)), r"scale of rows must be \(\) or \(4,\); got \(5,"),
+        (Lse("columns", torch.ones(4)), r"scale of columns .* got \(4,\)"),
+        (Lse("rows", one, torch.ones(4)), r"bias of rows must be \(5,\)"),
+        (Lse("columns", one, torch.ones(5)), r"bias of columns must be \(4,\)"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            lse_stats(q, keys, [lse], backend=backend)
+    with pytest.raises(ValueError, match="choose one of softplus, relu, step"):
+        pair_sum(q, keys, "sine", one, one, backend=backend)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"shift of rows .* got \(5,\)"):
+        pair_sum(q, keys, "relu", one, torch.ones(5), backend=backend)
+    with pytest.raises(ValueError, match="ask for at least one key"):
+        row_top(q, keys, 0)
+    with pytest.raises(ValueError, match="backend is 'fast'"):
+        lse_stats(q, keys, [Lse("rows", one)], backend="fast")
