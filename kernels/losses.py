@@ -75,10 +75,10 @@ def contrastive_loss(
     targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
     if label_smoothing:
         candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
-        if exclude:  # minus those of the same id, apart from the row's own
-            others = lse_stats(q, keys, lses, same, backend)
+        if exclude:  # minus those of the same id, the row's own key apart
+            others, twice = lse_stats(q, keys, lses, same, backend), ids_q == metadata["id"]
             candidates = [
-                (total - others.positive[i] + targets[i], count - others.weight[i] + 1)
+                (total - others.positive[i] + twice * targets[i], count - others.weight[i] + twice)
                 for i, (total, count) in enumerate(candidates)
             ]
         targets = [

@@ -1,4 +1,4 @@
-"""One rank of a gloo group: every case of `cases`, this rank's slices; results saved in OUT.
+"""One rank of a gloo group: every job of `jobs`, this rank's slices; results saved in OUT.
 
 python loss_ranks.py STORE OUT RANK WORLD_SIZE
 """
@@ -6,15 +6,33 @@ python loss_ranks.py STORE OUT RANK WORLD_SIZE
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from dense import Case, make_case
+from torch import Tensor
 
-from gigabatch.kernels import contrastive_loss
+from gigabatch.kernels import (
+    Concat,
+    Eq,
+    Local,
+    Lse,
+    contrastive_loss,
+    gather_rows,
+    key_source,
+    late_interaction_loss,
+    lse_stats,
+    row_top,
+    sigmoid_loss,
+    take,
+)
 from gigabatch.trainer.distributed import leave
+
+SCHEDULES: tuple[Literal["gather", "ring"], ...] = ("gather", "ring")
 
 
 @dataclass(frozen=True)
@@ -35,6 +53,7 @@ class RankCase:
 
 
 def cases(world_size: int) -> dict[str, RankCase]:
+    """For `contrastive_loss`."""
     even = (6,) * world_size
     uneven = tuple(3 + 4 * rank for rank in range(world_size))
     falling = uneven[::-1]
@@ -62,7 +81,118 @@ def cases(world_size: int) -> dict[str, RankCase]:
     made["half precision"] = RankCase(make_case(20 * world_size, 20 * world_size, 7).to(
         torch.bfloat16), (20,) * world_size, (20,) * world_size)  # fmt: skip
     made["reference"] = RankCase(made["uneven, ids"].whole, uneven, uneven, "reference")
+    total = sum(uneven)
+    for name, same_id, smoothing, biased, symmetric in [
+        ("biased", "positive", 0.0, True, True),
+        ("smoothed", "positive", 0.2, True, True),
+        ("excluded", "exclude", 0.0, False, True),
+        ("excluded and all else", "exclude", 0.2, True, True),
+        ("excluded and all else, one way", "exclude", 0.2, True, False),
+    ]:
+        whole = make_case(total, total, 7, 10.0, 5, 3, symmetric, same_id, smoothing, biased)  # type: ignore[arg-type]
+        ids = whole.ids_q  # a sample's two sides share its id
+        made[name] = RankCase(replace(whole.to(torch.float32), ids_k=ids), uneven, uneven)
     return made
+
+
+def sigmoid_case(case: Case) -> Case:
+    """The same batch for the sigmoid loss, whose bias is one number."""
+    return replace(case, ids_q=None, ids_k=None, bias=torch.tensor(-3.0), symmetric=True)
+
+
+def tokens(world_size: int) -> tuple[dict[str, Tensor], tuple[int, ...]]:
+    """Token vectors and masks of a whole batch, and the rows of each rank."""
+    uneven = tuple(2 + rank for rank in range(world_size))
+    g = torch.Generator().manual_seed(0)
+    made = {
+        name: torch.nn.functional.normalize(torch.randn(sum(uneven), t, 5, generator=g), dim=2)
+        for name, t in (("q", 4), ("k", 3))
+    }
+    for name in ("q", "k"):
+        mask = torch.rand(made[name].shape[:2], generator=g) < 0.7
+        mask[:, 0] = True
+        made[f"mask_{name}"] = mask
+    return made, uneven
+
+
+Results = dict[str, dict[str, Tensor]]
+
+
+def contrast(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+    results: Results = {}
+    for name, case in cases(world_size).items():
+        whole, (mine_q, mine_k) = case.whole, case.slices(rank)
+        x = leaves(
+            q=whole.q[mine_q], k=whole.k[mine_k], scale=whole.scale,
+            bias=None if whole.bias is None else whole.bias[mine_k],
+        )  # fmt: skip
+        value = contrastive_loss(
+            **x,
+            ids_q=None if whole.ids_q is None else whole.ids_q[mine_q],
+            ids_k=None if whole.ids_k is None else whole.ids_k[mine_k],
+            symmetric=whole.symmetric, same_id=whole.same_id,
+            label_smoothing=whole.label_smoothing, group=dist.group.WORLD, schedule=schedule,
+            backend=case.backend,
+        )  # fmt: skip
+        results[name] = differentiate(value, x)
+        if case.queries == case.keys and whole.q.dtype == torch.float32:
+            pair = sigmoid_case(whole)
+            y = leaves(q=pair.q[mine_q], k=pair.k[mine_k], scale=pair.scale, bias=pair.bias)
+            value = sigmoid_loss(**y, group=dist.group.WORLD, schedule=schedule)
+            results[f"sigmoid: {name}"] = differentiate(value, y)
+    return results
+
+
+def late(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+    whole, sizes = tokens(world_size)
+    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x = leaves(q=whole["q"][mine], k=whole["k"][mine], scale=torch.tensor(9.0))
+    masks = {name: whole[name][mine] for name in ("mask_q", "mask_k")}
+    value = late_interaction_loss(**x, **masks, group=dist.group.WORLD, schedule=schedule)
+    return {"late": differentiate(value, x)}
+
+
+def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+    """A batch and a queue, temperatures of every row and key; keys taken from other ranks."""
+    case = cases(world_size)["uneven, ids"]
+    whole, (mine_q, mine_k) = case.whole, case.slices(rank)
+    assert whole.ids_q is not None
+    assert whole.ids_k is not None
+    g = torch.Generator().manual_seed(9)
+    queue = torch.randn(5, 7, generator=g)
+    row_scale, key_scale, bias = (
+        torch.rand(n, generator=g) for n in (len(whole.q), len(whole.k), len(whole.k))
+    )
+    x = leaves(q=whole.q[mine_q], k=whole.k[mine_k], row_scale=row_scale[mine_q],
+               key_scale=key_scale[mine_k], bias=bias[mine_k])  # fmt: skip
+    batch = key_source(x["k"], {"id": whole.ids_k[mine_k]}, dist.group.WORLD, schedule)
+    keys = Concat(batch, Local(queue, {"id": torch.arange(5)}))
+    padded = torch.cat([x["bias"], torch.zeros(5)])
+    lses = [Lse("rows", x["row_scale"], padded), Lse("rows", -x["row_scale"])]
+    rows = lse_stats(x["q"], keys, lses, Eq(whole.ids_q[mine_q], "id"))
+    columns = lse_stats(x["q"], batch, [Lse("columns", x["key_scale"])], Eq(whole.ids_q[mine_q],
+                                                                            "id"))  # fmt: skip
+    values, index = row_top(x["q"], keys, 3)
+    chosen = (take(keys, index[:, 1]).keys * x["q"]).sum(1)
+    everyone = gather_rows(x["q"], dist.group.WORLD)
+    found = {
+        "z": rows.z[0], "z inverse": rows.z[1], "positive": rows.positive[0],
+        "column z": columns.z[0], "column positive": columns.positive[0], "chosen": chosen,
+    }  # fmt: skip
+    weight = torch.arange(1, len(everyone) + 1).unsqueeze(1)
+    total = sum((v.sum() for v in found.values()), (rank + 1) * (everyone.square() * weight).sum())
+    result = differentiate(total, x)
+    return {"sources": {**result, **{n: v.detach() for n, v in found.items()}, "top": values}}
+
+
+def leaves(**inputs: Tensor | None) -> dict[str, Tensor]:
+    return {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
+
+
+def differentiate(value: Tensor, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    grads = torch.autograd.grad(value, list(inputs.values()))
+    named = {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+    return {"value": value.detach(), **named}
 
 
 def main(store: str, out: Path, rank: int, world_size: int) -> None:
@@ -70,20 +200,14 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
     )
-    results = {}
-    for name, case in cases(world_size).items():
-        whole, (mine_q, mine_k) = case.whole, case.slices(rank)
-        q, k, scale = (
-            t.clone().requires_grad_() for t in (whole.q[mine_q], whole.k[mine_k], whole.scale)
-        )
-        value = contrastive_loss(
-            q, k, scale,
-            ids_q=None if whole.ids_q is None else whole.ids_q[mine_q],
-            ids_k=None if whole.ids_k is None else whole.ids_k[mine_k],
-            symmetric=whole.symmetric, group=dist.group.WORLD, backend=case.backend,
-        )  # fmt: skip
-        value.backward()
-        results[name] = {"value": value.detach(), "dq": q.grad, "dk": k.grad, "dscale": scale.grad}
+    jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources)
+    results: dict[str, Results] = {}
+    for schedule in SCHEDULES:
+        for again in range(2):  # a second time: the same to the last bit
+            key = schedule if again == 0 else f"{schedule} again"
+            results[key] = {}
+            for job in jobs:
+                results[key].update(job(rank, world_size, schedule))
     torch.save(results, out / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

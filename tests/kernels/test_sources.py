@@ -1,0 +1,190 @@
+"""Compound sources and what is fetched from sources, against the matrix they stand for."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from brute import World, lse
+from torch import Tensor
+
+from gigabatch.kernels import (
+    Concat,
+    Eq,
+    Local,
+    Lse,
+    Ne,
+    Products,
+    Ragged,
+    Stats,
+    all_pairings,
+    gather_rows,
+    lse_stats,
+    pair_sum,
+    row_top,
+    take,
+)
+from gigabatch.kernels.sources import KeySource
+
+BACKENDS = ["reference", "tiled"]
+ONE = torch.ones((), dtype=torch.float64)
+
+
+def leaf(value: Tensor) -> Tensor:
+    return value.detach().clone().requires_grad_()
+
+
+def grads(total: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(total, inputs)
+
+
+def everything(found: Stats) -> Tensor:
+    """A function of all results that weighs each one differently."""
+    values = torch.cat([*found.z, *found.positive])
+    return (torch.where(values.isfinite(), values, 0) * torch.arange(1, len(values) + 1)).sum()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sources_in_a_row_are_one_source(backend: str) -> None:
+    """A batch, a queue without gradient and hard negatives, as if they were one tensor of keys."""
+    w = World(6, 11, 4, 0)
+    q, k, bias = (leaf(w.tensors[name]) for name in ("q", "k", "key_bias"))
+    whole = Local(k, w.metadata())
+    parts = [slice(0, 5), slice(5, 8), slice(8, 11)]
+    pieces = [leaf(k[part]) for part in parts]
+    pieces[1] = pieces[1].detach()
+    metadata = [{n: column[part] for n, column in w.metadata().items()} for part in parts]
+    joined = Concat(*(Local(p, m) for p, m in zip(pieces, metadata, strict=True)))
+    assert joined.total == joined.held == 11
+    rule, scale = (Ne(torch.arange(6), "number"),), w.tensors["key_scale"]
+
+    def stats(source: KeySource) -> Stats:
+        lses = [Lse("rows", ONE, bias, rule), Lse("columns", scale)]
+        return lse_stats(q, source, lses, Eq(w.row_id, "id"), backend)
+
+    one, other = stats(whole), stats(joined)
+    results = [(*s.z, *s.positive, *s.weight) for s in (one, other)]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    dq, dk, dbias = grads(everything(one), q, k, bias)
+    got = grads(everything(other), q, pieces[0], pieces[2], bias)
+    for a, b in zip((dq, dk[:5], dk[8:], dbias), got, strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(row_top(q, joined, 3)[1], row_top(q, whole, 3)[1])
+    index = torch.tensor([0, 10, 6, -1, 10])
+    torch.testing.assert_close(take(joined, index).keys[:3], k[[0, 10, 6]])
+    assert torch.equal(take(joined, index).metadata["id"][:3], w.key_id[[0, 10, 6]])
+    assert (take(joined, index).keys[3] == 0).all()
+    (dk,) = grads(take(joined, index).keys.sum(), pieces[2])
+    assert dk.sum(1).tolist() == [0, 0, 8]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("row_groups", "key_groups"),
+    [
+        ([0, 0, 1, 1, 1, 4], [0, 0, 0, 1, 4, 4]),
+        ([0, 2, 2, 5], [-1, 0, 1, 2, 2, 3, 9, 9]),  # keys of groups without rows
+        ([0, 3, 3, 7], [0, 0, 7]),  # rows of groups without keys
+        ([5, 5], []),
+        ([], [1, 2]),
+    ],
+)
+def test_ragged_keys_are_a_block_diagonal_matrix(
+    backend: str, rows: int, row_groups: list[int], key_groups: list[int]
+) -> None:
+    m, n = len(row_groups), len(key_groups)
+    w = World(max(m, 1), max(n, 1), 4, 1)
+    q, k = leaf(w.tensors["q"][:m]), leaf(w.tensors["k"][:n])
+    codes = torch.tensor(row_groups, dtype=torch.int64), torch.tensor(key_groups, dtype=torch.int64)
+    same = Eq(codes[0], "group")
+    column = {"id": w.key_id[:n]}
+
+    def stats(source: KeySource) -> Stats:
+        lses = [Lse("rows", 2 * ONE, None, (same,)), Lse("columns", ONE, None, (same,))]
+        return lse_stats(q, source, lses, (Eq(w.row_id[:m], "id"), same), backend)
+
+    dense = stats(Local(k, {**column, "group": codes[1]}))
+    ragged = stats(Ragged(k, codes[1], codes[0], column, rows=rows))
+    for a, b in zip((*dense.z, *dense.positive), (*ragged.z, *ragged.positive), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(grads(everything(dense), q, k), grads(everything(ragged), q, k), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_ragged_keys_must_be_sorted() -> None:
+    k, sorted_, mixed = torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
+    with pytest.raises(ValueError, match="row_groups must be int64 and sorted"):
+        Ragged(k, sorted_, mixed)
+    with pytest.raises(ValueError, match=r"groups must be int64 and sorted; got torch\.int32"):
+        Ragged(k, sorted_.int(), sorted_)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("modalities", [3, 4])
+def test_product_keys_score_all_pairings(backend: str, modalities: int) -> None:
+    """Symile's O(N^2) form: anchors against every combination of the other modalities' rows."""
+    n, factors = 4, modalities - 1
+    g = torch.Generator().manual_seed(0)
+    a, *others = (
+        torch.randn(n, 3, generator=g, dtype=torch.float64).requires_grad_()
+        for _ in range(modalities)
+    )
+    keys = Products(others, all_pairings(n, factors))
+    assert keys.total == n**factors
+    found = lse_stats(a, keys, [Lse("rows", ONE)], Eq(torch.arange(n), "tuple"), backend)
+    combinations = list(itertools.product(range(n), repeat=factors))
+    scores = torch.stack([
+        torch.stack([
+            (a[i] * torch.stack([o[j] for o, j in zip(others, at, strict=True)]).prod(0)).sum()
+            for at in combinations
+        ])
+        for i in range(n)
+    ])  # fmt: skip
+    own = torch.stack([scores[i, combinations.index((i,) * factors)] for i in range(n)])
+    torch.testing.assert_close(found.z[0], scores.logsumexp(1))
+    torch.testing.assert_close(found.positive[0], own)
+    assert (found.weight[0] == 1).all()
+    ours = grads((found.z[0] - found.positive[0]).sum(), a, *others)
+    for got, want in zip(ours, grads((scores.logsumexp(1) - own).sum(), a, *others), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_shuffled_product_keys_know_a_true_tuple_made_by_chance() -> None:
+    b, c = torch.randn(4, 3), torch.randn(4, 3)
+    keys = Products([b, c], [(torch.tensor([2, 1, 0, 3]), torch.tensor([2, 0, 1, 3]))])
+    panels: list[Tensor] = []
+    keys.fold(lambda panel, _: panels.append(panel.metadata["tuple"]) or [], [], [])
+    assert [p.tolist() for p in panels] == [[2, -1, -1, 3]]
+
+
+def test_a_key_bias_travels_through_every_source() -> None:
+    w = World(5, 6, 3, 2)
+    q, bias = leaf(w.tensors["q"]), leaf(w.tensors["key_bias"])
+    keys = Concat(Local(w.tensors["k"][:2]), Local(w.tensors["k"][2:]))
+    out = pair_sum(q, keys, "softplus", ONE, 0 * ONE, bias)
+    scores = q @ w.tensors["k"].T + bias
+    want = torch.nn.functional.softplus(scores).sum(1)
+    torch.testing.assert_close(out, want)
+    weight = torch.arange(5)
+    for a, b in zip(
+        grads((out * weight).sum(), q, bias), grads((want * weight).sum(), q, bias), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_a_group_rows_are_their_own_gathering() -> None:
+    rows = torch.randn(3, 2, requires_grad=True)
+    assert gather_rows(rows, None) is rows
+
+
+def test_columns_that_no_row_sees_are_empty() -> None:
+    w = World(3, 4, 2, 0)
+    never = Eq(torch.full((3,), 77), "id")
+    for axis in ("rows", "columns"):
+        found = lse_stats(w.tensors["q"], Local(w.tensors["k"], w.metadata()),
+                          [Lse(axis, ONE, None, (never,))])  # fmt: skip
+        want = lse(torch.full((3, 4), -torch.inf), int(axis == "rows"))
+        assert torch.equal(found.z[0], want.double())
