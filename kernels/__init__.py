@@ -12,14 +12,25 @@ from gigabatch.kernels.losses import (
     sigmoid_loss,
 )
 from gigabatch.kernels.maxsim import MaxSim, maxsim, token_keys
-from gigabatch.kernels.rules import AbsDiff, AtLeast, Either, Eq, Ne, SecondScore, Table
-from gigabatch.kernels.scores import Dot, GatedCosine
+from gigabatch.kernels.rules import (
+    AbsDiff,
+    AtLeast,
+    Clause,
+    Either,
+    Eq,
+    Ne,
+    Rule,
+    SecondScore,
+    Table,
+)
+from gigabatch.kernels.scores import Dot, GatedCosine, Score
 from gigabatch.kernels.sources import Gather, Local, Ring
-from gigabatch.kernels.stats import Lse, Stats, lse_stats, pair_sum
+from gigabatch.kernels.stats import Axis, Lse, Stats, lse_stats, pair_sum
 
 __all__ = [
-    "AbsDiff", "AtLeast", "Concat", "Dot", "Either", "Eq", "GatedCosine", "Gather", "Local", "Lse",
-    "MaxSim", "Ne", "Products", "Ragged", "Ring", "SecondScore", "Stats", "Table", "all_pairings",
-    "contrastive_loss", "gather_rows", "key_source", "late_interaction_loss", "lse_stats", "maxsim",
-    "pair_sum", "row_top", "sigmoid_loss", "take", "token_keys",
+    "AbsDiff", "AtLeast", "Axis", "Clause", "Concat", "Dot", "Either", "Eq", "GatedCosine",
+    "Gather", "Local", "Lse", "MaxSim", "Ne", "Products", "Ragged", "Ring", "Rule", "Score",
+    "SecondScore", "Stats", "Table", "all_pairings", "contrastive_loss", "gather_rows",
+    "key_source", "late_interaction_loss", "lse_stats", "maxsim", "pair_sum", "row_top",
+    "sigmoid_loss", "take", "token_keys",
 ]  # fmt: skip

@@ -145,29 +145,32 @@ class Ring(KeySource):
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
         names, done = list(self.metadata), list[Tensor]()
         held = [v.detach() for v in (*self.tensors, *self.metadata.values(), *columns)]
+        rooms: dict[tuple[str, int], list[Tensor]] = {}  # two of each kind, in turns
+
+        def room(kind: str, turn: int, values: Sequence[Tensor], owner: int) -> list[Tensor]:
+            for value in values if (kind, turn % 2) not in rooms else ():
+                largest = value.new_empty(max(self.sizes), *value.shape[1:])
+                rooms.setdefault((kind, turn % 2), []).append(largest)
+            size = self.sizes[owner % self.world_size]
+            return [value[:size] for value in rooms.get((kind, turn % 2), [])]
+
         for step in range(self.world_size):
             owner, last = (self.rank + step) % self.world_size, step == self.world_size - 1
-            arriving = [] if last else self._room(held, owner + 1)
-            merged = self._room(done, owner)  # what earlier ranks found for this panel
+            arriving = [] if last else room("held", step, held, owner + 1)
+            merged = room("done", step, done, owner) if step else []  # earlier ranks' findings
             requests = self._exchange(done if last else held + done, arriving + merged)
             metadata = dict(zip(names, held[1:], strict=False))
             panel = Panel(held[0], metadata, sum(self.sizes[:owner]))
             results = work(panel, held[1 + len(names) :])
             for request in requests:
                 request.wait()
-            done = results if step == 0 else [
-                torch.logaddexp(old, new) if how == "lse" else old.add_(new)
-                for how, old, new in zip(merges, merged, results, strict=True)
-            ]  # fmt: skip
-            held = arriving
-        home = self._room(done, self.rank)
+            for how, old, new in zip(merges, merged, results, strict=False):
+                torch.logaddexp(old, new, out=old) if how == "lse" else old.add_(new)
+            done, held = merged if step else results, arriving
+        home = room("done", self.world_size, done, self.rank)
         for request in self._exchange(done, home):
             request.wait()
         return home if self.world_size > 1 else done
-
-    def _room(self, values: Sequence[Tensor], owner: int) -> list[Tensor]:
-        size = self.sizes[owner % self.world_size]
-        return [value.new_empty(size, *value.shape[1:]) for value in values]
 
     def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[dist.Work]:
         """Start sending to the rank before this one, and receiving what the one behind sends."""

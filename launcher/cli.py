@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -114,20 +115,46 @@ app.add_typer(bench, name="bench")
 
 @bench.command()
 def memory(
-    n: Annotated[int, typer.Option(help="Rows: the global batch.")] = 32768,
-    d: Annotated[int, typer.Option(help="Width of the embeddings.")] = 256,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Plain torch instead, which holds n x n logits.")
-    ] = False,
+    problem: Annotated[str, typer.Argument(help="What to measure; `list` shows them.")] = (
+        "contrastive"
+    ),
+    n: Annotated[int, typer.Option(help="Rows: the global batch.", min=1)] = 32768,
+    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 256,
 ) -> None:
-    """Peak memory of one contrastive loss, forward and backward, above inputs and gradients."""
-    from gigabatch.kernels.bench.memory import measure
+    """Peak memory of one loss, forward and backward, above its inputs and their gradients."""
+    from gigabatch.kernels.bench.memory import NAMES, measure_afresh
 
-    found = measure(n, d, dense)
+    if problem not in NAMES:
+        print("\n".join(NAMES))
+        if problem != "list":
+            raise GigabatchError(f"there is no problem {problem!r}; choose one of those above")
+        return
+    found = measure_afresh(problem, n, d)
     print(
-        f"n {n:,}  d {d}  float32, forward and backward: {found['peak_mib']:.0f} MiB above inputs "
-        f"and gradients, {found['seconds']:.1f} s"
+        f"{problem}: n {n:,}  d {d}  float32, forward and backward: {found['peak_mib']:.0f} MiB "
+        f"above inputs and gradients, {found['seconds']:.1f} s"
     )
+
+
+@bench.command()
+def engine(
+    n: Annotated[int, typer.Option(help="Rows of the timed comparison.", min=256)] = 16384,
+    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 512,
+    sizes: Annotated[str, typer.Option(help="Batches over which memory is fitted.")] = (
+        "8192,16384,32768,65536"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
+) -> None:
+    """The engine beside plain torch on this CPU: time, share of the GEMM rate, memory."""
+    from gigabatch.kernels.bench.engine import bench as run
+
+    try:
+        batches = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise GigabatchError(f"--sizes is {sizes!r}; give numbers between commas") from None
+    found = run(n, d, batches, say=lambda line: print(line, flush=True))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 def main() -> None:

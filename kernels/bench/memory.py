@@ -1,4 +1,4 @@
-"""Peak memory of one loss, forward and backward, above its inputs and gradients (CPU).
+"""Peak memory of one step of a problem, above its inputs and their gradients (CPU).
 
     python -m gigabatch.kernels.bench.memory --n 32768 --d 256
 
@@ -9,55 +9,58 @@ and a small problem has warmed everything up. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from gigabatch.kernels import contrastive_loss
+from gigabatch.kernels.bench.problems import PROBLEMS, Batch, Tokens, step
 
 MIB = 2**20
+MAXSIM = ("maxsim", "dense maxsim")
+NAMES = (*PROBLEMS, *MAXSIM)
 
 
-def measure(n: int, d: int, dense: bool = False, threads: int | None = None) -> dict[str, float]:
-    """Figures of `contrastive_loss` (or, `dense`, of plain torch in open_clip's form) on float32
-    embeddings [n, d]: `peak_mib` above inputs and gradients, `seconds`, `loss`."""
-    if threads:
-        torch.set_num_threads(threads)
-    _step(*_inputs(256, d), dense)
-    q, k, scale = _inputs(n, d)
-    before = _reset_peak()
-    began = time.perf_counter()
-    loss = _step(q, k, scale, dense)
-    seconds = time.perf_counter() - began
-    gradients = 2 * n * d * q.element_size()
-    peak = _status("VmHWM") - before - gradients
-    return {"n": n, "d": d, "peak_mib": peak / MIB, "seconds": seconds, "loss": loss}
-
-
-def _inputs(n: int, d: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n)
-    q, k = (F.normalize(torch.randn(n, d, generator=generator), dim=1) for _ in range(2))
-    return q.requires_grad_(), k.requires_grad_(), torch.tensor(20.0, requires_grad=True)
-
-
-def _step(q: Tensor, k: Tensor, scale: Tensor, dense: bool) -> float:
-    if dense:
-        logits, target = scale * q @ k.T, torch.arange(len(q))
-        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
-    else:
-        loss = contrastive_loss(q, k, scale)
-    loss.backward()
-    return loss.item()
-
-
-def _reset_peak() -> int:
+def measure(problem: str, n: int, d: int) -> dict[str, float]:
+    """`peak_mib` above inputs and gradients, `seconds`, `value` of one step in float32 on n rows
+    of width d, in this process. For MaxSim n counts keys, against 256 queries."""
+    small, batch = _make(problem, 256, d), _make(problem, n, d)
+    _step(problem, small)
+    del small
+    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must not count as there already
     Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    before = _status("VmRSS")
+    began = time.perf_counter()
+    value = _step(problem, batch)
+    seconds = time.perf_counter() - began
+    gradients = sum(t.grad.nbytes for t in (batch.q, batch.k) if t.grad is not None)
+    peak = _status("VmHWM") - before - gradients
+    return {"n": n, "d": d, "peak_mib": peak / MIB, "seconds": seconds, "value": value}
+
+
+def measure_afresh(problem: str, n: int, d: int, threads: int | None = None) -> dict[str, float]:
+    """`measure` in a process of its own."""
+    command = [sys.executable, "-m", __name__, problem, "--n", str(n), "--d", str(d)]
+    command += ["--threads", str(threads)] if threads else []
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+    return json.loads(done.stdout)
+
+
+def _make(problem: str, n: int, d: int) -> Batch | Tokens:
+    return Tokens(256, d, n) if problem in MAXSIM else Batch(n, d)
+
+
+def _step(problem: str, batch: Batch | Tokens) -> float:
+    if isinstance(batch, Tokens):
+        return batch.step(dense=problem == "dense maxsim")
+    return step(problem, batch)
 
 
 def _status(field: str) -> int:
@@ -68,12 +71,14 @@ def _status(field: str) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("problem", nargs="?", default="contrastive", choices=NAMES)
     parser.add_argument("--n", type=int, default=32768, help="rows, the global batch")
     parser.add_argument("--d", type=int, default=256, help="width")
-    parser.add_argument("--dense", action="store_true", help="plain torch instead; O(n^2) memory")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
-    print(json.dumps(measure(**vars(arguments))))
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    print(json.dumps(measure(arguments.problem, arguments.n, arguments.d)))
 
 
 if __name__ == "__main__":

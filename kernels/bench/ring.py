@@ -1,0 +1,70 @@
+"""Peak memory of the ring schedule by world size, the local batch fixed (CPU, gloo).
+
+Each rank is a process of its own with one thread; the figure is the largest rank's.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from gigabatch.kernels import contrastive_loss
+from gigabatch.kernels.bench.problems import Batch
+
+ROWS, WIDTH = 4096, 256
+
+
+def ring_peaks(world_size: int, schedule: str = "ring") -> float:
+    """MiB above inputs and gradients, the most of any rank, of one contrastive loss."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", __name__, folder, str(rank), str(world_size), schedule],
+                stdout=subprocess.PIPE, text=True,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+        try:
+            said = [rank.communicate(timeout=600)[0] for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"ranks ended with {[rank.returncode for rank in ranks]}")
+    return max(float(text) for text in said)
+
+
+def _status(field: str) -> float:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def main(folder: str, rank: int, world_size: int, schedule: str) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    for rows in (64, ROWS):
+        batch = Batch(rows, WIDTH)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _status("VmRSS")
+        loss = contrastive_loss(
+            batch.q, batch.k, batch.scale, group=dist.group.WORLD,
+            schedule="ring" if schedule == "ring" else "gather",
+        )  # fmt: skip
+        loss.backward()
+    gradients = 2 * 4 * ROWS * WIDTH / 2**20
+    peak = _status("VmHWM") - before - gradients
+    dist.barrier()
+    print(peak)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
