@@ -1,25 +1,14 @@
-"""The engine's two sums: `lse_stats` and `pair_sum`, each of one score pass.
+"""The engine's sums, each of one score pass: `lse_stats` and `pair_sum`. See docs/engine.md.
 
-With scores s_ij and, for each term, a scale, a bias and weights w_ij = exp(log-weights), 0 where
-its rule masks:
-
-    lse, rows:     Z_i = log sum_j w_ij exp(scale_i s_ij + bias_j)
-    lse, columns:  Z_j = log sum_i w_ij exp(scale_j s_ij + bias_i)
-    positives:     positive_i = sum_j P_ij (scale_i s_ij + bias_j),   weight_i = sum_j P_ij
-    pair_sum:      out_i = sum_j w_ij phi(scale_i s_ij + shift_i + bias_j)
-
-The backward pass forms, a tile at a time, the gradient of everything at once,
-
-    G_ij = sum_lse gZ scale w_ij exp(x_ij - Z) + P_ij gpositive + gout scale w_ij phi'(x_ij),
-
-and from it dQ = G K and dK = G^T Q: four matrix passes in all (S; S again; dQ; dK), or three for
-the total of a `pair_sum`, whose gradient is known up to one factor while the scores are at hand.
+The backward pass forms, a tile at a time, the gradient G of all terms in the scores, and from it
+dQ = G K and dK = G^T Q: four matrix passes in all (S; S again; dQ; dK), or three for the total of
+a `pair_sum`, whose gradient is known up to one factor while the scores are at hand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -30,6 +19,7 @@ from gigabatch.kernels import reference, tiled
 from gigabatch.kernels.rules import Clause, Rule
 from gigabatch.kernels.scores import Dot, Score
 from gigabatch.kernels.sources import KeySource, Merge, Panel, wide
+from gigabatch.kernels.tiled import Part
 
 BACKENDS = {"reference": reference, "tiled": tiled}
 Axis = Literal["rows", "columns"]
@@ -37,12 +27,11 @@ Axis = Literal["rows", "columns"]
 
 @dataclass(frozen=True)
 class Lse:
-    """One log-sum-exp. `axis`: "rows" gives one a query, "columns" one a key.
+    """Z_i = log sum_j w_ij exp(scale_i s_ij + bias_j), for each row i, or each column.
 
-    `scale`: multiplies the score; 0-dimensional, or one for each result ([M] rows or this rank's
-    [n] keys); may be negative. `bias`: added to the logits, one for each entry across the axis
-    ([n] this rank's keys for "rows", [M] for "columns"). Both differentiable. `rule`: which pairs
-    count and with what weight; without it all count alike.
+    `scale`: 0-dimensional, or one for each result ([M] rows or this rank's [n] keys); may be
+    negative. `bias`: one for each entry across the axis ([n] this rank's keys for "rows", [M] for
+    "columns"). Both differentiable. `rule`: the weights w; without it all pairs count alike.
     """
 
     axis: Axis
@@ -53,10 +42,10 @@ class Lse:
 
 @dataclass(frozen=True)
 class Stats:
-    """For each `Lse`: `z`, and along its axis sums of its `positive` logits and their `weight`.
+    """For each `Lse` its `z`, and along its axis positive_i = sum_j P_ij (scale_i s_ij + bias_j)
+    and weight_i = sum_j P_ij, without gradient (both empty where no positives are asked for).
 
-    Each is [M] or, for columns, [n]: this rank's keys. At least float32. A result over no pair at
-    all has z = -inf; weights have no gradient. Without a rule of positives those two are empty.
+    Each is [M] or, for columns, [n]: this rank's keys; at least float32. Over no pair z is -inf.
     """
 
     z: tuple[Tensor, ...]
@@ -77,17 +66,19 @@ def lse_stats(
     Under a process group the *sum over ranks* of a function of the results is what is
     differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
     """
-    rule: Rule | None = None
-    if positives is not None:
-        rule = positives if isinstance(positives, Sequence) else (positives,)
+    single = positives is None or isinstance(positives, Sequence)
+    rule: Rule | None = positives if single else (positives,)  # type: ignore[assignment]
     terms = []
     for lse in lses:
-        terms.append(_Term(lse.axis, "lse", lse.rule, lse.scale, bias=lse.bias))
-        if rule is not None:
-            terms.append(_Term(lse.axis, "linear", rule, lse.scale, bias=lse.bias))
-            terms.append(_Term(lse.axis, "one", rule, lse.scale.detach()))
+        if lse.axis not in ("rows", "columns"):
+            raise ValueError(f"axis is {lse.axis!r}; choose rows or columns")
+        for phi, its in (("lse", lse.rule), ("linear", rule), ("one", rule)):
+            if its is not None:
+                on_rows, constant = lse.axis == "rows", phi == "one"
+                scale = lse.scale.detach() if constant else lse.scale
+                terms.append(Part(on_rows, phi, its, scale, None, None if constant else lse.bias))
     out = _run(score, keys, terms, backend)
-    return Stats(out[::3], out[1::3], out[2::3]) if rule is not None else Stats(out, (), ())
+    return Stats(out, (), ()) if rule is None else Stats(out[::3], out[1::3], out[2::3])
 
 
 def pair_sum(
@@ -95,7 +86,8 @@ def pair_sum(
     scale: Tensor, shift: Tensor, bias: Tensor | None = None, rule: Rule = (), *,
     total: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """[M], or with `total` their sum (0-dimensional); at least float32.
+    """sum_j w_ij phi(scale_i s_ij + shift_i + bias_j): [M], or with `total` their sum, 0-dim; at
+    least float32.
 
     `phi`: "softplus" log(1 + e^x), "relu", or "step" (0 where x < 0, else 1; no gradient). `scale`,
     `shift`: 0-dimensional or [M]; `bias`: None or this rank's [n] keys; all differentiable, as are
@@ -105,7 +97,7 @@ def pair_sum(
     """
     if phi not in ("softplus", "relu", "step"):
         raise ValueError(f"phi is {phi!r}; choose one of softplus, relu, step")
-    return _run(score, keys, [_Term("rows", phi, rule, scale, shift, bias)], backend, total)[0]
+    return _run(score, keys, [Part(True, phi, rule, scale, shift, bias)], backend, total)[0]
 
 
 def engine_name(backend: str | None) -> str:
@@ -116,33 +108,17 @@ def engine_name(backend: str | None) -> str:
 
 
 @dataclass(frozen=True)
-class _Term:
-    """See `tiled.Part`. `scale` and `shift` lie along the axis, `bias` across it."""
-
-    axis: str
-    phi: str
-    rule: Rule
-    scale: Tensor
-    shift: Tensor | None = None
-    bias: Tensor | None = None
-
-    def on_keys(self, name: str) -> bool:
-        """Whether a field of `tiled.Part` belongs to the keys, and travels with them."""
-        return (self.axis == "columns") != (name in ("bias", "dbias"))
-
-
-@dataclass(frozen=True)
 class _Spec:
     score: Score
     keys: KeySource
-    terms: Sequence[_Term]
+    terms: Sequence[Part]
     engine: Any
     total: bool  # one term, whose sum is asked for
     early: bool  # its gradient is made in the forward pass, up to one factor
 
 
 def _run(
-    score: Score | Tensor, keys: KeySource, terms: Sequence[_Term], backend: str | None,
+    score: Score | Tensor, keys: KeySource, terms: Sequence[Part], backend: str | None,
     total: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     score = Dot(score) if isinstance(score, Tensor) else score
@@ -155,19 +131,15 @@ def _run(
     return _Sweep.apply(spec, *tensors)
 
 
-def _check(term: _Term, m: int, n: int) -> None:
-    if term.axis not in ("rows", "columns"):
-        raise ValueError(f"axis is {term.axis!r}; choose rows or columns")
-    along, across = (m, n) if term.axis == "rows" else (n, m)
-    for name, sizes in (
-        ("scale", [(), (along,)]),
-        ("shift", [(), (along,)]),
-        ("bias", [(across,)]),
-    ):
+def _check(term: Part, m: int, n: int) -> None:
+    along, across = (m, n) if term.on_rows else (n, m)
+    of = "rows" if term.on_rows else "columns"
+    allowed = {"scale": [(), (along,)], "shift": [(), (along,)], "bias": [(across,)]}
+    for name, shapes in allowed.items():
         value = getattr(term, name)
-        if value is not None and value.shape not in sizes:
-            wanted = " or ".join(str(size) for size in sizes)
-            raise ValueError(f"{name} of {term.axis} must be {wanted}; got {tuple(value.shape)}")
+        if value is not None and value.shape not in shapes:
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} of {of} must be {wanted}; got {tuple(value.shape)}")
 
 
 class _Sweep(torch.autograd.Function):
@@ -201,12 +173,12 @@ def _sweep(
     score, keys, terms = spec.score, spec.keys, spec.terms
     like, learns = keys.tensors[0], g is not None
     kind, first = wide(like.dtype), len(tensors) - 3 * len(terms)
-    fields: list[dict[str, Tensor]] = []  # of each term's `tiled.Part`
+    fields: list[dict[str, Tensor]] = []  # of each term's `Part`
     for i, term in enumerate(terms):
         own = {name: getattr(term, name) for name in ("scale", "shift", "bias")}
         found = {name: value.detach() for name, value in own.items() if value is not None}
         if z is None:
-            size = len(score.operands[0]) if term.axis == "rows" else keys.held
+            size = len(score.operands[0]) if term.on_rows else keys.held
             found["out"] = like.new_full((size,), _empty(term, "out"), dtype=kind)
         elif term.phi == "lse":
             found["z"] = z[i]
@@ -216,9 +188,10 @@ def _sweep(
                 if value is not None and need:
                     found[f"d{name}"] = torch.zeros_like(value, dtype=kind)
         fields.append(found)
+    # What belongs to a key travels: on the keys' axis all but the bias, on the rows' that alone.
     travel = [
         (i, name) for i, found in enumerate(fields) for name, value in found.items()
-        if value.ndim and terms[i].on_keys(name)
+        if value.ndim and terms[i].on_rows == name.endswith("bias")
     ]  # fmt: skip
     back = [at for at in travel if at[1] in ("out", "dscale", "dshift", "dbias")]
     forth = [at for at in travel if at not in back]
@@ -230,15 +203,12 @@ def _sweep(
             here[i][name] = column
         for i, name in back:
             here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
-        parts = [
-            tiled.Part(term.axis == "rows", term.phi, term.rule, **found)
-            for term, found in zip(terms, here, strict=True)
-        ]
-        dk = torch.zeros_like(panel.keys, dtype=kind) if learns else None
-        spec.engine.sweep(score, panel, parts, drows, dk)
-        return [*([] if dk is None else [dk]), *(here[i][name] for i, name in back)]
+        parts = [replace(t, **found) for t, found in zip(terms, here, strict=True)]  # type: ignore[arg-type]
+        dk = [torch.zeros_like(panel.keys, dtype=kind)] if learns else []
+        spec.engine.sweep(score, panel, parts, drows, *dk)
+        return [*dk, *(here[i][name] for i, name in back)]
 
-    merges: list[Merge] = ["sum" if _empty(terms[i], name) == 0 else "lse" for i, name in back]
+    merges: list[Merge] = ["lse" if _empty(terms[i], name) else "sum" for i, name in back]
     columns = [fields[i][name] for i, name in forth]
     merged = keys.fold(work, columns, ["grad", *merges] if learns else merges)
     dkeys = merged.pop(0).split([len(t) for t in keys.tensors]) if learns else ()
@@ -246,12 +216,11 @@ def _sweep(
         fields[i][name] = value
     grads = [*drows, *dkeys]
     grads += [found.get(name) for found in fields for name in ("dscale", "dshift", "dbias")]
-    return [found["out"] for found in fields if "out" in found], [
-        None if grad is None or tensor is None else grad.to(tensor.dtype)
-        for grad, tensor in zip(grads, tensors, strict=False)
-    ]
+    pairs = zip(grads, tensors, strict=False)
+    results = [None if d is None or t is None else d.to(t.dtype) for d, t in pairs]
+    return [found["out"] for found in fields if "out" in found], results
 
 
-def _empty(term: _Term, name: str) -> float:
+def _empty(term: Part, name: str) -> float:
     """The result of a term over no pair."""
     return -torch.inf if name == "out" and term.phi == "lse" else 0.0

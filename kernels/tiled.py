@@ -27,9 +27,9 @@ PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = 
 }
 
 
-@dataclass
+@dataclass(frozen=True)
 class Part:
-    """A term over one panel: with logits x_ij = scale_i s_ij + shift_i + bias_j and weights w_ij,
+    """A term: with logits x_ij = scale_i s_ij + shift_i + bias_j and weights w_ij of its rule,
 
         phi "lse": log sum_j w_ij exp(x_ij)        else: sum_j w_ij phi(x_ij)
 
