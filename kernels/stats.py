@@ -134,11 +134,11 @@ def _run(
 def _check(term: Part, m: int, n: int) -> None:
     along, across = (m, n) if term.on_rows else (n, m)
     of = "rows" if term.on_rows else "columns"
-    allowed = {"scale": [(), (along,)], "shift": [(), (along,)], "bias": [(across,)]}
-    for name, shapes in allowed.items():
+    vector: list[tuple[int, ...]] = [(), (along,)]
+    for name, shapes in (("scale", vector), ("shift", vector), ("bias", [(across,)])):
         value = getattr(term, name)
         if value is not None and value.shape not in shapes:
-            wanted = " or ".join(map(str, shapes))
+            wanted = " or ".join(str(shape) for shape in shapes)
             raise ValueError(f"{name} of {of} must be {wanted}; got {tuple(value.shape)}")
 
 

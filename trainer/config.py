@@ -156,6 +156,14 @@ class ObjectiveSettings(Settings):
     positives: str | None = None
     """A field of the samples' json; samples that share it are right answers to each other.
     Unset: a caption's right answer is its own image."""
+    same_id: Literal["positive", "exclude"] = "positive"
+    """What other samples of the same `positives` field are: right answers too, or left out of the
+    loss altogether, neither right nor wrong."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all candidates."""
+    schedule: Literal["gather", "ring"] = "gather"
+    """How workers see each other's text embeddings: gather holds all of them, ring passes them
+    round in the memory of one worker's. Sums round differently; the loss is the same."""
     scale: float = Field(14.3, gt=0)
     """The logit scale (inverse temperature) at the start."""
     scale_max: float = Field(100.0, gt=0)

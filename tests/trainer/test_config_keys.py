@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +94,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     ),
     "objective.name": ("other", "objective", []),
     "objective.positives": ("null", "objective", []),
+    "objective.same_id": ("exclude", "objective", []),
+    "objective.label_smoothing": ("0.2", "objective", []),
+    "objective.schedule": ("ring", "collectives", []),
     "objective.scale": ("5.0", "objective", []),
     "objective.scale_max": ("10.0", "objective", ["objective.scale=10.0"]),
     "objective.learn_scale": ("false", "objective", []),
@@ -264,6 +269,33 @@ def see_objective(config: Config, folder: Path) -> Any:
     return [float(value.detach()), objective.log_scale.requires_grad]
 
 
+GATHERED = """
+import sys, torch, torch.distributed as dist
+from gigabatch.trainer.config import ObjectiveSettings
+from gigabatch.trainer.objectives import Context, build_objective
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+calls, gather = [], dist.all_gather
+def spy(parts, mine, **options):
+    calls.append(tuple(mine.shape))
+    return gather(parts, mine, **options)
+dist.all_gather = spy
+objective = build_objective(ObjectiveSettings.model_validate_json(sys.argv[1]))
+rows = {tap: torch.randn(6, 4, requires_grad=True) for tap in ("image", "text")}
+ids = {name: torch.arange(6) for name in ("sample", objective.positives or "sample")}
+objective(rows, ids, Context(dist.group.WORLD, 1)).value.backward()
+print(calls)
+"""
+
+
+def see_collectives(config: Config, folder: Path) -> Any:
+    """What is gathered in one step of the objective, in a process group of its own."""
+    command = [sys.executable, "-c", GATHERED, config.objective.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "(1,)" in done.stdout  # the sizes, at least
+    return done.stdout
+
+
 def see_optimizer(config: Config, folder: Path) -> Any:
     towers, _ = embed(config, folder)
     made = adamw(
@@ -306,6 +338,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "towers": see_towers,
     "saved": see_saved,
     "objective": see_objective,
+    "collectives": see_collectives,
     "optimizer": see_optimizer,
     "schedule": see_schedule,
     "run": see_run,

@@ -17,7 +17,7 @@ from gigabatch.trainer.objectives.base import Context, Loss, Needs, Objective
 class InfoNCE(Objective):
     def __init__(self, settings: ObjectiveSettings) -> None:
         super().__init__()
-        self.positives = settings.positives
+        self.positives, self.settings = settings.positives, settings
         self.needs = Needs(("image", "text"), (self.positives,) if self.positives else ())
         self.log_scale_max = math.log(settings.scale_max)
         self.log_scale = nn.Parameter(
@@ -31,8 +31,10 @@ class InfoNCE(Objective):
         # By sample number, a sample that an epoch's edge brings twice is its own positive.
         ids = meta[self.positives or "sample"]
         value = contrastive_loss(
-            outputs["image"], outputs["text"], scale, ids_q=ids, group=ctx.group
-        )
+            outputs["image"], outputs["text"], scale, ids_q=ids, group=ctx.group,
+            same_id=self.settings.same_id, label_smoothing=self.settings.label_smoothing,
+            schedule=self.settings.schedule,
+        )  # fmt: skip
         return Loss(value, {"logit_scale": scale.detach()})
 
 
