@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigabatch.kernels.rules import Rule
+from gigabatch.kernels.rules import Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
-from gigabatch.kernels.sources import Gather, KeySource, Panel, wide
+from gigabatch.kernels.sources import Gather, KeySource, Panel, add_rows, full_precision, wide
 from gigabatch.kernels.tiled import top
 
 
@@ -30,17 +31,26 @@ def row_top(
     values = torch.full((m, k), -torch.inf, dtype=wide(like.dtype), device=like.device)
     index = torch.full((m, k), -1, dtype=torch.int64, device=like.device)
 
+    check_rule(rule, m)
+
     def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
         top(score, panel, rule, values, index)
         return []
 
-    keys.fold(work, [], [])
+    with full_precision(like):
+        keys.fold(work, [], [])
     return values, index
 
 
 def take(keys: KeySource, index: Tensor) -> Panel:
     """Keys by their numbers among all, wherever they are: `index` int64 [M] -> a panel of M keys
-    with their metadata, differentiable in the source's tensors; zeros where the index is -1."""
+    with their metadata, differentiable in the source's tensors; zeros where the index is -1.
+    ValueError for an index that no key has."""
+    if index.dtype != torch.int64 or index.ndim != 1:
+        raise ValueError(f"index must be int64 [M]; got {index.dtype} {list(index.shape)}")
+    if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < keys.total:
+        raise ValueError(f"index must lie in [-1, {keys.total}); got {int(index.min())} to "
+                         f"{int(index.max())}")  # fmt: skip
     columns: dict[str, Tensor] = {}
     return Panel(_Take.apply(keys, index, columns, *keys.tensors), columns, 0)
 
@@ -51,12 +61,14 @@ class _Take(torch.autograd.Function):
         ctx: Any, keys: KeySource, index: Tensor, columns: dict[str, Tensor], *tensors: Tensor
     ) -> Tensor:
         chosen: dict[str, Tensor] = {}
+        kinds = [tensor.dtype for tensor in keys.tensors]
 
         def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
             row, here = _inside(index, panel)
             for name, column in (("", panel.keys), *panel.metadata.items()):
-                into = chosen.setdefault(name, column.new_zeros(len(index), *column.shape[1:]))
-                into[row] = column[here]
+                kind = reduce(torch.promote_types, kinds) if name == "" else column.dtype
+                empty = column.new_zeros(len(index), *column.shape[1:], dtype=kind)
+                chosen.setdefault(name, empty)[row] = column[here].to(kind)
             return []
 
         keys.fold(work, [], [])
@@ -70,7 +82,8 @@ class _Take(torch.autograd.Function):
         def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
             row, here = _inside(ctx.index, panel)
             dk = torch.zeros_like(panel.keys, dtype=wide(panel.keys.dtype))
-            return [dk.index_put_((here,), grad[row].to(dk.dtype), accumulate=True)]
+            add_rows(dk, here, grad[row].to(dk.dtype))
+            return [dk]
 
         tensors = ctx.keys.tensors
         (grads,) = ctx.keys.fold(work, [], ["grad"])

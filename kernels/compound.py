@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.sources import KeySource, Merge, Panel, Work, wide
+from gigabatch.kernels.rules import Eq
+from gigabatch.kernels.sources import KeySource, Merge, Panel, Work, add_rows, checked, wide
 
 
 class Concat(KeySource):
@@ -40,8 +41,8 @@ class Ragged(KeySource):
     """This process's keys, each seen by the rows of its own group only (the objects of one page).
 
     `k` [n, ...] with `groups` int64 [n], and `row_groups` int64 [M]; both sorted. Groups are taken
-    together to panels of about `rows` rows; inside a panel the mask `Eq(row_groups, "group")`,
-    which every `Lse` must carry, keeps them apart. Cost: M x max(rows, a group's keys), not M x n.
+    together to panels of about `rows` rows, which carry the mask that keeps them apart. Cost:
+    M x max(rows, a group's keys), not M x n.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class Ragged(KeySource):
             if codes.dtype != torch.int64 or not (codes[1:] >= codes[:-1]).all():
                 raise ValueError(f"{name} must be int64 and sorted; got {codes.dtype}")
         self.tensors, self.total, self.held = (k,), len(k), len(k)
-        self.panel = Panel(k.detach(), {**(metadata or {}), "group": groups}, 0)
+        columns = checked(k, {**(metadata or {}), "group": groups})
+        self.panel = Panel(k.detach(), columns, 0, only=(Eq(row_groups, "group"),))
         present = row_groups.unique()
         ends = [torch.searchsorted(codes, present, right=True) for codes in (row_groups, groups)]
         self._parts, row, key = list[tuple[slice, slice]](), 0, 0
@@ -87,6 +89,8 @@ class Products(KeySource):
     def __init__(
         self, factors: Sequence[Tensor], pairings: Sequence[Sequence[Tensor | int]]
     ) -> None:
+        if len({factor.shape for factor in factors}) != 1:
+            raise ValueError(f"factors must share a shape; got {[f.shape for f in factors]}")
         self.tensors, self.pairings = tuple(factors), pairings
         self.total = self.held = len(factors[0]) * len(pairings)
 
@@ -106,7 +110,7 @@ class Products(KeySource):
             dk = results.pop(0) if grads else keys
             for i, grad in enumerate(grads):
                 others = math.prod(chosen[:i] + chosen[i + 1 :], start=dk)
-                grad.index_put_((index[i],), others, accumulate=True)
+                add_rows(grad, index[i], others)
             parts.append(results)
         whole = [torch.cat(results) for results in zip(*parts, strict=True)]
         return [torch.cat(grads), *whole] if grads else whole

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from gigabatch.kernels.collect import row_top, sum_rows, take
 from gigabatch.kernels.rules import Rule
-from gigabatch.kernels.scores import Score
-from gigabatch.kernels.sources import KeySource, wide
+from gigabatch.kernels.scores import Dot, Score
+from gigabatch.kernels.sources import KeySource, full_precision, wide
 from gigabatch.kernels.stats import Lse, lse_stats, pair_sum
 
 
@@ -54,10 +54,11 @@ def circle(z_negative: Tensor, z_positive: Tensor) -> Tensor:
 
 
 def hinge_hardest(
-    score: Score, keys: KeySource, negatives: Rule, own: Tensor, margin: Tensor | float
+    score: Score | Tensor, keys: KeySource, negatives: Rule, own: Tensor, margin: Tensor | float
 ) -> Tensor:
     """HINGE: max_{j in N_i} [margin_i + s_ij - own_i]_+ (PC2, 1; UAR, 24). `own`: the positive's
     score. The hardest negative is searched without gradient and scored again with it."""
+    score = Dot(score) if isinstance(score, Tensor) else score
     index = row_top(score, keys, 1, negatives)[1][:, 0]
     hardest = score.pairs(take(keys, index))
     return torch.where(index >= 0, torch.relu(margin + hardest - own), 0)
@@ -69,7 +70,7 @@ def hinge_mean(
 ) -> Tensor:  # fmt: skip
     """HINGE: mean_{j in N_i} [margin_i + s_ij - own_i]_+ (SimCTG, 30; PC2's warm-up). `count`: the
     number of negatives."""
-    one = torch.ones_like(own[..., :0].sum())
+    one = own.new_ones(())
     sums = pair_sum(score, keys, "relu", one, margin - own, rule=negatives, backend=backend)
     return sums / count.clamp(min=1)
 
@@ -78,7 +79,8 @@ def fcco(z: Tensor, tau: Tensor, log_u: Tensor, negatives: Tensor | float) -> Te
     """FCCO: tau_i sg[exp(Z_i - log(negatives u_i))] Z_i, whose gradient is that of a softmax
     normalised by a stored estimate u_i of mean_j e^(h_ij/tau_i) instead of the batch's (SogCLR and
     iSogCLR, 14). `z`: over negatives, of h_ij = s_ij - s_ii: take scale s_ii off the `Lse`."""
-    return tau * torch.exp(z.detach() - log_u - torch.as_tensor(negatives).log()) * z
+    weight = tau * torch.exp(z.detach() - log_u - torch.as_tensor(negatives).log())
+    return torch.where(z > -torch.inf, weight * torch.where(z > -torch.inf, z, 0), 0)
 
 
 def log_density(
@@ -101,5 +103,6 @@ def soft_positives(
     <q_i, (sum_j k_j f_j^T) f_i>; `f_q` [M, R], `f_k` [n, R]. With f = 1 the sum over all keys:
     label smoothing never enters a tile."""
     kind = wide(q.dtype)
-    moment = sum_rows(f_k.to(kind).T @ k.to(kind), group)
-    return (q.to(kind) * (f_q.to(kind) @ moment)).sum(1)
+    with full_precision(q):
+        moment = sum_rows(f_k.to(kind).T @ k.to(kind), group)
+        return (q.to(kind) * (f_q.to(kind) @ moment)).sum(1)

@@ -20,7 +20,7 @@ from gigabatch.kernels.maxsim import MaxSim, token_keys
 from gigabatch.kernels.rules import Either, Eq, Ne
 from gigabatch.kernels.scores import Dot
 from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
-from gigabatch.kernels.stats import Lse, lse_stats, pair_sum
+from gigabatch.kernels.stats import Lse, engine_name, lse_stats, lse_sums, pair_sum
 
 Schedule = Literal["gather", "ring"]
 
@@ -55,7 +55,7 @@ def contrastive_loss(
     Raises ValueError or TypeError for arguments that do not fit, before any work.
     """
     exclude = same_id == "exclude"
-    _check(q, k, schedule, paired=ids_q is None or exclude, scale=scale)
+    _check(q, k, schedule, backend, paired=ids_q is None or exclude, scale=scale)
     _check_columns(q, k, ids_q, ids_k, bias)
     if same_id not in ("positive", "exclude") or not 0 <= label_smoothing < 1:
         raise ValueError(f"same_id must be positive or exclude, label_smoothing in [0, 1); got "
@@ -71,12 +71,12 @@ def contrastive_loss(
     rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
     keys = key_source(k, metadata, group, schedule)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
-    stats = lse_stats(q, keys, lses, own, backend)
+    stats, *more = lse_sums(q, keys, lses, [own, same] if exclude else [own], backend)
     targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
     if label_smoothing:
         candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
-        if exclude:  # minus those of the same id, the row's own key apart
-            others, twice = lse_stats(q, keys, lses, same, backend), ids_q == metadata["id"]
+        for others in more:  # minus those of the same id, the row's own key apart
+            twice = ids_q == metadata["id"]
             candidates = [
                 (total - others.positive[i] + twice * targets[i], count - others.weight[i] + twice)
                 for i, (total, count) in enumerate(candidates)
@@ -100,20 +100,18 @@ def sigmoid_loss(
         1/N sum_ij log(1 + exp(-y_ij l_ij)),   l_ij = scale <q_i, k_j> + bias,
 
     y = 1 for row i with key i, else -1. q, k: [n, D], this rank's slices. scale, bias:
-    0-dimensional. `group`, `schedule`, `backend`, errors, result: as `contrastive_loss`. Three
-    matrix passes: the gradient is made in the forward pass.
+    0-dimensional. group, schedule, backend, result: as in `contrastive_loss`; either all ranks
+    want gradients or none. Three matrix passes: the gradient is made in the forward pass.
     """
-    _check(q, k, schedule, scale=scale, bias=bias)
+    _check(q, k, schedule, backend, scale=scale, bias=bias)
     numbers = row_numbers(len(q), q.device, group)
     keys = key_source(k, {"number": numbers}, group, schedule)
     # The positives are left out of the sum, not taken off it: late in training their terms are
     # smaller than the rounding of what they would be taken off.
     rest = (Ne(numbers, "number"),)
     negatives = pair_sum(q, keys, "softplus", scale, bias, rule=rest, total=True, backend=backend)
-    logits = scale * Dot(q).pairs(Panel(k, {}, 0)) + bias
-    count = all_sum(torch.tensor(len(q), device=q.device), group)
-    total = negatives + F.softplus(-logits, threshold=40).sum()
-    return _world_size(group) * total / count.clamp(min=1)
+    own = F.softplus(-scale * Dot(q).pairs(Panel(k, {}, 0)) - bias, threshold=40)
+    return _mean_over_ranks([torch.cat([own, negatives[None]])], [numbers >= 0], group)
 
 
 def late_interaction_loss(
@@ -124,10 +122,15 @@ def late_interaction_loss(
     """InfoNCE over token-wise MaxSim scores (FILIP, number 25; one way: ColBERT).
 
     q [n, Tq, D], k [n, Tk, D]: token vectors, normalised; masks bool [n, T], true for real tokens.
-    Row i's positive is key i. symmetric: the way back uses the other score, the mean over the
-    key's tokens. The rest as in `contrastive_loss`.
+    Row i's positive is key i; T must be the same on every rank. symmetric: the way back uses the
+    other score, the mean over the key's tokens. scale, group, schedule, backend, result: as in
+    `contrastive_loss`. Raises ValueError on every rank if an item of any rank has no token.
     """
-    _check(q, k, schedule, 3, scale=scale)
+    _check(q, k, schedule, backend, 3, scale=scale)
+    for side, mask in ((q, mask_q), (k, mask_k)):
+        lost = 0 if mask is None or mask.dtype != torch.bool else int((~mask.any(-1)).sum())
+        if int(all_sum(torch.tensor(lost, device=side.device), group)):
+            raise ValueError("an item has no token: every row of mask_q and mask_k needs one")
     numbers = row_numbers(len(q), q.device, group)
     sides = [((q, mask_q), (k, mask_k)), ((k, mask_k), (q, mask_q))][: 1 + symmetric]
     losses, kept = [], []
@@ -180,16 +183,14 @@ def _mean_over_ranks(
         raise ValueError(f"rows (and columns) without a positive: {without.tolist()}; give each an "
                          "id that a key has, or leave it out")  # fmt: skip
     sums = torch.stack([loss.sum() for loss in losses])
-    return _world_size(group) * (sums / with_positive.clamp(min=1)).mean()
-
-
-def _world_size(group: dist.ProcessGroup | None) -> int:
-    return 1 if group is None else group.size()
+    world_size = 1 if group is None else group.size()
+    return world_size * (sums / with_positive.clamp(min=1)).mean()
 
 
 def _check(
-    q: Tensor, k: Tensor, schedule: str, ndim: int = 2, paired: bool = True, **scalars: Tensor
-) -> None:
+    q: Tensor, k: Tensor, schedule: str, backend: str | None, ndim: int = 2, paired: bool = True,
+    **scalars: Tensor,
+) -> None:  # fmt: skip
     """Refuse, before any work and any communication, what does not fit."""
     if q.ndim != ndim or k.ndim != ndim or q.shape[-1] != k.shape[-1]:
         what = "[n, D]" if ndim == 2 else "[n, tokens, D]"
@@ -207,6 +208,7 @@ def _check(
         raise ValueError(f"row i belongs to key i without ids; got {len(q)} and {len(k)}")
     if schedule not in ("gather", "ring"):
         raise ValueError(f"schedule is {schedule!r}; choose gather or ring")
+    engine_name(backend)
 
 
 def _check_columns(

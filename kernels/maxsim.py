@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gigabatch.kernels.scores import Score
-from gigabatch.kernels.sources import Panel, wide
+from gigabatch.kernels.sources import Panel, full_precision, wide
 from gigabatch.kernels.tiled import tiles
 
 TOKENS = "tokens"  # the keys' metadata column: bool [n, Tk], true for a real token
@@ -34,10 +34,8 @@ class MaxSim(Score):
     def __init__(self, q: Tensor, mask: Tensor | None = None) -> None:
         real = _check_tokens("q", q, mask)
         self.tokens = q.shape[1]
-        # A max is linear in positive factors, so the mean's 1/|q_i| goes into the query; its pads
-        # become 0 and score 0 with everything.
-        weight = real.to(wide(q.dtype)) / real.sum(1, keepdim=True)
-        self.operands = (torch.where(real.unsqueeze(2), q, 0) * weight.unsqueeze(2),)
+        # The query's pads become 0 and score 0 with everything.
+        self.operands = (torch.where(real.unsqueeze(2), q, 0), 1 / real.sum(1).to(wide(q.dtype)))
 
     def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
         return max(1, rows // self.tokens), max(1, columns // keys.keys.shape[1])
@@ -48,9 +46,10 @@ class MaxSim(Score):
     def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
         q, k = rows[0].flatten(0, 1), _real(keys).flatten(0, 1)
         products = scratch[: len(k) * len(q)].view(len(keys.keys), -1, len(q))
-        torch.mm(k, q.T, out=products.flatten(0, 1))
+        torch.mm(k, q.T, out=products.view(len(k), len(q)))
         products.masked_fill_(~keys.metadata[TOKENS].unsqueeze(2), -torch.inf)
         torch.sum(products.amax(1).unflatten(1, (-1, self.tokens)), 2, out=out.T)
+        out.mul_(rows[1].unsqueeze(1))
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
@@ -59,23 +58,26 @@ class MaxSim(Score):
         q, k = rows[0].flatten(0, 1), _real(keys).flatten(0, 1)
         products = scratch[: len(k) * len(q)].view(len(keys.keys), -1, len(q))
         first = products.max(1, keepdim=True).indices  # argmax takes three times as long
-        each = grad.T.repeat_interleave(self.tokens, 1).unsqueeze(1)
-        dk.flatten(0, 1).addmm_(products.zero_().scatter_(1, first, each).flatten(0, 1), q)
+        each = (grad * rows[1].unsqueeze(1)).T.repeat_interleave(self.tokens, 1).unsqueeze(1)
+        dk.view(k.shape).addmm_(products.zero_().scatter_(1, first, each).view(len(k), -1), q)
         starts = torch.arange(0, len(k), products.shape[1], device=k.device).unsqueeze(1)
         chosen, weights = ((first.squeeze(1) + starts).T, each.squeeze(1).T)
-        drows[0].flatten(0, 1).add_(
+        drows[0].view(q.shape).add_(
             F.embedding_bag(chosen.contiguous(), k, per_sample_weights=weights.contiguous(),
                             mode="sum")
         )  # fmt: skip
 
     def dense(self, rows: Sequence[Tensor], keys: Panel) -> Tensor:
         products = torch.einsum("rtd,cud->rtcu", rows[0], _real(keys))
-        return products.masked_fill(~keys.metadata[TOKENS], -torch.inf).amax(3).sum(1)
+        best = products.masked_fill(~keys.metadata[TOKENS], -torch.inf).max(3).values
+        return best.sum(1) * rows[1].unsqueeze(1)
 
     def pairs(self, keys: Panel) -> Tensor:
-        products = self.operands[0] @ _real(keys).to(self.operands[0].dtype).mT
+        q, weight = self.operands
+        with full_precision(q):
+            products = q.to(weight.dtype) @ _real(keys).to(weight.dtype).mT
         real = keys.metadata[TOKENS].unsqueeze(1)
-        return products.masked_fill(~real, -torch.inf).amax(2).sum(1)
+        return products.masked_fill(~real, -torch.inf).max(2).values.sum(1) * weight
 
 
 def maxsim(
@@ -101,17 +103,19 @@ class _Matrix(torch.autograd.Function):
         ctx.score, ctx.panel = score, panel
         ctx.save_for_backward(q, k)
         out = torch.empty(len(q), len(k), dtype=wide(k.dtype), device=k.device)
-        for tile in tiles(score, panel):
-            out[tile.rows, tile.columns] = tile.scores
+        with full_precision(k):
+            for tile in tiles(score, panel):
+                out[tile.rows, tile.columns] = tile.scores
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         q, k = ctx.saved_tensors
-        dq, dk = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (q, k))
-        for tile in tiles(ctx.score, ctx.panel, [dq], dk):
-            tile.pull(grad[tile.rows, tile.columns].contiguous())
+        dq, dk = (torch.zeros(t.shape, dtype=wide(t.dtype), device=t.device) for t in (q, k))
+        with full_precision(k):
+            for tile in tiles(ctx.score, ctx.panel, [dq], dk):
+                tile.pull(grad[tile.rows, tile.columns].contiguous())
         return None, None, dq.to(q.dtype), dk.to(k.dtype)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -11,15 +11,7 @@ from torch import Tensor
 from gigabatch.kernels.rules import blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import ALL, Panel
-from gigabatch.kernels.tiled import Part
-
-PHI: dict[str, Callable[[Tensor], Tensor]] = {
-    "softplus": lambda x: torch.logaddexp(x, torch.zeros_like(x)),
-    "relu": lambda x: x.clamp(min=0),
-    "step": lambda x: (~(x < 0)).double() + 0 * x.nan_to_num(),
-    "linear": lambda x: x,
-    "one": lambda x: torch.ones_like(x) + 0 * x,
-}
+from gigabatch.kernels.tiled import PHI, Part
 
 
 def sweep(
@@ -72,7 +64,8 @@ def _term(part: Part, panel: Panel, scores: Tensor, given: Sequence[Tensor | Non
         z = cut(part.z)
         return (g * torch.exp(x - torch.where(z == -torch.inf, torch.inf, z))).sum()
     weight = torch.ones_like(scores.detach()) if weights is None else weights.double().exp()
-    values = PHI[part.phi](x) * (weight if mask is None else weight * mask)
+    weight = weight if mask is None else weight * mask
+    values = torch.where(weight > 0, PHI[part.phi][0](x) * weight, 0)
     if part.out is not None:
         part.out[span] += values.detach().sum(axis).to(part.out.dtype)
     return (g * values).sum()

@@ -2,8 +2,9 @@
 
 A rule is a sequence of clauses that hold together. A clause is a mask (bool: the pair counts or
 does not) or a log-weight (float: its exp multiplies the pair's term). It sets a value of each row,
-`rows` [M, ...], against a metadata column of the key source, named `keys`. The list is closed: a
-clause has one function here and one in each compiled back end.
+`rows` [M, ...], against a metadata column of the key source, named `keys`; all are constants, not
+to be changed before the backward pass. The list is closed: a clause has one function here and one
+in each compiled back end.
 """
 
 from __future__ import annotations
@@ -116,10 +117,24 @@ class AtLeast:
         return scores >= self.rows[rows].unsqueeze(1)
 
 
+def check_rule(rule: Rule, m: int) -> None:
+    """ValueError for clauses whose row values do not fit [m, ...] or would want a gradient."""
+    for clause in rule:
+        for name, value in vars(clause).items():
+            what = f"{type(clause).__name__}.{name}"
+            if not isinstance(value, Tensor):
+                check_rule([value] if hasattr(value, "block") else [], m)
+            elif name != "table" and len(value) != m:
+                raise ValueError(f"{what} must have {m} entries, one a row; got {len(value)}")
+            elif value.requires_grad:
+                raise ValueError(f"{what} wants a gradient; rules are constants, what is learnt is "
+                                 "a scale or a bias")  # fmt: skip
+
+
 def blend(rule: Rule, rows: slice, panel: Panel, scores: Tensor) -> tuple[Tensor | None, ...]:
     """All clauses on one tile: (mask, log-weights), each None where nothing is said."""
     mask = weights = None
-    for clause in rule:
+    for clause in (*rule, *panel.only):
         block = clause.block(rows, panel, scores)
         if block.dtype == torch.bool:
             mask = block if mask is None else mask & block
@@ -134,13 +149,14 @@ class Matches:
     def __init__(self, clause: Eq, panel: Panel) -> None:
         self.rows, self._block = clause.rows, slice(0)
         self.codes, self.order = torch.sort(panel.metadata[clause.keys], stable=True)
+        rows = self.rows[panel.rows]
+        low, high = (torch.searchsorted(self.codes, rows, right=right) for right in (False, True))
+        # Listing more of them than this would take more than a mask.
+        self.many = 32 * int((high - low).sum()) > len(rows) * len(self.codes)
 
     def inside(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """(row, key) of the equal pairs of a tile, both counted from its first.
-
-        Those of its block of rows are kept for the next tile: at most block x panel, no more than
-        the scores of that block would be.
-        """
+        """(row, key) of the equal pairs of a tile, both counted from its first. Those of its block
+        of rows are kept for the next tile."""
         if rows != self._block:
             low = torch.searchsorted(self.codes, self.rows[rows])
             count = torch.searchsorted(self.codes, self.rows[rows], right=True) - low

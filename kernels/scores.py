@@ -85,7 +85,10 @@ class GatedCosine(Score):
 
     def __init__(self, q: Tensor, gate: Tensor) -> None:
         gate = gate.to(wide(q.dtype))
-        gated, tiny = gate * q, torch.finfo(gate.dtype).tiny
+        # Only a gate's direction matters: at length 1 its squares do not underflow.
+        tiny = torch.finfo(gate.dtype).tiny
+        gate = gate / gate.detach().abs().amax(1, keepdim=True).clamp(min=tiny)
+        gated = gate * q
         length = gated.square().sum(1, keepdim=True).clamp(min=tiny).sqrt()
         self.operands = (gate * gated / length, gate.square())
 

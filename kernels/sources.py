@@ -8,10 +8,11 @@ Convention: what is differentiated is the *sum over ranks* of the values that ra
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,13 @@ class Panel:
     metadata: Mapping[str, Tensor]
     offset: int
     rows: slice = field(default_factory=lambda: ALL)
+    only: tuple[Any, ...] = ()  # clauses that hold besides those of any rule
 
     def cut(self, part: slice) -> Panel:
         """Some of the keys, and of every column."""
         metadata = {name: column[part] for name, column in self.metadata.items()}
-        return Panel(self.keys[part], metadata, self.offset + part.start, self.rows)
+        offset = self.offset + part.start
+        return replace(self, keys=self.keys[part], metadata=metadata, offset=offset)
 
     def to(self, kind: torch.dtype) -> Panel:
         return replace(self, keys=self.keys.to(kind))
@@ -75,7 +78,7 @@ class Local(KeySource):
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor] | None = None) -> None:
         self.tensors, self.total, self.held = (k,), len(k), len(k)
-        self.panel = Panel(k.detach(), metadata or {}, 0)
+        self.panel = Panel(k.detach(), checked(k, metadata or {}), 0)
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
         return work(self.panel, list(columns))
@@ -88,7 +91,7 @@ class Gather(KeySource):
     """
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        self.group, self.sizes = group, all_sizes(len(k), k.device, group)
+        self.group, self.sizes = group, agreed_sizes(k, checked(k, metadata), group)
         self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
         spread = {name: self.spread(column) for name, column in metadata.items()}
         self.panel = Panel(self.spread(k), spread, 0)
@@ -138,13 +141,13 @@ class Ring(KeySource):
     """
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        self.group, self.sizes = group, all_sizes(len(k), k.device, group)
+        self.group, self.sizes = group, agreed_sizes(k, checked(k, metadata), group)
         self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
         self.rank, self.world_size, self.metadata = dist.get_rank(group), group.size(), metadata
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
         names, done = list(self.metadata), list[Tensor]()
-        held = [v.detach() for v in (*self.tensors, *self.metadata.values(), *columns)]
+        held = [v.detach().contiguous() for v in (*self.tensors, *self.metadata.values(), *columns)]
         rooms: dict[tuple[str, int], list[Tensor]] = {}  # two of each kind, in turns
 
         def room(kind: str, turn: int, values: Sequence[Tensor], owner: int) -> list[Tensor]:
@@ -179,13 +182,13 @@ class Ring(KeySource):
         before, behind = (
             dist.get_global_rank(self.group, (self.rank + d) % self.world_size) for d in (-1, 1)
         )
-        sends = [(dist.isend, value, before, tag) for tag, value in enumerate(outgoing)]
-        receives = [(dist.irecv, value, behind, tag) for tag, value in enumerate(incoming)]
         transfers = [
-            dist.P2POp(operation, value.contiguous(), peer, self.group, tag)
-            for operation, value, peer, tag in sends + receives
-            if value.numel()
-        ]
+            dist.P2POp(operation, value, peer, self.group, tag)
+            for operation, values, peer in (
+                (dist.isend, outgoing, before), (dist.irecv, incoming, behind),
+            )
+            for tag, value in enumerate(values) if value.numel()
+        ]  # fmt: skip
         return dist.batch_isend_irecv(transfers) if transfers else []
 
 
@@ -194,12 +197,37 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def all_sizes(n: int, device: torch.device, group: dist.ProcessGroup) -> list[int]:
-    """Every rank's `n`, ranks in order."""
-    mine = torch.tensor([n], device=device)
-    sizes = [torch.empty_like(mine) for _ in range(group.size())]
-    dist.all_gather(sizes, mine, group=group)
-    return [int(size) for size in sizes]
+def full_precision(like: Tensor) -> torch.autocast:
+    """Keeps a surrounding autocast from rounding products here."""
+    return torch.autocast(like.device.type, enabled=False)
+
+
+def add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
+    """total[index] += values, in the same order on every run: on a CPU index_put, on a GPU
+    index_add would add atomically."""
+    if total.device.type == "cpu":
+        total.index_add_(0, index, values)
+    else:
+        total.index_put_((index,), values, accumulate=True)
+
+
+def checked(k: Tensor, metadata: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    for name, column in metadata.items():
+        if len(column) != len(k):
+            raise ValueError(f"metadata {name!r} must have {len(k)} entries; got {len(column)}")
+    return metadata
+
+
+def agreed_sizes(k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[int]:
+    """Every rank's number of keys; ValueError on all of them where other shapes or dtypes differ,
+    since a collective over unlike tensors ends the process."""
+    kinds = [(name, t.dtype, t.shape[1:]) for name, t in (("k", k), *sorted(metadata.items()))]
+    mine = torch.tensor([len(k), zlib.crc32(repr(kinds).encode())], device=k.device)
+    found = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(found, mine, group=group)
+    if any(int(one[1]) != int(mine[1]) for one in found):
+        raise ValueError(f"keys and metadata must be alike on all ranks; on this one {kinds}")
+    return [int(one[0]) for one in found]
 
 
 def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -211,5 +239,6 @@ def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 def row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
     """int64 [n]: the numbers of this rank's rows in the global batch, ranks in order."""
-    first = 0 if group is None else sum(all_sizes(n, device, group)[: dist.get_rank(group)])
-    return torch.arange(first, first + n, device=device)
+    rows = torch.empty(n, 0, device=device)
+    sizes = [] if group is None else agreed_sizes(rows, {}, group)[: dist.get_rank(group)]
+    return torch.arange(sum(sizes), sum(sizes) + n, device=device)

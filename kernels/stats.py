@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -16,9 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gigabatch.kernels import reference, tiled
-from gigabatch.kernels.rules import Clause, Rule
+from gigabatch.kernels.rules import Clause, Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
-from gigabatch.kernels.sources import KeySource, Merge, Panel, wide
+from gigabatch.kernels.sources import KeySource, Merge, Panel, full_precision, wide
 from gigabatch.kernels.tiled import Part
 
 BACKENDS = {"reference": reference, "tiled": tiled}
@@ -66,19 +67,28 @@ def lse_stats(
     Under a process group the *sum over ranks* of a function of the results is what is
     differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
     """
-    single = positives is None or isinstance(positives, Sequence)
-    rule: Rule | None = positives if single else (positives,)  # type: ignore[assignment]
-    terms = []
+    return lse_sums(score, keys, lses, [] if positives is None else [positives], backend)[0]
+
+
+def lse_sums(
+    score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
+    positives: Sequence[Rule | Clause], backend: str | None,
+) -> list[Stats]:  # fmt: skip
+    """`lse_stats` for several rules of positives at once, in the same four passes."""
+    rules: list[Rule] = [p if isinstance(p, Sequence) else (p,) for p in positives]
+    terms, wide_terms = [], 1 + 2 * len(rules)
     for lse in lses:
         if lse.axis not in ("rows", "columns"):
             raise ValueError(f"axis is {lse.axis!r}; choose rows or columns")
-        for phi, its in (("lse", lse.rule), ("linear", rule), ("one", rule)):
-            if its is not None:
-                on_rows, constant = lse.axis == "rows", phi == "one"
-                scale = lse.scale.detach() if constant else lse.scale
-                terms.append(Part(on_rows, phi, its, scale, None, None if constant else lse.bias))
+        on_rows, constant = lse.axis == "rows", lse.scale.detach()
+        terms.append(Part(on_rows, "lse", lse.rule, lse.scale, None, lse.bias))
+        for rule in rules:
+            terms.append(Part(on_rows, "linear", rule, lse.scale, None, lse.bias))
+            terms.append(Part(on_rows, "one", rule, constant))
     out = _run(score, keys, terms, backend)
-    return Stats(out, (), ()) if rule is None else Stats(out[::3], out[1::3], out[2::3])
+    each = [out[i::wide_terms] for i in range(wide_terms)]
+    pairs = [(each[1 + 2 * i], each[2 + 2 * i]) for i in range(len(rules))]
+    return [Stats(each[0], *pair) for pair in pairs or [((), ())]]
 
 
 def pair_sum(
@@ -116,6 +126,12 @@ class _Spec:
     total: bool  # one term, whose sum is asked for
     early: bool  # its gradient is made in the forward pass, up to one factor
 
+    @property
+    def kind(self) -> torch.dtype:
+        """The dtype of logits, results and sums of gradients."""
+        dtypes = [tensor.dtype for tensor in (*self.score.operands, *self.keys.tensors)]
+        return wide(reduce(torch.promote_types, dtypes))
+
 
 def _run(
     score: Score | Tensor, keys: KeySource, terms: Sequence[Part], backend: str | None,
@@ -123,11 +139,13 @@ def _run(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     score = Dot(score) if isinstance(score, Tensor) else score
     for term in terms:
+        check_rule(term.rule, len(score.operands[0]))
         _check(term, len(score.operands[0]), keys.held)
     tensors: list[Tensor | None] = [*score.operands, *keys.tensors]
     tensors += [value for term in terms for value in (term.scale, term.shift, term.bias)]
     learns = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
-    spec = _Spec(score, keys, terms, BACKENDS[engine_name(backend)], total, total and learns)
+    early = total and learns and terms[0].phi != "step"
+    spec = _Spec(score, keys, terms, BACKENDS[engine_name(backend)], total, early)
     return _Sweep.apply(spec, *tensors)
 
 
@@ -146,9 +164,10 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: _Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         like = spec.keys.tensors[0]
-        g = [like.new_ones((), dtype=wide(like.dtype))] if spec.early else None
+        g = [like.new_ones((), dtype=spec.kind)] if spec.early else None
         out, grads = _sweep(spec, tensors, ctx.needs_input_grad[1:], None, g)
-        ctx.spec = spec
+        ctx.spec = None if spec.early else spec
+        ctx.kinds = [None if t is None else t.dtype for t in tensors]
         ctx.save_for_backward(*(grads if spec.early else (*tensors, *out)))
         results = [out[0].sum()] if spec.total else out
         constant = [r for r, t in zip(results, spec.terms, strict=True) if t.phi in ("one", "step")]
@@ -158,10 +177,14 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *g: Tensor) -> tuple[Any, ...]:
-        spec, saved, n = ctx.spec, ctx.saved_tensors, len(ctx.spec.terms)
-        if spec.early:
-            return (None, *(None if grad is None else grad * g[0].to(grad.dtype) for grad in saved))
-        return (None, *_sweep(spec, saved[:-n], ctx.needs_input_grad[1:], saved[-n:], g)[1])
+        spec, saved = ctx.spec, ctx.saved_tensors
+        if spec is None:
+            grads = [None if grad is None else grad * g[0] for grad in saved]
+        else:
+            n = len(spec.terms)
+            grads = _sweep(spec, saved[:-n], ctx.needs_input_grad[1:], saved[-n:], g)[1]
+        each = zip(grads, ctx.kinds, strict=False)
+        return (None, *(None if grad is None else grad.to(kind) for grad, kind in each))
 
 
 def _sweep(
@@ -169,14 +192,14 @@ def _sweep(
     z: Sequence[Tensor] | None, g: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """All panels once: the terms' results, unless they are given as `z`; and with `g`, their
-    gradients, those of all `tensors`."""
+    gradients, those of all `tensors`, not yet rounded to their dtypes."""
     score, keys, terms = spec.score, spec.keys, spec.terms
-    like, learns = keys.tensors[0], g is not None
-    kind, first = wide(like.dtype), len(tensors) - 3 * len(terms)
+    like, learns, kind = keys.tensors[0], g is not None, spec.kind
+    first = len(tensors) - 3 * len(terms)
     fields: list[dict[str, Tensor]] = []  # of each term's `Part`
     for i, term in enumerate(terms):
         own = {name: getattr(term, name) for name in ("scale", "shift", "bias")}
-        found = {name: value.detach() for name, value in own.items() if value is not None}
+        found = {name: value.detach().to(kind) for name, value in own.items() if value is not None}
         if z is None:
             size = len(score.operands[0]) if term.on_rows else keys.held
             found["out"] = like.new_full((size,), _empty(term, "out"), dtype=kind)
@@ -195,7 +218,7 @@ def _sweep(
     ]  # fmt: skip
     back = [at for at in travel if at[1] in ("out", "dscale", "dshift", "dbias")]
     forth = [at for at in travel if at not in back]
-    drows = [torch.zeros_like(o, dtype=kind) for o in score.operands if learns]
+    drows = [torch.zeros(o.shape, dtype=kind, device=o.device) for o in score.operands if learns]
 
     def work(panel: Panel, columns: list[Tensor]) -> list[Tensor]:
         here = [dict(found) for found in fields]
@@ -204,21 +227,20 @@ def _sweep(
         for i, name in back:
             here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
         parts = [replace(t, **found) for t, found in zip(terms, here, strict=True)]  # type: ignore[arg-type]
-        dk = [torch.zeros_like(panel.keys, dtype=kind)] if learns else []
+        dk = [like.new_zeros(panel.keys.shape, dtype=kind)] if learns else []
         spec.engine.sweep(score, panel, parts, drows, *dk)
         return [*dk, *(here[i][name] for i, name in back)]
 
     merges: list[Merge] = ["lse" if _empty(terms[i], name) else "sum" for i, name in back]
     columns = [fields[i][name] for i, name in forth]
-    merged = keys.fold(work, columns, ["grad", *merges] if learns else merges)
+    with full_precision(like):
+        merged = keys.fold(work, columns, ["grad", *merges] if learns else merges)
     dkeys = merged.pop(0).split([len(t) for t in keys.tensors]) if learns else ()
     for (i, name), value in zip(back, merged, strict=True):
         fields[i][name] = value
     grads = [*drows, *dkeys]
     grads += [found.get(name) for found in fields for name in ("dscale", "dshift", "dbias")]
-    pairs = zip(grads, tensors, strict=False)
-    results = [None if d is None or t is None else d.to(t.dtype) for d, t in pairs]
-    return [found["out"] for found in fields if "out" in found], results
+    return [found["out"] for found in fields if "out" in found], grads
 
 
 def _empty(term: Part, name: str) -> float:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.kernels.rules import Eq, Matches, Rule, blend
+from gigabatch.kernels.rules import Eq, Matches, Ne, Rule, blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, wide
 
@@ -103,14 +103,15 @@ def tiles(
     score: Score, panel: Panel, drows: Sequence[Tensor] = (), dk: Tensor | None = None
 ) -> Iterator[Tile]:
     """All tiles of the scores of a panel's rows; with gradients `drows` and `dk` to pull into."""
-    n, kind = len(panel.keys), wide(panel.keys.dtype)
+    kind = wide(torch.promote_types(panel.keys.dtype, score.operands[0].dtype))
+    n, like = len(panel.keys), panel.cut(slice(0, 0)).to(kind)
     first, stop, _ = panel.rows.indices(len(score.operands[0]))
     if first >= stop or n == 0:
         return
     height, width = score.tile_shape(ROWS, COLUMNS, panel)
     height, width = min(height, stop - first), min(width, n)
     buffers = torch.empty(2, height * width, dtype=kind, device=panel.keys.device)
-    scratch = score.scratch(height, width, panel)
+    scratch = score.scratch(height, width, like)
     for start in range(first, stop, height):
         rows = slice(start, min(start + height, stop))
         blocks = [operand[rows].detach().to(kind) for operand in score.operands]
@@ -163,20 +164,22 @@ class Pairs(Block):
         return super().cut(value, on_rows).flatten()[self.row if on_rows else self.column]
 
     def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
-        if total is None or total.ndim == 0:
-            super().add(total, values, on_rows)
-        else:  # index_put is deterministic on every device, index_add is not
-            span, at = (self.tile.rows, self.row) if on_rows else (self.tile.columns, self.column)
-            total[span].index_put_((at,), values, accumulate=True)
+        if total is not None and values.numel():  # summed as a block: in the same order every time
+            block = torch.zeros_like(self.tile.scores)
+            block[self.row, self.column] = values
+            super().add(total, block, on_rows)
 
     def give(self, grad: Tensor, values: Tensor) -> None:
-        grad.index_put_((self.row, self.column), values, accumulate=True)
+        grad[self.row, self.column] += values  # each pair once
 
 
 def _matches(part: Part, panel: Panel) -> Matches | None:
-    """A lone equality names its pairs directly; any other rule is worked out by tile."""
+    """Few pairs of a lone equality are listed; any other rule is worked out by tile."""
     clause = part.rule[0] if len(part.rule) == 1 and part.phi != "lse" else None
-    return Matches(clause, panel) if isinstance(clause, Eq) and type(clause) is Eq else None
+    if not isinstance(clause, Eq) or isinstance(clause, Ne) or panel.only:
+        return None
+    found = Matches(clause, panel)
+    return None if found.many else found
 
 
 def _phi(view: Block, part: Part, blends: dict[int, Any] | None, grad: Tensor | None) -> None:
@@ -186,13 +189,13 @@ def _phi(view: Block, part: Part, blends: dict[int, Any] | None, grad: Tensor | 
         if value is not None:
             x = x + view.cut(value, on_rows)
     weight = None
-    if part.rule and blends is not None:
+    if blends is not None and (part.rule or view.tile.keys.only):
         mask, weights = _blend(view.tile, part.rule, blends)
         weight = torch.ones_like(x) if weights is None else weights.exp()
         weight = weight if mask is None else torch.where(mask, weight, 0)
     phi, slope = PHI[part.phi]
     if part.out is not None:
-        values = phi(x) if weight is None else phi(x) * weight
+        values = phi(x) if weight is None else torch.where(weight > 0, phi(x) * weight, 0)
         view.add(part.out, values, part.on_rows)
     if part.g is None or grad is None:
         return
@@ -211,7 +214,7 @@ def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) ->
     logits = torch.mul(tile.scores, scale, out=tile.spare)
     if part.bias is not None:
         logits += view.cut(part.bias, not part.on_rows)
-    if part.rule:
+    if part.rule or tile.keys.only:
         mask, weights = _blend(tile, part.rule, blends)
         if weights is not None:
             logits += weights
@@ -228,7 +231,7 @@ def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) ->
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
     z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
     p = logits.sub_(z).exp_().mul_(view.cut(part.g, part.on_rows))
-    grad.addcmul_(p, scale.expand_as(p)) if part.scale.ndim else grad.add_(p, alpha=float(scale))
+    grad.addcmul_(p, scale)
     view.add(part.dbias, p, not part.on_rows)
     if part.dscale is not None:
         view.add(part.dscale, p.mul_(tile.scores), part.on_rows)

@@ -90,8 +90,7 @@ def queue(b: Batch) -> Tensor:
 
 def ragged(b: Batch) -> Tensor:
     group = b.number // 8
-    keys = K.Ragged(b.k, group, group, {"number": b.number})
-    lse = K.Lse("rows", b.scale, None, (K.Eq(group, "group"),))
+    keys, lse = K.Ragged(b.k, group, group, {"number": b.number}), K.Lse("rows", b.scale)
     s = K.lse_stats(b.q, keys, [lse], K.Eq(b.number, "number"))
     return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
@@ -132,6 +131,7 @@ AXES: tuple[K.Axis, ...] = ("rows", "columns")
 PROBLEMS: dict[str, Callable[[Batch], Tensor]] = {
     "contrastive": lambda b: K.contrastive_loss(b.q, b.k, b.scale),
     "ids": lambda b: K.contrastive_loss(b.q, b.k, b.scale, ids_q=b.ids),
+    "classes": lambda b: K.contrastive_loss(b.q, b.k, b.scale, ids_q=b.number % 2),
     "exclude": lambda b: K.contrastive_loss(b.q, b.k, b.scale, ids_q=b.ids, same_id="exclude"),
     "smoothing": lambda b: K.contrastive_loss(
         b.q, b.k, b.scale, ids_q=b.ids, same_id="exclude", label_smoothing=0.1, bias=b.label

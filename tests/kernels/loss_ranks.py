@@ -185,6 +185,37 @@ def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> 
     return {"sources": {**result, **{n: v.detach() for n, v in found.items()}, "top": values}}
 
 
+def refusals(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+    """Faults of rank 0 alone, which every rank must hear of: none may be left waiting."""
+    q, scale, group = torch.zeros(4, 3, 2), torch.tensor(1.0), dist.group.WORLD
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[2] = rank != 0
+    broken = torch.zeros(4, 2)
+    broken[0, 0] = torch.nan if rank == 0 else 0.0
+    unlike = torch.zeros(4, 2, dtype=torch.float64 if rank == 0 else torch.float32)
+    calls = {
+        "no token": lambda: late_interaction_loss(q, q, scale, mask_q=mask, group=group),
+        "not finite": lambda: contrastive_loss(
+            broken, broken, scale, group=group, schedule=schedule, validate=True
+        ),
+        "unlike": lambda: contrastive_loss(unlike, unlike, scale, group=group, schedule=schedule),
+        "no positive": lambda: contrastive_loss(
+            broken, broken, scale, ids_q=torch.arange(4), ids_k=torch.arange(4) + 9 * (rank == 0),
+            group=group, schedule=schedule, validate=True,
+        ),
+    }  # fmt: skip
+    if world_size == 1:
+        del calls["unlike"]
+    refused = {}
+    for name, call in calls.items():
+        try:
+            call()
+            refused[name] = torch.tensor(False)
+        except ValueError:
+            refused[name] = torch.tensor(True)
+    return {"refusals": refused}
+
+
 def leaves(**inputs: Tensor | None) -> dict[str, Tensor]:
     return {n: x.detach().clone().requires_grad_() for n, x in inputs.items() if x is not None}
 
@@ -200,7 +231,7 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
     )
-    jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources)
+    jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, refusals)
     results: dict[str, Results] = {}
     for schedule in SCHEDULES:
         for again in range(2):  # a second time: the same to the last bit

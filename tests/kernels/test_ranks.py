@@ -154,6 +154,15 @@ def test_sources_of_ranks_hold_the_same_keys_as_one_process(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_fault_of_one_rank_is_heard_by_all(
+    ranks: list[dict[str, Results]], schedule: str
+) -> None:
+    for rank in ranks:
+        refused = rank[schedule]["refusals"]
+        assert all(refused.values()), refused
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_second_run_agrees_to_the_last_bit(
     ranks: list[dict[str, Results]], schedule: str
 ) -> None:

@@ -292,7 +292,7 @@ def see_collectives(config: Config, folder: Path) -> Any:
     command = [sys.executable, "-c", GATHERED, config.objective.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "(1,)" in done.stdout  # the sizes, at least
+    assert "(2,)" in done.stdout  # the sizes, at least
     return done.stdout
 
 
