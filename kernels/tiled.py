@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gigabatch.kernels.rules import Eq, Matches, Ne, Rule, blend
 from gigabatch.kernels.scores import Score
-from gigabatch.kernels.sources import Panel, wide
+from gigabatch.kernels.sources import Panel, add_rows, wide
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
 
@@ -164,10 +164,11 @@ class Pairs(Block):
         return super().cut(value, on_rows).flatten()[self.row if on_rows else self.column]
 
     def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
-        if total is not None and values.numel():  # summed as a block: in the same order every time
-            block = torch.zeros_like(self.tile.scores)
-            block[self.row, self.column] = values
-            super().add(total, block, on_rows)
+        if total is None or total.ndim == 0:
+            super().add(total, values, on_rows)
+        else:
+            span, at = (self.tile.rows, self.row) if on_rows else (self.tile.columns, self.column)
+            add_rows(total[span], at, values)
 
     def give(self, grad: Tensor, values: Tensor) -> None:
         grad[self.row, self.column] += values  # each pair once
@@ -231,7 +232,10 @@ def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) ->
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
     z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
     p = logits.sub_(z).exp_().mul_(view.cut(part.g, part.on_rows))
-    grad.addcmul_(p, scale)
+    if scale.ndim or scale.is_cuda:
+        grad.addcmul_(p, scale)
+    else:  # faster, where reading the number costs nothing
+        grad.add_(p, alpha=float(scale))
     view.add(part.dbias, p, not part.on_rows)
     if part.dscale is not None:
         view.add(part.dscale, p.mul_(tile.scores), part.on_rows)
