@@ -52,6 +52,7 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "psutil>=6",
+            "triton>=3.6,<3.8",
         ],
     },
     entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli:main"]},

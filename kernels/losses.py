@@ -20,7 +20,7 @@ from gigabatch.kernels.maxsim import MaxSim, token_keys
 from gigabatch.kernels.rules import Either, Eq, Ne
 from gigabatch.kernels.scores import Dot
 from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
-from gigabatch.kernels.stats import Lse, engine_name, lse_stats, lse_sums, pair_sum
+from gigabatch.kernels.stats import Lse, engine_of, lse_stats, lse_sums, pair_sum
 
 Schedule = Literal["gather", "ring"]
 
@@ -208,7 +208,7 @@ def _check(
         raise ValueError(f"row i belongs to key i without ids; got {len(q)} and {len(k)}")
     if schedule not in ("gather", "ring"):
         raise ValueError(f"schedule is {schedule!r}; choose gather or ring")
-    engine_name(backend)
+    engine_of(backend, q)
 
 
 def _check_columns(

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, full_precision, wide
+from gigabatch.kernels.stats import engine_of
 from gigabatch.kernels.tiled import tiles
 
 TOKENS = "tokens"  # the keys' metadata column: bool [n, Tk], true for a real token
@@ -81,16 +82,17 @@ class MaxSim(Score):
 
 
 def maxsim(
-    q: Tensor, k: Tensor, mask_q: Tensor | None = None, mask_k: Tensor | None = None
-) -> Tensor:
+    q: Tensor, k: Tensor, mask_q: Tensor | None = None, mask_k: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """The scores [M, N] of all queries with all keys, at least float32; differentiable once.
 
     q [M, Tq, D], k [N, Tk, D]; masks bool [M, Tq], [N, Tk], None: all tokens are real. For a few
     candidates a query, or search; a loss over many (`late_interaction_loss`) needs no such matrix.
-    Nothing larger than a tile of token products is held. Raises TypeError or ValueError for
-    inputs that do not fit and for an item without a token.
+    Nothing larger than a tile of token products is held. `backend`: see `lse_stats`. Raises
+    TypeError or ValueError for inputs that do not fit and for an item without a token.
     """
-    score = MaxSim(q, mask_q)
+    score = engine_of(backend, k).fit(MaxSim(q, mask_q))
     panel = Panel(k, token_keys(k, mask_k), 0)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q and k must share a width; got {q.shape[2]} and {k.shape[2]}")

@@ -11,7 +11,9 @@ from torch import Tensor
 from gigabatch.kernels.rules import blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import ALL, Panel
-from gigabatch.kernels.tiled import PHI, Part
+from gigabatch.kernels.tiled import PHI, Part, fit
+
+__all__ = ["fit", "sweep"]
 
 
 def sweep(

@@ -7,6 +7,9 @@ a `pair_sum`, whose gradient is known up to one factor while the scores are at h
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -16,13 +19,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gigabatch.kernels import reference, tiled
 from gigabatch.kernels.rules import Clause, Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
 from gigabatch.kernels.sources import KeySource, Merge, Panel, full_precision, wide
 from gigabatch.kernels.tiled import Part
 
-BACKENDS = {"reference": reference, "tiled": tiled}
+BACKENDS = {"reference": "reference", "tiled": "tiled", "triton": "fused"}  # and their modules
 Axis = Literal["rows", "columns"]
 
 
@@ -61,11 +63,12 @@ def lse_stats(
     """Log-sum-exps and positive sums of the scores of this rank's queries against all keys.
 
     `score`: a score, or queries [M, D] for the dot product. `positives`: their rule, one clause or
-    several; log-weights weigh them. A lone `Eq` costs nothing a tile. `backend`: "tiled" (plain
-    torch, the default), or "reference" (dense, float64; the oracle). Differentiable once, in the
-    score's operands, the source's tensors, scales and biases. Memory O(M + N) beside the keys.
-    Under a process group the *sum over ranks* of a function of the results is what is
-    differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
+    several; log-weights weigh them. A few pairs of a lone `Eq` cost nothing a tile. `backend`:
+    "triton" (the default on a GPU), "tiled" (plain torch, the default elsewhere), or "reference"
+    (dense, float64; the oracle). Differentiable once, in the score's operands, the source's
+    tensors, scales and biases. Memory O(M + N) beside the keys. Under a process group the *sum
+    over ranks* of a function of the results is what is differentiated. Raises ValueError for an
+    unknown back end or sizes that do not fit.
     """
     return lse_sums(score, keys, lses, [] if positives is None else [positives], backend)[0]
 
@@ -110,11 +113,18 @@ def pair_sum(
     return _run(score, keys, [Part(True, phi, rule, scale, shift, bias)], backend, total)[0]
 
 
-def engine_name(backend: str | None) -> str:
-    """The back end to use; ValueError for one that does not exist."""
-    if (backend or "tiled") not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(sorted(BACKENDS))}")
-    return backend or "tiled"
+def engine_of(backend: str | None, like: Tensor) -> Any:
+    """The module of a back end: by default triton on a GPU where it is installed, else tiled.
+    ValueError for one that does not exist or cannot run on the device of `like`."""
+    has_triton = importlib.util.find_spec("triton") is not None
+    name = backend or ("triton" if like.is_cuda and has_triton else "tiled")
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
+    if name == "triton" and not has_triton:
+        raise ValueError("backend 'triton' needs the package triton: pip install triton")
+    if name == "triton" and not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("backend 'triton' needs a GPU (to test it: TRITON_INTERPRET=1, slow)")
+    return importlib.import_module(f"gigabatch.kernels.{BACKENDS[name]}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,7 @@ def _run(
     tensors += [value for term in terms for value in (term.scale, term.shift, term.bias)]
     learns = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
     early = total and learns and terms[0].phi != "step"
-    spec = _Spec(score, keys, terms, BACKENDS[engine_name(backend)], total, early)
+    spec = _Spec(score, keys, terms, engine_of(backend, keys.tensors[0]), total, early)
     return _Sweep.apply(spec, *tensors)
 
 

@@ -73,6 +73,11 @@ def sweep(
             tile.pull(grad)
 
 
+def fit(score: Score) -> Score:
+    """The form of a score that this back end works with."""
+    return score
+
+
 def top(score: Score, panel: Panel, rule: Rule, values: Tensor, index: Tensor) -> None:
     """Merge the best keys of one panel into `values` and `index` [M, k], descending."""
     for tile in tiles(score, panel):

@@ -16,6 +16,9 @@ from support import TINY, Command, write_samples
 # Read when huggingface_hub is imported, which none of the imports above does.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+if not torch.cuda.is_available():  # read when triton is imported; its kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # The same examples on every run, and nothing kept in the repository between runs.
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
 settings.load_profile("gigabatch")

@@ -30,7 +30,7 @@ from gigabatch.kernels import (
     tiled,
 )
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["reference", "tiled", pytest.param("triton", marks=pytest.mark.slow)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CASES = st.builds(
     make_case,

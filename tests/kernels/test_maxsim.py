@@ -19,7 +19,7 @@ from gigabatch.kernels import (
     token_keys,
 )
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["reference", "tiled", "triton"]
 SIZES = {
     "m": st.integers(1, 6), "n": st.integers(1, 6), "tq": st.integers(1, 5),
     "tk": st.integers(1, 5), "d": st.integers(1, 6), "seed": st.integers(0, 10**6),
@@ -95,6 +95,22 @@ def test_the_loss_scores_each_direction_its_own_way(backend: str, symmetric: boo
         strict=True,
     ):  # fmt: skip
         torch.testing.assert_close(got, other.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(5, 4, 6), (3, 70, 20)])  # more tokens than a block, too
+def test_the_compiled_kernels_agree(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    n, tq, d = shape
+    (q, real_q), (k, real_k) = tokens(n, tq, d, 0, dtype), tokens(4, 19, d, 1, dtype)
+    results = []
+    for backend in ("tiled", "triton"):
+        out = maxsim(q, k, real_q, real_k, backend=backend)
+        weight = torch.arange(out.numel()).view(out.shape) / out.numel()
+        results.append([out, *torch.autograd.grad((out * weight).sum(), (q, k))])
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        stored = torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=4 * stored, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

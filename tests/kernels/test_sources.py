@@ -27,7 +27,7 @@ from gigabatch.kernels import (
 )
 from gigabatch.kernels.sources import KeySource
 
-BACKENDS = ["reference", "tiled"]
+BACKENDS = ["reference", "tiled", "triton"]
 ONE = torch.ones((), dtype=torch.float64)
 
 

@@ -1,0 +1,138 @@
+"""MaxSim in Triton: a pair of items a program, token products never stored.
+
+The backward pass makes a pair's products again, finds its maxima again, and multiplies with their
+one-hot matrix: a program owns a query's (or a key's) gradient and goes through all items of the
+other side in order, so nothing is added atomically and two runs agree to the last bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gigabatch.kernels.maxsim import TOKENS, MaxSim
+from gigabatch.kernels.sources import Panel
+
+TILE = 1024  # items a side whose scores are held at once
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def _tokens(x, item, t, tokens, d, BD: tl.constexpr, WIDE: tl.constexpr):
+    """Vectors [len(t), BD] of some tokens of an item; 0 beyond the last."""
+    at = tl.arange(0, BD)
+    where = x + (item * tokens + t)[:, None].to(tl.int64) * d + at[None, :]
+    found = tl.load(where, mask=(t < tokens)[:, None] & (at < d)[None, :], other=0.0)
+    return found.to(tl.float32) if WIDE else found
+
+
+@triton.jit
+def _products(q, k, real, j, u, tk):
+    """Token products of a pair of items, -inf at the key's pads."""
+    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    kept = tl.load(real + j * tk + u, mask=u < tk, other=0)
+    return tl.where((kept != 0)[None, :], products, float("-inf"))
+
+
+@triton.jit
+def _score(
+    q, k, real, out, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    i, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    u = tl.arange(0, BK)
+    keys = _tokens(k, j, u, tk, d, BD, WIDE)
+    score = 0.0
+    for first in range(0, tq, BQ):
+        t = first + tl.arange(0, BQ)
+        best = tl.max(_products(_tokens(q, i, t, tq, d, BD, WIDE), keys, real, j, u, tk), 1)
+        score += tl.sum(tl.where(t < tq, best, 0.0))
+    tl.store(out + i * n + j, score)
+
+
+@triton.jit
+def _query_grad(
+    q, k, real, grad, dq, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """dq_it = sum_j G_ij k_ju, u the token that t chose."""
+    i = tl.program_id(0).to(tl.int64)
+    t, u, at = tl.program_id(1) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BD)
+    queries = _tokens(q, i, t, tq, d, BD, WIDE)
+    total = tl.zeros((BQ, BD), tl.float32)
+    for j in range(n):
+        keys = _tokens(k, j, u, tk, d, BD, WIDE)
+        chosen = tl.argmax(_products(queries, keys, real, j, u, tk), 1)
+        one = (chosen[:, None] == u[None, :]).to(keys.dtype)
+        total += tl.dot(one, keys, input_precision="ieee") * tl.load(grad + i * n + j)
+    where = dq + (i * tq + t)[:, None] * d + at[None, :]
+    tl.store(where, total, mask=(t < tq)[:, None] & (at < d)[None, :])
+
+
+@triton.jit
+def _key_grad(
+    q, k, real, grad, dk, m, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr,
+    BD: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """dk_ju = sum_i G_ij sum of the q_it that chose u."""
+    j = tl.program_id(0).to(tl.int64)
+    u, at = tl.arange(0, BK), tl.arange(0, BD)
+    keys = _tokens(k, j, u, tk, d, BD, WIDE)
+    total = tl.zeros((BK, BD), tl.float32)
+    for i in range(m):
+        g = tl.load(grad + i * n + j)
+        for first in range(0, tq, BQ):
+            t = first + tl.arange(0, BQ)
+            queries = _tokens(q, i, t, tq, d, BD, WIDE)
+            chosen = tl.argmax(_products(queries, keys, real, j, u, tk), 1)
+            one = ((chosen[:, None] == u[None, :]) & (t < tq)[:, None]).to(queries.dtype)
+            total += tl.dot(tl.trans(one), queries, input_precision="ieee") * g
+    where = dk + (j * tk + u)[:, None] * d + at[None, :]
+    tl.store(where, total, mask=(u < tk)[:, None] & (at < d)[None, :])
+
+
+class FusedMaxSim(MaxSim):
+    """`MaxSim` whose tiles are made by the kernels above."""
+
+    def __init__(self, score: MaxSim) -> None:
+        self.operands, self.tokens = score.operands, score.tokens
+
+    def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
+        return TILE, TILE
+
+    def scratch(self, r: int, c: int, keys: Panel) -> Any:
+        return None
+
+    def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
+        q, k, real, sizes = self._arguments(rows, keys)
+        _score[(len(q), len(k))](q, k, real, out, len(k), *sizes)
+        out.mul_(rows[1].unsqueeze(1))
+
+    def pull(
+        self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
+        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+    ) -> None:  # fmt: skip
+        q, k, real, sizes = self._arguments(rows, keys)
+        grad = grad.mul_(rows[1].unsqueeze(1)).contiguous()
+        dq_here, dk_here = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))
+        _query_grad[(len(q), triton.cdiv(q.shape[1], sizes[3]))](
+            q, k, real, grad, dq_here, len(k), *sizes
+        )
+        _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes)
+        drows[0].add_(dq_here)
+        dk.add_(dk_here)
+
+    def _arguments(self, rows: Sequence[Tensor], keys: Panel) -> tuple[Any, ...]:
+        """Both sides in the queries' own dtype (exact: tiles were widened from it), the mask, and
+        the kernels' sizes."""
+        kind, real = self.operands[0].dtype, keys.metadata[TOKENS]
+        q, k = rows[0].to(kind).contiguous(), torch.where(real.unsqueeze(2), keys.keys, 0).to(kind)
+        tq, tk, d = q.shape[1], k.shape[1], q.shape[2]
+        blocks = [max(16, triton.next_power_of_2(size)) for size in (tq, tk, d)]
+        sizes = (tq, tk, d, min(64, blocks[0]), blocks[1], blocks[2], INTERPRETED)
+        return q, k.contiguous(), real.to(torch.int8).contiguous(), sizes
