@@ -64,11 +64,11 @@ def lse_stats(
 
     `score`: a score, or queries [M, D] for the dot product. `positives`: their rule, one clause or
     several; log-weights weigh them. A few pairs of a lone `Eq` cost nothing a tile. `backend`:
-    "triton" (the default on a GPU), "tiled" (plain torch, the default elsewhere), or "reference"
-    (dense, float64; the oracle). Differentiable once, in the score's operands, the source's
-    tensors, scales and biases. Memory O(M + N) beside the keys. Under a process group the *sum
-    over ranks* of a function of the results is what is differentiated. Raises ValueError for an
-    unknown back end or sizes that do not fit.
+    "tiled" (plain torch, the default), "triton" (asked for by name until it has run on a GPU), or
+    "reference" (dense, float64; the oracle). Differentiable once, in the score's operands, the
+    source's tensors, scales and biases. Memory O(M + N) beside the keys. Under a process group the
+    *sum over ranks* of a function of the results is what is differentiated. Raises ValueError for
+    an unknown back end or sizes that do not fit.
     """
     return lse_sums(score, keys, lses, [] if positives is None else [positives], backend)[0]
 
@@ -114,10 +114,10 @@ def pair_sum(
 
 
 def engine_of(backend: str | None, like: Tensor) -> Any:
-    """The module of a back end: by default triton on a GPU where it is installed, else tiled.
-    ValueError for one that does not exist or cannot run on the device of `like`."""
+    """The module of a back end, by default tiled. ValueError for one that does not exist or cannot
+    run on the device of `like`."""
     has_triton = importlib.util.find_spec("triton") is not None
-    name = backend or ("triton" if like.is_cuda and has_triton else "tiled")
+    name = backend or "tiled"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
     if name == "triton" and not has_triton:
