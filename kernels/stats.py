@@ -116,11 +116,10 @@ def pair_sum(
 def engine_of(backend: str | None, like: Tensor) -> Any:
     """The module of a back end, by default tiled. ValueError for one that does not exist or cannot
     run on the device of `like`."""
-    has_triton = importlib.util.find_spec("triton") is not None
     name = backend or "tiled"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
-    if name == "triton" and not has_triton:
+    if name == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError("backend 'triton' needs the package triton: pip install triton")
     if name == "triton" and not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend 'triton' needs a GPU (to test it: TRITON_INTERPRET=1, slow)")

@@ -147,7 +147,13 @@ def assert_as_exact_as_torch(
     rounding = 16 * torch.finfo(kind).eps * (1 + size)
     length = float(max(case.q.double().norm(dim=1).max(), case.k.double().norm(dim=1).max()))
     slope = float(case.scale) * length / max(1, min(len(case.q), len(case.k))) ** 0.5
-    floors = {"value": 1.0, "dq": slope, "dk": slope, "dscale": length**2, "dbias": 1.0}
+    floors = {
+        "value": 1.0 + float(exact.value.abs()),
+        "dq": slope,
+        "dk": slope,
+        "dscale": length**2,
+        "dbias": 1.0,
+    }
     for name, floor in floors.items():
         truth, got, torchs = (getattr(result, name) for result in (exact, ours, plain))
         assert got.dtype == (kind if name == "value" else torchs.dtype)
