@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.kernels.collect import sum_rows
-from gigabatch.kernels.heads import soft_positives
+from gigabatch.kernels.heads import cross_entropy, soft_positives
 from gigabatch.kernels.maxsim import MaxSim, token_keys
 from gigabatch.kernels.rules import Either, Eq, Ne
 from gigabatch.kernels.scores import Dot
@@ -139,7 +139,7 @@ def late_interaction_loss(
         keys = key_source(columns, metadata, group, schedule)
         score, own = MaxSim(rows, row_mask), Eq(numbers, "number")
         stats = lse_stats(score, keys, [Lse("rows", scale)], own, backend)
-        losses.append(stats.z[0] - stats.positive[0])
+        losses.append(cross_entropy(stats.z[0], stats.positive[0], stats.weight[0]))
         kept.append(stats.weight[0] > 0)
     return _mean_over_ranks(losses, kept, group)
 

@@ -79,7 +79,7 @@ def lse_sums(
 ) -> list[Stats]:  # fmt: skip
     """`lse_stats` for several rules of positives at once, in the same four passes."""
     rules: list[Rule] = [p if isinstance(p, Sequence) else (p,) for p in positives]
-    terms, wide_terms = [], 1 + 2 * len(rules)
+    terms, stride = [], 1 + 2 * len(rules)
     for lse in lses:
         if lse.axis not in ("rows", "columns"):
             raise ValueError(f"axis is {lse.axis!r}; choose rows or columns")
@@ -89,7 +89,7 @@ def lse_sums(
             terms.append(Part(on_rows, "linear", rule, lse.scale, None, lse.bias))
             terms.append(Part(on_rows, "one", rule, constant))
     out = _run(score, keys, terms, backend)
-    each = [out[i::wide_terms] for i in range(wide_terms)]
+    each = [out[i::stride] for i in range(stride)]
     pairs = [(each[1 + 2 * i], each[2 + 2 * i]) for i in range(len(rules))]
     return [Stats(each[0], *pair) for pair in pairs or [((), ())]]
 

@@ -31,7 +31,7 @@ def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
     found["losses"] = _losses(n, d, say)
     found["maxsim"] = _maxsim(say)
     found["memory"] = _memory(sizes, d, say)
-    peaks = {world: ring_peaks(world) for world in (2, 4, 8)}
+    peaks = {world: ring_peaks(world) for world in (2, 3, 4, 6, 8)}
     found["ring_peak_mib"] = peaks
     shown = ", ".join(f"W={world} {peak:.0f} MiB" for world, peak in peaks.items())
     say(f"ring, 4,096 rows a rank, D 256: peak {shown}")

@@ -34,12 +34,12 @@ def measure(problem: str, n: int, d: int) -> dict[str, float]:
     del small
     ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must not count as there already
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = status("VmRSS")
     began = time.perf_counter()
     value = _step(problem, batch)
     seconds = time.perf_counter() - began
     gradients = sum(t.grad.nbytes for t in (batch.q, batch.k) if t.grad is not None)
-    peak = _status("VmHWM") - before - gradients
+    peak = status("VmHWM") - before - gradients
     return {"n": n, "d": d, "peak_mib": peak / MIB, "seconds": seconds, "value": value}
 
 
@@ -63,7 +63,8 @@ def _step(problem: str, batch: Batch | Tokens) -> float:
     return step(problem, batch)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
+    """Bytes that /proc says of this process: VmRSS held now, VmHWM at most."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024

@@ -5,7 +5,6 @@ Each rank is a process of its own with one thread; the figure is the largest ran
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from gigabatch.kernels import contrastive_loss
+from gigabatch.kernels.bench.memory import MIB, status
 from gigabatch.kernels.bench.problems import Batch
 
 ROWS, WIDTH = 4096, 256
@@ -40,12 +40,6 @@ def ring_peaks(world_size: int, schedule: str = "ring") -> float:
     return max(float(text) for text in said)
 
 
-def _status(field: str) -> float:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def main(folder: str, rank: int, world_size: int, schedule: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
@@ -53,14 +47,14 @@ def main(folder: str, rank: int, world_size: int, schedule: str) -> None:
     for rows in (64, ROWS):
         batch = Batch(rows, WIDTH)
         Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmRSS")
+        before = status("VmRSS")
         loss = contrastive_loss(
             batch.q, batch.k, batch.scale, group=dist.group.WORLD,
             schedule="ring" if schedule == "ring" else "gather",
         )  # fmt: skip
         loss.backward()
-    gradients = 2 * 4 * ROWS * WIDTH / 2**20
-    peak = _status("VmHWM") - before - gradients
+    gradients = 2 * 4 * ROWS * WIDTH
+    peak = (status("VmHWM") - before - gradients) / MIB
     dist.barrier()
     print(peak)
     dist.destroy_process_group()

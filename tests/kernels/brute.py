@@ -43,10 +43,8 @@ class World:
         made["table"][0, 1] = -torch.inf
         wide = torch.promote_types(self.dtype, torch.float32)
         self.tensors = {
-            name: t.to(self.dtype if name in ("q", "k") else wide).to(wide if name not in "qk"
-                                                                      else self.dtype)
-            for name, t in made.items()
-        }  # fmt: skip
+            name: t.to(self.dtype if name in ("q", "k") else wide) for name, t in made.items()
+        }
         self.row_id, self.key_id = (torch.randint(0, 4, (size,), generator=g) for size in (m, n))
         self.row_role = torch.randint(0, 3, (m,), generator=g)
         self.key_role = torch.randint(0, 2, (n,), generator=g)

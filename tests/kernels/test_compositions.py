@@ -157,7 +157,7 @@ def dense_circle(q: Tensor, k: Tensor) -> Tensor:
 
 def hinge(q: Tensor, k: Tensor, hardest: bool) -> Tensor:
     keys, score = source(k), Dot(q)
-    mine = score.pairs(keys.panel) if not k.requires_grad else (q * k).sum(1)
+    mine = (q * k).sum(1)
     if hardest:
         return h.hinge_hardest(score, keys, (not_same,), mine, LABEL).sum()
     return h.hinge_mean(score, keys, (not_same,), mine, LABEL, OTHER.sum(1)).sum()

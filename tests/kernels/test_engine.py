@@ -10,7 +10,7 @@ import brute
 import pytest
 import torch
 from brute import World
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -69,7 +69,7 @@ def clause(w: World, name: str) -> Any:
         "at least": AtLeast(keys["threshold"]),
         "table": Table(w.row_role, "role", keys["table"]),
         "own table": Table(w.row_role, "role", keys["table"], only=equal),
-        "distance": AbsDiff(keys["row_label"], "label") if w.n else None,
+        "distance": AbsDiff(keys["row_label"], "label"),
         "mixed distance": AbsDiff(keys["row_label"], "label", keys["factor"]),
         "soft": SecondScore(keys["row_teacher"], "teacher", scale=2.0),
     }[name]
@@ -197,9 +197,7 @@ def test_statistics_equal_brute_force(
     judged = brute.dot(world.tensors["q"], world.tensors["k"]) if score == "dot" else brute.gated(
         world.tensors["q"], world.tensors["gate"], world.tensors["k"])  # fmt: skip
     if "at least" in rule:
-        gap = (judged - world.tensors["threshold"][:, None]).abs().min()
-        if gap < 1e-4:
-            return
+        assume((judged - world.tensors["threshold"][:, None]).abs().min() > 1e-4)
     other = differentiate(problem.brute(plain, judged), plain)
     truth = differentiate(problem.brute(exact, judged.double()), exact)
     biggest = max(float(v.abs().max()) for n_, v in problem.inputs.items() if "scale" in n_)
@@ -238,10 +236,18 @@ def test_pair_sums_equal_brute_force(
         )  # fmt: skip
         return [out]
 
-    def dense(x: dict[str, Tensor]) -> list[Tensor]:
+    bound = 1e-9 if dtype == torch.float64 else 2e-5
+
+    def logits_of(x: dict[str, Tensor]) -> Tensor:
         scores = brute.dot(x["q"], x["k"])
         logits = scores * (x["scale"][:, None] if vectors else x["scale"]) + x["shift"][:, None]
-        logits = logits + x["bias"] if biased else logits
+        return logits + x["bias"] if biased else logits
+
+    def clear(x: dict[str, Tensor]) -> Tensor:
+        return logits_of(x).detach().abs()
+
+    def dense(x: dict[str, Tensor]) -> list[Tensor]:
+        scores, logits = brute.dot(x["q"], x["k"]), logits_of(x)
         value = {
             "softplus": torch.logaddexp(logits, torch.zeros_like(logits)),
             "relu": logits.clamp(min=0),
@@ -256,11 +262,12 @@ def test_pair_sums_equal_brute_force(
         got, want = engine(ours), dense(truth)
         if phi == "step":
             assert not got[0].requires_grad
-            if dtype == torch.float64:  # else a score may lie on the other side by rounding
-                torch.testing.assert_close(got[0], want[0])
+            # Where no logit is next to the step, at which a rounding decides.
+            sure = (clear(truth) > bound * (1 + scale)).all(1)
+            sure = sure.all() if total else sure
+            torch.testing.assert_close(got[0][sure], want[0][sure])
             return
         got, want = differentiate(got, ours), differentiate(want, truth)
-    bound = 1e-9 if dtype == torch.float64 else 2e-5
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(
             one.double(), other.double(), rtol=bound, atol=bound * (1 + scale) ** 2
