@@ -42,7 +42,7 @@ class Ne(Eq):
     """Mask: different values. Not itself, not of the same class."""
 
     def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        return ~super().block(rows, panel, scores)
+        return self.rows[rows].unsqueeze(1) != panel.metadata[self.keys]
 
 
 @dataclass(frozen=True)

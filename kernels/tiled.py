@@ -194,24 +194,27 @@ def _phi(view: Block, part: Part, blends: dict[int, Any] | None, grad: Tensor | 
     for value, on_rows in ((part.shift, part.on_rows), (part.bias, not part.on_rows)):
         if value is not None:
             x = x + view.cut(value, on_rows)
-    weight = None
+    mask = weights = None
     if blends is not None and (part.rule or view.tile.keys.only):
         mask, weights = _blend(view.tile, part.rule, blends)
-        weight = torch.ones_like(x) if weights is None else weights.exp()
-        weight = weight if mask is None else torch.where(mask, weight, 0)
     phi, slope = PHI[part.phi]
     if part.out is not None:
-        values = phi(x) if weight is None else torch.where(weight > 0, phi(x) * weight, 0)
-        view.add(part.out, values, part.on_rows)
+        view.add(part.out, _weighted(phi(x), mask, weights), part.on_rows)
     if part.g is None or grad is None:
         return
-    dx = slope(x) * view.cut(part.g, part.on_rows)
-    dx = dx if weight is None else dx * weight
+    dx = _weighted(slope(x) * view.cut(part.g, part.on_rows), mask, weights)
     view.add(part.dshift, dx, part.on_rows)
     view.add(part.dbias, dx, not part.on_rows)
     if part.dscale is not None:
         view.add(part.dscale, dx * view.scores, part.on_rows)
     view.give(grad, dx * scale)
+
+
+def _weighted(values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Values times their pairs' weights; 0 where a pair does not count, whatever it holds."""
+    if weights is not None:
+        values = torch.where(weights > -torch.inf, values * weights.exp(), 0)
+    return values if mask is None else torch.where(mask, values, 0)
 
 
 def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) -> None:
