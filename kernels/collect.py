@@ -13,17 +13,17 @@ from torch.autograd.function import once_differentiable
 from gigabatch.kernels.rules import Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
 from gigabatch.kernels.sources import Gather, KeySource, Panel, add_rows, full_precision, wide
-from gigabatch.kernels.tiled import top
+from gigabatch.kernels.stats import engine_of
 
 
 @torch.no_grad()
 def row_top(
-    score: Score | Tensor, keys: KeySource, k: int, rule: Rule = ()
+    score: Score | Tensor, keys: KeySource, k: int, rule: Rule = (), backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The k best keys of each query that the rule's masks allow: values [M, k], at least float32,
     descending, and the keys' numbers int64 [M, k]; -inf and -1 where there are fewer. No gradient:
     rescore what is to be differentiated, `score.pairs(take(keys, index))`. Log-weights do not
-    count. Memory O(M k) beside the keys. ValueError for k < 1."""
+    count. Memory O(M k) beside the keys. `backend`: see `lse_stats`. ValueError for k < 1."""
     score = Dot(score) if isinstance(score, Tensor) else score
     m, like = len(score.operands[0]), keys.tensors[0]
     if k < 1:
@@ -32,9 +32,10 @@ def row_top(
     index = torch.full((m, k), -1, dtype=torch.int64, device=like.device)
 
     check_rule(rule, m)
+    engine = engine_of(backend, like)
 
     def work(panel: Panel, _: list[Tensor]) -> list[Tensor]:
-        top(score, panel, rule, values, index)
+        engine.top(score, panel, rule, values, index)
         return []
 
     with full_precision(like):

@@ -54,12 +54,13 @@ def circle(z_negative: Tensor, z_positive: Tensor) -> Tensor:
 
 
 def hinge_hardest(
-    score: Score | Tensor, keys: KeySource, negatives: Rule, own: Tensor, margin: Tensor | float
-) -> Tensor:
+    score: Score | Tensor, keys: KeySource, negatives: Rule, own: Tensor, margin: Tensor | float,
+    backend: str | None = None,
+) -> Tensor:  # fmt: skip
     """HINGE: max_{j in N_i} [margin_i + s_ij - own_i]_+ (PC2, 1; UAR, 24). `own`: the positive's
     score. The hardest negative is searched without gradient and scored again with it."""
     score = Dot(score) if isinstance(score, Tensor) else score
-    index = row_top(score, keys, 1, negatives)[1][:, 0]
+    index = row_top(score, keys, 1, negatives, backend)[1][:, 0]
     hardest = score.pairs(take(keys, index))
     return torch.where(index >= 0, torch.relu(margin + hardest - own), 0)
 

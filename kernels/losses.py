@@ -30,8 +30,8 @@ def contrastive_loss(
     ids_q: Tensor | None = None, ids_k: Tensor | None = None,
     same_id: Literal["positive", "exclude"] = "positive", bias: Tensor | None = None,
     symmetric: bool = True, label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
-    schedule: Schedule = "gather", backend: str | None = None, validate: bool = False,
-    counts: dict[str, Tensor] | None = None,
+    schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
+    validate: bool = False, counts: dict[str, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """InfoNCE over the global batch: CLIP's loss, with any number of positives a row.
 
@@ -48,9 +48,9 @@ def contrastive_loss(
     "positive": all pairs of equal ids are positives; "exclude": row i's positive is key i, and
     other pairs of equal ids are left out altogether. group: a process group, or None for this
     process alone. schedule: "gather" holds all keys, O(N D); "ring" passes them round, O(n D).
-    backend: see `lse_stats`. validate: raise, on every rank, for NaN or infinity and for a row
-    without a positive, which otherwise has weight 0. counts: a dict that receives how many there
-    were, "rows_without_positive" and "columns_without_positive", int64.
+    backend, cache_bytes: see `lse_stats`. validate: raise, on every rank, for NaN or infinity and
+    for a row without a positive, which otherwise has weight 0. counts: a dict that receives how
+    many there were, "rows_without_positive" and "columns_without_positive", int64.
 
     Raises ValueError or TypeError for arguments that do not fit, before any work.
     """
@@ -71,7 +71,7 @@ def contrastive_loss(
     rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
     keys = key_source(k, metadata, group, schedule)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
-    stats, *more = lse_sums(q, keys, lses, [own, same] if exclude else [own], backend)
+    stats, *more = lse_sums(q, keys, lses, [own, same] if exclude else [own], backend, cache_bytes)
     targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
     if label_smoothing:
         candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
@@ -117,14 +117,14 @@ def sigmoid_loss(
 def late_interaction_loss(
     q: Tensor, k: Tensor, scale: Tensor, *, mask_q: Tensor | None = None,
     mask_k: Tensor | None = None, symmetric: bool = True, group: dist.ProcessGroup | None = None,
-    schedule: Schedule = "gather", backend: str | None = None,
+    schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
 ) -> Tensor:  # fmt: skip
     """InfoNCE over token-wise MaxSim scores (FILIP, number 25; one way: ColBERT).
 
     q [n, Tq, D], k [n, Tk, D]: token vectors, normalised; masks bool [n, T], true for real tokens.
     Row i's positive is key i; T must be the same on every rank. symmetric: the way back uses the
-    other score, the mean over the key's tokens. scale, group, schedule, backend, result: as in
-    `contrastive_loss`. Raises ValueError on every rank if an item of any rank has no token.
+    other score, the mean over the key's tokens. Other arguments, result: as `contrastive_loss`.
+    Raises ValueError on every rank if an item of any rank has no token.
     """
     _check(q, k, schedule, backend, 3, scale=scale)
     for side, mask in ((q, mask_q), (k, mask_k)):
@@ -138,7 +138,7 @@ def late_interaction_loss(
         metadata = token_keys(columns, mask, number=numbers)
         keys = key_source(columns, metadata, group, schedule)
         score, own = MaxSim(rows, row_mask), Eq(numbers, "number")
-        stats = lse_stats(score, keys, [Lse("rows", scale)], own, backend)
+        stats = lse_stats(score, keys, [Lse("rows", scale)], own, backend, cache_bytes)
         losses.append(cross_entropy(stats.z[0], stats.positive[0], stats.weight[0]))
         kept.append(stats.weight[0] > 0)
     return _mean_over_ranks(losses, kept, group)

@@ -92,8 +92,8 @@ def maxsim(
     Nothing larger than a tile of token products is held. `backend`: see `lse_stats`. Raises
     TypeError or ValueError for inputs that do not fit and for an item without a token.
     """
-    score = engine_of(backend, k).fit(MaxSim(q, mask_q))
     panel = Panel(k, token_keys(k, mask_k), 0)
+    score = engine_of(backend, k).fit(MaxSim(q, mask_q), panel)
     if q.shape[2] != k.shape[2]:
         raise ValueError(f"q and k must share a width; got {q.shape[2]} and {k.shape[2]}")
     return _Matrix.apply(score, panel, score.operands[0], k)

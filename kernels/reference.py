@@ -8,17 +8,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from gigabatch.kernels.cache import ScoreCache
 from gigabatch.kernels.rules import blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import ALL, Panel
-from gigabatch.kernels.tiled import PHI, Part, fit
+from gigabatch.kernels.tiled import PHI, Part, fit, top
 
-__all__ = ["fit", "sweep"]
+__all__ = ["fit", "sweep", "top"]
 
 
 def sweep(
     score: Score, panel: Panel, parts: Sequence[Part],
-    drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+    drows: Sequence[Tensor] = (), dk: Tensor | None = None, cache: ScoreCache | None = None,
 ) -> None:  # fmt: skip
     """See `tiled.sweep`. With Z held fixed, sum g exp(x - Z) has the gradient of sum g Z."""
     with torch.set_grad_enabled(dk is not None):

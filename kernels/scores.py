@@ -17,13 +17,14 @@ class Score(ABC):
     blocks of them, and some keys, both in at least float32."""
 
     operands: tuple[Tensor, ...]
+    needs_scratch = True  # `pull` relies on what `tile` left there
 
     def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
         """(queries, keys) of a tile that shall hold about rows x columns numbers."""
         return rows, columns
 
     def scratch(self, r: int, c: int, keys: Panel) -> Any:
-        """Work space for tiles of up to [r, c], which `tile` may use and `pull` may rely on."""
+        """Work space for tiles of up to [r, c], if it is needed."""
         return torch.empty(r * c, dtype=wide(keys.keys.dtype), device=keys.keys.device)
 
     @abstractmethod
@@ -50,11 +51,10 @@ class Score(ABC):
 class Dot(Score):
     """s_ij = <q_i, k_j>; the cosine if both are normalised. q [M, D], keys [N, D]."""
 
+    needs_scratch = False
+
     def __init__(self, q: Tensor) -> None:
         self.operands = (q,)
-
-    def scratch(self, r: int, c: int, keys: Panel) -> Any:
-        return None
 
     def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
         torch.mm(rows[0], keys.keys.T, out=out)

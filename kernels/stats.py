@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gigabatch.kernels.cache import ScoreCache
 from gigabatch.kernels.rules import Clause, Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
 from gigabatch.kernels.sources import KeySource, Merge, Panel, full_precision, wide
@@ -58,24 +59,26 @@ class Stats:
 
 def lse_stats(
     score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
-    positives: Rule | Clause | None = None, backend: str | None = None,
+    positives: Rule | Clause | None = None, backend: str | None = None, cache_bytes: int = 0,
 ) -> Stats:  # fmt: skip
     """Log-sum-exps and positive sums of the scores of this rank's queries against all keys.
 
     `score`: a score, or queries [M, D] for the dot product. `positives`: their rule, one clause or
     several; log-weights weigh them. A few pairs of a lone `Eq` cost nothing a tile. `backend`:
     "tiled" (plain torch, the default), "triton" (asked for by name until it has run on a GPU), or
-    "reference" (dense, float64; the oracle). Differentiable once, in the score's operands, the
-    source's tensors, scales and biases. Memory O(M + N) beside the keys. Under a process group the
-    *sum over ranks* of a function of the results is what is differentiated. Raises ValueError for
-    an unknown back end or sizes that do not fit.
+    "reference" (dense, float64; the oracle). `cache_bytes`: memory for scores that the backward
+    pass then need not make again: up to three matrix passes for four, the same bits. Differentiable
+    once, in the score's operands, the source's tensors, scales and biases. Memory O(M + N) beside
+    the keys. Under a process group the *sum over ranks* of a function of the results is what is
+    differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
     """
-    return lse_sums(score, keys, lses, [] if positives is None else [positives], backend)[0]
+    rules = [] if positives is None else [positives]
+    return lse_sums(score, keys, lses, rules, backend, cache_bytes)[0]
 
 
 def lse_sums(
     score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
-    positives: Sequence[Rule | Clause], backend: str | None,
+    positives: Sequence[Rule | Clause], backend: str | None, cache_bytes: int = 0,
 ) -> list[Stats]:  # fmt: skip
     """`lse_stats` for several rules of positives at once, in the same four passes."""
     rules: list[Rule] = [p if isinstance(p, Sequence) else (p,) for p in positives]
@@ -88,7 +91,7 @@ def lse_sums(
         for rule in rules:
             terms.append(Part(on_rows, "linear", rule, lse.scale, None, lse.bias))
             terms.append(Part(on_rows, "one", rule, constant))
-    out = _run(score, keys, terms, backend)
+    out = _run(score, keys, terms, backend, cache_bytes=cache_bytes)
     each = [out[i::stride] for i in range(stride)]
     pairs = [(each[1 + 2 * i], each[2 + 2 * i]) for i in range(len(rules))]
     return [Stats(each[0], *pair) for pair in pairs or [((), ())]]
@@ -134,6 +137,7 @@ class _Spec:
     engine: Any
     total: bool  # one term, whose sum is asked for
     early: bool  # its gradient is made in the forward pass, up to one factor
+    cache: ScoreCache | None
 
     @property
     def kind(self) -> torch.dtype:
@@ -144,7 +148,7 @@ class _Spec:
 
 def _run(
     score: Score | Tensor, keys: KeySource, terms: Sequence[Part], backend: str | None,
-    total: bool = False,
+    total: bool = False, cache_bytes: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     score = Dot(score) if isinstance(score, Tensor) else score
     for term in terms:
@@ -154,7 +158,8 @@ def _run(
     tensors += [value for term in terms for value in (term.scale, term.shift, term.bias)]
     learns = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
     early = total and learns and terms[0].phi != "step"
-    spec = _Spec(score, keys, terms, engine_of(backend, keys.tensors[0]), total, early)
+    cache = ScoreCache(cache_bytes) if cache_bytes and learns and not early else None
+    spec = _Spec(score, keys, terms, engine_of(backend, keys.tensors[0]), total, early, cache)
     return _Sweep.apply(spec, *tensors)
 
 
@@ -237,7 +242,7 @@ def _sweep(
             here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
         parts = [replace(t, **found) for t, found in zip(terms, here, strict=True)]  # type: ignore[arg-type]
         dk = [like.new_zeros(panel.keys.shape, dtype=kind)] if learns else []
-        spec.engine.sweep(score, panel, parts, drows, *dk)
+        spec.engine.sweep(score, panel, parts, drows, dk[0] if dk else None, spec.cache)
         return [*dk, *(here[i][name] for i, name in back)]
 
     merges: list[Merge] = ["lse" if _empty(terms[i], name) else "sum" for i, name in back]

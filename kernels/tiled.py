@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gigabatch.kernels.cache import ScoreCache
 from gigabatch.kernels.rules import Eq, Matches, Ne, Rule, blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, add_rows, wide
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
+# Exponentials are of base 2: a CPU's exp takes 25 times as long where its result is subnormal, as
+# most are late in training; exp2 does not, and is faster anyway.
+LOG2E = math.log2(math.e)
 
 # Functions of a logit and their slopes. Beyond 40, log(1 + exp x) is x in either precision.
 PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
@@ -54,12 +59,13 @@ class Part:
 
 def sweep(
     score: Score, panel: Panel, parts: Sequence[Part],
-    drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+    drows: Sequence[Tensor] = (), dk: Tensor | None = None, cache: ScoreCache | None = None,
 ) -> None:  # fmt: skip
     """Results of all terms over one panel and, with `dk`, gradients: adds to `out` and the
-    gradients of the parts, to `drows` of the operands and `dk` of the panel's keys."""
+    gradients of the parts, to `drows` of the operands and `dk` of the panel's keys. `cache`: keeps
+    scores of a pass without `dk` for the next, with it."""
     matches = [_matches(part, panel) for part in parts]
-    for tile in tiles(score, panel, drows, dk):
+    for tile in tiles(score, panel, drows, dk, cache):
         blends: dict[int, Any] = {}
         grad = None if dk is None else torch.zeros_like(tile.scores)
         for part, match in zip(parts, matches, strict=True):
@@ -73,8 +79,8 @@ def sweep(
             tile.pull(grad)
 
 
-def fit(score: Score) -> Score:
-    """The form of a score that this back end works with."""
+def fit(score: Score, panel: Panel) -> Score:
+    """The form of a score that this back end works with, for such keys."""
     return score
 
 
@@ -105,8 +111,9 @@ class Tile:
 
 
 def tiles(
-    score: Score, panel: Panel, drows: Sequence[Tensor] = (), dk: Tensor | None = None
-) -> Iterator[Tile]:
+    score: Score, panel: Panel, drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+    cache: ScoreCache | None = None,
+) -> Iterator[Tile]:  # fmt: skip
     """All tiles of the scores of a panel's rows; with gradients `drows` and `dk` to pull into."""
     kind = wide(torch.promote_types(panel.keys.dtype, score.operands[0].dtype))
     n, like = len(panel.keys), panel.cut(slice(0, 0)).to(kind)
@@ -116,7 +123,8 @@ def tiles(
     height, width = score.tile_shape(ROWS, COLUMNS, panel)
     height, width = min(height, stop - first), min(width, n)
     buffers = torch.empty(2, height * width, dtype=kind, device=panel.keys.device)
-    scratch = score.scratch(height, width, like)
+    scratch = score.scratch(height, width, like) if score.needs_scratch else None
+    kept = None if cache is None else cache.rows(score, panel, kind, height, dk is not None)
     for start in range(first, stop, height):
         rows = slice(start, min(start + height, stop))
         blocks = [operand[rows].detach().to(kind) for operand in score.operands]
@@ -125,7 +133,10 @@ def tiles(
             columns = slice(left, min(left + width, n))
             keys, shape = panel.cut(columns).to(kind), (len(blocks[0]), columns.stop - left)
             scores, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
-            score.tile(blocks, keys, scores, scratch)
+            store = None if kept is None else kept.at(rows, columns)
+            scores = scores if store is None else store
+            if kept is None or store is None or not kept.loaded:
+                score.tile(blocks, keys, scores, scratch)
             into = scores if dk is None else dk[columns]  # without gradients it is not called
             pull = partial(score.pull, blocks, keys, scores, scratch, dblocks, into)
             yield Tile(rows, columns, keys, scores, spare, pull)
@@ -220,26 +231,26 @@ def _weighted(values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Te
 def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) -> None:
     view, axis = Block(tile), int(part.on_rows)
     scale = view.cut(part.scale, part.on_rows)
-    logits = torch.mul(tile.scores, scale, out=tile.spare)
+    logits = torch.mul(tile.scores, scale * LOG2E, out=tile.spare)
     if part.bias is not None:
-        logits += view.cut(part.bias, not part.on_rows)
+        logits += view.cut(part.bias, not part.on_rows) * LOG2E
     if part.rule or tile.keys.only:
         mask, weights = _blend(tile, part.rule, blends)
         if weights is not None:
-            logits += weights
+            logits.add_(weights, alpha=LOG2E)
         if mask is not None:
             logits.masked_fill_(~mask, -torch.inf)
     if part.out is not None:
         most = logits.amax(axis, keepdim=True)
         most.masked_fill_(most == -torch.inf, 0)  # all masked: the sum is 0, its log -inf
-        part_z = logits.sub_(most).exp_().sum(axis).log_() + most.squeeze(axis)
+        part_z = (logits.sub_(most).exp2_().sum(axis).log2_() + most.squeeze(axis)) / LOG2E
         span = tile.rows if part.on_rows else tile.columns
         part.out[span] = torch.logaddexp(part.out[span], part_z)
     if part.g is None or part.z is None or grad is None:
         return
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
     z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
-    p = logits.sub_(z).exp_().mul_(view.cut(part.g, part.on_rows))
+    p = logits.sub_(z * LOG2E).exp2_().mul_(view.cut(part.g, part.on_rows))
     if scale.ndim or scale.is_cuda:
         grad.addcmul_(p, scale)
     else:  # faster, where reading the number costs nothing

@@ -157,6 +157,41 @@ def engine(
         out.write_text(json.dumps(found, indent=1) + "\n")
 
 
+@bench.command()
+def kernels(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Other packages too.")] = False,
+    n: Annotated[str | None, typer.Option(help="Batches, such as 1024,2048.")] = None,
+    d: Annotated[str | None, typer.Option(help="Widths, such as 256,512.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; default: bf16, on a CPU fp32.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after these.")] = 8,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A contender; may be repeated.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let Triton time its list of blocks first.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for kernels.json, kernels.md and kernels.png.")
+    ] = None,
+) -> int:
+    """The losses beside plain torch and other packages, on a GPU or this CPU: time and memory.
+
+    Ctrl-C ends it early, with what was found so far.
+    """
+    from gigabatch.kernels.bench.kernels import choose, run
+
+    try:
+        options = choose(device, n, d, dtype, peers, minutes, only or [], tune, out)
+    except ValueError as error:
+        raise GigabatchError(str(error)) from None
+    return run(options, say=lambda line: print(line, flush=True))
+
+
 def main() -> None:
     """Entry point: user errors are one message and exit code 2, never a traceback."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)

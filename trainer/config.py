@@ -164,6 +164,15 @@ class ObjectiveSettings(Settings):
     schedule: Literal["gather", "ring"] = "gather"
     """How workers see each other's text embeddings: gather holds all of them, ring passes them
     round in the memory of one worker's. Sums round differently; the loss is the same."""
+    backend: Literal["tiled", "triton"] = "tiled"
+    """What computes the loss: tiled is plain torch on any device; triton is fused, for NVIDIA GPUs
+    alone, and has not been run on one by us yet."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: embeddings are rounded for the loss, whose products then run on a GPU's tensor cores;
+    logits and their sums stay fp32."""
+    cache_mib: int = Field(0, ge=0)
+    """MiB for scores of the forward pass that the backward pass then need not make again: up to
+    three matrix products for four, the same bits. All scores take 4 N x N / workers bytes."""
     scale: float = Field(14.3, gt=0)
     """The logit scale (inverse temperature) at the start."""
     scale_max: float = Field(100.0, gt=0)

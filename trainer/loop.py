@@ -101,7 +101,7 @@ class _Trainer:
         vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
         checkpoint = self._find_checkpoint()
         towers = build_towers(config, vocab_size)
-        self.objective = build_objective(config.objective).to(world.device)
+        self.objective = build_objective(config.objective, world.device)
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
         self.engine = Engine(towers.to(world.device), config, world)

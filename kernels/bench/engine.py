@@ -6,27 +6,27 @@ All times of one comparison are taken in one process, in turns; every peak in a 
 from __future__ import annotations
 
 import math
-import platform
-import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from gigabatch.kernels.bench.machine import gemm_rate, processor
+from gigabatch.kernels.bench.machine import seconds as seconds_of
 from gigabatch.kernels.bench.memory import measure_afresh
 from gigabatch.kernels.bench.problems import Batch, Tokens, step
 from gigabatch.kernels.bench.ring import ring_peaks
 
 Say = Callable[[str], None]
+CPU = torch.device("cpu")
 
 
 def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
     """All figures; `say` gets a line as each is found. `n`, `d`: of the timed comparison; `sizes`:
     batches over which memory is fitted."""
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    found["processor"] = _processor()
+    found["processor"] = processor()
     found["date"] = time.strftime("%Y-%m-%d")
     found["losses"] = _losses(n, d, say)
     found["maxsim"] = _maxsim(say)
@@ -36,12 +36,6 @@ def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
     shown = ", ".join(f"W={world} {peak:.0f} MiB" for world, peak in peaks.items())
     say(f"ring, 4,096 rows a rank, D 256: peak {shown}")
     return found
-
-
-def gemm_rate() -> float:
-    """FLOP/s of a large float32 matrix product, the best of five."""
-    a, b = torch.randn(4096, 4096), torch.randn(4096, 4096)
-    return max(2 * 4096**3 / _time(lambda: torch.mm(a, b)) for _ in range(5))
 
 
 def fit_exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
@@ -60,9 +54,9 @@ def _losses(n: int, d: int, say: Say) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(2):
-        rates.append(gemm_rate())
+        rates.append(gemm_rate(CPU, torch.float32))
         for name in names:
-            seconds[name].append(_time(lambda name=name: step(name, batch)))  # type: ignore[misc]
+            seconds[name].append(seconds_of(lambda name=name: step(name, batch), CPU))  # type: ignore[misc]
     best, rate = {name: min(times) for name, times in seconds.items()}, max(rates)
     peaks = {name: measure_afresh(name, n, d)["peak_mib"] for name in names}
     say(f"N {n:,}, D {d}, forward and backward; GEMM {rate / 1e9:.0f} GFLOP/s in the same run")
@@ -78,7 +72,7 @@ def _maxsim(say: Say) -> dict[str, Any]:
     batch, seconds = Tokens(256, 64), {"maxsim": list[float](), "dense maxsim": list[float]()}
     for _ in range(3):
         for name, times in seconds.items():
-            times.append(_time(lambda name=name: batch.step(name == "dense maxsim")))  # type: ignore[misc]
+            times.append(seconds_of(lambda name=name: batch.step(name == "dense maxsim"), CPU))  # type: ignore[misc]
     peaks = {name: measure_afresh(name, 256, 64)["peak_mib"] for name in seconds}
     for name, times in seconds.items():
         say(f"  {name:<18} {min(times):6.2f} s  {peaks[name]:8.0f} MiB   256 x 256 items, "
@@ -99,14 +93,3 @@ def _memory(sizes: Sequence[int], d: int, say: Say) -> dict[str, Any]:
     shown = ", ".join(f"{n:,}: {peak:.0f}" for n, peak in zip(sizes, peaks, strict=True))
     say(f"contrastive, D {d}, MiB by N: {shown}: memory ~ N^{exponent:.2f}")
     return {"sizes": list(sizes), "peak_mib": peaks, "exponent": exponent}
-
-
-def _processor() -> str:
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
-
-
-def _time(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gigabatch import kernels as K
 from gigabatch.kernels import heads
+from gigabatch.kernels.bench.contenders import Inputs, dense, dense_sigmoid, one_matrix
 from gigabatch.kernels.sources import KeySource
 
 Step = Callable[[], Tensor]
@@ -39,29 +40,14 @@ class Batch:
         columns = {"id": self.ids, "number": self.number, "role": self.role, "label": self.label}
         return K.Local(self.k, {**columns, "teacher": self.teacher})
 
+    def inputs(self) -> Inputs:
+        return Inputs(self.q, self.k, self.scale, -10 * self.one)
+
     def cross_entropy(self, rule: K.Rule, score: K.Score | Tensor | None = None) -> Tensor:
         lse = K.Lse("rows", self.scale, None, rule)
         own = K.Eq(self.number, "number")
         s = K.lse_stats(self.q if score is None else score, self.keys(), [lse], own)
         return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
-
-
-def open_clip(b: Batch) -> Tensor:
-    """open_clip's ClipLoss on one process: two logit matrices, two products."""
-    images, texts = b.scale * b.q @ b.k.T, b.scale * b.k @ b.q.T
-    return (F.cross_entropy(images, b.number) + F.cross_entropy(texts, b.number)) / 2
-
-
-def one_matrix(b: Batch) -> Tensor:
-    """The thriftiest dense form: one matrix, its transpose a view."""
-    logits = b.scale * b.q @ b.k.T
-    return (F.cross_entropy(logits, b.number) + F.cross_entropy(logits.T, b.number)) / 2
-
-
-def dense_sigmoid(b: Batch) -> Tensor:
-    logits = b.scale * b.q @ b.k.T - 10
-    labels = 2 * torch.eye(b.n) - 1
-    return -F.logsigmoid(labels * logits).sum() / b.n
 
 
 def hinge(b: Batch) -> Tensor:
@@ -154,9 +140,9 @@ PROBLEMS: dict[str, Callable[[Batch], Tensor]] = {
     "ragged": ragged,
     "products": products,
     "recall": recall,
-    "dense": open_clip,
-    "dense, one matrix": one_matrix,
-    "dense sigmoid": dense_sigmoid,
+    "dense": lambda b: dense(b.inputs()),
+    "dense, one matrix": lambda b: one_matrix(b.inputs()),
+    "dense sigmoid": lambda b: dense_sigmoid(b.inputs()),
 }
 DENSE = [name for name in PROBLEMS if "dense" in name]
 

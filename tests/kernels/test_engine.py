@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import brute
 import pytest
 import torch
+from backends import BACKENDS_WITH_SLOW_TRITON, SLOW_TRITON, small_tiles
 from brute import World
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -25,15 +25,12 @@ from gigabatch.kernels import (
     Ne,
     SecondScore,
     Table,
-    fused,
     lse_stats,
     pair_sum,
     row_top,
-    tiled,
 )
 from gigabatch.kernels.scores import Dot
 
-BACKENDS = ["reference", "tiled", pytest.param("triton", marks=pytest.mark.slow)]
 MASKS, WEIGHTS = sorted(brute.MASKS), sorted(brute.WEIGHTS)
 RULES = st.tuples(
     st.lists(st.sampled_from(MASKS), max_size=2, unique=True),
@@ -43,18 +40,6 @@ POSITIVES = st.sampled_from(
     [[], ["eq"], ["eq", "not self"], ["eq", "distance"], ["soft"], ["own table", "eq"]]
 )
 SIZES = {"m": st.integers(1, 12), "n": st.integers(1, 12), "d": st.integers(1, 9)}
-
-
-@contextlib.contextmanager
-def small_tiles() -> Iterator[None]:
-    """Tiles and blocks so small that there are several, not all full."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "ROWS", 5)
-        patch.setattr(tiled, "COLUMNS", 4)
-        if fused.INTERPRETED:  # a GPU's products have a least size
-            patch.setattr(fused, "BLOCK", (4, 4, 4))
-            patch.setattr(fused, "PANEL", (8, 8))
-        yield
 
 
 def clause(w: World, name: str) -> Any:
@@ -104,14 +89,14 @@ class Problem:
     def to(self, dtype: torch.dtype) -> dict[str, Tensor]:
         return {name: value.detach().to(dtype) for name, value in self.inputs.items()}
 
-    def engine(self, x: dict[str, Tensor], backend: str) -> list[Tensor]:
+    def engine(self, x: dict[str, Tensor], backend: str, cache_bytes: int = 0) -> list[Tensor]:
         w = self.world
         score = Dot(x["q"]) if self.score == "dot" else GatedCosine(x["q"], x["gate"])
         rule = rule_of(w, self.rule)
         lses = [Lse(axis, x[f"{axis} scale"], x.get(f"{axis} bias"), rule) for axis in self.axes]
         found = lse_stats(
             score, Local(x["k"], w.metadata()), lses,
-            rule_of(w, self.positives) if self.positives else None, backend,
+            rule_of(w, self.positives) if self.positives else None, backend, cache_bytes,
         )  # fmt: skip
         return [*found.z, *found.positive, *found.weight]
 
@@ -172,8 +157,8 @@ def assert_close(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], b
         assert error <= 2 * allowed + floor, (i, error, allowed, floor)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @settings(max_examples=60, deadline=None)
 @given(
     **SIZES, seed=st.integers(0, 10**6), score=st.sampled_from(["dot", "dot", "gated"]),
@@ -205,7 +190,29 @@ def test_statistics_equal_brute_force(
     assert_close(got, other, truth, (4 + biggest) * (64 if score == "gated" else 1))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
+@settings(max_examples=12, deadline=None)
+@given(
+    **SIZES, seed=st.integers(0, 10**6), rule=RULES, positives=POSITIVES,
+    score=st.sampled_from(["dot", "dot", "gated"]), vectors=st.booleans(), room=st.integers(0, 800),
+)  # fmt: skip
+def test_kept_scores_change_no_bit(
+    backend: str, m: int, n: int, d: int, seed: int, rule: list[str], positives: list[str],
+    score: str, vectors: bool, room: int,
+) -> None:  # fmt: skip
+    """Whether there is room for none of them, for some rows, or for all."""
+    world = World(m, n, d, seed, torch.float32)
+    problem = Problem(world, score, ["columns", "rows"], rule, positives, vectors, True, 3.0)
+    results = []
+    for cache_bytes in (0, room):
+        inputs = leaves(problem.inputs)
+        with small_tiles():
+            results.append(differentiate(problem.engine(inputs, backend, cache_bytes), inputs))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
 @pytest.mark.parametrize("phi", ["softplus", "relu", "step"])
 @pytest.mark.parametrize("total", [False, True])
 @settings(max_examples=25, deadline=None)
@@ -274,19 +281,28 @@ def test_pair_sums_equal_brute_force(
         )
 
 
+@pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
 @settings(max_examples=40, deadline=None)
-@given(**SIZES, seed=st.integers(0, 10**6), rule=RULES, k=st.integers(1, 5))
+@given(
+    **SIZES, seed=st.integers(0, 10**6), rule=RULES, k=st.integers(1, 20), gated=st.booleans()
+)  # fmt: skip
 def test_the_best_keys_are_those_of_a_sort(
-    m: int, n: int, d: int, seed: int, rule: list[str], k: int
+    backend: str, m: int, n: int, d: int, seed: int, rule: list[str], k: int, gated: bool
 ) -> None:
-    w = World(m, n, d, seed)
+    w = World(m, n, d, seed, torch.float32 if backend == "triton" else torch.float64)
     t = w.tensors
-    scores = brute.dot(t["q"], t["k"])
+    if gated:
+        score, scores = GatedCosine(t["q"], t["gate"]), brute.gated(t["q"], t["gate"], t["k"])
+    else:
+        score, scores = Dot(t["q"]), brute.dot(t["q"], t["k"])
+    if "at least" in rule:  # a mask by score must judge the same scores
+        assume((scores - t["threshold"][:, None]).abs().min() > 1e-4)
     mask, _ = brute.blend(w, [name for name in rule if name in brute.MASKS], scores)
     with small_tiles():
-        values, index = row_top(t["q"], Local(t["k"], w.metadata()), k, rule_of(w, rule))
+        keys = Local(t["k"], w.metadata())
+        values, index = row_top(score, keys, k, rule_of(w, rule), backend)
     allowed = scores.masked_fill(~mask, -torch.inf)
-    want = torch.full((m, max(k, n)), -torch.inf, dtype=torch.float64)
+    want = torch.full((m, max(k, n)), -torch.inf, dtype=scores.dtype)
     want[:, :n] = allowed
     torch.testing.assert_close(values, want.sort(1, descending=True).values[:, :k])
     found = index >= 0
@@ -296,7 +312,7 @@ def test_the_best_keys_are_those_of_a_sort(
     torch.testing.assert_close(values[found], allowed.gather(1, at)[found])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
 def test_arguments_that_do_not_fit_are_refused(backend: str) -> None:
     w = World(4, 5, 3, 0)
     q, keys, one = w.tensors["q"], Local(w.tensors["k"], w.metadata()), torch.ones(())

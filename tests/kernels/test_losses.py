@@ -1,10 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import pytest
 import torch
+from backends import BACKENDS_WITH_SLOW_TRITON as BACKENDS
+from backends import SLOW_TRITON, small_tiles
 from dense import (
     Case,
     Result,
@@ -30,7 +33,6 @@ from gigabatch.kernels import (
     tiled,
 )
 
-BACKENDS = ["reference", "tiled", pytest.param("triton", marks=pytest.mark.slow)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 CASES = st.builds(
     make_case,
@@ -63,11 +65,10 @@ SQUARES = st.builds(
 
 
 @pytest.fixture(params=["whole", "ragged"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
     """Tiles larger than these inputs, then so small that there are many, not all full."""
-    if request.param == "ragged":
-        monkeypatch.setattr(tiled, "ROWS", 7)
-        monkeypatch.setattr(tiled, "COLUMNS", 5)
+    with small_tiles(7, 5) if request.param == "ragged" else contextlib.nullcontext():
+        yield
 
 
 def checked(case: Case, backend: str) -> Result:
@@ -91,9 +92,7 @@ def test_value_and_gradients_equal_the_dense_ones(
 @settings(max_examples=60)
 @given(case=CASES | EXCLUDED)
 def test_ragged_tiles_equal_the_dense_matrix(dtype: torch.dtype, case: Case) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "ROWS", 7)
-        patch.setattr(tiled, "COLUMNS", 5)
+    with small_tiles(7, 5):
         checked(case.to(dtype), "tiled")
 
 
@@ -259,12 +258,13 @@ def test_a_common_offset_of_all_logits_changes_nothing(backend: str, offset: flo
     torch.testing.assert_close(lifted.dk[:, :6], plain.dk, rtol=1e-7, atol=1e-9)
 
 
-def test_late_gradients_survive_bfloat16() -> None:
+@pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
+def test_late_gradients_survive_bfloat16(backend: str) -> None:
     """Rows found almost surely: the positive weight must be taken off before G is rounded."""
     case = make_case(64, 64, 32, scale=100.0, ids=None, seed=4)
     near = torch.nn.functional.normalize(case.q + 1.3 * case.k, dim=1)
     late = Case(case.q, near, case.scale).to(torch.bfloat16)
-    ours = differentiate(late, "tiled")
+    ours = differentiate(late, backend)
     exact = differentiate(late.to(torch.float64), dense=True)
     plain = differentiate(late, dense=True)
     error, torchs = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))

@@ -19,6 +19,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order import Order
 from gigabatch.data.stream import TrainPlans, open_stream
 from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.kernels import Dot
 from gigabatch.trainer.config import Config, known_keys, parse_config, resolve
 from gigabatch.trainer.engine import deepspeed_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
@@ -97,6 +98,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.same_id": ("exclude", "objective", []),
     "objective.label_smoothing": ("0.2", "objective", []),
     "objective.schedule": ("ring", "collectives", []),
+    "objective.backend": ("triton", "backend", []),
+    "objective.precision": ("bf16", "objective", []),
+    "objective.cache_mib": ("1", "products", []),
     "objective.scale": ("5.0", "objective", []),
     "objective.scale_max": ("10.0", "objective", ["objective.scale=10.0"]),
     "objective.learn_scale": ("false", "objective", []),
@@ -256,7 +260,7 @@ def see_saved(config: Config, folder: Path) -> Any:
     return sum(kept)
 
 
-def see_objective(config: Config, folder: Path) -> Any:
+def see_objective(config: Config, folder: Path, backward: bool = False) -> Any:
     objective = build_objective(config.objective)
     torch.manual_seed(0)
     rows = {tap: torch.nn.functional.normalize(torch.randn(6, 4)) for tap in ("image", "text")}
@@ -266,7 +270,26 @@ def see_objective(config: Config, folder: Path) -> Any:
     value = objective(
         {t: r.requires_grad_() for t, r in rows.items()}, meta, Context(None, 1)
     ).value
+    if backward:
+        value.backward()
     return [float(value.detach()), objective.log_scale.requires_grad]
+
+
+def see_backend(config: Config, folder: Path) -> Any:
+    """Whether this machine can run it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        return type(build_objective(config.objective, "cpu")).__name__
+
+
+def see_products(config: Config, folder: Path) -> Any:
+    """How many tiles of scores one step of the objective makes."""
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        tile = Dot.tile
+        patch.setattr(Dot, "tile", lambda *given: (made.append(1), tile(*given)))
+        see_objective(config, folder, backward=True)
+    return len(made)
 
 
 GATHERED = """
@@ -283,6 +306,7 @@ objective = build_objective(ObjectiveSettings.model_validate_json(sys.argv[1]))
 rows = {tap: torch.randn(6, 4, requires_grad=True) for tap in ("image", "text")}
 ids = {name: torch.arange(6) for name in ("sample", objective.positives or "sample")}
 objective(rows, ids, Context(dist.group.WORLD, 1)).value.backward()
+dist.destroy_process_group()  # at the interpreter's end its threads would abort the process
 print(calls)
 """
 
@@ -338,6 +362,8 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "towers": see_towers,
     "saved": see_saved,
     "objective": see_objective,
+    "backend": see_backend,
+    "products": see_products,
     "collectives": see_collectives,
     "optimizer": see_optimizer,
     "schedule": see_schedule,

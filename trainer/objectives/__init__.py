@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.kernels.stats import engine_of
 from gigabatch.trainer.config import ObjectiveSettings
 from gigabatch.trainer.objectives.base import Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.infonce import InfoNCE
@@ -9,5 +13,10 @@ from gigabatch.trainer.objectives.infonce import InfoNCE
 __all__ = ["Context", "InfoNCE", "Loss", "Needs", "Objective", "build_objective"]
 
 
-def build_objective(settings: ObjectiveSettings) -> Objective:
-    return {"infonce": InfoNCE}[settings.name](settings)
+def build_objective(settings: ObjectiveSettings, device: torch.device | str = "cpu") -> Objective:
+    """The objective, on a device. Raises GigabatchError where that cannot run its back end."""
+    try:
+        engine_of(settings.backend, torch.empty(0, device=device))
+    except ValueError as error:
+        raise GigabatchError(f"objective.backend: {error}") from None
+    return {"infonce": InfoNCE}[settings.name](settings).to(device)

@@ -30,10 +30,12 @@ class InfoNCE(Objective):
         scale = clamp_inward(self.log_scale, self.log_scale_max).exp()
         # By sample number, a sample that an epoch's edge brings twice is its own positive.
         ids = meta[self.positives or "sample"]
+        kind = torch.bfloat16 if self.settings.precision == "bf16" else torch.float32
         value = contrastive_loss(
-            outputs["image"], outputs["text"], scale, ids_q=ids, group=ctx.group,
+            outputs["image"].to(kind), outputs["text"].to(kind), scale, ids_q=ids, group=ctx.group,
             same_id=self.settings.same_id, label_smoothing=self.settings.label_smoothing,
-            schedule=self.settings.schedule,
+            schedule=self.settings.schedule, backend=self.settings.backend,
+            cache_bytes=2**20 * self.settings.cache_mib,
         )  # fmt: skip
         return Loss(value, {"logit_scale": scale.detach()})
 

@@ -34,7 +34,7 @@ def _tokens(x, item, t, tokens, d, BD: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _products(q, k, real, j, u, tk):
     """Token products of a pair of items, -inf at the key's pads."""
-    products = tl.dot(q, tl.trans(k), input_precision="ieee")
+    products = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     kept = tl.load(real + j * tk + u, mask=u < tk, other=0)
     return tl.where((kept != 0)[None, :], products, float("-inf"))
 
@@ -69,7 +69,7 @@ def _query_grad(
         keys = _tokens(k, j, u, tk, d, BD, WIDE)
         chosen = tl.argmax(_products(queries, keys, real, j, u, tk), 1)
         one = (chosen[:, None] == u[None, :]).to(keys.dtype)
-        total += tl.dot(one, keys, input_precision="ieee") * tl.load(grad + i * n + j)
+        total += tl.dot(one, keys, input_precision="tf32x3") * tl.load(grad + i * n + j)
     where = dq + (i * tq + t)[:, None] * d + at[None, :]
     tl.store(where, total, mask=(t < tq)[:, None] & (at < d)[None, :])
 
@@ -91,7 +91,7 @@ def _key_grad(
             queries = _tokens(q, i, t, tq, d, BD, WIDE)
             chosen = tl.argmax(_products(queries, keys, real, j, u, tk), 1)
             one = ((chosen[:, None] == u[None, :]) & (t < tq)[:, None]).to(queries.dtype)
-            total += tl.dot(tl.trans(one), queries, input_precision="ieee") * g
+            total += tl.dot(tl.trans(one), queries, input_precision="tf32x3") * g
     where = dk + (j * tk + u)[:, None] * d + at[None, :]
     tl.store(where, total, mask=(u < tk)[:, None] & (at < d)[None, :])
 
@@ -99,31 +99,36 @@ def _key_grad(
 class FusedMaxSim(MaxSim):
     """`MaxSim` whose tiles are made by the kernels above."""
 
+    needs_scratch = False
+
     def __init__(self, score: MaxSim) -> None:
         self.operands, self.tokens = score.operands, score.tokens
+
+    @staticmethod
+    def fits(keys: Tensor) -> bool:
+        """Whether all tokens of a key [n, Tk, D] fit on a multiprocessor, as these kernels need."""
+        return _block(keys.shape[1]) * _block(keys.shape[2]) <= 128 * 256
 
     def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
         return TILE, TILE
 
-    def scratch(self, r: int, c: int, keys: Panel) -> Any:
-        return None
-
     def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
-        q, k, real, sizes = self._arguments(rows, keys)
-        _score[(len(q), len(k))](q, k, real, out, len(k), *sizes)
+        q, k, real, sizes, how = self._arguments(rows, keys)
+        with torch.cuda.device_of(k):
+            _score[(len(q), len(k))](q, k, real, out, len(k), *sizes, **how)
         out.mul_(rows[1].unsqueeze(1))
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
         drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
     ) -> None:  # fmt: skip
-        q, k, real, sizes = self._arguments(rows, keys)
+        q, k, real, sizes, how = self._arguments(rows, keys)
         grad = grad.mul_(rows[1].unsqueeze(1)).contiguous()
         dq_here, dk_here = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))
-        _query_grad[(len(q), triton.cdiv(q.shape[1], sizes[3]))](
-            q, k, real, grad, dq_here, len(k), *sizes
-        )
-        _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes)
+        with torch.cuda.device_of(k):
+            blocks = triton.cdiv(q.shape[1], sizes[3])
+            _query_grad[(len(q), blocks)](q, k, real, grad, dq_here, len(k), *sizes, **how)
+            _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes, **how)
         drows[0].add_(dq_here)
         dk.add_(dk_here)
 
@@ -133,6 +138,12 @@ class FusedMaxSim(MaxSim):
         kind, real = self.operands[0].dtype, keys.metadata[TOKENS]
         q, k = rows[0].to(kind).contiguous(), torch.where(real.unsqueeze(2), keys.keys, 0).to(kind)
         tq, tk, d = q.shape[1], k.shape[1], q.shape[2]
-        blocks = [max(16, triton.next_power_of_2(size)) for size in (tq, tk, d)]
-        sizes = (tq, tk, d, min(64, blocks[0]), blocks[1], blocks[2], INTERPRETED)
-        return q, k.contiguous(), real.to(torch.int8).contiguous(), sizes
+        bq, bk, bd = _block(tq), _block(tk), _block(d)
+        sizes = (tq, tk, d, min(64, bq), bk, bd, INTERPRETED)
+        # One stage: two programs then share a multiprocessor, and a whole item fits on older ones.
+        how = {"num_warps": 8 if bk * bd > 8192 else 4, "num_stages": 1}
+        return q, k.contiguous(), real.to(torch.int8).contiguous(), sizes, how
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))

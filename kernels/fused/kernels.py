@@ -1,0 +1,237 @@
+"""The kernels of the dot score and of gated cosine: one sums and differentiates, one finds the best
+keys. `launch.py` calls them.
+
+    sweep: S = Q K^T, a block a program; each term reduces its part of it; with LEARNS the gradient
+           G of all terms in S is stored, for the BLAS to make dQ = G K and dK = G^T Q of.
+    best:  S, masked; the K largest of each row of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+from gigabatch.kernels.fused.blocks import (
+    LOG2E,
+    count,
+    emit,
+    emit_lse,
+    of,
+    per_key,
+    per_row,
+    phi,
+    place,
+    product,
+    slope,
+)
+from gigabatch.kernels.fused.rules import Step, masks, may_count, weigh, weighs
+
+
+@dataclass(frozen=True)
+class At:
+    """A tensor's place among the arguments, and its side: "rows", "keys", or "one" number."""
+
+    place: int
+    side: str
+
+
+@dataclass(frozen=True)
+class Term:
+    """A `tiled.Part` for the compiler."""
+
+    phi: str
+    on_rows: bool
+    scale: At
+    shift: At | None
+    bias: At | None
+    z: At | None
+    g: At | None
+    out: At | None
+    dscale: At | None
+    dshift: At | None
+    dbias: At | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Terms that share a rule. `sparse`: sums over pairs of equal values, 0 without one."""
+
+    rule: tuple[Step, ...]
+    terms: tuple[Term, ...] = ()
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A block's rows, keys and width, rows of blocks together; the vectors' width; whether the
+    score is gated, products are in float32, and all blocks are full."""
+
+    bm: int
+    bn: int
+    bd: int
+    group: int
+    d: int
+    gated: bool
+    wide: bool
+    full: bool
+
+
+@triton.jit
+def value(args, i, j, m, n, AT: tl.constexpr):
+    """Something of a term, ready to broadcast."""
+    if of(AT, "side") == "one":
+        return tl.load(args[of(AT, "place")])
+    elif of(AT, "side") == "rows":
+        return per_row(args[of(AT, "place")], i, m)
+    else:
+        return per_key(args[of(AT, "place")], j, n)
+
+
+@triton.jit
+def give(args, values, i, j, m, n, row, column, AT: tl.constexpr):
+    """Store a block's part of a result, if it is wanted; one number is kept a row at first."""
+    if AT is not None:
+        emit(args[of(AT, "place")], values, i, j, m, n, row, column, of(AT, "side") != "keys")
+
+
+@triton.jit
+def weighted(values, mask, weights, MASKED: tl.constexpr, WEIGHED: tl.constexpr):
+    """Values times their pairs' weights; 0 where a pair does not count, whatever it holds."""
+    if WEIGHED:
+        values *= tl.exp(weights)
+    return tl.where(mask, values, 0.0) if MASKED else values
+
+
+@triton.jit
+def term(
+    scores, mask, weights, args, i, j, m, n, row, column, TERM: tl.constexpr,
+    MASKED: tl.constexpr, WEIGHED: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """Emit a term's results, and return its gradient in the scores (not SCALED: in the logits)."""
+    PHI: tl.constexpr = of(TERM, "phi")
+    UNIT: tl.constexpr = LOG2E if PHI == "lse" else 1.0
+    scale = value(args, i, j, m, n, of(TERM, "scale"))
+    x = scores * (scale * UNIT)
+    if of(TERM, "shift") is not None:
+        x += value(args, i, j, m, n, of(TERM, "shift")) * UNIT
+    if of(TERM, "bias") is not None:
+        x += value(args, i, j, m, n, of(TERM, "bias")) * UNIT
+    dx = tl.zeros_like(scores)
+    if PHI == "lse":
+        if WEIGHED:
+            x += weights * UNIT
+        if MASKED:
+            x = tl.where(mask, x, float("-inf"))
+        if of(TERM, "out") is not None:
+            emit_lse(args[of(of(TERM, "out"), "place")], x, i, j, m, n, row, column,
+                     of(TERM, "on_rows"))  # fmt: skip
+        if of(TERM, "g") is not None:
+            z = value(args, i, j, m, n, of(TERM, "z"))
+            dx = tl.exp2(x - tl.where(z == float("-inf"), float("inf"), z * UNIT))
+    else:
+        if of(TERM, "out") is not None:
+            give(args, weighted(phi(x, PHI), mask, weights, MASKED, WEIGHED), i, j, m, n, row,
+                 column, of(TERM, "out"))  # fmt: skip
+        if of(TERM, "g") is not None:
+            dx = weighted(slope(x, PHI), mask, weights, MASKED, WEIGHED)
+    if of(TERM, "g") is not None:
+        dx *= value(args, i, j, m, n, of(TERM, "g"))
+        give(args, dx, i, j, m, n, row, column, of(TERM, "dshift"))
+        give(args, dx, i, j, m, n, row, column, of(TERM, "dbias"))
+        give(args, dx * scores, i, j, m, n, row, column, of(TERM, "dscale"))
+        if SCALED:
+            dx *= scale
+    return dx
+
+
+@triton.jit
+def terms(
+    scores, whole, args, i, j, m, n, row, column, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    SETUP: tl.constexpr,
+):  # fmt: skip
+    """All terms of one rule; the sum of what they return."""
+    mask, weights = weigh(scores, whole, args, i, j, m, n, GROUP, of(SETUP, "bd"))
+    total = tl.zeros_like(scores)
+    for t in tl.static_range(count(GROUP, "terms")):
+        total += term(scores, mask, weights, args, i, j, m, n, row, column, of(GROUP, "terms", t),
+                      masks(GROUP, of(SETUP, "full")), weighs(GROUP), SCALED)  # fmt: skip
+    return total
+
+
+@triton.jit
+def block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr):
+    """This program's block: row, column, i, j, which pairs there are, scores, and what a gated
+    score was multiplied with, <gate_i, k_j^2>^-1/2 (see `scores.GatedCosine`). KEPT: scores are
+    "stored" to, or "loaded" from, kept [m, >= n], whose rows are `width` apart."""
+    BM: tl.constexpr = of(SETUP, "bm")
+    BN: tl.constexpr = of(SETUP, "bn")
+    row, column = place(m, n, BM, BN, of(SETUP, "group"))
+    i = row * BM + tl.arange(0, BM)
+    j = column * BN + tl.arange(0, BN)
+    if of(SETUP, "full"):
+        whole = tl.full((BM, BN), 1, tl.int1)
+    else:
+        whole = (i < m)[:, None] & (j < n)[None, :]
+    at = i.to(tl.int64)[:, None] * width + j[None, :]
+    if KEPT == "loaded":
+        scores = tl.load(kept + at, mask=whole, other=0.0)
+    else:
+        scores = product(
+            q, k, i, j, m, n, of(SETUP, "d"), of(SETUP, "bd"), of(SETUP, "wide"), False
+        )
+    inverse = scores
+    if of(SETUP, "gated"):
+        length = product(gate, k, i, j, m, n, of(SETUP, "d"), of(SETUP, "bd"), True, True)
+        inverse = tl.where(length > 1.17549435e-38, tl.rsqrt(length), 0.0)
+        scores *= inverse
+    if KEPT == "stored":
+        tl.store(kept + at, scores, mask=whole)
+    return row, column, i, j, whole, scores, inverse
+
+
+@triton.jit
+def sweep(
+    q, gate, k, kept, grad, grad_gate, args, m, n, width, GROUPS: tl.constexpr,
+    COMMON: tl.constexpr, KEPT: tl.constexpr, LEARNS: tl.constexpr, SETUP: tl.constexpr,
+):  # fmt: skip
+    """COMMON: a term with the one scale of all terms, and the place of its gradient, or None."""
+    row, column, i, j, whole, scores, inverse = block(q, gate, k, kept, m, n, width, KEPT, SETUP)
+    total = tl.zeros_like(scores)
+    for g in tl.static_range(len(GROUPS)):
+        if of(of(GROUPS, g), "sparse"):  # most blocks hold no positive
+            if may_count(args, i, j, m, n, of(GROUPS, g)):
+                total += terms(scores, whole, args, i, j, m, n, row, column, of(GROUPS, g),
+                               COMMON is None, SETUP)  # fmt: skip
+        else:
+            total += terms(scores, whole, args, i, j, m, n, row, column, of(GROUPS, g),
+                           COMMON is None, SETUP)  # fmt: skip
+    if LEARNS:
+        if COMMON is not None:
+            give(args, total * scores, i, j, m, n, row, column, of(COMMON, "dscale"))
+            total *= value(args, i, j, m, n, of(COMMON, "scale"))
+        at = i[:, None] * n + j[None, :]
+        if of(SETUP, "gated"):  # with A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
+            total *= inverse
+            tl.store(grad_gate + at, -0.5 * total * inverse * scores, mask=whole)
+        tl.store(grad + at, total.to(grad.dtype.element_ty), mask=whole)
+
+
+@triton.jit
+def best(
+    q, gate, k, values, index, args, m, n, first, RULE: tl.constexpr, K: tl.constexpr,
+    SETUP: tl.constexpr,
+):  # fmt: skip
+    """The K best of each row of a block, descending: values and index [blocks of keys, K, m]. Keys
+    are numbered from `first`; -1 where no more are allowed."""
+    _, column, i, j, whole, scores, _ = block(q, gate, k, q, m, n, n, None, SETUP)
+    mask, _ = weigh(scores, whole, args, i, j, m, n, RULE, of(SETUP, "bd"))
+    left = tl.where(mask, scores, float("-inf"))
+    for t in tl.static_range(K):
+        most = tl.max(left, 1)
+        at = column * of(SETUP, "bn") + tl.argmax(left, 1)
+        left = tl.where(j[None, :] == at[:, None], float("-inf"), left)
+        here = (column * K + t) * m + i
+        tl.store(values + here, most, mask=i < m)
+        tl.store(index + here, tl.where(most == float("-inf"), -1, first + at), mask=i < m)

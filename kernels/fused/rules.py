@@ -1,0 +1,152 @@
+"""Rules in Triton: a clause is a small function, the twin of its class in `kernels/rules.py`.
+
+For the compiler a rule is a flat list of steps. `use` says what becomes of a step's mask: "and"
+ends a mask of the rule, "or" joins it to the next step's, "only" limits the next log-weight to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gigabatch.kernels import rules as R
+from gigabatch.kernels.fused.blocks import count, of, per_key, per_row, product
+from gigabatch.kernels.sources import Panel
+
+
+@dataclass(frozen=True)
+class Step:
+    """`rows`, `keys`, `extra`: places of tensors among a kernel's arguments. `number`: a threshold
+    or a factor. `width`: of vectors, or of a table."""
+
+    kind: str
+    use: str
+    rows: int
+    keys: int = 0
+    extra: int = 0
+    number: float = 0.0
+    width: int = 1
+
+
+def steps(
+    rule: R.Rule, rows: slice, panel: Panel, place: Callable[[Tensor], int]
+) -> tuple[Step, ...]:
+    """A rule on some rows and a panel's keys; `place` puts a tensor among the arguments."""
+    found: list[Step] = []
+
+    def add(clause: R.Clause, use: str) -> None:
+        if isinstance(clause, R.Either):
+            add(clause.one, "or")
+            add(clause.other, use)
+        elif isinstance(clause, R.AtLeast):
+            found.append(Step("at least", use, place(clause.rows[rows])))
+        else:
+            assert isinstance(clause, R.Eq | R.Table | R.AbsDiff | R.SecondScore), clause
+            if isinstance(clause, R.Table) and clause.only is not None:
+                add(clause.only, "only")
+            both = place(clause.rows[rows]), place(panel.metadata[clause.keys])
+            if isinstance(clause, R.Eq):
+                found.append(Step("ne" if isinstance(clause, R.Ne) else "eq", use, *both))
+            elif isinstance(clause, R.Table):
+                table = clause.table
+                found.append(Step("table", "weigh", *both, place(table), width=table.shape[1]))
+            elif isinstance(clause, R.AbsDiff):
+                factor = torch.ones_like(clause.rows) if clause.factor is None else clause.factor
+                found.append(Step("distance", "weigh", *both, place(factor[rows])))
+            else:
+                soft, width = clause.at_most is None, clause.rows.shape[1]
+                number = clause.scale if clause.at_most is None else clause.at_most
+                kind, use = ("soft", "weigh") if soft else ("at most", use)
+                found.append(Step(kind, use, *both, number=number, width=width))
+
+    for clause in rule:
+        add(clause, "and")
+    return tuple(found)
+
+
+def multiplies(rule: R.Rule) -> bool:
+    """Whether a rule needs products of its own, and a smaller block to hold them."""
+    return any(
+        isinstance(clause, R.SecondScore)
+        or (isinstance(clause, R.Either) and multiplies((clause.one, clause.other)))
+        for clause in rule
+    )
+
+
+@triton.constexpr_function
+def masks(group, full):
+    """Whether some pairs of a block may not count (`full`: all of them exist)."""
+    return not full or any(step.use == "and" for step in group.rule)
+
+
+@triton.constexpr_function
+def weighs(group):
+    return any(step.use == "weigh" for step in group.rule)
+
+
+@triton.jit
+def may_count(args, i, j, m, n, GROUP: tl.constexpr):
+    """False only if no pair of the block can count, for a rule that begins with an equality: its
+    rows' values lie all below, or all above, its keys'. So most blocks beside the diagonal are
+    found for the cost of a row and a key."""
+    rows = tl.load(args[of(of(GROUP, "rule", 0), "rows")] + tl.minimum(i, m - 1))
+    keys = tl.load(args[of(of(GROUP, "rule", 0), "keys")] + tl.minimum(j, n - 1))
+    return (tl.min(rows) <= tl.max(keys)) & (tl.min(keys) <= tl.max(rows))
+
+
+@triton.jit
+def distance(rows, keys, factor, i, j, m, n):
+    """log(1 + factor_i |y_i - y_j|)"""
+    apart = tl.abs(per_row(rows, i, m) - per_key(keys, j, n))
+    return tl.log(1.0 + per_row(factor, i, m) * apart)
+
+
+@triton.jit
+def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
+    """The mask or log-weights [BM, BN] of one step."""
+    KIND: tl.constexpr = of(STEP, "kind")
+    WIDTH: tl.constexpr = of(STEP, "width")
+    rows = args[of(STEP, "rows")]
+    keys = args[of(STEP, "keys")]
+    if KIND == "eq":
+        return per_row(rows, i, m) == per_key(keys, j, n)
+    elif KIND == "ne":
+        return per_row(rows, i, m) != per_key(keys, j, n)
+    elif KIND == "at least":
+        return scores >= per_row(rows, i, m)
+    elif KIND == "at most":
+        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) <= of(STEP, "number")
+    elif KIND == "soft":
+        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) * of(STEP, "number")
+    elif KIND == "table":
+        entries = args[of(STEP, "extra")]
+        return tl.load(entries + per_row(rows, i, m) * WIDTH + per_key(keys, j, n))
+    else:
+        return distance(rows, keys, args[of(STEP, "extra")], i, j, m, n)
+
+
+@triton.jit
+def weigh(scores, whole, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr):
+    """The mask and log-weights [BM, BN] of a group's rule, within `whole`."""
+    always = whole | (whole == 0)
+    never = whole & (whole == 0)
+    mask, joined, limit, weights = whole, never, always, tl.zeros_like(scores)
+    for s in tl.static_range(count(GROUP, "rule")):
+        found = clause(scores, args, i, j, m, n, of(GROUP, "rule", s), BD)
+        if of(of(GROUP, "rule", s), "use") == "weigh":
+            weights += tl.where(limit, found, 0.0).to(tl.float32)
+            limit = always
+        else:
+            joined = joined | found
+            if of(of(GROUP, "rule", s), "use") == "only":
+                limit = joined
+            if of(of(GROUP, "rule", s), "use") == "and":
+                mask = mask & joined
+            if of(of(GROUP, "rule", s), "use") != "or":
+                joined = never
+    return mask, weights

@@ -1,0 +1,98 @@
+"""What only a GPU can show: sizes that an interpreter cannot take, memory, the choice of blocks.
+Everything smaller is in the other modules, whose `triton` cases run on the GPU too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import needs_gpu
+
+from gigabatch.kernels import Eq, GatedCosine, Local, Lse, contrastive_loss, lse_stats, maxsim
+from gigabatch.kernels.fused import launch, tune
+
+pytestmark = [pytest.mark.gpu, needs_gpu]
+GIB = 2**30
+
+
+def unit(*shape: int, seed: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    g = torch.Generator("cuda").manual_seed(seed)
+    rows = torch.empty(shape, dtype=dtype, device="cuda").normal_(generator=g)
+    return torch.nn.functional.normalize(rows, dim=-1).requires_grad_()
+
+
+def step(q: torch.Tensor, k: torch.Tensor, backend: str, **options: int) -> list[torch.Tensor]:
+    scale = torch.tensor(50.0, device="cuda", requires_grad=True)
+    loss = contrastive_loss(q, k, scale, backend=backend, **options)  # type: ignore[arg-type]
+    return [loss.detach(), *torch.autograd.grad(loss, (q, k, scale))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("n", "d"), [(4096, 512), (9001, 768), (3000, 100)])
+def test_a_large_loss_equals_the_reference_twice(dtype: torch.dtype, n: int, d: int) -> None:
+    q, k = unit(n, d, seed=0, dtype=dtype), unit(n, d, seed=1, dtype=dtype)
+    exact, first = step(q, k, "reference"), step(q, k, "triton")
+    for got, want in zip(first, exact, strict=True):
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < (1e-5 if dtype == torch.float32 else 4e-3), error
+    for again in (step(q, k, "triton"), step(q, k, "triton", cache_bytes=GIB // 8)):
+        assert all(map(torch.equal, first, again))
+
+
+def test_a_gated_score_equals_the_reference() -> None:
+    q, k, gate = (unit(2000, 256, seed=s, dtype=torch.float32) for s in range(3))
+    ids, results = torch.arange(2000, device="cuda") // 2, []
+    for backend in ("reference", "triton"):
+        keys = Local(k, {"id": ids})
+        lse = Lse("rows", torch.tensor(20.0, device="cuda"))
+        found = lse_stats(GatedCosine(q, gate), keys, [lse], Eq(ids, "id"), backend)
+        total = (found.z[0] - found.positive[0] / found.weight[0]).mean()
+        results.append([total, *torch.autograd.grad(total, (q, k, gate))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    """The last rows and keys of 70,000 x 32,768 numbers."""
+    q, k = unit(70_000, 32_768, seed=0), unit(70_000, 32_768, seed=1)
+    rows, keys = Local(q.detach()), Local(k.detach())
+    one = torch.tensor(5.0, device="cuda")
+    for few, source in ((q[-64:], keys), (k[-64:], rows)):
+        (z,) = lse_stats(few.detach(), source, [Lse("rows", one)], backend="triton").z
+        want = (5 * few.detach().float() @ source.tensors[0].float().T).logsumexp(1)
+        torch.testing.assert_close(z, want, rtol=1e-5, atol=1e-4)
+
+
+def test_a_million_rows_take_twelve_gib() -> None:
+    n = 2**20
+    q, k = unit(n, 768, seed=0), unit(n, 768, seed=1)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    value, *grads = step(q, k, "triton")
+    peak = torch.cuda.max_memory_allocated() - before - sum(g.nbytes for g in grads)
+    assert value.isfinite()
+    assert all(g.isfinite().all() for g in grads)
+    assert peak < 12 * GIB, peak / GIB
+
+
+def test_maxsim_of_large_items_equals_the_reference_twice() -> None:
+    q, k = unit(24, 196, 256, seed=0), unit(40, 77, 256, seed=1)
+    results = []
+    for backend in ("reference", "triton", "triton"):
+        out = maxsim(q, k, backend=backend)
+        results.append([out, *torch.autograd.grad(out.logsumexp(1).mean(), (q, k))])
+    for want, got, again in zip(*results, strict=True):
+        assert torch.equal(got, again)
+        error = (got.double() - want.double()).norm() / want.double().norm()
+        assert error < 1e-2, error  # of two products next to each other either may be the larger
+
+
+def test_tuning_chooses_of_the_list_and_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "_CHOSEN", {})
+    q, k = unit(4096, 512, seed=0), unit(4096, 512, seed=1)
+    before = step(q, k, "triton")
+    chosen = tune(512, torch.bfloat16, rows=4096)
+    assert set(chosen) == {"forward", "backward"}
+    assert all(config in launch.CONFIGS[False] for config in chosen.values())
+    for one, other in zip(before, step(q, k, "triton"), strict=True):
+        error = (one.double() - other.double()).norm() / one.double().norm()
+        assert error < 4e-3, error
