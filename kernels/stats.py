@@ -126,7 +126,11 @@ def engine_of(backend: str | None, like: Tensor) -> Any:
         raise ValueError("backend 'triton' needs the package triton: pip install triton")
     if name == "triton" and not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend 'triton' needs a GPU (to test it: TRITON_INTERPRET=1, slow)")
-    return importlib.import_module(f"gigabatch.kernels.{BACKENDS[name]}")
+    return importlib.import_module(_module(name))
+
+
+def _module(name: str) -> str:
+    return f"gigabatch.kernels.{BACKENDS[name]}"
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,14 @@ class _Spec:
 
     @property
     def kind(self) -> torch.dtype:
-        """The dtype of logits, results and sums of gradients."""
+        """The dtype of results: at least float32."""
         dtypes = [tensor.dtype for tensor in (*self.score.operands, *self.keys.tensors)]
         return wide(reduce(torch.promote_types, dtypes))
+
+    @property
+    def inner(self) -> torch.dtype:
+        """The dtype of logits, sums, and sums of gradients."""
+        return self.kind if self.engine.__name__ != _module("reference") else torch.float64
 
 
 def _run(
@@ -178,12 +187,12 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: _Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         like = spec.keys.tensors[0]
-        g = [like.new_ones((), dtype=spec.kind)] if spec.early else None
+        g = [like.new_ones((), dtype=spec.inner)] if spec.early else None
         out, grads = _sweep(spec, tensors, ctx.needs_input_grad[1:], None, g)
         ctx.spec = None if spec.early else spec
         ctx.kinds = [None if t is None else t.dtype for t in tensors]
         ctx.save_for_backward(*(grads if spec.early else (*tensors, *out)))
-        results = [out[0].sum()] if spec.total else out
+        results = [r.to(spec.kind) for r in ([out[0].sum()] if spec.total else out)]
         constant = [r for r, t in zip(results, spec.terms, strict=True) if t.phi in ("one", "step")]
         ctx.mark_non_differentiable(*constant)
         return tuple(results)
@@ -208,12 +217,16 @@ def _sweep(
     """All panels once: the terms' results, unless they are given as `z`; and with `g`, their
     gradients, those of all `tensors`, not yet rounded to their dtypes."""
     score, keys, terms = spec.score, spec.keys, spec.terms
-    like, learns, kind = keys.tensors[0], g is not None, spec.kind
+    like, learns, kind = keys.tensors[0], g is not None, spec.inner
     first = len(tensors) - 3 * len(terms)
     fields: list[dict[str, Tensor]] = []  # of each term's `Part`
+    same: dict[int, Tensor] = {}  # a tensor that several terms share stays one
     for i, term in enumerate(terms):
         own = {name: getattr(term, name) for name in ("scale", "shift", "bias")}
-        found = {name: value.detach().to(kind) for name, value in own.items() if value is not None}
+        found = {
+            name: same.setdefault(id(value), value.detach().to(kind))
+            for name, value in own.items() if value is not None
+        }  # fmt: skip
         if z is None:
             size = len(score.operands[0]) if term.on_rows else keys.held
             found["out"] = like.new_full((size,), _empty(term, "out"), dtype=kind)

@@ -12,14 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.kernels.cache import ScoreCache
+from gigabatch.kernels.cache import ScoreCache, block_of
 from gigabatch.kernels.rules import Eq, Matches, Ne, Rule, blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, add_rows, wide
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
-# Exponentials are of base 2: a CPU's exp takes 25 times as long where its result is subnormal, as
-# most are late in training; exp2 does not, and is faster anyway.
+# exp2 of the scaled difference instead of exp: on a CPU exp takes 25 times as long where its result
+# is subnormal, as most are late in training. Logits and z stay natural: a z that was rounded in
+# another base would put noise on every probability of 1.
 LOG2E = math.log2(math.e)
 
 # Functions of a logit and their slopes. Beyond 40, log(1 + exp x) is x in either precision.
@@ -92,10 +93,14 @@ def top(score: Score, panel: Panel, rule: Rule, values: Tensor, index: Tensor) -
             tile.scores.masked_fill_(~mask, -torch.inf)
         number = torch.arange(len(tile.keys.keys), device=index.device) + tile.keys.offset
         number = torch.where(tile.scores == -torch.inf, -1, number)
-        values[tile.rows], at = torch.cat([values[tile.rows], tile.scores], 1).topk(
-            values.shape[1], 1
-        )
-        index[tile.rows] = torch.cat([index[tile.rows], number], 1).gather(1, at)
+        merge_top(values[tile.rows], index[tile.rows], tile.scores, number)
+
+
+def merge_top(values: Tensor, index: Tensor, scores: Tensor, numbers: Tensor) -> None:
+    """Keep the best of both in `values` and `index` [m, k]."""
+    best, at = torch.cat([values, scores], 1).topk(values.shape[1], 1)
+    index.copy_(torch.cat([index, numbers], 1).gather(1, at))
+    values.copy_(best)
 
 
 @dataclass(frozen=True)
@@ -133,9 +138,9 @@ def tiles(
             columns = slice(left, min(left + width, n))
             keys, shape = panel.cut(columns).to(kind), (len(blocks[0]), columns.stop - left)
             scores, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
-            store = None if kept is None else kept.at(rows, columns)
+            store = block_of(kept, first, rows, columns)
             scores = scores if store is None else store
-            if kept is None or store is None or not kept.loaded:
+            if store is None or dk is None:
                 score.tile(blocks, keys, scores, scratch)
             into = scores if dk is None else dk[columns]  # without gradients it is not called
             pull = partial(score.pull, blocks, keys, scores, scratch, dblocks, into)
@@ -231,26 +236,26 @@ def _weighted(values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Te
 def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) -> None:
     view, axis = Block(tile), int(part.on_rows)
     scale = view.cut(part.scale, part.on_rows)
-    logits = torch.mul(tile.scores, scale * LOG2E, out=tile.spare)
+    logits = torch.mul(tile.scores, scale, out=tile.spare)
     if part.bias is not None:
-        logits += view.cut(part.bias, not part.on_rows) * LOG2E
+        logits += view.cut(part.bias, not part.on_rows)
     if part.rule or tile.keys.only:
         mask, weights = _blend(tile, part.rule, blends)
         if weights is not None:
-            logits.add_(weights, alpha=LOG2E)
+            logits += weights
         if mask is not None:
             logits.masked_fill_(~mask, -torch.inf)
     if part.out is not None:
         most = logits.amax(axis, keepdim=True)
         most.masked_fill_(most == -torch.inf, 0)  # all masked: the sum is 0, its log -inf
-        part_z = (logits.sub_(most).exp2_().sum(axis).log2_() + most.squeeze(axis)) / LOG2E
+        part_z = logits.sub_(most).mul_(LOG2E).exp2_().sum(axis).log_() + most.squeeze(axis)
         span = tile.rows if part.on_rows else tile.columns
         part.out[span] = torch.logaddexp(part.out[span], part_z)
     if part.g is None or part.z is None or grad is None:
         return
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
     z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
-    p = logits.sub_(z * LOG2E).exp2_().mul_(view.cut(part.g, part.on_rows))
+    p = logits.sub_(z).mul_(LOG2E).exp2_().mul_(view.cut(part.g, part.on_rows))
     if scale.ndim or scale.is_cuda:
         grad.addcmul_(p, scale)
     else:  # faster, where reading the number costs nothing

@@ -23,7 +23,7 @@ import torch
 from gigabatch.kernels.bench.contenders import FAMILIES, ITEM, LOGITS, Contender, contenders
 from gigabatch.kernels.bench.machine import environment
 from gigabatch.kernels.bench.measure import DeviceLost, Measure, Problem
-from gigabatch.kernels.bench.peers import PEERS, find_peers
+from gigabatch.kernels.bench.peers import PEERS, find_peers, first_line
 from gigabatch.kernels.bench.report import tables, write
 
 Say = Callable[[str], None]
@@ -176,7 +176,10 @@ def _problems(device: str, sizes: Sequence[int], widths: Sequence[int]) -> Itera
 def _tuned(d: int, dtype: torch.dtype) -> dict[str, str]:
     from gigabatch.kernels.fused import tune  # where there is no GPU, there may be no Triton
 
-    return {which: str(config) for which, config in tune(d, dtype).items()}
+    try:
+        return {which: str(config) for which, config in tune(d, dtype).items()}
+    except Exception as error:  # the first choice remains
+        return {"failed": first_line(error)}
 
 
 def _field(device: torch.device, dtype: torch.dtype, peers: bool) -> dict[str, list[Contender]]:

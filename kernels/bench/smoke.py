@@ -6,18 +6,24 @@ import torch
 
 from gigabatch import kernels as K
 
+# That fill no block; several, not all full; full ones.
+SIZES = (
+    (torch.bfloat16, 70, 24), (torch.bfloat16, 280, 64), (torch.bfloat16, 256, 64),
+    (torch.float32, 140, 24),
+)  # fmt: skip
+
 
 def smoke() -> None:
-    """A step of each kind of kernel, on sizes that fill no block."""
+    """A step of each kind of kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype, n, d in SIZES:
         g = torch.Generator(device).manual_seed(0)
         q, k = (
-            torch.randn(70, 24, generator=g, device=device).to(dtype).requires_grad_()
+            torch.randn(n, d, generator=g, device=device).to(dtype).requires_grad_()
             for _ in range(2)
         )
         scale, bias = (torch.tensor(value, device=device) for value in (5.0, -3.0))
-        ids = torch.arange(70, device=device) % 50
+        ids = torch.arange(n, device=device) % 50
         gate, own = torch.sigmoid(k.detach()), K.Eq(ids, "id")
         keys, lse = K.Local(k, {"id": ids}), K.Lse("rows", scale)
         losses = [
@@ -26,7 +32,9 @@ def smoke() -> None:
             K.contrastive_loss(q, k, scale, ids_q=ids, same_id="exclude", backend="triton"),
             K.sigmoid_loss(q, k, scale, bias, backend="triton"),
             K.lse_stats(K.GatedCosine(q, gate), keys, [lse], own, "triton").z[0].mean(),
-            K.maxsim(q.view(7, 10, 24), k.view(10, 7, 24), backend="triton").mean(),
+            K.maxsim(
+                q.view(-1, 14 if n % 14 == 0 else 16, d), k.view(-1, n // 2, d), backend="triton"
+            ).mean(),
         ]
         for loss in losses:
             loss.backward()

@@ -9,20 +9,35 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)  # a GPU's exponential is of base 2: no product an entry
+LOG2E = tl.constexpr(1.4426950408889634)
+TOGETHER = tl.constexpr(8)  # rows of blocks: the keys they share then stay in the L2 cache
+
+
+# A tuple of records would not do as a compile-time value, so that each is reached in one step.
+@triton.constexpr_function
+def field(record, name):
+    return getattr(record, name)
 
 
 @triton.constexpr_function
-def of(record, name, index=None):
-    """A field of a constant record, or one of its entries. (A tuple of records would not do as a
-    compile-time value.)"""
-    found = record[name] if isinstance(name, int) else getattr(record, name)
-    return found if index is None else found[index]
+def entry(record, name, index):
+    return getattr(record, name)[index]
 
 
 @triton.constexpr_function
 def count(record, name):
     return len(getattr(record, name))
+
+
+@triton.constexpr_function
+def nth(records, index):
+    return records[index]
+
+
+@triton.jit
+def exp(x):
+    """Of base e, by the GPU's own of base 2; `tl.exp` takes more instructions."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
@@ -66,48 +81,50 @@ def product(
 
 
 @triton.jit
-def place(m, n, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr):
-    """The block (row, column) of this program. GROUP rows of blocks are worked on together, so that
-    the keys they share stay in the L2 cache."""
+def place(m, n, BM: tl.constexpr, BN: tl.constexpr):
+    """The block (row, column) of this program."""
     rows, columns = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    first = tl.program_id(0) // (GROUP * columns) * GROUP
-    height = tl.minimum(rows - first, GROUP)
-    inside = tl.program_id(0) % (GROUP * columns)
+    first = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
+    height = tl.minimum(rows - first, TOGETHER)
+    inside = tl.program_id(0) % (TOGETHER * columns)
     return first + inside % height, inside // height
 
 
 @triton.jit
-def emit(partial, values, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
-    """Store sums along one axis: for rows [blocks of keys, m], else [blocks of rows, n]."""
+def spot(i, j, m, n, row, column, ON_ROWS: tl.constexpr, EACH: tl.constexpr):
+    """Where a block's partial results go, for rows in [blocks of keys, EACH, m], else in [blocks of
+    rows, EACH, n], and which of them there are."""
     if ON_ROWS:
-        tl.store(partial + column * m + i, tl.sum(values, 1), mask=i < m)
+        return column * EACH * m + i, i < m
     else:
-        tl.store(partial + row * n + j, tl.sum(values, 0), mask=j < n)
+        return row * EACH * n + j, j < n
+
+
+@triton.jit
+def emit(partial, values, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
+    """Store sums along one axis."""
+    at, inside = spot(i, j, m, n, row, column, ON_ROWS, 1)
+    tl.store(partial + at, tl.sum(values, 1 if ON_ROWS else 0), mask=inside)
 
 
 @triton.jit
 def emit_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
-    """The same for log-sum-exps of base 2: all maxima, then all sums relative to them; over
-    nothing, -inf and 0. (Their logarithms would be taken by every warp.)"""
+    """Store log-sum-exps along one axis, as a maximum and a sum relative to it; over nothing, -inf
+    and 0. (Logarithms of them would be taken by every warp.)"""
     AXIS: tl.constexpr = 1 if ON_ROWS else 0
     most = tl.max(x, AXIS)
     base = tl.where(most == float("-inf"), 0.0, most)
-    total = tl.sum(tl.exp2(x - tl.expand_dims(base, AXIS)), AXIS)
-    if ON_ROWS:
-        at = partial + column * m + i
-        tl.store(at, most, mask=i < m)
-        tl.store(at + tl.cdiv(n, j.shape[0]) * m, total, mask=i < m)
-    else:
-        at = partial + row * n + j
-        tl.store(at, most, mask=j < n)
-        tl.store(at + tl.cdiv(m, i.shape[0]) * n, total, mask=j < n)
+    total = tl.sum(exp(x - tl.expand_dims(base, AXIS)), AXIS)
+    at, inside = spot(i, j, m, n, row, column, ON_ROWS, 2)
+    tl.store(partial + at, most, mask=inside)
+    tl.store(partial + at + (m if ON_ROWS else n), total, mask=inside)
 
 
 @triton.jit
 def phi(x, PHI: tl.constexpr):
     """See `tiled.PHI`."""
     if PHI == "softplus":
-        e = tl.exp(-tl.abs(x))  # below 1e-4 the logarithm would round e away
+        e = exp(-tl.abs(x))  # below 1e-4 the logarithm would round e away
         return tl.maximum(x, 0.0) + tl.where(e < 1e-4, e - 0.5 * e * e, tl.log(1.0 + e))
     elif PHI == "relu":
         return tl.maximum(x, 0.0)
@@ -123,7 +140,7 @@ def phi(x, PHI: tl.constexpr):
 def slope(x, PHI: tl.constexpr):
     """d phi / dx."""
     if PHI == "softplus":
-        e = tl.exp(-tl.abs(x))
+        e = exp(-tl.abs(x))
         return tl.where(x < 0, e, 1.0) / (1.0 + e)
     elif PHI == "relu":
         return tl.where(x > 0, 1.0, 0.0)

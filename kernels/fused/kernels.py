@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 
 from gigabatch.kernels.fused.blocks import (
-    LOG2E,
     count,
     emit,
     emit_lse,
-    of,
+    entry,
+    exp,
+    field,
+    nth,
     per_key,
     per_row,
     phi,
@@ -64,14 +66,29 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """A block's rows, keys and width, rows of blocks together; the vectors' width; whether the
-    score is gated, products are in float32, and all blocks are full."""
+class Common:
+    """The one scale of all terms, and where its gradient goes."""
+
+    scale: At
+    dscale: At | None
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows, keys and width of a block; its warps, and the stages of its pipeline."""
 
     bm: int
     bn: int
     bd: int
-    group: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Setup(Config):
+    """And the vectors' width; whether the score is gated, products are in float32, and all blocks
+    are full."""
+
     d: int
     gated: bool
     wide: bool
@@ -79,98 +96,100 @@ class Setup:
 
 
 @triton.jit
-def value(args, i, j, m, n, AT: tl.constexpr):
+def fetch(args, i, j, m, n, AT: tl.constexpr):
     """Something of a term, ready to broadcast."""
-    if of(AT, "side") == "one":
-        return tl.load(args[of(AT, "place")])
-    elif of(AT, "side") == "rows":
-        return per_row(args[of(AT, "place")], i, m)
+    if field(AT, "side") == "one":
+        return tl.load(args[field(AT, "place")])
+    elif field(AT, "side") == "rows":
+        return per_row(args[field(AT, "place")], i, m)
     else:
-        return per_key(args[of(AT, "place")], j, n)
+        return per_key(args[field(AT, "place")], j, n)
 
 
 @triton.jit
-def give(args, values, i, j, m, n, row, column, AT: tl.constexpr):
+def deliver(args, values, i, j, m, n, row, column, AT: tl.constexpr):
     """Store a block's part of a result, if it is wanted; one number is kept a row at first."""
     if AT is not None:
-        emit(args[of(AT, "place")], values, i, j, m, n, row, column, of(AT, "side") != "keys")
+        emit(args[field(AT, "place")], values, i, j, m, n, row, column, field(AT, "side") != "keys")
 
 
 @triton.jit
 def weighted(values, mask, weights, MASKED: tl.constexpr, WEIGHED: tl.constexpr):
     """Values times their pairs' weights; 0 where a pair does not count, whatever it holds."""
     if WEIGHED:
-        values *= tl.exp(weights)
+        values = tl.where(weights > float("-inf"), values * exp(weights), 0.0)
     return tl.where(mask, values, 0.0) if MASKED else values
 
 
 @triton.jit
-def term(
+def run_term(
     scores, mask, weights, args, i, j, m, n, row, column, TERM: tl.constexpr,
     MASKED: tl.constexpr, WEIGHED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Emit a term's results, and return its gradient in the scores (not SCALED: in the logits)."""
-    PHI: tl.constexpr = of(TERM, "phi")
-    UNIT: tl.constexpr = LOG2E if PHI == "lse" else 1.0
-    scale = value(args, i, j, m, n, of(TERM, "scale"))
-    x = scores * (scale * UNIT)
-    if of(TERM, "shift") is not None:
-        x += value(args, i, j, m, n, of(TERM, "shift")) * UNIT
-    if of(TERM, "bias") is not None:
-        x += value(args, i, j, m, n, of(TERM, "bias")) * UNIT
+    PHI: tl.constexpr = field(TERM, "phi")
+    scale = fetch(args, i, j, m, n, field(TERM, "scale"))
+    x = scores * scale
+    if field(TERM, "shift") is not None:
+        x += fetch(args, i, j, m, n, field(TERM, "shift"))
+    if field(TERM, "bias") is not None:
+        x += fetch(args, i, j, m, n, field(TERM, "bias"))
     dx = tl.zeros_like(scores)
     if PHI == "lse":
         if WEIGHED:
-            x += weights * UNIT
+            x += weights
         if MASKED:
             x = tl.where(mask, x, float("-inf"))
-        if of(TERM, "out") is not None:
-            emit_lse(args[of(of(TERM, "out"), "place")], x, i, j, m, n, row, column,
-                     of(TERM, "on_rows"))  # fmt: skip
-        if of(TERM, "g") is not None:
-            z = value(args, i, j, m, n, of(TERM, "z"))
-            dx = tl.exp2(x - tl.where(z == float("-inf"), float("inf"), z * UNIT))
+        if field(TERM, "out") is not None:
+            emit_lse(args[field(field(TERM, "out"), "place")], x, i, j, m, n, row, column,
+                     field(TERM, "on_rows"))  # fmt: skip
+        if field(TERM, "g") is not None:
+            z = fetch(args, i, j, m, n, field(TERM, "z"))
+            dx = exp(x - tl.where(z == float("-inf"), float("inf"), z))
     else:
-        if of(TERM, "out") is not None:
-            give(args, weighted(phi(x, PHI), mask, weights, MASKED, WEIGHED), i, j, m, n, row,
-                 column, of(TERM, "out"))  # fmt: skip
-        if of(TERM, "g") is not None:
+        if field(TERM, "out") is not None:
+            deliver(args, weighted(phi(x, PHI), mask, weights, MASKED, WEIGHED), i, j, m, n, row,
+                    column, field(TERM, "out"))  # fmt: skip
+        if field(TERM, "g") is not None:
             dx = weighted(slope(x, PHI), mask, weights, MASKED, WEIGHED)
-    if of(TERM, "g") is not None:
-        dx *= value(args, i, j, m, n, of(TERM, "g"))
-        give(args, dx, i, j, m, n, row, column, of(TERM, "dshift"))
-        give(args, dx, i, j, m, n, row, column, of(TERM, "dbias"))
-        give(args, dx * scores, i, j, m, n, row, column, of(TERM, "dscale"))
+    if field(TERM, "g") is not None:
+        dx *= fetch(args, i, j, m, n, field(TERM, "g"))
+        deliver(args, dx, i, j, m, n, row, column, field(TERM, "dshift"))
+        deliver(args, dx, i, j, m, n, row, column, field(TERM, "dbias"))
+        deliver(args, dx * scores, i, j, m, n, row, column, field(TERM, "dscale"))
         if SCALED:
             dx *= scale
     return dx
 
 
 @triton.jit
-def terms(
+def run_group(
     scores, whole, args, i, j, m, n, row, column, GROUP: tl.constexpr, SCALED: tl.constexpr,
     SETUP: tl.constexpr,
 ):  # fmt: skip
     """All terms of one rule; the sum of what they return."""
-    mask, weights = weigh(scores, whole, args, i, j, m, n, GROUP, of(SETUP, "bd"))
+    mask, weights = weigh(scores, whole, args, i, j, m, n, GROUP, field(SETUP, "bd"))
     total = tl.zeros_like(scores)
     for t in tl.static_range(count(GROUP, "terms")):
-        total += term(scores, mask, weights, args, i, j, m, n, row, column, of(GROUP, "terms", t),
-                      masks(GROUP, of(SETUP, "full")), weighs(GROUP), SCALED)  # fmt: skip
+        total += run_term(scores, mask, weights, args, i, j, m, n, row, column,
+                          entry(GROUP, "terms", t), masks(GROUP, field(SETUP, "full")),
+                          weighs(GROUP), SCALED)  # fmt: skip
     return total
 
 
 @triton.jit
-def block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr):
+def make_block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr):
     """This program's block: row, column, i, j, which pairs there are, scores, and what a gated
     score was multiplied with, <gate_i, k_j^2>^-1/2 (see `scores.GatedCosine`). KEPT: scores are
     "stored" to, or "loaded" from, kept [m, >= n], whose rows are `width` apart."""
-    BM: tl.constexpr = of(SETUP, "bm")
-    BN: tl.constexpr = of(SETUP, "bn")
-    row, column = place(m, n, BM, BN, of(SETUP, "group"))
+    BM: tl.constexpr = field(SETUP, "bm")
+    BN: tl.constexpr = field(SETUP, "bn")
+    D: tl.constexpr = field(SETUP, "d")
+    BD: tl.constexpr = field(SETUP, "bd")
+    row, column = place(m, n, BM, BN)
     i = row * BM + tl.arange(0, BM)
     j = column * BN + tl.arange(0, BN)
-    if of(SETUP, "full"):
+    if field(SETUP, "full"):
         whole = tl.full((BM, BN), 1, tl.int1)
     else:
         whole = (i < m)[:, None] & (j < n)[None, :]
@@ -178,12 +197,10 @@ def block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr
     if KEPT == "loaded":
         scores = tl.load(kept + at, mask=whole, other=0.0)
     else:
-        scores = product(
-            q, k, i, j, m, n, of(SETUP, "d"), of(SETUP, "bd"), of(SETUP, "wide"), False
-        )
+        scores = product(q, k, i, j, m, n, D, BD, field(SETUP, "wide"), False)
     inverse = scores
-    if of(SETUP, "gated"):
-        length = product(gate, k, i, j, m, n, of(SETUP, "d"), of(SETUP, "bd"), True, True)
+    if field(SETUP, "gated"):
+        length = product(gate, k, i, j, m, n, D, BD, True, True)
         inverse = tl.where(length > 1.17549435e-38, tl.rsqrt(length), 0.0)
         scores *= inverse
     if KEPT == "stored":
@@ -196,23 +213,24 @@ def sweep(
     q, gate, k, kept, grad, grad_gate, args, m, n, width, GROUPS: tl.constexpr,
     COMMON: tl.constexpr, KEPT: tl.constexpr, LEARNS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    """COMMON: a term with the one scale of all terms, and the place of its gradient, or None."""
-    row, column, i, j, whole, scores, inverse = block(q, gate, k, kept, m, n, width, KEPT, SETUP)
+    row, column, i, j, whole, scores, inverse = make_block(
+        q, gate, k, kept, m, n, width, KEPT, SETUP
+    )
     total = tl.zeros_like(scores)
     for g in tl.static_range(len(GROUPS)):
-        if of(of(GROUPS, g), "sparse"):  # most blocks hold no positive
-            if may_count(args, i, j, m, n, of(GROUPS, g)):
-                total += terms(scores, whole, args, i, j, m, n, row, column, of(GROUPS, g),
-                               COMMON is None, SETUP)  # fmt: skip
+        if field(nth(GROUPS, g), "sparse"):
+            if may_count(args, i, j, m, n, nth(GROUPS, g)):  # few blocks hold a positive
+                total += run_group(scores, whole, args, i, j, m, n, row, column, nth(GROUPS, g),
+                                   COMMON is None, SETUP)  # fmt: skip
         else:
-            total += terms(scores, whole, args, i, j, m, n, row, column, of(GROUPS, g),
-                           COMMON is None, SETUP)  # fmt: skip
+            total += run_group(scores, whole, args, i, j, m, n, row, column, nth(GROUPS, g),
+                               COMMON is None, SETUP)  # fmt: skip
     if LEARNS:
         if COMMON is not None:
-            give(args, total * scores, i, j, m, n, row, column, of(COMMON, "dscale"))
-            total *= value(args, i, j, m, n, of(COMMON, "scale"))
+            deliver(args, total * scores, i, j, m, n, row, column, field(COMMON, "dscale"))
+            total *= fetch(args, i, j, m, n, field(COMMON, "scale"))
         at = i[:, None] * n + j[None, :]
-        if of(SETUP, "gated"):  # with A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
+        if field(SETUP, "gated"):  # A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
             total *= inverse
             tl.store(grad_gate + at, -0.5 * total * inverse * scores, mask=whole)
         tl.store(grad + at, total.to(grad.dtype.element_ty), mask=whole)
@@ -225,12 +243,12 @@ def best(
 ):  # fmt: skip
     """The K best of each row of a block, descending: values and index [blocks of keys, K, m]. Keys
     are numbered from `first`; -1 where no more are allowed."""
-    _, column, i, j, whole, scores, _ = block(q, gate, k, q, m, n, n, None, SETUP)
-    mask, _ = weigh(scores, whole, args, i, j, m, n, RULE, of(SETUP, "bd"))
+    _, column, i, j, whole, scores, _ = make_block(q, gate, k, q, m, n, n, None, SETUP)
+    mask, _ = weigh(scores, whole, args, i, j, m, n, RULE, field(SETUP, "bd"))
     left = tl.where(mask, scores, float("-inf"))
     for t in tl.static_range(K):
         most = tl.max(left, 1)
-        at = column * of(SETUP, "bn") + tl.argmax(left, 1)
+        at = column * field(SETUP, "bn") + tl.argmax(left, 1)
         left = tl.where(j[None, :] == at[:, None], float("-inf"), left)
         here = (column * K + t) * m + i
         tl.store(values + here, most, mask=i < m)

@@ -41,7 +41,7 @@ def _products(q, k, real, j, u, tk):
 
 @triton.jit
 def _score(
-    q, k, real, out, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
+    q, k, real, out, width, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     i, j = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -52,7 +52,7 @@ def _score(
         t = first + tl.arange(0, BQ)
         best = tl.max(_products(_tokens(q, i, t, tq, d, BD, WIDE), keys, real, j, u, tk), 1)
         score += tl.sum(tl.where(t < tq, best, 0.0))
-    tl.store(out + i * n + j, score)
+    tl.store(out + i * width + j, score)
 
 
 @triton.jit
@@ -105,9 +105,11 @@ class FusedMaxSim(MaxSim):
         self.operands, self.tokens = score.operands, score.tokens
 
     @staticmethod
-    def fits(keys: Tensor) -> bool:
+    def fits(score: MaxSim, keys: Tensor) -> bool:
         """Whether all tokens of a key [n, Tk, D] fit on a multiprocessor, as these kernels need."""
-        return _block(keys.shape[1]) * _block(keys.shape[2]) <= 128 * 256
+        kinds = {score.operands[0].dtype, keys.dtype}
+        small = _block(keys.shape[1]) * _block(keys.shape[2]) <= 128 * 256
+        return small and len(kinds) == 1 and torch.float64 not in kinds
 
     def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
         return TILE, TILE
@@ -115,7 +117,7 @@ class FusedMaxSim(MaxSim):
     def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
         q, k, real, sizes, how = self._arguments(rows, keys)
         with torch.cuda.device_of(k):
-            _score[(len(q), len(k))](q, k, real, out, len(k), *sizes, **how)
+            _score[(len(q), len(k))](q, k, real, out, out.stride(0), *sizes, **how)
         out.mul_(rows[1].unsqueeze(1))
 
     def pull(

@@ -15,21 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from gigabatch.kernels import rules as R
-from gigabatch.kernels.fused.blocks import count, of, per_key, per_row, product
+from gigabatch.kernels.fused.blocks import count, entry, field, per_key, per_row, product
 from gigabatch.kernels.sources import Panel
 
 
 @dataclass(frozen=True)
 class Step:
-    """`rows`, `keys`, `extra`: places of tensors among a kernel's arguments. `number`: a threshold
-    or a factor. `width`: of vectors, or of a table."""
+    """`rows`, `keys`, `extra`: places of tensors among a kernel's arguments. `width`: of vectors,
+    or of a table."""
 
     kind: str
     use: str
     rows: int
     keys: int = 0
     extra: int = 0
-    number: float = 0.0
     width: int = 1
 
 
@@ -59,23 +58,14 @@ def steps(
                 factor = torch.ones_like(clause.rows) if clause.factor is None else clause.factor
                 found.append(Step("distance", "weigh", *both, place(factor[rows])))
             else:
-                soft, width = clause.at_most is None, clause.rows.shape[1]
                 number = clause.scale if clause.at_most is None else clause.at_most
-                kind, use = ("soft", "weigh") if soft else ("at most", use)
-                found.append(Step(kind, use, *both, number=number, width=width))
+                kind, use = ("soft", "weigh") if clause.at_most is None else ("at most", use)
+                at = place(torch.full((), number, device=panel.keys.device))
+                found.append(Step(kind, use, *both, at, clause.rows.shape[1]))
 
     for clause in rule:
         add(clause, "and")
     return tuple(found)
-
-
-def multiplies(rule: R.Rule) -> bool:
-    """Whether a rule needs products of its own, and a smaller block to hold them."""
-    return any(
-        isinstance(clause, R.SecondScore)
-        or (isinstance(clause, R.Either) and multiplies((clause.one, clause.other)))
-        for clause in rule
-    )
 
 
 @triton.constexpr_function
@@ -94,25 +84,26 @@ def may_count(args, i, j, m, n, GROUP: tl.constexpr):
     """False only if no pair of the block can count, for a rule that begins with an equality: its
     rows' values lie all below, or all above, its keys'. So most blocks beside the diagonal are
     found for the cost of a row and a key."""
-    rows = tl.load(args[of(of(GROUP, "rule", 0), "rows")] + tl.minimum(i, m - 1))
-    keys = tl.load(args[of(of(GROUP, "rule", 0), "keys")] + tl.minimum(j, n - 1))
+    rows = tl.load(args[field(entry(GROUP, "rule", 0), "rows")] + tl.minimum(i, m - 1))
+    keys = tl.load(args[field(entry(GROUP, "rule", 0), "keys")] + tl.minimum(j, n - 1))
     return (tl.min(rows) <= tl.max(keys)) & (tl.min(keys) <= tl.max(rows))
 
 
 @triton.jit
 def distance(rows, keys, factor, i, j, m, n):
     """log(1 + factor_i |y_i - y_j|)"""
-    apart = tl.abs(per_row(rows, i, m) - per_key(keys, j, n))
-    return tl.log(1.0 + per_row(factor, i, m) * apart)
+    apart = tl.abs(per_row(rows, i, m) - per_key(keys, j, n)).to(tl.float32)
+    return tl.log(1.0 + per_row(factor, i, m).to(tl.float32) * apart)
 
 
 @triton.jit
 def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
     """The mask or log-weights [BM, BN] of one step."""
-    KIND: tl.constexpr = of(STEP, "kind")
-    WIDTH: tl.constexpr = of(STEP, "width")
-    rows = args[of(STEP, "rows")]
-    keys = args[of(STEP, "keys")]
+    KIND: tl.constexpr = field(STEP, "kind")
+    WIDTH: tl.constexpr = field(STEP, "width")
+    rows = args[field(STEP, "rows")]
+    keys = args[field(STEP, "keys")]
+    extra = args[field(STEP, "extra")]
     if KIND == "eq":
         return per_row(rows, i, m) == per_key(keys, j, n)
     elif KIND == "ne":
@@ -120,14 +111,13 @@ def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
     elif KIND == "at least":
         return scores >= per_row(rows, i, m)
     elif KIND == "at most":
-        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) <= of(STEP, "number")
+        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) <= tl.load(extra)
     elif KIND == "soft":
-        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) * of(STEP, "number")
+        return product(rows, keys, i, j, m, n, WIDTH, BD, True, False) * tl.load(extra)
     elif KIND == "table":
-        entries = args[of(STEP, "extra")]
-        return tl.load(entries + per_row(rows, i, m) * WIDTH + per_key(keys, j, n))
+        return tl.load(extra + per_row(rows, i, m) * WIDTH + per_key(keys, j, n))
     else:
-        return distance(rows, keys, args[of(STEP, "extra")], i, j, m, n)
+        return distance(rows, keys, extra, i, j, m, n)
 
 
 @triton.jit
@@ -137,16 +127,16 @@ def weigh(scores, whole, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr
     never = whole & (whole == 0)
     mask, joined, limit, weights = whole, never, always, tl.zeros_like(scores)
     for s in tl.static_range(count(GROUP, "rule")):
-        found = clause(scores, args, i, j, m, n, of(GROUP, "rule", s), BD)
-        if of(of(GROUP, "rule", s), "use") == "weigh":
+        found = clause(scores, args, i, j, m, n, entry(GROUP, "rule", s), BD)
+        if field(entry(GROUP, "rule", s), "use") == "weigh":
             weights += tl.where(limit, found, 0.0).to(tl.float32)
             limit = always
         else:
             joined = joined | found
-            if of(of(GROUP, "rule", s), "use") == "only":
+            if field(entry(GROUP, "rule", s), "use") == "only":
                 limit = joined
-            if of(of(GROUP, "rule", s), "use") == "and":
+            if field(entry(GROUP, "rule", s), "use") == "and":
                 mask = mask & joined
-            if of(of(GROUP, "rule", s), "use") != "or":
+            if field(entry(GROUP, "rule", s), "use") != "or":
                 joined = never
     return mask, weights

@@ -30,7 +30,6 @@ from gigabatch.kernels import (
     sigmoid_loss,
     take,
 )
-from gigabatch.trainer.distributed import leave
 
 SCHEDULES: tuple[Literal["gather", "ring"], ...] = ("gather", "ring")
 
@@ -245,5 +244,8 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
 
 
 if __name__ == "__main__":
+    # Here, so that tests of the engine alone can read this file's cases without the trainer.
+    from gigabatch.trainer.distributed import leave
+
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
     leave(0)

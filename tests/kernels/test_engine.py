@@ -8,7 +8,15 @@ from typing import Any
 import brute
 import pytest
 import torch
-from backends import BACKENDS_WITH_SLOW_TRITON, SLOW_TRITON, small_tiles
+from backends import (
+    BACKENDS_OF_FLOAT64,
+    BACKENDS_WITH_SLOW_TRITON,
+    SLOW_TRITON,
+    TRITON,
+    examples,
+    sizes,
+    small_tiles,
+)
 from brute import World
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -39,7 +47,7 @@ RULES = st.tuples(
 POSITIVES = st.sampled_from(
     [[], ["eq"], ["eq", "not self"], ["eq", "distance"], ["soft"], ["own table", "eq"]]
 )
-SIZES = {"m": st.integers(1, 12), "n": st.integers(1, 12), "d": st.integers(1, 9)}
+SIZES = {"m": sizes(12), "n": sizes(12), "d": st.integers(1, 9)}
 
 
 def clause(w: World, name: str) -> Any:
@@ -159,7 +167,7 @@ def assert_close(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], b
 
 @pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     **SIZES, seed=st.integers(0, 10**6), score=st.sampled_from(["dot", "dot", "gated"]),
     axes=st.sampled_from([["rows"], ["columns"], ["rows", "columns"], ["columns", "rows", "rows"]]),
@@ -191,7 +199,7 @@ def test_statistics_equal_brute_force(
 
 
 @pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=examples(12), deadline=None)
 @given(
     **SIZES, seed=st.integers(0, 10**6), rule=RULES, positives=POSITIVES,
     score=st.sampled_from(["dot", "dot", "gated"]), vectors=st.booleans(), room=st.integers(0, 800),
@@ -212,10 +220,57 @@ def test_kept_scores_change_no_bit(
         assert torch.equal(one, other)
 
 
+BACKENDS = ["tiled", TRITON]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_scale_s_gradient_goes_to_the_tensor_it_came_from(backend: str) -> None:
+    """Though another shares its memory."""
+    w = World(6, 7, 4, 0, torch.float32)
+    one = torch.tensor(3.0, requires_grad=True)
+    other = one.detach().requires_grad_()
+    apart = torch.tensor(3.0, requires_grad=True)
+    found = []
+    for scale in (other, apart):
+        keys = Local(w.tensors["k"])
+        both = [Lse("rows", one), Lse("columns", scale)]
+        total = torch.cat(lse_stats(w.tensors["q"], keys, both, backend=backend).z).square().sum()
+        found.append(torch.autograd.grad(total, (one, scale)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_has_no_weight_may_hold_anything(backend: str) -> None:
+    """A positive of weight 0 whose key is masked by a bias of -inf."""
+    w = World(3, 4, 5, 0, torch.float32)
+    bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
+    keys = Local(w.tensors["k"], {"code": torch.tensor([0, 1, 0, 0])})
+    rule = Table(torch.zeros(3, dtype=torch.int64), "code", torch.tensor([[0.0, -torch.inf]]))
+    lse = Lse("rows", torch.tensor(2.0), bias)
+    found = lse_stats(w.tensors["q"], keys, [lse], rule, backend)
+    scores = 2 * w.tensors["q"] @ w.tensors["k"].T
+    torch.testing.assert_close(found.positive[0], scores[:, [0, 2, 3]].sum(1))
+    assert found.weight[0].tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.float64])
+def test_labels_of_any_kind_have_a_distance(backend: str, dtype: torch.dtype) -> None:
+    w = World(3, 4, 5, 0, torch.float32)
+    rows, columns = torch.tensor([0, 1, 5]).to(dtype), torch.tensor([3, 1, 2, 2]).to(dtype)
+    lse = Lse("rows", torch.tensor(2.0), None, (AbsDiff(rows, "label"),))
+    keys = Local(w.tensors["k"], {"label": columns})
+    (z,) = lse_stats(w.tensors["q"], keys, [lse], backend=backend).z
+    far = (rows[:, None] - columns).abs().float().log1p()
+    want = (2 * w.tensors["q"] @ w.tensors["k"].T + far).logsumexp(1)
+    torch.testing.assert_close(z.float(), want, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
 @pytest.mark.parametrize("phi", ["softplus", "relu", "step"])
 @pytest.mark.parametrize("total", [False, True])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25), deadline=None)
 @given(
     **SIZES, seed=st.integers(0, 10**6), rule=RULES, vectors=st.booleans(), biased=st.booleans(),
     exponent=st.floats(-3, 2),
@@ -282,7 +337,7 @@ def test_pair_sums_equal_brute_force(
 
 
 @pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40), deadline=None)
 @given(
     **SIZES, seed=st.integers(0, 10**6), rule=RULES, k=st.integers(1, 20), gated=st.booleans()
 )  # fmt: skip
@@ -312,7 +367,7 @@ def test_the_best_keys_are_those_of_a_sort(
     torch.testing.assert_close(values[found], allowed.gather(1, at)[found])
 
 
-@pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
+@pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 def test_arguments_that_do_not_fit_are_refused(backend: str) -> None:
     w = World(4, 5, 3, 0)
     q, keys, one = w.tensors["q"], Local(w.tensors["k"], w.metadata()), torch.ones(())

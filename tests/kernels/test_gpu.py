@@ -34,7 +34,7 @@ def test_a_large_loss_equals_the_reference_twice(dtype: torch.dtype, n: int, d: 
     for got, want in zip(first, exact, strict=True):
         error = (got.double() - want.double()).norm() / want.double().norm()
         assert error < (1e-5 if dtype == torch.float32 else 4e-3), error
-    for again in (step(q, k, "triton"), step(q, k, "triton", cache_bytes=GIB // 8)):
+    for again in (step(q, k, "triton"), step(q, k, "triton", cache_bytes=4 * 4096 * n)):
         assert all(map(torch.equal, first, again))
 
 
@@ -52,14 +52,16 @@ def test_a_gated_score_equals_the_reference() -> None:
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
-    """The last rows and keys of 70,000 x 32,768 numbers."""
-    q, k = unit(70_000, 32_768, seed=0), unit(70_000, 32_768, seed=1)
-    rows, keys = Local(q.detach()), Local(k.detach())
-    one = torch.tensor(5.0, device="cuda")
-    for few, source in ((q[-64:], keys), (k[-64:], rows)):
-        (z,) = lse_stats(few.detach(), source, [Lse("rows", one)], backend="triton").z
-        want = (5 * few.detach().float() @ source.tensors[0].float().T).logsumexp(1)
-        torch.testing.assert_close(z, want, rtol=1e-5, atol=1e-4)
+    """4,096 rows of 700,000 kept scores."""
+    q, k = unit(4096, 64, seed=0), unit(700_000, 64, seed=1)
+    one, results = torch.tensor(5.0, device="cuda"), []
+    for cache_bytes in (0, 12 * GIB):
+        lses = [Lse("rows", one), Lse("columns", one)]
+        z = torch.cat(lse_stats(q, Local(k), lses, None, "triton", cache_bytes).z)
+        results.append([z, *torch.autograd.grad(z.square().mean(), (q, k))])
+    assert all(map(torch.equal, *results))
+    want = (5 * q[-64:].detach().float() @ k.detach().float().T).logsumexp(1)
+    torch.testing.assert_close(results[0][0][4096 - 64 : 4096], want, rtol=1e-5, atol=1e-4)
 
 
 def test_a_million_rows_take_twelve_gib() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import brute
 import pytest
 import torch
-from backends import BACKENDS, TRITON
+from backends import BACKENDS_OF_FLOAT64, TRITON, small_tiles
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -76,7 +76,7 @@ def test_scores_and_gradients_are_those_of_the_real_tokens(
             )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_loss_scores_each_direction_its_own_way(backend: str, symmetric: bool) -> None:
     (q, real_q), (k, real_k) = tokens(5, 4, 6, 0), tokens(5, 3, 6, 1)
@@ -116,7 +116,36 @@ def test_the_compiled_kernels_agree(
         torch.testing.assert_close(one, other, rtol=4 * stored, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["tiled", TRITON])
+@pytest.mark.parametrize("room", [0, 20, 10**6])
+def test_kept_scores_change_no_bit(backend: str, room: int) -> None:
+    results = []
+    for cache_bytes in (0, room):
+        (q, real_q), (k, real_k) = (
+            tokens(7, 4, 6, 0, torch.float32), tokens(7, 3, 6, 1, torch.float32)
+        )  # fmt: skip
+        scale = torch.tensor(7.0, requires_grad=True)
+        with small_tiles(8, 9):
+            loss = late_interaction_loss(
+                q, k, scale, mask_q=real_q, mask_k=real_k, backend=backend, cache_bytes=cache_bytes
+            )
+            results.append([loss, *torch.autograd.grad(loss, (q, k, scale))])
+    want = brute.late(q.double(), real_q, k.double(), real_k) * 7
+    both = [torch.nn.functional.cross_entropy(x, torch.arange(7)) for x in (want,)]
+    back = brute.late(k.double(), real_k, q.double(), real_q) * 7
+    both.append(torch.nn.functional.cross_entropy(back, torch.arange(7)))
+    torch.testing.assert_close(results[0][0].double(), sum(both) / 2, rtol=1e-5, atol=1e-5)
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_tokens_of_two_kinds_are_scored_in_the_wider() -> None:
+    (q, _), (k, _) = tokens(3, 4, 6, 0, torch.bfloat16), tokens(3, 3, 6, 1, torch.float32)
+    q, k = q.detach().nan_to_num(), k.detach().nan_to_num()
+    torch.testing.assert_close(maxsim(q, k, backend="triton"), maxsim(q, k))
+
+
+@pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 def test_statistics_over_token_scores(backend: str) -> None:
     """MaxSim feeds the same sums as any score: here with a rule and along both axes."""
     (q, real_q), (k, real_k) = tokens(5, 4, 6, 0), tokens(7, 3, 6, 1)

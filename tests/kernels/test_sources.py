@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from backends import BACKENDS
+from backends import BACKENDS, KIND
 from brute import World, lse
 from torch import Tensor
 
@@ -48,7 +48,7 @@ def everything(found: Stats) -> Tensor:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_sources_in_a_row_are_one_source(backend: str) -> None:
     """A batch, a queue without gradient and hard negatives, as if they were one tensor of keys."""
-    w = World(6, 11, 4, 0)
+    w = World(6, 11, 4, 0, KIND[backend])
     q, k, bias = (leaf(w.tensors[name]) for name in ("q", "k", "key_bias"))
     whole = Local(k, w.metadata())
     parts = [slice(0, 5), slice(5, 8), slice(8, 11)]
@@ -96,7 +96,7 @@ def test_ragged_keys_are_a_block_diagonal_matrix(
     backend: str, rows: int, row_groups: list[int], key_groups: list[int]
 ) -> None:
     m, n = len(row_groups), len(key_groups)
-    w = World(max(m, 1), max(n, 1), 4, 1)
+    w = World(max(m, 1), max(n, 1), 4, 1, KIND[backend])
     q, k = leaf(w.tensors["q"][:m]), leaf(w.tensors["k"][:n])
     codes = torch.tensor(row_groups, dtype=torch.int64), torch.tensor(key_groups, dtype=torch.int64)
     same = Eq(codes[0], "group")
@@ -129,7 +129,7 @@ def test_product_keys_score_all_pairings(backend: str, modalities: int) -> None:
     n, factors = 4, modalities - 1
     g = torch.Generator().manual_seed(0)
     a, *others = (
-        torch.randn(n, 3, generator=g, dtype=torch.float64).requires_grad_()
+        torch.randn(n, 3, generator=g, dtype=torch.float64).to(KIND[backend]).requires_grad_()
         for _ in range(modalities)
     )
     keys = Products(others, all_pairings(n, factors))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 LOSS = """
 import sys
@@ -47,3 +48,31 @@ def run(script: str, *arguments: str) -> str:
 
 def test_the_engine_needs_torch_alone() -> None:
     assert run(LOSS) == "alone"
+
+
+COLLECT = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Nothing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("gigabatch.trainer", "gigabatch.data", "gigabatch.launcher")) or (
+            name.partition(".")[0] in ("ray", "deepspeed", "webdataset", "pydantic", "typer")
+        ):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Nothing())
+import pytest
+
+folder = sys.argv[1]
+sys.exit(pytest.main([
+    "--collect-only", "-q", folder, "--confcutdir", folder, "-o", "addopts=",
+    "-o", f"pythonpath={folder}", "-p", "no:cacheprovider",
+]))
+"""
+
+
+def test_the_engine_s_tests_need_nothing_else_of_gigabatch() -> None:
+    """So that a machine with a GPU, torch and pytest can run them."""
+    said = run(COLLECT, str(Path(__file__).parent))  # or it ends with another exit code
+    assert "test_gpu.py::" in said
