@@ -131,7 +131,7 @@ class Measure:
     def _refuse(self, problem: Problem, contender: Contender) -> str:
         """Why a contender is not to be tried at this size, if it is not."""
         key = (problem.family, problem.d, contender.name)
-        if key in self.failed:
+        if key in self.failed and problem.n >= self.failed[key][0]:
             n, how = self.failed[key]
             return f"failed at N {n:,}: {how}"
         needs = contender.pair_bytes * problem.n**2

@@ -24,7 +24,7 @@ from gigabatch.kernels.fused.kernels import At, Common, Config, Group, Setup, Te
 from gigabatch.kernels.fused.maxsim import INTERPRETED, FusedMaxSim
 from gigabatch.kernels.fused.rules import Step, steps
 from gigabatch.kernels.maxsim import MaxSim
-from gigabatch.kernels.rules import Rule
+from gigabatch.kernels.rules import AbsDiff, Rule, Table
 from gigabatch.kernels.scores import Dot, GatedCosine, Score
 from gigabatch.kernels.sources import Panel
 from gigabatch.kernels.tiled import Part
@@ -143,8 +143,8 @@ class _Part:
             del self.args[placed:]
             merges: list[Callable[[], None]] = []
             groups, common = self._groups(parts, rules, config, merges)
-            grads = [self.k.new_empty(self.m, self.n, dtype=kind) for _ in range(1 + self.gated)]
-            grads, none = grads if learns else [], self.k  # what is not used must be something
+            count, none = learns * (1 + self.gated), self.k  # what is not used must be something
+            grads = [self.k.new_empty(self.m, self.n, dtype=kind) for _ in range(count)]
             kept = None if store is None else "loaded" if learns else "stored"
             self._start(
                 kernels.sweep, config, none if store is None else store,
@@ -161,7 +161,8 @@ class _Part:
     def best(self, rule: Rule, k: int) -> tuple[Tensor, Tensor]:
         """[rows, blocks x k]: the best scores of each block that the rule allows, their keys."""
         # Log-weights do not count here, nor what limits them.
-        program = tuple(step for step in self._steps(rule) if step.use in ("and", "or"))
+        masks = [clause for clause in rule if not isinstance(clause, Table | AbsDiff)]
+        program = tuple(step for step in self._steps(masks) if step.use != "weigh")
 
         def launch(config: Config) -> tuple[Tensor, Tensor]:
             shape = (triton.cdiv(self.n, config.bn), k, self.m)

@@ -349,6 +349,7 @@ def test_the_same_tensor_on_both_sides(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_smoothing_is_the_one_of_torch(backend: str) -> None:
     case = replace(make_case(20, 20, 8, ids=None, symmetric=False), label_smoothing=0.1)
+    case = case.to(KIND[backend])
     target = torch.arange(20)
     want = torch.nn.functional.cross_entropy(
         case.scale * case.q @ case.k.T, target, label_smoothing=0.1
