@@ -14,7 +14,8 @@ from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import ALL, Panel
 from gigabatch.kernels.tiled import PHI, Part, fit, top
 
-__all__ = ["fit", "sweep", "top"]
+__all__ = ["KIND", "fit", "sweep", "top"]
+KIND = torch.float64  # of everything, whatever the inputs
 
 
 def sweep(

@@ -126,11 +126,7 @@ def engine_of(backend: str | None, like: Tensor) -> Any:
         raise ValueError("backend 'triton' needs the package triton: pip install triton")
     if name == "triton" and not like.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("backend 'triton' needs a GPU (to test it: TRITON_INTERPRET=1, slow)")
-    return importlib.import_module(_module(name))
-
-
-def _module(name: str) -> str:
-    return f"gigabatch.kernels.{BACKENDS[name]}"
+    return importlib.import_module(f"gigabatch.kernels.{BACKENDS[name]}")
 
 
 @dataclass(frozen=True)
@@ -152,7 +148,7 @@ class _Spec:
     @property
     def inner(self) -> torch.dtype:
         """The dtype of logits, sums, and sums of gradients."""
-        return self.kind if self.engine.__name__ != _module("reference") else torch.float64
+        return getattr(self.engine, "KIND", self.kind)
 
 
 def _run(

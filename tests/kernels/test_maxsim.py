@@ -130,10 +130,10 @@ def test_kept_scores_change_no_bit(backend: str, room: int) -> None:
                 q, k, scale, mask_q=real_q, mask_k=real_k, backend=backend, cache_bytes=cache_bytes
             )
             results.append([loss, *torch.autograd.grad(loss, (q, k, scale))])
-    want = brute.late(q.double(), real_q, k.double(), real_k) * 7
-    both = [torch.nn.functional.cross_entropy(x, torch.arange(7)) for x in (want,)]
-    back = brute.late(k.double(), real_k, q.double(), real_q) * 7
-    both.append(torch.nn.functional.cross_entropy(back, torch.arange(7)))
+    ways = (q.double(), real_q, k.double(), real_k), (k.double(), real_k, q.double(), real_q)
+    both = [
+        torch.nn.functional.cross_entropy(7 * brute.late(*way), torch.arange(7)) for way in ways
+    ]
     torch.testing.assert_close(results[0][0].double(), sum(both) / 2, rtol=1e-5, atol=1e-5)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
