@@ -29,6 +29,9 @@ setup(
         "deepspeed>=0.19.8,<0.20",  # trainer/zero.py relies on behaviour checked on this line
         "ray[default,train]>=2.60,<3",
         "webdataset>=1.0.2,<2",
+        "braceexpand>=0.1.7",
+        "fsspec>=2024.6",
+        "google-crc32c>=1.5",
         "pyarrow>=17",
         "tensorboard>=2.18,<3",
         "transformers>=5,<6",
@@ -43,6 +46,8 @@ setup(
         "fonttools>=4.50",
     ],
     extras_require={
+        "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
+        "audio": ["soundfile>=0.13", "soxr>=0.5"],
         "test": [
             "pytest>=8",
             "pytest-xdist>=3.6",
@@ -52,6 +57,11 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "psutil>=6",
+            "s3fs>=2024.6",
+            "aiohttp>=3.9",
+            "moto[server]>=5",
+            "soundfile>=0.13",
+            "soxr>=0.5",
             "triton>=3.6,<3.8",
         ],
     },

@@ -1,8 +1,8 @@
 """Augmentation of whole batches on the device, as a pure function of (images, key).
 
-The random numbers are keyed uniforms [B, k]; the work is one `grid_sample` and one colour matrix
-a batch. Run it again with the same key and the same pixels come out, which is how the second pass
-of the exact step replays it.
+The random numbers are keyed uniforms [B, k], made into one affine map, one colour matrix and so
+on for each image; `pixels.py` does the work. Run it again with the same key and the same pixels
+come out, which is how the second pass of the exact step replays it.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from gigabatch.data import keyed
+from gigabatch.data.pixels import Changes, apply_changes
 from gigabatch.data.settings import Settings
 
 
 class Augmentation(Settings):
     """Ranges of the random changes; 0 turns each off. Every draw is uniform."""
 
+    crop: float = Field(0.0, ge=0, le=1)
+    """Least share of the area that a random resized crop keeps (0.08 for strong augmentation)."""
     zoom: float = Field(0.0, ge=0, lt=1)
     """Scale by exp(u), u within +-zoom."""
     aspect: float = Field(0.0, ge=0, lt=1)
-    """Width against height by exp(u), u within +-aspect."""
+    """Width against height by exp(u), u within +-aspect; with `crop`, the shape of the crop."""
     rotate: float = Field(0.0, ge=0, le=180)
     """Degrees, either way."""
     shear: float = Field(0.0, ge=0, le=60)
@@ -33,27 +35,35 @@ class Augmentation(Settings):
     """Translation, as a fraction of the side, either way, in x and in y."""
     flip: float = Field(0.0, ge=0, le=1)
     """Probability of a left-right flip."""
+    blur: float = Field(0.0, ge=0, le=32)
+    """Standard deviation of a Gaussian blur, up to this, in pixels."""
     brightness: float = Field(0.0, ge=0, le=1)
     """Added to pixels in [0, 1], either way."""
     contrast: float = Field(0.0, ge=0, lt=1)
     """Scales the distance from mid-grey by exp(u), u within +-contrast."""
     saturation: float = Field(0.0, ge=0, le=1)
     """Moves towards grey by up to this fraction (1: some images lose all colour)."""
+    grey: float = Field(0.0, ge=0, le=1)
+    """Probability of losing all colour; grey is the mean of the channels."""
     hue: float = Field(0.0, ge=0, le=180)
     """Rotates colour about the grey axis, degrees, either way."""
     noise: float = Field(0.0, ge=0, le=1)
     """Standard deviation of the pixel noise, up to this, in units of the [0, 1] range."""
+    erase: float = Field(0.0, ge=0, le=1)
+    """Probability that a rectangle of 2 to 33 % of the area is made mid-grey."""
 
     @property
     def moves(self) -> bool:
-        return any((self.zoom, self.aspect, self.rotate, self.shear, self.shift, self.flip))
+        moves = (self.zoom, self.aspect, self.rotate, self.shear, self.shift, self.flip)
+        return any((self.crop, *moves))
 
     @property
     def colours(self) -> bool:
-        return any((self.brightness, self.contrast, self.saturation, self.hue))
+        return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
 
-_DRAWS = 12
+_DRAWS = 12  # fixed: with another number of columns, every draw of an old run would change
+_ERASED, _ERASED_ASPECT = (0.02, 0.33), 1 / 0.3  # Zhong et al. 2020, Random Erasing
 
 
 def augment(images: Tensor, settings: Augmentation, stream: int) -> Tensor:
@@ -61,18 +71,29 @@ def augment(images: Tensor, settings: Augmentation, stream: int) -> Tensor:
 
     Pixels that move in from outside repeat the border.
     """
-    batch = images.shape[0]
-    pixels = images.float() / 255
-    draws = torch.from_numpy(keyed.uniforms(stream, batch, _DRAWS)).to(images.device)
+    draws = _draw(images, stream, _DRAWS)
+    affine = kernel = matrix = offset = noise = hole = None
     if settings.moves:
-        grid = F.affine_grid(_affine(draws, settings), list(images.shape), align_corners=False)
-        pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
+        affine = _affine(draws, settings)
+    if settings.crop and affine is not None:
+        crop = _draw(images, keyed.key(stream, "crop"), 3)
+        affine = _into(_crop_boxes(crop, draws, settings), affine)
+    if settings.blur:
+        kernel = _kernels(_draw(images, keyed.key(stream, "blur"), 1), settings.blur)
     if settings.colours:
-        pixels = _recolour(pixels, draws, settings)
+        grey = _draw(images, keyed.key(stream, "grey"), 1)[:, 0] < settings.grey
+        matrix, offset = _colours(draws, grey, images.shape[1], settings)
     if settings.noise:
         level = draws[:, 10].view(-1, 1, 1, 1) * settings.noise
-        pixels = pixels + level * _normal(pixels, keyed.key(stream, "noise"))
-    return pixels
+        noise = _normal(images, keyed.key(stream, "noise")).mul_(level)
+    if settings.erase:
+        hole = _hole_boxes(_draw(images, keyed.key(stream, "erase"), 5), settings.erase)
+    return apply_changes(images, Changes(affine, kernel, matrix, offset, noise, hole))
+
+
+def _draw(images: Tensor, stream: int, columns: int) -> Tensor:
+    """Uniforms [B, columns], on the images' device."""
+    return torch.from_numpy(keyed.uniforms(stream, images.shape[0], columns)).to(images.device)
 
 
 def _spread(draw: Tensor, limit: float) -> Tensor:
@@ -81,7 +102,8 @@ def _spread(draw: Tensor, limit: float) -> Tensor:
 
 def _affine(draws: Tensor, s: Augmentation) -> Tensor:
     """[B, 2, 3] maps of output to input coordinates, both in [-1, 1]."""
-    zoom, aspect = _spread(draws[:, 0], s.zoom), _spread(draws[:, 1], s.aspect) / 2
+    zoom = _spread(draws[:, 0], s.zoom)
+    aspect = _spread(draws[:, 1], 0.0 if s.crop else s.aspect) / 2
     angle = _spread(draws[:, 2], math.radians(s.rotate))
     slant = torch.tan(_spread(draws[:, 3], math.radians(s.shear)))
     mirror = torch.where(draws[:, 6] < s.flip, -1.0, 1.0)
@@ -92,19 +114,55 @@ def _affine(draws: Tensor, s: Augmentation) -> Tensor:
     return torch.stack([x, y]).permute(2, 0, 1)
 
 
-def _recolour(pixels: Tensor, draws: Tensor, s: Augmentation) -> Tensor:
-    """One colour matrix and one offset an image: x -> M x + b."""
-    batch, channels = pixels.shape[:2]
+def _crop_boxes(crop: Tensor, draws: Tensor, s: Augmentation) -> Tensor:
+    area = s.crop + (1 - s.crop) * crop[:, 0]
+    return _boxes(area, _spread(draws[:, 1], -s.aspect), crop[:, 1:])
+
+
+def _into(boxes: Tensor, affine: Tensor) -> Tensor:
+    """`affine` within boxes: their edges are its -1 and 1. So the crop precedes the moves."""
+    size, centre = boxes.view(-1, 2, 2, 1).unbind(1)
+    return torch.cat([affine[:, :, :2] * size, affine[:, :, 2:] * size + centre], 2)
+
+
+def _hole_boxes(draws: Tensor, probability: float) -> Tensor:
+    least, most = _ERASED
+    stretch = _spread(draws[:, 2], math.log(_ERASED_ASPECT))
+    boxes = _boxes(least + (most - least) * draws[:, 1], stretch, draws[:, 3:])
+    return boxes * (draws[:, :1] < probability)  # of no size where nothing is erased
+
+
+def _boxes(area: Tensor, stretch: Tensor, place: Tensor) -> Tensor:
+    """[B, 4] boxes inside the image: half width, half height, centre (x, y), in [-1, 1].
+
+    `area` [B]: share of the image's. `stretch` [B]: logarithm of width against height, limited so
+    that neither side passes the image's. `place` [B, 2]: uniforms.
+    """
+    room = -torch.log(area)
+    half = torch.minimum(torch.maximum(stretch, -room), room) / 2
+    size = (torch.sqrt(area).unsqueeze(1) * torch.exp(torch.stack([half, -half], 1))).clamp(max=1)
+    return torch.cat([size, (2 * place - 1) * (1 - size)], 1)
+
+
+def _kernels(draw: Tensor, limit: float) -> Tensor:
+    """[B, 2 R + 1] Gaussians of standard deviation up to `limit`, cut at three times the limit."""
+    radius = math.ceil(3 * limit)
+    places = torch.arange(-radius, radius + 1, device=draw.device)
+    sigma = (draw * limit).clamp(min=1e-3)  # as good as none; 0 would give 0 / 0
+    weights = torch.exp(-(places**2) / (2 * sigma**2))
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _colours(draws: Tensor, grey: Tensor, channels: int, s: Augmentation) -> tuple[Tensor, Tensor]:
+    """One colour matrix [B, C, C] and one offset [B, 1, 1] an image: x -> M x + b."""
     gain = torch.exp(_spread(draws[:, 7], s.contrast)).view(-1, 1, 1)
     offset = (1 - gain) / 2 + _spread(draws[:, 8], s.brightness).view(-1, 1, 1)
     if channels == 1:
-        return pixels * gain.unsqueeze(-1) + offset.unsqueeze(-1)
-    grey = torch.full((3, 3), 1 / 3, device=pixels.device)
-    keep = 1 - draws[:, 9].view(-1, 1, 1) * s.saturation
+        return gain, offset
+    mean = torch.full((3, 3), 1 / 3, device=draws.device)
+    keep = (1 - draws[:, 9] * s.saturation).masked_fill(grey, 0.0).view(-1, 1, 1)
     turn = _hue_rotation(_spread(draws[:, 11], math.radians(s.hue)))
-    matrix = gain * (grey + keep * (turn - grey))
-    flat = torch.baddbmm(offset.expand(batch, 3, 1), matrix, pixels.flatten(2))
-    return flat.view_as(pixels)
+    return gain * (mean + keep * (turn - mean)), offset
 
 
 def _hue_rotation(angle: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from gigabatch.data.errors import GigabatchError
+from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.keyed import key
 from gigabatch.data.settings import Settings
 
@@ -48,7 +48,7 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             image = image.convert("L" if settings.channels == 1 else "RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise GigabatchError(
+        raise BadSample(
             f"{where}: the image cannot be decoded: {error}. Restore or remove the sample."
         ) from error
     if image.size != (size, size):
@@ -61,11 +61,12 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
-def decode_text(data: bytes, where: str) -> str:
+def decode_array(data: bytes, where: str) -> Tensor:
+    """A .npy member, of numbers or truth values. (A pickled one is refused, never opened.)"""
     try:
-        return data.decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise GigabatchError(f"{where}: the text is not UTF-8: {error}.") from error
+        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, OSError, EOFError, TypeError, SyntaxError, MemoryError) as error:
+        raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
 
 
 def decode_column(data: bytes, column: str, where: str) -> int:
@@ -79,6 +80,11 @@ def decode_column(data: bytes, column: str, where: str) -> int:
             f"{where}: its json member has no {column!r}. Set objective.positives "
             "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
         ) from error
+    return code_of(value)
+
+
+def code_of(value: Any) -> int:
+    """An integer as it is; any other value by its 63-bit hash."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62:
         return value
     return key("column", json.dumps(value, sort_keys=True)) >> 1

@@ -1,4 +1,4 @@
-"""The one exception type for what a user can put right."""
+"""The exception types for what a user can put right."""
 
 
 class GigabatchError(Exception):
@@ -7,3 +7,7 @@ class GigabatchError(Exception):
     The message says what is wrong, where, why, and which key to set; the command line prints it
     without a traceback and exits with code 2.
     """
+
+
+class BadSample(GigabatchError):
+    """One sample whose bytes cannot be used: a run puts another in its place, and counts it."""

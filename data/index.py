@@ -1,158 +1,240 @@
-"""The index of a folder of shards: one row a sample, built once, mapped into memory at run time.
+"""The index of a set of shards: one row a sample, mapped into memory at run time.
 
-`FOLDER/.gigabatch/` (or a cache folder, where FOLDER is read-only) holds `samples.parquet` for
-interchange, `samples.arrow` (uncompressed, memory-mapped by every process) and `manifest.json`
-(the shards with their sizes and times, and a digest of the rows). The sample number is the row.
+A set is a folder of `*.tar`, a pattern (globs, brace ranges; local or remote), or a view, a folder
+that `gigabatch data filter` made. Its index holds `samples.parquet` for interchange, an Arrow file
+of the same rows (uncompressed, memory-mapped by every process) and `manifest.json`: the shards with
+their sizes, versions and digests. It lies in `FOLDER/.gigabatch`, or in the cache folder where that
+cannot be written or the set is no local folder. The sample number is the row; shards that are
+added later come after all others, so that a sample keeps its number.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
+import mmap
 import os
-import stat
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.tarwalk import walk
+from gigabatch.data.scan import IndexSettings
 
-log = logging.getLogger(__name__)
-FORMAT = 1
-Progress = Callable[[int, int], None]
+FORMAT = 2
+BATCH_BITS = 20
+ROWS = 1 << BATCH_BITS
+"""Rows of a record batch: a row is found by a shift, and an index is written in little memory."""
+FORGET_AFTER = 1 << 9
+"""Look-ups after which the mapped pages are given back, so that memory stays small however large
+the index; the system keeps them cached."""
+I64 = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """`name`: a path or URL. `bytes`, `version`: what it was when it was indexed. `samples`: its
+    rows. `digest`: SHA-256 of its members' names, sizes and checksums."""
+
+    name: str
+    bytes: int
+    version: str
+    samples: int
+    digest: str
 
 
 @dataclass(frozen=True)
 class Index:
-    """A memory-mapped index. `root`: the folder of the shards. `shards`: their file names.
+    """A memory-mapped index.
 
-    `digest`: SHA-256 over the names, sizes and offsets of all members, the data's fingerprint.
+    `source`: the folder or pattern as it was given. `folder`: where the index itself lies.
+    `digest`: SHA-256 over the shards' digests, the data's fingerprint.
     """
 
-    root: Path
+    source: str
     folder: Path
-    shards: tuple[str, ...]
-    shard_sizes: tuple[int, ...]
+    arrow: str
+    shards: tuple[Shard, ...]
+    members_held: tuple[tuple[str, int], ...]
+    settings: IndexSettings
     digest: str
 
     def __len__(self) -> int:
-        return sum(self.shard_sizes)
+        return int(self.first_sample[-1])
+
+    @property
+    def name(self) -> str:
+        """What the set is called in metrics: the last part of its folder or pattern."""
+        return os.path.basename(self.source.rstrip("/")) or self.source
 
     @cached_property
-    def table(self) -> pa.Table:
-        return _map_table(self.folder)
+    def shard_sizes(self) -> I64:
+        """[shards] samples in each."""
+        return np.array([shard.samples for shard in self.shards], np.int64)
 
     @cached_property
-    def first_sample(self) -> NDArray[np.int64]:
+    def first_sample(self) -> I64:
         """[shards + 1] the sample number at which each shard starts."""
-        return np.concatenate([[0], np.cumsum(self.shard_sizes)])
+        return np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
 
     @property
     def members(self) -> tuple[str, ...]:
         """The extensions found, such as ("json", "png", "txt")."""
-        names = self.table.column_names
-        return tuple(n.removesuffix(".offset") for n in names if n.endswith(".offset"))
+        return tuple(name for name, _ in self.members_held)
+
+    @cached_property
+    def _mapped(self) -> _Mapped:
+        return _Mapped(self.folder / self.arrow)
+
+    @property
+    def table(self) -> pa.Table:
+        return self._mapped.table
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The fields of the json member that the index holds."""
+        return self.settings.columns
+
+    def take(self, column: str, samples: I64) -> NDArray[Any]:
+        """The values of a numeric column, such as `png.offset`, of the given samples."""
+        return self._mapped.take(column, samples)
+
+    def values(self, column: str, samples: I64) -> list[Any]:
+        """The values of any column of the given samples, None for null."""
+        return self._mapped.values(column, samples)
 
     def key(self, sample: int) -> str:
-        return self.table["key"][sample].as_py()
+        return str(self.values("key", np.array([sample]))[0])
 
     def shard_of(self, sample: int) -> int:
         return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
 
-    def column(self, name: str) -> NDArray[np.int64]:
-        """A numeric column, such as `png.offset`, without a copy.
-
-        (pyarrow's own `to_numpy` imports pandas, for seconds, and swallows a Ctrl-C meanwhile.)
-        """
-        if name not in self._columns:
-            parts = [np.frombuffer(c.buffers()[1], np.int64, len(c), 8 * c.offset)
-                     for c in self.table[name].chunks]  # fmt: skip
-            self._columns[name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._columns[name]
-
-    @cached_property
-    def _columns(self) -> dict[str, NDArray[np.int64]]:
-        return {}
+    def where(self, sample: int) -> str:
+        """Shard and key, for messages."""
+        return f"{self.shards[self.shard_of(sample)].name}: sample {self.key(sample)!r}"
 
     def span(self, sample: int, member: str) -> tuple[int, int]:
         """(offset, size) of one member in its shard, in bytes; offset 0 means it is missing."""
-        offset, size = self.column(f"{member}.offset"), self.column(f"{member}.size")
-        return int(offset[sample]), int(size[sample])
+        at = np.array([sample])
+        return int(self.take(f"{member}.offset", at)[0]), int(self.take(f"{member}.size", at)[0])
 
-    def require(self, *choices: str) -> str:
-        """The first of `choices` (extensions) that every sample has."""
-        for member in choices:
-            if member in self.members:
-                missing = np.flatnonzero(self.column(f"{member}.offset") == 0)
-                if missing.size == 0:
-                    return member
-                sample = int(missing[0])
-                raise GigabatchError(
-                    f"{self.root / self.shards[self.shard_of(sample)]}: sample "
-                    f"{self.key(sample)!r} has no .{member} member ({missing.size} of {len(self)} "
-                    "samples lack one). Write the shards again with every member present."
-                )
-        raise GigabatchError(
-            f"{self.root}: no sample has a .{' or .'.join(choices)} member; found: "
-            f"{', '.join('.' + m for m in self.members)}. Is data.train the folder you meant?"
-        )
+    def lacking(self, *choices: str) -> I64:
+        """The samples that have none of `choices` (extensions)."""
+        held = dict(self.members_held)
+        if any(held.get(choice) == len(self) for choice in choices):
+            return np.empty(0, np.int64)
+        lacking = np.ones(len(self), bool)
+        for choice in choices:
+            if choice in held:
+                for first in range(0, len(self), ROWS):
+                    rows = np.arange(first, min(first + ROWS, len(self)))
+                    lacking[rows] &= self.take(f"{choice}.offset", rows) == 0
+        return np.flatnonzero(lacking)
+
+    def require(self, *choices: str, partial: bool = False) -> tuple[str, ...]:
+        """Those of `choices` (extensions) that occur, in their order.
+
+        Raises GigabatchError where none does, or, unless `partial`, where a sample has none.
+        """
+        found = tuple(choice for choice in choices if choice in self.members)
+        if not found:
+            raise GigabatchError(
+                f"{self.source}: no sample has a .{' or .'.join(choices)} member; found: "
+                f"{', '.join('.' + m for m in self.members)}. Is data.train the set you meant?"
+            )
+        missing = np.empty(0, np.int64) if partial else self.lacking(*found)
+        if missing.size:
+            raise GigabatchError(
+                f"{self.where(int(missing[0]))} has no .{' or .'.join(found)} member "
+                f"({missing.size} of {len(self)} samples lack one). Write the shards again with "
+                "every member present, or say data.missing=mask."
+            )
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle the description, not the mapped table: each process maps it itself."""
-        mapped = ("table", "first_sample", "_columns")
+        mapped = ("_mapped", "first_sample", "shard_sizes")
         return {k: v for k, v in self.__dict__.items() if k not in mapped}
 
 
-def open_index(root: Path, progress: Progress | None = None) -> Index:
-    """The index of the shards in `root` (`*.tar`), built first if there is none or it is stale.
+@dataclass
+class _Mapped:
+    """The Arrow file, in record batches of ROWS rows."""
 
-    `progress(done, total)` is called after each shard scanned.
-    """
-    shards = sorted(p.name for p in root.glob("*.tar")) if root.is_dir() else []
-    if not shards:
-        why = "holds no .tar shard" if root.is_dir() else "is not a folder"
-        remedy = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
-        if any(root.parent.glob("*.tar")):
-            remedy = f"{root.parent} holds shards itself: for those, data.train=. (a dot)."
-        raise GigabatchError(f"{root}: {why}. {remedy}")
-    home = _index_folder(root)
-    manifest = _read_manifest(home)
+    path: Path
+    table: pa.Table = field(init=False)
+
+    def __post_init__(self) -> None:
+        with open(self.path, "rb") as file:
+            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self.map))).read_all()
+        self.numbers: dict[str, list[NDArray[Any]]] = {}
+        self.looked_up = 0
+
+    def take(self, column: str, samples: I64) -> NDArray[Any]:
+        batches = self._numbers(column)
+        self._count(len(samples))
+        if len(batches) == 1:
+            return batches[0][samples]
+        out = np.empty(len(samples), batches[0].dtype)
+        which = samples >> BATCH_BITS
+        for batch in np.unique(which):
+            here = which == batch
+            out[here] = batches[batch][samples[here] & (ROWS - 1)]
+        return out
+
+    def values(self, column: str, samples: I64) -> list[Any]:
+        chunks = self.table[column].chunks
+        self._count(len(samples))
+        return [chunks[s >> BATCH_BITS][s & (ROWS - 1)].as_py() for s in samples.tolist()]
+
+    def _numbers(self, column: str) -> list[NDArray[Any]]:
+        """Without a copy. (pyarrow's own `to_numpy` imports pandas, for seconds, and swallows a
+        Ctrl-C meanwhile.)"""
+        if column not in self.numbers:
+            kind = self.table.schema.field(column).type.to_pandas_dtype()
+            wide = np.dtype(kind).itemsize
+            self.numbers[column] = [
+                np.frombuffer(c.buffers()[1], kind, len(c), wide * c.offset)
+                for c in self.table[column].chunks
+            ]
+        return self.numbers[column]
+
+    def _count(self, look_ups: int) -> None:
+        self.looked_up += look_ups
+        if self.looked_up > FORGET_AFTER:
+            self.looked_up = 0
+            self.map.madvise(mmap.MADV_DONTNEED)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a whole index; empty where there is none, or part of one is missing."""
     try:
-        seen = [_state(root / name) for name in shards]
-        if manifest.get("shards") != seen:
-            manifest = _build(root, shards, seen, home, progress)
-    except OSError as error:
-        raise GigabatchError(
-            f"{error.filename or root}: the shard cannot be read: {error.strerror or error}. Make "
-            "it readable, or remove it from the folder."
-        ) from error
-    if not manifest["rows"]:
-        raise GigabatchError(f"{root}: the shards hold no samples. Set data.root to a filled set.")
-    return Index(root, home, tuple(shards), tuple(manifest["shard_sizes"]), manifest["digest"])
+        manifest = json.loads((folder / "manifest.json").read_text())
+        rows = sum(shard["samples"] for shard in manifest["shards"])
+        whole = (
+            manifest["format"] == FORMAT
+            and rows == _Mapped(folder / manifest["arrow"]).table.num_rows
+        )
+    except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
+        return {}
+    return manifest if whole else {}
 
 
-def _state(path: Path) -> dict[str, Any]:
-    info = path.stat()
-    return {"name": path.name, "bytes": info.st_size, "mtime_ns": info.st_mtime_ns}
-
-
-def _index_folder(root: Path) -> Path:
-    # Mode bits are asked as well as the kernel, since root may write where nobody should.
-    writable = os.access(root, os.W_OK) and root.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP)
-    if writable:
-        return root / ".gigabatch"
-    name = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]
-    return cache_home() / "index" / f"{root.name}-{name}"
+def index_of(source: str, folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> Index:
+    """The Index that a manifest describes; `names`: the shards' paths or URLs, in its order."""
+    shards = tuple(
+        Shard(name, s["bytes"], s["version"], s["samples"], s["digest"])
+        for name, s in zip(names, manifest["shards"], strict=True)
+    )
+    held = tuple(manifest["members"].items())
+    settings = IndexSettings.model_validate(manifest["settings"])
+    return Index(source, folder, manifest["arrow"], shards, held, settings, manifest["digest"])
 
 
 def cache_home() -> Path:
@@ -160,106 +242,3 @@ def cache_home() -> Path:
     if own := os.environ.get("GIGABATCH_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigabatch"
-
-
-def _read_manifest(home: Path) -> dict[str, Any]:
-    """The manifest of a whole index; empty where there is none, or part of one is missing."""
-    try:
-        manifest = json.loads((home / "manifest.json").read_text())
-        whole = manifest["format"] == FORMAT and manifest["rows"] == _map_table(home).num_rows
-    except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
-        return {}
-    return manifest if whole else {}
-
-
-def _map_table(home: Path) -> pa.Table:
-    return pa.ipc.open_file(pa.memory_map(str(home / "samples.arrow"))).read_all()
-
-
-def _build(
-    root: Path, shards: list[str], seen: list[dict[str, Any]], home: Path, progress: Progress | None
-) -> dict[str, Any]:
-    log.info("indexing %d shards in %s", len(shards), root)
-    rows: list[dict[str, Any]] = []
-    sizes = []
-    for number, name in enumerate(shards):
-        before = len(rows)
-        rows.extend(_samples(root / name, number))
-        sizes.append(len(rows) - before)
-        if progress:
-            progress(number + 1, len(shards))
-    table = _table(rows)
-    digest = hashlib.sha256()
-    for name in table.column_names:
-        digest.update(f"{name}\n".encode())
-        for value in table[name].to_pylist():
-            digest.update(f"{value}\n".encode())
-    manifest = {
-        "format": FORMAT,
-        "shards": seen,
-        "shard_sizes": sizes,
-        "rows": len(rows),
-        "digest": digest.hexdigest(),
-    }
-    _publish(table, manifest, home)
-    return manifest
-
-
-def _samples(path: Path, shard: int) -> Iterator[dict[str, Any]]:
-    """Group consecutive members by key (webdataset's rule: the name up to the first dot)."""
-    row: dict[str, Any] = {}
-    done: set[str] = set()
-    for member in walk(path):
-        folder, _, base = member.name.rpartition("/")
-        stem, dot, extension = base.partition(".")
-        extension = extension.lower()  # as webdataset does
-        if not dot or not stem:
-            continue  # webdataset skips names without an extension, and hidden files
-        key = f"{folder}/{stem}" if folder else stem
-        if row and row["key"] != key:
-            done.add(row["key"])
-            yield row
-            row = {}
-        if key in done or f"{extension}.offset" in row:
-            raise GigabatchError(
-                f"{path}: at byte {member.offset}: key {key!r} comes a second time "
-                f"(member {member.name!r}). Members of a sample must be adjacent and unique; "
-                "a dot inside the key is a common cause. Write the shard again."
-            )
-        row.update(key=key, shard=shard)
-        row[f"{extension}.offset"], row[f"{extension}.size"] = member.offset, member.size
-    if row:
-        yield row
-
-
-def _table(rows: list[dict[str, Any]]) -> pa.Table:
-    extensions = sorted({name.rpartition(".")[0] for row in rows for name in row if "." in name})
-    columns: dict[str, pa.Array] = {
-        "key": pa.array([row["key"] for row in rows], pa.large_string()),
-        "shard": pa.array([row["shard"] for row in rows], pa.int32()),
-    }
-    for extension in extensions:
-        for what in ("offset", "size"):
-            name = f"{extension}.{what}"
-            columns[name] = pa.array([row.get(name, 0) for row in rows], pa.int64())
-    return pa.table(columns)
-
-
-def _publish(table: pa.Table, manifest: dict[str, Any], home: Path) -> None:
-    """Replace file by file, the manifest last, so that a manifest never lies.
-
-    Processes that index the same shards at once replace each other's files by equal ones.
-    """
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as name:
-            fresh = Path(name)
-            pq.write_table(table, fresh / "samples.parquet")
-            with pa.ipc.new_file(fresh / "samples.arrow", table.schema) as writer:
-                writer.write_table(table)
-            (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            (home / "manifest.json").unlink(missing_ok=True)
-            for file in ("samples.parquet", "samples.arrow", "manifest.json"):
-                os.replace(fresh / file, home / file)
-    except OSError as error:
-        raise GigabatchError(f"{home}: the index cannot be written: {error}.") from error

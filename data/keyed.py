@@ -17,7 +17,10 @@ VERSION = 1
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
+_ROUND_STEPS = [_GOLDEN * (i + 1) & _MASK64 for i in range(_ROUNDS)]
+_CHUNK = 1 << 16  # what permute works on at a time stays in a core's cache
 
+I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 
 
@@ -41,26 +44,60 @@ def uniforms(stream: int, rows: int, columns: int) -> NDArray[np.float32]:
     return (bits.astype(np.float32) * np.float32(2.0**-24)).reshape(rows, columns)
 
 
-def permute(index: NDArray[np.int64], size: int, stream: int) -> NDArray[np.int64]:
+def permute(index: I64, size: int, stream: int) -> I64:
     """Where each index in [0, size) goes under the permutation named by `stream`.
 
-    A balanced Feistel network over the next even number of bits; a value that falls outside
-    [0, size) walks its cycle until it is inside, at most four rounds on average. Cost is
-    proportional to `index`, not to `size`: seeking needs no table and no sort.
+    `index`: int64 [n]. A balanced Feistel network over the next even number of bits; a value that
+    falls outside [0, size) walks its cycle until it is inside, at most four rounds on average.
+    Cost is proportional to `index`, not to `size`: seeking needs no table and no sort.
     """
     half = max(1, (max(size - 1, 1).bit_length() + 1) // 2)
-    mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
-    round_keys = [np.uint64((stream + _GOLDEN * (i + 1)) & _MASK64) for i in range(_ROUNDS)]
+    if index.size < 2 << half:
+        each = np.broadcast_to(np.int64(size), index.shape)
+        return permute_each(index, each, np.broadcast_to(np.uint64(stream), index.shape))
+    # A round sees half the bits: where it is asked for each of them often, a table is quicker.
+    mask = (1 << half) - 1
+    halves = np.arange(1 << half, dtype=np.uint64)
+    round_keys = [np.uint64((stream + step) & _MASK64) for step in _ROUND_STEPS]
+    tables = [(_finalise(halves ^ k) & np.uint64(mask)).astype(np.int64) for k in round_keys]
 
-    def network(x: U64) -> U64:
-        left, right = x >> shift, x & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (_finalise(right ^ round_key) & mask)
-        return (left << shift) | right
+    def network(x: I64) -> I64:
+        left, right = x >> half, x & mask
+        for table in tables:
+            left, right = right, left ^ table.take(right)
+        return (left << half) | right
 
-    value = network(index.astype(np.uint64))
-    outside = np.flatnonzero(value >= size)
+    placed = np.empty(index.shape, np.int64)
+    for first in range(0, index.size, _CHUNK):
+        value = network(index[first : first + _CHUNK])
+        outside = np.flatnonzero(value >= size)
+        while outside.size:
+            value[outside] = network(value[outside])
+            outside = outside[value[outside] >= size]
+        placed[first : first + _CHUNK] = value
+    return placed
+
+
+def permute_each(index: I64, sizes: I64, streams: U64) -> I64:
+    """`permute(index[i], sizes[i], streams[i])` for all i at once: many permutations, few of each.
+
+    `index`, `sizes`: int64 [n], `sizes` at most 2^53. `streams`: uint64 [n].
+    """
+    bits = np.frexp(np.maximum(sizes - 1, 1).astype(np.float64))[1]  # bit lengths
+    half = np.maximum(1, (bits + 1) // 2).astype(np.uint64)
+    value = index.astype(np.uint64)
+    limits = sizes.astype(np.uint64)
+    value = _network(value, half, streams)
+    outside = np.flatnonzero(value >= limits)
     while outside.size:
-        value[outside] = network(value[outside])
-        outside = outside[value[outside] >= size]
+        value[outside] = _network(value[outside], half[outside], streams[outside])
+        outside = outside[value[outside] >= limits[outside]]
     return value.astype(np.int64)
+
+
+def _network(x: U64, half: U64, streams: U64) -> U64:
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & mask
+    for step in _ROUND_STEPS:
+        left, right = right, left ^ (_finalise(right ^ (streams + np.uint64(step))) & mask)
+    return (left << half) | right

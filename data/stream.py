@@ -1,7 +1,7 @@
 """The stream of micro-batches: a `webdataset.DataPipeline` whose source stage is ours.
 
-The source yields the samples of this rank's micro-batches in order; the stages behind it decode;
-the last one collates. A user's own webdataset stages go between, one sample in, one sample out.
+The source yields the decoded samples of this rank's micro-batches in order; a user's own
+webdataset stages follow, one sample in, one sample out; the last stage collates and tokenises.
 The only state is the step at which the stream starts.
 """
 
@@ -9,36 +9,33 @@ from __future__ import annotations
 
 import random
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import webdataset as wds
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gigabatch.data import order as ordering
-from gigabatch.data.decode import (
-    IMAGE_MEMBERS,
-    ImageSettings,
-    decode_column,
-    decode_image,
-    decode_text,
-)
-from gigabatch.data.errors import GigabatchError
+from gigabatch.data.cache import ShardCache
+from gigabatch.data.collate import Collate
+from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.fields import Fields, Sample
 from gigabatch.data.index import Index
 from gigabatch.data.keyed import key
-from gigabatch.data.order import Order
-from gigabatch.data.reader import Reader
-from gigabatch.data.tokenizer import encode
+from gigabatch.data.mixture import number_of
+from gigabatch.data.plans import Plan
+from gigabatch.data.quarantine import ATTEMPTS, Bad, substitute
+from gigabatch.data.sources import Sources
 
-Sample = dict[str, Any]
 Stage = Callable[[Iterator[Sample]], Iterator[Sample]]
+AHEAD = 16
+"""Micro-batches whose remote shards are fetched before they are needed."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,12 @@ class MicroBatch:
     """The unit of everything: rows that pass the towers together.
 
     `step`, `number`: its name in the run; with the run's seed they key all its randomness.
-    `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L];
+    `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L], of K
+    captions a sample [B * K, L]; `audio` float32 [B, T] with `audio_length` int64 [B]; arrays
+    [B, ...]; where modalities may be missing, `image_present` and so on, bool, a row of each;
     `sample` int64 [B]; and a column int64 [B] for each that was asked for. `keys`: the samples'
     names. `real`: false on padding, which is run through the towers for the sake of the
-    collectives and counts for nothing.
+    collectives and counts for nothing. `bad`: the samples that others stand in for.
     """
 
     step: int
@@ -57,6 +56,7 @@ class MicroBatch:
     real: bool
     keys: tuple[str, ...]
     tensors: dict[str, Tensor] = field(repr=False)
+    bad: tuple[Bad, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
@@ -66,89 +66,83 @@ class MicroBatch:
         return replace(self, tensors={name: t.pin_memory() for name, t in self.tensors.items()})
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One micro-batch to be read: its name, and its sample numbers."""
-
-    step: int
-    number: int
-    real: bool
-    samples: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class TrainPlans:
-    """This rank's micro-batches of steps `first_step` to `last_step`, dummies included."""
-
-    order: Order
-    global_size: int
-    micro_size: int
-    world_size: int
-    rank: int
-    first_step: int
-    last_step: int
-
-    @property
-    def per_step(self) -> int:
-        return ordering.rounds(self.global_size // self.micro_size, self.world_size)
-
-    def __iter__(self) -> Iterator[Plan]:
-        for step in range(self.first_step, self.last_step + 1):
-            samples = ordering.batch_samples(self.order, step, self.global_size)
-            yield from _deal(samples, self.micro_size, self.world_size, self.rank, step)
-
-
-@dataclass(frozen=True)
-class EvalPlans:
-    """This rank's share of samples 0 to `count` - 1, in order, dummies included; the last real
-    micro-batch may be short."""
-
-    count: int
-    micro_size: int
-    world_size: int
-    rank: int
-
-    def __iter__(self) -> Iterator[Plan]:
-        samples = np.arange(self.count)
-        return _deal(samples, self.micro_size, self.world_size, self.rank, step=0)
-
-
-def _deal(
-    samples: np.ndarray, micro_size: int, world_size: int, rank: int, step: int
-) -> Iterator[Plan]:
-    count = -(-len(samples) // micro_size)
-    mine = ordering.deal(count, world_size, rank)
-    for j in mine:
-        rows = samples[j * micro_size : (j + 1) * micro_size]
-        yield Plan(step, j, True, tuple(rows.tolist()))
-    for _ in range(ordering.rounds(count, world_size) - len(mine)):
-        # One real sample: batches of size zero crash models and ZeRO.
-        yield Plan(step, count, False, (int(samples[0]),))
-
-
 class MicroBatchSource(IterableDataset[Sample]):
-    """The source stage: raw samples of this rank's micro-batches, loader workers interleaved.
+    """The source stage: decoded samples of this rank's micro-batches, loader workers interleaved.
 
     Each micro-batch reseeds torch, numpy and `random`, so that a user's random stage gives the
     same result on any rank and loader worker.
     """
 
-    def __init__(self, index: Index, plans: Iterable[Plan], members: Sequence[str], seed: int):
-        self.index, self.plans, self.members, self.seed = index, plans, tuple(members), seed
+    def __init__(
+        self,
+        indexes: Sequence[Index],
+        plans: Iterable[Plan],
+        fields: Fields,
+        seed: int,
+        cache: ShardCache | None,
+    ) -> None:
+        self.indexes, self.plans, self.fields = tuple(indexes), plans, fields
+        self.seed, self.cache = seed, cache
+        self.members = fields.members(self.indexes)
 
     def __iter__(self) -> Iterator[Sample]:
-        with Reader(self.index) as reader:
-            for plan in _share(self.plans):
+        with Sources(self.indexes, self.cache) as sources:
+            plans = _share(self.plans)
+            for plan in _ahead(plans, sources) if sources.remote else plans:
                 _seed_all(key(self.seed, "stage", plan.step, plan.number))
-                for sample in plan.samples:
-                    yield self._load(reader, sample)
+                numbers = np.array(plan.samples, np.int64)
+                raws = sources.read(numbers, self.members)
+                keys = sources.keys(numbers)
+                for place, (number, raw) in enumerate(zip(plan.samples, raws, strict=True)):
+                    sample = self._sample(sources, plan, number, raw, keys[place])
+                    yield sample | {"__place__": (plan.step, plan.number, place)}
 
-    def _load(self, reader: Reader, sample: int) -> Sample:
-        shard = self.index.root / self.index.shards[self.index.shard_of(sample)]
-        loaded: Sample = {name: reader.read(sample, name) for name in self.members}
-        return loaded | {
-            "__key__": self.index.key(sample), "__url__": str(shard), "__sample__": sample
-        }  # fmt: skip
+    def _sample(self, sources: Sources, plan: Plan, number: int, raw: Sample, name: str) -> Sample:
+        try:
+            return self._decode(sources, plan, number, raw, name)
+        except BadSample as error:
+            return self._stand_in(sources, plan, number, name, str(error))
+
+    def _decode(self, sources: Sources, plan: Plan, number: int, raw: Sample, name: str) -> Sample:
+        # In evaluation (step 0) there is no choice: metrics must not depend on one.
+        stream = key(self.seed, "caption", plan.step, number) if plan.step else None
+        source, row = sources.place(number)
+        shard = sources.shard_name(number)
+        where = f"{shard}: sample {name!r}"
+        sample = self.fields.decode(raw, where, stream)
+        sample |= self.fields.codes(source, self.indexes[source], row, raw, where)
+        return sample | {"__key__": name, "__url__": shard, "__sample__": number}
+
+    def _stand_in(self, sources: Sources, plan: Plan, number: int, name: str, why: str) -> Sample:
+        source, row = sources.place(number)
+        for attempt in range(ATTEMPTS):
+            other = substitute(self.seed, number, attempt, len(self.indexes[source]))
+            chosen = int(number_of(np.array([source]), np.array([other]))[0])
+            at = np.array([chosen])
+            try:
+                raw = sources.read(at, self.members)[0]
+                sample = self._decode(sources, plan, chosen, raw, sources.keys(at)[0])
+            except BadSample:
+                continue
+            shard = sources.shard_name(number)
+            bad = Bad(plan.step, plan.number, source, shard, name, row, other, why)
+            return sample | {"__bad__": bad}
+        raise GigabatchError(
+            f"{why} And so it is with {ATTEMPTS} others that were tried in its place: the set is "
+            f"not what was indexed. Check it with `gigabatch data check "
+            f"{self.indexes[source].source}`."
+        )
+
+
+def _ahead(plans: Iterator[Plan], sources: Sources) -> Iterator[Plan]:
+    """The plans, once the shards of those after them are on their way."""
+    held: deque[Plan] = deque()
+    for plan in plans:
+        sources.prefetch(np.array(plan.samples, np.int64))
+        held.append(plan)
+        if len(held) > AHEAD:
+            yield held.popleft()
+    yield from held
 
 
 def _share(plans: Iterable[Plan]) -> Iterator[Plan]:
@@ -172,58 +166,28 @@ def _seed_all(seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Decode:
-    """Raw members to `image` and `text`, and the asked-for columns of the json member."""
-
-    image_member: str | None
-    text_member: str | None
-    images: ImageSettings
-    columns: tuple[str, ...]
-
-    def __call__(self, sample: Sample) -> Sample:
-        where = f"{sample['__url__']}: sample {sample['__key__']!r}"
-        out = {name: value for name, value in sample.items() if name.startswith("__")}
-        if self.image_member:
-            out["image"] = decode_image(sample[self.image_member], self.images, where)
-        if self.text_member:
-            out["text"] = decode_text(sample[self.text_member], where)
-        for column in self.columns:
-            out[column] = decode_column(sample["json"], column, where)
-        return out
-
-
-@dataclass(frozen=True)
-class Collate:
-    """Groups samples into the MicroBatches of `plans` and tokenises, a batch at a time."""
+class Batches:
+    """The last stage: groups samples into the MicroBatches of `plans`, and collates each."""
 
     plans: Iterable[Plan]
-    tokenizer_json: str
-    columns: tuple[str, ...]
+    collate: Collate
 
     def __call__(self, samples: Iterator[Sample]) -> Iterator[MicroBatch]:
-        tokenizer, samples = Tokenizer.from_str(self.tokenizer_json), iter(samples)
+        samples = iter(samples)
         for plan in _share(self.plans):
             rows = list(islice(samples, len(plan.samples)))
             # Compared with the plan, so that a stage cannot even lose a whole micro-batch unseen.
-            if tuple(row.get("__sample__") for row in rows) != plan.samples:
+            wanted = [(plan.step, plan.number, place) for place in range(len(plan.samples))]
+            if [row.get("__place__") for row in rows] != wanted:
                 raise GigabatchError(
                     "a data stage dropped, repeated or moved samples (micro-batch "
                     f"{plan.number} of step {plan.step}). Stages must return each sample once, in "
-                    "order; filter when the shards are written instead."
+                    "order; filter with `gigabatch data filter` instead."
                 )
-            yield self._stack(plan, rows, tokenizer)
-
-    def _stack(self, plan: Plan, rows: list[Sample], tokenizer: Tokenizer) -> MicroBatch:
-        tensors = {"sample": torch.tensor([row["__sample__"] for row in rows])}
-        for column in self.columns:
-            tensors[column] = torch.tensor([row[column] for row in rows], dtype=torch.int64)
-        if "image" in rows[0]:
-            tensors["image"] = torch.stack([row["image"] for row in rows])
-        if "text" in rows[0]:
-            captions = [row["text"] for row in rows]
-            tensors["text"], tensors["text_mask"] = encode(tokenizer, captions)
-        keys = tuple(row["__key__"] for row in rows)
-        return MicroBatch(plan.step, plan.number, plan.real, keys, tensors)
+            keys = tuple(row["__key__"] for row in rows)
+            bad = tuple(row["__bad__"] for row in rows if "__bad__" in row)
+            tensors = self.collate(rows)
+            yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, bad)
 
 
 @dataclass(frozen=True)
@@ -250,34 +214,30 @@ def _release(batches: Iterator[MicroBatch | Failure]) -> Iterator[MicroBatch]:
 
 
 def open_stream(
-    index: Index,
+    indexes: Sequence[Index],
     plans: Iterable[Plan],
     *,
-    images: ImageSettings,
-    tokenizer: Path,
-    columns: Sequence[str],
+    fields: Fields,
+    tokenizer: Path | None,
     seed: int,
     workers: int,
     prefetch: int,
     stages: Sequence[Stage] = (),
     pin_memory: bool = False,
+    cache: ShardCache | None = None,
 ) -> wds.DataPipeline:
     """The micro-batches of `plans`, in order, read by `workers` processes (0: in this one).
 
-    `plans` must allow more than one pass. `prefetch`: micro-batches each loader worker keeps
-    ready. `columns`: fields of the json member to bring along. `stages`: ordinary webdataset
-    stages, from decoded sample to decoded sample.
-    Raises GigabatchError where samples lack an image or a caption; iterating raises it for what
-    cannot be read or decoded.
+    `indexes`: the sources, in the order of their numbers. `plans` must allow more than one pass.
+    `tokenizer`: its file, where there is text. `prefetch`: micro-batches each loader worker keeps
+    ready. `stages`: ordinary webdataset stages, from decoded sample to decoded sample.
+    Raises GigabatchError where samples lack a modality or field; iterating raises it for what
+    cannot be read.
     """
-    image, text = index.require(*IMAGE_MEMBERS), index.require("txt")
-    members = [image, text] + ([index.require("json")] if columns else [])
-    source = MicroBatchSource(index, plans, members, seed)
     pipeline = wds.DataPipeline(
-        source,
-        wds.map(Decode(image, text, images, tuple(columns)), handler=wds.reraise_exception),
+        MicroBatchSource(indexes, plans, fields, seed, cache),
         *stages,
-        Collate(plans, tokenizer.read_text(), tuple(columns)),
+        Batches(plans, Collate(fields, tokenizer.read_text() if tokenizer else None)),
         _catch,
     )
     loader = wds.WebLoader(
@@ -291,14 +251,16 @@ def open_stream(
     return loader.compose(_release)
 
 
-def captions(index: Index, limit: int) -> Iterator[str]:
-    """The captions of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
-    member = index.require("txt")
-    step = -(-len(index) // limit)
-    with Reader(index) as reader:
-        for sample in range(0, len(index), step):
-            where = f"sample {index.key(sample)!r} of {index.root}"
-            yield decode_text(reader.read(sample, member), where)
+def load_stage(path: str) -> Stage:
+    """The webdataset stage at `package.mod:name`, a function of an iterator of samples."""
+    module, _, name = path.partition(":")
+    try:
+        stage = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise GigabatchError(f"data.stages: {path!r} cannot be imported: {error}.") from error
+    if not callable(stage):
+        raise GigabatchError(f"data.stages: {path!r} is not a function of an iterator of samples.")
+    return stage
 
 
 def by_step(stream: Iterable[MicroBatch], per_step: int) -> Iterator[list[MicroBatch]]:

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from gigabatch.data.stream import EvalPlans, open_stream
-from gigabatch.data.stream import captions as read_captions
+from gigabatch.data.fields import some_captions
+from gigabatch.data.plans import EvalPlans
+from gigabatch.data.stream import open_stream
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.inputs import open_eval
+from gigabatch.trainer.inputs import eval_fields, open_eval
 from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.runfolder import RunFolder, open_run
 from gigabatch.trainer.step import tower_inputs
@@ -46,14 +47,14 @@ def draw_retrieval(run: RunFolder) -> None:
     index = open_eval(config, "val-face")
     _, towers = load_newest_towers(run)
     stream = open_stream(
-        index, EvalPlans(len(index), 256, 1, 0), images=config.data.image,
-        tokenizer=run.tokenizer, columns=[], seed=0, workers=0, prefetch=1,
+        [index], EvalPlans(len(index), 256, 1, 0), fields=eval_fields(config),
+        tokenizer=run.tokenizer, seed=0, workers=0, prefetch=1,
     )  # fmt: skip
     batches = list(stream)
     outputs = [towers(tower_inputs(batch, config.data, None)) for batch in batches]
     image, text = (torch.cat([out[tap] for out in outputs]) for tap in ("image", "text"))
     pixels = torch.cat([batch.tensors["image"] for batch in batches])
-    captions = list(read_captions(index, len(index)))
+    captions = list(some_captions([index], eval_fields(config), len(index)))
     chosen = np.random.default_rng(7).choice(len(index), QUERIES, replace=False)
     figure, axes = pyplot.subplots(
         QUERIES, SHOWN + 1, figsize=(9, 0.72 * QUERIES), width_ratios=[4.5] + [1] * SHOWN,

@@ -17,7 +17,7 @@ from torch import Tensor
 from gigabatch.kernels.collect import sum_rows
 from gigabatch.kernels.heads import cross_entropy, soft_positives
 from gigabatch.kernels.maxsim import MaxSim, token_keys
-from gigabatch.kernels.rules import Either, Eq, Ne
+from gigabatch.kernels.rules import Either, Eq, Ne, Rule
 from gigabatch.kernels.scores import Dot
 from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
 from gigabatch.kernels.stats import Lse, engine_of, lse_stats, lse_sums, pair_sum
@@ -28,8 +28,9 @@ Schedule = Literal["gather", "ring"]
 def contrastive_loss(
     q: Tensor, k: Tensor, scale: Tensor, *,
     ids_q: Tensor | None = None, ids_k: Tensor | None = None,
-    same_id: Literal["positive", "exclude"] = "positive", bias: Tensor | None = None,
-    symmetric: bool = True, label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
+    same_id: Literal["positive", "exclude"] = "positive", groups_q: Tensor | None = None,
+    groups_k: Tensor | None = None, bias: Tensor | None = None, symmetric: bool = True,
+    label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
     schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
     validate: bool = False, counts: dict[str, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
@@ -46,17 +47,21 @@ def contrastive_loss(
     scale: 0-dimensional. bias: float [n], one a key (log popularity, say). ids_q, ids_k: int64
     [n]; without them row i's positive is key i; with ids_q alone, ids_k is the same. same_id:
     "positive": all pairs of equal ids are positives; "exclude": row i's positive is key i, and
-    other pairs of equal ids are left out altogether. group: a process group, or None for this
-    process alone. schedule: "gather" holds all keys, O(N D); "ring" passes them round, O(n D).
-    backend, cache_bytes: see `lse_stats`. validate: raise, on every rank, for NaN or infinity and
-    for a row without a positive, which otherwise has weight 0. counts: a dict that receives how
-    many there were, "rows_without_positive" and "columns_without_positive", int64.
+    other pairs of equal ids are left out altogether. groups_q, groups_k: int64 [n], alike; only
+    pairs of one group (language, domain) are compared; not with label_smoothing. group: a process
+    group, or None for this process alone. schedule: "gather" holds all keys, O(N D); "ring" passes
+    them round, O(n D). backend, cache_bytes: see `lse_stats`. validate: raise, on every rank, for
+    NaN or infinity and for a row without a positive, which otherwise has weight 0. counts: a dict
+    that receives how many there were, "rows_without_positive" and "columns_without_positive",
+    int64.
 
     Raises ValueError or TypeError for arguments that do not fit, before any work.
     """
     exclude = same_id == "exclude"
     _check(q, k, schedule, backend, paired=ids_q is None or exclude, scale=scale)
-    _check_columns(q, k, ids_q, ids_k, bias)
+    _check_columns(q, k, bias, ids=(ids_q, ids_k), groups=(groups_q, groups_k))
+    if groups_q is not None and label_smoothing:
+        raise ValueError("label_smoothing spreads over all candidates, which groups divide")
     if same_id not in ("positive", "exclude") or not 0 <= label_smoothing < 1:
         raise ValueError(f"same_id must be positive or exclude, label_smoothing in [0, 1); got "
                          f"{same_id!r} and {label_smoothing}")  # fmt: skip
@@ -68,10 +73,16 @@ def contrastive_loss(
     same = own = Eq(ids_q, "id")
     if exclude:
         metadata["number"], own = numbers, Eq(numbers, "number")
-    rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
+    rule: Rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
+    within: Rule = ()
+    if groups_q is not None:
+        metadata["group"] = groups_q if groups_k is None else groups_k
+        within = (Eq(groups_q, "group"),)
+    rule = (*rule, *within)
     keys = key_source(k, metadata, group, schedule)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
-    stats, *more = lse_sums(q, keys, lses, [own, same] if exclude else [own], backend, cache_bytes)
+    positives = [(each, *within) for each in ((own, same) if exclude else (own,))]
+    stats, *more = lse_sums(q, keys, lses, positives, backend, cache_bytes)
     targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
     if label_smoothing:
         candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
@@ -212,12 +223,14 @@ def _check(
 
 
 def _check_columns(
-    q: Tensor, k: Tensor, ids_q: Tensor | None, ids_k: Tensor | None, bias: Tensor | None
+    q: Tensor, k: Tensor, bias: Tensor | None, **pairs: tuple[Tensor | None, Tensor | None]
 ) -> None:
-    if ids_q is None and ids_k is not None:
-        raise ValueError("give ids_q with ids_k")
-    ids_k = ids_q if ids_k is None else ids_k
-    for name, column, rows in (("ids_q", ids_q, q), ("ids_k", ids_k, k), ("bias", bias, k)):
+    columns = [("bias", bias, k)]
+    for name, (of_q, of_k) in pairs.items():
+        if of_q is None and of_k is not None:
+            raise ValueError(f"give {name}_q with {name}_k")
+        columns += [(f"{name}_q", of_q, q), (f"{name}_k", of_q if of_k is None else of_k, k)]
+    for name, column, rows in columns:
         if column is None:
             continue
         if column.dtype != torch.int64 if name != "bias" else not column.is_floating_point():

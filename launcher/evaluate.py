@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from gigabatch.data.index import open_index
+from gigabatch.data.indexing import open_index
 from gigabatch.trainer.distributed import World, device_of_this_process
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
 from gigabatch.trainer.inference import load_newest_towers
@@ -18,7 +18,7 @@ def evaluate_run(run: RunFolder, on: str, positives: str | None, as_json: bool) 
     """Print the retrieval of `run` on the set `on`. Raises GigabatchError."""
     config = run.config()
     # A folder as the user sees it; else the name of one of the run's own sets.
-    index = open_index(Path(on)) if Path(on).is_dir() else open_eval(config, on)
+    index = open_index(on) if Path(on).is_dir() else open_eval(config, on)
     step, towers = load_newest_towers(run)
     field = config.objective.positives if positives is None else positives
     world = World(0, 1, device_of_this_process(), None)
@@ -31,7 +31,7 @@ def evaluate_run(run: RunFolder, on: str, positives: str | None, as_json: bool) 
         None if field == "none" else field,
     )
     assert metrics is not None  # nobody asked it to stop
-    name = index.root.resolve().name
+    name = Path(on).resolve().name if Path(on).is_dir() else index.name
     if as_json:
         print(json.dumps({f"eval/{name}/{key}": value for key, value in metrics.items()}))
     else:

@@ -8,21 +8,28 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-import rich.console
 import torch
-from rich.progress import Progress
 
-from gigabatch.data.decode import IMAGE_MEMBERS, decode_column
+from gigabatch.data.decode import decode_column
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
+from gigabatch.data.stream import load_stage
 from gigabatch.launcher.console import Console, write
+from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import StopRequest, abort_on_interrupt, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
 from gigabatch.trainer.config import Config, differences, load_config
 from gigabatch.trainer.distributed import join_world, leave
-from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
+from gigabatch.trainer.inputs import (
+    TrainData,
+    eval_fields,
+    fields_of,
+    make_tokenizer,
+    open_eval,
+    open_train,
+)
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
 
@@ -31,6 +38,7 @@ Opened = Callable[[], AbstractContextManager[RunFolder]]
 
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
+    "data.cache_gib", "data.max_damaged",
     "run.dir", "train.zero", "train.max_bad_steps",
 )  # fmt: skip
 """Keys that may change on resume without `--allow`: they leave the training itself as it was."""
@@ -107,9 +115,9 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 
 def _prepare(config: Config, stem: str) -> RunFolder:
     refuse_taken_name(config)
-    with _index_progress() as progress:
-        index = _check_data(config, progress)
-    tokenizer = make_tokenizer(config, index)
+    with progress_bar("indexing shards") as progress:
+        data = _check_data(config, progress)
+    tokenizer = make_tokenizer(config, data)
     run = create_run(config, stem)
     tokenizer.save(str(run.tokenizer))
     return run
@@ -127,44 +135,49 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
             f"{run.path}: the run is finished ({last} steps). To train longer: train.steps=N "
             "--allow train.steps. To measure another set: gigabatch eval."
         )
-    with _index_progress() as progress:
-        index = _check_data(config, progress)
-    if newest and "data" not in allow and newest.state["data"] != index.digest:
+    with progress_bar("indexing shards") as progress:
+        data = _check_data(config, progress)
+    if newest and "data" not in allow and newest.state["data"] != data.digest:
         raise GigabatchError(
-            f"{run.path}: the shards of {index.root} are not those that the run was trained on "
+            f"{run.path}: the shards of {', '.join(i.source for i in data.indexes)} are not those "
+            "that the run was trained on "
             "(their names, sizes or members differ). Restore them, or say --allow data."
         )
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
-        make_tokenizer(config, index).save(str(run.tokenizer))  # its making was cut off
+        make_tokenizer(config, data).save(str(run.tokenizer))  # its making was cut off
     run.clear_requests()
     run.write_config(config)
 
 
-def _check_data(config: Config, progress: Callable[[int, int], None]) -> Index:
+def _check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
     if "RANK" not in os.environ and 0 < devices < config.cluster.workers:
         raise GigabatchError(
             f"cluster.workers: {config.cluster.workers} workers need as many GPUs, and this "
             f"machine has {devices}. Set cluster.workers={devices}."
         )
-    index = open_train(config, progress)
-    sets = [index, *(open_eval(config, name, progress) for name in config.eval.sets)]
-    for each in sets:
-        each.require(*IMAGE_MEMBERS)
-        each.require("txt")
+    for path in config.data.stages:
+        load_stage(path)
+    data = open_train(config, progress)
+    data.mixture.drawn(0)  # raises where weights or groups do not fit
+    sets = [open_eval(config, name, progress) for name in config.eval.sets]
+    fields_of(config).members(data.indexes)
+    eval_fields(config).members(sets)
+    for index in (*data.indexes, *sets):
         if config.objective.positives:
-            _check_column(each, config.objective.positives)
-    return index
+            _check_column(index, config.objective.positives)
+    return data
 
 
 def _check_column(index: Index, column: str) -> None:
     """Whether the first sample has the field: a misspelt one is found before workers start."""
-    member = index.require("json")
+    if column in index.columns:
+        return
+    index.require("json")
     with Reader(index) as reader:
-        where = f"{index.root}: sample {index.key(0)!r}"
-        decode_column(reader.read(0, member), column, where)
+        decode_column(reader.read(0, "json"), column, index.where(0))
 
 
 def _launch(run: RunFolder) -> int:
@@ -224,16 +237,3 @@ def _as_rank(opened: Opened, config: Config) -> NoReturn:
         stop = stack.enter_context(stop_on_signals())
         finished = run_training(run, stop)
     leave(0 if finished else stop.exit_code)
-
-
-@contextmanager
-def _index_progress() -> Iterator[Callable[[int, int], None]]:
-    """A bar while shards are indexed for the first time; silent where there is nothing to do."""
-    shown = rich.console.Console(stderr=True)
-    with Progress(transient=True, console=shown, disable=not shown.is_terminal) as bars:
-        task = bars.add_task("indexing shards", total=None, visible=False)
-
-        def progress(done: int, total: int) -> None:
-            bars.update(task, completed=done, total=total, visible=True)
-
-        yield progress

@@ -19,6 +19,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from gigabatch.data.index import Index
 from gigabatch.trainer.monitor import read_metrics
 
 SIDE = 16
@@ -64,6 +65,39 @@ def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
                         "json": {"concept": concept, "colour": f"shade {concept}"},
                     }
                 )
+
+
+def write_rich(folder: Path, count: int, seed: int) -> None:
+    """Samples in three languages with none to four captions each, every fifth without an image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for shard, first in enumerate(range(0, count, 40)):
+        with wds.TarWriter(str(folder / f"{folder.name}-{shard:03d}.tar"), mtime=0) as writer:
+            for number in range(first, min(first + 40, count)):
+                lang = ("en", "de", "fr")[number % 3]
+                names = [f"{lang} thing {number} {i}" for i in range(random.integers(0, 5))]
+                told = {"concept": number % 50, "lang": lang, "names": names}
+                sample: dict[str, Any] = {"__key__": f"r{number:05d}", "json": told}
+                if number % 5:
+                    pixels = random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+                    png = BytesIO()
+                    Image.fromarray(pixels).save(png, "png")
+                    sample["png"] = png.getvalue()
+                writer.write(sample)
+
+
+def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
+    """Change a byte of a member, as a bad disk would: sizes and times stay."""
+    path = Path(index.shards[index.shard_of(sample)].name)
+    before = path.stat()
+    position = index.span(sample, member)[0] + at
+    with open(path, "r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x10]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    return path
 
 
 class Command:

@@ -1,9 +1,17 @@
-"""Towers of a user's own, for tests of `kind: module`."""
+"""Towers and data stages of a user's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+
+def darken(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        yield sample | {"image": sample["image"] // 2}
 
 
 class Pixels(nn.Module):

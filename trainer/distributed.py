@@ -45,6 +45,14 @@ class World:
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in held]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank."""
+        if self.group is None:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
     def share(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
         if self.group is None:

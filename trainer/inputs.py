@@ -1,16 +1,30 @@
-"""Opening a run's data: folders from the config, their indexes, the tokeniser."""
+"""Opening a run's data: sources from the config, their indexes, their mixture, the tokeniser."""
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from gigabatch.data import glyphs
+from gigabatch.data.cache import ShardCache, node_cache
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index, Progress, open_index
-from gigabatch.data.stream import captions
+from gigabatch.data.fields import Fields, some_captions
+from gigabatch.data.groups import Grouped
+from gigabatch.data.index import Index
+from gigabatch.data.indexing import Progress, open_index
+from gigabatch.data.keyed import key
+from gigabatch.data.mixture import Mixture, Phase, Walk
+from gigabatch.data.order import Order
+from gigabatch.data.places import is_remote
+from gigabatch.data.plans import TrainPlans
+from gigabatch.data.sources import SOURCE, indexed_codes
+from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.tokenizer import named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config
 
@@ -18,34 +32,143 @@ log = logging.getLogger(__name__)
 BPE_CAPTIONS = 1_000_000  # at most this many captions train a tokeniser
 
 
-def data_root(config: Config) -> Path:
-    """The folder of `data.root`; the demo set is made if it is asked for and not there."""
+@dataclass(frozen=True)
+class TrainData:
+    """The sources of a run, opened. `names`: of each source, as the config has them."""
+
+    indexes: tuple[Index, ...]
+    config: Config
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(source.path for source in self.config.data.train)
+
+    def __len__(self) -> int:
+        return sum(map(len, self.indexes))
+
+    @property
+    def digest(self) -> str:
+        """The fingerprint of all sources, in their order."""
+        if len(self.indexes) == 1:
+            return self.indexes[0].digest
+        return hashlib.sha256("\n".join(i.digest for i in self.indexes).encode()).hexdigest()
+
+    @cached_property
+    def mixture(self) -> Mixture:
+        """The order of the run's samples."""
+        data, seed = self.config.data, self.config.run.seed
+        phases = [Phase(0, tuple(source.weight for source in data.train))]
+        phases += [Phase(each.from_sample, each.weights) for each in data.curriculum]
+        walks = tuple(self._walk(i, index) for i, index in enumerate(self.indexes))
+        unit = self.config.batch.global_size if data.group else 1
+        return Mixture(walks, tuple(phases), seed, unit)
+
+    def _walk(self, number: int, index: Index) -> Walk:
+        data, seed = self.config.data, self.config.run.seed
+        own = key(seed, "source", number) if number else seed
+        if data.group and data.group != SOURCE:
+            codes = indexed_codes(index, data.group)
+            return Grouped(codes, self.config.batch.global_size, own)
+        return Order(index.shard_sizes, own, data.window)
+
+
+def data_root(config: Config) -> str:
+    """The folder or URL of `data.root`; the demo set is made if it is asked for and not there."""
     root = config.data.root
     if root == glyphs.NAME:
-        return glyphs.glyphs_root()
+        return str(glyphs.glyphs_root())
     if root.startswith("demo:"):
         raise GigabatchError(f"data.root: {root!r} is not a demo set; there is {glyphs.NAME}.")
-    if not Path(root).is_dir():
+    if not is_remote(root) and not Path(root).is_dir():
         raise GigabatchError(f"data.root: {root} is not a folder. Set it to the folder of shards.")
-    return Path(root)
+    return root
 
 
-def open_train(config: Config, progress: Progress | None = None) -> Index:
-    return open_index(data_root(config) / config.data.train, progress)
+def open_train(config: Config, progress: Progress | None = None) -> TrainData:
+    """Raises GigabatchError for whatever is wrong with a source."""
+    columns = [config.data.group] if config.data.group not in (None, SOURCE) else []
+    opened = [
+        open_index(_place(config, source.path), progress, columns=columns)
+        for source in config.data.train
+    ]
+    return TrainData(tuple(opened), config)
 
 
 def open_eval(config: Config, name: str, progress: Progress | None = None) -> Index:
     """A set of `eval.sets`, inside `data.root`, or by its path."""
+    inside = _place(config, name)
     own = Path(name).expanduser()
-    if own.is_absolute():
-        return open_index(own, progress)
-    inside = data_root(config) / name
-    return open_index(inside if inside.is_dir() or not own.is_dir() else own, progress)
+    outside = not is_remote(inside) and not Path(inside).is_dir() and own.is_dir()
+    return open_index(str(own) if outside else inside, progress)
 
 
-def make_tokenizer(config: Config, index: Index) -> Tokenizer:
+def _place(config: Config, path: str) -> str:
+    """A path of the config, inside `data.root` unless it says otherwise."""
+    own = Path(path).expanduser()
+    if is_remote(path) or own.is_absolute():
+        return path if is_remote(path) else str(own)
+    root = data_root(config)
+    return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
+
+
+def fields_of(config: Config, columns: Sequence[str] = ()) -> Fields:
+    """What a stream of this run yields."""
+    data = config.data
+    return Fields(
+        image=data.image,
+        text=data.captions,
+        columns=tuple(columns),
+        partial=data.missing == "mask",
+    )
+
+
+def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
+    """What an evaluation reads: whole pairs, the first caption of each."""
+    first = config.data.captions.model_copy(update={"choose": "first"})
+    return replace(fields_of(config, columns), text=first, partial=False)
+
+
+def cache_of(config: Config) -> ShardCache:
+    """Where this node keeps copies of remote shards."""
+    return node_cache(config.data.cache_gib)
+
+
+def plans_of(
+    data: TrainData, world_size: int, rank: int, first_step: int, last_step: int
+) -> TrainPlans:
+    """A rank's micro-batches of some steps of the run."""
+    batch = data.config.batch
+    sizes = (batch.global_size, batch.micro_size)
+    return TrainPlans(data.mixture, *sizes, world_size, rank, first_step, last_step)
+
+
+def train_stream(
+    data: TrainData,
+    plans: TrainPlans,
+    tokenizer: Path,
+    columns: Sequence[str],
+    pin_memory: bool = False,
+) -> Iterable[MicroBatch]:
+    """The micro-batches of `plans`, read as the config says."""
+    settings = data.config.data
+    return open_stream(
+        data.indexes,
+        plans,
+        fields=fields_of(data.config, columns),
+        tokenizer=tokenizer,
+        seed=data.config.run.seed,
+        workers=settings.workers,
+        prefetch=settings.prefetch,
+        stages=[load_stage(path) for path in settings.stages],
+        pin_memory=pin_memory,
+        cache=cache_of(data.config),
+    )
+
+
+def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     """The tokeniser that `data.text` asks for; a byte-pair one is trained on the captions."""
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)
-    log.info("training a byte-pair tokeniser on the captions of %s", index.root)
-    return train_bpe(captions(index, BPE_CAPTIONS), config.data.text)
+    log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
+    found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS)
+    return train_bpe(found, config.data.text)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order import Order
-from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
+from gigabatch.data.quarantine import Bad, by_source, refuse_above_rate
+from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.trainer.checkpoint import (
     Checkpoint,
@@ -29,7 +32,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
-from gigabatch.trainer.inputs import open_eval, open_train
+from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stream
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
@@ -97,16 +100,17 @@ class _Trainer:
     def __init__(self, run: RunFolder, config: Config, world: World) -> None:
         self.run, self.config, self.world = run, config, world
         self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
-        self.index = open_train(config)
+        self.data = open_train(config)
         vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
         checkpoint = self._find_checkpoint()
         towers = build_towers(config, vocab_size)
-        self.objective = build_objective(config.objective, world.device)
+        self.objective = build_objective(config.objective, world.device, config.data.group)
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
         self.engine = Engine(towers.to(world.device), config, world)
         self.step_fn = ExactStep(self.engine, self.objective, config, world)
         self.done = self.bad_steps = self.skipped = 0
+        self.bad_samples: Counter[int] = Counter()  # of each source
         if checkpoint:
             self._restore(checkpoint)
         self.saved_at, self.saved_step = time.monotonic(), self.done
@@ -134,6 +138,8 @@ class _Trainer:
         self.step_fn.load_own_state(checkpoint.tensors("objective"), state["optimizer_steps"])
         self.done, self.skipped = checkpoint.step, state["skipped"]
         self.bad_steps = state["bad_steps"]
+        for source, count in state.get("bad_samples", {}).items():
+            self.bad_samples[int(source)] = count
 
     def _save(self) -> None:
         towers, moments = self.engine.weights(), self.engine.moments()
@@ -144,7 +150,8 @@ class _Trainer:
             "optimizer_steps": self.engine.steps,
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
-            "data": self.index.digest,
+            "bad_samples": dict(self.bad_samples),
+            "data": self.data.digest,
             "attempt": self.attempt,
         }
         if self.monitor:
@@ -169,7 +176,10 @@ class _Trainer:
                 return self._stopped()
             for batch in self._batches():
                 self._one_step(batch)
-                stopping, save_due = self._decide(stop)
+                bad = [each for micro in batch if micro.real for each in micro.bad]
+                stopping, save_due, some_bad = self._decide(stop, bool(bad))
+                if some_bad:
+                    self._count_samples(bad)
                 if save_due or self.done == steps:
                     self._save()
                 if stopping and self.done < steps:
@@ -196,34 +206,18 @@ class _Trainer:
         log.info(
             f"attempt {self.attempt}: {world.size} worker{'s' * (world.size > 1)} on "
             f"{world.device.type} (threads each: {torch.get_num_threads()}), "
-            f"{weights / 1e6:.1f} M weights, {len(self.index):,} samples, "
+            f"{weights / 1e6:.1f} M weights, {len(self.data):,} samples, "
             f"batch {batch.global_size:,} in micro-batches of {batch.micro_size:,}"
         )
         if self.done:
             log.info("going on after step %d", self.done)
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
-        config, world = self.config, self.world
-        plans = TrainPlans(
-            Order(self.index.shard_sizes, config.run.seed, config.data.window),
-            config.batch.global_size,
-            config.batch.micro_size,
-            world.size,
-            world.rank,
-            self.done + 1,
-            config.train.steps,
-        )
-        stream = open_stream(
-            self.index,
-            plans,
-            images=config.data.image,
-            tokenizer=self.run.tokenizer,
-            columns=self.objective.needs.columns,
-            seed=config.run.seed,
-            workers=config.data.workers,
-            prefetch=config.data.prefetch,
-            pin_memory=world.device.type == "cuda",
-        )
+        world = self.world
+        last = self.config.train.steps
+        plans = plans_of(self.data, world.size, world.rank, self.done + 1, last)
+        columns, on_gpu = self.objective.needs.columns, world.device.type == "cuda"
+        stream = train_stream(self.data, plans, self.run.tokenizer, columns, on_gpu)
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()
@@ -255,6 +249,29 @@ class _Trainer:
                 f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
             )
 
+    def _count_samples(self, bad: list[Bad]) -> None:
+        """Record samples that others stood in for; stop where they are too many."""
+        found = [each for rank in self.world.gather(bad) for each in rank]
+        self.bad_samples += by_source(found)
+        if self.monitor:
+            self.monitor.quarantine(found)
+        names = dict(enumerate(self.data.names))
+        drawn = dict(enumerate(self._drawn().tolist()))
+        refuse_above_rate(self.bad_samples, drawn, names, self.config.data.max_damaged)
+
+    def _drawn(self) -> NDArray[np.int64]:
+        """[sources] samples read of each so far."""
+        return self.data.mixture.drawn(self.done * self.config.batch.global_size)
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each source was gone through."""
+        epochs = [
+            n / len(i) for n, i in zip(self._drawn().tolist(), self.data.indexes, strict=True)
+        ]
+        if len(epochs) == 1:
+            return {"data/epoch": epochs[0]}
+        return {f"data/epoch/{name}": e for name, e in zip(self.data.names, epochs, strict=True)}
+
     def _report(self, result: StepResult, lr: float) -> None:
         if self.monitor is None:
             return
@@ -265,21 +282,23 @@ class _Trainer:
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
             "train/skipped_steps": float(self.skipped),
-            "data/epoch": self.done * size / len(self.index),
+            "data/bad_samples": float(self.bad_samples.total()),
+            **self._epochs(),
             **self.clock.rates(size),
         }
         self.monitor.report(self.done, self.done * size, metrics)
         self.monitor.progress(self.done, metrics)
 
-    def _decide(self, stop: Stop) -> tuple[bool, bool]:
-        """Agreed by all ranks: stop now? save now?"""
+    def _decide(self, stop: Stop, bad: bool) -> tuple[bool, bool, bool]:
+        """Agreed by all ranks: stop now? save now? was any sample bad?"""
         settings = self.config.checkpoint
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = settings.every_steps and self.done % settings.every_steps == 0
-        stopping, timed = self.world.any(self._asked(stop), bool(by_time) and self.world.is_main)
+        timed_here = bool(by_time) and self.world.is_main
+        stopping, timed, some_bad = self.world.any(self._asked(stop), timed_here, bad)
         # A streak of bad steps must not push the checkpoints before it out.
-        return stopping, (timed or bool(by_step)) and self.bad_steps == 0
+        return stopping, (timed or bool(by_step)) and self.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
         return stop() or (self.world.is_main and self.run.stop_requested())
@@ -319,8 +338,8 @@ class _Trainer:
             )
             if metrics is None:
                 return None
-            found |= {f"eval/{index.root.name}/{key}": value for key, value in metrics.items()}
-            log.info(describe(index.root.name, metrics))
+            found |= {f"eval/{index.name}/{key}": value for key, value in metrics.items()}
+            log.info(describe(index.name, metrics))
         return found
 
 

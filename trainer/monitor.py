@@ -12,14 +12,17 @@ import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.quarantine import Bad
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
+SAID = 5
+"""Bad samples that an attempt says in train.log; all are in quarantine.jsonl."""
 PROGRESS = "step "  # how a progress line begins: a terminal shows only the newest
 
 
@@ -40,6 +43,7 @@ class Monitor:
             purge_step=first_step if attempt > 1 else None,
             flush_secs=10,
         )
+        self.bad = 0
         self.started, self.first_step = time.monotonic(), first_step
 
     def report(self, step: int, samples_seen: int, metrics: Mapping[str, float]) -> None:
@@ -54,6 +58,17 @@ class Monitor:
         for tag, value in metrics.items():
             if math.isfinite(value):
                 self.board.add_scalar(tag, value, step)
+
+    def quarantine(self, bad: Iterable[Bad]) -> None:
+        """Append samples that others stood in for to quarantine.jsonl, and say the first few."""
+        with open(self.run.quarantine, "a", encoding="utf-8") as file:
+            for each in bad:
+                file.write(json.dumps({"attempt": self.attempt, **each.record()}) + "\n")
+                self.bad += 1
+                if self.bad <= SAID:
+                    log.warning("replaced a sample that cannot be used: %s", each.why)
+                if self.bad == SAID:
+                    log.warning("further ones are in %s alone", self.run.quarantine)
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
         """One readable line: where the run is, how well, how fast, how much longer."""

@@ -1,6 +1,6 @@
 """The run folder: everything a run leaves, and everything it needs to go on.
 
-config.yaml  environment.json  tokenizer.json  train.log  metrics.jsonl
+config.yaml  environment.json  tokenizer.json  train.log  metrics.jsonl  quarantine.jsonl
 attempts/     one file for each start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
@@ -43,6 +43,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine.jsonl"
 
     @property
     def log(self) -> Path:

@@ -75,7 +75,7 @@ class ExactStep:
             for micro, first in zip(batch, outputs, strict=True):
                 again = first if one_pass else self._embed(micro)
                 last = taken + (len(micro.keys) if micro.real else 0)
-                self.engine.backward(_surrogate(again, rows, slice(taken, last)))
+                self.engine.backward(_surrogate(again, rows, taken, last))
                 taken = last
         applied, norm = self.engine.step(lr)
         if applied:
@@ -163,12 +163,16 @@ def _join(
     return {name: torch.cat([part[name] for part in rows]) for name in names}
 
 
-def _surrogate(outputs: Outputs, rows: Outputs, mine: slice) -> Tensor:
-    """A scalar whose gradient in `outputs` is the objective's; a dummy's is zero, through every
-    tower all the same. (DeepSpeed's `backward` takes scalars only.)"""
+def _surrogate(outputs: Outputs, rows: Outputs, first: int, last: int) -> Tensor:
+    """A scalar whose gradient in `outputs`, of samples `first` to `last`, is the objective's; a
+    dummy's (no samples) is zero, through every tower all the same. (DeepSpeed's `backward` takes
+    scalars only.)"""
     total = torch.zeros((), device=next(iter(outputs.values())).device)
     for tap, output in outputs.items():
         grad = rows[tap].grad if tap in rows else None
-        used = grad is not None and mine.stop > mine.start
-        total = total + (output * (grad[mine] if used else 0.0)).sum()  # type: ignore[index]
+        if grad is None or last == first:
+            total = total + (output * 0.0).sum()
+        else:
+            per = len(output) // (last - first)  # captions a sample
+            total = total + (output * grad[first * per : last * per]).sum()
     return total

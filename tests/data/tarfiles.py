@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from support import write_samples
+
+from gigabatch.data.tarwalk import walk
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -33,6 +36,17 @@ def listed(path: Path) -> list[tuple[str, int, int]]:
     """(name, offset of the data, size) of each file, according to the standard library."""
     with tarfile.open(path) as tar:
         return [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+
+
+def walked(path: Path, checksums: bool = True) -> list[tuple[str, int, int]]:
+    """(name, offset of the data, size) of each file, according to us."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        members = walk(file, str(path), checksums)
+    finally:
+        os.close(file)
+    assert len(members.checksums) == (len(members.names) if checksums else 0)
+    return list(zip(members.names, members.offsets, members.sizes, strict=True))
 
 
 def contents(path: Path) -> dict[str, bytes]:

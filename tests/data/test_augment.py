@@ -7,11 +7,13 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gigabatch.data.augment import Augmentation, augment
+from gigabatch.data.pixels import Changes, apply_changes
 
-STRONG = {
+FIRST = {
     "zoom": 0.9, "aspect": 0.9, "rotate": 45, "shear": 20, "shift": 0.3, "flip": 1.0,
     "brightness": 0.5, "contrast": 0.8, "saturation": 1.0, "hue": 120, "noise": 0.3,
 }  # fmt: skip
+STRONG = FIRST | {"crop": 0.1, "grey": 1.0, "blur": 2.0, "erase": 1.0}
 EVERYTHING = Augmentation(**STRONG)
 
 
@@ -48,11 +50,11 @@ def test_each_setting_changes_pixels_and_only_by_its_key(field: str) -> None:
     assert one.isfinite().all()
     assert not torch.allclose(one, data.float() / 255, atol=0.01)
     assert torch.equal(augment(data, settings, 1), one)
-    if field != "flip":  # at probability 1 there is nothing left to chance
+    if field not in ("flip", "grey"):  # at probability 1 there is nothing left to chance
         assert not torch.allclose(augment(data, settings, 2), one, atol=0.01)
 
 
-@pytest.mark.parametrize("field", sorted(set(STRONG) - {"flip"}))
+@pytest.mark.parametrize("field", sorted(set(STRONG) - {"flip", "grey"}))
 def test_rows_of_a_batch_are_changed_differently(field: str) -> None:
     same = images(batch=1).expand(4, -1, -1, -1).contiguous()
     changed = augment(same, Augmentation(**{field: STRONG[field]}), 1)
@@ -71,6 +73,48 @@ def test_no_global_random_state_is_read_or_moved() -> None:
     assert (torch.initial_seed(), torch.rand(1), np.random.rand()) == untouched
     torch.manual_seed(99)
     assert torch.equal(augment(data, EVERYTHING, 5), first)
+
+
+@pytest.mark.parametrize(
+    ("more", "pixel", "means"),
+    [
+        (
+            {},
+            [0.27967, 0.05917, 0.23442, 0.15525, 0.21344, 1.06283],
+            [0.13785, 0.59841, 0.38076, 0.05880, 0.50793, 1.04324],
+        ),
+        (
+            {"crop": 0.1, "grey": 0.5, "blur": 2.0, "erase": 0.8},
+            [0.50000, 0.71839, 0.29906, 0.13783, 0.38760, 1.26301],
+            [0.24726, 0.64380, 0.38360, 0.07654, 0.48308, 0.90948],
+        ),
+    ],
+)
+def test_a_key_gives_the_pixels_that_it_always_gave(
+    more: dict[str, float], pixel: list[float], means: list[float]
+) -> None:
+    """Pinned: the numbers are a format, and settings that came later must not move them."""
+    changed = augment(images(), Augmentation(**FIRST | more), 7)
+    torch.testing.assert_close(changed[:, 1, 5, 4], torch.tensor(pixel), atol=1e-4, rtol=0)
+    torch.testing.assert_close(changed.mean((1, 2, 3)), torch.tensor(means), atol=1e-4, rtol=0)
+
+
+def test_each_row_is_changed_as_if_alone() -> None:
+    """More rows than are worked on at once."""
+    batch = 100
+    generator = torch.Generator().manual_seed(1)
+    data = images(batch, 3, 64, 64)
+    changes = Changes(
+        affine=torch.randn(batch, 2, 3, generator=generator),
+        kernel=torch.full((batch, 5), 0.2),
+        matrix=torch.randn(batch, 3, 3, generator=generator),
+        offset=torch.randn(batch, 1, 1, generator=generator),
+        noise=torch.randn(batch, 3, 64, 64, generator=generator),
+        hole=torch.rand(batch, 4, generator=generator),
+    )
+    alone = [slice(row, row + 1) for row in range(batch)]
+    expected = torch.cat([apply_changes(data[row], changes.rows(row)) for row in alone])
+    torch.testing.assert_close(apply_changes(data, changes), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2**63, 2**64 - 1])
@@ -154,25 +198,27 @@ def test_shift_moves_by_a_fraction_of_the_side() -> None:
 
 def test_pixels_from_outside_repeat_the_border() -> None:
     flat = torch.full((4, 3, 12, 12), 200, dtype=torch.uint8)
-    geometric = Augmentation(rotate=90, shift=0.5, zoom=0.9, shear=60, aspect=0.9, flip=0.5)
+    geometric = Augmentation(
+        rotate=90, shift=0.5, zoom=0.9, shear=60, aspect=0.9, flip=0.5, crop=0.01, blur=3
+    )
     torch.testing.assert_close(augment(flat, geometric, 2), flat / 255)
 
 
-@pytest.mark.parametrize("field", ["hue", "saturation"])
+@pytest.mark.parametrize("field", ["hue", "saturation", "grey"])
 def test_colour_changes_keep_grey_images_grey(field: str) -> None:
     grey = images(channels=1).expand(-1, 3, -1, -1).contiguous()
     changed = augment(grey, Augmentation(**{field: STRONG[field]}), 1)
     torch.testing.assert_close(changed, grey / 255, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("field", ["hue", "saturation"])
+@pytest.mark.parametrize("field", ["hue", "saturation", "grey"])
 def test_colour_changes_keep_the_mean_of_the_channels(field: str) -> None:
     data = images()
     changed = augment(data, Augmentation(**{field: STRONG[field]}), 1)
     torch.testing.assert_close(changed.mean(1), (data / 255).mean(1), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("field", ["hue", "saturation"])
+@pytest.mark.parametrize("field", ["hue", "saturation", "grey"])
 def test_colour_settings_leave_images_of_one_channel(field: str) -> None:
     data = images(channels=1)
     torch.testing.assert_close(augment(data, Augmentation(**{field: STRONG[field]}), 1), data / 255)
@@ -198,10 +244,130 @@ def test_contrast_turns_about_mid_grey_and_brightness_shifts() -> None:
     assert abs(added[0]) <= 0.2
 
 
+def crops(count: int, settings: Augmentation) -> tuple[Tensor, Tensor]:
+    """(sides, centres), each [count, 2] (x, y), as shares of the image, by where ramps end up."""
+    ramp = (4 * torch.arange(64)).byte()
+    data = torch.stack([ramp.expand(64, 64), ramp[:, None].expand(64, 64)])
+    data = torch.cat([data, data[:1]]).expand(count, 3, 64, 64).contiguous()
+    at = augment(data, settings, 4) * 255 / 4
+    low = torch.stack([at[:, 0, 32, 16], at[:, 1, 16, 32]], 1)
+    high = torch.stack([at[:, 0, 32, 47], at[:, 1, 47, 32]], 1)
+    return (high - low) / 31, ((high + low) / 2 + 0.5) / 64
+
+
+def test_a_crop_keeps_at_least_its_share_and_stays_inside() -> None:
+    sides, centres = crops(2000, Augmentation(crop=0.2, aspect=0.5))
+    area, stretch = sides.prod(1), (sides[:, 0] / sides[:, 1]).log()
+    assert 0.199 < area.min() < 0.21
+    assert 0.97 < area.max() < 1.001
+    assert abs(area.mean() - 0.6) < 5 * 0.8 / (12 * 2000) ** 0.5
+    assert -0.501 < stretch.min() < -0.45
+    assert 0.45 < stretch.max() < 0.501
+    assert (centres - sides / 2 > -1e-3).all()
+    assert (centres + sides / 2 < 1 + 1e-3).all()
+    roomy = sides.amax(1) < 0.9
+    place = ((centres - sides / 2) / (1 - sides))[roomy]  # of the box in the room it has
+    assert place.amin(0).max() < 0.02
+    assert place.amax(0).min() > 0.98
+    assert (place.mean(0) - 0.5).abs().max() < 5 / (12 * len(place)) ** 0.5
+
+
+def test_a_flip_or_turn_of_a_crop_is_of_that_crop() -> None:
+    data = images(batch=200)
+    cropped = augment(data, Augmentation(crop=0.1, aspect=0.3), 6)
+    flipped = augment(data, Augmentation(crop=0.1, aspect=0.3, flip=1.0), 6)
+    torch.testing.assert_close(flipped, cropped.flip(-1), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("aspect", [0.0, 0.9])
+def test_a_crop_of_the_whole_leaves_the_image(aspect: float) -> None:
+    data = images()
+    same = augment(data, Augmentation(crop=1.0, aspect=aspect), 3)
+    torch.testing.assert_close(same, data / 255, atol=1e-4, rtol=0)
+
+
+def test_grey_of_probability_a_third_greys_about_a_third() -> None:
+    data = images(batch=1, height=8, width=8).expand(3000, -1, -1, -1).contiguous()
+    changed = augment(data, Augmentation(grey=1 / 3), 3)
+    mean = (data / 255).mean(1, keepdim=True).expand_as(data)
+    grey = (changed - mean).abs().amax((1, 2, 3)) < 1e-5
+    kept = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-5
+    assert (grey ^ kept).all()
+    assert abs(grey.float().mean().item() - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
+
+
+def test_blur_spreads_a_point_into_a_gaussian() -> None:
+    point = torch.zeros(300, 1, 31, 31, dtype=torch.uint8)
+    point[:, :, 15, 15] = 255
+    blurred = augment(point, Augmentation(blur=2.0), 1)[:, 0].double()
+    torch.testing.assert_close(blurred.sum((1, 2)), torch.ones(300).double(), atol=1e-6, rtol=0)
+    # Neighbours on the axis differ by exp(1 / (2 sigma^2)); too small a sigma leaves no neighbour.
+    ratio = blurred[:, 15, 15] / blurred[:, 15, 16].clamp(min=1e-300)
+    sigma = (1 / (2 * ratio.log())).sqrt()
+    assert sigma.max() < 2.001
+    assert sigma.max() > 1.95
+    assert abs(sigma.mean() - 1) < 5 * 2 / (12 * 300) ** 0.5
+    axis = (torch.arange(31) - 15).double()
+    line = torch.exp(-(axis**2) / (2 * sigma[:, None] ** 2)) * (axis.abs() <= 6)
+    line = line / line.sum(1, keepdim=True)
+    torch.testing.assert_close(blurred, line[:, :, None] * line[:, None], atol=1e-5, rtol=0)
+
+
+def test_a_blur_of_next_to_nothing_leaves_the_image() -> None:
+    torch.testing.assert_close(augment(images(), Augmentation(blur=1e-30), 1), images() / 255)
+
+
+def test_blur_repeats_the_border() -> None:
+    data = images()
+    wider = torch.nn.functional.pad(data.float(), (9, 9, 9, 9), mode="replicate").byte()
+    settings = Augmentation(blur=3.0)
+    torch.testing.assert_close(
+        augment(wider, settings, 2)[:, :, 9:-9, 9:-9], augment(data, settings, 2)
+    )
+
+
+def holes(count: int, settings: Augmentation) -> Tensor:
+    """bool [count, 100, 100]: what was erased of white images."""
+    white = torch.full((count, 1, 100, 100), 255, dtype=torch.uint8)
+    changed = augment(white, settings, 2)[:, 0]
+    assert ((changed == 0.5) | (changed == 1)).all()
+    return changed == 0.5
+
+
+def test_what_is_erased_is_a_rectangle_of_allowed_size_and_shape() -> None:
+    hole = holes(1500, Augmentation(erase=1.0))
+    lines, columns = hole.any(2), hole.any(1)
+    assert torch.equal(hole, lines[:, :, None] & columns[:, None])
+    assert ((lines.int().diff(dim=1) != 0).sum(1) <= 2).all()
+    assert ((columns.int().diff(dim=1) != 0).sum(1) <= 2).all()
+    high, wide = lines.sum(1), columns.sum(1)  # each within a pixel of the drawn side
+    assert ((high + 1) * (wide + 1) >= 200).all()
+    assert ((high - 1) * (wide - 1) <= 3300).all()
+    assert abs((high * wide).float().mean() / 1e4 - 0.175) < 5 * 0.31 / (12 * 1500) ** 0.5
+    stretch = (wide / high).log()
+    assert stretch.abs().max() < np.log(1 / 0.3) + 0.1
+    assert stretch.min() < -1.1
+    assert stretch.max() > 1.1
+    assert lines.any(0).all()  # no place is spared
+    assert columns.any(0).all()
+
+
+def test_erasing_with_probability_a_third_erases_about_a_third() -> None:
+    erased = holes(1500, Augmentation(erase=1 / 3)).any(2).any(1)
+    assert abs(erased.float().mean().item() - 1 / 3) < 5 * (2 / 9 / 1500) ** 0.5
+
+
+def test_nothing_is_laid_over_what_was_erased() -> None:
+    changed = augment(images(batch=50), EVERYTHING, 2)
+    erased = (changed == 0.5).all(1).sum((1, 2))
+    assert (erased > 0).float().mean() > 0.9  # the smallest may fall between the pixels
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"zoom": -0.1}, {"zoom": 1}, {"flip": 1.5}, {"rotate": 181}, {"zoon": 0.1},
-     {"noise": float("nan")}],
+     {"noise": float("nan")}, {"crop": 1.1}, {"grey": 2}, {"blur": -1}, {"blur": 33},
+     {"erase": 1.1}],
 )  # fmt: skip
 def test_settings_out_of_range_or_unknown_are_refused(settings: dict[str, float]) -> None:
     with pytest.raises(ValidationError):

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gigabatch.data.decode import ImageSettings, decode_column, decode_image, decode_text
+from gigabatch.data.decode import ImageSettings, decode_column, decode_image
 from gigabatch.data.errors import GigabatchError
 
 WHERE = "/data/s.tar: sample 'cat'"
@@ -174,12 +174,6 @@ def test_a_decompression_bomb_is_refused() -> None:
     data[16:29] = header
     data[29:33] = struct.pack(">I", zlib.crc32(b"IHDR" + header))
     assert_refused(bytes(data))
-
-
-def test_text() -> None:
-    assert decode_text("  ein Kätzchen\n".encode(), WHERE) == "ein Kätzchen"
-    with pytest.raises(GigabatchError, match="sample 'cat': the text is not UTF-8"):
-        decode_text("Kätzchen".encode("latin-1"), WHERE)
 
 
 def column(value: Any) -> int:

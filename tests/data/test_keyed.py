@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigabatch.data.keyed import VERSION, key, permute, uniforms
+from gigabatch.data.keyed import VERSION, key, permute, permute_each, uniforms
 
 STREAMS = st.integers(0, (1 << 64) - 1)
 
@@ -61,6 +62,12 @@ def test_golden_permutation_of_a_size_that_no_table_could_hold() -> None:
     assert permute(asked, 10**12, 99).tolist() == golden
 
 
+def test_golden_permutation_of_more_than_is_worked_on_at_a_time() -> None:
+    places = permute(np.arange(200_000), 200_000, 99)
+    assert places[[0, 65_535, 65_536, 199_999]].tolist() == [12240, 146518, 164733, 28968]
+    assert hashlib.sha256(places.astype("<i8")).hexdigest()[:16] == "9cf471c2897556c1"
+
+
 @given(size=st.integers(1, 5000), stream=STREAMS)
 def test_permute_is_a_bijection(size: int, stream: int) -> None:
     assert np.array_equal(np.sort(permute(np.arange(size), size, stream)), np.arange(size))
@@ -72,6 +79,51 @@ def test_permute_of_a_part_equals_the_part_of_the_whole(
 ) -> None:
     part = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=np.int64)
     assert np.array_equal(permute(part, size, stream), permute(np.arange(size), size, stream)[part])
+
+
+def place(index: int, size: int, stream: int) -> int:
+    """The permutation by the book, one index at a time, in whole numbers of any length."""
+    half = 1
+    while 4**half < size:
+        half += 1
+    words = (1 << 64) - 1
+    while True:
+        left, right = index >> half, index % 2**half
+        for i in range(1, 7):
+            x = right ^ ((stream + 0x9E3779B97F4A7C15 * i) & words)
+            x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & words
+            x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & words
+            left, right = right, left ^ (x ^ (x >> 31)) % 2**half
+        index = left << half | right
+        if index < size:
+            return index
+
+
+INDICES = st.integers(1, 2**53).flatmap(lambda n: st.tuples(st.integers(0, n - 1), st.just(n)))
+
+
+@given(rows=st.lists(st.tuples(INDICES, STREAMS), max_size=20))
+def test_many_permutations_at_once_equal_each_by_the_book(
+    rows: list[tuple[tuple[int, int], int]],
+) -> None:
+    index, sizes = (np.array([row[0][i] for row in rows], np.int64) for i in (0, 1))
+    streams = np.array([stream for _, stream in rows], np.uint64)
+    book = [place(i, size, stream) for (i, size), stream in rows]
+    assert permute_each(index, sizes, streams).tolist() == book
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 17, 255, 256, 257, 4096, 4097])
+@pytest.mark.parametrize("stream", [0, (1 << 64) - 1])
+def test_a_whole_permutation_equals_the_book(size: int, stream: int) -> None:
+    book = [place(i, size, stream) for i in range(size)]
+    assert permute(np.arange(size), size, stream).tolist() == book
+
+
+@pytest.mark.parametrize("bits", [10, 11, 32, 33, 52, 53])
+def test_the_network_is_as_wide_as_the_last_index_has_bits(bits: int) -> None:
+    for size in (2**bits - 1, 2**bits, min(2**bits + 1, 2**53)):
+        index = np.arange(size - 5, size)
+        assert permute(index, size, 7).tolist() == [place(i, size, 7) for i in index.tolist()]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 5])

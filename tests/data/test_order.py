@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 import time
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gigabatch.data.keyed import key, permute
-from gigabatch.data.order import Order, batch_samples, deal, rounds
+from gigabatch.data.order import Order, deal, rounds
 
 ORDERS = st.builds(
     Order,
@@ -97,19 +98,55 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
     assert not np.array_equal(epoch_of(one, 0), np.arange(100))
 
 
-@given(order=ORDERS, step=st.integers(1, 10**6), size=st.integers(1, 64))
-def test_a_batch_is_its_positions_sorted(order: Order, step: int, size: int) -> None:
-    batch = batch_samples(order, step, size)
-    assert (np.diff(batch) >= 0).all()
-    positions = np.arange((step - 1) * size, step * size)
-    assert np.array_equal(batch, np.sort(order.locate(positions)[1]))
+def test_an_order_is_a_value() -> None:
+    arguments = [(3, 5, 2, 4), [3, 5, 2, 4], np.array([3, 5, 2, 4], np.int32)]
+    assert all(Order(sizes, 11, 2) == SMALL for sizes in arguments)
+    assert len({Order(sizes, 11, 2) for sizes in arguments}) == 1
+    others = [Order((3, 5, 4, 2), 11, 2), Order((3, 5, 2, 4), 12, 2), Order((3, 5, 2, 4), 11, 3)]
+    assert all(other != SMALL for other in others)
+    assert SMALL != (3, 5, 2, 4)
 
 
-def test_a_batch_may_straddle_two_epochs() -> None:
-    batch = batch_samples(SMALL, 2, 10)
-    assert batch.tolist() == [0, 0, 1, 1, 2, 2, 6, 8, 9, 9]
-    ends = epoch_of(SMALL, 0)[10:].tolist() + epoch_of(SMALL, 1)[:6].tolist()
-    assert batch.tolist() == sorted(ends)
+def test_its_sizes_are_its_own() -> None:
+    sizes = np.array([3, 5, 2, 4])
+    order = Order(sizes, seed=11, window=2)
+    sizes[0] = 100
+    assert order == SMALL
+    with pytest.raises(ValueError, match="read-only"):
+        order.shard_sizes[0] = 100
+
+
+@given(order=ORDERS)
+def test_pickling_keeps_the_order_and_leaves_the_walks(order: Order) -> None:
+    fresh = len(pickle.dumps(order))
+    epochs = np.arange(3) * order.epoch_size
+    _, samples = order.locate(epochs)
+    assert len(pickle.dumps(order)) == fresh
+    again = pickle.loads(pickle.dumps(order))
+    assert again == order
+    assert np.array_equal(again.locate(epochs)[1], samples)
+
+
+@given(order=ORDERS, epochs=st.lists(st.integers(0, 6), min_size=1, max_size=12))
+def test_epochs_may_be_asked_for_in_any_order(order: Order, epochs: list[int]) -> None:
+    sizes, seed, window = order.shard_sizes, order.seed, order.window
+    for epoch in epochs:
+        assert np.array_equal(epoch_of(order, epoch), epoch_of(Order(sizes, seed, window), epoch))
+
+
+def test_a_cold_seek_over_a_million_shards_takes_less_than_50_ms() -> None:
+    sizes = np.random.default_rng(0).integers(950, 1050, 10**6)
+    batch = np.arange(10**9, 10**9 + 32_768)
+    took = []
+    for _ in range(5):
+        # Of this process only: the machine may be at work on other things.
+        began = time.process_time()
+        _, samples = Order(sizes, seed=3, window=64).locate(batch)
+        took.append(time.process_time() - began)
+    assert min(took) < 0.05
+    assert len(np.unique(samples)) == len(batch)
+    shards = np.unique(np.searchsorted(np.cumsum(sizes), samples, side="right"))
+    assert 64 <= len(shards) <= 128  # a window, or two
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5, 7, 8, 24, 100])

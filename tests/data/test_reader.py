@@ -7,13 +7,13 @@ import pytest
 from tarfiles import FORMATS, contents, write_tar
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import open_index
+from gigabatch.data.indexing import open_index
 from gigabatch.data.reader import Reader
 
 
 def test_every_member_equals_tarfiles_bytes(shards: Path) -> None:
     index = open_index(shards / "train")
-    expected = {k: v for name in index.shards for k, v in contents(index.root / name).items()}
+    expected = {k: v for shard in index.shards for k, v in contents(Path(shard.name)).items()}
     with Reader(index) as reader:
         found = {
             f"{index.key(i)}.{member}": reader.read(i, member)

@@ -9,28 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tarfiles import overwrite, write_tar
+from tarfiles import write_tar
 
+from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.decode import ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index, open_index
+from gigabatch.data.fields import Fields, Sample, some_captions
+from gigabatch.data.index import Index
+from gigabatch.data.indexing import open_index
 from gigabatch.data.keyed import key
-from gigabatch.data.order import Order, batch_samples
-from gigabatch.data.stream import (
-    EvalPlans,
-    MicroBatch,
-    Plan,
-    Sample,
-    TrainPlans,
-    by_step,
-    captions,
-    open_stream,
-)
+from gigabatch.data.mixture import Mixture, Phase, batch_numbers
+from gigabatch.data.order import Order
+from gigabatch.data.plans import EvalPlans, Plan, TrainPlans
+from gigabatch.data.stream import MicroBatch, by_step, open_stream
 from gigabatch.data.tokenizer import TextSettings, train_bpe
 
 # Three loader workers on a machine of two cores are what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 GLOBAL, MICRO = 24, 4
+FIELDS = Fields(ImageSettings(size=8), CaptionSettings(), columns=("concept", "colour"))
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,9 @@ def index(shards: Path) -> Index:
 @pytest.fixture(scope="module")
 def tokenizer(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(captions(index, 1000), TextSettings(vocab_size=300, length=12)).save(str(path))
+    train_bpe(some_captions([index], FIELDS, 1000), TextSettings(vocab_size=300, length=12)).save(
+        str(path)
+    )
     return path
 
 
@@ -51,8 +50,8 @@ def stream(index: Index, tokenizer: Path) -> Iterator[Callable[..., list[MicroBa
         plans: Any, workers: int = 0, stages: Sequence[Any] = (), of: Index = index
     ) -> list[MicroBatch]:
         opened = open_stream(
-            of, plans, images=ImageSettings(size=8), tokenizer=tokenizer,
-            columns=["concept", "colour"], seed=5, workers=workers, prefetch=2, stages=stages,
+            [of], plans, fields=FIELDS, tokenizer=tokenizer, seed=5, workers=workers, prefetch=2,
+            stages=stages,
         )  # fmt: skip
         return list(opened)
 
@@ -64,7 +63,8 @@ def plans(
     index: Index, world_size: int = 1, rank: int = 0, first: int = 1, last: int = 3
 ) -> TrainPlans:
     order = Order(index.shard_sizes, seed=5, window=2)
-    return TrainPlans(order, GLOBAL, MICRO, world_size, rank, first, last)
+    mixture = Mixture((order,), (Phase(0, (1.0,)),), seed=5)
+    return TrainPlans(mixture, GLOBAL, MICRO, world_size, rank, first, last)
 
 
 def assert_equal(one: Sequence[MicroBatch], two: Sequence[MicroBatch]) -> None:
@@ -83,7 +83,7 @@ def test_micro_batches_hold_what_the_shards_hold(
     assert [(b.step, b.number) for b in batches] == [(s, j) for s in (1, 2, 3) for j in range(6)]
     for step in (1, 2, 3):
         rows = torch.cat([b.tensors["sample"] for b in batches if b.step == step])
-        assert rows.tolist() == batch_samples(plans(index).order, step, GLOBAL).tolist()
+        assert rows.tolist() == batch_numbers(plans(index).mixture, step, GLOBAL).tolist()
     for batch in batches:
         assert batch.real
         tensors, samples = batch.tensors, batch.tensors["sample"].tolist()
@@ -211,8 +211,8 @@ def test_stages_that_lose_repeat_or_move_samples_are_refused(
 
 def test_samples_before_the_fault_still_come(index: Index, tokenizer: Path) -> None:
     opened = open_stream(
-        index, plans(index), images=ImageSettings(size=8), tokenizer=tokenizer, columns=[],
-        seed=5, workers=2, prefetch=2, stages=[drop_the_last],
+        [index], plans(index), fields=FIELDS, tokenizer=tokenizer, seed=5, workers=2, prefetch=2,
+        stages=[drop_the_last],
     )  # fmt: skip
     iterator = iter(opened)
     first = [next(iterator) for _ in range(16)]
@@ -232,23 +232,6 @@ def test_a_bug_in_a_user_stage_keeps_its_type(
         stream(plans(index), stages=[fail])
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_damaged_image_is_named_with_its_shard(
-    workers: int, shards: Path, tmp_path: Path, stream: Callable[..., list[MicroBatch]]
-) -> None:
-    for shard in (shards / "train").glob("*.tar"):
-        (tmp_path / shard.name).write_bytes(shard.read_bytes())
-    copy = open_index(tmp_path)
-    sample = plans(copy).order.locate(np.array([30]))[1][0]
-    shard = tmp_path / copy.shards[copy.shard_of(sample)]
-    overwrite(shard, copy.span(sample, "png")[0] + 40, bytes(64))
-    with pytest.raises(GigabatchError) as caught:
-        stream(plans(copy), workers=workers, of=copy)
-    message = str(caught.value)
-    assert message.startswith(f"{shard}: sample '{copy.key(sample)}': the image cannot be decoded")
-    assert "\n" not in message
-
-
 @pytest.mark.parametrize(
     ("members", "why"),
     [
@@ -263,8 +246,8 @@ def test_sets_without_the_members_are_refused_at_once(
     write_tar(tmp_path / "s.tar", members)
     with pytest.raises(GigabatchError) as caught:
         open_stream(
-            open_index(tmp_path), [], images=ImageSettings(size=8), tokenizer=tokenizer,
-            columns=["x"], seed=0, workers=0, prefetch=1,
+            [open_index(tmp_path)], [], fields=FIELDS, tokenizer=tokenizer, seed=0, workers=0,
+            prefetch=1,
         )  # fmt: skip
     assert why in str(caught.value)
 
@@ -291,5 +274,5 @@ def test_the_last_micro_batch_of_an_evaluation_may_be_short(
 
 @pytest.mark.parametrize(("limit", "count"), [(1000, 200), (200, 200), (50, 50), (60, 50), (1, 1)])
 def test_captions_are_evenly_spaced(limit: int, count: int, index: Index) -> None:
-    assert len(list(captions(index, limit))) <= limit
-    assert len(list(captions(index, limit))) == count
+    found = list(some_captions([index], FIELDS, limit))
+    assert len(found) == count <= limit

@@ -1,23 +1,30 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
 import tarfile
 from pathlib import Path
 
+import google_crc32c
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tarfiles import FORMATS, listed, overwrite, shard_of, write_tar
+from tarfiles import FORMATS, contents, listed, overwrite, shard_of, walked, write_tar
 
+from gigabatch.data import tarwalk
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tarwalk import BLOCK, walk
 
 
 def refusal(path: Path) -> str:
+    """The same one, whether data are read or headers alone."""
     with pytest.raises(GigabatchError) as caught:
-        list(walk(path))
+        walked(path, checksums=False)
     message = str(caught.value)
+    with pytest.raises(GigabatchError) as caught:
+        walked(path)
+    assert str(caught.value) == message
     assert str(path) in message
     assert "\n" not in message
     return message
@@ -29,9 +36,28 @@ def shard(tmp_path: Path) -> Path:
 
 
 def test_webdataset_shards_hold_what_tarfile_says(shard: Path) -> None:
-    found = [tuple(member) for member in walk(shard)]
+    found = walked(shard)
     assert len(found) == 36
     assert found == listed(shard)
+
+
+@pytest.mark.parametrize("large", [1, 16 << 20])
+def test_checksums_are_those_of_the_contents(
+    shard: Path, large: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tarwalk, "LARGE", large)  # members above it are read in pieces
+    file = os.open(shard, os.O_RDONLY)
+    members = walk(file, str(shard), checksums=True)
+    os.close(file)
+    expected = [google_crc32c.value(data) for data in contents(shard).values()]
+    assert members.checksums == expected
+
+
+def test_a_damaged_size_is_named_where_it_is(shard: Path) -> None:
+    """It leads the walk into the middle of data; the fault is in the header before."""
+    _, offset, _ = listed(shard)[5]
+    overwrite(shard, offset - BLOCK + 132, b"7")
+    assert f"at byte {offset - BLOCK}:" in refusal(shard)
 
 
 @pytest.mark.parametrize("dialect", FORMATS)
@@ -48,21 +74,21 @@ def test_every_dialect_reads_as_tarfile_reads_it(
 ) -> None:
     data = dict(zip(names, (bytes([i]) * n for i, n in enumerate(sizes)), strict=False))
     path = write_tar(tmp_path_factory.mktemp("dialect") / "s.tar", data, dialect)
-    assert [tuple(member) for member in walk(path)] == listed(path)
+    assert walked(path) == listed(path)
 
 
 @pytest.mark.parametrize("dialect", ["gnu", "pax"])
 def test_names_too_long_for_a_header(dialect: str, tmp_path: Path) -> None:
     names = ["a" * 300 + ".png", "short.png", "d" * 120 + "/" + "e" * 120 + "/ü.png"]
     path = write_tar(tmp_path / "s.tar", [(name, b"x" * 700) for name in names], dialect)
-    assert [m.name for m in walk(path)] == names
-    assert [tuple(member) for member in walk(path)] == listed(path)
+    assert [name for name, _, _ in walked(path)] == names
+    assert walked(path) == listed(path)
 
 
 def test_ustar_prefixes_join_names(tmp_path: Path) -> None:
     name = "d" * 90 + "/" + "e" * 60 + ".png"
     path = write_tar(tmp_path / "s.tar", {name: b"x"})
-    assert [m.name for m in walk(path)] == [name]
+    assert [name for name, _, _ in walked(path)] == [name]
 
 
 @pytest.mark.parametrize("dialect", ["gnu", "pax"])
@@ -75,7 +101,7 @@ def test_a_folder_keeps_its_long_name_to_itself(dialect: str, tmp_path: Path) ->
         file = tarfile.TarInfo("x.txt")
         file.size = 3
         tar.addfile(file, io.BytesIO(b"abc"))
-    assert [m.name for m in walk(path)] == ["x.txt"]
+    assert [name for name, _, _ in walked(path)] == ["x.txt"]
 
 
 def test_binary_extended_attributes_are_passed_over(tmp_path: Path) -> None:
@@ -86,7 +112,7 @@ def test_binary_extended_attributes_are_passed_over(tmp_path: Path) -> None:
         file.pax_headers = {"SCHILY.xattr.security.capability": "\udcff\udcfe"}
         tar.addfile(file)
     assert b"\xff\xfe" in path.read_bytes()
-    assert [m.name for m in walk(path)] == ["x.txt"]
+    assert [name for name, _, _ in walked(path)] == ["x.txt"]
 
 
 def test_base_256_sizes_are_read(tmp_path: Path) -> None:
@@ -96,7 +122,7 @@ def test_base_256_sizes_are_read(tmp_path: Path) -> None:
     header[148:156] = b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     overwrite(path, 0, bytes(header))
-    assert [m.size for m in walk(path)] == [3] == [size for _, _, size in listed(path)]
+    assert [size for _, _, size in walked(path)] == [3] == [size for _, _, size in listed(path)]
 
 
 def test_cut_at_a_member_edge(shard: Path) -> None:
@@ -167,7 +193,7 @@ def test_files_without_members(tmp_path: Path, size: int) -> None:
     if size < BLOCK:
         assert "at byte 0:" in refusal(path)
     else:
-        assert list(walk(path)) == []
+        assert walked(path) == []
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gigabatch.data.index import open_index
 from gigabatch.data.keyed import key
-from gigabatch.data.order import Order
-from gigabatch.data.stream import MicroBatch, TrainPlans, by_step, open_stream
+from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config, load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
-from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.inputs import open_train, plans_of, train_stream
+from gigabatch.trainer.objectives import Context, Objective, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
 from gigabatch.trainer.towers import build_towers
 
@@ -44,37 +43,38 @@ class ListeningEngine(Engine):
         self.seen = {name: p.grad.clone() for name, p in self.trained.items()}
 
 
+def objective_of(config: Config) -> Objective:
+    return build_objective(config.objective, group=config.data.group)
+
+
 def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[MicroBatch]:
-    index = open_index(Path(config.data.root) / config.data.train)
-    order = Order(index.shard_sizes, config.run.seed, config.data.window)
-    sizes = (config.batch.global_size, config.batch.micro_size)
-    plans = TrainPlans(order, *sizes, world_size, rank, 1, 1)
-    stream = open_stream(
-        index, plans, images=config.data.image, tokenizer=tokenizer, columns=["concept"],
-        seed=config.run.seed, workers=0, prefetch=1,
-    )  # fmt: skip
+    data = open_train(config)
+    plans = plans_of(data, world_size, rank, 1, 1)
+    stream = train_stream(data, plans, tokenizer, objective_of(config).needs.columns)
     return next(by_step(stream, plans.per_step))
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     """Gradients of the whole global batch in one autograd graph, in this process alone."""
-    towers, objective = build_towers(config, vocab), build_objective(config.objective)
+    towers, objective = build_towers(config, vocab), objective_of(config)
     outputs: dict[str, list[Tensor]] = {"image": [], "text": []}
-    meta: list[Tensor] = []
+    meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
         stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
         for tap, vectors in towers(tower_inputs(micro, config.data, stream), stream).items():
             outputs[tap].append(vectors)
-        meta.append(micro.tensors["concept"])
+        for name, column in micro.tensors.items():
+            meta.setdefault(name, []).append(column)
     rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}
-    loss = objective(rows, {"concept": torch.cat(meta)}, Context(None, 1))
+    columns = {name: torch.cat(parts) for name, parts in meta.items()}
+    loss = objective(rows, columns, Context(None, 1))
     loss.value.backward()
     grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
     return grads | {"log_scale": objective.log_scale.grad, "loss": loss.value.detach()}
 
 
 def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dict[str, Tensor]:
-    towers, objective = build_towers(config, vocab), build_objective(config.objective)
+    towers, objective = build_towers(config, vocab), objective_of(config)
     engine = ListeningEngine(towers, config, world)
     step = ExactStep(engine, objective, config, world)
     own: dict[str, Tensor] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,16 +14,21 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from support import TINY
+from support import TINY, spoil
 
+from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order import Order
-from gigabatch.data.stream import TrainPlans, open_stream
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
 from gigabatch.trainer.config import Config, known_keys, parse_config, resolve
 from gigabatch.trainer.engine import deepspeed_config
-from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.inputs import (
+    cache_of,
+    make_tokenizer,
+    open_train,
+    plans_of,
+    train_stream,
+)
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.objectives import Context, build_objective
@@ -36,13 +42,36 @@ VIT = (
     "intermediate_size: 8, image_size: 16, patch_size: 8}"
 )
 
-# key: (override, the probe that must see it, what else both sides need)
+PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
+
+# key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
 KEYS: dict[str, tuple[str, str, list[str]]] = {
     "run.name": ("other", "run", []),
     "run.dir": ("elsewhere", "paths", []),
     "run.seed": ("1", "batch", []),
     "data.root": ("/nowhere", "paths", []),
-    "data.train": ("val", "batch", []),
+    "data.train.path": ("val", "batch", []),
+    "data.train.weight": (
+        "data.train=[train, {path: val, weight: 3}]", "batch", ["data.train=[train, val]"],
+    ),
+    "data.curriculum.from_sample": (
+        f"data.curriculum={PHASE.replace('10000', '20000')}", "weights",
+        ["data.train=[train, val]", f"data.curriculum={PHASE}"],
+    ),
+    "data.curriculum.weights": (
+        f"data.curriculum={PHASE.replace('9, 1', '1, 9')}", "weights",
+        ["data.train=[train, val]", f"data.curriculum={PHASE}"],
+    ),
+    "data.group": ("concept", "batch", []),
+    "data.cache_gib": ("3", "cache", []),
+    "data.missing": ("mask", "batch", []),
+    "data.max_damaged": ("0", "damage", ["data.max_damaged=0.5"]),
+    "data.stages": ("['support_towers:darken']", "batch", []),
+    "data.captions.member": ("json", "batch", []),
+    "data.captions.field": ("colour", "batch", ["data.captions.member=json"]),
+    "data.captions.choose": ("all", "batch", []),
+    "data.captions.most": ("2", "batch", ["data.captions.choose=all"]),
+    "data.captions.lines": ("true", "lines", []),
     "data.window": ("1", "batch", []),
     "data.workers": ("2", "loaders", []),
     "data.prefetch": ("3", "loaders", []),
@@ -57,7 +86,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         f"data.augment.{name}": ("0.4", "inputs", [])
         for name in (
             "zoom", "aspect", "rotate", "shear", "shift", "flip", "brightness", "contrast",
-            "saturation", "hue", "noise",
+            "saturation", "hue", "noise", "crop", "grey", "blur", "erase",
         )
     },
     "batch.global_size": ("64", "batch", []),
@@ -177,7 +206,8 @@ def test_key_of_the_launcher_has_an_effect(
 def assert_effect(key: str, shards: Path, tmp_path: Path) -> None:
     override, probe, both = KEYS[key]
     before = observe(probe, both, shards, tmp_path / "before")
-    after = observe(probe, [*both, f"{key}={override}"], shards, tmp_path / "after")
+    whole = override if override.startswith("data.") else f"{key}={override}"
+    after = observe(probe, [*both, whole], shards, tmp_path / "after")
     assert after != before
 
 
@@ -198,16 +228,10 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 def micro_batches(config: Config, folder: Path) -> Any:
-    index = open_train(config)
-    make_tokenizer(config, index).save(str(folder / "tokenizer.json"))
-    order = Order(index.shard_sizes, config.run.seed, config.data.window)
-    plans = TrainPlans(order, config.batch.global_size, config.batch.micro_size, 1, 0, 1, 1)
+    data = open_train(config)
+    make_tokenizer(config, data).save(str(folder / "tokenizer.json"))
     columns = build_objective(config.objective).needs.columns
-    return open_stream(
-        index, plans, images=config.data.image, tokenizer=folder / "tokenizer.json",
-        columns=columns, seed=config.run.seed, workers=config.data.workers,
-        prefetch=config.data.prefetch,
-    )  # fmt: skip
+    return train_stream(data, plans_of(data, 1, 0, 1, 1), folder / "tokenizer.json", columns)
 
 
 def see_batch(config: Config, folder: Path) -> Any:
@@ -345,6 +369,26 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_damage(config: Config, folder: Path) -> Any:
+    """A run over a set of which a sample has gone bad since it was indexed."""
+    bad = folder / "bad"
+    shutil.copytree(Path(config.data.root) / "train", bad / "train")
+    moved = config.model_copy(update={"data": config.data.model_copy(update={"root": str(bad)})})
+    (index,) = open_train(moved).indexes
+    spoil(index, 30)
+    steps = moved.train.model_copy(update={"steps": 8})
+    return see_run(moved.model_copy(update={"train": steps}), folder)
+
+
+def see_weights(config: Config, folder: Path) -> Any:
+    drawn = open_train(config).mixture
+    return [drawn.drawn(position).tolist() for position in (5000, 15_000, 25_000)]
+
+
+def see_lines(config: Config, folder: Path) -> Any:
+    return read_captions(b"one\ntwo", config.data.captions, "here")
+
+
 def leavings(run: RunFolder) -> Any:
     lines = read_metrics(run.metrics)
     tags = ("train/loss", "train/logit_scale", "step")
@@ -369,5 +413,9 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "schedule": see_schedule,
     "run": see_run,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
-    "paths": lambda config, folder: [str(config.run.dir), str(open_train(config).root)],
+    "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
+    "damage": see_damage,
+    "weights": see_weights,
+    "lines": see_lines,
+    "cache": lambda config, folder: cache_of(config).limit_bytes,
 }

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import run_ranks
+import yaml
+from support import run_ranks, write_rich
 
 from gigabatch.trainer.config import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
@@ -26,6 +28,41 @@ def test_exact_step_equals_one_graph_on_every_zero_stage(
         few, many = stage["reductions"]
         assert few == many, "the number of reductions grows with the number of micro-batches"
         assert few > 0 or world_size == 1
+
+
+RICH = """
+data:
+  captions: {member: json, field: names, choose: all, most: 3}
+  missing: mask
+  group: lang
+  augment: {crop: 0.5, flip: 0.5, blur: 1.0, erase: 0.5, grey: 0.3}
+"""
+
+
+@pytest.mark.slow
+def test_exact_step_with_several_captions_missing_images_and_groups(
+    tiny: Path, tmp_path: Path
+) -> None:
+    write_rich(tmp_path / "rich" / "train", 120, seed=4)
+    settings = yaml.safe_load(tiny.read_text())
+    merge(settings, yaml.safe_load(RICH))
+    settings["data"]["root"] = str(tmp_path / "rich")
+    path = tmp_path / "rich.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    config = load_config(path, ["eval.sets=[]"])
+    tokenizer = tmp_path / "tokenizer.json"
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    report = run_ranks(PROBE, 3, path, tokenizer)
+    for stage in report.values():
+        assert stage["gap"] < 1e-5, stage
+
+
+def merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(tree.get(name), dict):
+            merge(tree[name], value)
+        else:
+            tree[name] = value
 
 
 @pytest.mark.slow

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.index import Index
-from gigabatch.data.stream import EvalPlans, open_stream
+from gigabatch.data.plans import EvalPlans
+from gigabatch.data.stream import open_stream
 from gigabatch.kernels import Eq, Ne, gather_rows, key_source, pair_sum, row_top
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
@@ -43,14 +45,14 @@ def evaluate_retrieval(
     """
     plans = EvalPlans(len(index), config.batch.micro_size, world.size, world.rank)
     stream = open_stream(
-        index,
+        [index],
         plans,
-        images=config.data.image,
+        fields=eval_fields(config, [positives] if positives else []),
         tokenizer=run.tokenizer,
-        columns=[positives] if positives else [],
         seed=config.run.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
+        cache=cache_of(config),
     )
     rows: dict[str, list[Tensor]] = {"image": [], "text": [], "id": []}
     for micro in stream:

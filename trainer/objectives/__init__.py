@@ -13,10 +13,13 @@ from gigabatch.trainer.objectives.infonce import InfoNCE
 __all__ = ["Context", "InfoNCE", "Loss", "Needs", "Objective", "build_objective"]
 
 
-def build_objective(settings: ObjectiveSettings, device: torch.device | str = "cpu") -> Objective:
-    """The objective, on a device. Raises GigabatchError where that cannot run its back end."""
+def build_objective(
+    settings: ObjectiveSettings, device: torch.device | str = "cpu", group: str | None = None
+) -> Objective:
+    """The objective, on a device. `group`: the column whose values are compared each with itself
+    alone. Raises GigabatchError where the device cannot run its back end."""
     try:
         engine_of(settings.backend, torch.empty(0, device=device))
     except ValueError as error:
         raise GigabatchError(f"objective.backend: {error}") from None
-    return {"infonce": InfoNCE}[settings.name](settings).to(device)
+    return {"infonce": InfoNCE}[settings.name](settings, group).to(device)

@@ -49,4 +49,6 @@ class Objective(nn.Module):
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
         """`outputs`: tap -> float32 [n, D], this rank's rows of the global batch (n may be 0), in
-        rank order. `meta`: `sample` and the asked-for columns, int64 [n]."""
+        rank order; of K captions a sample, text is [n * K, D]. `meta`: `sample` and the asked-for
+        columns, int64 [n]; where rows may be missing, `image_present`, `text_present`, bool, a
+        row of each."""

@@ -1,0 +1,83 @@
+"""The captions of a sample: one, several, or translations; and which of them a step sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from gigabatch.data.errors import BadSample
+from gigabatch.data.keyed import key
+from gigabatch.data.settings import Settings
+
+
+class CaptionSettings(Settings):
+    """Where captions are, and which of several is taken."""
+
+    member: str = "txt"
+    """The member's extension: a text, or `json`."""
+    field: str | None = None
+    """For json: a field, or a path such as `names.en`; a text, a list, or a mapping of texts."""
+    choose: Literal["first", "random", "all"] = "first"
+    """Of several: the first; one by chance at each step; or all, as so many right answers."""
+    most: int = Field(5, ge=1)
+    """all: captions a sample at most."""
+    lines: bool = False
+    """Each line of a text is a caption."""
+
+
+class NoCaption(BadSample):
+    """A sample whose caption is missing or empty; where modalities may be missing, no fault."""
+
+
+def read_captions(data: bytes, settings: CaptionSettings, where: str) -> list[str]:
+    """The captions in a member, stripped, at least one; a mapping's in the order of its names.
+
+    Raises BadSample for what cannot be read, NoCaption where there is none.
+    """
+    what = f"{where}: its caption ({settings.field or settings.member})"
+    try:
+        found: Any = data.decode("utf-8-sig")
+        if settings.field is not None:
+            found = _at(json.loads(found), settings.field)
+    except (ValueError, RecursionError) as error:
+        raise BadSample(f"{what} cannot be read: {error}.") from error
+    if isinstance(found, dict):
+        found = [found[name] for name in sorted(found)]
+    if isinstance(found, str):
+        found = found.splitlines() if settings.lines else [found]
+    if not isinstance(found, list | None) or not all(
+        isinstance(p, str | None) for p in found or ()
+    ):
+        raise BadSample(f"{what} is not text: {found!r:.60}.")
+    captions = [part.strip() for part in found or () if part and part.strip()]
+    if not captions:
+        raise NoCaption(f"{what} is empty.")
+    if not all(map(_is_unicode, captions)):
+        raise BadSample(f"{what} holds half a surrogate pair, which no tokeniser takes.")
+    return captions
+
+
+def _at(record: Any, path: str) -> Any:
+    """The value of a field, by its name or else by its path; None where there is none."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    for name in path.split("."):
+        if record is None:
+            return None
+        if not isinstance(record, dict):
+            raise ValueError(f"what should hold {name!r} is {record!r:.60}")
+        record = record.get(name)
+    return record
+
+
+def _is_unicode(text: str) -> bool:
+    """False for what only JSON's escapes can spell: a surrogate alone, which UTF-8 cannot hold."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def choose_caption(captions: Sequence[str], stream: int) -> str:
+    """One of them, by the key `stream`, all as likely."""
+    return captions[key(stream, "which") % len(captions)]

@@ -1,0 +1,109 @@
+"""Decoded samples to the tensors of a micro-batch, written into shared memory in loader workers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.fields import Fields, Sample
+from gigabatch.data.tokenizer import encode
+
+
+class Collate:
+    """Stacks the samples of one micro-batch. `tokenizer_json`: where there is text."""
+
+    def __init__(self, fields: Fields, tokenizer_json: str | None) -> None:
+        self.fields, self.tokenizer_json = fields, tokenizer_json
+
+    def __call__(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
+        """See MicroBatch. A modality that a sample lacks is zero (no text: an empty caption), and
+        its `..._present` false."""
+        tensors = {"sample": torch.tensor([row["__sample__"] for row in rows])}
+        for column in self.fields.columns:
+            tensors[column] = torch.tensor([row[column] for row in rows], dtype=torch.int64)
+        for name in self.fields.modalities:
+            here = [name in row for row in rows]
+            if self.fields.partial and name != "text":
+                tensors[f"{name}_present"] = torch.tensor(here)
+            if name == "text":
+                tensors |= self._text(rows)
+            elif name == "audio":
+                tensors |= self._audio(rows)
+            else:
+                tensors[name] = _stack([row.get(name) for row in rows], self._blank(name, rows))
+        return tensors
+
+    def _blank(self, name: str, rows: Sequence[Sample]) -> Tensor:
+        """What stands where a sample lacks a modality."""
+        known = next((row[name] for row in rows if name in row), None)
+        if known is not None:
+            return torch.zeros_like(known)
+        if name == "image" and self.fields.image is not None:
+            size, channels = self.fields.image.size, self.fields.image.channels
+            return torch.zeros((channels, size, size), dtype=torch.uint8)
+        raise GigabatchError(
+            f"a whole micro-batch has no .{name} member, so its shape is not known. Arrays must "
+            "be present in all samples."
+        )
+
+    def _text(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
+        settings = self.fields.text
+        assert settings is not None
+        assert self.tokenizer_json is not None
+        width = settings.most if settings.choose == "all" else 1
+        captions: list[str] = []
+        for row in rows:
+            own = row.get("text", ())
+            own = [own] if isinstance(own, str) else list(own)[:width]
+            captions += own + [""] * (width - len(own))
+        tokens, mask = encode(_tokenizer(self.tokenizer_json), captions)
+        out = {"text": _own(tokens), "text_mask": _own(mask)}
+        if self.fields.partial or width > 1:
+            out["text_present"] = torch.tensor([caption != "" for caption in captions])
+        return out
+
+    def _audio(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
+        assert self.fields.audio is not None
+        silence = torch.zeros(round(self.fields.audio.rate * self.fields.audio.seconds))
+        waves = [row["audio"][0] if "audio" in row else None for row in rows]
+        lengths = [row["audio"][1] if "audio" in row else 0 for row in rows]
+        return {"audio": _stack(waves, silence), "audio_length": torch.tensor(lengths)}
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(text: str) -> Tokenizer:
+    """Parsed once a process: it does not pickle."""
+    return Tokenizer.from_str(text)
+
+
+def _stack(parts: Sequence[Tensor | None], blank: Tensor) -> Tensor:
+    rows = [blank if part is None else part for part in parts]
+    try:
+        return torch.stack(rows, out=_room((len(rows), *blank.shape), blank.dtype))
+    except RuntimeError as error:
+        shapes = sorted({tuple(row.shape) for row in rows})
+        raise GigabatchError(
+            f"samples of different shapes cannot be stacked ({shapes}): {error}. Make them equal, "
+            "in a stage or in the shards."
+        ) from error
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """In a loader worker, a copy in shared memory."""
+    return tensor if get_worker_info() is None else _room(tensor.shape, tensor.dtype).copy_(tensor)
+
+
+def _room(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An empty tensor; in a loader worker in shared memory, from where the training process takes
+    it without a copy."""
+    empty = torch.empty(shape, dtype=dtype)
+    if get_worker_info() is None:
+        return empty
+    storage = empty.untyped_storage()._new_shared(empty.nbytes, device="cpu")
+    return torch.empty(0, dtype=dtype).set_(storage).view(shape)

@@ -1,0 +1,170 @@
+"""A contact sheet: some samples of a set on one picture, each image with its caption below.
+
+The set is cut into as many equal runs as the sheet has cells, and each cell shows one sample of
+its run, chosen by the seed. What cannot be shown is a crossed box that says why.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from gigabatch.data.captions import CaptionSettings, read_captions
+from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.index import I64, Index
+from gigabatch.data.keyed import key, uniforms
+from gigabatch.data.opened import IMAGE_ERRORS, one_line, open_image, reason
+from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.rows import replacing
+
+CELL, GAP, LINE, TITLE = 128, 12, 18, 30
+"""Pixels: an image's side, what is between two, a caption's height, the heading's."""
+WRAP = 21
+"""Letters a line in a crossed box."""
+PAPER, FRAME, INK, WRONG = "#ffffff", "#d0d0d0", "#202020", "#c02020"
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """`image` RGB, at most CELL a side; None with `why` where there is none."""
+
+    image: Image.Image | None
+    why: str
+    caption: str
+    readable: bool
+
+
+def contact_sheet(
+    index: Index,
+    captions: CaptionSettings,
+    out: Path,
+    columns: int = 8,
+    rows: int = 6,
+    seed: int = 0,
+) -> None:
+    """Write `columns` x `rows` samples of a set into the PNG `out`, fewer where it has fewer.
+
+    Captions in scripts that DejaVu Sans lacks, such as Han, show as boxes. Raises GigabatchError
+    where the set has no images, or `out` cannot be written.
+    """
+    kinds = index.require(*IMAGE_MEMBERS, partial=True)
+    texts = (captions.member,) if captions.member in index.members else ()
+    chosen = _choose(len(index), columns * rows, seed)
+    columns = min(columns, len(chosen))
+    height = TITLE + -(-len(chosen) // columns) * (CELL + LINE + GAP)
+    sheet = Image.new("RGB", (GAP + columns * (CELL + GAP), height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    title = f"{index.name}: {len(chosen)} of {len(index):,} samples, seed {seed}"
+    draw.text((GAP, TITLE / 2), _fit(title, sheet.width - 2 * GAP, 13), INK, _font(13), "lm")
+    with Reader(index) as reader:
+        for place, sample in enumerate(chosen.tolist()):
+            raw = reader.read_batch(np.array([sample]), [*kinds, *texts])[0]
+            cell = _cell(raw, kinds, captions if texts else None)
+            row, column = divmod(place, columns)
+            _paint(sheet, GAP + column * (CELL + GAP), TITLE + row * (CELL + LINE + GAP), cell)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out) as fresh:
+            sheet.save(fresh, "PNG")
+    except OSError as error:
+        raise GigabatchError(
+            f"{out}: the contact sheet cannot be written: {error.strerror or error}. Name another "
+            "file."
+        ) from error
+
+
+def _choose(size: int, cells: int, seed: int) -> I64:
+    """One sample of each of `cells` equal runs of `size`, in order."""
+    cells = min(cells, size)
+    begin = np.arange(cells + 1) * size // cells
+    chance = uniforms(key(seed, "contact sheet"), 1, cells)[0]
+    return begin[:-1] + (chance * np.diff(begin)).astype(np.int64)
+
+
+def _cell(
+    raw: Mapping[str, bytes | Damaged], kinds: tuple[str, ...], captions: CaptionSettings | None
+) -> _Cell:
+    """`captions`: None where the set has none."""
+    member = next((name for name in kinds if name in raw), None)
+    image, why = _picture(raw[member]) if member else (None, "no image")
+    caption, readable = _caption(raw.get(captions.member), captions) if captions else ("", True)
+    return _Cell(image, one_line(why), one_line(caption), readable)
+
+
+def _picture(data: bytes | Damaged) -> tuple[Image.Image | None, str]:
+    """The image, scaled to fit a cell, or why there is none."""
+    if isinstance(data, Damaged):
+        return None, data.why[data.why.find("at byte ") :]  # without the shard, a long path
+    try:
+        with open_image(data) as image:
+            image.draft("RGB", (CELL, CELL))
+            scale = CELL / max(image.size)
+            size = tuple(max(1, round(side * scale)) for side in image.size)
+            return on_white(image).resize((size[0], size[1]), Image.Resampling.BICUBIC), ""
+    except IMAGE_ERRORS as error:
+        return None, f"the image cannot be decoded: {reason(error)}"
+    except BadSample as error:
+        return None, str(error)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB of an image of any mode; what is transparent becomes white."""
+    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _caption(data: bytes | Damaged | None, settings: CaptionSettings) -> tuple[str, bool]:
+    """The first caption, or what is wrong with it."""
+    if data is None:
+        return "no caption", False
+    if isinstance(data, Damaged):
+        return "damaged caption", False
+    try:
+        return read_captions(data, settings, "")[0], True
+    except BadSample as error:
+        return str(error).removeprefix(": its "), False
+
+
+def _paint(sheet: Image.Image, left: int, top: int, cell: _Cell) -> None:
+    draw = ImageDraw.Draw(sheet)
+    right, bottom = left + CELL, top + CELL
+    if cell.image is None:
+        draw.line((left, top, right - 1, bottom - 1), FRAME)
+        draw.line((left, bottom - 1, right - 1, top), FRAME)
+        lines = "\n".join(textwrap.wrap(cell.why, WRAP, max_lines=6, placeholder="\u2026"))
+        middle = (left + CELL / 2, top + CELL / 2)
+        draw.multiline_text(middle, lines, WRONG, _font(10), "mm", align="center")
+    else:
+        width, height = cell.image.size
+        sheet.paste(cell.image, (left + (CELL - width) // 2, top + (CELL - height) // 2))
+    draw.rectangle((left - 1, top - 1, right, bottom), outline=FRAME)
+    colour = INK if cell.readable else WRONG
+    draw.text((left, bottom + LINE / 2), _fit(cell.caption, CELL, 11), colour, _font(11), "lm")
+
+
+def _fit(text: str, width: int, size: int) -> str:
+    """`text`, ellipsised to `width` pixels."""
+    font = _font(size)
+    text = text[:width]  # more letters than pixels need not be measured
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "\u2026") > width:
+        text = text[:-1]
+    return text.rstrip() + "\u2026"
+
+
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    return ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)

@@ -1,0 +1,150 @@
+"""What the members of a sample become: which are read, and how one sample is decoded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from gigabatch.data.audio import AUDIO_MEMBERS, AudioSettings, decode_audio
+from gigabatch.data.captions import CaptionSettings, NoCaption, choose_caption, read_captions
+from gigabatch.data.decode import (
+    IMAGE_MEMBERS,
+    ImageSettings,
+    decode_array,
+    decode_column,
+    decode_image,
+)
+from gigabatch.data.errors import BadSample
+from gigabatch.data.index import Index
+from gigabatch.data.reader import Damaged
+from gigabatch.data.sources import SOURCE, Sources, indexed_codes, renumber
+
+Sample = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a stream yields of each sample.
+
+    `image`, `text`, `audio`: how that modality is read; None leaves it out. `arrays`: extensions
+    of .npy members to bring along, each of one shape. `columns`: fields of the json member, as
+    codes. `partial`: samples may lack a modality, which is then masked.
+    """
+
+    image: ImageSettings | None = None
+    text: CaptionSettings | None = None
+    audio: AudioSettings | None = None
+    arrays: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
+    partial: bool = False
+
+    @cached_property
+    def modalities(self) -> dict[str, tuple[str, ...]]:
+        """Modality -> the extensions that it may have."""
+        named: dict[str, tuple[str, ...]] = {name: (name,) for name in self.arrays}
+        if self.image is not None:
+            named["image"] = IMAGE_MEMBERS
+        if self.text is not None:
+            named["text"] = (self.text.member,)
+        if self.audio is not None:
+            named["audio"] = AUDIO_MEMBERS
+        return named
+
+    def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
+        """The extensions to be read. Raises GigabatchError where samples lack one."""
+        found: dict[str, None] = {}
+        for index in indexes:
+            for choices in self.modalities.values():
+                found |= dict.fromkeys(index.require(*choices, partial=self.partial))
+            if self.loose_columns(index):
+                found |= dict.fromkeys(index.require("json"))
+        return tuple(found)
+
+    def loose_columns(self, index: Index) -> list[str]:
+        """The columns that the index does not hold, so that each sample's json is parsed."""
+        return [c for c in self.columns if c != SOURCE and c not in index.columns]
+
+    def decode(self, raw: Mapping[str, bytes | Damaged], where: str, stream: int | None) -> Sample:
+        """`image` uint8 [C, S, S], `text` (a string, or all captions), `audio` (float32 [T],
+        samples), the arrays. `stream` keys the choice of a caption; None takes the first.
+
+        Raises BadSample for what cannot be used.
+        """
+        out: Sample = {}
+        for name, choices in self.modalities.items():
+            member = next((m for m in choices if m in raw), None)
+            if member is None:
+                continue  # allowed, or `members` would have refused the set
+            data = raw[member]
+            if isinstance(data, Damaged):
+                raise BadSample(data.why)
+            try:
+                out[name] = self._decode_one(name, data, where, stream)
+            except NoCaption:
+                if not self.partial:
+                    raise
+        return out
+
+    def _decode_one(self, name: str, data: bytes, where: str, stream: int | None) -> Any:
+        if name == "image" and self.image is not None:
+            return decode_image(data, self.image, where)
+        if name == "audio" and self.audio is not None:
+            return decode_audio(data, self.audio, where)
+        if name == "text" and self.text is not None:
+            found = read_captions(data, self.text, where)
+            if self.text.choose == "all":
+                return found[: self.text.most]
+            if self.text.choose == "random" and stream is not None:
+                return choose_caption(found, stream)
+            return found[0]
+        return decode_array(data, where)
+
+    def codes(
+        self,
+        source: int,
+        index: Index,
+        sample: int,
+        raw: Mapping[str, bytes | Damaged],
+        where: str,
+    ) -> dict[str, int]:
+        """The asked-for columns of one sample, from the index where it holds them."""
+        out = {}
+        for column in self.columns:
+            if column == SOURCE:
+                out[column] = source
+            elif column in index.columns:
+                out[column] = int(indexed_codes(index, column, np.array([sample]))[0])
+            else:
+                data = raw["json"]
+                if isinstance(data, Damaged):
+                    raise BadSample(data.why)
+                out[column] = decode_column(data, column, where)
+        return out
+
+
+def some_captions(indexes: Sequence[Index], fields: Fields, limit: int) -> Iterator[str]:
+    """The captions of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
+    step = -(-sum(map(len, indexes)) // limit)
+    text = Fields(text=fields.text, partial=fields.partial)
+    members = text.members(indexes)
+    with Sources(indexes) as sources:
+        for source, index in enumerate(indexes):
+            for first in range(0, len(index), step << 10):
+                rows = np.arange(first, min(first + (step << 10), len(index)), step)
+                numbers = renumber(source, rows)
+                for number, raw in zip(
+                    numbers.tolist(), sources.read(numbers, members), strict=True
+                ):
+                    yield from _captions_of(text, raw, sources.where(number))
+
+
+def _captions_of(fields: Fields, raw: Mapping[str, bytes | Damaged], where: str) -> list[str]:
+    try:
+        text = fields.decode(raw, where, None).get("text", [])
+    except BadSample:
+        return []  # the run itself will tell
+    return [text] if isinstance(text, str) else text

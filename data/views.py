@@ -1,0 +1,84 @@
+"""`gigabatch data filter`: part of a set as a set of its own, without a copy of any shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import FORMAT, I64, Index, read_manifest
+from gigabatch.data.indexing import open_index
+from gigabatch.data.rows import write_index
+from gigabatch.data.where import parse_where
+
+
+def count_where(index: Index, condition: str) -> int:
+    """How many samples meet a condition."""
+    return sum(len(rows) for rows in _matching(index, condition))
+
+
+def make_view(index: Index, condition: str, out: Path) -> Index:
+    """The samples of `index` that meet `condition`, as an index in the folder `out`.
+
+    Raises GigabatchError for a condition that cannot be read or that nothing meets, and for a
+    folder that holds anything but an older view.
+    """
+    old = read_manifest(out)
+    if out.exists() and not (out.is_dir() and ("view" in old or not any(out.iterdir()))):
+        raise GigabatchError(f"{out}: exists already and is not a view. Name another folder.")
+    kept: I64 = np.concatenate([*_matching(index, condition), np.empty(0, np.int64)])
+    if not len(kept):
+        raise GigabatchError(f"{index.source}: no sample meets {condition!r}.")
+    of_shard = np.searchsorted(index.first_sample, kept, side="right") - 1
+    counts = np.bincount(of_shard, minlength=len(index.shards))
+    shards = [
+        {"name": s.name, "bytes": s.bytes, "version": s.version, "samples": n, "digest": s.digest}
+        for s, n in zip(index.shards, counts.tolist(), strict=True)
+    ]
+    digest = hashlib.sha256(f"{index.digest}\n".encode() + kept.astype("<i8").tobytes())
+    manifest = {
+        "format": FORMAT,
+        "settings": json.loads(index.settings.model_dump_json()),
+        "shards": shards,
+        "digest": digest.hexdigest(),
+        "view": {"source": str(Path(index.source).absolute()), "where": condition},
+    }
+    try:
+        write_index(_parts(index, kept), index.table.schema, manifest, out)
+    except OSError as error:
+        raise GigabatchError(f"{out}: the view cannot be written: {error}.") from error
+    return open_index(out)
+
+
+def _matching(index: Index, condition: str) -> Iterator[I64]:
+    """Numbers of the samples that meet a condition, a piece at a time."""
+    expression = parse_where(condition, index.table.column_names)
+    first = 0
+    for batch in index.table.to_batches():
+        try:
+            table = pa.table({"row": pa.array(np.arange(len(batch)))})
+            for name in index.table.column_names:
+                table = table.append_column(name, batch.column(name))
+            rows = table.filter(expression)["row"].to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, pa.ArrowTypeError) as error:
+            what = str(error).splitlines()[0]
+            raise GigabatchError(f"{condition!r}: {what}. The columns are: "
+                                 f"{_described(index)}.") from error  # fmt: skip
+        yield np.array(rows, np.int64) + first
+        first += len(batch)
+
+
+def _described(index: Index) -> str:
+    schema = index.table.schema
+    return ", ".join(f"{field.name} ({field.type})" for field in schema if "." not in field.name)
+
+
+def _parts(index: Index, kept: I64) -> Iterator[pa.Table]:
+    step = 1 << 16
+    for first in range(0, len(kept), step):
+        yield index.table.take(pa.array(kept[first : first + step]))

@@ -1,0 +1,92 @@
+"""`gigabatch bench ...`: what this machine does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gigabatch.data.errors import GigabatchError
+
+bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@bench.command()
+def memory(
+    problem: Annotated[str, typer.Argument(help="What to measure; `list` shows them.")] = (
+        "contrastive"
+    ),
+    n: Annotated[int, typer.Option(help="Rows: the global batch.", min=1)] = 32768,
+    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 256,
+) -> None:
+    """Peak memory of one loss, forward and backward, above its inputs and their gradients."""
+    from gigabatch.kernels.bench.memory import NAMES, measure_afresh
+
+    if problem not in NAMES:
+        print("\n".join(NAMES))
+        if problem != "list":
+            raise GigabatchError(f"there is no problem {problem!r}; choose one of those above")
+        return
+    found = measure_afresh(problem, n, d)
+    print(
+        f"{problem}: n {n:,}  d {d}  float32, forward and backward: {found['peak_mib']:.0f} MiB "
+        f"above inputs and gradients, {found['seconds']:.1f} s"
+    )
+
+
+@bench.command()
+def engine(
+    n: Annotated[int, typer.Option(help="Rows of the timed comparison.", min=256)] = 16384,
+    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 512,
+    sizes: Annotated[str, typer.Option(help="Batches over which memory is fitted.")] = (
+        "8192,16384,32768,65536"
+    ),
+    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
+) -> None:
+    """The engine beside plain torch on this CPU: time, share of the GEMM rate, memory."""
+    from gigabatch.kernels.bench.engine import bench as run
+
+    try:
+        batches = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise GigabatchError(f"--sizes is {sizes!r}; give numbers between commas") from None
+    found = run(n, d, batches, say=lambda line: print(line, flush=True))
+    if out is not None:
+        out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+@bench.command()
+def kernels(
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
+    ] = None,
+    peers: Annotated[bool, typer.Option("--peers", help="Other packages too.")] = False,
+    n: Annotated[str | None, typer.Option(help="Batches, such as 1024,2048.")] = None,
+    d: Annotated[str | None, typer.Option(help="Widths, such as 256,512.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16, fp16 or fp32; default: bf16, on a CPU fp32.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(help="Begin nothing after these.")] = 8,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A contender; may be repeated.")
+    ] = None,
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Let Triton time its list of blocks first.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for kernels.json, kernels.md and kernels.png.")
+    ] = None,
+) -> int:
+    """The losses beside plain torch and other packages, on a GPU or this CPU: time and memory.
+
+    Ctrl-C ends it early, with what was found so far.
+    """
+    from gigabatch.kernels.bench.kernels import choose, run
+
+    try:
+        options = choose(device, n, d, dtype, peers, minutes, only or [], tune, out)
+    except ValueError as error:
+        raise GigabatchError(str(error)) from None
+    return run(options, say=lambda line: print(line, flush=True))

@@ -1,0 +1,305 @@
+"""Real servers on this machine that fail on purpose: a web server of a folder, and an S3 server
+(moto) behind a proxy that fails in the same ways.
+
+    with web_server(folder) as web:
+        web.status(500, times=2)
+        ... read web.url + "/a.tar" ...
+        assert web.count("GET", "*/a.tar") == 3
+
+Rules are tried in the order they were made; the first that holds for a request acts on it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import http.client
+import logging
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gigabatch.data.transport import forget_connections
+
+HTML = b"<!DOCTYPE html><html><body>Please sign in.</body></html>"
+SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=test"
+HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """`range`: the bytes asked for, as the header has them, such as "0-99"; empty for all."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+    body: bytes = b""
+
+    @property
+    def range(self) -> str:
+        return self.headers.get("range", "").removeprefix("bytes=")
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes = b""
+
+
+Origin = Callable[[Request], Answer]
+
+
+@dataclass
+class Rule:
+    """What to do with requests for `path` (a pattern): the first `skip` pass, the next `times`
+    (None: all) are acted upon; of these, with `every` = n, each n-th."""
+
+    act: str
+    value: Any = None
+    path: str = "*"
+    method: str = "GET"
+    times: int | None = None
+    skip: int = 0
+    every: int = 1
+    seen: int = field(default=0, init=False)
+
+    def holds(self, request: Request) -> bool:
+        if request.method != self.method or not fnmatch.fnmatchcase(request.path, self.path):
+            return False
+        self.seen += 1
+        turn = self.seen - self.skip
+        if turn < 1 or turn % self.every:
+            return False
+        return self.times is None or turn // self.every <= self.times
+
+
+class FailingServer:
+    """An HTTP server in threads of this process, on a free port, in front of `origin`."""
+
+    def __init__(self, origin: Origin) -> None:
+        self.origin = origin
+        self.requests: list[Request] = []
+        self.rules: list[Rule] = []
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._http.server_port}"
+
+    def count(self, method: str = "GET", path: str = "*", range: str = "*") -> int:
+        """How many such requests came; the arguments are patterns."""
+        with self._lock:
+            return sum(
+                fnmatch.fnmatchcase(r.method, method)
+                and fnmatch.fnmatchcase(r.path, path)
+                and fnmatch.fnmatchcase(r.range, range)
+                for r in self.requests
+            )
+
+    def status(self, code: int, **where: Any) -> None:
+        """Answer with an error."""
+        self.rules.append(Rule("status", code, **where))
+
+    def stall(self, seconds: float, **where: Any) -> None:
+        """Send half of the body, then nothing for `seconds`, then hang up."""
+        self.rules.append(Rule("stall", seconds, **where))
+
+    def cut(self, **where: Any) -> None:
+        """Hang up after half of the body."""
+        self.rules.append(Rule("cut", **where))
+
+    def ignore_range(self, **where: Any) -> None:
+        """Send the whole file, whatever range is asked for."""
+        self.rules.append(Rule("whole", **where))
+
+    def send_html(self, **where: Any) -> None:
+        """Send a web page in place of the file, and call it a success."""
+        self.rules.append(Rule("html", **where))
+
+    def before(self, call: Callable[[], object], **where: Any) -> None:
+        """Call a function, which may change files, before the request is answered."""
+        self.rules.append(Rule("call", call, **where))
+
+    def heal(self) -> None:
+        with self._lock:
+            self.rules.clear()
+
+    def close(self) -> None:
+        self._closing.set()
+        self._http.shutdown()
+        self._thread.join()
+        self._http.server_close()
+
+    def _rule(self, request: Request) -> Rule:
+        with self._lock:
+            self.requests.append(request)
+            return next((rule for rule in self.rules if rule.holds(request)), Rule("pass"))
+
+    def _answer(self, request: Request, rule: Rule) -> Answer:
+        if rule.act == "status":
+            return Answer(rule.value, {"Content-Type": "text/plain"}, b"failed on purpose")
+        if rule.act == "html":
+            return Answer(200, {"Content-Type": "text/html"}, HTML)
+        if rule.act == "call":
+            rule.value()
+        if rule.act == "whole":
+            headers = {k: v for k, v in request.headers.items() if k != "range"}
+            request = Request(request.method, request.path, headers, request.body)
+        return self.origin(request)
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self) -> None:
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                request = Request(self.command, self.path, headers, body)
+                rule = server._rule(request)
+                answer = server._answer(request, rule)
+                self.send_response(answer.status)
+                for name, value in answer.headers.items():
+                    self.send_header(name, value)
+                if "content-length" not in {name.lower() for name in answer.headers}:
+                    self.send_header("Content-Length", str(len(answer.body)))
+                self.end_headers()
+                if self.command == "HEAD":
+                    return
+                if rule.act in ("cut", "stall"):
+                    self.wfile.write(answer.body[: len(answer.body) // 2])
+                    self.wfile.flush()
+                    server._closing.wait(rule.value or 0)
+                    self.close_connection = True
+                    return
+                self.wfile.write(answer.body)
+
+            do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
+
+            def handle(self) -> None:
+                with suppress(ConnectionError):  # the client hung up
+                    super().handle()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+
+def folder_origin(folder: Path) -> Origin:
+    """The files of a folder, read anew at each request; folders as a page of links."""
+
+    def answer(request: Request) -> Answer:
+        path = folder / request.path.partition("?")[0].lstrip("/")
+        if path.is_dir():
+            links = "".join(f'<a href="{p.name}">{p.name}</a>\n' for p in sorted(path.iterdir()))
+            return Answer(200, {"Content-Type": "text/html"}, links.encode())
+        if not path.is_file():
+            return Answer(404, {"Content-Type": "text/plain"}, b"not found")
+        body, status = path.read_bytes(), path.stat()
+        headers = {
+            "Content-Type": "application/x-tar",
+            "ETag": f'"{status.st_mtime_ns:x}-{status.st_size:x}"',
+        }
+        return _ranged(request, headers, body)
+
+    return answer
+
+
+def _ranged(request: Request, headers: dict[str, str], body: bytes) -> Answer:
+    if not request.range:
+        return Answer(200, headers, body)
+    first, last = (int(number) for number in request.range.split("-"))
+    if first >= len(body):
+        return Answer(416, headers | {"Content-Range": f"bytes */{len(body)}"})
+    part = body[first : last + 1]
+    where = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
+    return Answer(206, headers | {"Content-Range": where}, part)
+
+
+def upstream_origin(host: str, port: int) -> Origin:
+    """Another server: a reverse proxy."""
+
+    def answer(request: Request) -> Answer:
+        upstream = http.client.HTTPConnection(host, port, timeout=30)
+        try:
+            upstream.request(request.method, request.path, request.body, request.headers)
+            found = upstream.getresponse()
+            body = found.read()
+        finally:
+            upstream.close()
+        headers = {k: v for k, v in found.getheaders() if k.lower() not in HOP_BY_HOP}
+        return Answer(found.status, headers, body)
+
+    return answer
+
+
+@contextmanager
+def web_server(folder: Path) -> Iterator[FailingServer]:
+    server = FailingServer(folder_origin(folder))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("no_proxy", "127.0.0.1")
+        try:
+            yield server
+        finally:
+            server.close()
+
+
+@contextmanager
+def s3_server() -> Iterator[FailingServer]:
+    """An empty S3; this process, and those it starts meanwhile, find it and may use it.
+
+    s3fs names no end point of its own unless one is configured, and botocore, below it, takes
+    AWS_ENDPOINT_URL from the environment when the client is made. (FSSPEC_S3_ENDPOINT_URL would do
+    too, but fsspec reads it at import, too early for a test.) Clients live as long as their
+    process, so those made for another end point are forgotten.
+    """
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    moto = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    moto.start()
+    server = FailingServer(upstream_origin(*moto.get_host_and_port()))
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("no_proxy", "127.0.0.1")
+        environment.setenv("AWS_ENDPOINT_URL", server.url)
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            environment.delenv(name, raising=False)
+        forget_connections()
+        try:
+            _send(server, "POST", "moto-api/reset")  # its buckets belong to the process
+            yield server
+        finally:
+            forget_connections()
+            server.close()
+            moto.stop()
+
+
+def upload(server: FailingServer, folder: Path, bucket: str, prefix: str) -> None:
+    """Put the files of a folder into an S3 server, as s3://BUCKET/PREFIX/NAME."""
+    with suppress(urllib.error.HTTPError):  # 409: the bucket is there
+        _send(server, "PUT", bucket)
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        _send(server, "PUT", f"{bucket}/{prefix}/{path.name}", path.read_bytes())
+
+
+def _send(server: FailingServer, method: str, path: str, data: bytes = b"") -> None:
+    headers = {"Content-Type": "application/octet-stream", "Authorization": SIGNED}
+    request = urllib.request.Request(f"{server.url}/{path}", data, headers, method=method)
+    urllib.request.urlopen(request, timeout=30).close()

@@ -1,0 +1,144 @@
+"""Training data over the network, from servers that fail on purpose: the same batches as from a
+local folder, nothing missing, nothing twice."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from servers import FailingServer, s3_server, upload, web_server
+from test_quarantine import FIELDS
+from test_stream import assert_equal
+
+from gigabatch.data.cache import ShardCache
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.fields import some_captions
+from gigabatch.data.index import Index
+from gigabatch.data.indexing import open_index
+from gigabatch.data.mixture import Mixture, Phase
+from gigabatch.data.order import Order
+from gigabatch.data.plans import TrainPlans
+from gigabatch.data.remote import Retry
+from gigabatch.data.stream import MicroBatch, open_stream
+from gigabatch.data.tokenizer import TextSettings, train_bpe
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+RETRY = Retry(attempts=5, first_wait_s=0.01, timeout_s=1.0)
+
+
+@contextmanager
+def web(folder: Path) -> Iterator[tuple[FailingServer, str]]:
+    with web_server(folder) as server:
+        yield server, f"{server.url}/train-{{000..003}}.tar"
+
+
+@contextmanager
+def s3(folder: Path) -> Iterator[tuple[FailingServer, str]]:
+    with s3_server() as server:
+        upload(server, folder, "bucket", "set")
+        yield server, "s3://bucket/set/train-*.tar"
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path / "cache"))
+    yield
+    gc.collect()  # a traceback holds loader workers, which else end in the midst of another test
+
+
+@pytest.fixture
+def tokenizer(shards: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "tokenizer.json"
+    captions = some_captions([open_index(shards / "train")], FIELDS, 99)
+    train_bpe(captions, TextSettings(vocab_size=300, length=8)).save(str(path))
+    return path
+
+
+def read(index: Index, tokenizer: Path, cache: ShardCache, workers: int) -> list[MicroBatch]:
+    mixture = Mixture((Order(index.shard_sizes, 5, 2),), (Phase(0, (1.0,)),), 5)
+    plans = TrainPlans(mixture, 40, 5, 1, 0, 1, 6)
+    return list(
+        open_stream(
+            [index], plans, fields=FIELDS, tokenizer=tokenizer, seed=5, workers=workers,
+            prefetch=2, cache=cache,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("place", [web, s3])
+def test_a_server_that_fails_and_stalls_changes_nothing(
+    place: Any,
+    workers: int,
+    shards: Path,
+    tokenizer: Path,
+    tmp_path: Path,
+) -> None:
+    local = open_index(shards / "train")
+    with place(shards / "train") as (server, pattern):
+        index = open_index(pattern)
+        assert index.digest == local.digest
+        server.requests.clear()
+        server.status(500, path="*train-000.tar", times=2)
+        server.cut(path="*train-001.tar", times=2)
+        server.stall(5, path="*train-002.tar", times=1)
+        server.status(503, path="*train-003.tar", times=3)
+        cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
+        found = read(index, tokenizer, cache, workers)
+        fetched = {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
+        again = read(index, tokenizer, cache, workers)
+        assert fetched == {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
+    expected = read(local, tokenizer, cache, 0)
+    assert_equal(found, expected)
+    assert_equal(again, expected)
+    seen = [key for batch in found for key in batch.keys][:200]
+    assert len(set(seen)) == 200  # five steps of 40 are one epoch
+    assert fetched[0] >= 3 <= fetched[1]  # they did fail
+
+
+def test_a_server_that_stays_down_ends_the_stream_with_its_reason(
+    shards: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    with web(shards / "train") as (server, pattern):
+        index = open_index(pattern)
+        server.status(500, path="*train-002.tar")
+        cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
+        with pytest.raises(GigabatchError) as caught:
+            read(index, tokenizer, cache, workers=1)
+    message = str(caught.value)
+    assert f"{server.url}/train-002.tar" in message
+    assert "500" in message
+    assert "\n" not in message
+
+
+def test_a_shard_that_was_replaced_on_the_server_is_noticed_at_the_start(
+    shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    for shard in (shards / "train").glob("*.tar"):
+        (folder / shard.name).write_bytes(shard.read_bytes())
+    with web(folder) as (_, pattern):
+        before = open_index(pattern)
+        (folder / "train-001.tar").write_bytes((folder / "train-002.tar").read_bytes())
+        assert open_index(pattern).digest != before.digest
+        (folder / "train-001.tar").unlink()
+        with pytest.raises(GigabatchError, match=r"train-001\.tar"):
+            open_index(pattern)
+
+
+def test_damage_on_the_way_is_named_by_url_and_byte(shards: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    whole = (shards / "train" / "train-000.tar").read_bytes()
+    (folder / "train-000.tar").write_bytes(whole[:4000])
+    (folder / "train-001.tar").write_bytes(b"<html>Please sign in</html>" * 99)
+    with web_server(folder) as server, pytest.raises(GigabatchError) as caught:
+        open_index(f"{server.url}/train-{{000..001}}.tar")
+    cut, page = str(caught.value).split("\n")
+    assert cut.startswith(f"{server.url}/train-000.tar: at byte ")
+    assert page.startswith(f"{server.url}/train-001.tar: at byte 0: this is not a tar file")

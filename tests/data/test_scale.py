@@ -1,0 +1,101 @@
+"""Ten million samples: memory stays small, and any place of the run is as near as the first."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from support import write_samples
+
+from gigabatch.data.captions import CaptionSettings
+from gigabatch.data.decode import ImageSettings
+from gigabatch.data.fields import Fields, some_captions
+from gigabatch.data.index import FORMAT, ROWS, Index, index_of, read_manifest
+from gigabatch.data.indexing import open_index
+from gigabatch.data.mixture import Mixture, Phase
+from gigabatch.data.order import Order
+from gigabatch.data.plans import TrainPlans
+from gigabatch.data.rows import write_index
+from gigabatch.data.stream import open_stream
+from gigabatch.data.tokenizer import TextSettings, train_bpe
+
+SHARDS, PER_SHARD = 1000, 10_000
+LIMIT = 600e6  # bytes of proportional memory a process
+FIELDS = Fields(ImageSettings(size=16), CaptionSettings(), columns=("concept",))
+
+
+def repeated(small: Index, folder: Path) -> Index:
+    """An index of 10^7 samples whose members are those of a small set, again and again."""
+    table = small.table.drop_columns(["key"])
+
+    def pieces() -> list[range]:
+        total = SHARDS * PER_SHARD
+        return [range(first, min(first + ROWS, total)) for first in range(0, total, ROWS)]
+
+    def rows(piece: range) -> pa.Table:
+        numbers = np.arange(piece.start, piece.stop)
+        part = table.take(pa.array(numbers % len(small)))
+        return part.add_column(0, "key", pa.array(numbers).cast(pa.large_string()))
+
+    name = small.shards[0].name
+    shard = {"name": name, "bytes": 1, "version": "", "samples": PER_SHARD, "digest": "d"}
+    settings = json.loads(small.settings.model_dump_json())
+    manifest = {
+        "format": FORMAT, "settings": settings, "shards": [shard] * SHARDS, "digest": "d" * 64,
+    }  # fmt: skip
+    write_index(map(rows, pieces()), rows(range(1)).schema, manifest, folder)
+    return index_of("large", folder, read_manifest(folder), [name] * SHARDS)
+
+
+@pytest.mark.slow
+def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
+    write_samples(tmp_path / "small", 100, 100, seed=1)
+    small = open_index(tmp_path / "small")
+    tokenizer = tmp_path / "tokenizer.json"
+    captions = some_captions([small], FIELDS, 100)
+    train_bpe(captions, TextSettings(vocab_size=300, length=8)).save(str(tokenizer))
+    index = repeated(small, tmp_path / "large")
+    assert len(index) == 10**7
+
+    mixture = Mixture((Order(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
+    every = 10**7 // 256 // 200  # 200 batches, from all over an epoch
+
+    class Scattered:
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            for step in range(1, 200 * every, every):
+                yield from TrainPlans(mixture, 256, 64, 1, 0, step, step)
+
+    stream = open_stream(
+        [index], Scattered(), fields=FIELDS, tokenizer=tokenizer, seed=1, workers=2, prefetch=2
+    )
+    largest: dict[int, int] = {}
+    for number, batch in enumerate(stream):
+        assert len(batch.keys) == 64
+        if number % 50 == 49:
+            for process in [psutil.Process(), *psutil.Process().children()]:
+                pss = process.memory_full_info().pss
+                largest[process.pid] = max(largest.get(process.pid, 0), pss)
+    assert len(largest) == 3
+    print({pid: f"{pss / 1e6:.0f} MB" for pid, pss in largest.items()})
+    assert max(largest.values()) < LIMIT
+    del stream
+    gc.collect()
+
+
+@pytest.mark.slow
+def test_a_cold_seek_over_a_million_shards_takes_little() -> None:
+    sizes = np.random.default_rng(0).integers(900, 1100, 10**6)
+    times = []
+    for seed in range(5):
+        order = Order(sizes, seed, 64)
+        began = time.perf_counter()
+        _, samples = order.locate(np.array([10**9]))
+        times.append(time.perf_counter() - began)
+        assert 0 <= samples[0] < sizes.sum()
+    assert min(times) < 0.05, times

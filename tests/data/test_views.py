@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tarfiles import write_tar
+from test_indexing import jsons, keys
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import Index
+from gigabatch.data.indexing import open_index
+from gigabatch.data.reader import Reader
+from gigabatch.data.views import count_where, make_view
+from gigabatch.data.where import parse_where
+
+ROWS: list[dict[str, Any]] = [
+    {"lang": "en", "score": 0.1, "n": 1},
+    {"lang": "de", "score": 0.9, "n": 2},
+    {"lang": None, "score": 0.5, "n": 3},
+    {"lang": "en", "score": 0.7, "n": 4},
+    {"lang": "Zh-Hant", "score": None, "n": -5},
+]
+COLUMNS = ["lang", "score", "n"]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    write_tar(tmp_path / "set" / "a.tar", jsons(ROWS[:2]))
+    write_tar(tmp_path / "set" / "b.tar", jsons(ROWS[2:], first=2))
+    return open_index(tmp_path / "set", columns=COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("condition", "kept"),
+    [
+        ('lang == "en"', [0, 3]),
+        ('lang != "en"', [1, 4]),  # unknown is neither
+        ('not lang == "en"', [1, 4]),
+        ("lang is None", [2]),
+        ("lang is not None and score > 0.5", [1, 3]),
+        ('lang in ["de", "fr"]', [1]),
+        ("lang not in ('de', 'en')", [2, 4]),
+        ("0.1 < score <= 0.7", [2, 3]),
+        ("score > 0.8 or n < 0", [1, 4]),
+        ("n * 2 + 1 >= 7 and not n / 2 > 1.5", [2]),
+        ("n == -5", [4]),
+        ('contains(lang, "Han")', [4]),
+        ('starts_with(lower(lang), "zh")', [4]),
+        ('matches(lang, "^.e$")', [1]),
+        ("length(lang) > 2", [4]),
+        ('size("json") > 37', [4]),
+        ("key == 's003'", [3]),
+    ],
+)
+def test_conditions_keep_what_they_say(
+    condition: str, kept: list[int], index: Index, tmp_path: Path
+) -> None:
+    assert count_where(index, condition) == len(kept)
+    view = make_view(index, condition, tmp_path / "view")
+    assert keys(view) == [f"s{i:03d}" for i in kept]
+    assert view.values("n", view.first_sample[:1]) == [ROWS[kept[0]]["n"]]
+    with Reader(view) as reader:
+        assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(kept)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "", "lang ==", "lang = 'en'", "langs == 'en'", "lang.upper() == 'EN'", "f'{lang}'",
+        "__import__('os').system('touch pwned')", "[x for x in lang]", "lambda: 1", "1 == 1",
+        "(lambda lang: lang)(1)", "lang == 'en' if 1 else 2", "score", "lang is 'en'", "lang < 3",
+        "contains(lang)", "eval('1')", "size('gif') > 3", "b'x' == lang", "lang + 1 == 2",
+        "lang == {1: 2}", "~score", "lang[0] == 'e'", "score ** 2 > 3", "(" * 300 + "n" + ")" * 300,
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_and_nothing_is_run(
+    condition: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GigabatchError) as caught:
+        make_view(index, condition, tmp_path / "view")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
+
+
+@given(text=st.text("lang scoren()[]<>=!'\"0.9+-*/,:andornti", max_size=30))
+def test_no_text_is_more_than_a_condition(text: str) -> None:
+    try:
+        parse_where(text, COLUMNS)
+    except GigabatchError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_view_is_a_set_with_a_fingerprint_of_its_own(index: Index, tmp_path: Path) -> None:
+    one = make_view(index, "n > 1", tmp_path / "one")
+    assert open_index(tmp_path / "one") == one
+    assert one.shard_sizes.tolist() == [1, 2]
+    assert len({index.digest, one.digest, make_view(index, "n > 2", tmp_path / "two").digest}) == 3
+    again = make_view(one, 'lang == "en"', tmp_path / "three")  # a view of a view
+    assert keys(again) == ["s003"]
+
+
+def test_a_view_may_be_made_again_but_replaces_nothing_else(index: Index, tmp_path: Path) -> None:
+    make_view(index, "n > 1", tmp_path / "view")
+    assert len(make_view(index, "n > 3", tmp_path / "view")) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x")
+    for place in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
+        with pytest.raises(GigabatchError, match="is not a view"):
+            make_view(index, "n > 1", place)
+
+
+def test_a_view_that_keeps_nothing_is_refused(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(GigabatchError, match="no sample meets"):
+        make_view(index, "n > 100", tmp_path / "view")
+
+
+def test_a_view_notices_that_its_shards_changed(index: Index, tmp_path: Path) -> None:
+    make_view(index, "n > 3", tmp_path / "view")  # of b.tar alone
+    os.utime(tmp_path / "set" / "a.tar", ns=(1, 1))
+    open_index(tmp_path / "view")
+    os.utime(tmp_path / "set" / "b.tar", ns=(1, 1))
+    with pytest.raises(GigabatchError, match=r"b\.tar changed after this view was made"):
+        open_index(tmp_path / "view")
