@@ -90,3 +90,27 @@ def kernels(
     except ValueError as error:
         raise GigabatchError(str(error)) from None
     return run(options, say=lambda line: print(line, flush=True))
+
+
+@bench.command()
+def data(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's config.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys.")
+    ] = None,
+    synthetic: Annotated[
+        str | None,
+        typer.Option(metavar="8k|200k", help="JPEGs made for it in place of the run's data."),
+    ] = None,
+    workers: Annotated[str, typer.Option(help="Numbers of loader processes to try.")] = "0,2",
+    minutes: Annotated[float, typer.Option(help="Take about these.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="Folder for data.json and data.md.")] = None,
+) -> int:
+    """Reading, decoding, tokenising, augmenting, collating and transfer, each alone and together.
+
+    Plain webdataset with PIL runs beside it, on the same shards, sizes and worker counts; the
+    bottleneck is named. Ctrl-C ends it early, with what was found so far.
+    """
+    from gigabatch.launcher.bench_data import bench_data
+
+    return bench_data(config, overrides or [], synthetic, workers, minutes, out)

@@ -98,6 +98,61 @@ def stats(
     describe_source(source, sample, caption, sheet, json)
 
 
+@data.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A table (CSV, TSV, JSONL, Parquet, Arrow) that names files or holds their bytes, "
+            "or a set of shards to be cut anew.",
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder of shards.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the files lie; default: beside the table.")
+    ] = None,
+    file_column: Annotated[
+        str | None, typer.Option(help="The column of files, or of their bytes; default: guessed.")
+    ] = None,
+    caption_column: Annotated[
+        list[str] | None,
+        typer.Option(help="The column of captions; further ones go to json. Default: guessed."),
+    ] = None,
+    key_column: Annotated[
+        str | None, typer.Option(help="The column of keys; default: the rows' numbers.")
+    ] = None,
+    json_column: Annotated[
+        list[str] | None, typer.Option(help="A column for json; default: all that are left.")
+    ] = None,
+    per_shard: Annotated[int, typer.Option(min=1, help="Samples in a shard, at most.")] = 10_000,
+    shard_mib: Annotated[float, typer.Option(help="MiB of a shard, at most.")] = 512,
+    shuffle_seed: Annotated[
+        int | None, typer.Option(help="Mix the rows; default: as they come.")
+    ] = None,
+    prefix: Annotated[
+        str | None, typer.Option(help="Begins the shards' names; default: OUT's name.")
+    ] = None,
+    skip_missing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-missing",
+            help="Leave out rows without a file or caption, and list them in skipped.jsonl.",
+        ),
+    ] = False,
+) -> None:
+    """Write shards. The same source gives the same bytes; cut off, it goes on where it was."""
+    from gigabatch.launcher.datasets import pack_source
+
+    settings = {
+        "folder": folder, "file_column": file_column, "caption_column": caption_column or (),
+        "key_column": key_column, "json_columns": json_column, "per_shard": per_shard,
+        "shard_bytes": int(shard_mib * 2**20), "shuffle_seed": shuffle_seed, "prefix": prefix,
+        "skip_missing": skip_missing,
+    }  # fmt: skip
+    pack_source(source, out, settings)
+
+
 @data.command("filter")
 def filter_(
     source: Source,

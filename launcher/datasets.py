@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from gigabatch.data.audio import AUDIO_MEMBERS, AudioSettings
 from gigabatch.data.captions import CaptionSettings
@@ -99,6 +102,24 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
     if not index.settings.checksums:
         print("(the index holds no checksums: `gigabatch data index` without --headers-only)")
     return 2 if report.bad else 0
+
+
+def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
+    from gigabatch.data.pack import PackSettings, pack
+
+    try:
+        chosen = PackSettings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "-".join(map(str, first["loc"])).replace("_", "-")
+        raise GigabatchError(f"--{name}: {first['msg']} (given: {first['input']!r}).") from None
+    with progress_bar("packing samples") as progress:
+        report = pack(source, out, chosen, progress)
+    left = f", {report.skipped:,} left out ({out}/skipped.jsonl)" if report.skipped else ""
+    print(
+        f"{out}: {report.samples:,} samples in {report.shards:,} shards, "
+        f"{report.bytes / 1e6:,.1f} MB{left}"
+    )
 
 
 def filter_source(source: str, condition: str, out: Path | None) -> None:
