@@ -255,7 +255,7 @@ class _Trainer:
         self.bad_samples += by_source(found)
         if self.monitor:
             self.monitor.quarantine(found)
-        names = dict(enumerate(self.data.names))
+        names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         refuse_above_rate(self.bad_samples, drawn, names, self.config.data.max_damaged)
 

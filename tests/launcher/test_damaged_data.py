@@ -1,0 +1,83 @@
+"""Samples that go bad under a run: replaced by the same others on any number of workers, told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import spoil
+
+from gigabatch.data.indexing import open_index
+from gigabatch.trainer.monitor import read_metrics
+
+BAD = (30, 77, 150)
+
+
+@pytest.fixture
+def damaged(shards: Path, tmp_path: Path) -> Path:
+    """A set that was indexed, of which three samples have gone bad since."""
+    root = tmp_path / "damaged"
+    for name in ("train", "val"):
+        shutil.copytree(shards / name, root / name)
+    index = open_index(root / "train")
+    for sample in BAD:
+        spoil(index, sample)
+    return root
+
+
+def recorded(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["step"], line["micro_batch"], line["sample"]))
+
+
+def test_a_run_replaces_bad_samples_and_records_each(
+    damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    # Seven steps of 32 are an epoch and a bit of the 200 samples.
+    options = [f"data.root={damaged}", "train.steps=7", "run.name=r", "eval.sets=[]"]
+    done = gigabatch("train", tiny, *options)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "r"
+    lines = recorded(run)
+    assert {line["sample"] for line in lines} == set(BAD)
+    for line in lines:
+        assert f"train-{line['sample'] // 50:03d}.tar: at byte " in line["why"]
+        assert line["key"] == f"s{line['sample']:05d}"
+        assert line["attempt"] == 1
+    assert "replaced a sample that cannot be used" in (run / "train.log").read_text()
+    last = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line][-1]
+    assert last["data/bad_samples"] == len(lines)
+
+
+def test_too_many_bad_samples_end_a_run(
+    damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    options = [f"data.root={damaged}", "data.max_damaged=0.0002", "run.name=r", "eval.sets=[]"]
+    done = gigabatch("train", tiny, *options)
+    assert done.returncode == 2
+    assert "could not be used, more than data.max_damaged=0.0002 allows" in done.stderr
+    assert f"gigabatch data check {damaged}/train" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_same_samples_are_replaced_by_the_same_on_two_workers_and_after_a_resume(
+    damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    root = [f"data.root={damaged}", "eval.sets=[]", "train.steps=9"]
+    assert gigabatch("train", tiny, *root, "run.name=one").returncode == 0
+    two = ["cluster.launcher=torchrun", "cluster.workers=2", "data.workers=0"]
+    assert gigabatch("train", tiny, *root, *two, "run.name=two").returncode == 0
+    runs = tmp_path / "runs"
+    assert gigabatch("train", tiny, *root[:2], "train.steps=4", "run.name=cut").returncode == 0
+    resumed = gigabatch("resume", runs / "cut", "train.steps=9", "--allow", "train.steps")
+    assert resumed.returncode == 0, resumed.stderr
+    told = [
+        [{k: v for k, v in line.items() if k != "attempt"} for line in recorded(runs / name)]
+        for name in ("one", "two", "cut")
+    ]
+    assert told[0] == told[1] == told[2]
+    last = read_metrics(runs / "cut" / "metrics.jsonl")[-1]
+    assert last["data/bad_samples"] == len(told[0])
