@@ -134,7 +134,9 @@ class ShardCache:
                     half.unlink()
                 else:
                     self._write(part, shard)
-                    os.replace(half, path)
+                    # Locked: whoever counts files would else see neither the old name nor the new.
+                    with _locked(self.folder / "lock"):
+                        os.replace(half, path)
             except BaseException:
                 half.unlink(missing_ok=True)
                 raise

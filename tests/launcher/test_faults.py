@@ -183,7 +183,7 @@ def test_a_rank_killed_under_ray_is_started_again(
 
 
 @pytest.mark.parametrize("launcher", ["inline", "torchrun", "ray"])
-def test_an_image_that_cannot_be_read_is_named_and_not_retried(
+def test_an_image_that_spoils_every_batch_is_named_and_not_retried(
     launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     root = tmp_path / "own"
@@ -198,8 +198,9 @@ def test_an_image_that_cannot_be_read_is_named_and_not_retried(
         "cluster.workers=1", "run.name=a",
     )  # fmt: skip
     assert done.returncode == 2
-    assert f"gigabatch: {shard}: sample 's00000'" in done.stderr
-    assert "the image cannot be decoded" in done.stderr
+    assert f"gigabatch: {root}/train: 11 of 352 samples read could not be used" in done.stderr
+    told = (tmp_path / "runs" / "a" / "quarantine.jsonl").read_text()
+    assert f"{shard}: sample 's00000': the image cannot be decoded" in told
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "runs" / "a" / "attempts").iterdir())) == 1
 
