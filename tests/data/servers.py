@@ -120,9 +120,13 @@ class FailingServer:
         """Hang up after half of the body."""
         self.rules.append(Rule("cut", **where))
 
-    def ignore_range(self, **where: Any) -> None:
-        """Send the whole file, whatever range is asked for."""
-        self.rules.append(Rule("whole", **where))
+    def drip(self, rest: float, **where: Any) -> None:
+        """Send the body in 20 pieces, with so many seconds' rest after each."""
+        self.rules.append(Rule("drip", rest, **where))
+
+    def ignore_range(self, rest: float = 0, **where: Any) -> None:
+        """Send the whole file, whatever range is asked for, dripping if told so."""
+        self.rules.append(Rule("whole", rest, **where))
 
     def send_html(self, **where: Any) -> None:
         """Send a web page in place of the file, and call it a success."""
@@ -185,7 +189,10 @@ class FailingServer:
                     server._closing.wait(rule.value or 0)
                     self.close_connection = True
                     return
-                self.wfile.write(answer.body)
+                piece = len(answer.body) // 20 + 1
+                for start in range(0, len(answer.body), piece):
+                    self.wfile.write(answer.body[start : start + piece])
+                    server._closing.wait(rule.value if rule.act in ("drip", "whole") else 0)
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 

@@ -102,6 +102,10 @@ def wait_for(true: Callable[[], object], what: str) -> None:
         time.sleep(0.005)
 
 
+def no_threads() -> bool:
+    return not any(thread.name == "shard prefetch" for thread in threading.enumerate())
+
+
 def start(started: list[BaseProcess], target: Callable[..., None], *arguments: Any) -> BaseProcess:
     process = FORK.Process(target=target, args=arguments)
     started.append(process)
@@ -233,7 +237,7 @@ def test_a_lock_does_not_live_on_in_a_child_of_the_process_that_was_killed(
 def test_what_a_killed_process_left_is_removed_or_written_anew(
     shards: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path, shards=2)
+    cache = make(tmp_path, shards=1)
     cache.folder.mkdir()
     for shard in shards[:3]:
         cache.path(shard).with_suffix(".part").write_bytes(b"half" * (SIZE // 4))
@@ -461,6 +465,24 @@ def test_a_prefetch_that_fails_leaves_it_to_the_open(
     cache.close()
 
 
+def test_a_shard_that_waits_is_not_queued_again(
+    web: FailingServer, shards: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    go = threading.Event()
+    for path in ("/s0.tar", "/s1.tar"):
+        web.before(lambda: go.wait(20), path=path, times=1)
+    (tmp_path / "far" / "s2.tar").unlink()
+    prefetch(cache, *shards[:2], *shards[2:3] * 5)
+    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "both threads are at work")
+    go.set()
+    prefetch(cache, shards[3])
+    wait_for(lambda: cache.path(shards[3]).exists(), "the last is fetched")
+    cache.close()
+    wait_for(no_threads, "all is done")
+    assert web.count(path="/s2.tar") == 1
+
+
 def test_processes_that_prefetch_the_same_shards_share_the_work(
     web: FailingServer, shards: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
@@ -504,8 +526,7 @@ from gigabatch.data.cache import ShardCache
 url, size, folder = sys.argv[1:]
 cache = ShardCache(Path(folder), 10**9)
 cache.prefetch(url, int(size), "")
-while not list(Path(folder).glob("*.part")):
-    pass
+sys.stdin.readline()
 """
 
 
@@ -514,10 +535,15 @@ def test_a_process_ends_without_waiting_for_its_prefetch(
 ) -> None:
     web.stall(60, path="/s0.tar", skip=1, times=1)
     cache = make(tmp_path)
-    cache.folder.mkdir()
     script = [sys.executable, "-c", AHEAD, shards[0].url, str(SIZE), str(cache.folder)]
-    subprocess.run(script, timeout=20, check=True)
-    read_all(cache, shards[:1])
+    with subprocess.Popen(script, stdin=subprocess.PIPE) as process:
+        try:
+            wait_for(lambda: downloads(web) == 1, "it is asked for")
+            process.communicate(b"\n", timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert len(parts(cache)) == 1
     read_all(cache, shards[1:2])
     assert parts(cache) == []
 

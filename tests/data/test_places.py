@@ -202,7 +202,8 @@ def test_a_folder_of_a_bucket(s3: Far) -> None:
     assert expand([f"{s3.url}/notes.txt"], retry=QUICK) == [f"{s3.url}/notes.txt"]
     for missing in (f"{s3.url}x", "s3://no-such-bucket/x"):
         assert f"{missing}: there is no such file, and no folder" in refusal(expand, [missing])
-    assert "the glob matches no file" in refusal(expand, ["s3://no-such-bucket/*.tar"])
+    for empty in ("s3://no-such-bucket/*.tar", f"{s3.url[:-3]}*"):  # a folder is no shard
+        assert "the glob matches no file" in refusal(expand, [empty])
 
 
 def test_a_web_address_with_a_query_is_one_file(web: Far) -> None:
@@ -328,6 +329,7 @@ def test_a_fault_that_passes_is_retried_and_costs_no_byte(
 ENDLESS: dict[str, tuple[Callable[[FailingServer], None], str]] = {
     "500": (lambda server: server.status(500), "HTTP 500"),
     "stall": (lambda server: server.stall(30), "no complete answer in time"),
+    "drip": (lambda server: server.drip(0.05), "no complete answer in time"),
     "cut": (lambda server: server.cut(), "Error"),
 }
 
@@ -444,6 +446,14 @@ def test_a_server_that_ignores_ranges_sends_a_file_once(
     assert [r.range for r in web.server.requests[1:-1]] == [
         "0-999", "1000-1999", "2000-2999", "3000-3999"
     ]  # fmt: skip
+
+
+def test_a_whole_file_may_take_its_time_as_long_as_bytes_come(web: Far, tmp_path: Path) -> None:
+    web.server.ignore_range(rest=0.05)
+    began = time.monotonic()
+    assert fetched(web, tmp_path / "copy", retry=IMPATIENT)
+    assert time.monotonic() - began > IMPATIENT.timeout_s
+    assert web.server.count(range="0-19999") == 1
 
 
 def failing(far: Far, to: Path, *state: object, retry: Retry = QUICK) -> str:

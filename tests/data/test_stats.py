@@ -192,12 +192,14 @@ def test_a_script_is_that_of_most_letters(caption: str, script: str) -> None:
 def test_equal_images_are_found_whatever_they_are_called(tmp_path: Path) -> None:
     red, blue, other = picture("red"), picture("blue"), picture("green")
     write_tar(tmp_path / "0.tar", {"a.png": red, "b.png": other, "c.png": blue})
-    write_tar(tmp_path / "1.tar", {"d.webp": red, "e.png": red, "f.png": blue, "g.txt": b"none"})
+    write_tar(
+        tmp_path / "1.tar", {"d.webp": red, "e.png": red, "f.png": blue, "g.txt": b"", "h.png": red}
+    )
     found = collect(open_index(tmp_path), TXT).duplicates
     assert found is not None
-    assert (found.samples, found.repeated, found.groups) == (6, 5, 2)
+    assert (found.samples, found.repeated, found.groups) == (7, 6, 2)
     assert (found.compared, found.different) == (2, 0)
-    assert found.examples[0] == (3, [
+    assert found.examples[0] == (4, [
         f"{tmp_path}/0.tar: sample 'a'", f"{tmp_path}/1.tar: sample 'd'",
         f"{tmp_path}/1.tar: sample 'e'"
     ])  # fmt: skip
@@ -304,6 +306,8 @@ def test_damaged_samples_are_counted_and_named_and_not_fatal(tmp_path: Path) -> 
     assert (stats.opened, stats.bad) == (12, 4)
     assert stats.images is not None
     assert (stats.images.opened, stats.captions and stats.captions.samples) == (9, 10)
+    assert stats.captions is not None
+    assert stats.captions.empty == 1
     three, five, eight, ten = stats.bad_samples
     shard = f"{tmp_path}/0.tar: "
     assert three == f"{shard}sample 's03': the image cannot be read: it is no PNG, JPEG or WebP."
@@ -492,6 +496,8 @@ def test_the_shape_of_an_image_is_kept(tmp_path: Path) -> None:
     thin, tall = (np.asarray(cell(sheet, place, 2))[..., 1] == 0 for place in range(2))
     assert (thin.any(axis=1).sum(), thin.any(axis=0).sum()) == (1, CELL)
     assert (tall.any(axis=1).sum(), tall.any(axis=0).sum()) == (CELL, CELL // 2)
+    assert np.flatnonzero(thin.any(axis=1)) == [(CELL - 1) // 2]
+    assert np.flatnonzero(tall.any(axis=0))[0] == CELL // 4
 
 
 def test_a_seed_chooses_samples_of_the_whole_set(tmp_path: Path) -> None:
