@@ -17,7 +17,7 @@ from gigabatch.data.keyed import key
 from gigabatch.data.settings import Settings
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
-_FORMATS = ("PNG", "JPEG", "WEBP")
+FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 class ImageSettings(Settings):
@@ -37,7 +37,7 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
     """uint8 [C, S, S]. `where` names the sample in errors. Transparency is laid on white."""
     size = settings.size
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as file:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
             file.draft("RGB", (size, size))  # JPEG: decode at a reduced scale; else no effect
             if file.has_transparency_data:
                 back = Image.new("RGBA", file.size, (255, 255, 255, 255))

@@ -26,11 +26,12 @@ from typing import Any
 
 import pyarrow as pa
 
-from gigabatch.data.cache import node_cache
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.files import replacing
 from gigabatch.data.index import FORMAT, Index, cache_home, index_of, read_manifest
-from gigabatch.data.places import ShardState, expand, is_remote, stat_all
-from gigabatch.data.rows import conform, joined_schema, replacing, write_index
+from gigabatch.data.remote.cache import node_cache
+from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
+from gigabatch.data.rows import conform, joined_schema, write_index
 from gigabatch.data.scan import IndexSettings, scan
 
 log = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import google_crc32c
 import numpy as np
 
-from gigabatch.data.cache import ShardCache, node_cache
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import I64, Index
-from gigabatch.data.places import is_remote
+from gigabatch.data.remote.cache import ShardCache, node_cache
+from gigabatch.data.remote.places import is_remote
 
 log = logging.getLogger(__name__)
 NEAR = 1 << 16

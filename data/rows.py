@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gigabatch.data.files import replacing
 from gigabatch.data.index import ROWS
 
 MEMBER = (".offset", ".size", ".crc")
 """What the columns of a member end in."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` at the end."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield fresh
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def joined_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:

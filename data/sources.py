@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gigabatch.data.cache import ShardCache
 from gigabatch.data.decode import code_of
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import I64, Index
 from gigabatch.data.mixture import NUMBER_BITS, number_of, split_number
-from gigabatch.data.places import is_remote
 from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.remote.cache import ShardCache
+from gigabatch.data.remote.places import is_remote
 
 SOURCE = "source"
 """The column that every sample has: which source it is of."""

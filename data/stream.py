@@ -22,7 +22,6 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gigabatch.data.cache import ShardCache
 from gigabatch.data.collate import Collate
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.fields import Fields, Sample
@@ -31,6 +30,7 @@ from gigabatch.data.keyed import key
 from gigabatch.data.mixture import number_of
 from gigabatch.data.plans import Plan
 from gigabatch.data.quarantine import ATTEMPTS, Bad, substitute
+from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.sources import Sources
 
 Stage = Callable[[Iterator[Sample]], Iterator[Sample]]

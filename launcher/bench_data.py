@@ -18,7 +18,8 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.stream import load_stage
 from gigabatch.kernels.bench.machine import processor
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.trainer.config import Config, load_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.inputs import cache_of, fields_of, make_tokenizer, open_train, plans_of
 
 STEPS = 1000

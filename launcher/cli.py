@@ -67,7 +67,7 @@ def resume(
 @app.command()
 def config(config: ConfigPath, overrides: Overrides = None) -> None:
     """Print the whole resolved configuration: every key, with its value for this machine."""
-    from gigabatch.trainer.config import dump_config, load_config
+    from gigabatch.trainer.configfile import dump_config, load_config
 
     print(dump_config(load_config(config, overrides or [])), end="")
 

@@ -21,7 +21,7 @@ from gigabatch.data.order import deal
 from gigabatch.data.scan import IndexSettings
 from gigabatch.data.sources import Sources
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.trainer.config import load_config
+from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.inputs import open_train
 
 KINDS = {"image": IMAGE_MEMBERS, "audio": AUDIO_MEMBERS}
@@ -84,7 +84,7 @@ def _lacking(index: Index) -> list[str]:
 
 
 def check_source(source: str, every: int, decode: bool, processes: int | None) -> int:
-    from gigabatch.data.check import check
+    from gigabatch.data.describe.check import check
 
     index = open_source(source)
     fields = Fields(
@@ -105,7 +105,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
 
 
 def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
-    from gigabatch.data.pack import PackSettings, pack
+    from gigabatch.data.packing.pack import PackSettings, pack
 
     try:
         chosen = PackSettings.model_validate(settings)
@@ -163,8 +163,8 @@ def print_batch(
 def describe_source(
     source: str, sample: int, caption: str, sheet: Path | None, as_json: bool
 ) -> None:
-    from gigabatch.data.contact import contact_sheet
-    from gigabatch.data.stats import collect, render
+    from gigabatch.data.describe.contact import contact_sheet
+    from gigabatch.data.describe.stats import collect, render
 
     member, _, field = caption.partition(":")
     captions = CaptionSettings(member=member, field=field or None)

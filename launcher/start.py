@@ -20,7 +20,8 @@ from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import StopRequest, abort_on_interrupt, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
-from gigabatch.trainer.config import Config, differences, load_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import differences, load_config
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.inputs import (
     TrainData,

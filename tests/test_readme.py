@@ -33,7 +33,8 @@ def test_every_linked_file_exists() -> None:
 
 
 def test_every_key_named_exists() -> None:
-    from gigabatch.trainer.config import Config, known_keys
+    from gigabatch.trainer.config import Config
+    from gigabatch.trainer.configfile import known_keys
 
     known = set(known_keys(Config))
     named = set(

@@ -21,8 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.files import sync_folder
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.files import sync_file, sync_folder, to_json, write_atomically
+from gigabatch.trainer.files import sync_file, to_json, write_atomically
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)

@@ -1,25 +1,16 @@
-"""The whole run as one typed description: defaults, then a YAML file, then `key=value`.
-
-Each field's docstring is its help. Unknown keys are refused with the nearest known one, so every
-key that a file sets is a key that something reads.
-"""
+"""The whole run as one typed description; each field's docstring is its help."""
 
 from __future__ import annotations
 
-import difflib
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.augment import Augmentation
 from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.decode import ImageSettings
-from gigabatch.data.errors import GigabatchError
-from gigabatch.data.places import is_remote
 from gigabatch.data.settings import Settings
 from gigabatch.data.tokenizer import TextSettings
 
@@ -367,155 +358,3 @@ class Config(Settings):
                 "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
             )
         return self
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (values are YAML), and validate.
-
-    Relative folders are taken from the working directory. Raises GigabatchError.
-    """
-    return resolve(parse_config(read_config(path), str(path), overrides))
-
-
-def read_config(path: Path) -> str:
-    """The text of a config file. Raises GigabatchError."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise GigabatchError(f"{path}: the config cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise GigabatchError(f"{path}: not a config: it is not UTF-8 text.") from error
-
-
-def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """A Config from YAML text and overrides; `where` names the text in errors."""
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise GigabatchError(f"{where}: not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise GigabatchError(f"{where}: a config is a mapping of sections, such as `train:`.")
-    for override in overrides:
-        _override(tree, override)
-    _refuse_unknown(tree, where)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise GigabatchError(_explain(error, where)) from error
-
-
-def resolve(config: Config) -> Config:
-    """Fix what depends on this machine: absolute folders and the number of threads."""
-    root = config.data.root
-    elsewhere = root.startswith("demo:") or is_remote(root)
-    data = root if elsewhere else str(Path(root).expanduser().absolute())
-    sets = tuple(name if "/" not in name else _absolute_if_there(name) for name in config.eval.sets)
-    towers = {
-        modality: tower.model_copy(update={"name": _absolute_if_there(tower.name)})
-        for modality in ("image", "text")
-        if isinstance(tower := getattr(config.towers, modality), HuggingFaceTower) and tower.name
-    }
-    cores = len(os.sched_getaffinity(0))
-    threads = config.cluster.threads or max(1, cores // config.cluster.workers)
-    return config.model_copy(
-        update={
-            "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
-            "data": config.data.model_copy(update={"root": data}),
-            "towers": config.towers.model_copy(update=towers),
-            "eval": config.eval.model_copy(update={"sets": sets}),
-            "cluster": config.cluster.model_copy(update={"threads": threads}),
-        }
-    )
-
-
-def _absolute_if_there(name: str) -> str:
-    """Workers have working directories of their own; what is no folder may be a name on a hub."""
-    path = Path(name).expanduser()
-    return str(path.absolute()) if path.is_dir() else name
-
-
-def dump_config(config: Config) -> str:
-    """YAML that `parse_config` reads back to the same Config."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of a nested mapping."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with (old, new)."""
-    before, after = (dict(leaves(c.model_dump(mode="json"))) for c in (old, new))
-    return {
-        key: (before.get(key), after.get(key))
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key)
-    }
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise GigabatchError(f"{override!r}: an override is key=value, such as train.steps=100.")
-    *path, last = key.split(".")
-    for part in path:
-        node = tree.setdefault(part, {})
-        if node is None:
-            node = tree[part] = {}
-        if not isinstance(node, dict):
-            raise GigabatchError(f"{override!r}: {part!r} is a value, not a section.")
-        tree = node
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise GigabatchError(f"{override!r}: the value is not valid YAML.") from error
-
-
-def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
-    known = set(known_keys(Config))
-    sections = {key.rpartition(".")[0] for key in known}
-    free = [key for key in known if key.endswith((".config", ".args"))]
-    for key, _ in leaves(tree):
-        inside = any(key == f or key.startswith(f"{f}.") for f in free)
-        if key in known or key in sections or inside:
-            continue
-        close = difflib.get_close_matches(key, sorted(known), 1, 0.6)
-        last = key.rpartition(".")[2]
-        close = close or [k for k in sorted(known) if k.rpartition(".")[2] == last][:1]
-        hint = f" Did you mean {close[0]}?" if close else " `gigabatch config` prints all keys."
-        raise GigabatchError(f"{where}: unknown key {key}.{hint}")
-
-
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a model accepts, over all kinds of tower."""
-    for name, info in model.model_fields.items():
-        models = list(_models_in(info.annotation))
-        for inner in models:
-            yield from known_keys(inner, f"{prefix}{name}.")
-        if not models:
-            yield f"{prefix}{name}"
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models_in(inner)
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors():
-        path = list(item["loc"])
-        if path[:1] == ["towers"]:
-            del path[2:3]  # pydantic puts the kind of the tower there
-        key = ".".join(map(str, path))
-        message = item["msg"].removeprefix("Value error, ")
-        given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-        lines.append(f"{key}: {message}{given}" if key else message)
-    return f"{where}: " + f"\n{where}: ".join(lines)

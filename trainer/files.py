@@ -8,33 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from gigabatch.data.files import replacing
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, sync, then rename over `path`."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(fresh, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
-    sync_folder(path.parent)
+    with replacing(path) as fresh:
+        fresh.write_text(text, encoding="utf-8")
 
 
 def sync_file(path: Path) -> None:
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def to_json(value: Any) -> str:

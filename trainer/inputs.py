@@ -12,7 +12,6 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gigabatch.data import glyphs
-from gigabatch.data.cache import ShardCache, node_cache
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields, some_captions
 from gigabatch.data.groups import Grouped
@@ -21,8 +20,9 @@ from gigabatch.data.indexing import Progress, open_index
 from gigabatch.data.keyed import key
 from gigabatch.data.mixture import Mixture, Phase, Walk
 from gigabatch.data.order import Order
-from gigabatch.data.places import is_remote
 from gigabatch.data.plans import TrainPlans
+from gigabatch.data.remote.cache import ShardCache, node_cache
+from gigabatch.data.remote.places import is_remote
 from gigabatch.data.sources import SOURCE, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.tokenizer import named_tokenizer, train_bpe

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, dump_config, parse_config, read_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import dump_config, parse_config, read_config
 from gigabatch.trainer.files import create_numbered, to_json, write_atomically
 
 log = logging.getLogger(__name__)

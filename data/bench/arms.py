@@ -10,7 +10,7 @@ from gigabatch.data.bench import plain, work
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.work import Held, Pieces, encoded_bytes, tensor_bytes
 from gigabatch.data.index import Index
-from gigabatch.data.places import is_remote
+from gigabatch.data.remote.places import is_remote
 
 OURS, PLAIN = "gigabatch", "webdataset"
 READING, DECODING, STAGES = "reading", "decoding", "your own stages"

@@ -19,7 +19,7 @@ import pytest
 from tarfiles import contents
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.pack import PackSettings, pack
+from gigabatch.data.packing.pack import PackSettings, pack
 
 PNG, JPG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0"
 Rows = list[dict[str, Any]]

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-from gigabatch.data.transport import forget_connections
+from gigabatch.data.remote.transport import forget_connections
 
 HTML = b"<!DOCTYPE html><html><body>Please sign in.</body></html>"
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=test"

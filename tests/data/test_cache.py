@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 from servers import FailingServer, web_server
 
-from gigabatch.data import cache as cache_module
-from gigabatch.data.cache import GIB, ShardCache, node_cache
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.places import stat_all
-from gigabatch.data.remote import Retry, ShardState
+from gigabatch.data.remote import cache as cache_module
+from gigabatch.data.remote.cache import GIB, ShardCache, node_cache
+from gigabatch.data.remote.places import stat_all
+from gigabatch.data.remote.ranges import Retry, ShardState
 
 SIZE = 4_000
 NAMES = [f"s{i}.tar" for i in range(6)]
@@ -522,7 +522,7 @@ def test_closing_drops_what_waits_and_the_cache_goes_on(
 AHEAD = """
 import sys
 from pathlib import Path
-from gigabatch.data.cache import ShardCache
+from gigabatch.data.remote.cache import ShardCache
 url, size, folder = sys.argv[1:]
 cache = ShardCache(Path(folder), 10**9)
 cache.prefetch(url, int(size), "")

@@ -27,9 +27,9 @@ from packing import (
 )
 from tarfiles import contents, write_tar
 
-from gigabatch.data import tables
 from gigabatch.data.indexing import open_index
-from gigabatch.data.pack import PackSettings, pack
+from gigabatch.data.packing import tables
+from gigabatch.data.packing.pack import PackSettings, pack
 from gigabatch.data.reader import Reader
 
 

@@ -23,7 +23,7 @@ from tarfiles import write_tar
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.indexing import open_index
-from gigabatch.data.pack import PackSettings, pack
+from gigabatch.data.packing.pack import PackSettings, pack
 
 
 def test_what_is_missing_is_told_with_its_rows(tmp_path: Path) -> None:
@@ -49,7 +49,7 @@ def test_what_is_missing_is_told_with_its_rows(tmp_path: Path) -> None:
 def test_missing_rows_are_left_out_on_request_and_listed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gigabatch.data.pack.TOLD_EVERY", 7)
+    monkeypatch.setattr("gigabatch.data.packing.pack.TOLD_EVERY", 7)
     rows = album(tmp_path, 100)
     gone = [0, 1, 28, 29, 30, 31, 65, 98, 99]
     for i in gone[:-1]:

@@ -14,7 +14,7 @@ from packing import album, in_child, make, members, pack_until, refusal, shard_f
 from tarfiles import write_tar
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.pack import PackSettings, pack
+from gigabatch.data.packing.pack import PackSettings, pack
 
 SOURCES = pytest.mark.parametrize("kind", ["files", "parquet", "arrow", "shards"])
 
@@ -24,7 +24,7 @@ SOURCES = pytest.mark.parametrize("kind", ["files", "parquet", "arrow", "shards"
 def test_a_killed_pack_ends_with_the_same_files(
     kind: str, seed: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gigabatch.data.pack.TOLD_EVERY", 7)
+    monkeypatch.setattr("gigabatch.data.packing.pack.TOLD_EVERY", 7)
     source = make(kind, tmp_path, 120)
     settings = PackSettings(per_shard=30, shuffle_seed=seed, prefix="p", shard_bytes=60_000)
     report = pack(source, tmp_path / "whole", settings)
@@ -66,7 +66,7 @@ def test_a_finished_pack_is_left_as_it_is(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_finished_shards_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gigabatch.data.pack.TOLD_EVERY", 7)
+    monkeypatch.setattr("gigabatch.data.packing.pack.TOLD_EVERY", 7)
     source, settings = make("files", tmp_path, 100), PackSettings(per_shard=30, prefix="p")
     pack(source, tmp_path / "whole", settings)
 
@@ -140,7 +140,7 @@ def test_a_second_pack_into_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_nothing_is_overwritten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gigabatch.data.pack.TOLD_EVERY", 7)
+    monkeypatch.setattr("gigabatch.data.packing.pack.TOLD_EVERY", 7)
     source, out = make("files", tmp_path, 100), tmp_path / "out"
     other = write_tar(out / "out-000001.tar", {"a.txt": b"mine"})
     data = other.read_bytes()

@@ -14,10 +14,10 @@ from typing import NamedTuple
 import pytest
 from servers import Answer, FailingServer, s3_server, upload, web_server
 
-from gigabatch.data import places, remote
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.places import expand, is_remote, stat_all
-from gigabatch.data.remote import Retry, ShardState, fetch, read_range
+from gigabatch.data.remote import places, ranges
+from gigabatch.data.remote.places import expand, is_remote, stat_all
+from gigabatch.data.remote.ranges import Retry, ShardState, fetch, read_range
 
 SIZES = {"s0.tar": 20_000, "s1.tar": 3_000, "s2.tar": 1}
 QUICK = Retry(attempts=3, first_wait_s=0.01, timeout_s=5)
@@ -316,12 +316,12 @@ def test_a_fault_that_passes_is_retried_and_costs_no_byte(
     FAULTS[fault](far.server)
     url, data = f"{far.url}/s0.tar", (far.folder / "s0.tar").read_bytes()
     began = time.monotonic()
-    with caplog.at_level(logging.WARNING, "gigabatch.data.remote"):
+    with caplog.at_level(logging.WARNING, "gigabatch.data.remote.ranges"):
         assert read_range(url, 100, 19_000, IMPATIENT) == data[100:19_000]
     assert time.monotonic() - began < 5
     failed = far.server.rules[0].times
     assert far.server.count() == failed + 1  # no other layer retries
-    warnings = [r.getMessage() for r in caplog.records if r.name == "gigabatch.data.remote"]
+    warnings = [r.getMessage() for r in caplog.records if r.name == "gigabatch.data.remote.ranges"]
     assert len(warnings) == failed
     assert all(f"{url}: bytes 100 to 19000, attempt " in warning for warning in warnings)
 
@@ -411,7 +411,7 @@ def fetched(far: Far, to: Path, name: str = "s0.tar", retry: Retry = QUICK) -> b
 def test_a_file_is_fetched_in_chunks(
     chunk: int, far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CHUNK", chunk)
+    monkeypatch.setattr(ranges, "CHUNK", chunk)
     assert fetched(far, tmp_path / "copy") == (far.folder / "s0.tar").read_bytes()
     chunks = [r.range for r in far.server.requests if r.range not in ("", "0-0")]
     edges = [*range(0, 20_000, chunk), 20_000]
@@ -422,7 +422,7 @@ def test_a_file_is_fetched_in_chunks(
 def test_faults_on_the_way_leave_a_whole_file(
     fault: str, far: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CHUNK", 6_000)
+    monkeypatch.setattr(ranges, "CHUNK", 6_000)
     state = stat_all([f"{far.url}/s0.tar"])[0]
     FAULTS[fault](far.server)
     far.server.rules[0].path = "*/s0.tar"
@@ -436,7 +436,7 @@ def test_faults_on_the_way_leave_a_whole_file(
 def test_a_server_that_ignores_ranges_sends_a_file_once(
     web: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CHUNK", 1_000)
+    monkeypatch.setattr(ranges, "CHUNK", 1_000)
     web.server.ignore_range()
     assert fetched(web, tmp_path / "copy") == (web.folder / "s0.tar").read_bytes()
     assert web.server.count(range="0-999") == len(web.server.requests) - 2 == 1
@@ -487,7 +487,7 @@ def test_a_file_of_another_version_is_refused(far: Far, tmp_path: Path) -> None:
 def test_a_file_that_changes_on_the_way_is_refused(
     web: Far, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "CHUNK", 6_000)
+    monkeypatch.setattr(ranges, "CHUNK", 6_000)
     state = stat_all([f"{web.url}/s0.tar"])[0]
     web.server.before(lambda: (web.folder / "s0.tar").write_bytes(bytes(20_000)), skip=3, times=1)
     message = failing(web, tmp_path / "copy", state.url, state.bytes, state.version)

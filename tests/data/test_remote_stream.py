@@ -14,7 +14,6 @@ from servers import FailingServer, s3_server, upload, web_server
 from test_quarantine import FIELDS
 from test_stream import assert_equal
 
-from gigabatch.data.cache import ShardCache
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import some_captions
 from gigabatch.data.index import Index
@@ -22,7 +21,8 @@ from gigabatch.data.indexing import open_index
 from gigabatch.data.mixture import Mixture, Phase
 from gigabatch.data.order import Order
 from gigabatch.data.plans import TrainPlans
-from gigabatch.data.remote import Retry
+from gigabatch.data.remote.cache import ShardCache
+from gigabatch.data.remote.ranges import Retry
 from gigabatch.data.stream import MicroBatch, open_stream
 from gigabatch.data.tokenizer import TextSettings, train_bpe
 

@@ -22,15 +22,15 @@ from support import spoil, write_samples
 from tarfiles import contents, listed, write_tar
 
 from gigabatch.data.captions import CaptionSettings
-from gigabatch.data.contact import CELL, GAP, LINE, TITLE, contact_sheet
+from gigabatch.data.describe.contact import CELL, GAP, LINE, TITLE, contact_sheet
+from gigabatch.data.describe.opened import one_line, script_of
+from gigabatch.data.describe.rowstats import DISTINCT, Frequencies, Tally, spread, spread_of_counts
+from gigabatch.data.describe.stats import SetStats, collect, render
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import FORMAT, Index, index_of
 from gigabatch.data.indexing import open_index
-from gigabatch.data.opened import one_line, script_of
 from gigabatch.data.rows import write_index
-from gigabatch.data.rowstats import DISTINCT, Frequencies, Tally, spread, spread_of_counts
 from gigabatch.data.scan import IndexSettings
-from gigabatch.data.stats import SetStats, collect, render
 from gigabatch.data.views import make_view
 
 TXT = CaptionSettings()

@@ -12,7 +12,7 @@ import support_towers
 import torch
 from step_probe import batch
 
-from gigabatch.trainer.config import load_config
+from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.objectives import build_objective

@@ -15,7 +15,8 @@ from torch import Tensor
 from gigabatch.data.keyed import key
 from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
-from gigabatch.trainer.config import Config, load_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream

@@ -6,7 +6,7 @@ import pytest
 
 import gigabatch.configs
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import (
+from gigabatch.trainer.configfile import (
     differences,
     dump_config,
     load_config,

@@ -20,7 +20,8 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
-from gigabatch.trainer.config import Config, known_keys, parse_config, resolve
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import known_keys, parse_config, resolve
 from gigabatch.trainer.engine import deepspeed_config
 from gigabatch.trainer.inputs import (
     cache_of,

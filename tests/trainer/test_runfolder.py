@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, parse_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.runfolder import RunFolder, create_run, open_run
 
 

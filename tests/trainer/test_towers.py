@@ -9,7 +9,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, parse_config
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.towers import Towers, build_towers
 
 BASE = """

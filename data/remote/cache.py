@@ -26,7 +26,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import cache_home
-from gigabatch.data.remote import Retry, ShardState, copy
+from gigabatch.data.remote.ranges import Retry, ShardState, copy
 
 log = logging.getLogger(__name__)
 FETCHERS = 2

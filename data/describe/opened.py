@@ -18,11 +18,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from gigabatch.data.captions import CaptionSettings, NoCaption, read_captions
+from gigabatch.data.decode import FORMATS
+from gigabatch.data.describe.rowstats import TOP, Frequencies, Spread, Tally, runs, spread_of_counts
 from gigabatch.data.errors import BadSample
 from gigabatch.data.reader import Damaged, Reader
-from gigabatch.data.rowstats import TOP, Frequencies, Spread, Tally, runs, spread_of_counts
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 SMALL = (64, 224)
 """Pixels: images with a shorter side are counted."""
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)

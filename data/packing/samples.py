@@ -18,11 +18,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gigabatch.data.columns import PackSettings, choose
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.keyed import key, permute
-from gigabatch.data.members import (
+from gigabatch.data.packing.columns import PackSettings, choose
+from gigabatch.data.packing.members import (
     FILES,
     MEMBERS,
     Numbers,
@@ -35,8 +35,8 @@ from gigabatch.data.members import (
     look_at_file,
     read_file,
 )
+from gigabatch.data.packing.tables import HEAVY, PIECE, Held, Row, Table
 from gigabatch.data.reader import Damaged, Reader
-from gigabatch.data.tables import HEAVY, PIECE, Held, Row, Table
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""

@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gigabatch.data.captions import CaptionSettings, read_captions
 from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.describe.opened import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.index import I64, Index
 from gigabatch.data.keyed import key, uniforms
-from gigabatch.data.opened import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.reader import Damaged, Reader
 from gigabatch.data.rows import replacing
 

@@ -16,8 +16,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gigabatch.data import transport
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote import transport
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -11,8 +11,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.packing.tables import Row, Table
 from gigabatch.data.settings import Settings
-from gigabatch.data.tables import Row, Table
 
 FILE_NAMES = (
     "file", "path", "filename", "file_name", "filepath", "file_path", "image", "img", "image_path",

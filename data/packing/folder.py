@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.samples import Samples, Skipped
+from gigabatch.data.files import sync_folder
+from gigabatch.data.packing.samples import Samples, Skipped
 
 log = logging.getLogger(__name__)
 FORMAT = 1
@@ -161,19 +162,11 @@ def publish(fresh: Path, final: Path) -> None:
     """Give a finished file its name. One that has it already must hold the same bytes."""
     if not final.exists():
         os.rename(fresh, final)
-        _sync_folder(final.parent)
+        sync_folder(final.parent)
     elif not filecmp.cmp(fresh, final, shallow=False):
         raise GigabatchError(
             f"{final}: is there already, and not by this pack. Move it away and pack again."
         )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def note_skipped(out: Path, state: State, skipped: list[Skipped]) -> None:
@@ -193,4 +186,4 @@ def save(out: Path, state: State) -> None:
         file.write(json.dumps(asdict(state), indent=1).encode() + b"\n")
         sync(file)
         os.replace(path, out / MANIFEST)
-        _sync_folder(out)
+        sync_folder(out)

@@ -12,7 +12,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.tables import Row
+from gigabatch.data.packing.tables import Row
 
 MEMBERS = ("png", "jpg", "jpeg", "webp", "wav", "flac", "ogg", "mp3", "npy", "cls", "txt", "json")
 """The types of members that are packed. No pickle is among them."""

@@ -15,10 +15,15 @@ import numpy as np
 
 from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.decode import IMAGE_MEMBERS
-from gigabatch.data.index import I64, Index
-from gigabatch.data.opened import Captions, CaptionStats, Images, ImageStats, attempt, one_line
-from gigabatch.data.reader import Reader
-from gigabatch.data.rowstats import (
+from gigabatch.data.describe.opened import (
+    Captions,
+    CaptionStats,
+    Images,
+    ImageStats,
+    attempt,
+    one_line,
+)
+from gigabatch.data.describe.rowstats import (
     Column,
     Duplicates,
     Frequencies,
@@ -30,6 +35,8 @@ from gigabatch.data.rowstats import (
     spread,
     spread_lines,
 )
+from gigabatch.data.index import I64, Index
+from gigabatch.data.reader import Reader
 
 PIECE = 64
 """Samples read at a time."""

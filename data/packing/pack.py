@@ -15,9 +15,9 @@ from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import BinaryIO
 
-from gigabatch.data.columns import PREFIX, PackSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.packfolder import (
+from gigabatch.data.packing.columns import PREFIX, PackSettings
+from gigabatch.data.packing.folder import (
     PackReport,
     State,
     alone,
@@ -29,8 +29,8 @@ from gigabatch.data.packfolder import (
     sync,
     temporary,
 )
-from gigabatch.data.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
-from gigabatch.data.tables import open_table, table_files
+from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
+from gigabatch.data.packing.tables import open_table, table_files
 
 Progress = Callable[[int, int], None]
 TOLD_EVERY = 100

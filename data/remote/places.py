@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from gigabatch.data import remote
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote import Retry, ShardState, as_state
-from gigabatch.data.transport import SCHEMES
+from gigabatch.data.remote import ranges
+from gigabatch.data.remote.ranges import Retry, ShardState, as_state
+from gigabatch.data.remote.transport import SCHEMES
 
 log = logging.getLogger(__name__)
 LISTED = 1000
@@ -113,7 +113,7 @@ def _remote(url: str, default_glob: str, retry: Retry) -> list[str]:
     is_glob = "*" in url if web else glob.has_magic(url)  # a web address may end in ?query
     if not is_glob and (web or _fits(url, default_glob)):
         return [url]
-    listed = remote.entries(url, retry)
+    listed = ranges.entries(url, retry)
     if list(listed) == [url]:
         return [url]
     found = [name for name in listed if is_glob or _fits(name, default_glob)]
@@ -150,7 +150,7 @@ def stat_all(urls: Sequence[str], threads: int = 32, retry: Retry = Retry()) -> 
 
 def _stat(url: str, retry: Retry) -> ShardState:
     if is_remote(url):
-        return remote.stat(url, retry)
+        return ranges.stat(url, retry)
     try:
         status = os.stat(url)
     except OSError as error:
@@ -164,7 +164,7 @@ def _stat(url: str, retry: Retry) -> ShardState:
 def _listed(folder: str, retry: Retry) -> dict[str, ShardState]:
     """Empty where the folder may not be listed, though its files may be read."""
     try:
-        found = remote.entries(folder, replace(retry, attempts=1))
+        found = ranges.entries(folder, replace(retry, attempts=1))
     except GigabatchError as error:
         log.warning("each of its shards is asked for by itself: %s", error)
         return {}

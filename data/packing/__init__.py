@@ -1,0 +1,1 @@
+"""`gigabatch data pack`: shards written from tables, or from other shards."""
