@@ -134,16 +134,19 @@ def test_epochs_may_be_asked_for_in_any_order(order: Order, epochs: list[int]) -
         assert np.array_equal(epoch_of(order, epoch), epoch_of(Order(sizes, seed, window), epoch))
 
 
-def test_a_cold_seek_over_a_million_shards_takes_less_than_50_ms() -> None:
+def test_a_cold_seek_over_a_million_shards_costs_a_few_shuffles_of_them() -> None:
     sizes = np.random.default_rng(0).integers(950, 1050, 10**6)
     batch = np.arange(10**9, 10**9 + 32_768)
-    took = []
-    for _ in range(5):
-        # Of this process only: the machine may be at work on other things.
+    seeks, shuffles = [], []
+    for seed in range(5):
+        # Of this process only, and beside numpy: machines differ, and are at work on other things.
         began = time.process_time()
-        _, samples = Order(sizes, seed=3, window=64).locate(batch)
-        took.append(time.process_time() - began)
-    assert min(took) < 0.05
+        _, samples = Order(sizes, seed, window=64).locate(batch)
+        located = time.process_time()
+        np.random.default_rng(seed).permutation(10**6)
+        seeks.append(located - began)
+        shuffles.append(time.process_time() - located)
+    assert min(seeks) < 4 * min(shuffles)
     assert len(np.unique(samples)) == len(batch)
     shards = np.unique(np.searchsorted(np.cumsum(sizes), samples, side="right"))
     assert 64 <= len(shards) <= 128  # a window, or two

@@ -117,7 +117,10 @@ def test_the_compiled_kernels_agree(
 
 
 @pytest.mark.parametrize("backend", ["tiled", TRITON])
-@pytest.mark.parametrize("room", [0, 20, 10**6])
+@pytest.mark.parametrize(
+    "room",
+    [0, pytest.param(20, marks=pytest.mark.slow), pytest.param(10**6, marks=pytest.mark.slow)],
+)
 def test_kept_scores_change_no_bit(backend: str, room: int) -> None:
     results = []
     for cache_bytes in (0, room):

@@ -22,7 +22,10 @@ from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("loss_ranks.py")
 # All tests of a world size share its processes, so they run in one worker of pytest.
-WORLD_SIZES = [pytest.param(w, marks=pytest.mark.xdist_group(f"ranks {w}")) for w in (1, 2, 3, 4)]
+WORLD_SIZES = [
+    pytest.param(w, marks=[pytest.mark.xdist_group(f"ranks {w}"), *([pytest.mark.slow] * (w == 4))])
+    for w in (1, 2, 3, 4)
+]
 
 
 def run_group(world_size: int, folder: Path) -> list[dict[str, Results]]:

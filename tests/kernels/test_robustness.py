@@ -99,6 +99,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_two_threads_give_the_same_bits_every_time() -> None:
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr

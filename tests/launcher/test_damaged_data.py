@@ -33,6 +33,7 @@ def recorded(run: Path) -> list[dict[str, Any]]:
     return sorted(lines, key=lambda line: (line["step"], line["micro_batch"], line["sample"]))
 
 
+@pytest.mark.slow
 def test_a_run_replaces_bad_samples_and_records_each(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
@@ -52,6 +53,7 @@ def test_a_run_replaces_bad_samples_and_records_each(
     assert last["data/bad_samples"] == len(lines)
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_end_a_run(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
