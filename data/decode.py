@@ -34,7 +34,9 @@ class ImageSettings(Settings):
 
 
 def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
-    """uint8 [C, S, S]. `where` names the sample in errors. Transparency is laid on white."""
+    """uint8 [C, S, S], a view of [S, S, C]. `where` names the sample in errors.
+
+    Transparency is laid on white."""
     size = settings.size
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
@@ -46,7 +48,9 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
                 image = file
             if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            image = image.convert("L" if settings.channels == 1 else "RGB")
+            mode = "L" if settings.channels == 1 else "RGB"
+            image.load()
+            image = image if image.mode == mode else image.convert(mode)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadSample(
             f"{where}: the image cannot be decoded: {error}. Restore or remove the sample."
@@ -58,7 +62,7 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
         image = image.crop((left, top, left + size, top + size))
     pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def decode_array(data: bytes, where: str) -> Tensor:

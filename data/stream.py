@@ -105,7 +105,8 @@ class MicroBatchSource(IterableDataset[Sample]):
 
     def _decode(self, sources: Sources, plan: Plan, number: int, raw: Sample, name: str) -> Sample:
         # In evaluation (step 0) there is no choice: metrics must not depend on one.
-        stream = key(self.seed, "caption", plan.step, number) if plan.step else None
+        chosen = plan.step and self.fields.text and self.fields.text.choose == "random"
+        stream = key(self.seed, "caption", plan.step, number) if chosen else None
         source, row = sources.place(number)
         shard = sources.shard_name(number)
         where = f"{shard}: sample {name!r}"

@@ -1,9 +1,9 @@
 """Where the members of a tar file lie, from its headers, and on request the checksum of each.
 
 Standard library `tarfile` is ten times slower and silently ends at the first damaged header. This
-walk makes one read a member and refuses anything it does not understand, naming the byte offset.
-Headers are collected on the way and verified together at the end: a damaged size leads the walk
-astray, and then the first header whose own checksum fails is the one to name.
+walk reads many small members at once and refuses anything it does not understand, naming the byte
+offset. The headers in what was read are verified together: a damaged size leads the walk astray,
+and then the first header whose own checksum fails is the one to name.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from gigabatch.data.errors import GigabatchError
 
 BLOCK = 512
 LARGE = 16 << 20  # bytes of a member read at a time
+WINDOW = 4 << 10  # bytes read at a time: a call costs as much as some KB
+TOGETHER = 1 << 14  # headers verified at a time: 8 MiB
 _FILES = (0x30, 0)  # types "0" and NUL: regular files
 _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
 _OCTAL = 8 ** np.arange(5, -1, -1)
@@ -37,15 +40,26 @@ class Members:
 
 @dataclass
 class _Walk:
-    """What a walk has gathered. `extended`: names and sizes from a header before the file's own."""
+    """What a walk has gathered. `headers`: of files, those not yet verified; `extended`: names
+    from a header before the file's own."""
 
+    file: int
     where: str
     total: int
-    starts: list[int] = field(default_factory=list)  # of the headers of files
+    names: list[str] = field(default_factory=list)  # of the files verified
     headers: list[bytes] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)  # of headers
     sizes: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     extended: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Extended:
+    """What an extended header says of the file after it."""
+
+    name: str | None = None
+    size: int | None = None
 
 
 def walk(file: int, where: str, checksums: bool = False) -> Members:
@@ -54,64 +68,64 @@ def walk(file: int, where: str, checksums: bool = False) -> Members:
     Raises GigabatchError, with the byte offset, for a damaged header, a member cut short, a
     missing end mark, or a member that is neither a file nor a folder (links, devices).
     """
-    gathered = _Walk(where, os.fstat(file).st_size)
+    gathered = _Walk(file, where, os.fstat(file).st_size)
     try:
-        _gather(file, gathered, checksums)
+        _gather(gathered, checksums)
     except GigabatchError:
         _verify(gathered)  # an earlier header may be what led the walk astray
         raise
     _verify(gathered)
-    return Members(
-        _names(gathered),
-        [start + BLOCK for start in gathered.starts],
-        gathered.sizes,
-        gathered.checksums,
-    )
+    offsets = [start + BLOCK for start in gathered.starts]
+    return Members(gathered.names, offsets, gathered.sizes, gathered.checksums)
 
 
-def _gather(file: int, walk: _Walk, checksums: bool) -> None:
-    total, position, header = walk.total, 0, os.pread(file, BLOCK, 0)
+def _gather(walk: _Walk, checksums: bool) -> None:
+    file, total = walk.file, walk.total
     starts, headers, sizes, sums = walk.starts, walk.headers, walk.sizes, walk.checksums
-    pending = _Extended()
+    window, start, position = b"", 0, 0  # bytes of the file from `start` on
+    pending: _Extended | None = None
     while True:
-        if len(header) < BLOCK:
-            what = "the file ends without an end mark: it was cut short"
-            raise _damage(walk.where, position, what)
-        if header[0] == 0 and not header.strip(b"\x00"):
-            return _end(file, walk, position)
+        at = position - start
+        if at + BLOCK > len(window):
+            window, start, at = os.pread(file, WINDOW, position), position, 0
+            if len(window) < BLOCK:
+                what = "the file ends without an end mark: it was cut short"
+                raise _damage(walk.where, position, what)
+            if len(headers) >= TOGETHER:
+                _verify(walk)
         try:
-            size = int(header[124:135], 8)
+            size = int(window[at + 124 : at + 135], 8)
         except ValueError:
+            header = window[at : at + BLOCK]
+            if not header.strip(b"\x00"):
+                return _end(walk, position)
             size = _size(header, walk.where, position)
-        if pending.size is not None:
+        if pending and pending.size is not None:
             size = pending.size
-        data = position + BLOCK
-        padded = (size + BLOCK - 1) & -BLOCK
-        if size < 0 or data + padded > total:
+        follows = position + BLOCK + ((size + BLOCK - 1) & -BLOCK)
+        if size < 0 or follows > total:
             what = f"a member of {size} bytes is cut short: it was truncated"
-            raise _damage(walk.where, data, what)
-        if header[156] in _FILES:
+            raise _damage(walk.where, position + BLOCK, what)
+        if window[at + 156] not in _FILES:
+            pending = _special(walk, window[at : at + BLOCK], position, size, pending)
+            position = follows
+            continue
+        if pending:
             if pending.name:
                 walk.extended[len(starts)] = pending.name
-            pending = _Extended() if pending.given else pending
-            starts.append(position)
-            headers.append(header)
-            sizes.append(size)
-            position = data + padded
-            if not checksums:
-                header = os.pread(file, BLOCK, position)
-            elif padded <= LARGE:
-                body = os.pread(file, padded + BLOCK, data)
-                sums.append(google_crc32c.value(body[:size]))
-                header = body[padded:]
+            pending = None
+        starts.append(position)
+        headers.append(window[at : at + BLOCK])
+        sizes.append(size)
+        if checksums:
+            if at + BLOCK + size > len(window) and size <= LARGE:
+                length = follows - position + WINDOW
+                window, start, at = os.pread(file, length, position), position, 0
+            if at + BLOCK + size <= len(window):
+                sums.append(google_crc32c.value(window[at + BLOCK : at + BLOCK + size]))
             else:
-                sums.append(checksum_of(file, data, size))
-                header = os.pread(file, BLOCK, position)
-        else:
-            _verify_one(header, walk.where, position)
-            pending = _special(file, header, walk.where, data, size, pending)
-            position = data + padded
-            header = os.pread(file, BLOCK, position)
+                sums.append(checksum_of(file, position + BLOCK, size))
+        position = follows
 
 
 def checksum_of(file: int, offset: int, size: int) -> int:
@@ -122,55 +136,43 @@ def checksum_of(file: int, offset: int, size: int) -> int:
     return int.from_bytes(running.digest(), "big")
 
 
-@dataclass(frozen=True)
-class _Extended:
-    """What an extended header says of the file after it."""
-
-    name: str | None = None
-    size: int | None = None
-
-    @property
-    def given(self) -> bool:
-        return self.name is not None or self.size is not None
-
-
 def _special(
-    file: int, header: bytes, where: str, data: int, size: int, before: _Extended
-) -> _Extended:
+    walk: _Walk, header: bytes, position: int, size: int, before: _Extended | None
+) -> _Extended | None:
     """Anything but a regular file: what it says of the next one."""
-    kind = header[156:157]
+    _verify_one(header, walk.where, position)
+    kind, data = header[156:157], position + BLOCK
     if kind == _LONG_NAME:
-        name = os.pread(file, size, data).rstrip(b"\x00")
-        return _Extended(_text(name, where, data), before.size)
+        name = os.pread(walk.file, size, data).rstrip(b"\x00")
+        return _Extended(_text(name, walk.where, data), before.size if before else None)
     if kind == _PAX:
-        fields = _pax(os.pread(file, size, data), where, data)
+        fields = _pax(os.pread(walk.file, size, data), walk.where, data)
         return _Extended(fields.get("path"), int(fields["size"]) if "size" in fields else None)
     if kind == _FOLDER:
-        return _Extended()
+        return None
     if kind == _PAX_GLOBAL:
         return before
-    raise _damage(where, data - BLOCK, f"a member of type {kind!r}; only files may be read")
+    raise _damage(walk.where, position, f"a member of type {kind!r}; only files may be read")
 
 
-def _end(file: int, walk: _Walk, position: int) -> None:
+def _end(walk: _Walk, position: int) -> None:
     """Nothing but zeros may follow the end mark."""
     for start in range(position, walk.total, LARGE):
-        if os.pread(file, LARGE, start).strip(b"\x00"):
+        if os.pread(walk.file, LARGE, start).strip(b"\x00"):
             raise _damage(walk.where, position, "a block of zeros is followed by more data")
 
 
 def _verify(walk: _Walk) -> None:
-    """The checksum in each header, all at once."""
-    step = 1 << 14  # headers at a time: 8 MiB
-    for first in range(0, len(walk.headers), step):
-        blocks = np.frombuffer(b"".join(walk.headers[first : first + step]), np.uint8)
-        blocks = blocks.reshape(-1, BLOCK)
-        sums = blocks.sum(axis=1, dtype=np.int64) - blocks[:, 148:156].sum(axis=1, dtype=np.int64)
-        digits = blocks[:, 148:154] - np.uint8(0x30)
-        plain = (digits < 8).all(axis=1) & (sums + 8 * 32 == digits @ _OCTAL)
-        for row in np.flatnonzero(~plain):  # written otherwise, or wrong
-            index = first + int(row)
-            _verify_one(walk.headers[index], walk.where, walk.starts[index])
+    """The checksums in the headers that are held, all at once; then their names."""
+    first = len(walk.names)
+    headers = np.frombuffer(b"".join(walk.headers), np.uint8).reshape(-1, BLOCK)
+    sums = headers.sum(axis=1, dtype=np.uint32) - headers[:, 148:156].sum(axis=1, dtype=np.uint32)
+    digits = headers[:, 148:154] - np.uint8(0x30)
+    plain = (digits < 8).all(axis=1) & (sums + 8 * 32 == digits @ _OCTAL)
+    for row in np.flatnonzero(~plain).tolist():  # written otherwise, or wrong
+        _verify_one(walk.headers[row], walk.where, walk.starts[first + row])
+    walk.names += _names(walk, headers, first)
+    walk.headers.clear()
 
 
 def _verify_one(header: bytes, where: str, position: int) -> None:
@@ -197,19 +199,18 @@ def _number(digits: bytes, where: str, position: int) -> int:
         raise _damage(where, position, what) from None
 
 
-def _names(walk: _Walk) -> list[str]:
+def _names(walk: _Walk, headers: NDArray[np.uint8], first: int) -> list[str]:
+    """The names in the headers [n, BLOCK], whose first is member number `first`."""
+    raws = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
+    # Only POSIX headers end their mark with a zero byte: GNU's have times where the prefix is.
+    posix = (headers[:, 257:263] == np.frombuffer(b"ustar\x00", np.uint8)).all(axis=1)
+    for row in np.flatnonzero(posix & (headers[:, 345] != 0)).tolist():
+        prefix = headers[row, 345:500].tobytes().split(b"\x00", 1)[0]
+        raws[row] = prefix + b"/" + raws[row].split(b"\x00", 1)[0]
     names = []
-    extended = walk.extended
-    for index, header in enumerate(walk.headers):
-        if index in extended:
-            names.append(extended[index])
-            continue
-        raw = header[:100].split(b"\x00", 1)[0]
-        # Only POSIX headers end their mark with a zero byte: GNU's have times where the prefix is.
-        if header[345] and header[257:263] == b"ustar\x00":
-            raw = header[345:500].split(b"\x00", 1)[0] + b"/" + raw
+    for index, raw in enumerate(raws, first):
         try:
-            names.append(raw.decode())
+            names.append(walk.extended.get(index) or raw.split(b"\x00", 1)[0].decode())
         except UnicodeDecodeError:
             raise _not_utf8(raw, walk.where, walk.starts[index]) from None
     return names
