@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import webdataset as wds
-from packing import (
+from packs import (
     JPG,
     PNG,
     album,

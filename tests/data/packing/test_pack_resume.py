@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from packing import album, in_child, make, members, pack_until, refusal, shard_files, write_table
+from packs import album, in_child, make, members, pack_until, refusal, shard_files, write_table
 from tarfiles import write_tar
 
 from gigabatch.data.errors import GigabatchError

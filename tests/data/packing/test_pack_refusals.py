@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from packing import (
+from packs import (
     PNG,
     album,
     embedded,

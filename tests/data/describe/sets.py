@@ -1,0 +1,62 @@
+"""Sets whose contents are known."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from support import spoil
+from tarfiles import write_tar
+
+from gigabatch.data.captions import CaptionSettings
+from gigabatch.data.index import Index
+from gigabatch.data.indexing import open_index
+
+TXT = CaptionSettings()
+# The CRC-32C of a message does not change when its generator polynomial is added to it.
+POLYNOMIAL = (0x82F63B78 << 1 | 1).to_bytes(5, "little")
+
+
+def picture(
+    colour: Any, mode: str = "RGB", size: tuple[int, int] = (16, 16), kind: str = "PNG"
+) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def captioned(folder: Path, captions: Sequence[str | dict[str, Any]]) -> Index:
+    """A set of captions alone; a mapping becomes a json member."""
+    members = [
+        (f"s{i}.txt", c.encode()) if isinstance(c, str) else (f"s{i}.json", json.dumps(c).encode())
+        for i, c in enumerate(captions)
+    ]
+    write_tar(folder / "captions.tar", members)
+    return open_index(folder)
+
+
+def pictured(folder: Path, images: dict[str, bytes]) -> Index:
+    write_tar(folder / "images.tar", images)
+    return open_index(folder)
+
+
+def damaged_set(folder: Path) -> Index:
+    """Twelve samples: one with a spoilt image, one that is no image, one caption that is no text,
+    and one sample wrong in both."""
+    members = [
+        (f"s{i:02d}.{kind}", data)
+        for i in range(12)
+        for kind, data in (("png", picture((20 * i, 0, 0))), ("txt", b"number %d" % i))
+    ]
+    members[2 * 3] = ("s03.png", b"GIF89a, or so it says")
+    members[2 * 5 + 1] = ("s05.txt", b"\xff\xfe")
+    members[2 * 8] = ("s08.png", b"")
+    members[2 * 8 + 1] = ("s08.txt", b"")
+    write_tar(folder / "0.tar", members)
+    index = open_index(folder)
+    spoil(index, 10)
+    return open_index(folder)

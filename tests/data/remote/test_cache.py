@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from caching import (
+    FORK,
+    PATIENT,
+    QUICK,
+    SIZE,
+    content,
+    downloads,
+    held,
+    join,
+    make,
+    parts,
+    prefetch,
+    prefetch_here,
+    read,
+    read_all,
+    start,
+    wait_for,
+)
+from servers import FailingServer
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote.cache import GIB, ShardCache, node_cache
+from gigabatch.data.remote.places import stat_all
+from gigabatch.data.remote.ranges import ShardState
+
+
+def test_a_shard_is_fetched_once_and_then_read_from_its_copy(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    read_all(cache, states)
+    asked = len(web.requests)
+    read_all(cache, states)
+    read_all(make(tmp_path), states)
+    assert len(web.requests) == asked
+    assert downloads(web) == len(states)
+    assert parts(cache) == []
+    assert len(held(cache)) == len(states)
+
+
+def test_a_descriptor_is_read_only_and_does_not_leak_into_programs(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    file = make(tmp_path).open(*vars(states[0]).values())
+    assert not os.get_inheritable(file)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.write(file, b"x")
+    os.close(file)
+
+
+def test_processes_and_threads_that_open_a_shard_at_once_share_one_download(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path)
+    web.before(lambda: time.sleep(0.2), path="/s0.tar", times=2)  # lets all of them come
+    begin = FORK.Barrier(4)
+    processes = [start(started, read_all, cache, states[:2], begin) for _ in range(4)]
+    threads = [threading.Thread(target=read_all, args=(cache, states[:2])) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    join(*processes)
+    for thread in threads:
+        thread.join(20)
+    assert [downloads(web, shard) for shard in states[:2]] == [1, 1]
+    assert parts(cache) == []
+
+
+def test_another_version_or_size_is_another_copy(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    assert read(cache, states[0]) == content(states[0].url)
+    (tmp_path / "far" / "s0.tar").write_bytes(b"new" * 50)
+    new = stat_all([states[0].url])[0]
+    assert read(cache, new) == b"new" * 50
+    with pytest.raises(GigabatchError, match="changed after it was indexed"):
+        read(cache, ShardState(new.url, new.bytes, "other"))
+    assert len(held(cache)) == 2  # the failed one left nothing
+
+
+# Crashes
+
+
+def test_a_process_killed_in_its_download_is_replaced_by_one_that_waits(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path, retry=PATIENT)
+    web.stall(60, path="/s0.tar", skip=1, times=1)
+    first = start(started, read_all, cache, states[:1])
+    wait_for(lambda: downloads(web) == 1, "the first process asked")
+    waiting = start(started, read_all, cache, states[:1])
+    time.sleep(0.2)
+    assert waiting.is_alive()
+    assert downloads(web) == 1
+    assert first.pid is not None
+    os.kill(first.pid, signal.SIGKILL)
+    join(waiting)
+    assert downloads(web) == 2
+    assert parts(cache) == []
+    assert read(cache, states[0]) == content(states[0].url)
+
+
+def _prefetch_and_fork(cache: ShardCache, shard: ShardState, pipe: Any) -> None:
+    prefetch(cache, shard)
+    wait_for(lambda: parts(cache) and parts(cache)[0].stat().st_size, "it is locked")
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    pipe.send(child)
+    time.sleep(60)
+
+
+def test_a_lock_does_not_live_on_in_a_child_of_the_process_that_was_killed(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path, retry=PATIENT)
+    web.stall(60, path="/s0.tar", skip=1, times=1)
+    here, there = FORK.Pipe()
+    first = start(started, _prefetch_and_fork, cache, states[0], there)
+    child = here.recv()
+    try:
+        wait_for(lambda: downloads(web) == 1, "the first process asked")
+        first.kill()
+        join(start(started, read_all, cache, states[:1]))
+        os.kill(child, 0)  # it still lives
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_a_killed_process_left_is_removed_or_written_anew(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path, shards=1)
+    cache.folder.mkdir()
+    for shard in states[:3]:
+        cache.path(shard).with_suffix(".part").write_bytes(b"half" * (SIZE // 4))
+    assert read(cache, states[0]) == content(states[0].url)
+    assert held(cache) == [cache.path(states[0]).name]
+
+
+@pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1])
+def test_a_copy_of_the_wrong_size_is_fetched_again(
+    size: int, web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    read(cache, states[0])
+    os.truncate(cache.path(states[0]), size)
+    assert read(cache, states[0]) == content(states[0].url)
+    assert downloads(web) == 2
+
+
+def test_a_failed_download_is_an_error_and_leaves_nothing(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    web.status(500, path="/s0.tar", skip=1)
+    with pytest.raises(GigabatchError, match=r"s0\.tar: bytes 0 to 4000 could not be read in 3"):
+        read(cache, states[0])
+    assert held(cache) == []
+    web.heal()
+    assert read(cache, states[0]) == content(states[0].url)
+
+
+# Room
+
+
+def test_the_least_recently_opened_copies_go_first(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path, shards=3)
+    for number in (0, 1, 2, 0, 3):
+        read(cache, states[number])
+    assert held(cache) == sorted(cache.path(states[i]).name for i in (2, 0, 3))
+    read(cache, states[4])
+    assert held(cache) == sorted(cache.path(states[i]).name for i in (0, 3, 4))
+
+
+def test_evicted_copies_stay_readable_to_who_has_them_open(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path, shards=2)
+    files = [cache.open(s.url, s.bytes, s.version) for s in states]
+    assert len(held(cache)) == 2
+    for file, shard in zip(files, states, strict=True):
+        assert os.pread(file, SIZE, 0) == content(shard.url)
+        os.close(file)
+
+
+def test_nothing_else_in_the_folder_is_counted_or_removed(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path, shards=1)
+    cache.folder.mkdir()
+    (cache.folder / "mine.tar").write_bytes(bytes(9 * SIZE))
+    for shard in states[:2]:
+        assert read(cache, shard) == content(shard.url)
+    assert held(cache) == sorted([cache.path(states[1]).name, "mine.tar"])
+
+
+def test_a_shard_larger_than_the_cache_says_which_key_to_raise(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    with pytest.raises(GigabatchError, match=r"s0\.tar: .*set data\.cache_gib higher") as caught:
+        read(make(tmp_path, shards=0.9), states[0])
+    assert "\n" not in str(caught.value)
+    assert web.requests == []
+
+
+class _Watch:
+    """Looks at the folder all the time, while nobody makes room; `most`: the largest total seen,
+    in bytes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.most, self.ended = folder, 0, threading.Event()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self.ended.is_set():
+            with open(self.folder / "lock", "w") as room:
+                fcntl.flock(room, fcntl.LOCK_EX)
+                sizes: dict[int, int] = {}  # by inode: a rename may show one file twice
+                for path in self.folder.iterdir():
+                    with suppress(FileNotFoundError):
+                        status = path.stat()
+                        sizes[status.st_ino] = status.st_size
+            self.most = max(self.most, sum(sizes.values()))
+            time.sleep(0.001)
+
+    def end(self) -> int:
+        self.ended.set()
+        self.thread.join()
+        return self.most
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("room", [1, 2, 4])
+def test_many_processes_in_little_room_read_the_right_bytes_within_the_limit(
+    room: int, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path, shards=room)
+    cache.folder.mkdir()
+    order = random.Random(room)
+    begin = FORK.Barrier(6)
+    processes = [
+        start(started, read_all, cache, order.sample(states * 4, 4 * len(states)), begin)
+        for _ in range(5)
+    ]
+    watch = _Watch(cache.folder)  # after the forks: it locks
+    try:
+        begin.wait(20)
+        join(*processes)
+    finally:
+        most = watch.end()
+    assert 0 < most <= room * SIZE
+    assert parts(cache) == []
+
+
+def test_a_download_waits_until_others_leave_room(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path, shards=1)
+    go = threading.Event()
+    web.before(lambda: go.wait(20), path="/s0.tar", skip=1, times=1)
+    first = start(started, read_all, cache, states[:1])
+    wait_for(lambda: downloads(web) == 1, "the first process asked")
+    second = start(started, read_all, cache, states[1:2])
+    time.sleep(0.3)
+    assert downloads(web, states[1]) == 0
+    go.set()
+    join(first, second)
+    assert held(cache) == [cache.path(states[1]).name]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small disk needs root")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32k", "none", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_the_other_copies_and_then_is_an_error(
+    small_disk: Path, web: FailingServer, states: list[ShardState]
+) -> None:
+    cache = ShardCache(small_disk / "cache", 10**9, QUICK)
+    for shard in states[:3]:
+        read(cache, shard)
+    (small_disk / "ballast").write_bytes(bytes(20_480 - 4_096))  # what others wrote
+    (small_disk / "more").write_bytes(bytes(4_096))
+    for shard in (states[3], states[4], states[5]):
+        assert read(cache, shard) == content(shard.url)
+    assert cache.path(states[5]).name in held(cache)
+    assert cache.path(states[0]).name not in held(cache)
+    for name in held(cache):
+        (cache.folder / name).unlink()
+    (small_disk / "more").write_bytes(bytes(16_384))  # and now there is no room at all
+    with pytest.raises(GigabatchError, match=r"no room for .*No space left.*Free some space"):
+        read(cache, states[0])
+    assert held(cache) == []
+    assert downloads(web, states[0]) == 1 + 2  # a full disk is not the server's fault: no retries
+
+
+def test_a_folder_that_cannot_be_used_says_where_to_set_it(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    cache = ShardCache(tmp_path / "file" / "cache", 10**9, QUICK)
+    with pytest.raises(GigabatchError, match=r"file/cache: .*Not a directory.*GIGABATCH_CACHE"):
+        read(cache, states[0])
+
+
+def test_a_pickle_takes_the_settings_along(states: list[ShardState], tmp_path: Path) -> None:
+    cache = make(tmp_path, shards=2)
+    prefetch_here(cache, states[:1])
+    other = pickle.loads(pickle.dumps(cache))
+    assert (other.folder, other.limit_bytes, other.retry) == (cache.folder, 2 * SIZE, QUICK)
+    prefetch_here(other, states[1:2])
+    cache.close()
+    other.close()
+
+
+def test_the_nodes_cache_is_one_object_in_the_cache_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path))
+    assert node_cache(0.5) is node_cache(0.5)
+    assert node_cache(0.5).limit_bytes == GIB // 2
+    assert node_cache(0.5).folder == tmp_path / "shards"
+    assert node_cache().limit_bytes == 64 * GIB

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import pytest
+from caching import (
+    PATIENT,
+    SIZE,
+    content,
+    downloads,
+    held,
+    join,
+    make,
+    no_threads,
+    parts,
+    prefetch,
+    prefetch_here,
+    read,
+    read_all,
+    start,
+    wait_for,
+)
+from servers import FailingServer
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote import cache as cache_module
+from gigabatch.data.remote.ranges import ShardState
+
+
+def test_prefetched_shards_are_there_when_they_are_opened(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    prefetch(cache, *states, *states)
+    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == len(states), "all are fetched")
+    wait_for(lambda: not parts(cache), "and renamed")
+    asked = len(web.requests)
+    read_all(cache, states)
+    assert len(web.requests) == asked
+    assert downloads(web) == len(states)
+    cache.close()
+
+
+def test_an_open_waits_for_the_prefetch_of_its_own_process(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    web.before(lambda: time.sleep(0.3), path="/s0.tar", skip=1, times=1)
+    prefetch(cache, states[0])
+    wait_for(lambda: downloads(web) == 1, "it is asked for")
+    assert read(cache, states[0]) == content(states[0].url)
+    assert downloads(web) == 1
+    cache.close()
+
+
+def test_a_prefetch_that_fails_leaves_it_to_the_open(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    web.status(404, path="/s0.tar", times=2)
+    prefetch(cache, states[0])
+    wait_for(lambda: web.count(path="/s0.tar") == 1, "it is asked for")
+    wait_for(lambda: not parts(cache), "it is given up")
+    with pytest.raises(GigabatchError, match="HTTP 404"):
+        read(cache, states[0])
+    assert read(cache, states[0]) == content(states[0].url)
+    prefetch(cache, states[0], states[1])  # the threads are still there
+    wait_for(lambda: cache.path(states[1]).exists(), "the next is fetched")
+    cache.close()
+
+
+def test_a_shard_that_waits_is_not_queued_again(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    go = threading.Event()
+    for path in ("/s0.tar", "/s1.tar"):
+        web.before(lambda: go.wait(20), path=path, times=1)
+    (tmp_path / "far" / "s2.tar").unlink()
+    prefetch(cache, *states[:2], *states[2:3] * 5)
+    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "both threads are at work")
+    go.set()
+    prefetch(cache, states[3])
+    wait_for(lambda: cache.path(states[3]).exists(), "the last is fetched")
+    cache.close()
+    wait_for(no_threads, "all is done")
+    assert web.count(path="/s2.tar") == 1
+
+
+def test_processes_that_prefetch_the_same_shards_share_the_work(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    """While one is at the first two, the other goes on to what is left."""
+    cache = make(tmp_path, retry=PATIENT)
+    go = threading.Event()
+    for path in ("/s0.tar", "/s1.tar"):
+        web.before(lambda: go.wait(20), path=path, skip=1, times=1)
+    busy = start(started, read_all, cache, states[:1])
+    busy_too = start(started, read_all, cache, states[1:2])
+    wait_for(lambda: downloads(web) == 2, "both are at it")
+    prefetch(cache, *states)
+    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4, "the others are fetched")
+    go.set()
+    join(busy, busy_too)
+    assert downloads(web) == len(states)
+    cache.close()
+
+
+def test_closing_drops_what_waits_and_the_cache_goes_on(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    go = threading.Event()
+    web.before(lambda: go.wait(20), times=cache_module.FETCHERS)
+    prefetch(cache, *states)
+    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "the first are asked for")
+    cache.close()
+    go.set()
+    wait_for(lambda: not any(t.name == "shard prefetch" for t in threading.enumerate()), "they end")
+    assert downloads(web) == cache_module.FETCHERS
+    prefetch(cache, states[-1])
+    wait_for(lambda: cache.path(states[-1]).exists(), "it is fetched")
+    cache.close()
+
+
+AHEAD = """
+import sys
+from pathlib import Path
+from gigabatch.data.remote.cache import ShardCache
+url, size, folder = sys.argv[1:]
+cache = ShardCache(Path(folder), 10**9)
+cache.prefetch(url, int(size), "")
+sys.stdin.readline()
+"""
+
+
+def test_a_process_ends_without_waiting_for_its_prefetch(
+    web: FailingServer, states: list[ShardState], tmp_path: Path
+) -> None:
+    web.stall(60, path="/s0.tar", skip=1, times=1)
+    cache = make(tmp_path)
+    script = [sys.executable, "-c", AHEAD, states[0].url, str(SIZE), str(cache.folder)]
+    with subprocess.Popen(script, stdin=subprocess.PIPE) as process:
+        try:
+            wait_for(lambda: downloads(web) == 1, "it is asked for")
+            process.communicate(b"\n", timeout=20)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert len(parts(cache)) == 1
+    read_all(cache, states[1:2])
+    assert parts(cache) == []
+
+
+def test_a_forked_process_has_a_prefetch_of_its_own(
+    states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+) -> None:
+    cache = make(tmp_path)
+    prefetch_here(cache, states[:2])
+    join(*(start(started, prefetch_here, cache, states[i : i + 2]) for i in (2, 4)))
+    assert len(held(cache)) == len(states)
+    cache.close()
