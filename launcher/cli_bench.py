@@ -93,6 +93,23 @@ def kernels(
 
 
 @bench.command()
+def faults(
+    kills: Annotated[int, typer.Option(help="How often processes are killed.", min=1)] = 30,
+    seed: Annotated[int, typer.Option(help="Keys the moments and the victims.")] = 0,
+    zero: Annotated[int, typer.Option(help="DeepSpeed ZeRO stage.", min=0, max=3)] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for faults.json and faults.md.")] = None,
+) -> int:
+    """Kill a run's processes at random moments and compare it with one that nobody disturbed.
+
+    A third of the kills hit a rank, a third everything, a third come in the middle of a save. The
+    two runs must agree in every loss to the last bit, and in every sample. The exit code says so.
+    """
+    from gigabatch.launcher.bench_faults import bench_faults
+
+    return bench_faults(kills, seed, zero, out, say=lambda line: print(line, flush=True))
+
+
+@bench.command()
 def data(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's config.")],
     overrides: Annotated[

@@ -283,6 +283,8 @@ class CheckpointSettings(Settings):
 class MonitorSettings(Settings):
     every_steps: Count = 10
     """Steps between two lines of metrics."""
+    record_samples: bool = False
+    """Write the numbers of the samples that each step trained on to samples.jsonl, for audits."""
 
 
 def _listed(value: Any) -> Any:

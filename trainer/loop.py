@@ -234,8 +234,16 @@ class _Trainer:
         result = self.step_fn(step, batch, lr)
         self.done, self.clock.steps = step, self.clock.steps + 1
         self._count_bad(result)
+        if self.config.monitor.record_samples:
+            self._record_samples(batch)
         if step % self.config.monitor.every_steps == 0 or step == self.config.train.steps:
             self._report(result, lr)
+
+    def _record_samples(self, batch: list[MicroBatch]) -> None:
+        own = [(m.number, m.tensors["sample"].tolist()) for m in batch if m.real]
+        dealt = sorted(each for rank in self.world.gather(own) for each in rank)
+        if self.monitor:
+            self.monitor.samples(self.done, [n for _, numbers in dealt for n in numbers])
 
     def _count_bad(self, result: StepResult) -> None:
         self.bad_steps = 0 if result.applied else self.bad_steps + 1

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,9 @@ class Monitor:
         from torch.utils.tensorboard import SummaryWriter
 
         self.run, self.attempt, self.steps = run, attempt, steps
+        for path in (run.metrics, run.samples):
+            _end_last_line(path)
         self.file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        if run.metrics.stat().st_size and not run.metrics.read_bytes().endswith(b"\n"):
-            self.file.write("\n")  # a kill has cut the last line short
         _await_a_later_second(run.tensorboard)
         self.board = SummaryWriter(
             str(run.tensorboard),
@@ -58,6 +58,12 @@ class Monitor:
         for tag, value in metrics.items():
             if math.isfinite(value):
                 self.board.add_scalar(tag, value, step)
+
+    def samples(self, step: int, numbers: Sequence[int]) -> None:
+        """Append what a step trained on to samples.jsonl."""
+        line = {"attempt": self.attempt, "step": step, "samples": numbers}
+        with open(self.run.samples, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def quarantine(self, bad: Iterable[Bad]) -> None:
         """Append samples that others stood in for to quarantine.jsonl, and say the first few."""
@@ -93,6 +99,13 @@ class Monitor:
         self.file.close()
 
 
+def _end_last_line(path: Path) -> None:
+    """Where a kill has cut it short."""
+    if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with open(path, "ab") as file:
+            file.write(b"\n")
+
+
 def _await_a_later_second(folder: Path) -> None:
     """TensorBoard reads event files in the order of their names, which begin with the second they
     were made in: an attempt's file must not sort before that of the attempt it goes on from."""
@@ -110,6 +123,17 @@ def _await_a_later_second(folder: Path) -> None:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The valid lines of a metrics.jsonl, in order; a line cut short by a kill is left out."""
+    # An attempt may begin with an evaluation of what it found, which voids nothing.
+    return _valid(path, lambda line: "train/loss" in line)
+
+
+def read_samples(path: Path) -> dict[int, list[int]]:
+    """step -> the numbers of the samples that it trained on, of a samples.jsonl."""
+    return {line["step"]: line["samples"] for line in _valid(path, lambda line: True)}
+
+
+def _valid(path: Path, trained: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The lines that no later attempt voids, from its first `trained` line's step on."""
     lines: list[dict[str, Any]] = []
     first_step: dict[int, int] = {}
     with open(path, encoding="utf-8") as file:
@@ -119,7 +143,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             except ValueError:
                 continue
             lines.append(line)
-            if "train/loss" in line:  # an attempt may begin with an evaluation of what it found
+            if trained(line):
                 first_step.setdefault(line["attempt"], line["step"])
 
     def voided(line: dict[str, Any]) -> bool:

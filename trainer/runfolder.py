@@ -1,6 +1,7 @@
 """The run folder: everything a run leaves, and everything it needs to go on.
 
-config.yaml  environment.json  tokenizer.json  train.log  metrics.jsonl  quarantine.jsonl
+config.yaml  environment.json  tokenizer.json  train.log
+metrics.jsonl  quarantine.jsonl  samples.jsonl
 attempts/     one file for each start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
@@ -44,6 +45,10 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
 
     @property
     def quarantine(self) -> Path:

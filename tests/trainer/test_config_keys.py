@@ -155,6 +155,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
     "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
     "monitor.every_steps": ("2", "run", []),
+    "monitor.record_samples": ("true", "run", []),
     "eval.sets": ("[val]", "run", []),
     "eval.every_steps": ("1", "run", ["eval.sets=[val]"]),
     "cluster.launcher": ("torchrun", "command", []),
@@ -396,7 +397,7 @@ def leavings(run: RunFolder) -> Any:
     told = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
     return [
         run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
-        [{tag: line.get(tag) for tag in tags} for line in lines], told,
+        [{tag: line.get(tag) for tag in tags} for line in lines], told, run.samples.exists(),
     ]  # fmt: skip
 
 
