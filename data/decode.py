@@ -12,7 +12,7 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.errors import BadSample
 from gigabatch.data.keyed import key
 from gigabatch.data.settings import Settings
 
@@ -51,18 +51,29 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
             mode = "L" if settings.channels == 1 else "RGB"
             image.load()
             image = image if image.mode == mode else image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            image = _fit(image, size)
+    except Exception as error:  # Pillow answers odd files with whatever comes up, asserts too
         raise BadSample(
-            f"{where}: the image cannot be decoded: {error}. Restore or remove the sample."
+            f"{where}: the image cannot be decoded: {error or type(error).__name__}. Restore or "
+            "remove the sample."
         ) from error
-    if image.size != (size, size):
-        scale = size / min(image.size)
-        width, height = (max(size, round(side * scale)) for side in image.size)
-        left, top = (width - size) // 2, (height - size) // 2
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.crop((left, top, left + size, top + size))
     pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _fit(image: Image.Image, size: int) -> Image.Image:
+    """The short side resized to `size`, the centre cut out."""
+    if image.size == (size, size):
+        return image
+    box = []
+    for length in image.size:
+        resized = max(size, round(length * size / min(image.size)))
+        first = (resized - size) // 2
+        box.append((first * length / resized, min(length, (first + size) * length / resized)))
+    (left, right), (top, bottom) = box
+    # The square alone, not the whole image: one of 1 x 60,000 pixels would take gigabytes.
+    area = (left, top, right, bottom)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=area)
 
 
 def decode_array(data: bytes, where: str) -> Tensor:
@@ -76,14 +87,15 @@ def decode_array(data: bytes, where: str) -> Tensor:
 def decode_column(data: bytes, column: str, where: str) -> int:
     """The integer under `column` of a json member; any other value by its 63-bit hash."""
     try:
-        value: Any = json.loads(data)[column]
-        if value is None:  # unknown is not the same as equal
-            raise KeyError(column)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GigabatchError(
+        tree: Any = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
+    value = tree.get(column) if isinstance(tree, dict) else None
+    if value is None:  # unknown is not the same as equal
+        raise BadSample(
             f"{where}: its json member has no {column!r}. Set objective.positives "
             "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
-        ) from error
+        )
     return code_of(value)
 
 

@@ -8,6 +8,7 @@ name carries its digest: a manifest never lies.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import logging
@@ -72,6 +73,11 @@ def open_index(
     states = _states(source)
     home = _home(source)
     manifest = read_manifest(home)
+    inside = Path(source) / ".gigabatch"
+    if home != inside and not is_remote(source):  # of a shared set that others keep
+        theirs = read_manifest(inside)
+        if theirs and _fresh(theirs, states, _wanted(theirs, settings, columns), source):
+            home, manifest = inside, theirs
     wanted = _wanted(manifest, settings, columns)
     try:
         if not _fresh(manifest, states, wanted, source):
@@ -88,6 +94,18 @@ def open_index(
     if not any(shard["samples"] for shard in manifest["shards"]):
         raise GigabatchError(f"{source}: the shards hold no samples. Name a filled set.")
     return index_of(source, home, manifest, names)
+
+
+def stored_index(source: str) -> Index | None:
+    """The index as it was written, whatever has become of the shards since; None where there is
+    none."""
+    view = read_manifest(Path(source)) if not is_remote(source) else {}
+    homes = [Path(source)] if view else [Path(source) / ".gigabatch", _home(source)]
+    for home in homes:
+        if manifest := read_manifest(home):
+            names = [_full(source, shard["name"]) for shard in manifest["shards"]]
+            return index_of(source, home, manifest, names)
+    return None
 
 
 def _states(source: str) -> list[ShardState]:
@@ -162,7 +180,11 @@ def _lock(home: Path) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True)
     with open(home / "lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("waiting for another process that writes %s", home)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:  # a file system without locks: then each builds, to the same result
             log.warning("%s cannot be locked; other processes may index the same shards", home)
         yield
@@ -207,10 +229,11 @@ def _scan_all(jobs: Sequence[_Job], processes: int | None) -> Iterator[str | Non
     if sum(job.state.bytes for job in jobs) < ALONE or processes == 1 or len(jobs) < 2:
         yield from map(_scan_one, jobs)
         return
-    context = multiprocessing.get_context("spawn")  # the caller may have threads
-    pool = ProcessPoolExecutor(min(processes, len(jobs)), context, leave_ctrl_c_to_parent)
+    pool = worker_pool(min(processes, len(jobs)))
     try:
-        for future in as_completed([pool.submit(_scan_one, job) for job in jobs]):
+        with ctrl_c_held():
+            futures = [pool.submit(_scan_one, job) for job in jobs]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise GigabatchError(
@@ -221,8 +244,31 @@ def _scan_all(jobs: Sequence[_Job], processes: int | None) -> Iterator[str | Non
         pool.shutdown(cancel_futures=True)
 
 
+def worker_pool(processes: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, however that ends. Submit in `ctrl_c_held`."""
+    context = multiprocessing.get_context("spawn")  # the caller may have threads
+    return ProcessPoolExecutor(processes, context, _as_worker)
+
+
+def _as_worker() -> None:
+    leave_ctrl_c_to_parent()
+    PR_SET_PDEATHSIG = 1
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def leave_ctrl_c_to_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def ctrl_c_held() -> Iterator[None]:
+    """Ctrl-C waits for the end of the block; processes started inside never hear of it, not even
+    while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _scan_one(job: _Job) -> str | None:

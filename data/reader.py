@@ -44,6 +44,7 @@ class Reader:
         self.index = index
         self.cache = cache or node_cache()
         self._files: dict[int, int] = {}
+        self._dropped: set[int] = set()
 
     def read(self, sample: int, member: str) -> bytes:
         """The bytes of `member` (an extension) of sample number `sample`.
@@ -103,8 +104,20 @@ class Reader:
                 raise GigabatchError(self._why(shard, sample, members[k], part))
             told = sums[k]
             sound = told is None or google_crc32c.value(part) == told[row]
+            if not sound and self._fetch_again(shard):
+                return self._sample(shard, sample, row, members, offsets, sizes, sums)
             out[members[k]] = part if sound else Damaged(self._why(shard, sample, members[k], part))
         return out
+
+    def _fetch_again(self, shard: int) -> bool:
+        """Whether a copy of a remote shard was dropped, once a shard: it may have gone bad here."""
+        of = self.index.shards[shard]
+        if shard in self._dropped or not is_remote(of.name):
+            return False
+        self._dropped.add(shard)
+        self._close(shard)
+        self.cache.drop(of.name, of.bytes, of.version)
+        return True
 
     def _why(self, shard: int, sample: int, member: str, part: bytes) -> str:
         offset, size = self.index.span(sample, member)

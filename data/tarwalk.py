@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gigabatch.data.errors import GigabatchError
 
 BLOCK = 512
+RECORD = 20 * BLOCK  # what writers fill up by default; others take a power of two from 32 KiB on
 LARGE = 16 << 20  # bytes of a member read at a time
 WINDOW = 4 << 10  # bytes read at a time: a call costs as much as some KB
 TOGETHER = 1 << 14  # headers verified at a time: 8 MiB
@@ -156,10 +157,15 @@ def _special(
 
 
 def _end(walk: _Walk, position: int) -> None:
-    """Nothing but zeros may follow the end mark."""
+    """Nothing but zeros may follow the end mark, and no more than writers pad a tar with."""
     for start in range(position, walk.total, LARGE):
         if os.pread(walk.file, LARGE, start).strip(b"\x00"):
             raise _damage(walk.where, position, "a block of zeros is followed by more data")
+    left = walk.total - position
+    records = [RECORD, *(1 << power for power in range(15, 21) if walk.total % (1 << power) == 0)]
+    if left > max(records) + 2 * BLOCK:
+        what = f"zeros up to the end, {left:,} bytes: more than a tar ends with, so data was lost"
+        raise _damage(walk.where, position, what)
 
 
 def _verify(walk: _Walk) -> None:

@@ -6,16 +6,28 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.signals import INTERRUPTED
 
+
+class _Group(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # Typer itself would leave without a word
+            print("gigabatch: aborted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Pre-train encoders by contrast, at any batch size, on one laptop or many nodes.\n\n"
     "Start with:  gigabatch train configs/quickstart.yaml",
     no_args_is_help=True,
@@ -124,7 +136,6 @@ def main() -> None:
         print(f"gigabatch: {error}", file=sys.stderr)
         code = 2
     except (KeyboardInterrupt, typer.Abort, typer.Exit) as end:
-        # Typer turns a KeyboardInterrupt into one of the others, by version.
         code = getattr(end, "exit_code", INTERRUPTED)
         if code == INTERRUPTED:
             print("gigabatch: aborted", file=sys.stderr)

@@ -15,7 +15,7 @@ from gigabatch.data.decode import IMAGE_MEMBERS, ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields
 from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index
+from gigabatch.data.indexing import open_index, stored_index
 from gigabatch.data.mixture import batch_numbers
 from gigabatch.data.order import deal
 from gigabatch.data.scan import IndexSettings
@@ -86,7 +86,8 @@ def _lacking(index: Index) -> list[str]:
 def check_source(source: str, every: int, decode: bool, processes: int | None) -> int:
     from gigabatch.data.describe.check import check
 
-    index = open_source(source)
+    # As it was indexed: a shard changed since then must not vouch for itself.
+    index = stored_index(source) or open_source(source)
     fields = Fields(
         image=ImageSettings() if set(IMAGE_MEMBERS) & set(index.members) else None,
         text=CaptionSettings() if "txt" in index.members else None,

@@ -121,6 +121,7 @@ def _prepare(config: Config, stem: str) -> RunFolder:
     tokenizer = make_tokenizer(config, data)
     run = create_run(config, stem)
     tokenizer.save(str(run.tokenizer))
+    run.write_data_digest(data.digest)
     return run
 
 
@@ -142,13 +143,14 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         raise GigabatchError(
             f"{run.path}: the shards of {', '.join(i.source for i in data.indexes)} are not those "
             "that the run was trained on "
-            "(their names, sizes or members differ). Restore them, or say --allow data."
+            "(their names, sizes, members or checksums differ). Restore them, or say --allow data."
         )
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
         make_tokenizer(config, data).save(str(run.tokenizer))  # its making was cut off
     run.clear_requests()
+    run.write_data_digest(data.digest)
     run.write_config(config)
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -23,7 +24,7 @@ from gigabatch.data.order import Order
 from gigabatch.data.plans import TrainPlans
 from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import is_remote
-from gigabatch.data.sources import SOURCE, indexed_codes
+from gigabatch.data.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.tokenizer import named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config
@@ -68,6 +69,11 @@ class TrainData:
         own = key(seed, "source", number) if number else seed
         if data.group and data.group != SOURCE:
             codes = indexed_codes(index, data.group)
+            if (codes == UNKNOWN).all():
+                raise GigabatchError(
+                    f"data.group: no sample of {index.source} has a field {data.group!r} in its "
+                    "json. Name one that they have, or `source`."
+                )
             return Grouped(codes, self.config.batch.global_size, own)
         return Order(index.shard_sizes, own, data.window)
 
@@ -171,4 +177,9 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
         return named_tokenizer(config.data.text)
     log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
     found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS)
-    return train_bpe(found, config.data.text)
+    first = next(found, None)
+    if first is None:
+        raise GigabatchError(
+            f"{', '.join(data.names)}: no caption was found. Set data.captions to where they are."
+        )
+    return train_bpe(chain([first], found), config.data.text)

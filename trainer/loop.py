@@ -101,6 +101,7 @@ class _Trainer:
         self.run, self.config, self.world = run, config, world
         self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
         self.data = open_train(config)
+        self._agree_on_data()
         vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
         checkpoint = self._find_checkpoint()
         towers = build_towers(config, vocab_size)
@@ -117,6 +118,21 @@ class _Trainer:
         self.clock = _Clock()
 
     # --- state -------------------------------------------------------------------------------
+
+    def _agree_on_data(self) -> None:
+        """Another order of samples on one rank, or shards changed since the start, would lose
+        samples in silence."""
+        digests = self.world.gather(self.data.digest)
+        known = self.world.share(self.run.data_digest()) or digests[0]
+        others = [str(rank) for rank, digest in enumerate(digests) if digest != known]
+        if others:
+            raise GigabatchError(
+                f"{self.run.path}: rank {', '.join(others)} finds other shards in "
+                f"{', '.join(i.source for i in self.data.indexes)} than the run began with, or the "
+                "same in another order. If shards were changed, restore them. If each node keeps "
+                "an index of its own (remote or read-only shards), remove those in "
+                "$GIGABATCH_CACHE/index, so that all are made alike."
+            )
 
     def _find_checkpoint(self) -> Checkpoint | None:
         """Rank 0 verifies; the others read the one it chose."""

@@ -1,6 +1,6 @@
 """The run folder: everything a run leaves, and everything it needs to go on.
 
-config.yaml  environment.json  tokenizer.json  train.log
+config.yaml  environment.json  tokenizer.json  data.digest  train.log
 metrics.jsonl  quarantine.jsonl  samples.jsonl
 attempts/     one file for each start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
@@ -72,6 +72,14 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         write_atomically(self.path / "config.yaml", dump_config(config))
+
+    def write_data_digest(self, digest: str) -> None:
+        """The fingerprint of the shards that the run is trained on."""
+        write_atomically(self.path / "data.digest", digest + "\n")
+
+    def data_digest(self) -> str | None:
+        found = _read_if_there(self.path / "data.digest")
+        return found.strip() if found else None
 
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
         folder = self.path / "eval"

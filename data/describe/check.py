@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,10 +14,11 @@ import numpy as np
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.fields import Fields
 from gigabatch.data.index import I64, Index
-from gigabatch.data.indexing import leave_ctrl_c_to_parent
+from gigabatch.data.indexing import ctrl_c_held, worker_pool
 from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.remote.places import is_remote
 
-PIECE = 256
+PIECE = 64
 """Samples checked at a time."""
 SHOWN = 20
 Progress = Callable[[int, int], None]
@@ -67,7 +67,7 @@ def check(
     pieces = [chosen[i : i + PIECE] for i in range(0, len(chosen), PIECE)]
     work = partial(_check_piece, index, fields if decode else Fields())
     processes = min(processes or len(os.sched_getaffinity(0)), len(pieces))
-    whole = Report()
+    whole = Report(bad=list(_resized(index)))
     for report in _run(work, pieces, processes):
         if isinstance(report, str):
             raise GigabatchError(report)
@@ -83,12 +83,31 @@ def _run(
     if processes == 1 or len(pieces) < 8:
         yield from map(work, pieces)
         return
-    context = multiprocessing.get_context("spawn")  # the caller may have threads
-    pool = ProcessPoolExecutor(processes, context, leave_ctrl_c_to_parent)
+    pool = worker_pool(processes)
     try:
-        yield from pool.map(work, pieces, chunksize=4)
+        with ctrl_c_held():
+            found = pool.map(work, pieces)
+        yield from found
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _open_all(raw: Mapping[str, bytes | Damaged], fields: Fields, where: str) -> None:
+    fields.decode(raw, where, None)
+    if isinstance(told := raw.get("json"), bytes) and fields.modalities:
+        try:
+            json.loads(told)
+        except ValueError as error:
+            raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
+
+
+def _resized(index: Index) -> Iterator[str]:
+    """Local shards whose size is not what it was."""
+    for shard in index.shards:
+        if not is_remote(shard.name) and os.path.exists(shard.name):
+            now = os.stat(shard.name).st_size
+            if now != shard.bytes:
+                yield f"{shard.name}: has {now:,} bytes, and had {shard.bytes:,} when indexed"
 
 
 def _check_piece(index: Index, fields: Fields, samples: I64) -> Report | str:
@@ -104,7 +123,7 @@ def _check_piece(index: Index, fields: Fields, samples: I64) -> Report | str:
         damaged = [data.why for data in raw.values() if isinstance(data, Damaged)]
         if not damaged:
             try:
-                fields.decode(raw, index.where(sample), None)
+                _open_all(raw, fields, index.where(sample))
             except BadSample as error:
                 damaged = [str(error)]
         if damaged:

@@ -85,6 +85,10 @@ class ShardCache:
             self._ahead = _Ahead(self)
         self._ahead.add(ShardState(url, size, version))
 
+    def drop(self, url: str, size: int, version: str) -> None:
+        """Remove the copy of a shard, so that the next `open` fetches it again."""
+        self.path(ShardState(url, size, version)).unlink(missing_ok=True)
+
     def close(self) -> None:
         """Drop what is still to be prefetched. Copies stay, and the cache can be used on."""
         if self._ahead is not None and self._ahead.pid == os.getpid():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from gigabatch.data.decode import ImageSettings, decode_column, decode_image
-from gigabatch.data.errors import GigabatchError
+from gigabatch.data.errors import BadSample, GigabatchError
 
 WHERE = "/data/s.tar: sample 'cat'"
 RGB = ImageSettings(size=16, channels=3)
@@ -205,8 +206,33 @@ def test_equal_values_share_a_code_and_others_do_not() -> None:
     assert len(set(codes)) == len(codes)
 
 
-@pytest.mark.parametrize("data", [b'{"y": 1}', b'{"x": null}', b"[1, 2]", b"3", b"{", b"", b"\xff"])
-def test_a_missing_field_is_refused_by_sample(data: bytes) -> None:
-    with pytest.raises(GigabatchError) as caught:
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        *((data, "its json member has no 'x'") for data in (b'{"y": 1}', b'{"x": null}', b"[1]")),
+        *((data, "the json member cannot be read") for data in (b"{", b"", b"\xff")),
+    ],
+)
+def test_a_missing_field_is_told_by_sample(data: bytes, why: str) -> None:
+    with pytest.raises(BadSample) as caught:
         decode_column(data, "x", WHERE)
-    assert str(caught.value).startswith(f"{WHERE}: its json member has no 'x'")
+    assert str(caught.value).startswith(f"{WHERE}: {why}")
+
+
+def test_what_makes_pillow_assert_is_a_bad_sample() -> None:
+    palette = saved(picture().quantize(4))
+    at = palette.index(b"PLTE")
+    without = palette[: at - 4] + palette[at + 8 + int.from_bytes(palette[at - 4 : at], "big") :]
+    with pytest.raises(BadSample, match=f"{WHERE}: the image cannot be decoded"):
+        decode_image(without, RGB, WHERE)
+
+
+def test_a_sliver_costs_no_more_than_its_middle() -> None:
+    data = saved(Image.new("RGB", (1, 60_000), (10, 20, 30)))
+    tracemalloc.start()
+    decoded = decode_image(data, ImageSettings(size=224), WHERE)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert decoded[:, 0, 0].tolist() == [10, 20, 30]
+    assert decoded.shape == (3, 224, 224)
+    assert peak < 4 << 20  # the whole of it at that width would be 9 GB

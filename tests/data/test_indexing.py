@@ -45,6 +45,18 @@ def test_added_shards_come_last_whatever_their_names(tmp_path: Path) -> None:
     assert [Path(shard.name).name for shard in index.shards] == ["m.tar", "p.tar", "a.tar", "z.tar"]
 
 
+def test_the_index_of_a_set_that_others_keep_is_used(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", jsons([{"n": 1}, {"n": 2}]))
+    open_index(tmp_path, columns=["n"])
+    tmp_path.chmod(0o555)
+    try:
+        index = open_index(tmp_path)
+        assert index.columns == ("n",)
+        assert index.folder == tmp_path / ".gigabatch"
+    finally:
+        tmp_path.chmod(0o755)
+
+
 def test_old_shards_are_not_read_again(tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", jsons([1, 2]))

@@ -177,6 +177,15 @@ def test_a_kibibyte_of_zeros_over_a_header(shard: Path) -> None:
     assert "followed by more data" in message
 
 
+def test_a_tail_of_zeros_is_no_end(shard: Path) -> None:
+    """What file systems leave of a file whose writing a crash cut off."""
+    with open(shard, "ab") as file:  # so that more is lost than a tar may end with
+        file.write(bytes(12_000 // BLOCK * BLOCK))
+    _, offset, length = listed(shard)[-1]
+    end = offset + -(-length // BLOCK) * BLOCK
+    assert f"at byte {end}: zeros up to the end" in refusal(shard)
+
+
 @pytest.mark.parametrize("start", [0, 300])
 def test_an_error_page_in_place_of_a_tar(tmp_path: Path, start: int) -> None:
     path = tmp_path / "s.tar"

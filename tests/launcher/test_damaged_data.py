@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +53,35 @@ def test_a_run_replaces_bad_samples_and_records_each(
     assert "replaced a sample that cannot be used" in (run / "train.log").read_text()
     last = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line][-1]
     assert last["data/bad_samples"] == len(lines)
+
+
+@pytest.mark.slow
+def test_shards_that_change_under_a_run_end_it(
+    damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    """A worker that is started again would go on with other samples."""
+    settings = [f"data.root={damaged}", "eval.sets=[]", "train.steps=3"]
+    assert gigabatch("train", tiny, *settings, "run.name=a").returncode == 0
+    run = tmp_path / "runs" / "a"
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("steps: 3", "steps: 9")
+    )
+    shutil.copy(damaged / "val" / "val-000.tar", damaged / "train")
+    worker = [sys.executable, "-m", "gigabatch.launcher.worker", run]
+    assert subprocess.run(worker, capture_output=True).returncode != 0
+    assert "finds other shards in" in (run / "failure.txt").read_text()
+
+
+@pytest.mark.slow
+def test_an_evaluation_tells_of_bad_samples(
+    damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    spoil(open_index(damaged / "val"), 9)
+    done = gigabatch("train", tiny, f"data.root={damaged}", "train.steps=2", "run.name=a")
+    assert done.returncode == 0
+    assert (
+        "val: 1 of 60 samples cannot be used" in (tmp_path / "runs" / "a" / "train.log").read_text()
+    )
 
 
 @pytest.mark.slow

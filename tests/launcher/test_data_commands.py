@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from support import spoil, write_rich, write_samples
+from tarfiles import write_tar
 from test_misuse import outcome
 
 from gigabatch.data.indexing import open_index
@@ -73,6 +75,27 @@ def test_check_finds_what_went_bad(run: Run, folder: Path) -> None:
         shard = folder / f"set-{sample // 20:03d}.tar"
         assert f"{shard}: at byte {offset}: member .{member} of sample 's{sample:05d}'" in out
     assert "40 samples, 0.0 MB read: 2 bad" in out
+
+
+def test_check_compares_with_what_was_indexed_even_where_a_shard_was_written_anew(
+    run: Run, folder: Path
+) -> None:
+    index = open_index(folder)
+    shard = spoil(index, 7, "txt", at=2)
+    os.utime(shard)
+    code, out, _ = run("data", "check", folder)
+    assert code == 2
+    assert "member .txt of sample 's00007' is not what was indexed" in out
+    with open(shard, "ab") as file:
+        file.write(bytes(1024))
+    assert f"{shard}: has " in run("data", "check", folder)[1]
+
+
+def test_check_reads_json_members(run: Run, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"a.txt": b"x", "a.json": b"{", "b.txt": b"x", "b.json": b"{}"})
+    code, out, _ = run("data", "check", tmp_path)
+    assert code == 2
+    assert "sample 'a': the json member cannot be read" in out
 
 
 def test_stats_and_a_contact_sheet(run: Run, folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ right one: ties count against us. Right answers share the query's id, so there m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,6 +22,7 @@ from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
+log = logging.getLogger(__name__)
 RECALLS = (1, 5, 10)
 Embed = Callable[[Mapping[str, tuple[Tensor, ...]]], Mapping[str, Tensor]]
 
@@ -55,7 +57,10 @@ def evaluate_retrieval(
         cache=cache_of(config),
     )
     rows: dict[str, list[Tensor]] = {"image": [], "text": [], "id": []}
+    bad: list[str] = []
     for micro in stream:
+        if micro.real:
+            bad += [each.why for each in micro.bad]
         batch = micro.to(world.device)
         kept = slice(None) if batch.real else slice(0)
         for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
@@ -63,6 +68,7 @@ def evaluate_retrieval(
         rows["id"].append(batch.tensors[positives or "sample"][kept])
         if stop():
             return None
+    _tell_bad([why for rank in world.gather(bad) for why in rank], index, world)
     image, text, ids = (torch.cat(rows[name]) for name in ("image", "text", "id"))
     i2t = _ranks(image, text, ids, world)
     t2i = _ranks(text, image, ids, world)
@@ -72,6 +78,15 @@ def evaluate_retrieval(
         **_summary("t2i", t2i),
         "mean_recall@10": (_recall(i2t, 10) + _recall(t2i, 10)) / 2,
     }
+
+
+def _tell_bad(bad: list[str], index: Index, world: World) -> None:
+    if bad and world.is_main:
+        log.warning(
+            "%s: %d of %d samples cannot be used, and others were measured in their place; the "
+            "first: %s",
+            index.source, len(bad), len(index), bad[0],
+        )  # fmt: skip
 
 
 def _ranks(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> Tensor:

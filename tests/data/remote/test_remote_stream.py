@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from servers import FailingServer, s3_server, upload, web_server
+from tarfiles import overwrite
 from test_quarantine import FIELDS
 from test_stream import assert_equal
 
@@ -21,6 +22,7 @@ from gigabatch.data.indexing import open_index
 from gigabatch.data.mixture import Mixture, Phase
 from gigabatch.data.order import Order
 from gigabatch.data.plans import TrainPlans
+from gigabatch.data.reader import Reader
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.ranges import Retry
 from gigabatch.data.stream import MicroBatch, open_stream
@@ -129,6 +131,18 @@ def test_a_shard_that_was_replaced_on_the_server_is_noticed_at_the_start(
         (folder / "train-001.tar").unlink()
         with pytest.raises(GigabatchError, match=r"train-001\.tar"):
             open_index(pattern)
+
+
+def test_a_copy_that_went_bad_here_is_fetched_again(shards: Path, tmp_path: Path) -> None:
+    with web(shards / "train") as (_, pattern):
+        index = open_index(pattern)
+        cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
+        with Reader(index, cache) as reader:
+            whole = reader.read(7, "png")
+        (copy,) = cache.folder.glob("*.tar")
+        overwrite(copy, index.span(7, "png")[0] + 60, b"\0\1\2")
+        with Reader(index, cache) as reader:
+            assert reader.read(7, "png") == whole
 
 
 def test_damage_on_the_way_is_named_by_url_and_byte(shards: Path, tmp_path: Path) -> None:
