@@ -47,6 +47,23 @@ def test_a_table_and_its_files_become_samples(kind: str, tmp_path: Path) -> None
     assert told[-1] == (100, 100)
 
 
+def test_a_field_that_comes_first_in_a_late_line_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = [{"file": "a.png", "caption": "x"}] * 1100
+    table = write_table(tmp_path / "t.jsonl", [*rows, {**rows[0], "licence": "CC0"}])
+    pack(table, tmp_path / "out")
+    found = members(tmp_path / "out")
+    assert json.loads(found["001100.json"]) == {"licence": "CC0"}
+    assert json.loads(found["000000.json"]) == {"licence": None}
+
+
+def test_a_long_caption_of_a_csv_file_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    caption = "word " * 40_000
+    pack(write_table(tmp_path / "t.csv", [{"file": "a.png", "caption": caption}]), tmp_path / "out")
+    assert members(tmp_path / "out")["000000.txt"].decode() == caption
+
+
 def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
     rows = album(tmp_path, 30)
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "out", PackSettings(per_shard=20))
