@@ -14,30 +14,19 @@ import pyarrow.parquet as pq
 
 from gigabatch.data.files import replacing
 from gigabatch.data.index import ROWS
-
-MEMBER = (".offset", ".size", ".crc")
-"""What the columns of a member end in."""
+from gigabatch.data.lifted import MEMBER, cast, wider
 
 
 def joined_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Every column of any shard: `key`, then members by name, then the lifted fields."""
-    kinds: dict[str, pa.DataType] = {}
+    kinds: dict[str, pa.Field] = {}
     for schema in schemas:
-        for column in schema:
-            kinds[column.name] = _wider(kinds.get(column.name), column.type)
-    kinds = {n: pa.string() if pa.types.is_null(t) else t for n, t in kinds.items()}
+        for field in schema:
+            kinds[field.name] = wider(kinds.get(field.name), field)
     members = sorted(name for name in kinds if name.endswith(MEMBER))
-    fields = [name for name in kinds if name not in members and name != "key"]
-    return pa.schema([(name, kinds[name]) for name in ("key", *members, *fields)])
-
-
-def _wider(one: pa.DataType | None, two: pa.DataType) -> pa.DataType:
-    if one is None or pa.types.is_null(one) or one == two:
-        return two
-    if pa.types.is_null(two):
-        return one
-    both = {one, two}
-    return pa.float64() if both == {pa.int64(), pa.float64()} else pa.string()
+    names = [name for name in kinds if name not in members and name != "key"]
+    fields = [kinds[name] for name in ("key", *members, *names)]
+    return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in fields])
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -45,7 +34,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     columns = []
     for column in schema:
         if column.name in table.column_names:
-            columns.append(table[column.name].cast(column.type))
+            columns.append(cast(table[column.name], table.schema.field(column.name), column))
         elif column.name.endswith(MEMBER):
             zeros = np.zeros(table.num_rows, column.type.to_pandas_dtype())
             columns.append(pa.chunked_array([pa.array(zeros)]))

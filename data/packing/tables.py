@@ -184,7 +184,7 @@ def _gather(read: Callable[[], Iterator[Row]], columns: object, rows: int) -> It
 
 def _open_csv(path: Path, delimiter: str) -> _Opened:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        names = next(_csv_reader(file, delimiter), [])
+        names: list[str] = next(_csv_reader(file, delimiter), [])
     if not names or len(set(names)) < len(names) or "" in names:
         raise ValueError("its first line must name the columns, each once")
     types = dict.fromkeys(names, pa.string())
@@ -196,7 +196,7 @@ def _cells(path: Path, delimiter: str) -> Iterator[Row]:
     """The rows of a CSV file, all cells text, an empty one None."""
     with _reading(path), open(path, newline="", encoding="utf-8-sig") as file:
         reader = _csv_reader(file, delimiter)
-        names = next(reader, [])
+        names: list[str] = next(reader, [])
         for cells in reader:
             if not cells:
                 continue  # a blank line is no row

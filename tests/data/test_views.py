@@ -74,6 +74,8 @@ def test_conditions_keep_what_they_say(
         "__import__('os').system('touch pwned')", "[x for x in lang]", "lambda: 1", "1 == 1",
         "(lambda lang: lang)(1)", "lang == 'en' if 1 else 2", "score", "lang is 'en'", "lang < 3",
         "contains(lang)", "eval('1')", "size('gif') > 3", "b'x' == lang", "lang + 1 == 2",
+        "n == '" + "x" * 70_000 + "'", "-" * 60_000 + "n == 1", "not " * 15_000 + "n == 1",
+        "n == 1" + " + 1" * 9_000, "'a' * 99999999999999 == key", "n > 2 - 1",
         "lang == {1: 2}", "~score", "lang[0] == 'e'", "score ** 2 > 3", "(" * 300 + "n" + ")" * 300,
     ],
 )  # fmt: skip
@@ -93,6 +95,39 @@ def test_no_text_is_more_than_a_condition(text: str) -> None:
         parse_where(text, COLUMNS)
     except GigabatchError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_long_condition_is_as_good_as_a_short_one(index: Index) -> None:
+    assert count_where(index, " or ".join(f"n == {i}" for i in range(3, 4_000))) == 2
+    assert count_where(index, "0" + " < n" * 9_000 + " < 3") == 0
+
+
+def test_a_column_of_several_types_is_compared_by_value(tmp_path: Path) -> None:
+    values = [1, "1", True, None, "en", 2**70, 0.5]
+    write_tar(tmp_path / "a.tar", jsons([{"v": v, "row": 7 - i} for i, v in enumerate(values)]))
+    index = open_index(tmp_path, columns=["v", "row"])
+    for value in values:
+        if value is not None:
+            assert count_where(index, f"v == {value!r}") == 1
+    assert count_where(index, "v is None") == 1
+    assert count_where(index, "v in [1, 'en', 'de']") == 2
+    assert count_where(index, "v != '1'") == 5
+    assert keys(make_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
+    assert keys(make_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
+
+
+def test_a_view_made_by_a_relative_path_opens_from_any_folder(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_view(open_index("set"), "n > 1", Path("view"))
+    make_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
+    monkeypatch.chdir("/")
+    for name in ("view", "other"):
+        view = open_index(tmp_path / name)
+        assert view.shards[0].name == str(tmp_path / "set" / "a.tar")
+        with Reader(view) as reader:
+            assert reader.read(0, "txt") == b"x"
 
 
 def test_a_view_is_a_set_with_a_fingerprint_of_its_own(index: Index, tmp_path: Path) -> None:
