@@ -93,7 +93,9 @@ def _truths(batch: pa.RecordBatch, expression: pc.Expression) -> NDArray[np.bool
     met = acero.Declaration.from_sequence(nodes).to_table(use_threads=False)["met"]
     if not pa.types.is_boolean(met.type):
         raise pa.ArrowTypeError(f"it is of type {met.type}, and not true or false")
-    return met.fill_null(False).combine_chunks().to_numpy(zero_copy_only=False)
+    # Bits to bytes. (`to_numpy` would import pandas, for seconds.)
+    each = met.fill_null(False).combine_chunks().cast(pa.uint8())
+    return np.frombuffer(each.buffers()[1], np.uint8, len(each), each.offset).view(bool)
 
 
 def _described(index: Index) -> str:

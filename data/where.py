@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import operator
 from collections.abc import Callable, Collection, Sequence
+from functools import reduce
 from itertools import pairwise
 from typing import Any
 
@@ -42,8 +43,9 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "starts_with": pc.starts_with,
     "matches": pc.match_substring_regex,
 }
-LONGEST = 1 << 16
-"""Letters of a condition."""
+LONGEST, TERMS = 1 << 16, 1000
+"""Letters of a condition, and comparisons or columns in it; a list of values may be long. Arrow's
+time grows with the square of the terms, and at some thousands its stack ends."""
 HELP = (
     "Columns, numbers and strings, with == != < <= > >= + - * /, and, or, not, in [...], is None, "
     f"and {', '.join(f'{name}()' for name in _FUNCTIONS)}"
@@ -65,6 +67,7 @@ def parse_where(
         )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
+        _refuse_many(tree)
         found = _Parser(columns, json_columns).visit(tree)
     except SyntaxError as error:
         raise GigabatchError(f"{text!r}: not a condition: {error.msg}. {HELP}.") from None
@@ -75,6 +78,13 @@ def parse_where(
     if not isinstance(found, pc.Expression):
         raise GigabatchError(f"{text!r}: a condition must name a column; there are: {columns}.")
     return found
+
+
+def _refuse_many(tree: ast.AST) -> None:
+    nodes = list(ast.walk(tree))
+    for kind in (ast.Name, ast.cmpop):
+        if sum(isinstance(node, kind) for node in nodes) > TERMS:
+            raise SyntaxError(f"more than {TERMS:,} terms; for many values, write `in [...]`")
 
 
 class _Parser(ast.NodeVisitor):
@@ -102,7 +112,7 @@ class _Parser(ast.NodeVisitor):
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
         act = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-        return _joined([self.visit(value) for value in node.values], act)
+        return reduce(act, [self.visit(value) for value in node.values])
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         value = self.visit(node.operand)
@@ -129,7 +139,7 @@ class _Parser(ast.NodeVisitor):
             if any(isinstance(n, ast.Name) and n.id in self.json_columns for n in (left, right)):
                 values = [_as_json(value) for value in values]
             parts.append(self._compare(each, *values))
-        return _joined(parts, operator.and_)
+        return reduce(operator.and_, parts)
 
     def _compare(self, how: ast.cmpop, left: Any, right: Any) -> Any:
         if isinstance(how, ast.Is | ast.IsNot):
@@ -146,17 +156,6 @@ class _Parser(ast.NodeVisitor):
         if name not in _FUNCTIONS or node.keywords:
             raise SyntaxError(f"there is no function {name!r} like this")
         return _FUNCTIONS[name](*values)
-
-
-def _joined(parts: list[Any], act: Callable[[Any, Any], Any]) -> Any:
-    """As a balanced tree, since Arrow's stack ends at some thousands of nested terms."""
-    while len(parts) > 1:
-        parts = [act(*pair) if len(pair) > 1 else pair[0] for pair in _pairs(parts)]
-    return parts[0]
-
-
-def _pairs(parts: list[Any]) -> list[list[Any]]:
-    return [parts[first : first + 2] for first in range(0, len(parts), 2)]
 
 
 def _as_json(value: Any) -> Any:
