@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gigabatch.data.files import replacing
+from gigabatch.data.files import remove_left, replacing
 from gigabatch.data.index import ROWS
 from gigabatch.data.lifted import MEMBER, cast, wider
+
+FILES = ("samples-*.arrow", "samples.parquet", "manifest.json")
+"""What an index consists of."""
 
 
 def joined_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
@@ -46,8 +50,11 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def write_index(
     tables: Iterable[pa.Table], schema: pa.Schema, manifest: dict[str, Any], home: Path
 ) -> None:
-    """Write rows and manifest (completed here) into `home`, all or nothing."""
+    """Write rows and manifest (completed here) into `home`, all or nothing. What writers that were
+    killed have left there is removed."""
     home.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        remove_left(home, name)
     told = f"{manifest['digest']} {manifest['settings']}"
     manifest["arrow"] = f"samples-{hashlib.sha256(told.encode()).hexdigest()[:16]}.arrow"
     extensions = [n.removesuffix(".offset") for n in schema.names if n.endswith(".offset")]
@@ -90,3 +97,14 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             count += table.num_rows
     if count:
         yield pa.concat_tables(held).combine_chunks()
+
+
+def is_unfinished(home: Path) -> bool:
+    """Whether a folder holds nothing but what a writer of an index leaves that is killed."""
+    names = [path.name for path in home.iterdir()]
+    begun = [
+        name for name in names if re.fullmatch(r"\.?samples-[0-9a-f]{16}\.arrow(\.\d+\.tmp)?", name)
+    ]
+    others = [name for name in names if name not in begun]
+    copies = r"samples\.parquet|\.(samples\.parquet|manifest\.json)\.\d+\.tmp"
+    return bool(begun) and all(re.fullmatch(copies, name) for name in others)

@@ -19,7 +19,7 @@ from gigabatch.data.index import FORMAT, I64, Index, read_manifest
 from gigabatch.data.indexing import open_index
 from gigabatch.data.lifted import is_json
 from gigabatch.data.remote.places import is_remote
-from gigabatch.data.rows import write_index
+from gigabatch.data.rows import is_unfinished, write_index
 from gigabatch.data.where import parse_where
 
 
@@ -35,7 +35,7 @@ def make_view(index: Index, condition: str, out: Path) -> Index:
     folder that holds anything but an older view.
     """
     old = read_manifest(out)
-    if out.exists() and not (out.is_dir() and ("view" in old or not any(out.iterdir()))):
+    if out.exists() and not ("view" in old or (out.is_dir() and _is_free(out))):
         raise GigabatchError(f"{out}: exists already and is not a view. Name another folder.")
     kept: I64 = np.concatenate([*_matching(index, condition), np.empty(0, np.int64)])
     if not len(kept):
@@ -60,6 +60,10 @@ def make_view(index: Index, condition: str, out: Path) -> Index:
     except OSError as error:
         raise GigabatchError(f"{out}: the view cannot be written: {error}.") from error
     return open_index(out)
+
+
+def _is_free(folder: Path) -> bool:
+    return not any(folder.iterdir()) or is_unfinished(folder)
 
 
 def _anywhere(name: str) -> str:

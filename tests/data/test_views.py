@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from tarfiles import write_tar
 from test_indexing import jsons, keys
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.files import replacing
 from gigabatch.data.index import Index
 from gigabatch.data.indexing import open_index
 from gigabatch.data.reader import Reader
+from gigabatch.data.rows import write_index
 from gigabatch.data.views import count_where, make_view
 from gigabatch.data.where import parse_where
 
@@ -150,6 +154,54 @@ def test_a_view_may_be_made_again_but_replaces_nothing_else(index: Index, tmp_pa
     for place in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
         with pytest.raises(GigabatchError, match="is not a view"):
             make_view(index, "n > 1", place)
+
+
+def write_and_die(index: Index, home: Path, renames: int) -> None:
+    """Write an index in a process that is killed before it renames a file for the last time."""
+
+    def work() -> None:
+        rename, left = os.replace, iter(range(renames))
+
+        def rename_or_die(*names: Any) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*names)
+
+        os.replace = rename_or_die
+        manifest = {"digest": "d", "settings": {}}
+        write_index([index.table], index.table.schema, manifest, home)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(home.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_writer_that_is_killed_leaves_nothing_for_good(
+    renames: int, index: Index, tmp_path: Path
+) -> None:
+    for home in (tmp_path / "view", index.folder):
+        write_and_die(index, home, renames)
+    other = tmp_path / "view" / "samples-0123456789abcdef.arrow"
+    with replacing(other) as living:  # its writer is alive
+        assert len(make_view(index, "n > 1", tmp_path / "view")) == 3
+        assert list((tmp_path / "view").glob(".*")) == [living]
+    other.unlink()
+    names = sorted(path.name for path in (tmp_path / "view").iterdir())
+    assert (len(names), names[0], names[2]) == (3, "manifest.json", "samples.parquet")
+    open_index(tmp_path / "set", columns=[*COLUMNS, "more"])
+    assert len(list(index.folder.iterdir())) == 4  # with the lock
+
+
+def test_a_table_that_is_called_as_ours_is_no_view(index: Index, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "samples.parquet"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    with pytest.raises(GigabatchError, match="is not a view"):
+        make_view(index, "n > 1", mine.parent)
+    assert mine.read_bytes() == b"precious"
 
 
 def test_a_view_that_keeps_nothing_is_refused(index: Index, tmp_path: Path) -> None:
