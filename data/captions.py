@@ -41,7 +41,7 @@ def read_captions(data: bytes, settings: CaptionSettings, where: str) -> list[st
     try:
         found: Any = data.decode("utf-8-sig")
         if settings.field is not None:
-            found = _at(json.loads(found), settings.field)
+            found = value_at(json.loads(found), settings.field)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"{what} cannot be read: {error}.") from error
     if isinstance(found, dict):
@@ -60,7 +60,7 @@ def read_captions(data: bytes, settings: CaptionSettings, where: str) -> list[st
     return captions
 
 
-def _at(record: Any, path: str) -> Any:
+def value_at(record: Any, path: str) -> Any:
     """The value of a field, by its name or else by its path; None where there is none."""
     if isinstance(record, dict) and path in record:
         return record[path]

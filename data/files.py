@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,14 +14,29 @@ def replacing(path: Path) -> Iterator[Path]:
     """A temporary file that, synced, takes the place of `path` at the end, unless there was an
     error."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield fresh
-        with open(fresh, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
+    with open(fresh, "wb") as held:
+        with suppress(OSError):  # a file system without locks: see `remove_left`
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield fresh
+            with open(fresh, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(fresh, path)
+        finally:
+            fresh.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def remove_left(folder: Path, name: str) -> None:
+    """Remove the temporary files of `name` (a pattern) whose writers were killed.
+
+    A living writer holds a lock on its file, and the system frees that of a dead one. Where it
+    knows no locks, all stay.
+    """
+    for path in folder.glob(f".{name}.*.tmp"):
+        with suppress(OSError), open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def sync_folder(path: Path) -> None:

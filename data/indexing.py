@@ -71,7 +71,7 @@ def open_index(
     if "view" in view:
         return _open_view(source, view, columns)
     states = _states(source)
-    home = _home(source)
+    home = home_of(source)
     manifest = read_manifest(home)
     inside = Path(source) / ".gigabatch"
     if home != inside and not is_remote(source):  # of a shared set that others keep
@@ -100,7 +100,7 @@ def stored_index(source: str) -> Index | None:
     """The index as it was written, whatever has become of the shards since; None where there is
     none."""
     view = read_manifest(Path(source)) if not is_remote(source) else {}
-    homes = [Path(source)] if view else [Path(source) / ".gigabatch", _home(source)]
+    homes = [Path(source)] if view else [Path(source) / ".gigabatch", home_of(source)]
     for home in homes:
         if manifest := read_manifest(home):
             names = [_full(source, shard["name"]) for shard in manifest["shards"]]
@@ -162,7 +162,8 @@ def _full(source: str, name: str) -> str:
     return str(Path(source) / name) if Path(source).is_dir() else name
 
 
-def _home(source: str) -> Path:
+def home_of(source: str) -> Path:
+    """The folder of a source's index."""
     root = Path(source)
     # Mode bits are asked as well as the kernel, since root may write where nobody should.
     if root.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,32 +13,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gigabatch.data.files import replacing
+from gigabatch.data.files import remove_left, replacing
 from gigabatch.data.index import ROWS
+from gigabatch.data.lifted import MEMBER, cast, wider
 
-MEMBER = (".offset", ".size", ".crc")
-"""What the columns of a member end in."""
+FILES = ("samples-*.arrow", "samples.parquet", "manifest.json")
+"""What an index consists of."""
 
 
 def joined_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
     """Every column of any shard: `key`, then members by name, then the lifted fields."""
-    kinds: dict[str, pa.DataType] = {}
+    kinds: dict[str, pa.Field] = {}
     for schema in schemas:
-        for column in schema:
-            kinds[column.name] = _wider(kinds.get(column.name), column.type)
-    kinds = {n: pa.string() if pa.types.is_null(t) else t for n, t in kinds.items()}
+        for field in schema:
+            kinds[field.name] = wider(kinds.get(field.name), field)
     members = sorted(name for name in kinds if name.endswith(MEMBER))
-    fields = [name for name in kinds if name not in members and name != "key"]
-    return pa.schema([(name, kinds[name]) for name in ("key", *members, *fields)])
-
-
-def _wider(one: pa.DataType | None, two: pa.DataType) -> pa.DataType:
-    if one is None or pa.types.is_null(one) or one == two:
-        return two
-    if pa.types.is_null(two):
-        return one
-    both = {one, two}
-    return pa.float64() if both == {pa.int64(), pa.float64()} else pa.string()
+    names = [name for name in kinds if name not in members and name != "key"]
+    fields = [kinds[name] for name in ("key", *members, *names)]
+    return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in fields])
 
 
 def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
@@ -45,7 +38,7 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
     columns = []
     for column in schema:
         if column.name in table.column_names:
-            columns.append(table[column.name].cast(column.type))
+            columns.append(cast(table[column.name], table.schema.field(column.name), column))
         elif column.name.endswith(MEMBER):
             zeros = np.zeros(table.num_rows, column.type.to_pandas_dtype())
             columns.append(pa.chunked_array([pa.array(zeros)]))
@@ -57,8 +50,11 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def write_index(
     tables: Iterable[pa.Table], schema: pa.Schema, manifest: dict[str, Any], home: Path
 ) -> None:
-    """Write rows and manifest (completed here) into `home`, all or nothing."""
+    """Write rows and manifest (completed here) into `home`, all or nothing. What writers that were
+    killed have left there is removed."""
     home.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        remove_left(home, name)
     told = f"{manifest['digest']} {manifest['settings']}"
     manifest["arrow"] = f"samples-{hashlib.sha256(told.encode()).hexdigest()[:16]}.arrow"
     extensions = [n.removesuffix(".offset") for n in schema.names if n.endswith(".offset")]
@@ -101,3 +97,14 @@ def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
             count += table.num_rows
     if count:
         yield pa.concat_tables(held).combine_chunks()
+
+
+def is_unfinished(home: Path) -> bool:
+    """Whether a folder holds nothing but what a writer of an index leaves that is killed."""
+    names = [path.name for path in home.iterdir()]
+    begun = [
+        name for name in names if re.fullmatch(r"\.?samples-[0-9a-f]{16}\.arrow(\.\d+\.tmp)?", name)
+    ]
+    others = [name for name in names if name not in begun]
+    copies = r"samples\.parquet|\.(samples\.parquet|manifest\.json)\.\d+\.tmp"
+    return bool(begun) and all(re.fullmatch(copies, name) for name in others)

@@ -19,6 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.lifted import column, refuse_columns
 from gigabatch.data.settings import Settings
 from gigabatch.data.tarwalk import Members, walk
 
@@ -59,6 +60,7 @@ class _Samples:
 
 def scan(file: int, where: str, settings: IndexSettings) -> ShardRows:
     """The rows of the tar open as `file`. Raises GigabatchError for anything that is wrong."""
+    refuse_columns(settings.columns)
     members = walk(file, where, settings.checksums)
     samples = _group(members, where)
     _refuse_repeats(samples, members, where)
@@ -76,12 +78,14 @@ def scan(file: int, where: str, settings: IndexSettings) -> ShardRows:
     for kind in np.argsort(samples.names):
         of_kind = kinds == kind
         for what, numbers in values.items():
-            column = np.zeros(len(samples.keys), numbers.dtype)
-            column[rows[of_kind]] = numbers[of_kind]
-            columns[f"{samples.names[kind]}.{what}"] = pa.array(column)
-    for name, lifted in _lift(file, columns, settings.columns, where).items():
-        columns[name] = lifted
-    return ShardRows(pa.table(columns), _digest(members, samples.members))
+            spread = np.zeros(len(samples.keys), numbers.dtype)
+            spread[rows[of_kind]] = numbers[of_kind]
+            columns[f"{samples.names[kind]}.{what}"] = pa.array(spread)
+    lifted = _lift(file, columns, settings.columns, where)
+    plain = [pa.field(name, array.type) for name, array in columns.items()]
+    schema = pa.schema([*plain, *(field for field, _ in lifted)])
+    table = pa.table([*columns.values(), *(array for _, array in lifted)], schema=schema)
+    return ShardRows(table, _digest(members, samples.members))
 
 
 def _group(members: Members, where: str) -> _Samples:
@@ -89,6 +93,8 @@ def _group(members: Members, where: str) -> _Samples:
     number: dict[str, int] = {}  # of each extension as it is written
     last, row = None, -1
     for index, name in enumerate(members.names):
+        if not name:
+            raise _wrong(where, members, index, "a member has no name")
         start = name.rfind("/") + 1
         dot = name.find(".", start)
         if name[0] == "/" or (".." in name and ".." in name.split("/")):
@@ -188,20 +194,19 @@ def _digest(members: Members, kept: Sequence[int]) -> str:
 
 def _lift(
     file: int, columns: dict[str, pa.Array], wanted: Sequence[str], where: str
-) -> dict[str, pa.Array]:
+) -> list[tuple[pa.Field, pa.Array]]:
     """Fields of the json members, null where a sample has none."""
     if not wanted:
-        return {}
-    count = len(columns["key"])
+        return []
     if "json.offset" not in columns:
-        return {name: pa.nulls(count, pa.string()) for name in wanted}
+        return [column(name, [None] * len(columns["key"])) for name in wanted]
     values: dict[str, list[Any]] = {name: [] for name in wanted}
     places = zip(columns["json.offset"].tolist(), columns["json.size"].tolist(), strict=True)
     for row, (offset, size) in enumerate(places):
         tree = _json(os.pread(file, size, offset), where, offset, columns, row) if offset else {}
         for name in wanted:
             values[name].append(tree.get(name))
-    return {name: _column(found) for name, found in values.items()}
+    return [column(name, found) for name, found in values.items()]
 
 
 def _json(
@@ -209,26 +214,9 @@ def _json(
 ) -> dict[str, Any]:
     try:
         tree = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         key = columns["key"][row].as_py()
         raise GigabatchError(
             f"{where}: at byte {offset}: the json member of sample {key!r} cannot be read: {error}."
         ) from None
     return tree if isinstance(tree, dict) else {}
-
-
-def _column(values: list[Any]) -> pa.Array:
-    """One type a shard: int64, float64, bool or text; anything mixed or nested as JSON text."""
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int} and all(v is None or abs(v) < 1 << 62 for v in values):
-        return pa.array(values, pa.int64()) if kinds else pa.nulls(len(values), pa.null())
-    if kinds <= {int, float}:
-        return pa.array(values, pa.float64())
-    if kinds == {bool}:
-        return pa.array(values, pa.bool_())
-    if kinds == {str}:
-        return pa.array(values, pa.string())
-    texts = [
-        v if v is None or isinstance(v, str) else json.dumps(v, sort_keys=True) for v in values
-    ]
-    return pa.array(texts, pa.string())

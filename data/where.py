@@ -8,13 +8,17 @@ functions are known. It becomes a pyarrow expression.
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Collection, Sequence
+from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.lifted import json_text
 
 _COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: lambda a, b: a == b,
@@ -39,23 +43,35 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "starts_with": pc.starts_with,
     "matches": pc.match_substring_regex,
 }
+LONGEST, TERMS = 1 << 16, 1000
+"""Letters of a condition, and comparisons or columns in it; a list of values may be long. Arrow's
+time grows with the square of the terms, and at some thousands its stack ends."""
 HELP = (
     "Columns, numbers and strings, with == != < <= > >= + - * /, and, or, not, in [...], is None, "
     f"and {', '.join(f'{name}()' for name in _FUNCTIONS)}"
 )
 
 
-def parse_where(text: str, columns: Sequence[str]) -> pc.Expression:
-    """A condition over `columns`. A member's size in bytes is `size("png")`.
+def parse_where(
+    text: str, columns: Sequence[str], json_columns: Collection[str] = ()
+) -> pc.Expression:
+    """A condition over `columns`. A member's size in bytes is `size("png")`. Values that
+    `json_columns`, which hold JSON text, are compared with become such text too.
 
     Raises GigabatchError for anything else, with what is known.
     """
+    if len(text) > LONGEST:
+        raise GigabatchError(
+            f"{text[:60]!r}...: the condition has {len(text):,} letters, and may have {LONGEST:,}. "
+            "Filter in several steps: a view of a view is a view."
+        )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        found = _Parser(columns).visit(tree)
+        _refuse_many(tree)
+        found = _Parser(columns, json_columns).visit(tree)
     except SyntaxError as error:
         raise GigabatchError(f"{text!r}: not a condition: {error.msg}. {HELP}.") from None
-    except RecursionError:
+    except (RecursionError, MemoryError):  # the latter is the parser's own limit
         raise GigabatchError(f"{text[:60]!r}...: the condition is nested too deeply.") from None
     except (pa.ArrowException, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise GigabatchError(f"{text!r}: not a condition: {error}. {HELP}.") from None
@@ -64,9 +80,16 @@ def parse_where(text: str, columns: Sequence[str]) -> pc.Expression:
     return found
 
 
+def _refuse_many(tree: ast.AST) -> None:
+    nodes = list(ast.walk(tree))
+    for kind in (ast.Name, ast.cmpop):
+        if sum(isinstance(node, kind) for node in nodes) > TERMS:
+            raise SyntaxError(f"more than {TERMS:,} terms; for many values, write `in [...]`")
+
+
 class _Parser(ast.NodeVisitor):
-    def __init__(self, columns: Sequence[str]) -> None:
-        self.columns = columns
+    def __init__(self, columns: Sequence[str], json_columns: Collection[str]) -> None:
+        self.columns, self.json_columns = columns, json_columns
 
     def generic_visit(self, node: ast.AST) -> Any:
         raise SyntaxError(f"{type(node).__name__.lower()} is not allowed")
@@ -88,11 +111,8 @@ class _Parser(ast.NodeVisitor):
     visit_Tuple = visit_List  # type: ignore[assignment]
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
-        parts = [self.visit(value) for value in node.values]
-        whole = parts[0]
-        for part in parts[1:]:
-            whole = whole & part if isinstance(node.op, ast.And) else whole | part
-        return whole
+        act = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+        return reduce(act, [self.visit(value) for value in node.values])
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         value = self.visit(node.operand)
@@ -104,24 +124,29 @@ class _Parser(ast.NodeVisitor):
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
         act = _ARITHMETIC.get(type(node.op))
-        return act(self.visit(node.left), self.visit(node.right)) if act else self.generic_visit(
-            node.op
-        )  # fmt: skip
+        if act is None:
+            return self.generic_visit(node.op)
+        sides = self.visit(node.left), self.visit(node.right)
+        if not any(isinstance(side, pc.Expression) for side in sides):
+            raise SyntaxError("arithmetic goes with a column, not with constants alone")
+        return act(*sides)
 
     def visit_Compare(self, node: ast.Compare) -> Any:
-        whole, left = None, self.visit(node.left)
-        for operator, right_node in zip(node.ops, node.comparators, strict=True):
-            right = self.visit(right_node)
-            part = self._compare(operator, left, right)
-            whole, left = part if whole is None else whole & part, right
-        return whole
+        nodes = [node.left, *node.comparators]
+        parts = []
+        for each, (left, right) in zip(node.ops, pairwise(nodes), strict=True):
+            values = [self.visit(left), self.visit(right)]
+            if any(isinstance(n, ast.Name) and n.id in self.json_columns for n in (left, right)):
+                values = [_as_json(value) for value in values]
+            parts.append(self._compare(each, *values))
+        return reduce(operator.and_, parts)
 
-    def _compare(self, operator: ast.cmpop, left: Any, right: Any) -> Any:
-        if isinstance(operator, ast.Is | ast.IsNot):
+    def _compare(self, how: ast.cmpop, left: Any, right: Any) -> Any:
+        if isinstance(how, ast.Is | ast.IsNot):
             if right is not None:
                 raise SyntaxError("`is` goes with None alone")
-            return left.is_null() if isinstance(operator, ast.Is) else left.is_valid()
-        return _COMPARE[type(operator)](left, right)
+            return left.is_null() if isinstance(how, ast.Is) else left.is_valid()
+        return _COMPARE[type(how)](left, right)
 
     def visit_Call(self, node: ast.Call) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
@@ -131,3 +156,10 @@ class _Parser(ast.NodeVisitor):
         if name not in _FUNCTIONS or node.keywords:
             raise SyntaxError(f"there is no function {name!r} like this")
         return _FUNCTIONS[name](*values)
+
+
+def _as_json(value: Any) -> Any:
+    """A constant, or each of a list of them, as JSON text; a column and None as they are."""
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    return value if value is None or isinstance(value, pc.Expression) else json_text(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -32,7 +33,8 @@ def index(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Fields of the json member to bring into the index, such as concept,lang.",
+            help="Fields of the json member to bring into the index, such as concept,lang. "
+            "Those that it has already stay.",
         ),
     ] = None,
     headers_only: Annotated[
@@ -66,7 +68,7 @@ def index(
 @data.command()
 def check(
     source: Source,
-    every: Annotated[int, typer.Option(min=1, help="Read one sample in so many.")] = 1,
+    every: Annotated[int, typer.Option(min=1, max=1 << 40, help="Read one sample in so many.")] = 1,
     decode: Annotated[
         bool, typer.Option("--decode/--no-decode", help="Decode images, captions and audio.")
     ] = True,
@@ -144,6 +146,8 @@ def pack(
     """Write shards. The same source gives the same bytes; cut off, it goes on where it was."""
     from gigabatch.launcher.datasets import pack_source
 
+    if not math.isfinite(shard_mib):
+        raise GigabatchError(f"--shard-mib {shard_mib}: is no size. Say how many MiB, such as 512.")
     settings = {
         "folder": folder, "file_column": file_column, "caption_column": caption_column or (),
         "key_column": key_column, "json_columns": json_column, "per_shard": per_shard,

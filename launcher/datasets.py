@@ -14,8 +14,9 @@ from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.decode import IMAGE_MEMBERS, ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index, stored_index
+from gigabatch.data.index import Index, read_manifest
+from gigabatch.data.indexing import home_of, open_index, stored_index
+from gigabatch.data.lifted import is_json, refuse_columns
 from gigabatch.data.mixture import batch_numbers
 from gigabatch.data.order import deal
 from gigabatch.data.scan import IndexSettings
@@ -26,6 +27,7 @@ from gigabatch.trainer.inputs import open_train
 
 KINDS = {"image": IMAGE_MEMBERS, "audio": AUDIO_MEMBERS}
 """Members of which a sample has any one."""
+LAST_POSITION = 1 << 62
 
 
 def index_source(
@@ -36,19 +38,22 @@ def index_source(
     partial: bool,
     processes: int | None,
 ) -> int:
-    """Build or extend an index, say what it holds; 2 where samples lack members."""
+    """Build or extend an index, say what it holds; 2 where samples lack members. Columns that it
+    has stay."""
+    refuse_columns(columns)
     settings = IndexSettings(
-        checksums=not headers_only, columns=tuple(dict.fromkeys(columns)), dotted=dotted
+        checksums=not headers_only, columns=_columns_held(source), dotted=dotted
     )
+    columns = tuple(dict.fromkeys(columns))
     with progress_bar("indexing shards") as progress:
-        index = open_index(source, progress, settings, processes=processes)
+        index = open_index(source, progress, settings, columns=columns, processes=processes)
     held = ", ".join(f"{name} {count:,}" for name, count in index.members_held)
     size = sum(shard.bytes for shard in index.shards)
-    sums = "CRC-32C of every member" if settings.checksums else "no checksums"
+    sums = "CRC-32C of every member" if index.settings.checksums else "no checksums"
     print(f"{source}: {len(index):,} samples in {len(index.shards):,} shards, {size / 1e6:,.1f} MB")
     print(f"  members: {held}; {sums}")
-    if columns:
-        print(f"  columns: {', '.join(_column(index, name) for name in settings.columns)}")
+    if index.columns:
+        print(f"  columns: {', '.join(_column(index, name) for name in index.columns)}")
     print(f"  fingerprint {index.digest[:16]}; index in {index.folder}")
     lacking = _lacking(index)
     for line in lacking:
@@ -58,10 +63,17 @@ def index_source(
     return 2 if lacking and not partial else 0
 
 
+def _columns_held(source: str) -> tuple[str, ...]:
+    """The columns of the index that a set has already."""
+    settings = read_manifest(home_of(source)).get("settings", {})
+    return IndexSettings.model_validate(settings).columns
+
+
 def _column(index: Index, name: str) -> str:
     column = index.table[name]
+    kind = "JSON text" if is_json(index.table.schema.field(name)) else column.type
     nulls = f", {column.null_count:,} without" if column.null_count else ""
-    return f"{name} ({column.type}{nulls})"
+    return f"{name} ({kind}{nulls})"
 
 
 def _lacking(index: Index) -> list[str]:
@@ -145,6 +157,12 @@ def print_batch(
     if rank is not None and rank >= world:
         raise GigabatchError(f"--rank {rank}: ranks go from 0 to {world - 1} (--world {world}).")
     config = load_config(path, overrides)
+    if step * config.batch.global_size >= LAST_POSITION:
+        raise GigabatchError(
+            f"--step {step}: positions of samples are told up to 2^62; with batches of "
+            f"{config.batch.global_size:,} the last step is "
+            f"{(LAST_POSITION - 1) // config.batch.global_size}."
+        )
     with progress_bar("indexing shards") as progress:
         data = open_train(config, progress)
     numbers = batch_numbers(data.mixture, step, config.batch.global_size)

@@ -18,10 +18,10 @@ from gigabatch.data.captions import CaptionSettings, read_captions
 from gigabatch.data.decode import IMAGE_MEMBERS
 from gigabatch.data.describe.opened import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.files import replacing
 from gigabatch.data.index import I64, Index
 from gigabatch.data.keyed import key, uniforms
 from gigabatch.data.reader import Damaged, Reader
-from gigabatch.data.rows import replacing
 
 CELL, GAP, LINE, TITLE = 128, 12, 18, 30
 """Pixels: an image's side, what is between two, a caption's height, the heading's."""
@@ -53,6 +53,8 @@ def contact_sheet(
     Captions in scripts that DejaVu Sans lacks, such as Han, show as boxes. Raises GigabatchError
     where the set has no images, or `out` cannot be written.
     """
+    if not out.name or out.is_dir():
+        raise GigabatchError(f"{out}: is a folder. Name a file for the contact sheet.")
     kinds = index.require(*IMAGE_MEMBERS, partial=True)
     texts = (captions.member,) if captions.member in index.members else ()
     chosen = _choose(len(index), columns * rows, seed)

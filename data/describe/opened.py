@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gigabatch.data.captions import CaptionSettings, NoCaption, read_captions
+from gigabatch.data.captions import CaptionSettings, NoCaption, read_captions, value_at
 from gigabatch.data.decode import FORMATS
 from gigabatch.data.describe.rowstats import TOP, Frequencies, Spread, Tally, runs, spread_of_counts
 from gigabatch.data.errors import BadSample
@@ -241,10 +240,8 @@ def mapping_keys(data: bytes, settings: CaptionSettings) -> list[str]:
     """The keys of the captions that `data` holds, where they are a mapping."""
     if settings.field is None:
         return []
-    tree: Any = json.loads(data)
-    for part in settings.field.split("."):
-        tree = tree[part]
-    held = tree.items() if isinstance(tree, dict) else ()
+    found = value_at(json.loads(data), settings.field)
+    held = found.items() if isinstance(found, dict) else ()
     return [name for name, text in held if isinstance(text, str) and text.strip()]
 
 

@@ -16,6 +16,8 @@ from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import BinaryIO
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import read_manifest
+from gigabatch.data.indexing import open_index
 from gigabatch.data.packing.columns import PREFIX, PackSettings
 from gigabatch.data.packing.folder import (
     PackReport,
@@ -30,7 +32,8 @@ from gigabatch.data.packing.folder import (
     temporary,
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
-from gigabatch.data.packing.tables import open_table, table_files
+from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
+from gigabatch.data.remote.places import is_remote
 
 Progress = Callable[[int, int], None]
 TOLD_EVERY = 100
@@ -94,17 +97,24 @@ def _telling(progress: Progress | None, total: int) -> Callable[[int], None]:
 
 def _open_source(source: str | Path, settings: PackSettings) -> Samples:
     path = Path(source)
-    tables = table_files(path) if path.is_dir() else []
-    shards = any(path.glob("*.tar"))
+    if is_remote(str(source)):
+        if path.suffix.lower() in SUFFIXES:
+            raise GigabatchError(
+                f"{source}: tables are read from local disks alone. Copy it here first."
+            )
+        return ShardSamples(open_index(str(source)), settings)
+    if "view" in read_manifest(path):
+        return ShardSamples(open_index(path), settings)
+    is_folder = os.path.isdir(path)  # which says no, where `Path` raises, of a name too long
+    tables = table_files(path) if is_folder else []
+    shards = is_folder and any(path.glob("*.tar"))
     if shards and tables:
         raise GigabatchError(
             f"{source}: holds both shards and tables ({tables[0].name}). Name the table itself, or "
             f"the pattern {path / '*.tar'}."
         )
-    pattern = any(c in str(source) for c in "*?{[") and not path.exists()
+    pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
     if shards or pattern or path.suffix == ".tar":
-        from gigabatch.data.indexing import open_index
-
         return ShardSamples(open_index(str(source)), settings)
     return TableSamples(open_table(path), settings)
 

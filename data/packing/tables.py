@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TextIO, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -32,8 +32,8 @@ PIECE = 1024
 """Rows read at a time."""
 HEAVY = 32
 """Rows read at a time where they hold whole files."""
-LOOKED_AT = 1000
-"""Lines of a JSON lines file that tell its columns."""
+CELL_BYTES = 64 << 20
+"""Of one cell of a CSV file, at most: a quote that is never closed takes in all that follows."""
 
 
 class _Read(Protocol):
@@ -170,7 +170,8 @@ def _open(path: Path) -> _Opened:
     if kind in (".csv", ".tsv"):
         return _open_csv(path, "," if kind == ".csv" else "\t")
     if kind in (".jsonl", ".ndjson"):
-        names = dict.fromkeys(name for row in islice(_lines(path), LOOKED_AT) for name in row)
+        # All of its lines: a field may come first in the last one, and none is to be lost.
+        names = dict.fromkeys(name for row in _lines(path) for name in row)
         return tuple(names), {}, [_Part(None, partial(_gather, partial(_lines, path)))]
     return _open_parquet(path) if kind == ".parquet" else _open_arrow(path)
 
@@ -183,7 +184,7 @@ def _gather(read: Callable[[], Iterator[Row]], columns: object, rows: int) -> It
 
 def _open_csv(path: Path, delimiter: str) -> _Opened:
     with open(path, newline="", encoding="utf-8-sig") as file:
-        names = next(csv.reader(file, delimiter=delimiter, strict=True), [])
+        names: list[str] = next(_csv_reader(file, delimiter), [])
     if not names or len(set(names)) < len(names) or "" in names:
         raise ValueError("its first line must name the columns, each once")
     types = dict.fromkeys(names, pa.string())
@@ -194,8 +195,8 @@ def _open_csv(path: Path, delimiter: str) -> _Opened:
 def _cells(path: Path, delimiter: str) -> Iterator[Row]:
     """The rows of a CSV file, all cells text, an empty one None."""
     with _reading(path), open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        names = next(reader, [])
+        reader = _csv_reader(file, delimiter)
+        names: list[str] = next(reader, [])
         for cells in reader:
             if not cells:
                 continue  # a blank line is no row
@@ -205,6 +206,11 @@ def _cells(path: Path, delimiter: str) -> Iterator[Row]:
                     f"first line {len(names)}"
                 )
             yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
+
+
+def _csv_reader(file: TextIO, delimiter: str) -> Any:
+    csv.field_size_limit(CELL_BYTES)  # of the process; Python's own 128 KiB is less than a caption
+    return csv.reader(file, delimiter=delimiter, strict=True)
 
 
 def _lines(path: Path) -> Iterator[Row]:

@@ -11,6 +11,7 @@ import glob
 import logging
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,8 +36,12 @@ def is_remote(path: str) -> bool:
             f"{path}: addresses that name a command or chain protocols are refused, and nothing "
             f"was executed. Name a local path, or one of {_schemes()}."
         )
-    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme) or scheme == "file":
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
         return False
+    if scheme.lower() == "file":
+        raise GigabatchError(
+            f"{path}: name a local file or folder by its path alone, without {scheme}://."
+        )
     if scheme not in SCHEMES:
         raise GigabatchError(
             f"{path}: {scheme}:// is not a place that shards are read from, and nothing was "
@@ -63,7 +68,7 @@ def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Ret
         if is_remote(path):
             names = (n for each in _braces(path) for n in _remote(each, default_glob, retry))
         else:
-            local = os.path.expanduser(path.removeprefix("file://"))
+            local = os.path.expanduser(path)
             each_local = [local] if os.path.exists(local) else _braces(local)
             names = (n for each in each_local for n in _local(each, default_glob))
         found += sorted(names)
@@ -158,6 +163,11 @@ def _stat(url: str, retry: Retry) -> ShardState:
             f"{url}: the shard cannot be read: {error.strerror or error}. Put it back, or index "
             "the set without it."
         ) from None
+    if not stat.S_ISREG(status.st_mode):  # to read a pipe or a socket may take for ever
+        raise GigabatchError(
+            f"{url}: is no regular file, but a pipe, socket, device or folder. Remove it, or name "
+            "the shards by a pattern that leaves it out."
+        )
     return ShardState(url, status.st_size, str(status.st_mtime_ns))
 
 

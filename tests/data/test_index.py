@@ -67,6 +67,11 @@ def test_keys_keep_their_folder_and_extensions_their_dots(tmp_path: Path) -> Non
     assert [index.span(1, m)[1] for m in index.members] == [0, 3]
 
 
+def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
+    shard = write_tar(tmp_path / "s.tar", [("a.txt", b"x"), ("", b"y")])
+    assert refusal(tmp_path).startswith(f"{shard}: at byte 1536: a member has no name")
+
+
 def test_names_without_extension_and_hidden_files_are_no_samples(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", {"README": b"x", ".hidden": b"y", "a.txt": b"z"})
     index = open_index(tmp_path)

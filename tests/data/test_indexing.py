@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -156,7 +157,7 @@ def test_fields_are_lifted_with_their_types(tmp_path: Path) -> None:
     at = np.arange(3)
     assert {name: index.values(name, at) for name in names} == {
         "n": [3, -7, None], "f": [0.5, 2.0, None], "s": ["en", "de", None],
-        "b": [True, False, None], "mixed": ["one", "1", None],
+        "b": [True, False, None], "mixed": ['"one"', "1", None],
         "deep": ['{"x": [2], "y": 1}', None, None], "nowhere": [None] * 3,
     }  # fmt: skip
 
@@ -165,8 +166,58 @@ def test_fields_whose_type_differs_between_shards_become_text(tmp_path: Path) ->
     write_tar(tmp_path / "a.tar", jsons([{"n": 3, "m": 1}]))
     write_tar(tmp_path / "b.tar", jsons([{"n": "x", "m": 2.5}, {}], first=1))
     index = open_index(tmp_path, settings=IndexSettings(columns=("n", "m")))
-    assert index.values("n", np.arange(3)) == ["3", "x", None]
+    assert index.values("n", np.arange(3)) == ["3", '"x"', None]
     assert index.values("m", np.arange(3)) == [1.0, 2.5, None]
+
+
+BIG = [2**53 + 1, -(2**60), 2**62, 2**64, 10**40]
+
+
+@pytest.mark.parametrize(
+    ("shards", "found"),
+    [
+        ([[1, "1", 1.0, True, "x", {"b": 2.0, "a": "\u00e9"}]],
+         ["1", '"1"', "1", "true", '"x"', '{"a": "\u00e9", "b": 2}']),
+        ([[1], ["1"], [True], [1.0], [[1]]], ["1", '"1"', "true", "1", "[1]"]),
+        ([[1], [2.5], ["x"]], ["1", "2.5", '"x"']),
+        ([BIG], list(map(str, BIG))),
+        ([BIG[:2]], BIG[:2]),
+        ([BIG[:1], [0.5]], [str(BIG[0]), "0.5"]),
+        ([[7], BIG[:1], [0.5]], ["7", str(BIG[0]), "0.5"]),
+        ([[BIG[0], 0.5]], [str(BIG[0]), "0.5"]),
+        ([[2**53], [0.5]], [2.0**53, 0.5]),
+        ([["half \ud83d", "caf\u00e9"]], ["half \ufffd", "caf\u00e9"]),
+        ([[["\ud83d"]]], ['["\ufffd"]']),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("at_once", [True, False])
+def test_values_of_a_field_are_equal_where_they_were(
+    shards: list[list[object]], found: list[object], at_once: bool, tmp_path: Path
+) -> None:
+    """In one go, or a shard after another: the same."""
+    first = 0
+    for number, values in enumerate(shards):
+        members = jsons([{"v": value} for value in values], first)
+        write_tar(tmp_path / f"{number}.tar", members)
+        first += len(values)
+        if not at_once:
+            open_index(tmp_path, columns=["v"])
+    index = open_index(tmp_path, columns=["v"])
+    assert index.values("v", np.arange(first)) == found
+
+
+def test_a_json_member_nested_without_end_is_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", {"x.txt": b"1", "x.json": b"[" * 200_000})
+    with pytest.raises(GigabatchError, match="json member of sample 'x' cannot be read"):
+        open_index(tmp_path, columns=["n"])
+
+
+@pytest.mark.parametrize("name", ["", "key", "source", "png.offset", "x.size", "txt.crc"])
+def test_a_field_takes_no_column_of_the_index_itself(name: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", jsons([{name: 7}]))
+    with pytest.raises(GigabatchError, match=re.escape(f"--columns: {name!r} cannot be")):
+        open_index(tmp_path, columns=[name])
+    assert keys(open_index(tmp_path)) == ["s000"]
 
 
 def test_fields_may_be_asked_for_later_and_stay(tmp_path: Path) -> None:

@@ -42,6 +42,50 @@ def test_index_says_what_it_found(run: Run, folder: Path) -> None:
     assert "no checksums" in out
 
 
+def test_columns_stay_and_others_are_added(run: Run, folder: Path) -> None:
+    assert "columns: concept (int64)" in run("data", "index", folder, "--columns", "concept")[1]
+    manifest = folder / ".gigabatch" / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    assert "columns: concept (int64)" in run("data", "index", folder)[1]
+    assert manifest.stat().st_mtime_ns == before  # and nothing was scanned
+    code, out, _ = run("data", "index", folder, "--columns", "colour,concept")
+    assert (code, "columns: concept (int64), colour (string)" in out) == (0, True)
+    pattern = f"{folder}/set-*.tar"  # whose index lies in the cache
+    run("data", "index", pattern, "--columns", "colour")
+    assert "columns: colour (string)" in run("data", "index", pattern, "--headers-only")[1]
+
+
+def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path: Path) -> None:
+    run("data", "index", folder, "--columns", "concept")
+    run("data", "filter", folder, "concept < 10", tmp_path / "view")
+    code, out, _ = run("data", "index", tmp_path / "view", "--columns", "concept")
+    assert (code, "columns: concept (int64)" in out) == (0, True)
+    code, _, err = run("data", "index", tmp_path / "view", "--columns", "concept,colour")
+    assert code == 2
+    assert "the view has no column colour. Index the set that it was made of" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "nan"], "--shard-mib nan: is no size"),
+        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "inf"], "--shard-mib inf: is no size"),
+        (["stats", "{}/set", "--sheet", "/"], "/: is a folder. Name a file"),
+        (["index", "{}/set", "--columns", "concept,,colour"], "--columns: '' cannot be"),
+        (["index", "{}/set", "--columns", "key"], "--columns: 'key' cannot be"),
+        (["check", "{}/set", "--every", "9" * 20], "--every"),
+        (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic goes with a column"),
+        (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 letters"),
+    ],
+)  # fmt: skip
+def test_odd_arguments_are_refused_in_a_line(
+    arguments: list[str], said: str, run: Run, folder: Path
+) -> None:
+    code, _, err = run("data", *(a.replace("{}", str(folder.parent)) for a in arguments))
+    assert code == 2
+    assert said in err
+
+
 def test_samples_that_lack_a_member_are_an_error_unless_they_may(run: Run, tmp_path: Path) -> None:
     write_rich(tmp_path / "rich", 40, seed=1)
     code, out, _ = run("data", "index", tmp_path / "rich")
@@ -155,6 +199,11 @@ def test_batch_names_the_samples_of_any_step_and_rank(run: Run, tiny: Path) -> N
     assert [int(line[1]) for line in fields] == [j for j in range(4) for _ in range(8)]
     assert {line[0] for line in fields} == {"0", "1", "2"}
     assert run("data", "batch", tiny, "--world", 2, "--rank", 2)[0] == 2
+    last = (2**62 - 1) // 32
+    assert len(run("data", "batch", tiny, "--step", last)[1].split()) == 32
+    for step in (last + 1, "9" * 20):
+        code, _, err = run("data", "batch", tiny, "--step", step)
+        assert (code, f"the last step is {last}" in err) == (2, True)
 
 
 def test_batch_of_a_mix_keeps_weights(run: Run, tiny: Path) -> None:

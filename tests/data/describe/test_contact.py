@@ -141,6 +141,9 @@ def test_a_sheet_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path
         GigabatchError, match=r"file/sheet\.png: the contact sheet cannot be written"
     ):
         contact_sheet(index, TXT, tmp_path / "file" / "sheet.png")
+    for folder in (Path("/"), Path(), tmp_path):
+        with pytest.raises(GigabatchError, match=r"is a folder\. Name a file"):
+            contact_sheet(index, TXT, folder)
     with pytest.raises(GigabatchError, match=r"no sample has a \.png"):
         contact_sheet(captioned(tmp_path / "text", ["a"]), TXT, tmp_path / "sheet.png")
 

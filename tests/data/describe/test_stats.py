@@ -347,3 +347,15 @@ def test_a_million_samples_are_described_in_seconds_and_little_memory(tmp_path: 
     assert (stats.columns[0].values.distinct, stats.columns[0].values.more) == (DISTINCT, True)
     assert peak < 100 << 20  # bytes; 67 MiB measured, and 109 MiB of four times as many samples
     assert time.monotonic() - start < 30
+
+
+def test_a_field_whose_name_has_a_dot_is_found_as_training_finds_it(tmp_path: Path) -> None:
+    held: list[str | dict[str, Any]] = [
+        {"names.en": {"a": "one", "b": "two"}}, {"names": {"en": "three"}}
+    ]  # fmt: skip
+    settings = CaptionSettings(member="json", field="names.en")
+    found = collect(captioned(tmp_path, held), settings).captions
+    assert found is not None
+    assert found.samples == 2
+    assert found.keys is not None
+    assert found.keys.top == [("a", 1), ("b", 1)]

@@ -31,6 +31,7 @@ from gigabatch.data.indexing import open_index
 from gigabatch.data.packing import tables
 from gigabatch.data.packing.pack import PackSettings, pack
 from gigabatch.data.reader import Reader
+from gigabatch.data.views import make_view
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "arrow", "feather"])
@@ -45,6 +46,23 @@ def test_a_table_and_its_files_become_samples(kind: str, tmp_path: Path) -> None
     sizes = [(tmp_path / "out" / name).stat().st_size for name in names]
     assert (report.shards, report.samples, report.bytes, report.skipped) == (3, 100, sum(sizes), 0)
     assert told[-1] == (100, 100)
+
+
+def test_a_field_that_comes_first_in_a_late_line_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    rows = [{"file": "a.png", "caption": "x"}] * 1100
+    table = write_table(tmp_path / "t.jsonl", [*rows, {**rows[0], "licence": "CC0"}])
+    pack(table, tmp_path / "out")
+    found = members(tmp_path / "out")
+    assert json.loads(found["001100.json"]) == {"licence": "CC0"}
+    assert json.loads(found["000000.json"]) == {"licence": None}
+
+
+def test_a_long_caption_of_a_csv_file_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    caption = "word " * 40_000
+    pack(write_table(tmp_path / "t.csv", [{"file": "a.png", "caption": caption}]), tmp_path / "out")
+    assert members(tmp_path / "out")["000000.txt"].decode() == caption
 
 
 def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
@@ -216,6 +234,16 @@ def test_a_shuffle_is_a_permutation_named_by_its_seed(tmp_path: Path) -> None:
     for shard in range(6):  # a shard holds a mix: about the mean, 150 +- 12
         places = [int(name[:6]) for name in one[shard * 50 : shard * 50 + 50]]
         assert 90 < np.mean(places) < 210
+
+
+def test_a_view_is_packed_as_any_set(tmp_path: Path) -> None:
+    rows = album(tmp_path, 12)
+    pack(write_table(tmp_path / "t.csv", rows), tmp_path / "set", PackSettings(per_shard=5))
+    make_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
+    pack(tmp_path / "view", tmp_path / "out")
+    whole = members(tmp_path / "set")
+    kept = [f"{i:06d}" for i, row in enumerate(rows) if row["width"] == 3]
+    assert members(tmp_path / "out") == {n: d for n, d in whole.items() if n[:6] in kept}
 
 
 def test_every_format_shuffles_alike(tmp_path: Path) -> None:

@@ -208,6 +208,13 @@ def test_a_source_that_is_not_there(tmp_path: Path) -> None:
     assert "is no table" in refusal(tmp_path, tmp_path / "out")
 
 
+def test_a_remote_table_is_refused_by_its_address(tmp_path: Path) -> None:
+    with pytest.raises(GigabatchError, match=r"^s3://bucket/t\.csv: tables are read from local"):
+        pack("s3://bucket/t.csv", tmp_path / "out")
+    with pytest.raises(GigabatchError, match="nothing was executed"):
+        pack("pipe:touch x", tmp_path / "out")
+
+
 def test_files_of_a_table_that_differ(tmp_path: Path) -> None:
     write_arrow(tmp_path / "a.parquet", pa.table({"image": [PNG], "text": ["x"], "n": [1]}))
     write_arrow(tmp_path / "b.parquet", pa.table({"image": [PNG], "text": ["x"], "n": ["1"]}))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from far import QUICK, SIZES, Far, refusal, urls, write
 from servers import Answer, FailingServer
 
+from gigabatch.data.indexing import open_index
 from gigabatch.data.remote import places
 from gigabatch.data.remote.places import expand, is_remote, stat_all
 from gigabatch.data.remote.ranges import ShardState
@@ -22,7 +24,7 @@ def test_folders_globs_braces_and_files_in_the_order_given(
     (folder / "folder.tar").mkdir()
     s0, s1, s2 = (str(folder / name) for name in sorted(SIZES))
     assert expand([str(folder)]) == [s0, s1, s2]
-    assert expand([f"{folder}/s[12].tar", f"file://{s0}"]) == [s1, s2, s0]
+    assert expand([f"{folder}/s[12].tar", s0]) == [s1, s2, s0]
     assert expand([f"{folder}/s{{2..0}}.tar"]) == [s0, s1, s2]
     assert expand([f"{folder}/**/*.tar"]) == [str(folder / "deep" / "t.tar"), s0, s1, s2]
     assert expand([str(folder)], default_glob="*.txt") == [str(folder / "notes.txt")]
@@ -84,8 +86,31 @@ def test_what_is_remote() -> None:
         "https://h",
     ):
         assert is_remote(path)
-    for path in ("x.tar", "/a/b.tar", "file:///a/b.tar", "2024:x.tar", "a b://c", "./s3:/x"):
+    for path in ("x.tar", "/a/b.tar", "2024:x.tar", "a b://c", "./s3:/x"):
         assert not is_remote(path)
+
+
+def test_a_file_url_is_refused_alike_by_all(folder: Path) -> None:
+    address = f"file://{folder}"
+    for call in (is_remote, open_index, lambda path: expand([path]), lambda path: stat_all([path])):
+        message = refusal(call, address)
+        assert message == f"{address}: name a local file or folder by its path alone, without " + (
+            "file://."
+        )
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = folder / "pipe.tar"
+    os.mkfifo(pipe)
+    assert f"{pipe}: is no regular file" in refusal(stat_all, expand([str(folder)]))
+    assert f"{pipe}: is no regular file" in refusal(open_index, pipe)
+    monkeypatch.chdir(folder)  # the name of a socket may not be long
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("socket.tar")
+    assert "is no regular file" in refusal(stat_all, ["socket.tar"])
+    assert "is no regular file" in refusal(stat_all, ["/dev/zero"])
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
