@@ -278,6 +278,8 @@ class CheckpointSettings(Settings):
     """0: not by time. The last step is always saved."""
     keep: Count = 3
     """Newest checkpoints kept."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory; training waits for the copy alone."""
 
 
 class MonitorSettings(Settings):

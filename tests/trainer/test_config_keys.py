@@ -22,6 +22,7 @@ from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
+from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import deepspeed_config
 from gigabatch.trainer.inputs import (
     cache_of,
@@ -35,6 +36,7 @@ from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
 from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
 
@@ -154,6 +156,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint.every_steps": ("2", "run", []),
     "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
     "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
+    "checkpoint.asynchronous": ("false", "threads", []),
     "monitor.every_steps": ("2", "run", []),
     "eval.sets": ("[val]", "run", []),
     "eval.every_steps": ("1", "run", ["eval.sets=[val]"]),
@@ -370,6 +373,15 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_threads(config: Config, folder: Path) -> Any:
+    """Which kind of save the step waits for: one of 200 MB is over when it returns, or is not."""
+    run = create_run(config, "run")
+    attempt, alone = run.take_attempt(), World(0, 1, torch.device("cpu"), None)
+    with Saver(run, alone, attempt, config.checkpoint, lambda step, tags: None) as saver:
+        saver.save(1, lambda: ({"towers": {"w": torch.zeros(50_000_000)}}, {"step": 1}))
+        return run.steps_saved()
+
+
 def see_damage(config: Config, folder: Path) -> Any:
     """A run over a set of which a sample has gone bad since it was indexed."""
     bad = folder / "bad"
@@ -413,6 +425,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "optimizer": see_optimizer,
     "schedule": see_schedule,
     "run": see_run,
+    "threads": see_threads,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
