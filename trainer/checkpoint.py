@@ -24,6 +24,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import sync_folder
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.files import sync_file, to_json, write_atomically
+from gigabatch.trainer.retention import steps_to_keep
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -101,8 +102,8 @@ def _retain(run: RunFolder, newest: int, settings: CheckpointSettings) -> None:
     """Remove all that `settings` does not keep up to `newest`; what lies beyond it was found
     damaged."""
     saved = run.steps_saved()
-    sound = [step for step in saved if step <= newest]
-    for step in set(saved) - set(sound[-settings.keep :]):
+    kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
+    for step in set(saved) - kept:
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
     for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
         shutil.rmtree(leftover, ignore_errors=True)

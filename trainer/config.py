@@ -278,6 +278,11 @@ class CheckpointSettings(Settings):
     """0: not by time. The last step is always saved."""
     keep: Count = 3
     """Newest checkpoints kept."""
+    keep_every: Amount = 0
+    """Also save, and keep for good, at each multiple of this many steps; 0: none."""
+    best: Annotated[str, Field(pattern=r"^eval/[^/]+/[^/]+$")] | None = None
+    """A metric of eval/step-*.json, such as `eval/val/mean_recall@10`: also save at each evaluated
+    step, and keep the one where it is highest so far."""
     asynchronous: bool = True
     """Write in the background, from a copy in host memory; training waits for the copy alone."""
 
@@ -355,8 +360,22 @@ class Config(Settings):
                 "objective.same_id=exclude pairs each image with one caption; it goes with neither "
                 "data.captions.choose=all nor data.missing=mask"
             )
+        self._refuse_unmeasured()
         if self.cluster.launcher == "inline" and self.cluster.workers != 1:
             raise ValueError(
                 "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
             )
         return self
+
+    def _refuse_unmeasured(self) -> None:
+        best, sets = self.checkpoint.best, [Path(name).name for name in self.eval.sets]
+        if best is None:
+            return
+        _, measured, metric = best.split("/")
+        if measured not in sets or not self.eval.every_steps:
+            raise ValueError(
+                f"checkpoint.best: {best} is never measured while training; name one of eval.sets "
+                f"({', '.join(sets) or 'none'}) and set eval.every_steps"
+            )
+        if metric.endswith("median_rank"):
+            raise ValueError(f"checkpoint.best: {best} is better when lower; take a recall")

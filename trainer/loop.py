@@ -31,6 +31,7 @@ from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stre
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
+from gigabatch.trainer.retention import save_is_due
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import ExactStep, StepResult
@@ -302,7 +303,7 @@ class _Trainer:
         settings = self.config.checkpoint
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
-        by_step = settings.every_steps and self.done % settings.every_steps == 0
+        by_step = save_is_due(self.done, settings, self._evaluation_due())
         timed_here = bool(by_time) and self.world.is_main
         stopping, timed, some_bad, written = self.world.any(
             self._asked(stop), timed_here, bad, self.saver.over()
@@ -310,7 +311,7 @@ class _Trainer:
         if written:
             self.saver.settle()
         # A streak of bad steps must not push the checkpoints before it out.
-        return stopping, (timed or bool(by_step)) and self.bad_steps == 0, some_bad
+        return stopping, (timed or by_step) and self.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
         return stop() or (self.world.is_main and self.run.stop_requested())
@@ -318,9 +319,7 @@ class _Trainer:
     def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
         """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard. False where a stop
         was asked for in the middle: then nothing of it is kept, and a resume measures again."""
-        settings, every = self.config.eval, self.config.eval.every_steps
-        due = every and 0 < self.done < self.config.train.steps and self.done % every == 0
-        if not settings.sets or (if_due and not due):
+        if not self.config.eval.sets or (if_due and not self._evaluation_due()):
             return True
         # Rank 0's word: on a shared file system the others may see an older folder.
         if self.world.share(self.run.evaluated(self.done)):
@@ -334,6 +333,10 @@ class _Trainer:
             self.monitor.flush()
             self.run.write_evaluation(self.done, found)
         return found is not None
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every_steps
+        return bool(every) and 0 < self.done < self.config.train.steps and self.done % every == 0
 
     def _measure(self, stop: Stop) -> dict[str, float] | None:
         found: dict[str, float] = {}
@@ -352,6 +355,11 @@ class _Trainer:
                 return None
             found |= {f"eval/{index.name}/{key}": value for key, value in metrics.items()}
             log.info(describe(index.name, metrics))
+        best = self.config.checkpoint.best
+        if best and best not in found:
+            raise GigabatchError(
+                f"checkpoint.best: there is no metric {best}; there are {', '.join(found)}."
+            )
         return found
 
 

@@ -156,6 +156,10 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint.every_steps": ("2", "run", []),
     "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
     "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
+    "checkpoint.keep_every": ("2", "run", []),
+    "checkpoint.best": (
+        "eval/val/mean_recall@10", "run", ["eval.sets=[val]", "eval.every_steps=1"],
+    ),
     "checkpoint.asynchronous": ("false", "threads", []),
     "monitor.every_steps": ("2", "run", []),
     "eval.sets": ("[val]", "run", []),
