@@ -132,6 +132,15 @@ def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
     return None
 
 
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, verified. Raises GigabatchError where it is damaged."""
+    fault = _fault(path)
+    if fault:
+        raise GigabatchError(f"{fault}. Take another checkpoint.")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(path, state["step"], state)
+
+
 def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:
     """The checkpoint of one step, verified by another rank."""
     path = run.checkpoints / f"step-{step:08d}"

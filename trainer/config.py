@@ -20,6 +20,13 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Part = Literal["image", "text", "image.encoder", "text.encoder"]
+
+
 class RunSettings(Settings):
     name: Annotated[str, Field(pattern=NAME, max_length=100, coerce_numbers_to_str=True)] | None = (
         None
@@ -247,6 +254,14 @@ class TrainSettings(Settings):
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    init_from: Path | None = None
+    """A run, or one of its checkpoint folders, whose weights a new run's towers begin with; all
+    else begins anew. The config of the run says which checkpoint it was."""
+    init_parts: Annotated[tuple[Part, ...], BeforeValidator(_listed)] = Field(
+        ("image", "text"), min_length=1
+    )
+    """What to take of it: a whole tower, or its encoder without the head. A text tower brings its
+    tokeniser."""
 
 
 class OptimizerSettings(Settings):
@@ -290,10 +305,6 @@ class CheckpointSettings(Settings):
 class MonitorSettings(Settings):
     every_steps: Count = 10
     """Steps between two lines of metrics."""
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class EvalSettings(Settings):

@@ -27,6 +27,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
+from gigabatch.trainer.initial import load_initial
 from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stream
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
@@ -104,6 +105,8 @@ class _Trainer:
         self.objective = build_objective(config.objective, world.device, config.data.group)
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
+        elif config.train.init_from:
+            load_initial(towers, config, world)
         self.engine = Engine(towers.to(world.device), config, world)
         self.step_fn = ExactStep(self.engine, self.objective, config, world)
         self.done = self.bad_steps = self.skipped = 0

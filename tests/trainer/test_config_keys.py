@@ -20,10 +20,12 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
+from gigabatch.trainer.checkpoint import write_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import deepspeed_config
+from gigabatch.trainer.initial import load_initial
 from gigabatch.trainer.inputs import (
     cache_of,
     make_tokenizer,
@@ -45,6 +47,7 @@ VIT = (
     "intermediate_size: 8, image_size: 16, patch_size: 8}"
 )
 
+ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
@@ -143,6 +146,8 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
     ),
+    "train.init_from": ("source", "initial", []),
+    "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
     "optimizer.lr": ("0.1", "optimizer", []),
     "optimizer.beta1": ("0.5", "optimizer", []),
     "optimizer.beta2": ("0.5", "optimizer", []),
@@ -377,11 +382,27 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_initial(config: Config, folder: Path) -> Any:
+    """Towers that begin, where `train.init_from` is set, from a checkpoint of another seed."""
+    train = config.train.model_copy(update={"init_from": None})
+    plain = config.model_copy(update={"train": train})
+    other = config.run.model_copy(update={"seed": 5})
+    source, _ = embed(plain.model_copy(update={"run": other}), folder)
+    files = {"towers": source.state_dict()}
+    write_checkpoint(RunFolder(folder), 1, 1, files, {"step": 1}, config.checkpoint)
+    towers, _ = embed(plain, folder)
+    if config.train.init_from:
+        place = folder / "checkpoints" / "step-00000001"
+        train = config.train.model_copy(update={"init_from": place})
+        load_initial(towers, config.model_copy(update={"train": train}), ALONE)
+    return digest(*towers.state_dict().values())
+
+
 def see_threads(config: Config, folder: Path) -> Any:
     """Which kind of save the step waits for: one of 200 MB is over when it returns, or is not."""
     run = create_run(config, "run")
-    attempt, alone = run.take_attempt(), World(0, 1, torch.device("cpu"), None)
-    with Saver(run, alone, attempt, config.checkpoint, lambda step, tags: None) as saver:
+    attempt = run.take_attempt()
+    with Saver(run, ALONE, attempt, config.checkpoint, lambda step, tags: None) as saver:
         saver.save(1, lambda: ({"towers": {"w": torch.zeros(50_000_000)}}, {"step": 1}))
         return run.steps_saved()
 
@@ -430,6 +451,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "schedule": see_schedule,
     "run": see_run,
     "threads": see_threads,
+    "initial": see_initial,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
