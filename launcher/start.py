@@ -23,6 +23,7 @@ from gigabatch.trainer.checkpoint import latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import differences, load_config
 from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.initial import pin_initial
 from gigabatch.trainer.inputs import (
     TrainData,
     eval_fields,
@@ -116,6 +117,7 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 
 def _prepare(config: Config, stem: str) -> RunFolder:
     refuse_taken_name(config)
+    config = pin_initial(config)
     with progress_bar("indexing shards") as progress:
         data = _check_data(config, progress)
     tokenizer = make_tokenizer(config, data)

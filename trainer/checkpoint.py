@@ -22,8 +22,9 @@ from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import sync_folder
-from gigabatch.trainer.distributed import World
+from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.files import sync_file, to_json, write_atomically
+from gigabatch.trainer.retention import steps_to_keep
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -44,33 +45,30 @@ class Checkpoint:
         return load_file(self.path / f"{name}.safetensors")
 
 
-def save_checkpoint(
+def write_checkpoint(
     run: RunFolder,
-    world: World,
     attempt: int,
     step: int,
     files: Mapping[str, Tensors],
     state: Mapping[str, Any],
-    keep: int,
+    settings: CheckpointSettings,
 ) -> None:
-    """Commit a checkpoint; rank 0 writes, all ranks learn whether it stands.
+    """Write, sync, commit, and remove what need not be kept. Called on rank 0 alone.
 
-    Raises GigabatchError on every rank where it does not; earlier checkpoints are untouched.
+    Raises GigabatchError where the checkpoint does not stand; earlier ones are untouched.
     """
-    fault = ""
-    if world.is_main:
-        fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
-        try:
-            _write(fresh, step, files, state)
-            _commit(run, fresh, step, attempt)
-            _retain(run, step, keep)
-        except (OSError, SafetensorError) as error:
-            fault = f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. "
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-    fault = world.share(fault)
-    if fault:
-        raise GigabatchError(f"{fault}Earlier checkpoints are intact; make room, then resume.")
+    fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
+    try:
+        _write(fresh, step, files, state)
+        _commit(run, fresh, step, attempt)
+        _retain(run, step, settings)
+    except (OSError, SafetensorError) as error:
+        raise GigabatchError(
+            f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. Earlier "
+            "checkpoints are intact; make room, then resume."
+        ) from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
@@ -100,11 +98,12 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
 
 
-def _retain(run: RunFolder, newest: int, keep: int) -> None:
-    """Remove all but the last `keep` up to `newest`; what lies beyond it was found damaged."""
+def _retain(run: RunFolder, newest: int, settings: CheckpointSettings) -> None:
+    """Remove all that `settings` does not keep up to `newest`; what lies beyond it was found
+    damaged."""
     saved = run.steps_saved()
-    kept = [step for step in saved if step <= newest][-keep:]
-    for step in set(saved) - set(kept):
+    kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
+    for step in set(saved) - kept:
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
     for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -131,6 +130,15 @@ def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
             "start a new run."
         )
     return None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint in a folder, verified. Raises GigabatchError where it is damaged."""
+    fault = _fault(path)
+    if fault:
+        raise GigabatchError(f"{fault}. Take another checkpoint.")
+    state = json.loads((path / "state.json").read_text())
+    return Checkpoint(path, state["step"], state)
 
 
 def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:

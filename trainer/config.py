@@ -20,6 +20,13 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+def _listed(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Part = Literal["image", "text", "image.encoder", "text.encoder"]
+
+
 class RunSettings(Settings):
     name: Annotated[str, Field(pattern=NAME, max_length=100, coerce_numbers_to_str=True)] | None = (
         None
@@ -247,6 +254,14 @@ class TrainSettings(Settings):
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    init_from: Path | None = None
+    """A run, or one of its checkpoint folders, whose weights a new run's towers begin with; all
+    else begins anew. The config of the run says which checkpoint it was."""
+    init_parts: Annotated[tuple[Part, ...], BeforeValidator(_listed)] = Field(
+        ("image", "text"), min_length=1
+    )
+    """What to take of it: a whole tower, or its encoder without the head. A text tower brings its
+    tokeniser."""
 
 
 class OptimizerSettings(Settings):
@@ -278,6 +293,13 @@ class CheckpointSettings(Settings):
     """0: not by time. The last step is always saved."""
     keep: Count = 3
     """Newest checkpoints kept."""
+    keep_every: Amount = 0
+    """Also save, and keep for good, at each multiple of this many steps; 0: none."""
+    best: Annotated[str, Field(pattern=r"^eval/[^/]+/[^/]+$")] | None = None
+    """A metric of eval/step-*.json, such as `eval/val/mean_recall@10`: also save at each evaluated
+    step, and keep the one where it is highest so far."""
+    asynchronous: bool = True
+    """Write in the background, from a copy in host memory; training waits for the copy alone."""
 
 
 class MonitorSettings(Settings):
@@ -285,10 +307,6 @@ class MonitorSettings(Settings):
     """Steps between two lines of metrics."""
     record_samples: bool = False
     """Write the numbers of the samples that each step trained on to samples.jsonl, for audits."""
-
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
 
 
 class EvalSettings(Settings):
@@ -355,8 +373,22 @@ class Config(Settings):
                 "objective.same_id=exclude pairs each image with one caption; it goes with neither "
                 "data.captions.choose=all nor data.missing=mask"
             )
+        self._refuse_unmeasured()
         if self.cluster.launcher == "inline" and self.cluster.workers != 1:
             raise ValueError(
                 "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
             )
         return self
+
+    def _refuse_unmeasured(self) -> None:
+        best, sets = self.checkpoint.best, [Path(name).name for name in self.eval.sets]
+        if best is None:
+            return
+        _, measured, metric = best.split("/")
+        if measured not in sets or not self.eval.every_steps:
+            raise ValueError(
+                f"checkpoint.best: {best} is never measured while training; name one of eval.sets "
+                f"({', '.join(sets) or 'none'}) and set eval.every_steps"
+            )
+        if metric.endswith("median_rank"):
+            raise ValueError(f"checkpoint.best: {best} is better when lower; take a recall")

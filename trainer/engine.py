@@ -134,7 +134,7 @@ class Engine:
         for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
             with _gathered(tensor, self.stage):
                 if self.world.is_main:
-                    full[name] = _cpu(tensor)
+                    full[name] = cpu_copy(tensor)
         return full
 
     def moments(self) -> State:
@@ -145,7 +145,7 @@ class Engine:
             for moment in MOMENTS:
                 value = self._moment(parameter, moment)
                 if self.world.is_main:
-                    full[f"{name}.{moment}"] = _cpu(value)
+                    full[f"{name}.{moment}"] = cpu_copy(value)
         return full
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
@@ -198,7 +198,8 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
     }
 
 
-def _cpu(tensor: Tensor) -> Tensor:
+def cpu_copy(tensor: Tensor) -> Tensor:
+    """In host memory, shared with nothing."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 

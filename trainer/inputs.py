@@ -26,7 +26,7 @@ from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
-from gigabatch.data.tokenizer import named_tokenizer, train_bpe
+from gigabatch.data.tokenizer import load_tokenizer, named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config
 
 log = logging.getLogger(__name__)
@@ -172,7 +172,10 @@ def train_stream(
 
 
 def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
-    """The tokeniser that `data.text` asks for; a byte-pair one is trained on the captions."""
+    """The tokeniser that `data.text` asks for (a byte-pair one is trained on the captions), or
+    that of the run whose text tower this one begins with: its weights know no other."""
+    if config.train.init_from and any(p.startswith("text") for p in config.train.init_parts):
+        return _initial_tokenizer(config.train.init_from, config.data.text.length)
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)
     log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
@@ -183,3 +186,22 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
             f"{', '.join(data.names)}: no caption was found. Set data.captions to where they are."
         )
     return train_bpe(chain([first], found), config.data.text)
+
+
+def _initial_tokenizer(source: Path, length: int) -> Tokenizer:
+    """That of a run, by its folder or one of its checkpoints'."""
+    places = [folder / "tokenizer.json" for folder in (source, source.parent.parent)]
+    found = next((place for place in places if place.exists()), None)
+    if found is None:
+        raise GigabatchError(
+            f"train.init_from: {source}: a text tower needs its tokeniser, and {places[-1]} is not "
+            "there. Restore it from that run, or set train.init_parts=[image]."
+        )
+    tokenizer = load_tokenizer(found)
+    padding = tokenizer.padding
+    if padding and padding["length"] != length:
+        raise GigabatchError(
+            f"train.init_from: {found} makes {padding['length']} tokens of a caption, and "
+            f"data.text.length is {length}. Set it to {padding['length']}."
+        )
+    return tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,21 +22,19 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.quarantine import Bad, by_source, refuse_above_rate
 from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
-from gigabatch.trainer.checkpoint import (
-    Checkpoint,
-    checkpoint_at,
-    latest_checkpoint,
-    save_checkpoint,
-)
+from gigabatch.trainer.checkpoint import Checkpoint, Tensors, checkpoint_at, latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
+from gigabatch.trainer.initial import load_initial
 from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stream
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
+from gigabatch.trainer.retention import save_is_due
 from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import ExactStep, StepResult
 from gigabatch.trainer.towers import build_towers
 
@@ -108,6 +106,8 @@ class _Trainer:
         self.objective = build_objective(config.objective, world.device, config.data.group)
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
+        elif config.train.init_from:
+            load_initial(towers, config, world)
         self.engine = Engine(towers.to(world.device), config, world)
         self.step_fn = ExactStep(self.engine, self.objective, config, world)
         self.done = self.bad_steps = self.skipped = 0
@@ -158,9 +158,15 @@ class _Trainer:
             self.bad_samples[int(source)] = count
 
     def _save(self) -> None:
+        self.saver.save(self.done, self._snapshot)
+        self.saved_at, self.saved_step = time.monotonic(), self.done
+
+    def _snapshot(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
+        """Tensors by file, and the rest, as they are now: the next steps do not touch them."""
         towers, moments = self.engine.weights(), self.engine.moments()
-        files = {"towers": towers, "moments": moments, "objective": self.step_fn.own_state()}
-        state = {
+        own = self.step_fn.own_state()
+        files: dict[str, Tensors] = {"towers": towers, "moments": moments, "objective": own}
+        state: dict[str, Any] = {
             "step": self.done,
             "samples_seen": self.done * self.config.batch.global_size,
             "optimizer_steps": self.engine.steps,
@@ -172,10 +178,11 @@ class _Trainer:
         }
         if self.monitor:
             self.monitor.flush()
-        keep = self.config.checkpoint.keep
-        save_checkpoint(self.run, self.world, self.attempt, self.done, files, state, keep)
-        self.saved_at, self.saved_step = time.monotonic(), self.done
-        log.info("saved checkpoint step-%08d", self.done)
+        return files, state
+
+    def _report_saved(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self.monitor:
+            self.monitor.report(step, step * self.config.batch.global_size, metrics)
 
     # --- the run -----------------------------------------------------------------------------
 
@@ -188,6 +195,8 @@ class _Trainer:
                 self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
                 cleanup.callback(self.monitor.close)
                 self.run.forget_evaluations_after(self.done)
+            saving = (self.run, self.world, self.attempt, self.config.checkpoint)
+            self.saver = cleanup.enter_context(Saver(*saving, self._report_saved))
             if not self._evaluate(stop, if_due=True):  # a stop or a kill may have come before it
                 return self._stopped()
             for batch in self._batches():
@@ -204,6 +213,7 @@ class _Trainer:
                     return self._stopped()
             if not self._evaluate(stop):
                 return self._stopped()
+            self.saver.settle()
         log.info("finished: %d steps", steps)
         return True
 
@@ -211,6 +221,7 @@ class _Trainer:
         """Leave as asked; false."""
         if self.saved_step < self.done:
             self._save()
+        self.saver.settle()
         if self.world.is_main:
             self.run.record_stop()
         log.info("stopped at step %d of %d, as asked", self.done, self.config.train.steps)
@@ -267,6 +278,7 @@ class _Trainer:
         if not result.applied:
             log.warning("step %d skipped: a loss or gradient is not finite", self.done)
         if self.bad_steps >= self.config.train.max_bad_steps:
+            self.saver.settle()
             raise GigabatchError(
                 f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
                 f"not finite (the last: step {self.done}; the last checkpoint: step "
@@ -318,11 +330,15 @@ class _Trainer:
         settings = self.config.checkpoint
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
-        by_step = settings.every_steps and self.done % settings.every_steps == 0
+        by_step = save_is_due(self.done, settings, self._evaluation_due())
         timed_here = bool(by_time) and self.world.is_main
-        stopping, timed, some_bad = self.world.any(self._asked(stop), timed_here, bad)
+        stopping, timed, some_bad, written = self.world.any(
+            self._asked(stop), timed_here, bad, self.saver.over()
+        )
+        if written:
+            self.saver.settle()
         # A streak of bad steps must not push the checkpoints before it out.
-        return stopping, (timed or bool(by_step)) and self.bad_steps == 0, some_bad
+        return stopping, (timed or by_step) and self.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
         return stop() or (self.world.is_main and self.run.stop_requested())
@@ -330,9 +346,7 @@ class _Trainer:
     def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
         """Retrieval on each set; into eval/, metrics.jsonl and TensorBoard. False where a stop
         was asked for in the middle: then nothing of it is kept, and a resume measures again."""
-        settings, every = self.config.eval, self.config.eval.every_steps
-        due = every and 0 < self.done < self.config.train.steps and self.done % every == 0
-        if not settings.sets or (if_due and not due):
+        if not self.config.eval.sets or (if_due and not self._evaluation_due()):
             return True
         # Rank 0's word: on a shared file system the others may see an older folder.
         if self.world.share(self.run.evaluated(self.done)):
@@ -346,6 +360,10 @@ class _Trainer:
             self.monitor.flush()
             self.run.write_evaluation(self.done, found)
         return found is not None
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval.every_steps
+        return bool(every) and 0 < self.done < self.config.train.steps and self.done % every == 0
 
     def _measure(self, stop: Stop) -> dict[str, float] | None:
         found: dict[str, float] = {}
@@ -364,6 +382,11 @@ class _Trainer:
                 return None
             found |= {f"eval/{index.name}/{key}": value for key, value in metrics.items()}
             log.info(describe(index.name, metrics))
+        best = self.config.checkpoint.best
+        if best and best not in found:
+            raise GigabatchError(
+                f"checkpoint.best: there is no metric {best}; there are {', '.join(found)}."
+            )
         return found
 
 

@@ -11,6 +11,7 @@ eval/         step-00001200.json
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import os
 import platform
@@ -85,6 +86,11 @@ class RunFolder:
         folder = self.path / "eval"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step-{step:08d}.json", to_json(metrics))
+
+    def evaluation(self, step: int) -> dict[str, float]:
+        """The metrics of a step, by tag; empty where it was not evaluated."""
+        text = _read_if_there(self.path / "eval" / f"step-{step:08d}.json")
+        return {} if text is None else json.loads(text)
 
     def evaluated(self, step: int) -> bool:
         return (self.path / "eval" / f"step-{step:08d}.json").exists()

@@ -22,7 +22,7 @@ from gigabatch.data.keyed import key
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config, DataSettings
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.engine import MOMENTS, Engine
+from gigabatch.trainer.engine import MOMENTS, Engine, cpu_copy
 from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
 
@@ -84,13 +84,13 @@ class ExactStep:
         return StepResult(value, applied, norm, metrics)
 
     def own_state(self) -> dict[str, Tensor]:
-        """The objective's parameters, buffers and moments, for a checkpoint."""
-        state = {name: t.detach().cpu() for name, t in self.objective.state_dict().items()}
+        """Copies of the objective's parameters, buffers and moments, for a checkpoint."""
+        state = {name: cpu_copy(t) for name, t in self.objective.state_dict().items()}
         for name, parameter in self.objective.named_parameters():
             moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
             for moment in MOMENTS:
                 if moment in moments:
-                    state[f"{name}.{moment}"] = moments[moment].cpu()
+                    state[f"{name}.{moment}"] = cpu_copy(moments[moment])
         return state
 
     def load_own_state(self, state: Mapping[str, Tensor], steps: int) -> None:

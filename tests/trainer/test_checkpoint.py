@@ -10,11 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.checkpoint import latest_checkpoint, save_checkpoint
-from gigabatch.trainer.distributed import World
+from gigabatch.trainer.checkpoint import latest_checkpoint, write_checkpoint
+from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.runfolder import RunFolder
-
-ALONE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -26,7 +24,8 @@ def run(tmp_path: Path) -> RunFolder:
 
 def save(run: RunFolder, step: int, attempt: int = 1, keep: int = 10) -> None:
     files = {"towers": {"w": torch.full((3,), float(step))}, "moments": {"m": torch.ones(2)}}
-    save_checkpoint(run, ALONE, attempt, step, files, {"step": step, "data": "x"}, keep)
+    settings = CheckpointSettings(keep=keep)
+    write_checkpoint(run, attempt, step, files, {"step": step, "data": "x"}, settings)
 
 
 def flip_byte(path: Path) -> None:

@@ -20,9 +20,12 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
+from gigabatch.trainer.checkpoint import write_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
+from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import deepspeed_config
+from gigabatch.trainer.initial import load_initial
 from gigabatch.trainer.inputs import (
     cache_of,
     make_tokenizer,
@@ -35,6 +38,7 @@ from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
 from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
 
@@ -43,6 +47,7 @@ VIT = (
     "intermediate_size: 8, image_size: 16, patch_size: 8}"
 )
 
+ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
@@ -141,6 +146,8 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
     ),
+    "train.init_from": ("source", "initial", []),
+    "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
     "optimizer.lr": ("0.1", "optimizer", []),
     "optimizer.beta1": ("0.5", "optimizer", []),
     "optimizer.beta2": ("0.5", "optimizer", []),
@@ -154,6 +161,11 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint.every_steps": ("2", "run", []),
     "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
     "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
+    "checkpoint.keep_every": ("2", "run", []),
+    "checkpoint.best": (
+        "eval/val/mean_recall@10", "run", ["eval.sets=[val]", "eval.every_steps=1"],
+    ),
+    "checkpoint.asynchronous": ("false", "threads", []),
     "monitor.every_steps": ("2", "run", []),
     "monitor.record_samples": ("true", "run", []),
     "eval.sets": ("[val]", "run", []),
@@ -371,6 +383,31 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_initial(config: Config, folder: Path) -> Any:
+    """Towers that begin, where `train.init_from` is set, from a checkpoint of another seed."""
+    train = config.train.model_copy(update={"init_from": None})
+    plain = config.model_copy(update={"train": train})
+    other = config.run.model_copy(update={"seed": 5})
+    source, _ = embed(plain.model_copy(update={"run": other}), folder)
+    files = {"towers": source.state_dict()}
+    write_checkpoint(RunFolder(folder), 1, 1, files, {"step": 1}, config.checkpoint)
+    towers, _ = embed(plain, folder)
+    if config.train.init_from:
+        place = folder / "checkpoints" / "step-00000001"
+        train = config.train.model_copy(update={"init_from": place})
+        load_initial(towers, config.model_copy(update={"train": train}), ALONE)
+    return digest(*towers.state_dict().values())
+
+
+def see_threads(config: Config, folder: Path) -> Any:
+    """Which kind of save the step waits for: one of 200 MB is over when it returns, or is not."""
+    run = create_run(config, "run")
+    attempt = run.take_attempt()
+    with Saver(run, ALONE, attempt, config.checkpoint, lambda step, tags: None) as saver:
+        saver.save(1, lambda: ({"towers": {"w": torch.zeros(50_000_000)}}, {"step": 1}))
+        return run.steps_saved()
+
+
 def see_damage(config: Config, folder: Path) -> Any:
     """A run over a set of which a sample has gone bad since it was indexed."""
     bad = folder / "bad"
@@ -414,6 +451,8 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "optimizer": see_optimizer,
     "schedule": see_schedule,
     "run": see_run,
+    "threads": see_threads,
+    "initial": see_initial,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
