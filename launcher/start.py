@@ -40,7 +40,7 @@ Opened = Callable[[], AbstractContextManager[RunFolder]]
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
-    "run.dir", "train.zero", "train.max_bad_steps",
+    "run.dir", "train.zero", "train.max_bad_steps", "train.hang_after_s",
 )  # fmt: skip
 """Keys that may change on resume without `--allow`: they leave the training itself as it was."""
 

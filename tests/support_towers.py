@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -83,3 +84,15 @@ class Scaled(Pixels):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * self.temperature
+
+
+class Stuck(Pixels):
+    """Never comes back from its hundredth batch."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        Stuck.calls += 1
+        if Stuck.calls == 100:
+            threading.Event().wait()
+        return super().forward(images)

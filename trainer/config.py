@@ -247,6 +247,11 @@ class TrainSettings(Settings):
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
     """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    hang_after_s: float = Field(600.0, ge=0, le=1500)
+    """Where a rank makes no progress for so many seconds (more than the first step's slowest phase
+    needs, compilation included), its watchdog names the rank that is behind, with its step and
+    phase, leaves stacks in RUN/hangs, and ends the process; the launcher starts the group again.
+    0: never."""
 
 
 class OptimizerSettings(Settings):

@@ -39,6 +39,7 @@ from gigabatch.trainer.optim import lr_factor
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import ExactStep, StepResult
 from gigabatch.trainer.towers import build_towers
+from gigabatch.trainer.watchdog import watching
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -115,6 +116,7 @@ class _Trainer:
             self._restore(checkpoint)
         self.saved_at, self.saved_step = time.monotonic(), self.done
         self.clock = _Clock()
+        self.progress = self.step_fn.progress
 
     # --- state -------------------------------------------------------------------------------
 
@@ -142,6 +144,7 @@ class _Trainer:
             self.bad_samples[int(source)] = count
 
     def _save(self) -> None:
+        self.progress.enter("save")
         towers, moments = self.engine.weights(), self.engine.moments()
         files = {"towers": towers, "moments": moments, "objective": self.step_fn.own_state()}
         state = {
@@ -166,7 +169,12 @@ class _Trainer:
     def train(self, stop: Stop) -> bool:
         steps = self.config.train.steps
         self._announce()
+        hang_after = self.config.train.hang_after_s
+        self.progress.enter("data", self.done + 1)
         with ExitStack() as cleanup:
+            cleanup.enter_context(
+                watching(self.run, self.attempt, self.world, self.progress, hang_after)
+            )
             self.monitor = None
             if self.world.is_main:
                 self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
@@ -221,6 +229,7 @@ class _Trainer:
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()
+            self.progress.enter("data", self.done + 1)
             batch = next(batches, None)
             self.clock.waited += time.monotonic() - began
             if batch is None:
@@ -301,6 +310,7 @@ class _Trainer:
         return stopping, (timed or bool(by_step)) and self.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
+        self.progress.enter(self.progress.phase)  # asked once a step, or a micro-batch measured
         return stop() or (self.world.is_main and self.run.stop_requested())
 
     def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
@@ -314,6 +324,7 @@ class _Trainer:
         if self.world.share(self.run.evaluated(self.done)):
             return True
         self.engine.train(False)
+        self.progress.enter("evaluate", self.done)
         began, found = time.monotonic(), self._measure(stop)
         self.engine.train(True)
         self.clock.since += time.monotonic() - began

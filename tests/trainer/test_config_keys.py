@@ -138,6 +138,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.precision": ("bf16", "towers", []),
     "train.zero": ("2", "deepspeed", []),
     "train.clip": ("0.001", "run", []),
+    "train.hang_after_s": ("2000", "run", []),
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
     ),
