@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -95,4 +97,13 @@ class Stuck(Pixels):
         Stuck.calls += 1
         if Stuck.calls == 100:
             threading.Event().wait()
+        return super().forward(images)
+
+
+class Slow(Pixels):
+    """Takes long on rank 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if os.environ.get("RANK") == "1":
+            time.sleep(0.1)  # what is measured: a device that computes slowly
         return super().forward(images)

@@ -38,6 +38,7 @@ from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import ExactStep, StepResult
+from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
 from gigabatch.trainer.watchdog import watching
 
@@ -117,6 +118,7 @@ class _Trainer:
         self.saved_at, self.saved_step = time.monotonic(), self.done
         self.clock = _Clock()
         self.progress = self.step_fn.progress
+        self.stragglers = Stragglers(world, self.progress)
 
     # --- state -------------------------------------------------------------------------------
 
@@ -244,7 +246,7 @@ class _Trainer:
         self.done, self.clock.steps = step, self.clock.steps + 1
         self._count_bad(result)
         if step % self.config.monitor.every_steps == 0 or step == self.config.train.steps:
-            self._report(result, lr)
+            self._report(result, lr, self.stragglers.metrics(step))
 
     def _count_bad(self, result: StepResult) -> None:
         self.bad_steps = 0 if result.applied else self.bad_steps + 1
@@ -281,7 +283,7 @@ class _Trainer:
             return {"data/epoch": epochs[0]}
         return {f"data/epoch/{name}": e for name, e in zip(self.data.names, epochs, strict=True)}
 
-    def _report(self, result: StepResult, lr: float) -> None:
+    def _report(self, result: StepResult, lr: float, more: dict[str, float]) -> None:
         if self.monitor is None:
             return
         size = self.config.batch.global_size
@@ -294,6 +296,7 @@ class _Trainer:
             "data/bad_samples": float(self.bad_samples.total()),
             **self._epochs(),
             **self.clock.rates(size),
+            **more,
         }
         self.monitor.report(self.done, self.done * size, metrics)
         self.monitor.progress(self.done, metrics)
