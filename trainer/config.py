@@ -319,6 +319,11 @@ class ClusterSettings(Settings):
     since gradients differ in the last bit between thread counts."""
     max_restarts: Amount = 3
     """ray, torchrun: how often a failed group of workers is started again."""
+    grace_s: float = Field(120.0, gt=0)
+    """After SIGTERM, SIGUSR1 or SIGUSR2 (exit code 75: start it again) or Ctrl-C (130), the step in
+    progress and its checkpoint have so many seconds; then the run is left with its last
+    checkpoint. Set it below what the scheduler gives (SIGKILL comes 30 s after SIGTERM from a
+    torchrun of your own, and in Slurm by default)."""
 
 
 class Config(Settings):

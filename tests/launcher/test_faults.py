@@ -119,6 +119,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path
         ("torchrun", 2, signal.SIGTERM, 75),
         ("ray", 2, signal.SIGINT, 130),
         ("ray", 2, signal.SIGTERM, 75),
+        ("ray", 2, signal.SIGUSR1, 75),
     ],
 )
 def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,23 @@ def test_a_process_that_is_stuck_ends_with_its_stack(
     assert "support_towers.py" in stacks
     assert (tmp_path / "runs" / "a" / "checkpoints" / "LATEST").exists()
     assert os.listdir(tmp_path / "runs" / "a" / "heartbeats")
+
+
+@pytest.mark.parametrize("launcher", ["inline", "torchrun"])
+def test_a_step_that_does_not_end_within_the_grace_time_is_left(
+    launcher: str, tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, "run.name=a", "eval.sets=[]", "cluster.grace_s=1", "train.steps=40",
+        f"cluster.launcher={launcher}",
+        "towers.image={kind: module, module: 'support_towers:Stuck'}",
+    )  # fmt: skip
+    wait_for_step(run, 12, command)
+    command.signal(signal.SIGUSR2)
+    began = time.monotonic()
+    done = command.wait(60)
+    assert 1 <= time.monotonic() - began < 30
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "not done within cluster.grace_s=1 s; left with the checkpoint of step 12" in done.stderr
+    assert f"gigabatch resume {run}" in done.stderr

@@ -20,6 +20,7 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
+from gigabatch.launcher.start import too_late
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
 from gigabatch.trainer.engine import deepspeed_config
@@ -161,6 +162,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "cluster.launcher": ("torchrun", "command", []),
     "cluster.workers": ("2", "command", ["cluster.launcher=torchrun"]),
     "cluster.threads": ("2", "run", []),
+    "cluster.grace_s": ("7", "grace", []),
     "cluster.max_restarts": (
         "1", "command",
         [
@@ -371,6 +373,12 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_grace(config: Config, folder: Path) -> Any:
+    """What is said where the time is over."""
+    run = create_run(config, "run")
+    return too_late(run).splitlines()[0]
+
+
 def see_damage(config: Config, folder: Path) -> Any:
     """A run over a set of which a sample has gone bad since it was indexed."""
     bad = folder / "bad"
@@ -417,6 +425,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
+    "grace": see_grace,
     "weights": see_weights,
     "lines": see_lines,
     "cache": lambda config, folder: cache_of(config).limit_bytes,
