@@ -48,7 +48,8 @@ Opened = Callable[[], AbstractContextManager[RunFolder]]
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
-    "run.dir", "train.zero", "train.max_bad_steps", "train.hang_after_s",
+    "run.dir", "train.zero", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
+    "train.hang_after_s",
 )  # fmt: skip
 """Keys that may change on resume without `--allow`: they leave the training itself as it was."""
 

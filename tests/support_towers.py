@@ -107,3 +107,14 @@ class Slow(Pixels):
         if os.environ.get("RANK") == "1":
             time.sleep(0.1)  # what is measured: a device that computes slowly
         return super().forward(images)
+
+
+class BadSpell(Pixels):
+    """Not finite from its 41st batch to its 52nd."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        BadSpell.calls += 1
+        out = super().forward(images)
+        return out * torch.nan if 40 < BadSpell.calls <= 52 else out

@@ -246,7 +246,12 @@ class TrainSettings(Settings):
     clip: float = Field(1.0, ge=0)
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
-    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    """Steps in a row with a loss or gradient that is not finite, each left out, that are borne."""
+    on_bad_steps: Literal["stop", "rewind"] = "stop"
+    """What follows them. stop: an error. rewind: back to the weights, moments and objective of the
+    last checkpoint, and on with the step after the bad ones."""
+    max_rewinds: Count = 3
+    """rewind: after so many of them, stop all the same."""
     hang_after_s: float = Field(600.0, ge=0, le=1500)
     """Where a rank makes no progress for so many seconds (more than the first step's slowest phase
     needs, compilation included), its watchdog names the rank that is behind, with its step and

@@ -6,6 +6,7 @@ checkpoints, metrics and evaluations there.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -36,6 +37,7 @@ from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stre
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
+from gigabatch.trainer.progress import Progress
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import ExactStep, StepResult
 from gigabatch.trainer.stragglers import Stragglers
@@ -103,21 +105,15 @@ class _Trainer:
         self.run, self.config, self.world = run, config, world
         self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
         self.data = open_train(config)
-        vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
-        checkpoint = self._find_checkpoint()
-        towers = build_towers(config, vocab_size)
-        self.objective = build_objective(config.objective, world.device, config.data.group)
-        if checkpoint:
-            towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
-        self.engine = Engine(towers.to(world.device), config, world)
-        self.step_fn = ExactStep(self.engine, self.objective, config, world)
-        self.done = self.bad_steps = self.skipped = 0
+        self.progress = Progress(world.device)
+        self.done = self.bad_steps = self.skipped = self.rewinds = 0
         self.bad_samples: Counter[int] = Counter()  # of each source
+        checkpoint = self._find_checkpoint()
+        self._build(checkpoint)
         if checkpoint:
-            self._restore(checkpoint)
+            self._restore_counts(checkpoint)
         self.saved_at, self.saved_step = time.monotonic(), self.done
         self.clock = _Clock()
-        self.progress = self.step_fn.progress
         self.stragglers = Stragglers(world, self.progress)
 
     # --- state -------------------------------------------------------------------------------
@@ -136,14 +132,44 @@ class _Trainer:
             raise GigabatchError(found)
         return None if found is None else checkpoint_at(self.run, found)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Towers, objective and engine as they stand in a checkpoint, or at the start."""
+        config, world = self.config, self.world
+        towers = build_towers(config, load_tokenizer(self.run.tokenizer).get_vocab_size())
+        self.objective = build_objective(config.objective, world.device, config.data.group)
+        if checkpoint:
+            towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
+        self.engine = Engine(towers.to(world.device), config, world)
+        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress)
+        if checkpoint:
+            steps = checkpoint.state["optimizer_steps"]
+            self.engine.load_moments(checkpoint.tensors("moments"), steps)
+            self.step_fn.load_own_state(checkpoint.tensors("objective"), steps)
+
+    def _restore_counts(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        self.engine.load_moments(checkpoint.tensors("moments"), state["optimizer_steps"])
-        self.step_fn.load_own_state(checkpoint.tensors("objective"), state["optimizer_steps"])
         self.done, self.skipped = checkpoint.step, state["skipped"]
-        self.bad_steps = state["bad_steps"]
+        self.bad_steps, self.rewinds = state["bad_steps"], state.get("rewinds", 0)
         for source, count in state.get("bad_samples", {}).items():
             self.bad_samples[int(source)] = count
+
+    def _rewind(self) -> None:
+        """Back to the last checkpoint, but on with the next step. The outcome is saved at once: a
+        resume must not depend on which checkpoint it finds."""
+        checkpoint = self._find_checkpoint()
+        back = checkpoint.step if checkpoint else 0
+        del self.engine, self.step_fn, self.objective
+        gc.collect()  # room for the new ones
+        self._build(checkpoint)
+        self.rewinds, self.bad_steps = self.rewinds + 1, 0
+        log.warning(
+            "rewound to the checkpoint of step %d; on with step %d (rewind %d of at most %d)",
+            back, self.done + 1, self.rewinds, self.config.train.max_rewinds,
+        )  # fmt: skip
+        if self.monitor:
+            told = {"train/rewinds": self.rewinds, "train/voided_steps": self.done - back}
+            self.monitor.report(self.done, self.done * self.config.batch.global_size, told)
+        self._save()
 
     def _save(self) -> None:
         self.progress.enter("save")
@@ -155,6 +181,7 @@ class _Trainer:
             "optimizer_steps": self.engine.steps,
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
+            "rewinds": self.rewinds,
             "bad_samples": dict(self.bad_samples),
             "data": self.data.digest,
             "attempt": self.attempt,
@@ -247,18 +274,25 @@ class _Trainer:
         self._count_bad(result)
         if step % self.config.monitor.every_steps == 0 or step == self.config.train.steps:
             self._report(result, lr, self.stragglers.metrics(step))
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            self._rewind_or_stop()
 
     def _count_bad(self, result: StepResult) -> None:
         self.bad_steps = 0 if result.applied else self.bad_steps + 1
         self.skipped += not result.applied
         if not result.applied:
             log.warning("step %d skipped: a loss or gradient is not finite", self.done)
-        if self.bad_steps >= self.config.train.max_bad_steps:
-            raise GigabatchError(
-                f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
-                f"not finite (the last: step {self.done}; the last checkpoint: step "
-                f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
-            )
+
+    def _rewind_or_stop(self) -> None:
+        settings = self.config.train
+        if settings.on_bad_steps == "rewind" and self.rewinds < settings.max_rewinds:
+            return self._rewind()
+        after = f", after {self.rewinds} rewinds" if self.rewinds else ""
+        raise GigabatchError(
+            f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
+            f"not finite{after} (the last: step {self.done}; the last checkpoint: step "
+            f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
+        )
 
     def _count_samples(self, bad: list[Bad]) -> None:
         """Record samples that others stood in for; stop where they are too many."""

@@ -44,9 +44,16 @@ class StepResult:
 class ExactStep:
     """Takes optimizer steps on (engine, objective)."""
 
-    def __init__(self, engine: Engine, objective: Objective, config: Config, world: World) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        config: Config,
+        world: World,
+        progress: Progress | None = None,
+    ) -> None:
         self.engine, self.objective, self.world = engine, objective, world
-        self.progress = Progress(world.device)
+        self.progress = progress or Progress(world.device)
         self.data, self.seed = config.data, config.run.seed
         self.own = [p for p in objective.parameters() if p.requires_grad]
         peak = config.optimizer.objective_lr or config.optimizer.lr

@@ -143,6 +143,17 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
     ),
+    "train.on_bad_steps": (
+        "rewind", "run",
+        ["train.max_bad_steps=2", "towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "train.max_rewinds": (
+        "1", "run",
+        [
+            "train.max_bad_steps=1", "train.on_bad_steps=rewind", "train.steps=4",
+            "towers.image={kind: module, module: 'support_towers:Broken'}",
+        ],
+    ),
     "optimizer.lr": ("0.1", "optimizer", []),
     "optimizer.beta1": ("0.5", "optimizer", []),
     "optimizer.beta2": ("0.5", "optimizer", []),
