@@ -118,3 +118,15 @@ class BadSpell(Pixels):
         BadSpell.calls += 1
         out = super().forward(images)
         return out * torch.nan if 40 < BadSpell.calls <= 52 else out
+
+
+class CrashingOnRankOne(Pixels):
+    """Fails on rank 1 alone, at its twentieth batch; the others then lose their peer."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        CrashingOnRankOne.calls += 1
+        if os.environ.get("RANK") == "1" and CrashingOnRankOne.calls == 20:
+            raise RuntimeError("this tower is out of order")
+        return super().forward(images)

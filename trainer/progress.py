@@ -25,7 +25,7 @@ class Progress:
     def enter(self, phase: str, step: int | None = None) -> None:
         """A phase begins, or gets on. Ends the one before."""
         if phase != self.phase:
-            if self.device.type == "cuda" and self.phase in BUSY:
+            if self.device.type == "cuda" and self.phase in ("embed", "backward"):
                 torch.cuda.synchronize(self.device)  # until here kernels were only queued
             now = time.monotonic()
             self.spent[self.phase] += now - self.entered
