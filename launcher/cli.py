@@ -48,9 +48,9 @@ Overrides = Annotated[
 def train(config: ConfigPath, overrides: Overrides = None) -> int:
     """Train a new run, described by CONFIG.
 
-    Ctrl-C (or SIGTERM) ends after the current step with a checkpoint; `gigabatch resume` goes on
-    from it. Exit codes: 0 finished, 2 something to put right, 75 stopped by SIGTERM, 130 stopped
-    by Ctrl-C.
+    Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) ends after the current step with a checkpoint;
+    `gigabatch resume` goes on from it. Exit codes: 0 finished, 2 something to put right, 75 stopped
+    by one of those signals (start it again), 130 stopped by Ctrl-C.
     """
     from gigabatch.launcher.start import start_run
 

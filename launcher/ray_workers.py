@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gigabatch.launcher.signals import STOPPING
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import TIMEOUT
 from gigabatch.trainer.runfolder import RunFolder
@@ -38,7 +39,7 @@ def run_ray(run: RunFolder) -> None:
     import ray
 
     config = run.config()
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {n: signal.getsignal(n) for n in STOPPING}
     ray.init(
         # Never one that a crashed session left written down in /tmp/ray.
         address="local",

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +19,13 @@ from gigabatch.data.reader import Reader
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.console import Console, write
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.launcher.signals import StopRequest, abort_on_interrupt, stop_on_signals
+from gigabatch.launcher.signals import (
+    StopRequest,
+    abort_on_interrupt,
+    interrupt_main,
+    stop_on_signals,
+)
+from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
 from gigabatch.trainer.config import Config
@@ -41,7 +49,8 @@ Opened = Callable[[], AbstractContextManager[RunFolder]]
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
-    "run.dir", "train.zero", "train.max_bad_steps",
+    "run.dir", "train.zero", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
+    "train.hang_after_s",
 )  # fmt: skip
 """Keys that may change on resume without `--allow`: they leave the training itself as it was."""
 
@@ -79,7 +88,8 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
 
 
 def _own_world() -> list[str]:
-    """Where the user called torchrun, its world is the run's, whatever the config says."""
+    """Where the user called torchrun or srun, its world is the run's, whatever the config says."""
+    join_slurm_step()
     if "RANK" not in os.environ:
         return []
     return ["cluster.launcher=torchrun", f"cluster.workers={os.environ['WORLD_SIZE']}"]
@@ -187,9 +197,18 @@ def _check_column(index: Index, column: str) -> None:
 
 def _launch(run: RunFolder) -> int:
     config = run.config()
-    with Console(run.log) as console, stop_on_signals(run.request_stop) as stop:
+    inline = config.cluster.launcher == "inline"
+    late = partial(_leave_now, run) if inline else interrupt_main
+    with (
+        Console(run.log) as console,
+        stop_on_signals(config.cluster.grace_s, late, run.request_stop) as stop,
+    ):
         console.say(f"run {_shown(run.path)}")
-        _workers(run, config, stop, console)
+        try:
+            _workers(run, config, stop, console)
+        except KeyboardInterrupt:
+            if not stop.overdue:
+                raise
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
@@ -197,10 +216,29 @@ def _launch(run: RunFolder) -> int:
     if run.stopped():
         write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
+    if stop.overdue:
+        print(too_late(run), file=sys.stderr)
+        return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
         f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
         f"`gigabatch resume {run.path}` goes on from the last checkpoint."
+    )
+
+
+def _leave_now(run: RunFolder, stop: StopRequest) -> None:
+    print(too_late(run), file=sys.stderr)
+    leave(stop.exit_code)
+
+
+def too_late(run: RunFolder) -> str:
+    """What to say where the time for a clean end is over."""
+    saved = run.steps_saved()
+    last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
+    return (
+        f"gigabatch: the step in progress and its checkpoint were not done within "
+        f"cluster.grace_s={run.config().cluster.grace_s:g} s; left with {last}.\n"
+        f"to go on: gigabatch resume {_shown(run.path)}"
     )
 
 
@@ -224,7 +262,8 @@ def _shown(path: Path) -> Path:
 
 
 def _as_rank(opened: Opened, config: Config) -> NoReturn:
-    """This process is a rank already (the user called torchrun): rank 0 prepares for all."""
+    """This process is a rank already (the user called torchrun or srun): rank 0 prepares for
+    all."""
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
         made: tuple[str, str] | None = None
         if world.is_main:
@@ -239,6 +278,7 @@ def _as_rank(opened: Opened, config: Config) -> NoReturn:
         if world.is_main:
             console = stack.enter_context(Console(run.log))
             console.say(f"run {_shown(run.path)}")
-        stop = stack.enter_context(stop_on_signals())
+        grace = run.config().cluster.grace_s
+        stop = stack.enter_context(stop_on_signals(grace, partial(_leave_now, run)))
         finished = run_training(run, stop)
     leave(0 if finished else stop.exit_code)

@@ -10,7 +10,8 @@ import sys
 
 from gigabatch.trainer.runfolder import RunFolder
 
-GRACE = 30  # seconds that torchrun gives its workers to end
+GRACE = 30  # seconds for torchrun to end
+KILL_AFTER = "5"  # seconds from torchrun's SIGTERM to SIGKILL: a stopped worker hears only that
 
 
 def run_torchrun(run: RunFolder) -> None:
@@ -22,12 +23,16 @@ def run_torchrun(run: RunFolder) -> None:
         f"--nproc-per-node={cluster.workers}", f"--max-restarts={cluster.max_restarts}",
         "-m", "gigabatch.launcher.worker", str(run.path),
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cluster.threads)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(cluster.threads),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": KILL_AFTER,
+    }
     with open(run.path / "workers.log", "ab") as output:
         # Its own session: Ctrl-C reaches this process alone, which then asks for a clean stop.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment,
-            start_new_session=True, preexec_fn=_die_with_parent,
+            start_new_session=True, preexec_fn=_as_a_child,
         )  # fmt: skip
         try:
             process.wait()
@@ -40,6 +45,8 @@ def run_torchrun(run: RunFolder) -> None:
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _die_with_parent() -> None:
+def _as_a_child() -> None:
     PR_SET_PDEATHSIG = 1
+    for notice in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(notice, signal.SIG_IGN)  # Slurm may send them to all processes of a step
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import sys
 import traceback
 from pathlib import Path
@@ -24,7 +26,8 @@ def work(run: RunFolder) -> None:
         run.record_failure(str(error))
         raise
     except Exception:
-        run.record_crash(traceback.format_exc())
+        rank, host = os.environ.get("RANK", "0"), platform.node()
+        run.record_crash(f"rank {rank} on {host} was the first:\n{traceback.format_exc()}")
         raise
 
 

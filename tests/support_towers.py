@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -91,3 +94,47 @@ class Heavy(Pixels):
     def __init__(self, width: int) -> None:
         super().__init__(width)
         self.register_buffer("ballast", torch.zeros(30_000_000))
+
+
+class Stuck(Pixels):
+    """Never comes back from its hundredth batch."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        Stuck.calls += 1
+        if Stuck.calls == 100:
+            threading.Event().wait()
+        return super().forward(images)
+
+
+class Slow(Pixels):
+    """Takes long on rank 1."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if os.environ.get("RANK") == "1":
+            time.sleep(0.1)  # what is measured: a device that computes slowly
+        return super().forward(images)
+
+
+class BadSpell(Pixels):
+    """Not finite from its 41st batch to its 52nd."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        BadSpell.calls += 1
+        out = super().forward(images)
+        return out * torch.nan if 40 < BadSpell.calls <= 52 else out
+
+
+class CrashingOnRankOne(Pixels):
+    """Fails on rank 1 alone, at its twentieth batch; the others then lose their peer."""
+
+    calls = 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        CrashingOnRankOne.calls += 1
+        if os.environ.get("RANK") == "1" and CrashingOnRankOne.calls == 20:
+            raise RuntimeError("this tower is out of order")
+        return super().forward(images)

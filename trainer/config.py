@@ -253,7 +253,17 @@ class TrainSettings(Settings):
     clip: float = Field(1.0, ge=0)
     """Towers' gradient norm is clipped to this; 0 never clips."""
     max_bad_steps: Count = 10
-    """Stop after this many steps in a row with a loss or gradient that is not finite."""
+    """Steps in a row with a loss or gradient that is not finite, each left out, that are borne."""
+    on_bad_steps: Literal["stop", "rewind"] = "stop"
+    """What follows them. stop: an error. rewind: back to the weights, moments and objective of the
+    last checkpoint, and on with the step after the bad ones."""
+    max_rewinds: Count = 3
+    """rewind: after so many of them, stop all the same."""
+    hang_after_s: float = Field(600.0, ge=0, le=1500)
+    """Where a rank makes no progress for so many seconds (more than the slowest phase needs, the
+    first step's compilation or a checkpoint's write), its watchdog names the rank that is behind,
+    with its step and phase, leaves stacks in RUN/hangs, and ends the process; the launcher starts
+    the group again. 0: never."""
     init_from: Path | None = None
     """A run, or one of its checkpoint folders, whose weights a new run's towers begin with; all
     else begins anew. The config of the run says which checkpoint it was."""
@@ -334,6 +344,11 @@ class ClusterSettings(Settings):
     since gradients differ in the last bit between thread counts."""
     max_restarts: Amount = 3
     """ray, torchrun: how often a failed group of workers is started again."""
+    grace_s: float = Field(120.0, gt=0)
+    """After SIGTERM, SIGUSR1 or SIGUSR2 (exit code 75: start it again) or Ctrl-C (130), the step in
+    progress and its checkpoint have so many seconds; then the run is left with its last
+    checkpoint. Set it below what the scheduler gives (SIGKILL comes 30 s after SIGTERM from a
+    torchrun of your own, and in Slurm by default)."""
 
 
 class Config(Settings):

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)
+"""Of a collective. Longer than `train.hang_after_s` may be: the watchdog's word comes first."""
+JOIN_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _join_from_environment(backend: str) -> None:
-    store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
     # torchrun keeps its store when it starts workers again, with the addresses of the dead in it.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"start-{start}", store)

@@ -6,6 +6,7 @@ checkpoints, metrics and evaluations there.
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from collections import Counter
@@ -32,11 +33,14 @@ from gigabatch.trainer.inputs import open_eval, open_train, plans_of, train_stre
 from gigabatch.trainer.monitor import Monitor
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
+from gigabatch.trainer.progress import Progress
 from gigabatch.trainer.retention import save_is_due
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import ExactStep, StepResult
+from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
+from gigabatch.trainer.watchdog import watching
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -100,22 +104,16 @@ class _Trainer:
         self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
         self.data = open_train(config)
         self._agree_on_data()
-        vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
-        checkpoint = self._find_checkpoint()
-        towers = build_towers(config, vocab_size)
-        self.objective = build_objective(config.objective, world.device, config.data.group)
-        if checkpoint:
-            towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
-        elif config.train.init_from:
-            load_initial(towers, config, world)
-        self.engine = Engine(towers.to(world.device), config, world)
-        self.step_fn = ExactStep(self.engine, self.objective, config, world)
-        self.done = self.bad_steps = self.skipped = 0
+        self.progress = Progress(world.device)
+        self.done = self.bad_steps = self.skipped = self.rewinds = 0
         self.bad_samples: Counter[int] = Counter()  # of each source
+        checkpoint = self._find_checkpoint()
+        self._build(checkpoint)
         if checkpoint:
-            self._restore(checkpoint)
+            self._restore_counts(checkpoint)
         self.saved_at, self.saved_step = time.monotonic(), self.done
         self.clock = _Clock()
+        self.stragglers = Stragglers(world, self.progress)
 
     # --- state -------------------------------------------------------------------------------
 
@@ -148,16 +146,50 @@ class _Trainer:
             raise GigabatchError(found)
         return None if found is None else checkpoint_at(self.run, found)
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
+    def _build(self, checkpoint: Checkpoint | None) -> None:
+        """Towers, objective and engine as they stand in a checkpoint, or at the start."""
+        config, world = self.config, self.world
+        towers = build_towers(config, load_tokenizer(self.run.tokenizer).get_vocab_size())
+        self.objective = build_objective(config.objective, world.device, config.data.group)
+        if checkpoint:
+            towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
+        elif config.train.init_from:
+            load_initial(towers, config, world)
+        self.engine = Engine(towers.to(world.device), config, world)
+        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress)
+        if checkpoint:
+            steps = checkpoint.state["optimizer_steps"]
+            self.engine.load_moments(checkpoint.tensors("moments"), steps)
+            self.step_fn.load_own_state(checkpoint.tensors("objective"), steps)
+
+    def _restore_counts(self, checkpoint: Checkpoint) -> None:
         state = checkpoint.state
-        self.engine.load_moments(checkpoint.tensors("moments"), state["optimizer_steps"])
-        self.step_fn.load_own_state(checkpoint.tensors("objective"), state["optimizer_steps"])
         self.done, self.skipped = checkpoint.step, state["skipped"]
-        self.bad_steps = state["bad_steps"]
+        self.bad_steps, self.rewinds = state["bad_steps"], state.get("rewinds", 0)
         for source, count in state.get("bad_samples", {}).items():
             self.bad_samples[int(source)] = count
 
+    def _rewind(self) -> None:
+        """Back to the last checkpoint, but on with the next step. The outcome is saved at once: a
+        resume must not depend on which checkpoint it finds."""
+        self.saver.settle()  # the checkpoint in flight may be the one
+        checkpoint = self._find_checkpoint()
+        back = checkpoint.step if checkpoint else 0
+        del self.engine, self.step_fn, self.objective
+        gc.collect()  # room for the new ones
+        self._build(checkpoint)
+        self.rewinds, self.bad_steps = self.rewinds + 1, 0
+        log.warning(
+            "rewound to the checkpoint of step %d; on with step %d (rewind %d of at most %d)",
+            back, self.done + 1, self.rewinds, self.config.train.max_rewinds,
+        )  # fmt: skip
+        if self.monitor:
+            told = {"train/rewinds": self.rewinds, "train/voided_steps": self.done - back}
+            self.monitor.report(self.done, self.done * self.config.batch.global_size, told)
+        self._save()
+
     def _save(self) -> None:
+        self.progress.enter("save")
         self.saver.save(self.done, self._snapshot)
         self.saved_at, self.saved_step = time.monotonic(), self.done
 
@@ -172,6 +204,7 @@ class _Trainer:
             "optimizer_steps": self.engine.steps,
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
+            "rewinds": self.rewinds,
             "bad_samples": dict(self.bad_samples),
             "data": self.data.digest,
             "attempt": self.attempt,
@@ -189,7 +222,12 @@ class _Trainer:
     def train(self, stop: Stop) -> bool:
         steps = self.config.train.steps
         self._announce()
+        hang_after = self.config.train.hang_after_s
+        self.progress.enter("data", self.done + 1)
         with ExitStack() as cleanup:
+            cleanup.enter_context(
+                watching(self.run, self.attempt, self.world, self.progress, hang_after)
+            )
             self.monitor = None
             if self.world.is_main:
                 self.monitor = Monitor(self.run, self.attempt, self.done + 1, steps)
@@ -248,6 +286,7 @@ class _Trainer:
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()
+            self.progress.enter("data", self.done + 1)
             batch = next(batches, None)
             self.clock.waited += time.monotonic() - began
             if batch is None:
@@ -264,7 +303,9 @@ class _Trainer:
         if self.config.monitor.record_samples:
             self._record_samples(batch)
         if step % self.config.monitor.every_steps == 0 or step == self.config.train.steps:
-            self._report(result, lr)
+            self._report(result, lr, self.stragglers.metrics(step))
+        if self.bad_steps >= self.config.train.max_bad_steps:
+            self._rewind_or_stop()
 
     def _record_samples(self, batch: list[MicroBatch]) -> None:
         own = [(m.number, m.tensors["sample"].tolist()) for m in batch if m.real]
@@ -277,13 +318,18 @@ class _Trainer:
         self.skipped += not result.applied
         if not result.applied:
             log.warning("step %d skipped: a loss or gradient is not finite", self.done)
-        if self.bad_steps >= self.config.train.max_bad_steps:
-            self.saver.settle()
-            raise GigabatchError(
-                f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
-                f"not finite (the last: step {self.done}; the last checkpoint: step "
-                f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
-            )
+
+    def _rewind_or_stop(self) -> None:
+        settings = self.config.train
+        if settings.on_bad_steps == "rewind" and self.rewinds < settings.max_rewinds:
+            return self._rewind()
+        self.saver.settle()
+        after = f", after {self.rewinds} rewinds" if self.rewinds else ""
+        raise GigabatchError(
+            f"{self.run.path}: {self.bad_steps} steps in a row had a loss or gradient that is "
+            f"not finite{after} (the last: step {self.done}; the last checkpoint: step "
+            f"{self.saved_step}). Lower optimizer.lr, or lengthen schedule.warmup_steps."
+        )
 
     def _count_samples(self, bad: list[Bad]) -> None:
         """Record samples that others stood in for; stop where they are too many."""
@@ -308,7 +354,7 @@ class _Trainer:
             return {"data/epoch": epochs[0]}
         return {f"data/epoch/{name}": e for name, e in zip(self.data.names, epochs, strict=True)}
 
-    def _report(self, result: StepResult, lr: float) -> None:
+    def _report(self, result: StepResult, lr: float, more: dict[str, float]) -> None:
         if self.monitor is None:
             return
         size = self.config.batch.global_size
@@ -321,6 +367,7 @@ class _Trainer:
             "data/bad_samples": float(self.bad_samples.total()),
             **self._epochs(),
             **self.clock.rates(size),
+            **more,
         }
         self.monitor.report(self.done, self.done * size, metrics)
         self.monitor.progress(self.done, metrics)
@@ -341,6 +388,7 @@ class _Trainer:
         return stopping, (timed or by_step) and self.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
+        self.progress.enter(self.progress.phase)  # asked once a step, or a micro-batch measured
         return stop() or (self.world.is_main and self.run.stop_requested())
 
     def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
@@ -352,6 +400,7 @@ class _Trainer:
         if self.world.share(self.run.evaluated(self.done)):
             return True
         self.engine.train(False)
+        self.progress.enter("evaluate", self.done)
         began, found = time.monotonic(), self._measure(stop)
         self.engine.train(True)
         self.clock.since += time.monotonic() - began

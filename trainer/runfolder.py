@@ -6,6 +6,7 @@ attempts/     one file for each start of the workers; the highest number owns th
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
 eval/         step-00001200.json
+heartbeats/   where each rank is, while workers run; hangs/ keeps their stacks where they hung
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import MOMENTS, Engine, cpu_copy
 from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
+from gigabatch.trainer.progress import Progress
 
 Outputs = dict[str, Tensor]
 
@@ -43,8 +44,16 @@ class StepResult:
 class ExactStep:
     """Takes optimizer steps on (engine, objective)."""
 
-    def __init__(self, engine: Engine, objective: Objective, config: Config, world: World) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        objective: Objective,
+        config: Config,
+        world: World,
+        progress: Progress | None = None,
+    ) -> None:
         self.engine, self.objective, self.world = engine, objective, world
+        self.progress = progress or Progress(world.device)
         self.data, self.seed = config.data, config.run.seed
         self.own = [p for p in objective.parameters() if p.requires_grad]
         peak = config.optimizer.objective_lr or config.optimizer.lr
@@ -58,10 +67,11 @@ class ExactStep:
         batch = [micro.to(self.world.device) for micro in batch]
         one_pass = len(batch) == 1
         with torch.set_grad_enabled(one_pass):
-            outputs = [self._embed(micro) for micro in batch]
+            outputs = [self._embed(micro, "embed") for micro in batch]
         rows = self._rows(outputs, batch)
         meta = _join([micro.tensors for micro in batch], batch, drop=("image", "text", "text_mask"))
 
+        self.progress.enter("loss")
         loss = self.objective(rows, meta, Context(self.world.group, step))
         loss.value.backward()
         value, finite = self._settle(loss.value, rows)
@@ -73,10 +83,12 @@ class ExactStep:
         taken = 0
         with self.engine.accumulating():
             for micro, first in zip(batch, outputs, strict=True):
-                again = first if one_pass else self._embed(micro)
+                again = first if one_pass else self._embed(micro, "backward")
+                self.progress.enter("backward")
                 last = taken + (len(micro.keys) if micro.real else 0)
                 self.engine.backward(_surrogate(again, rows, taken, last))
                 taken = last
+            self.progress.enter("step")
         applied, norm = self.engine.step(lr)
         if applied:
             self._step_objective(lr, loss.updates)
@@ -102,7 +114,8 @@ class ExactStep:
                 moments = {m: state[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
-    def _embed(self, micro: MicroBatch) -> Outputs:
+    def _embed(self, micro: MicroBatch, phase: str) -> Outputs:
+        self.progress.enter(phase)
         stream = key(self.seed, "micro-batch", micro.step, micro.number)
         return self.engine(tower_inputs(micro, self.data, stream), stream)
 

@@ -119,6 +119,7 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path
         ("torchrun", 2, signal.SIGTERM, 75),
         ("ray", 2, signal.SIGINT, 130),
         ("ray", 2, signal.SIGTERM, 75),
+        ("ray", 2, signal.SIGUSR1, 75),
     ],
 )
 def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
@@ -239,3 +240,21 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         assert sorted(losses(disk / "a")) == list(range(1, 13))
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
+    launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    done = gigabatch(
+        "train", tiny, f"cluster.launcher={launcher}", "cluster.workers=3", "eval.sets=[]",
+        "cluster.max_restarts=1", "run.name=a",
+        "towers.image={kind: module, module: 'support_towers:CrashingOnRankOne'}",
+    )  # fmt: skip
+    assert done.returncode == 2
+    message = done.stderr[done.stderr.index("the workers failed:") :]
+    assert message.splitlines()[1].startswith("rank 1 on "), message
+    assert message.count("Traceback (most recent call last)") == 1
+    assert "RuntimeError: this tower is out of order" in message
+    attempts = len(list((tmp_path / "runs" / "a" / "attempts").iterdir()))
+    assert attempts == 2  # once more, and not for ever

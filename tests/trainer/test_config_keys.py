@@ -20,6 +20,7 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
+from gigabatch.launcher.start import too_late
 from gigabatch.trainer.checkpoint import write_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
@@ -143,11 +144,23 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.precision": ("bf16", "towers", []),
     "train.zero": ("2", "deepspeed", []),
     "train.clip": ("0.001", "run", []),
+    "train.hang_after_s": ("2000", "run", []),
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
     ),
     "train.init_from": ("source", "initial", []),
     "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
+    "train.on_bad_steps": (
+        "rewind", "run",
+        ["train.max_bad_steps=2", "towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "train.max_rewinds": (
+        "1", "run",
+        [
+            "train.max_bad_steps=1", "train.on_bad_steps=rewind", "train.steps=4",
+            "towers.image={kind: module, module: 'support_towers:Broken'}",
+        ],
+    ),
     "optimizer.lr": ("0.1", "optimizer", []),
     "optimizer.beta1": ("0.5", "optimizer", []),
     "optimizer.beta2": ("0.5", "optimizer", []),
@@ -173,6 +186,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "cluster.launcher": ("torchrun", "command", []),
     "cluster.workers": ("2", "command", ["cluster.launcher=torchrun"]),
     "cluster.threads": ("2", "run", []),
+    "cluster.grace_s": ("7", "grace", []),
     "cluster.max_restarts": (
         "1", "command",
         [
@@ -408,6 +422,12 @@ def see_threads(config: Config, folder: Path) -> Any:
         return run.steps_saved()
 
 
+def see_grace(config: Config, folder: Path) -> Any:
+    """What is said where the time is over."""
+    run = create_run(config, "run")
+    return too_late(run).splitlines()[0]
+
+
 def see_damage(config: Config, folder: Path) -> Any:
     """A run over a set of which a sample has gone bad since it was indexed."""
     bad = folder / "bad"
@@ -456,6 +476,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
+    "grace": see_grace,
     "weights": see_weights,
     "lines": see_lines,
     "cache": lambda config, folder: cache_of(config).limit_bytes,

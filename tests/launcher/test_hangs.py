@@ -1,0 +1,82 @@
+"""Ranks that stop or get stuck: named, their stacks kept, and the group started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import losses, wait_for_step
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    settings = [
+        "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=14", "eval.sets=[]",
+        "checkpoint.every_steps=4", "train.hang_after_s=6",
+    ]  # fmt: skip
+    whole = gigabatch("train", tiny, *settings, "run.name=whole")
+    assert whole.returncode == 0, whole.stderr
+    assert not (tmp_path / "runs" / "whole" / "hangs").exists()
+    assert not list((tmp_path / "runs" / "whole" / "heartbeats").iterdir())
+    run = tmp_path / "runs" / "a"
+    command = start("train", tiny, *settings, "run.name=a")
+    wait_for_step(run, 6, command)
+    beat = json.loads((run / "heartbeats" / "attempt-000001-rank-1.json").read_text())
+    victim = psutil.Process(beat["pid"])
+    victim.send_signal(signal.SIGSTOP)
+    done = command.wait()
+    assert done.returncode == 0, done.stdout + done.stderr
+    named = f"no progress for 6 s: rank 1 (process {victim.pid} on {beat['host']}) stopped in step"
+    assert named in done.stdout
+    assert "rank 0 waits for it" in done.stdout
+    assert "attempt 2: 2 workers" in done.stdout
+    assert not victim.is_running()
+    stacks = (run / "hangs" / "attempt-000001-rank-0.txt").read_text()
+    assert "Thread 0x" in stacks
+    assert "watchdog.py" in stacks
+    assert "loop.py" in stacks
+    assert losses(run) == losses(tmp_path / "runs" / "whole")
+
+
+def test_a_process_that_is_stuck_ends_with_its_stack(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    done = gigabatch(
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_after_s=5", "train.steps=40",
+        "towers.image={kind: module, module: 'support_towers:Stuck'}", timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "is in step 13, phase embed, since" in done.stderr
+    stacks = (tmp_path / "runs" / "a" / "hangs" / "attempt-000001-rank-0.txt").read_text()
+    assert "support_towers.py" in stacks
+    assert (tmp_path / "runs" / "a" / "checkpoints" / "LATEST").exists()
+    assert os.listdir(tmp_path / "runs" / "a" / "heartbeats")
+
+
+@pytest.mark.parametrize("launcher", ["inline", "torchrun"])
+def test_a_step_that_does_not_end_within_the_grace_time_is_left(
+    launcher: str, tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, "run.name=a", "eval.sets=[]", "cluster.grace_s=1", "train.steps=40",
+        f"cluster.launcher={launcher}",
+        "towers.image={kind: module, module: 'support_towers:Stuck'}",
+    )  # fmt: skip
+    wait_for_step(run, 12, command)
+    command.signal(signal.SIGUSR2)
+    began = time.monotonic()
+    done = command.wait(60)
+    assert 1 <= time.monotonic() - began < 30
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "not done within cluster.grace_s=1 s; left with the checkpoint of step 12" in done.stderr
+    assert f"gigabatch resume {run}" in done.stderr

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gigabatch.trainer.monitor import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_slow_rank_is_flagged_by_its_number(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+    done = gigabatch(
+        "train", tiny, "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=6",
+        "eval.sets=[]", "run.name=a",
+        "towers.image={kind: module, module: 'support_towers:Slow'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    later = lines[1:]  # in the first step a rank may wait for its loader
+    assert [line["perf/slowest_rank"] for line in later] == [1.0] * 5
+    assert all(line["perf/straggler_ratio"] > 1.5 for line in later)
+    assert done.stdout.count("rank 1 is slow: up to step") == 1
+    board = EventAccumulator(str(tmp_path / "runs" / "a" / "tb"))
+    board.Reload()
+    assert [event.value for event in board.Scalars("perf/slowest_rank")][1:] == [1.0] * 5
+
+
+def test_one_worker_has_no_straggler(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+    assert gigabatch("train", tiny, "train.steps=2", "eval.sets=[]", "run.name=a").returncode == 0
+    lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
+    assert not any("perf/straggler_ratio" in line for line in lines)
