@@ -186,7 +186,7 @@ def batch(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys.")
     ] = None,
     step: Annotated[int, typer.Option(min=1, help="The step, from 1.")] = 1,
-    world: Annotated[int, typer.Option(min=1, help="Number of ranks.")] = 1,
+    world: Annotated[int, typer.Option(min=1, max=1 << 20, help="Number of ranks.")] = 1,
     rank: Annotated[int | None, typer.Option(min=0, help="This rank's part alone.")] = None,
     long: Annotated[
         bool,

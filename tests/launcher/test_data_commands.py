@@ -74,6 +74,7 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
         (["index", "{}/set", "--columns", "concept,,colour"], "--columns: '' cannot be"),
         (["index", "{}/set", "--columns", "key"], "--columns: 'key' cannot be"),
         (["check", "{}/set", "--every", "9" * 20], "--every"),
+        (["batch", "{}/c.yaml", "--world", "9" * 20], "--world"),
         (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic goes with a column"),
         (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 letters"),
     ],
