@@ -247,9 +247,9 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
     launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch(
-        "train", tiny, f"cluster.launcher={launcher}", "cluster.workers=3", "eval.sets=[]",
+        "train", tiny, f"cluster.launcher={launcher}", "cluster.workers=2", "eval.sets=[]",
         "cluster.max_restarts=1", "run.name=a",
-        "towers.image={kind: module, module: 'support_towers:CrashingOnRankOne'}",
+        "towers.image={kind: module, module: 'support_towers:CrashingOnRankOne'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 2
     message = done.stderr[done.stderr.index("the workers failed:") :]

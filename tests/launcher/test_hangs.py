@@ -33,7 +33,7 @@ def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
     beat = json.loads((run / "heartbeats" / "attempt-000001-rank-1.json").read_text())
     victim = psutil.Process(beat["pid"])
     victim.send_signal(signal.SIGSTOP)
-    done = command.wait()
+    done = command.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
     named = f"no progress for 6 s: rank 1 (process {victim.pid} on {beat['host']}) stopped in step"
     assert named in done.stdout
