@@ -57,6 +57,7 @@ setup(
             "mypy>=1.14",
             "types-PyYAML",
             "psutil>=6",
+            "jsonschema>=4",
             "s3fs>=2024.6",
             "aiohttp>=3.9",
             "moto[server]>=5",

@@ -13,6 +13,7 @@ import typer
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
+from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.signals import INTERRUPTED
 
 app = typer.Typer(
@@ -110,6 +111,8 @@ def board(
     os.execv(sys.executable, [sys.executable, *command, "--host", host])
 
 
+app.command()(submit)
+app.add_typer(jobs, name="jobs")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 
