@@ -69,6 +69,7 @@ def submit(
     """
     from gigabatch.launcher import jobs as api
     from gigabatch.launcher.cluster import connect
+    from gigabatch.launcher.watch import follow
 
     given, sent = arguments or [], modules or []
     if resume:
@@ -87,14 +88,14 @@ def submit(
         f"  its log: gigabatch jobs logs --follow {options}\n"
         f"  stop it: gigabatch jobs stop {options}\n"
     )
-    return 0 if no_follow else api.follow(client, name)
+    return 0 if no_follow else follow(client, name)
 
 
 @jobs.command("list")
 def list_(address: Address, insecure: Insecure = False) -> None:
     """List all jobs that the cluster knows, oldest first."""
     from gigabatch.launcher.cluster import connect
-    from gigabatch.launcher.jobs import list_jobs
+    from gigabatch.launcher.watch import list_jobs
 
     rows = [("id", "status", "started", "run", "code")]
     for job in list_jobs(connect(address, insecure)):
@@ -111,7 +112,7 @@ def list_(address: Address, insecure: Insecure = False) -> None:
 def status(job: JobId, address: Address, insecure: Insecure = False) -> None:
     """Say how a job is: its state and the reason, its command, its times, its exit code."""
     from gigabatch.launcher.cluster import connect
-    from gigabatch.launcher.jobs import job_info
+    from gigabatch.launcher.watch import job_info
 
     info = job_info(connect(address, insecure), job)
     shown: dict[str, Any] = {
@@ -137,7 +138,7 @@ def logs(
     insecure: Insecure = False,
 ) -> int:
     """Print what a job has printed."""
-    from gigabatch.launcher import jobs as api
+    from gigabatch.launcher import watch as api
     from gigabatch.launcher.cluster import connect
 
     client = connect(address, insecure)
@@ -150,7 +151,7 @@ def logs(
 @jobs.command()
 def stop(job: JobId, address: Address, insecure: Insecure = False) -> None:
     """Stop a job, with a checkpoint, and wait until it has ended."""
-    from gigabatch.launcher import jobs as api
+    from gigabatch.launcher import watch as api
     from gigabatch.launcher.cluster import connect
 
     write(f"{job} is {api.stop(connect(address, insecure), job)}\n")

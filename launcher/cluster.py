@@ -8,6 +8,7 @@ never into a message, a log or a job's description.
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,9 @@ def connect(address: str, insecure: bool = False) -> Any:
     _greet(url, token if mode else None)
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard_sdk", "job.sdk"):  # whose import sets them to INFO
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+    logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
     with answers(url):
         return JobSubmissionClient(url)
 

@@ -19,6 +19,9 @@ def check_user_code(config: Config, shipped: Sequence[Path]) -> None:
     imported. Raises GigabatchError with the key and what to add."""
     for path in shipped:
         _check_shipped(path)
+    names = [path.stem for path in shipped]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise GigabatchError(f"--with: two paths are both called {twice[0]}.")
     for key, wanted in named_code(config):
         module, _, name = wanted.partition(":")
         try:
