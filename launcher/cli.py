@@ -14,6 +14,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.cli_jobs import jobs, submit
+from gigabatch.launcher.cli_template import template
 from gigabatch.launcher.signals import INTERRUPTED
 
 app = typer.Typer(
@@ -112,6 +113,7 @@ def board(
 
 
 app.command()(submit)
+app.command()(template)
 app.add_typer(jobs, name="jobs")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")

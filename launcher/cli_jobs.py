@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.console import write
+from gigabatch.launcher.output import write
 
 jobs = typer.Typer(
     help="See and stop the jobs of a cluster. A cluster beyond this machine is reached with its "

@@ -18,7 +18,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cluster import in_ray_job
-from gigabatch.launcher.console import write
+from gigabatch.launcher.output import write
 from gigabatch.launcher.shared import check_shared
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import TIMEOUT

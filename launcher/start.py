@@ -16,7 +16,8 @@ from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
-from gigabatch.launcher.console import Console, write
+from gigabatch.launcher.console import Console
+from gigabatch.launcher.output import write
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import StopRequest, abort_on_interrupt, stop_on_signals
 from gigabatch.launcher.torchrun import run_torchrun

@@ -10,7 +10,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cluster import answers
-from gigabatch.launcher.console import write
+from gigabatch.launcher.output import write
 from gigabatch.launcher.signals import INTERRUPTED, REQUEUE
 
 GRACE = 120  # seconds that a job gets to save a checkpoint when it is stopped

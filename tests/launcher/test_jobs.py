@@ -13,6 +13,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,8 @@ def cluster() -> Iterator[Cluster]:
 def ray_node(options: list[str], environment: dict[str, str], log: Path, *prefix: str) -> Any:
     return _Node(
         [
-            *prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num-cpus=2",
-            "--object-store-memory=100000000", "--disable-usage-stats",
+            *prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
+            "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats",
             "--min-worker-port=0", "--max-worker-port=0", *options,
         ],
         environment,
@@ -122,10 +123,8 @@ class _Node:
     def __exit__(self, *_: object) -> None:
         everything = [*self.process.children(recursive=True), self.process]
         for process in everything:
-            try:
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-            except psutil.NoSuchProcess:
-                pass
         self.process.wait()
         psutil.wait_procs(everything, timeout=10)
 
