@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,3 +85,16 @@ class Scaled(Pixels):
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * self.temperature
+
+
+class Slow(Pixels):
+    """Takes its time until the file `hurry` is there."""
+
+    def __init__(self, hurry: str, width: int = 4) -> None:
+        super().__init__(width)
+        self.hurry = Path(hurry)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.hurry.exists():
+            time.sleep(0.1)
+        return super().forward(images)
