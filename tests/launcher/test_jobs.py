@@ -21,30 +21,13 @@ from urllib.error import URLError
 
 import psutil
 import pytest
+import support_towers
 from support import Command, losses
 
 from gigabatch.launcher.wheel import wheel_version
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.mark.timeout(480)]
 TOKEN = "a-secret-of-this-cluster-0123456789"
-TOWERS = '''
-import time
-from pathlib import Path
-from torch import nn
-
-class Slow(nn.Module):
-    """Slow until the file `hurry` is there."""
-
-    def __init__(self, hurry, width=4):
-        super().__init__()
-        self.hurry = Path(hurry)
-        self.width, self.linear = width, nn.Linear(3, width)
-
-    def forward(self, images):
-        if not self.hurry.exists():
-            time.sleep(0.1)
-        return self.linear(images.mean((2, 3)))
-'''
 STAGES = """
 def darken(samples):
     for sample in samples:
@@ -172,8 +155,7 @@ def wait_until(
 def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     cluster: Cluster, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    towers, stages = tmp_path / "slow_towers.py", tmp_path / "my_stages"
-    towers.write_text(TOWERS)
+    towers, stages = Path(support_towers.__file__), tmp_path / "my_stages"
     stages.mkdir()
     (stages / "__init__.py").touch()
     (stages / "dark.py").write_text(STAGES)
@@ -182,8 +164,8 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     shutil.copy(tiny, config)
     hurry = tmp_path / "hurry"
     settings = [
-        f"towers.image={{kind: module, module: 'slow_towers:Slow', args: {{hurry: {hurry}}}}}",
-        "data.stages=[my_stages.dark:darken]", "train.steps=60",
+        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
+        "data.stages=[my_stages.dark:darken]", "train.steps=45",
     ]  # fmt: skip
     to = ["--address", cluster.address]
 
@@ -215,14 +197,14 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     assert "saved checkpoint" in followed.stdout
     assert f"{job[1]} was stopped" in followed.stdout
     before = len(losses(where))
-    assert 0 < before < 60
+    assert 0 < before < 45
     hurry.touch()
 
     sent = ["--with", towers, "--with", stages]
     inline = ["submit", "--resume", where, "cluster.launcher=inline"]
     resumed = run(*inline, *to, *sent).wait(120)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "finished: 60 steps" in resumed.stdout
+    assert "finished: 45 steps" in resumed.stdout
     told = run("jobs", "status", job[1], *to).wait(30).stdout
     assert "STOPPED" in told
     everything = [left, followed, listed, stopped, resumed]

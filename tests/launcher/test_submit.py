@@ -106,13 +106,11 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("address", ["http://203.0.113.7:8265", "head.cluster:8265"])
 def test_a_cluster_beyond_this_machine_needs_a_token(no_token: Path, address: str) -> None:
-    with pytest.raises(GigabatchError, match="RAY_AUTH_MODE=token.*--insecure"):
+    with pytest.raises(GigabatchError, match=r"RAY_AUTH_MODE=token.*--insecure"):
         connect(address)
 
 
-def test_a_mode_without_a_token_is_refused(
-    no_token: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mode_without_a_token_is_refused(no_token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(GigabatchError, match="no token was found"):
         connect("http://127.0.0.1:8265", insecure=True)

@@ -137,7 +137,7 @@ def test_what_no_template_can_express_is_refused(tiny: Path) -> None:
         made("nomad", tiny)
     with pytest.raises(GigabatchError, match="--image"):
         render("kuberay", tiny, RAY, None, 2)
-    with pytest.raises(GigabatchError, match="cluster.launcher=ray"):
+    with pytest.raises(GigabatchError, match=r"cluster\.launcher=ray"):
         render("kuberay", tiny, [], "image", 2)
     with pytest.raises(GigabatchError, match="--gpus-per-node"):
         made("slurm", tiny, gpus=3)
