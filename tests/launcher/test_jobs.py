@@ -140,7 +140,7 @@ def serves(cluster: Cluster) -> bool:
 def wait_until(
     condition: Callable[[], Any], what: str, log: Path | None = None, by: Command | None = None
 ) -> Any:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and (by is None or by.process.poll() is None):
         if found := condition():
             return found
@@ -149,7 +149,7 @@ def wait_until(
     if by:
         by.kill()
         told += "".join(by.process.communicate())
-    return pytest.fail(f"not within 60 s: {what}\n{told}")
+    return pytest.fail(f"not within 120 s: {what}\n{told}")
 
 
 def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
@@ -180,7 +180,7 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     metrics = where / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and losses(where), "a step", by=submitted)
     submitted.signal(signal.SIGINT)
-    left = submitted.wait(20)
+    left = submitted.wait(60)
     assert left.returncode == 130
     assert "goes on" in left.stdout
     job = re.search(r"submitted (\S+)", left.stdout)
@@ -188,11 +188,11 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     assert f"gigabatch jobs stop {job[1]} --address {cluster.address}" in left.stdout
 
     follower = run("jobs", "logs", job[1], "--follow", *to)
-    listed = run("jobs", "list", *to).wait(30)
+    listed = run("jobs", "list", *to).wait(60)
     assert re.search(rf"{job[1]}\s+RUNNING", listed.stdout), listed.stdout
-    stopped = run("jobs", "stop", job[1], *to).wait(60)
+    stopped = run("jobs", "stop", job[1], *to).wait(120)
     assert f"{job[1]} is STOPPED" in stopped.stdout, stopped.stderr
-    followed = follower.wait(30)
+    followed = follower.wait(60)
     assert followed.returncode == 75, followed.stdout + followed.stderr
     assert "saved checkpoint" in followed.stdout
     assert f"{job[1]} was stopped" in followed.stdout
@@ -202,10 +202,13 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
 
     sent = ["--with", towers, "--with", stages]
     inline = ["submit", "--resume", where, "cluster.launcher=inline"]
-    resumed = run(*inline, *to, *sent).wait(120)
+    resumes = run(*inline, *to, *sent)
+    os.environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"  # the fixture puts it back
+    local = start("train", config, *settings, "run.name=local").wait(240)
+    resumed = resumes.wait(240)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "finished: 45 steps" in resumed.stdout
-    told = run("jobs", "status", job[1], *to).wait(30).stdout
+    told = run("jobs", "status", job[1], *to).wait(60).stdout
     assert "STOPPED" in told
     everything = [left, followed, listed, stopped, resumed]
     assert not any(TOKEN in done.stdout + done.stderr for done in everything)
@@ -214,8 +217,6 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     packages = json.loads((where / "environment.json").read_text())["packages"]
     assert packages["gigabatch"] == wheel_version()
 
-    os.environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"  # the fixture puts it back
-    local = start("train", config, *settings, "run.name=local").wait(120)
     assert local.returncode == 0, local.stderr
     assert losses(where) == losses(tmp_path / "runs" / "local")
 
@@ -234,11 +235,11 @@ def test_a_job_that_fails_ends_with_its_exit_code_and_its_reason(
     ("token", "told"), [(None, "wants a token (401)"), ("wrong" * 9, "refuses this token (403)")]
 )
 def test_a_missing_or_wrong_token_is_refused_at_once(
-    cluster: Cluster, tiny: Path, start: Any, token: str | None, told: str
+    cluster: Cluster, start: Any, token: str | None, told: str
 ) -> None:
     begun = time.monotonic()
-    arguments = ["submit", tiny, "--address", cluster.address]
-    done = start(*arguments, env=cluster.client(token)).wait(30)
+    arguments = ["jobs", "list", "--address", cluster.address]
+    done = start(*arguments, env=cluster.client(token)).wait(60)
     assert done.returncode == 2
     assert told in done.stderr
     assert "RAY_AUTH_TOKEN_PATH" in done.stderr
@@ -251,7 +252,7 @@ def test_a_missing_or_wrong_token_is_refused_at_once(
 def test_an_unknown_job_is_said_to_be_one(cluster: Cluster, start: Any) -> None:
     for verb in ("status", "logs", "stop"):
         arguments = ["jobs", verb, "raysubmit_none", "--address", cluster.address]
-        done = start(*arguments, env=cluster.client()).wait(30)
+        done = start(*arguments, env=cluster.client()).wait(60)
         assert done.returncode == 2
         assert "raysubmit_none" in done.stderr
         assert "Traceback" not in done.stderr
