@@ -51,31 +51,33 @@ async def _tail(client: Any, job: str) -> None:
     """Ray's server sends the whole log anew with each connection: what was shown is left out."""
     import aiohttp
 
+    job_info(client, job)  # raises where there is no such job; later on a fault is the network's
     shown, tries = 0, 0
     while True:
-        info = job_info(client, job)
-        if info.status == "PENDING":
-            await asyncio.sleep(_POLL)
-            continue
+        lost: Exception | str = "the connection closed"
         seen = 0
         try:
+            status = job_info(client, job).status
+            if status in _ENDED:
+                break
+            if status == "PENDING":
+                await asyncio.sleep(_POLL)
+                continue
             async for text in client.tail_job_logs(job):
                 if new := text[max(0, shown - seen) :]:
                     write(new)
                     tries = 0
                 seen += len(text)
                 shown = max(shown, seen)
-        except (RuntimeError, OSError, aiohttp.ClientError) as error:
-            last: Exception | None = error
-        else:
-            last = None
-        if job_info(client, job).status in _ENDED:
-            break
+            if job_info(client, job).status in _ENDED:
+                break
+        except (GigabatchError, RuntimeError, OSError, aiohttp.ClientError) as error:
+            lost = error
         tries += 1
         if tries > _TRIES:
             raise GigabatchError(
-                f"{job}: its log cannot be followed any more ({last or 'the connection closed'}). "
-                "The job itself is not touched; `gigabatch jobs status` says how it is."
+                f"{job}: its log cannot be followed any more ({lost}). The job itself is not "
+                "touched; `gigabatch jobs status` says how it is."
             )
         await asyncio.sleep(_POLL * 2**tries)
     _rest(client, job, shown)

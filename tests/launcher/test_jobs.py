@@ -194,6 +194,7 @@ def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(
     assert f"{job[1]} is STOPPED" in stopped.stdout, stopped.stderr
     followed = follower.wait(60)
     assert followed.returncode == 75, followed.stdout + followed.stderr
+    assert followed.stdout.count("step 1/45 ") == 1  # the whole log, once
     assert "saved checkpoint" in followed.stdout
     assert f"{job[1]} was stopped" in followed.stdout
     before = len(losses(where))
