@@ -58,6 +58,7 @@ setup(
             "mypy>=1.14",
             "types-psutil",
             "types-PyYAML",
+            "jsonschema>=4",
             "s3fs>=2024.6",
             "aiohttp>=3.9",
             "moto[server]>=5",

@@ -14,6 +14,8 @@ from typer.core import TyperGroup
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
+from gigabatch.launcher.cli_jobs import jobs, submit
+from gigabatch.launcher.cli_template import template
 from gigabatch.launcher.signals import INTERRUPTED
 
 
@@ -122,6 +124,9 @@ def board(
     os.execv(sys.executable, [sys.executable, *command, "--host", host])
 
 
+app.command()(submit)
+app.command()(template)
+app.add_typer(jobs, name="jobs")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")
 

@@ -6,13 +6,13 @@ replaces the one before; elsewhere every line is printed.
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 
+from gigabatch.launcher.output import write
 from gigabatch.trainer.monitor import PROGRESS
 
 _STAMP = len("2026-01-01 00:00:00 I ")
@@ -76,12 +76,3 @@ class Console:
         clear = "\r\x1b[K" if self.pending else ""
         write(f"{clear}{line}" + ("" if progress else "\n"))
         self.pending = progress
-
-
-def write(text: str) -> None:
-    """To stdout, or nowhere once its reader has gone (such as `| head`): the run goes on."""
-    try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115

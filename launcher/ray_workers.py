@@ -16,6 +16,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.cluster import in_ray_job
+from gigabatch.launcher.output import write
+from gigabatch.launcher.shared import check_shared
 from gigabatch.launcher.signals import STOPPING
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import TIMEOUT
@@ -32,14 +36,31 @@ _SETTINGS = {
 
 
 def run_ray(run: RunFolder) -> None:
-    """Train with `cluster.workers` Ray workers on this machine. What goes wrong is left in the run
-    folder."""
+    """Train with `cluster.workers` Ray workers: of the cluster, where this process is a job's
+    driver, and otherwise on this machine. What goes wrong is left in the run folder."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
     config = run.config()
     handlers = {n: signal.getsignal(n) for n in STOPPING}
+    _join() if in_ray_job() else _start_here(config)
+    for number, handler in handlers.items():  # ray.init puts its own in their place
+        signal.signal(number, handler)
+    try:
+        if in_ray_job():
+            _check_cluster(run, config)
+        _fit(run, config)
+    except GigabatchError as error:
+        run.record_failure(str(error))
+    finally:
+        ray.shutdown()
+        shutil.rmtree(run.path / ".ray", ignore_errors=True)
+
+
+def _start_here(config: Config) -> None:
+    import ray
+
     ray.init(
         # Never one that a crashed session left written down in /tmp/ray.
         address="local",
@@ -49,13 +70,35 @@ def run_ray(run: RunFolder) -> None:
         logging_level=logging.ERROR,
         object_store_memory=100 * 1024 * 1024,  # nothing large passes through it
     )
-    for number, handler in handlers.items():  # ray.init puts its own in their place
-        signal.signal(number, handler)
-    try:
-        _fit(run, config)
-    finally:
-        ray.shutdown()
-        shutil.rmtree(run.path / ".ray", ignore_errors=True)
+
+
+def _join() -> None:
+    import ray
+
+    ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _check_cluster(run: RunFolder, config: Config) -> None:
+    import ray
+
+    check_shared(run.path)
+    kind = "GPU" if _use_gpu() else "CPU"
+    there = int(ray.cluster_resources().get(kind, 0))
+    nodes = sum(node["Alive"] for node in ray.nodes())
+    write(f"the cluster has {there} {kind}s on {nodes} node{'' if nodes == 1 else 's'}\n")
+    if there < config.cluster.workers:
+        write(
+            f"cluster.workers={config.cluster.workers} need one {kind} each: waiting for the "
+            "cluster to grow\n"
+        )
+
+
+def _use_gpu() -> bool:
+    """Of a cluster, all nodes count: its head, where the driver runs, often has no GPU."""
+    import ray
+    import torch
+
+    return "GPU" in ray.cluster_resources() if in_ray_job() else torch.cuda.is_available()
 
 
 def _fit(run: RunFolder, config: Config) -> None:
@@ -74,7 +117,6 @@ def _fit(run: RunFolder, config: Config) -> None:
 
 
 def _trainer(run: RunFolder, config: Config) -> Any:
-    import torch
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -83,9 +125,7 @@ def _trainer(run: RunFolder, config: Config) -> Any:
         _work,
         train_loop_config={"run": str(run.path)},
         torch_config=TorchConfig(timeout_s=int(TIMEOUT / timedelta(seconds=1))),
-        scaling_config=ScalingConfig(
-            num_workers=config.cluster.workers, use_gpu=torch.cuda.is_available()
-        ),
+        scaling_config=ScalingConfig(num_workers=config.cluster.workers, use_gpu=_use_gpu()),
         run_config=RunConfig(
             name=f"start-{attempt:06d}",
             storage_path=str(run.path / ".ray"),

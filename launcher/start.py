@@ -17,7 +17,9 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
 from gigabatch.data.stream import load_stage
-from gigabatch.launcher.console import Console, write
+from gigabatch.launcher.cluster import in_ray_job
+from gigabatch.launcher.console import Console
+from gigabatch.launcher.output import write
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
     StopRequest,
@@ -168,7 +170,8 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
 
 def _check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
-    if "RANK" not in os.environ and 0 < devices < config.cluster.workers:
+    elsewhere = "RANK" in os.environ or (config.cluster.launcher == "ray" and in_ray_job())
+    if not elsewhere and 0 < devices < config.cluster.workers:
         raise GigabatchError(
             f"cluster.workers: {config.cluster.workers} workers need as many GPUs, and this "
             f"machine has {devices}. Set cluster.workers={devices}."

@@ -101,11 +101,16 @@ def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
 
 
 class Command:
-    """A `gigabatch` process."""
+    """A `gigabatch` process, or another `command`."""
 
-    def __init__(self, arguments: Sequence[str | Path], **options: Any) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str | Path],
+        command: Sequence[str] = (sys.executable, "-m", "gigabatch.launcher"),
+        **options: Any,
+    ) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "gigabatch.launcher", *map(str, arguments)],
+            [*command, *map(str, arguments)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             stdin=subprocess.DEVNULL,

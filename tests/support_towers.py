@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ class Stuck(Pixels):
         return super().forward(images)
 
 
-class Slow(Pixels):
+class SlowOnRankOne(Pixels):
     """Takes long on rank 1."""
 
     def forward(self, images: Tensor) -> Tensor:
@@ -137,4 +138,16 @@ class CrashingOnRankOne(Pixels):
         CrashingOnRankOne.calls += 1
         if os.environ.get("RANK") == "1" and CrashingOnRankOne.calls == 20:
             raise RuntimeError("this tower is out of order")
+
+
+class Slow(Pixels):
+    """Takes its time until the file `hurry` is there."""
+
+    def __init__(self, hurry: str, width: int = 4) -> None:
+        super().__init__(width)
+        self.hurry = Path(hurry)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not self.hurry.exists():
+            time.sleep(0.1)
         return super().forward(images)

@@ -15,7 +15,7 @@ def test_a_slow_rank_is_flagged_by_its_number(tiny: Path, tmp_path: Path, gigaba
     done = gigabatch(
         "train", tiny, "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=6",
         "eval.sets=[]", "run.name=a",
-        "towers.image={kind: module, module: 'support_towers:Slow'}",
+        "towers.image={kind: module, module: 'support_towers:SlowOnRankOne'}",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")

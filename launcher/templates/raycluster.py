@@ -1,0 +1,55 @@
+"""A cluster for `ray up` on hosts of your own, with a token; runs go there by `submit`."""
+
+from __future__ import annotations
+
+import shlex
+from typing import Any
+
+from gigabatch.launcher.templates.plan import Plan, commented, to_yaml
+
+_TOKEN = "~/.ray/auth_token"
+_AUTH = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token"
+
+
+def ray_cluster(plan: Plan) -> str:
+    nodes = plan.nodes
+    gpus = ["--gpus all"] if plan.gpus_per_node else []
+    volumes = [f"-v {shlex.quote(f'{folder}:{folder}')}" for folder in _folders(plan)]
+    cluster: dict[str, Any] = {
+        "cluster_name": plan.label,
+        "max_workers": nodes - 1,
+        "docker": {
+            "image": plan.image,
+            "container_name": "ray",
+            "run_options": ["--network=host", "--ipc=host", *gpus, *volumes],
+        },
+        "provider": {
+            "type": "local",
+            "head_ip": "NODE-1",
+            "worker_ips": [f"NODE-{number}" for number in range(2, nodes + 1)],
+        },
+        "auth": {"ssh_user": "ubuntu"},
+        "file_mounts": {_TOKEN: _TOKEN},
+        "head_start_ray_commands": [
+            "ray stop",
+            f"{_AUTH}; ray start --head --port=6379 --dashboard-host=127.0.0.1 "
+            "--autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": [
+            "ray stop",
+            f"{_AUTH}; ray start --address=$RAY_HEAD_IP:6379",
+        ],
+    }
+    config = shlex.join([str(plan.path), *plan.overrides])
+    head = commented(f"""
+Put your hosts for NODE-1 to NODE-{nodes}, and your ssh user. The image must hold gigabatch's
+dependencies. The token is a file, {_TOKEN} on this machine, which is copied to each node:
+  ray get-auth-token --generate        makes one
+  ray up FILE
+  ray dashboard FILE                   a tunnel: http://127.0.0.1:8265, in another terminal
+  RAY_AUTH_MODE=token gigabatch submit {config} --address http://127.0.0.1:8265""")
+    return head + to_yaml(cluster)
+
+
+def _folders(plan: Plan) -> list[str]:
+    return [str(plan.config.run.dir), *([plan.data] if plan.data else [])]
