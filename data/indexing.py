@@ -110,12 +110,16 @@ def stored_index(source: str) -> Index | None:
 
 def _states(source: str) -> list[ShardState]:
     path = Path(source)
-    if path.is_dir() and not any(path.glob("*.tar")):
+    if os.path.isdir(source) and not any(path.glob("*.tar")):
         remedy = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
         if any(path.parent.glob("*.tar")):
             remedy = f"{path.parent} holds shards itself: for those, data.train=. (a dot)."
         raise GigabatchError(f"{source}: holds no .tar shard. {remedy}")
-    if not is_remote(source) and not path.exists() and not any(mark in source for mark in "*?[{"):
+    if (
+        not is_remote(source)
+        and not os.path.exists(source)
+        and not any(mark in source for mark in "*?[{")
+    ):
         raise GigabatchError(
             f"{source}: is not a folder. Name a folder of shards or a pattern (training: data.root "
             "and data.train; sets: eval.sets)."
@@ -155,24 +159,24 @@ def _in_order(
 
 def _short(source: str, url: str) -> str:
     """A shard's name in the manifest: inside a folder its file name, so that folders may move."""
-    return os.path.basename(url) if Path(source).is_dir() else url
+    return os.path.basename(url) if os.path.isdir(source) else url
 
 
 def _full(source: str, name: str) -> str:
-    return str(Path(source) / name) if Path(source).is_dir() else name
+    return str(Path(source) / name) if os.path.isdir(source) else name
 
 
 def home_of(source: str) -> Path:
     """The folder of a source's index."""
     root = Path(source)
     # Mode bits are asked as well as the kernel, since root may write where nobody should.
-    if root.is_dir():
+    if os.path.isdir(source):  # a long pattern is no path, at which `Path.is_dir` would raise
         writable = os.access(root, os.W_OK) and root.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP)
         if writable:
             return root / ".gigabatch"
     where = source if is_remote(source) else str(root.resolve())
     name = hashlib.sha256(where.encode()).hexdigest()[:16]
-    return cache_home() / "index" / f"{Path(source).name.strip('*.{}[]')}-{name}"
+    return cache_home() / "index" / f"{Path(source).name.strip('*.{}[]')[:64]}-{name}"
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from gigabatch.data.decode import code_of
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import I64, Index
+from gigabatch.data.lifted import is_json
 from gigabatch.data.mixture import NUMBER_BITS, number_of, split_number
 from gigabatch.data.reader import Damaged, Reader
 from gigabatch.data.remote.cache import ShardCache
@@ -110,13 +112,16 @@ def indexed_codes(index: Index, column: str, samples: I64 | None = None) -> NDAr
             f"{index.source}: the index holds no column {column!r}. Bring it in with "
             f"`gigabatch data index {index.source} --columns {column}`."
         )
+    # JSON text stands for its value, whose code must be that of an index without the column.
+    value = json.loads if is_json(index.table.field(column)) else lambda value: value
     if samples is not None:
         values = index.values(column, samples)
-        return np.array([UNKNOWN if v is None else code_of(v) for v in values], np.int64)
+        codes = [UNKNOWN if v is None else code_of(value(v)) for v in values]
+        return np.array(codes, np.int64)
     parts = []
     for chunk in index.table[column].chunks:
         coded = chunk.dictionary_encode()
-        codes = [code_of(value) for value in coded.dictionary.to_pylist()]
+        codes = [code_of(value(each)) for each in coded.dictionary.to_pylist()]
         places = coded.indices.fill_null(len(codes))
         at = np.frombuffer(places.buffers()[1], np.int32, len(places), 4 * places.offset)
         parts.append(np.array([*codes, UNKNOWN], np.int64)[at])

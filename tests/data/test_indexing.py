@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 from tarfiles import listed, overwrite, shard_of, write_tar
 
+from gigabatch.data.decode import decode_column
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import ROWS, Index
 from gigabatch.data.indexing import open_index
 from gigabatch.data.rows import write_index
 from gigabatch.data.scan import IndexSettings
+from gigabatch.data.sources import indexed_codes
 
 
 def jsons(values: list[object], first: int = 0) -> dict[str, bytes]:
@@ -282,3 +284,19 @@ def test_an_index_of_several_record_batches(tmp_path: Path) -> None:
     assert index.table["key"].num_chunks == 4
     assert len(index.lacking("txt")) == 0
     assert dict(index.members_held) == {"txt": total}
+
+
+def test_a_pattern_may_be_longer_than_a_file_name(tmp_path: Path) -> None:
+    names = [f"shard-{number:06d}" for number in range(60)]
+    for name in names:
+        write_tar(tmp_path / f"{name}.tar", {f"{name}.txt": b"x"})
+    assert len(open_index(f"{tmp_path}/{{{','.join(names)}}}.tar")) == 60
+
+
+def test_a_mixed_column_has_the_codes_of_its_values(tmp_path: Path) -> None:
+    values: list[object] = [1, "1", "cat", {"a": 2}]
+    write_tar(tmp_path / "a.tar", jsons([{"c": value} for value in values]))
+    index = open_index(tmp_path, columns=["c"])
+    codes = [decode_column(json.dumps({"c": value}).encode(), "c", "here") for value in values]
+    assert indexed_codes(index, "c").tolist() == codes
+    assert indexed_codes(index, "c", np.arange(4)).tolist() == codes
