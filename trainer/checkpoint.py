@@ -41,8 +41,18 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file: `towers`, `moments` or `objective`."""
-        return load_file(self.path / f"{name}.safetensors")
+        """The tensors of one file: `towers`, `moments` or `objective`.
+
+        Raises GigabatchError where it is anything but safetensors; nothing is ever unpickled.
+        """
+        file = self.path / f"{name}.safetensors"
+        try:
+            return load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise GigabatchError(
+                f"{file}: not a safetensors file ({error}). Restore the checkpoint, or remove its "
+                "folder to go on from the one before."
+            ) from error
 
 
 def write_checkpoint(

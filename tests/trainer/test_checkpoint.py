@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,3 +159,29 @@ def test_the_manifest_lists_every_file_with_its_sum(run: RunFolder) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     assert set(manifest["files"]) == {p.name for p in folder.iterdir()} - {"manifest.json"}
     assert load_file(folder / "towers.safetensors").keys() == {"w"}
+
+
+class _Payload:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.mark,)
+
+
+def test_a_pickle_in_place_of_tensors_is_refused_and_not_opened(
+    run: RunFolder, tmp_path: Path
+) -> None:
+    save(run, 1)
+    folder = run.checkpoints / "step-00000001"
+    file, mark = folder / "towers.safetensors", tmp_path / "it ran"
+    file.write_bytes(pickle.dumps(_Payload(mark)))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = latest_checkpoint(run)
+    assert found is not None
+    with pytest.raises(GigabatchError, match="not a safetensors file"):
+        found.tensors("towers")
+    assert not mark.exists()
