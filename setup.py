@@ -32,6 +32,7 @@ setup(
         "braceexpand>=0.1.7",
         "fsspec>=2024.6",
         "google-crc32c>=1.5",
+        "packaging>=23",
         "psutil>=6",
         "pyarrow>=17",
         "tensorboard>=2.18,<3",

@@ -111,6 +111,26 @@ def evaluate(
 
 
 @app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="[CONFIG]", help="A run that is to be started here.")
+    ] = None,
+    overrides: Overrides = None,
+) -> int:
+    """Look for what a run would fail of on this machine, and say how to mend it.
+
+    Packages, GPUs, shared memory, open files, disks, clocks, this host's name, the bandwidth
+    between workers, and, with a CONFIG, its data. Exit codes: 0 fit, 2 a run could not start.
+    """
+    from gigabatch.launcher.doctor import doctor as examine
+    from gigabatch.launcher.start import examine_data
+    from gigabatch.trainer.configfile import load_config
+
+    described = load_config(config, overrides or []) if config else None
+    return examine(described, examine_data, say=lambda line: print(line, flush=True))
+
+
+@app.command()
 def board(
     run: RunName,
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 6006,

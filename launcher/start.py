@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ from gigabatch.data.reader import Reader
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
+from gigabatch.launcher.doctor import refuse_unfit
 from gigabatch.launcher.output import write
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
@@ -45,6 +47,7 @@ from gigabatch.trainer.inputs import (
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
 
+log = logging.getLogger(__name__)
 Opened = Callable[[], AbstractContextManager[RunFolder]]
 """Prepares a run and holds it."""
 
@@ -129,9 +132,10 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 
 def _prepare(config: Config, stem: str) -> RunFolder:
     refuse_taken_name(config)
+    refuse_unfit(config, log.warning)
     config = pin_initial(config)
     with progress_bar("indexing shards") as progress:
-        data = _check_data(config, progress)
+        data = check_data(config, progress)
     tokenizer = make_tokenizer(config, data)
     run = create_run(config, stem)
     tokenizer.save(str(run.tokenizer))
@@ -152,7 +156,7 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
             "--allow train.steps. To measure another set: gigabatch eval."
         )
     with progress_bar("indexing shards") as progress:
-        data = _check_data(config, progress)
+        data = check_data(config, progress)
     if newest and "data" not in allow and newest.state["data"] != data.digest:
         raise GigabatchError(
             f"{run.path}: the shards of {', '.join(i.source for i in data.indexes)} are not those "
@@ -168,7 +172,14 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
     run.write_config(config)
 
 
-def _check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
+def examine_data(config: Config) -> str:
+    """Open a run's data as its start would; what there is. Raises GigabatchError."""
+    with progress_bar("indexing shards") as progress:
+        data = check_data(config, progress)
+    return f"{len(data):,} samples in {', '.join(index.source for index in data.indexes)}"
+
+
+def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
     elsewhere = "RANK" in os.environ or (config.cluster.launcher == "ray" and in_ray_job())
     if not elsewhere and 0 < devices < config.cluster.workers:

@@ -1,0 +1,54 @@
+"""`gigabatch doctor` on this very machine, whole and lacking."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.doctor import quick, refuse_unfit
+from gigabatch.trainer.configfile import load_config
+
+SCRIPT = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+from gigabatch.launcher.doctor import quick
+print(*quick(None), sep="\\n")
+"""
+
+
+def test_this_machine_is_fit(tiny: Path) -> None:
+    found = list(quick(load_config(tiny)))
+    assert [str(each) for each in found if each.level == "fault"] == []
+    assert {each.about for each in found} >= {"packages", "shared memory", "open files", "cache"}
+
+
+def test_few_open_files_are_told_with_the_remedy() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    (line,) = [line for line in done.stdout.splitlines() if "open files" in line]
+    assert "WARNING at most 256 a process. ulimit -n 256" in line
+
+
+def test_too_little_shared_memory_refuses_the_start(tiny: Path) -> None:
+    large = ["data.image.size=8192", "batch.micro_size=65536", "batch.global_size=65536"]
+    with pytest.raises(GigabatchError, match=r"shared memory: .* Enlarge it"):
+        refuse_unfit(load_config(tiny, large), print)
+
+
+@pytest.mark.slow
+def test_the_data_and_the_way_between_workers_are_looked_at(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    done = gigabatch("doctor", tiny, "cluster.launcher=torchrun", "cluster.workers=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "200 samples in" in done.stdout
+    assert "2 workers over " in done.stdout
+    assert done.stdout.endswith("fit for a run\n")
+    done = gigabatch("doctor", tiny, f"data.root={tmp_path / 'nowhere'}")
+    assert done.returncode == 2
+    assert "nowhere is not a folder" in done.stdout
+    assert "1 fault: a run could not start" in done.stdout
