@@ -21,7 +21,8 @@ from gigabatch.data.errors import GigabatchError
 BLOCK = 512
 RECORD = 20 * BLOCK  # what writers fill up by default; others take a power of two from 32 KiB on
 LARGE = 16 << 20  # bytes of a member read at a time
-WINDOW = 4 << 10  # bytes read at a time: a call costs as much as some KB
+WINDOW, WIDE = 4 << 10, 64 << 10  # bytes read at a time: a call costs as much as some KB
+NEAR = 16 << 10  # bytes from one window's end to the next header, within which they are wide
 TOGETHER = 1 << 14  # headers verified at a time: 8 MiB
 _FILES = (0x30, 0)  # types "0" and NUL: regular files
 _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
@@ -88,7 +89,9 @@ def _gather(walk: _Walk, checksums: bool) -> None:
     while True:
         at = position - start
         if at + BLOCK > len(window):
-            window, start, at = os.pread(file, WINDOW, position), position, 0
+            # Small members come many at a time, of large ones little more than the header.
+            length = WIDE if position - start - len(window) < NEAR else WINDOW
+            window, start, at = os.pread(file, length, position), position, 0
             if len(window) < BLOCK:
                 what = "the file ends without an end mark: it was cut short"
                 raise _damage(walk.where, position, what)
