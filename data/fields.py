@@ -21,6 +21,7 @@ from gigabatch.data.decode import (
 from gigabatch.data.errors import BadSample
 from gigabatch.data.index import Index
 from gigabatch.data.reader import Damaged
+from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.sources import SOURCE, Sources, indexed_codes, renumber
 
 Sample = dict[str, Any]
@@ -126,12 +127,14 @@ class Fields:
         return out
 
 
-def some_captions(indexes: Sequence[Index], fields: Fields, limit: int) -> Iterator[str]:
+def some_captions(
+    indexes: Sequence[Index], fields: Fields, limit: int, cache: ShardCache | None = None
+) -> Iterator[str]:
     """The captions of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
     step = -(-sum(map(len, indexes)) // limit)
     text = Fields(text=fields.text, partial=fields.partial)
     members = text.members(indexes)
-    with Sources(indexes) as sources:
+    with Sources(indexes, cache) as sources:
         for source, index in enumerate(indexes):
             for first in range(0, len(index), step << 10):
                 rows = np.arange(first, min(first + (step << 10), len(index)), step)

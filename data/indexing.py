@@ -30,7 +30,7 @@ import pyarrow as pa
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import replacing
 from gigabatch.data.index import FORMAT, Index, cache_home, index_of, read_manifest
-from gigabatch.data.remote.cache import node_cache
+from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
 from gigabatch.data.rows import conform, joined_schema, write_index
 from gigabatch.data.scan import IndexSettings, scan
@@ -50,6 +50,7 @@ class _Job:
     state: ShardState
     settings: IndexSettings
     part: Path
+    cache: ShardCache | None
 
 
 def open_index(
@@ -59,11 +60,13 @@ def open_index(
     *,
     columns: Sequence[str] = (),
     processes: int | None = None,
+    cache: ShardCache | None = None,
 ) -> Index:
     """The index of a folder of `*.tar`, of a pattern, or of a view.
 
     `progress(done, total)` is called after each shard scanned. `settings`: what the index is to
     hold; None keeps what it has. `columns`: fields of the json member that it must hold besides.
+    `cache`: where copies of remote shards go; None is this node's, with its usual room.
     Raises GigabatchError, which names shard and byte offset, for every damaged shard.
     """
     source = str(source)
@@ -86,7 +89,9 @@ def open_index(
                 wanted = _wanted(manifest, settings, columns)
                 if not _fresh(manifest, states, wanted, source):
                     states = _in_order(manifest, states, source)
-                    jobs = [_Job(s, wanted, home / "parts" / _part(s, wanted)) for s in states]
+                    jobs = [
+                        _Job(s, wanted, home / "parts" / _part(s, wanted), cache) for s in states
+                    ]
                     manifest = _build(jobs, manifest, home, source, progress, processes)
     except OSError as error:
         raise GigabatchError(f"{home}: the index cannot be written: {error}.") from error
@@ -279,7 +284,7 @@ def ctrl_c_held() -> Iterator[None]:
 def _scan_one(job: _Job) -> str | None:
     state = job.state
     try:
-        file = _open(state)
+        file = _open(state, job.cache or node_cache())
         try:
             rows = scan(file, state.url, job.settings)
         finally:
@@ -295,9 +300,9 @@ def _scan_one(job: _Job) -> str | None:
     return None
 
 
-def _open(state: ShardState) -> int:
+def _open(state: ShardState, cache: ShardCache) -> int:
     if is_remote(state.url):
-        return node_cache().open(state.url, state.bytes, state.version)
+        return cache.open(state.url, state.bytes, state.version)
     try:
         return os.open(state.url, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

@@ -17,6 +17,7 @@ from gigabatch.data.decode import decode_column
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
+from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
@@ -38,6 +39,7 @@ from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.initial import pin_initial
 from gigabatch.trainer.inputs import (
     TrainData,
+    cache_of,
     eval_fields,
     fields_of,
     make_tokenizer,
@@ -196,16 +198,16 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
     eval_fields(config).members(sets)
     for index in (*data.indexes, *sets):
         if config.objective.positives:
-            _check_column(index, config.objective.positives)
+            _check_column(index, config.objective.positives, cache_of(config))
     return data
 
 
-def _check_column(index: Index, column: str) -> None:
+def _check_column(index: Index, column: str, cache: ShardCache) -> None:
     """Whether the first sample has the field: a misspelt one is found before workers start."""
     if column in index.columns:
         return
     index.require("json")
-    with Reader(index) as reader:
+    with Reader(index, cache) as reader:
         decode_column(reader.read(0, "json"), column, index.where(0))
 
 

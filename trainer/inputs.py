@@ -94,7 +94,7 @@ def open_train(config: Config, progress: Progress | None = None) -> TrainData:
     """Raises GigabatchError for whatever is wrong with a source."""
     columns = [config.data.group] if config.data.group not in (None, SOURCE) else []
     opened = [
-        open_index(_place(config, source.path), progress, columns=columns)
+        open_index(_place(config, source.path), progress, columns=columns, cache=cache_of(config))
         for source in config.data.train
     ]
     return TrainData(tuple(opened), config)
@@ -105,7 +105,7 @@ def open_eval(config: Config, name: str, progress: Progress | None = None) -> In
     inside = _place(config, name)
     own = Path(name).expanduser()
     outside = not is_remote(inside) and not Path(inside).is_dir() and own.is_dir()
-    return open_index(str(own) if outside else inside, progress)
+    return open_index(str(own) if outside else inside, progress, cache=cache_of(config))
 
 
 def _place(config: Config, path: str) -> str:
@@ -179,7 +179,7 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)
     log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
-    found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS)
+    found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS, cache_of(config))
     first = next(found, None)
     if first is None:
         raise GigabatchError(

@@ -145,6 +145,16 @@ def test_a_copy_that_went_bad_here_is_fetched_again(shards: Path, tmp_path: Path
             assert reader.read(7, "png") == whole
 
 
+def test_indexing_keeps_to_the_cache_that_it_is_given(shards: Path, tmp_path: Path) -> None:
+    with web(shards / "train") as (_, pattern):
+        small = ShardCache(tmp_path / "small", 1000, RETRY)
+        with pytest.raises(GigabatchError, match=r"data\.cache_gib"):
+            open_index(pattern, cache=small)
+        given = ShardCache(tmp_path / "given", 1 << 30, RETRY)
+        open_index(pattern, cache=given)
+        assert len(list(given.folder.glob("*.tar"))) == 4
+
+
 def test_damage_on_the_way_is_named_by_url_and_byte(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()
