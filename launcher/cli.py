@@ -16,7 +16,7 @@ from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.cli_template import template
-from gigabatch.launcher.signals import INTERRUPTED
+from gigabatch.launcher.signals import INTERRUPTED, interrupt_held
 
 
 class _Group(TyperGroup):
@@ -54,7 +54,8 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     `gigabatch resume` goes on from it. Exit codes: 0 finished, 2 something to put right, 75 stopped
     by one of those signals (start it again), 130 stopped by Ctrl-C.
     """
-    from gigabatch.launcher.start import start_run
+    with interrupt_held():
+        from gigabatch.launcher.start import start_run
 
     return start_run(config, overrides or [])
 
@@ -72,8 +73,9 @@ def resume(
 
     The number of workers, the launcher, and what is saved, shown and evaluated may change freely.
     """
-    from gigabatch.launcher.start import resume_run
-    from gigabatch.trainer.runfolder import open_run
+    with interrupt_held():
+        from gigabatch.launcher.start import resume_run
+        from gigabatch.trainer.runfolder import open_run
 
     return resume_run(open_run(run), overrides or [], allow or [])
 
