@@ -8,17 +8,14 @@ name carries its digest: a manifest never lies.
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import logging
-import multiprocessing
 import os
 import shutil
-import signal
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +27,7 @@ import pyarrow as pa
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import replacing
 from gigabatch.data.index import FORMAT, Index, cache_home, index_of, read_manifest
+from gigabatch.data.processes import ctrl_c_held, worker_pool
 from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
 from gigabatch.data.rows import conform, joined_schema, write_index
@@ -252,33 +250,6 @@ def _scan_all(jobs: Sequence[_Job], processes: int | None) -> Iterator[str | Non
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def worker_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, however that ends. Submit in `ctrl_c_held`."""
-    context = multiprocessing.get_context("spawn")  # the caller may have threads
-    return ProcessPoolExecutor(processes, context, _as_worker)
-
-
-def _as_worker() -> None:
-    leave_ctrl_c_to_parent()
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def leave_ctrl_c_to_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def ctrl_c_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block; processes started inside never hear of it, not even
-    while they import."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _scan_one(job: _Job) -> str | None:

@@ -12,11 +12,12 @@ import typer
 from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.processes import ctrl_c_held
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.cli_template import template
-from gigabatch.launcher.signals import INTERRUPTED, interrupt_held
+from gigabatch.launcher.signals import INTERRUPTED
 
 
 class _Group(TyperGroup):
@@ -54,7 +55,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     `gigabatch resume` goes on from it. Exit codes: 0 finished, 2 something to put right, 75 stopped
     by one of those signals (start it again), 130 stopped by Ctrl-C.
     """
-    with interrupt_held():
+    with ctrl_c_held():  # an import cut off is swallowed by some libraries, leaves others broken
         from gigabatch.launcher.start import start_run
 
     return start_run(config, overrides or [])
@@ -73,7 +74,7 @@ def resume(
 
     The number of workers, the launcher, and what is saved, shown and evaluated may change freely.
     """
-    with interrupt_held():
+    with ctrl_c_held():
         from gigabatch.launcher.start import resume_run
         from gigabatch.trainer.runfolder import open_run
 

@@ -36,25 +36,6 @@ class StopRequest:
 
 
 @contextmanager
-def interrupt_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block: an import cut off in the middle is swallowed by some
-    libraries, and leaves others half made."""
-    came = False
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
-@contextmanager
 def abort_on_interrupt() -> Iterator[None]:
     """Ctrl-C raises KeyboardInterrupt inside, as ever; and again at the end of the block where
     some library has swallowed it."""

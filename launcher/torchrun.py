@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 
+from gigabatch.data.processes import end_with_parent
 from gigabatch.trainer.runfolder import RunFolder
 
 GRACE = 30  # seconds for torchrun to end
@@ -46,7 +46,6 @@ def run_torchrun(run: RunFolder) -> None:
 
 
 def _as_a_child() -> None:
-    PR_SET_PDEATHSIG = 1
     for notice in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(notice, signal.SIG_IGN)  # Slurm may send them to all processes of a step
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    end_with_parent(signal.SIGTERM)

@@ -25,7 +25,7 @@ from gigabatch.data.bench.work import Held, Pieces
 from gigabatch.data.captions import read_captions
 from gigabatch.data.decode import IMAGE_MEMBERS, ImageSettings, code_of
 from gigabatch.data.fields import Sample
-from gigabatch.data.indexing import leave_ctrl_c_to_parent
+from gigabatch.data.processes import leave_ctrl_c_to_parent
 from gigabatch.data.sources import SOURCE
 
 SHUFFLE = 1000

@@ -14,7 +14,7 @@ import numpy as np
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.fields import Fields
 from gigabatch.data.index import I64, Index
-from gigabatch.data.indexing import ctrl_c_held, worker_pool
+from gigabatch.data.processes import ctrl_c_held, worker_pool
 from gigabatch.data.reader import Damaged, Reader
 from gigabatch.data.remote.places import is_remote
 
