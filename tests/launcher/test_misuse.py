@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support import write_samples
+from tarfiles import write_tar
 
 from gigabatch.launcher import cli
 
@@ -43,6 +44,11 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.train=unreadable"], "a.tar: the shard cannot be read: No such file"),
         (["data.train=broken"], "broken-000.tar: at byte 1024: the header's checksum is wrong"),
         (["objective.positives=concpet"], "has no 'concpet'. Set objective.positives"),
+        (["data.group=lagn"], "data.group: no sample of"),
+        (
+            ["data.train=mute", "data.missing=mask", "objective.positives=null"],
+            "no caption was found. Set data.captions",
+        ),
         (["data.text.tokenizer=no/such"], "text.tokenizer: 'no/such'"),
         (["run.name=taken"], "taken exists and is not a run"),
         (["run.dir=/proc/nope"], "cannot be written"),
@@ -64,6 +70,9 @@ def test_a_start_that_cannot_work_says_why(
     (root / "hollow").mkdir()
     (root / "hollow" / "a.tar").write_bytes(bytes(1024))
     write_words(root / "words")
+    write_tar(
+        root / "mute" / "a.tar", {f"s{i}.{m}": b" " for i in range(40) for m in ("png", "txt")}
+    )
     (root / "unreadable").mkdir()
     (root / "unreadable" / "a.tar").symlink_to(root / "gone.tar")
     shard = root / "broken" / "broken-000.tar"
