@@ -16,7 +16,7 @@ from gigabatch.data.remote.ranges import Retry
 SIZES = {"s0.tar": 20_000, "s1.tar": 3_000, "s2.tar": 1}
 QUICK = Retry(attempts=3, first_wait_s=0.01, timeout_s=5)
 NUMBERS = itertools.count()
-IMPATIENT = Retry(attempts=3, first_wait_s=0.01, timeout_s=0.5)
+IMPATIENT = Retry(attempts=3, first_wait_s=0.01, timeout_s=1.0)
 
 
 class Far(NamedTuple):

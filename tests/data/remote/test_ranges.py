@@ -35,6 +35,11 @@ FAULTS: dict[str, Callable[[FailingServer], None]] = {
 }
 
 
+def patience(fault: str) -> Retry:
+    """Little for what only a time-out ends; else so much that a busy machine is not a fault too."""
+    return IMPATIENT if fault in ("stall", "drip") else QUICK
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_that_passes_is_retried_and_costs_no_byte(
     fault: str, far: Far, caplog: pytest.LogCaptureFixture
@@ -43,7 +48,7 @@ def test_a_fault_that_passes_is_retried_and_costs_no_byte(
     url, data = f"{far.url}/s0.tar", (far.folder / "s0.tar").read_bytes()
     began = time.monotonic()
     with caplog.at_level(logging.WARNING, "gigabatch.data.remote.ranges"):
-        assert read_range(url, 100, 19_000, IMPATIENT) == data[100:19_000]
+        assert read_range(url, 100, 19_000, patience(fault)) == data[100:19_000]
     assert time.monotonic() - began < 5
     failed = far.server.rules[0].times
     assert far.server.count() == failed + 1  # no other layer retries
@@ -55,7 +60,7 @@ def test_a_fault_that_passes_is_retried_and_costs_no_byte(
 ENDLESS: dict[str, tuple[Callable[[FailingServer], None], str]] = {
     "500": (lambda server: server.status(500), "HTTP 500"),
     "stall": (lambda server: server.stall(30), "no complete answer in time"),
-    "drip": (lambda server: server.drip(0.05), "no complete answer in time"),
+    "drip": (lambda server: server.drip(0.5), "no complete answer in time"),
     "cut": (lambda server: server.cut(), "Error"),
 }
 
@@ -65,7 +70,7 @@ def test_a_fault_that_stays_ends_with_where_and_why(fault: str, far: Far) -> Non
     begin, why = ENDLESS[fault]
     begin(far.server)
     url = f"{far.url}/s0.tar"
-    message = refusal(read_range, url, 5, 900, IMPATIENT)
+    message = refusal(read_range, url, 5, 900, patience(fault))
     assert message.startswith(f"{url}: bytes 5 to 900 could not be read in 3 attempts, the last: ")
     assert why in message
     assert far.server.count() == 3
