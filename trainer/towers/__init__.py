@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.keyed import key
-from gigabatch.trainer.config import (
-    Config,
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.config.towers import (
     ConvTower,
     HeadSettings,
     HuggingFaceTower,
