@@ -94,7 +94,7 @@ def _all(config: Config | None, check_data: Callable[[Config], str]) -> Iterator
             yield Finding("data", "ok", check_data(config))
         except GigabatchError as error:
             yield Finding("data", "fault", str(error).rstrip("."))
-    yield _gather(config.cluster.workers if config else 2)
+    yield _gather(config.cluster.most if config else 2)
 
 
 def _packages() -> Iterator[Finding]:
@@ -150,7 +150,7 @@ def _shared_memory(config: Config | None) -> Finding:
     if config is not None:
         data, image = config.data, config.data.image
         sample = image.channels * image.size**2 + 16 * data.text.length * data.captions.most
-        held = data.workers * (data.prefetch + 2) * config.cluster.workers
+        held = data.workers * (data.prefetch + 2) * config.cluster.most
         need = held * config.batch.micro_size * sample
     what = f"{free / 2**20:,.0f} MiB of /dev/shm free, a run here takes about {need / 2**20:,.0f}"
     if free < need:  # the rest is for what is asked for and never filled

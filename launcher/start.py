@@ -184,9 +184,9 @@ def examine_data(config: Config) -> str:
 def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
     elsewhere = "RANK" in os.environ or (config.cluster.launcher == "ray" and in_ray_job())
-    if not elsewhere and 0 < devices < config.cluster.workers:
+    if not elsewhere and 0 < devices < config.cluster.least:
         raise GigabatchError(
-            f"cluster.workers: {config.cluster.workers} workers need as many GPUs, and this "
+            f"cluster.workers: {config.cluster.least} workers need as many GPUs, and this "
             f"machine has {devices}. Set cluster.workers={devices}."
         )
     for path in config.data.stages:
@@ -261,14 +261,20 @@ def too_late(run: RunFolder) -> str:
 def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> None:
     match config.cluster.launcher:
         case "inline":
+            os.environ.update(config.cluster.env)
             run_training(run, stop)
         case "torchrun":
             run_torchrun(run)
         case "ray":
             from gigabatch.launcher.ray_workers import run_ray
 
-            console.say(f"starting Ray with {config.cluster.workers} workers")
+            console.say(f"starting Ray with {_how_many(config)}")
             run_ray(run)
+
+
+def _how_many(config: Config) -> str:
+    least, most = config.cluster.least, config.cluster.most
+    return f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
 
 
 def _shown(path: Path) -> Path:
@@ -280,6 +286,7 @@ def _shown(path: Path) -> Path:
 def _as_rank(opened: Opened, config: Config) -> NoReturn:
     """This process is a rank already (the user called torchrun or srun): rank 0 prepares for
     all."""
+    os.environ.update(config.cluster.env)
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
         made: tuple[str, str] | None = None
         if world.is_main:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 from gigabatch.data.processes import end_with_parent
+from gigabatch.launcher.restarts import while_it_gets_on
 from gigabatch.trainer.runfolder import RunFolder
 
 GRACE = 30  # seconds for torchrun to end
@@ -15,17 +16,21 @@ KILL_AFTER = "5"  # seconds from torchrun's SIGTERM to SIGKILL: a stopped worker
 
 
 def run_torchrun(run: RunFolder) -> None:
-    """Start torch's own launcher on this machine and wait. Workers hear of a stop through the run
+    """Train with torch's own launcher on this machine. Workers hear of a stop through the run
     folder, and leave there what went wrong. It ends with this process, however that ends."""
+    while_it_gets_on(run, run.config().cluster.max_restarts, lambda: _once(run))
+
+
+def _once(run: RunFolder) -> None:
     cluster = run.config().cluster
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={cluster.workers}", f"--max-restarts={cluster.max_restarts}",
-        "-m", "gigabatch.launcher.worker", str(run.path),
+        f"--nproc-per-node={cluster.most}", f"--max-restarts={cluster.max_restarts}",
+        "-m", "gigabatch.launcher.worker", str(run.path), str(run.attempts()),
     ]  # fmt: skip
     environment = {
         **os.environ,
-        "OMP_NUM_THREADS": str(cluster.threads),
+        **cluster.worker_env,
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": KILL_AFTER,
     }
     with open(run.path / "workers.log", "ab") as output:

@@ -1,4 +1,5 @@
-"""One rank: what a Ray worker calls, and `python -m gigabatch.launcher.worker RUN` in torchrun."""
+"""One rank: what a Ray worker calls, and `python -m gigabatch.launcher.worker RUN FIRST` in
+torchrun."""
 
 from __future__ import annotations
 
@@ -9,19 +10,24 @@ import traceback
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.restarts import wait_for_turn
 from gigabatch.trainer.distributed import leave
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runfolder import RunFolder, Superseded
 
 
-def work(run: RunFolder) -> None:
-    """Train as one rank. What goes wrong is left in the run folder for whoever started the
-    workers: a fault that the user must put right, after which nobody starts them again, or the
-    traceback of a crash. A stop comes through the run folder too."""
+def work(run: RunFolder, first: int) -> None:
+    """Train as one rank, in a start of the workers after attempt number `first`. What goes wrong
+    is left in the run folder for whoever started them: a fault that the user must put right, after
+    which nobody starts them again, or the traceback of a crash. A stop comes through the run
+    folder too."""
     if run.failure() is not None:
         return
+    wait_for_turn(run, first)
     try:
         run_training(run)
+    except Superseded:
+        raise
     except GigabatchError as error:
         run.record_failure(str(error))
         raise
@@ -32,5 +38,5 @@ def work(run: RunFolder) -> None:
 
 
 if __name__ == "__main__":
-    work(RunFolder(Path(sys.argv[1])))
+    work(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
     leave(0)

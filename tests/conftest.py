@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 if not torch.cuda.is_available():  # read when triton is imported; its kernels then run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell's background job ignores Ctrl-C, and so would everything that its tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, and nothing kept in the repository between runs.
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)

@@ -151,3 +151,17 @@ class Slow(Pixels):
         if not self.hurry.exists():
             time.sleep(0.1)
         return super().forward(images)
+
+
+class Tiring(Pixels):
+    """Fails after so many batches of a process."""
+
+    def __init__(self, batches: int, width: int = 4) -> None:
+        super().__init__(width)
+        self.left = batches
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left < 0:
+            raise RuntimeError("tired")
+        return super().forward(images)

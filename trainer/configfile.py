@@ -67,7 +67,7 @@ def resolve(config: Config) -> Config:
         if isinstance(tower := getattr(config.towers, modality), HuggingFaceTower) and tower.name
     }
     cores = len(os.sched_getaffinity(0))
-    threads = config.cluster.threads or max(1, cores // config.cluster.workers)
+    threads = config.cluster.threads or max(1, cores // config.cluster.most)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
@@ -130,7 +130,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
     known = set(known_keys(Config))
     sections = {key.rpartition(".")[0] for key in known}
-    free = [key for key in known if key.endswith((".config", ".args"))]
+    free = [key for key in known if key.endswith((".config", ".args", ".env"))]
     for key, _ in leaves(tree):
         inside = any(key == f or key.startswith(f"{f}.") for f in free)
         if key in known or key in sections or inside:

@@ -23,6 +23,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.quarantine import Bad, by_source, refuse_above_rate
 from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.trainer.attempts import begin_attempt
 from gigabatch.trainer.checkpoint import Checkpoint, Tensors, checkpoint_at, latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World, join_world
@@ -54,7 +55,9 @@ def run_training(run: RunFolder, stop: Stop = lambda: False) -> bool:
     """
     config = run.config()
     with join_world(config.cluster.threads) as world, log_to(run, world):
-        return _Trainer(run, config, world).train(stop)
+        attempt = begin_attempt(run, world)
+        with run.fenced(attempt):
+            return _Trainer(run, config, world, attempt).train(stop)
 
 
 @contextmanager
@@ -99,9 +102,8 @@ class _Clock:
 class _Trainer:
     """One attempt on one rank. Sets up in order; the stages of `train` read top to bottom."""
 
-    def __init__(self, run: RunFolder, config: Config, world: World) -> None:
-        self.run, self.config, self.world = run, config, world
-        self.attempt: int = world.share(run.take_attempt() if world.is_main else None)
+    def __init__(self, run: RunFolder, config: Config, world: World, attempt: int) -> None:
+        self.run, self.config, self.world, self.attempt = run, config, world, attempt
         self.data = open_train(config)
         self._agree_on_data()
         self.progress = Progress(world.device)
@@ -378,7 +380,7 @@ class _Trainer:
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = save_is_due(self.done, settings, self._evaluation_due())
-        timed_here = bool(by_time) and self.world.is_main
+        timed_here = self.world.is_main and (self.run.take_save_request() or bool(by_time))
         stopping, timed, some_bad, written = self.world.any(
             self._asked(stop), timed_here, bad, self.saver.over()
         )

@@ -36,6 +36,11 @@ log = logging.getLogger(__name__)
 _PACKAGES = ("gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "numpy")
 
 
+class Superseded(GigabatchError):
+    """A later attempt trains the run: whatever this one has met is nobody's concern any more, and
+    must leave no word in the run folder."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
@@ -114,16 +119,39 @@ class RunFolder:
         last = config.train.steps
         return bool(steps) and steps[-1] >= last and (self.evaluated(last) or not config.eval.sets)
 
-    def take_attempt(self) -> int:
-        """A number for this start of the workers, higher than all before. An exclusive create."""
+    def take_attempt(self, **about: Any) -> int:
+        """A number for this start of the workers, higher than all before. An exclusive create;
+        `about` is recorded with it."""
         for name in ("crash.txt", "stopped"):
             (self.path / name).unlink(missing_ok=True)
-        made = {"time": time.time(), "host": platform.node(), "config": dump_config(self.config())}
+        made = {
+            "time": time.time(),
+            "host": platform.node(),
+            "saved": (self.steps_saved() or [0])[-1],
+            **about,
+            "config": dump_config(self.config()),
+        }
         return create_numbered(self.path / "attempts", "{:06d}.json".format, to_json(made))
+
+    def attempts(self) -> int:
+        """The number of the last attempt; 0 before the first."""
+        return max((int(p.stem) for p in (self.path / "attempts").glob("*.json")), default=0)
 
     def owned_by(self, attempt: int) -> bool:
         """Whether no later attempt has started: a cut-off worker must not write any more."""
         return not (self.path / "attempts" / f"{attempt + 1:06d}.json").exists()
+
+    @contextmanager
+    def fenced(self, attempt: int) -> Iterator[None]:
+        """What goes wrong inside is `Superseded` where a later attempt has started meanwhile."""
+        try:
+            yield
+        except Exception as error:
+            if self.owned_by(attempt):
+                raise
+            raise Superseded(
+                f"{self.path}: attempt {attempt} was cut off, and a later one trains this run."
+            ) from error
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -164,6 +192,22 @@ class RunFolder:
     def stopped(self) -> bool:
         return (self.path / "stopped").exists()
 
+    def is_over(self) -> bool:
+        """Whether nothing is left for workers to do: finished, stopped as asked, or refused."""
+        return self.failure() is not None or self.stopped() or self.is_finished()
+
+    def request_save(self) -> None:
+        """Ask for a checkpoint after the step in progress."""
+        (self.path / "save").touch()
+
+    def take_save_request(self) -> bool:
+        """Whether a checkpoint was asked for since this was last called."""
+        try:
+            (self.path / "save").unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
     def record_failure(self, message: str) -> None:
         """Keep the first fault that only the user can put right: restarting would not help."""
         _write_first(self.path / "failure.txt", message)
@@ -179,7 +223,7 @@ class RunFolder:
         return _read_if_there(self.path / "crash.txt")
 
     def clear_requests(self) -> None:
-        for name in ("stop", "stopped", "failure.txt", "crash.txt"):
+        for name in ("stop", "stopped", "save", "failure.txt", "crash.txt"):
             (self.path / name).unlink(missing_ok=True)
         shutil.rmtree(self.path / ".ray", ignore_errors=True)  # Ray's own, of a killed start
 

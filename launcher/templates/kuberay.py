@@ -70,7 +70,7 @@ def _workers(plan: Plan) -> dict[str, Any]:
     return {
         "groupName": "workers",
         "replicas": plan.nodes,
-        "minReplicas": plan.nodes,
+        "minReplicas": plan.fewest_nodes,
         "maxReplicas": plan.nodes,
         "rayStartParams": {},
         "template": _pod(plan, resources),

@@ -33,7 +33,8 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        return self.config.cluster.workers
+        """As many as there may be: nodes are asked for all of them."""
+        return self.config.cluster.most
 
     @property
     def workers_per_node(self) -> int:
@@ -48,6 +49,11 @@ class Plan:
                 f"{self.workers_per_node}. Set --gpus-per-node to a divisor of it."
             )
         return self.workers // self.workers_per_node
+
+    @property
+    def fewest_nodes(self) -> int:
+        """Without which the run would not train."""
+        return -(-self.config.cluster.least // self.workers_per_node)
 
     @property
     def name(self) -> str:

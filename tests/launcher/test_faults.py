@@ -258,3 +258,44 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
     assert "RuntimeError: this tower is out of order" in message
     attempts = len(list((tmp_path / "runs" / "a" / "attempts").iterdir()))
     assert attempts == 2  # once more, and not for ever
+
+
+def contents(run: Path, *names: str) -> dict[str, bytes]:
+    """Of the files that count, by path."""
+    found = [path for name in names for path in run.glob(name) if path.is_file()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+
+
+def test_a_cut_off_process_that_lives_on_leaves_the_run_untouched(
+    tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    hurry = tmp_path / "hurry"
+    tower = (
+        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}"
+    )
+    first = start(
+        "train",
+        tiny,
+        "run.name=a",
+        "eval.sets=[]",
+        "train.steps=9",
+        "checkpoint.every_steps=1",
+        tower,
+    )
+    run = tmp_path / "runs" / "a"
+    wait_for_step(run, 3, first)
+    first.signal(signal.SIGSTOP)
+    (run / "lock").unlink()  # as on another host, on a file system without locks
+    hurry.touch()
+    second = start("resume", run).wait()
+    assert second.returncode == 0, second.stderr
+    files = ("metrics.jsonl", "checkpoints/**/*", "eval/*", "attempts/*", "*.txt", "stop*", "save")
+    before = contents(run, *files)
+    assert "checkpoints/step-00000009/manifest.json" in before
+    hurry.unlink()
+    first.signal(signal.SIGCONT)
+    done = first.wait()
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "attempt 1 was cut off, and a later one trains this run" in done.stderr
+    assert contents(run, *files) == before
+    assert {line["attempt"] for line in read_metrics(run / "metrics.jsonl")} == {1, 2}

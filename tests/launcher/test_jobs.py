@@ -7,27 +7,20 @@ import os
 import re
 import shutil
 import signal
-import socket
-import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-import psutil
 import pytest
 import support_towers
+from clusters import TOKEN, Cluster, ask, free_ports, node_environment, ray_node, serves, wait_until
 from support import Command, losses
 
 from gigabatch.launcher.wheel import wheel_version
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.mark.timeout(480)]
-TOKEN = "a-secret-of-this-cluster-0123456789"
 STAGES = """
 def darken(samples):
     for sample in samples:
@@ -35,34 +28,11 @@ def darken(samples):
 """
 
 
-@dataclass
-class Cluster:
-    address: str
-    gcs: str
-    environment: dict[str, str]
-    """Of its nodes."""
-
-    def client(self, token: str | None = TOKEN) -> dict[str, str]:
-        """The environment of someone who talks to it."""
-        own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        return own | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
-
-
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     # A short name: Unix sockets lie in it.
     home = Path(tempfile.mkdtemp(prefix="gbray-"))
-    (home / "token").write_text(TOKEN)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    environment |= {
-        "HOME": str(home),
-        "GIGABATCH_CACHE": str(home / "cache"),
-        "OMP_NUM_THREADS": "1",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-    }
+    environment = node_environment(home)
     gcs, dashboard, client, agent = free_ports(4)
     made = Cluster(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
     head = [
@@ -74,82 +44,6 @@ def cluster() -> Iterator[Cluster]:
         wait_until(lambda: serves(made), "the dashboard serves", home / "head.log")
         yield made
     shutil.rmtree(home)
-
-
-def ray_node(options: list[str], environment: dict[str, str], log: Path, *prefix: str) -> Any:
-    return _Node(
-        [
-            *prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
-            "--num-cpus=2", "--object-store-memory=100000000", "--disable-usage-stats",
-            "--min-worker-port=0", "--max-worker-port=0", *options,
-        ],
-        environment,
-        log,
-    )  # fmt: skip
-
-
-class _Node:
-    """`ray start --block`, and on leaving nothing of it is left."""
-
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self.arguments = (command, environment, log)
-
-    def __enter__(self) -> psutil.Process:
-        command, environment, log = self.arguments
-        with open(log, "wb") as output:
-            process = psutil.Popen(
-                command, env=environment, stdout=output, stderr=output, start_new_session=True
-            )
-        self.process = process
-        return process
-
-    def __exit__(self, *_: object) -> None:
-        everything = [*self.process.children(recursive=True), self.process]
-        for process in everything:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-        psutil.wait_procs(everything, timeout=10)
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
-def ask(cluster: Cluster, path: str) -> Any:
-    request = urllib.request.Request(f"{cluster.address}{path}")
-    request.add_header("Authorization", f"Bearer {TOKEN}")
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.load(reply)
-
-
-def serves(cluster: Cluster) -> bool:
-    try:
-        ask(cluster, "/api/jobs/")
-    except (URLError, OSError):
-        return False
-    return True
-
-
-def wait_until(
-    condition: Callable[[], Any], what: str, log: Path | None = None, by: Command | None = None
-) -> Any:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and (by is None or by.process.poll() is None):
-        if found := condition():
-            return found
-        time.sleep(0.1)
-    told = log.read_text() if log else ""
-    if by:
-        by.kill()
-        told += "".join(by.process.communicate())
-    return pytest.fail(f"not within 120 s: {what}\n{told}")
 
 
 def test_a_job_is_followed_stopped_resumed_and_ends_as_a_local_run(

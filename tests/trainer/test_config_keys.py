@@ -20,6 +20,7 @@ from gigabatch.data.captions import read_captions
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
+from gigabatch.launcher.ray_workers import scaling, start_settings, worker_settings
 from gigabatch.launcher.start import too_late
 from gigabatch.trainer.checkpoint import write_checkpoint
 from gigabatch.trainer.config import Config
@@ -186,6 +187,12 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "cluster.launcher": ("torchrun", "command", []),
     "cluster.workers": ("2", "command", ["cluster.launcher=torchrun"]),
     "cluster.threads": ("2", "run", []),
+    "cluster.cpus_per_worker": ("2", "ray", []),
+    "cluster.gpus_per_worker": ("1", "ray", []),
+    "cluster.placement": ("one_per_node", "ray", []),
+    "cluster.env": ("{NCCL_DEBUG: INFO}", "ray", []),
+    "cluster.start_timeout_s": ("5", "ray", []),
+    "cluster.resize_every_s": ("5", "ray", []),
     "cluster.grace_s": ("7", "grace", []),
     "cluster.max_restarts": (
         "1", "command",
@@ -428,6 +435,12 @@ def see_grace(config: Config, folder: Path) -> Any:
     return too_late(run).splitlines()[0]
 
 
+def see_ray(config: Config, folder: Path) -> Any:
+    """What Ray is told."""
+    cluster = config.cluster
+    return [str(scaling(cluster)), worker_settings(cluster), start_settings(cluster)]
+
+
 def see_damage(config: Config, folder: Path) -> Any:
     """A run over a set of which a sample has gone bad since it was indexed."""
     bad = folder / "bad"
@@ -477,6 +490,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
     "damage": see_damage,
     "grace": see_grace,
+    "ray": see_ray,
     "weights": see_weights,
     "lines": see_lines,
     "cache": lambda config, folder: cache_of(config).limit_bytes,

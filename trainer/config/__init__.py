@@ -73,10 +73,6 @@ class Config(Settings):
                 "data.captions.choose=all nor data.missing=mask"
             )
         self._refuse_unmeasured()
-        if self.cluster.launcher == "inline" and self.cluster.workers != 1:
-            raise ValueError(
-                "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
-            )
         return self
 
     def _refuse_unmeasured(self) -> None:

@@ -1,0 +1,145 @@
+"""Several hosts on one machine, for root: each a network namespace with address, name, processes,
+/dev/shm and a Ray folder of its own, all on one bridge. Files are shared, as on a cluster."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+from clusters import node_environment, ray_node
+
+INIT = r"""
+hostname "$1"; shift
+mount --bind "$1" "$2"; shift 2
+mount -t tmpfs -o size=300m none /dev/shm
+mount --bind "$1" /etc/hosts; shift
+exec "$@"
+"""
+QUICK_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+"""A lost node is noticed within seconds, not a minute. (With less patience, a busy one is too.)"""
+
+
+@dataclass
+class Hosts:
+    home: Path
+    """Short, since Unix sockets lie in it; the nodes' user's home too."""
+    stem: str
+    net: str
+    """The first three numbers of all addresses."""
+    environment: dict[str, str] = field(default_factory=dict)
+    nodes: dict[int, psutil.Process] = field(default_factory=dict)
+
+    def name(self, number: int) -> str:
+        return f"{self.stem}h{number}"
+
+    def address(self, number: int) -> str:
+        return f"{self.net}.{10 + number}"
+
+    @property
+    def dashboard(self) -> str:
+        return f"http://{self.address(0)}:8265"
+
+    def command(self, number: int) -> list[str]:
+        """What runs a command on a host."""
+        private = self.home / f"ray{number}"
+        private.mkdir()
+        return [
+            "ip", "netns", "exec", self.name(number), "unshare", "--mount", "--pid", "--uts",
+            "--fork", "--kill-child", "--mount-proc", "sh", "-c", INIT, "sh", self.name(number),
+            str(private), str(self.home / "ray"), str(self.home / "hosts"),
+        ]  # fmt: skip
+
+    def announce_loss(self, node_id: str, seconds: int) -> None:
+        """Tell Ray that a node will be taken away, as a cloud's notice of preemption does."""
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "drain-node",
+            f"--address={self.address(0)}:6379", f"--node-id={node_id}",
+            "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=a test",
+            f"--deadline-remaining-seconds={seconds}",
+        ]  # fmt: skip
+        subprocess.run(command, env=self.environment, check=True, capture_output=True)
+
+    def cut_off(self, number: int) -> None:
+        """Pull a host's cable: it lives on, and nobody hears of it."""
+        _ip("link", "set", self.name(number), "down")
+
+
+def _ip(*arguments: str) -> None:
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@contextmanager
+def hosts(home: Path, count: int) -> Iterator[Hosts]:
+    """`count` hosts without any process yet. Skips where they cannot be made."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root to make hosts of network namespaces")
+    random_net = random.SystemRandom()
+    stem = f"gb{random_net.randrange(10**5)}"
+    made = Hosts(home, stem, f"10.{random_net.randrange(100, 250)}.{random_net.randrange(250)}")
+    (home / "ray").mkdir()
+    lines = ["127.0.0.1 localhost", *(f"{made.address(n)} {made.name(n)}" for n in range(count))]
+    (home / "hosts").write_text("\n".join(lines) + "\n")
+    made.environment = node_environment(home) | QUICK_HEALTH
+    with ExitStack() as stack:
+        _add(stack, ("link", "add", stem, "type", "bridge"), ("link", "del", stem))
+        _ip("addr", "add", f"{made.net}.1/24", "dev", stem)
+        _ip("link", "set", stem, "up")
+        for number in range(count):
+            _connect(made, number, stack)
+        yield made
+
+
+def _add(stack: ExitStack, add: tuple[str, ...], remove: tuple[str, ...]) -> None:
+    try:
+        _ip(*add)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"needs root that may make network namespaces, and iproute2: {error}")
+    stack.callback(subprocess.run, ["ip", *remove], capture_output=True)
+
+
+def _connect(made: Hosts, number: int, stack: ExitStack) -> None:
+    name = made.name(number)
+    _add(stack, ("netns", "add", name), ("netns", "del", name))
+    # Removed by name: a namespace may live on for a while after its last process.
+    cable = ("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
+    _add(stack, cable, ("link", "del", name))
+    _ip("link", "set", name, "master", made.stem)
+    _ip("link", "set", name, "up")
+    for device in ("lo", "eth0"):
+        _ip("-n", name, "link", "set", device, "up")
+    _ip("-n", name, "addr", "add", f"{made.address(number)}/24", "dev", "eth0")
+
+
+@contextmanager
+def ray_on(made: Hosts, count: int) -> Iterator[Hosts]:
+    """Ray on the first `count` hosts, a CPU each; the head is host 0."""
+    with ExitStack() as stack:
+        for number in range(count):
+            start_ray(made, number, stack)
+        yield made
+
+
+def start_ray(made: Hosts, number: int, stack: ExitStack) -> None:
+    head = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={made.home}/ray"]
+    options = head if number == 0 else [f"--address={made.address(0)}:6379"]
+    node = ray_node(
+        [f"--node-ip-address={made.address(number)}", *options],
+        made.environment,
+        made.home / f"node{number}.log",
+        *made.command(number),
+        cpus=1,
+    )
+    made.nodes[number] = stack.enter_context(node)

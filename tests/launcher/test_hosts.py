@@ -1,0 +1,103 @@
+"""A run over three hosts: the loss of one is announced, another is cut off in mid-step."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support_towers
+from clusters import Cluster, ask, serves, wait_until
+from hosts import Hosts, hosts, ray_on
+from support import losses
+
+from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.runfolder import RunFolder
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def three() -> Iterator[Hosts]:
+    home = Path(tempfile.mkdtemp(prefix="gbh-"))
+    try:
+        with hosts(home, 3) as made, ray_on(made, 3):
+            yield made
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def steps(run: Path) -> dict[int, float]:
+    return losses(run) if (run / "metrics.jsonl").exists() else {}
+
+
+def attempt_of(run: Path) -> int:
+    """Which attempt wrote the last line of metrics."""
+    return max(line["attempt"] for line in read_metrics(run / "metrics.jsonl"))
+
+
+def samples(run: Path) -> dict[int, list[int]]:
+    """step -> sample numbers, of the attempt that counts."""
+    lines = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
+    return {line["step"]: line["samples"] for line in lines}
+
+
+def hosts_of(run: Path) -> list[set[str]]:
+    """Of each attempt, the names of the hosts that it runs on."""
+    attempts = [json.loads(path.read_text()) for path in sorted(run.glob("attempts/*.json"))]
+    return [{worker["host"] for worker in attempt["workers"]} for attempt in attempts]
+
+
+def nodes(cluster: Cluster) -> dict[str, str]:
+    """Host -> id, of Ray's nodes."""
+    told = ask(cluster, "/nodes?view=summary")["data"]["summary"]
+    return {each["hostname"]: each["raylet"]["nodeId"] for each in told}
+
+
+def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
+    three: Hosts, tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    cluster = Cluster(three.dashboard, f"{three.address(0)}:6379", three.environment)
+    wait_until(lambda: serves(cluster), "the dashboard serves", three.home / "node0.log", None, 240)
+    wait_until(lambda: len(nodes(cluster)) == 3, "nodes", three.home / "node2.log", None, 240)
+    hurry = tmp_path / "hurry"
+    settings = [
+        "train.steps=60", "eval.sets=[]", "monitor.record_samples=true", "checkpoint.every_steps=0",
+        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
+    ]  # fmt: skip
+    run, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
+    submitted = start(
+        "submit", tiny, *settings, "run.name=cut", "cluster.launcher=ray", "cluster.workers=[1,3]",
+        "cluster.placement=spread", "cluster.start_timeout_s=20", "--address", three.dashboard,
+        "--with", support_towers.__file__,
+        env=cluster.client(),
+    )  # fmt: skip
+
+    def until(what: str, condition: Callable[[], Any]) -> None:
+        wait_until(condition, what, None, submitted, 240)
+
+    all_three = [three.name(number) for number in range(3)]
+    until("three workers", lambda: hosts_of(run) == [set(all_three)])
+    until("a step", lambda: max(steps(run), default=0) > 3)
+    # With notice: the only reason for a checkpoint before the last step's.
+    three.announce_loss(nodes(cluster)[all_three[2]], 20)
+    until("a checkpoint", lambda: len(RunFolder(run).steps_saved()) == 1)
+    (saved,) = RunFolder(run).steps_saved()
+    until("two workers", lambda: hosts_of(run)[1:] == [set(all_three[:2])])
+    until("another step", lambda: attempt_of(run) == 2)
+    three.cut_off(1)
+    until("one worker", lambda: hosts_of(run)[2:] == [{all_three[0]}])
+    hurry.touch()
+    undisturbed = start("train", tiny, *settings, "run.name=whole")
+    done = submitted.wait(240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"node {all_three[2]} will be taken away" in done.stdout
+    assert done.stdout.count(f"going on after step {saved}\n") == 2
+    assert "attempt 3: 1 worker " in done.stdout
+    assert undisturbed.wait().returncode == 0
+    assert samples(run) == samples(whole)
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
