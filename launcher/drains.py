@@ -23,13 +23,20 @@ class Drains:
     workers are asked for a checkpoint; where it is this process's own node, for a stop."""
 
     def __init__(self, run: RunFolder) -> None:
-        self.run, self.known, self.asked_at = run, set[str](), 0.0
+        self.run, self.known, self.asked_at, self.failed = run, set[str](), 0.0, False
 
     def look(self) -> None:
         if time.monotonic() - self.asked_at < EVERY_S:
             return
         self.asked_at = time.monotonic()
-        for node, deadline_ms in draining_nodes().items():
+        try:
+            drained = draining_nodes()
+        except Exception as error:  # Ray is busy, or another version: no reason to end a run
+            if not self.failed:
+                log.warning("Ray does not say which nodes it is about to lose: %s", error)
+            self.failed = True
+            return
+        for node, deadline_ms in drained.items():
             if node not in self.known:
                 self.known.add(node)
                 self._answer(node, deadline_ms)

@@ -80,6 +80,12 @@ def test_kuberay_is_a_job_with_a_token_that_ends_and_is_retried(awkward: Path) -
     assert all(len(each["metadata"]["name"]) < 64 for each in (config_map, job))
 
 
+def test_kuberay_may_take_nodes_of_an_elastic_run_away(awkward: Path) -> None:
+    _, job = yaml.safe_load_all(made("kuberay", awkward, "cluster.workers=[3,8]"))
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 2, 4]
+
+
 def test_names_that_kubernetes_refuses_are_made_fit(awkward: Path) -> None:
     name = "A.Run_with-CAPITALS." + "x" * 70
     _, job = yaml.safe_load_all(made("kuberay", awkward, f"run.name={name}"))

@@ -20,9 +20,20 @@ def test_overrides_win_over_the_file_which_wins_over_defaults() -> None:
     assert (config.train.steps, config.optimizer.lr, config.train.zero) == (7, 0.5, 0)
 
 
-def test_dumped_config_reads_back_the_same() -> None:
-    config = resolve(parse_config("", "c", ["towers.text={kind: huggingface, name: x}"]))
+@pytest.mark.parametrize(
+    "override",
+    ["towers.text={kind: huggingface, name: x}", "cluster.workers=[1,3]", "cluster.env={A: 1}"],
+)
+def test_dumped_config_reads_back_the_same(override: str) -> None:
+    config = resolve(parse_config("", "c", [override]))
     assert parse_config(dump_config(config), "again") == config
+
+
+def test_a_range_of_workers_shares_out_cores_among_the_most() -> None:
+    config = parse_config("", "c", ["cluster.workers=[1,1000000]"])
+    assert (config.cluster.least, config.cluster.most) == (1, 1_000_000)
+    assert resolve(config).cluster.threads == 1
+    assert parse_config("", "c", ["cluster.workers=[3,3]"]).cluster.workers == 3
 
 
 def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path) -> None:
@@ -53,6 +64,16 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("towers.image={kind: huggingface}", "give either `name`"),
         ("towers.image={kind: module, module: nonsense}", "towers.image.module: "),
         ("cluster.launcher=inline", "cluster.workers=1"),
+        ("cluster.workers=many", "a number of workers from 1, or a range [least, most]"),
+        ("cluster.workers=true", "a number of workers from 1"),
+        ("cluster.workers=0", "a number of workers from 1"),
+        ("cluster.workers=[0, 2]", "a number of workers from 1"),
+        ("cluster.workers=[1, 2, 3]", "a number of workers from 1"),
+        ("cluster.workers=[3, 2]", "3 is more than 2"),
+        ("cluster={workers: [1, 2], launcher: torchrun}", "give cluster.workers=2, or take"),
+        ("cluster.env={HF_TOKEN: x}", "looks like a secret"),
+        ("cluster.env={RANK: 1}", "set for each worker by its launcher"),
+        ("cluster.env={'a b': 1}", "no name of an environment variable"),
         ("eval.sets=[a/val, b/val]", "share a folder name"),
         ("objective.scale=200", "scale_max"),
         ("towers.image.widths=[8]", "give as many"),
