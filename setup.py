@@ -54,7 +54,7 @@ setup(
             "pytest>=8,<9.2",  # 9.2 names tests anew: xdist 3.8 no longer keeps a group together
             "pytest-xdist>=3.6",
             "pytest-timeout>=2.3",
-            "hypothesis>=6.100",
+            "hypothesis>=6.150",
             "ruff>=0.9",
             "mypy>=1.14",
             "types-psutil",

@@ -27,6 +27,7 @@ import psutil
 from gigabatch.data.bench.shards import synthesise
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.bench.machine import processor
+from gigabatch.launcher.ranks import everything_below, ranks_below
 from gigabatch.trainer.monitor import read_metrics, read_samples
 from gigabatch.trainer.runfolder import RunFolder
 
@@ -139,29 +140,6 @@ class _Started:
     def _tail(self) -> str:
         return "\n".join(self.said.read_text(errors="replace").splitlines()[-20:])
 
-    def everything(self) -> list[psutil.Process]:
-        """The process and all below it."""
-        with suppress(psutil.NoSuchProcess):
-            top = psutil.Process(self.process.pid)
-            return [top, *top.children(recursive=True)]
-        return []
-
-    def ranks(self) -> list[psutil.Process]:
-        """The training processes, without their loaders."""
-        found = []
-        for each in self.everything():
-            with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-                if "gigabatch.launcher.worker" in each.cmdline() and "RANK" in each.environ():
-                    found.append(each)
-        pids = {each.pid for each in found}
-        return [each for each in found if _parent(each) not in pids]
-
-
-def _parent(process: psutil.Process) -> int | None:
-    with suppress(psutil.NoSuchProcess):
-        return process.ppid()
-    return None
-
 
 @contextmanager
 def _started(*arguments: str | Path) -> Iterator[_Started]:
@@ -175,7 +153,7 @@ def _started(*arguments: str | Path) -> Iterator[_Started]:
         try:
             yield started
         finally:
-            _kill(started.everything())
+            _kill(everything_below(process.pid))
             process.wait()
 
 
@@ -215,10 +193,11 @@ def _one_kill(process: _Started, run: RunFolder, how: str, moments: random.Rando
     time.sleep(moments.random() * 0.2)
     if how == SAVE:
         process.wait(lambda: any(run.checkpoints.glob(".step-*.tmp")), "save")
-    victims = process.everything()
+    launcher = process.process.pid
+    victims = everything_below(launcher)
     if how == RANK:
-        process.wait(process.ranks, "start its ranks")
-        victims = [moments.choice(process.ranks())]
+        process.wait(lambda: ranks_below(launcher), "start its ranks")
+        victims = [moments.choice(ranks_below(launcher))]
     killed = time.time()
     _kill(victims)
     return Kill(how, killed)

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from gigabatch.data.indexing import open_index
 from gigabatch.trainer.distributed import World, device_of_this_process
-from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
+from gigabatch.trainer.evaluation.retrieval import describe, evaluate_retrieval
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import open_eval
-from gigabatch.trainer.loop import describe
 from gigabatch.trainer.runfolder import RunFolder
 
 

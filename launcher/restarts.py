@@ -7,7 +7,6 @@ count begins anew with each new checkpoint, and without one each start waits lon
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import time
@@ -50,8 +49,7 @@ def attempts_in_vain(run: RunFolder, first: int) -> int:
     newest = (run.steps_saved() or [0])[-1]
     count = 0
     for number in range(run.attempts(), first, -1):
-        begun = json.loads((run.path / "attempts" / f"{number:06d}.json").read_text())
-        if begun.get("saved") != newest:
+        if run.attempt(number).get("saved") != newest:
             break
         count += 1
     return count

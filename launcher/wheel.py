@@ -13,7 +13,7 @@ import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-import gigabatch  # a namespace: its folders are what is installed, editable or not
+from gigabatch.trainer.provenance import digest_of, installed_files
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same wheel, byte for byte
 _TAG = "py3-none-any"
@@ -40,25 +40,9 @@ def build_wheel(folder: Path) -> Path:
 
 
 def wheel_version() -> str:
-    """The installed version with a digest of the code, such as `0.1.0+code.1f3870be274f`."""
-    digest = hashlib.sha256()
-    for name, data in installed_files().items():
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    """The installed version with a digest of its files, such as `0.1.0+code.1f3870be274f`."""
     public = distribution("gigabatch").version.partition("+")[0]
-    return f"{public}+code.{digest.hexdigest()[:12]}"
-
-
-def installed_files() -> dict[str, bytes]:
-    """`gigabatch/...` -> content of every file of the package, sorted by name."""
-    found: dict[str, bytes] = {}
-    for root in map(Path, gigabatch.__path__):
-        for path in root.rglob("*"):
-            name = path.relative_to(root)
-            compiled = "__pycache__" in name.parts or path.suffix == ".pyc"
-            if path.is_file() and not compiled:  # (a link to a file that is gone is no file)
-                # As an import would choose: the first folder that has it.
-                found.setdefault(f"gigabatch/{name.as_posix()}", path.read_bytes())
-    return dict(sorted(found.items()))
+    return f"{public}+code.{digest_of(installed_files())}"
 
 
 def _digest(data: bytes) -> str:

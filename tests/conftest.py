@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.internal.conjecture import providers
 from support import TINY, Command, write_samples
 
 # Read when huggingface_hub is imported, which none of the imports above does.
@@ -23,7 +24,10 @@ if not torch.cuda.is_available():  # read when triton is imported; its kernels t
 # A shell's background job ignores Ctrl-C, and so would everything that its tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples on every run, and nothing kept in the repository between runs.
+# The same examples on every run, and nothing kept in the repository between runs. (Left alone,
+# Hypothesis reads each imported module of ours for constants to try: seconds a worker, and other
+# examples after every edit.)
+providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
 settings.load_profile("gigabatch")
 HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")

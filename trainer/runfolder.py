@@ -18,12 +18,10 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import dump_config, parse_config, read_config
 from gigabatch.trainer.files import create_numbered, to_json, write_atomically
+from gigabatch.trainer.provenance import changes, environment, provenance
 
 log = logging.getLogger(__name__)
-_PACKAGES = ("gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "numpy")
 
 
 class Superseded(GigabatchError):
@@ -129,9 +127,33 @@ class RunFolder:
             "host": platform.node(),
             "saved": (self.steps_saved() or [0])[-1],
             **about,
+            **provenance(),
             "config": dump_config(self.config()),
         }
-        return create_numbered(self.path / "attempts", "{:06d}.json".format, to_json(made))
+        text = to_json(made)
+        number = create_numbered(self.path / "attempts", "{:06d}.json".format, text)
+        self._tell_changes(number)
+        return number
+
+    def _tell_changes(self, number: int) -> None:
+        """Warn where this attempt runs other code than the last one that told its own."""
+        for earlier in range(number - 1, 0, -1):
+            if "code" in (old := self.attempt(earlier)):
+                if found := changes(old, self.attempt(number)):
+                    log.warning(
+                        "attempt %d runs other code than attempt %d: %s. From here on losses need "
+                        "not equal an undisturbed run's to the last bit.",
+                        number, earlier, ", ".join(found),
+                    )  # fmt: skip
+                return
+
+    def attempt(self, number: int) -> dict[str, Any]:
+        """What an attempt left of itself; nothing where a kill cut that off."""
+        text = _read_if_there(self.path / "attempts" / f"{number:06d}.json")
+        try:
+            return json.loads(text or "{}")
+        except ValueError:
+            return {}
 
     def attempts(self) -> int:
         """The number of the last attempt; 0 before the first."""
@@ -301,21 +323,3 @@ def open_run(where: str, home: Path = Path("runs")) -> RunFolder:
     known = sorted(p.parent.name for p in home.glob("*/config.yaml"))
     hint = f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
     raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
-
-
-def environment() -> dict[str, Any]:
-    return {
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "command": sys.argv,
-        "started": time.time(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

@@ -1,10 +1,12 @@
-"""One rank of a gloo group: every job of `jobs`, this rank's slices; results saved in OUT.
+"""Groups of gloo ranks, one after another, a process a rank: every job of `jobs`, a rank's slices;
+results saved as OUT/WORLD_SIZE/RANK.pt.
 
-python loss_ranks.py STORE OUT RANK WORLD_SIZE
+python loss_ranks.py OUT WORLD_SIZE...
 """
 
 from __future__ import annotations
 
+import multiprocessing as mp
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -243,9 +245,28 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     dist.destroy_process_group()
 
 
+def run_group(out: Path, world_size: int) -> None:
+    """Its ranks are forks: what was imported here need not be imported again."""
+    out.mkdir()
+    fork = mp.get_context("fork").Process
+    arguments = (str(out / "store"), out, world_size)
+    ranks = [fork(target=run_rank, args=(rank, *arguments)) for rank in range(world_size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        if process.exitcode:
+            sys.exit(f"a rank of {world_size} ended with exit code {process.exitcode}")
+
+
+def run_rank(rank: int, store: str, out: Path, world_size: int) -> None:
+    main(store, out, rank, world_size)
+    leave(0)
+
+
 if __name__ == "__main__":
     # Here, so that tests of the engine alone can read this file's cases without the trainer.
     from gigabatch.trainer.distributed import leave
 
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    leave(0)
+    for size in map(int, sys.argv[2:]):
+        run_group(Path(sys.argv[1], str(size)), size)

@@ -7,8 +7,12 @@ One group of processes a world size runs everything.
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,36 +25,46 @@ from test_losses import dense_sigmoid
 from torch import Tensor
 
 SCRIPT = Path(__file__).with_name("loss_ranks.py")
-# All tests of a world size share its processes, so they run in one worker of pytest.
+SMALL = (1, 2, 3)
+# Tests share the processes of a group, and the small groups their start: each in one worker.
 WORLD_SIZES = [
-    pytest.param(w, marks=[pytest.mark.xdist_group(f"ranks {w}"), *([pytest.mark.slow] * (w == 4))])
-    for w in (1, 2, 3, 4)
+    *(pytest.param(size, marks=pytest.mark.xdist_group("ranks")) for size in SMALL),
+    pytest.param(4, marks=[pytest.mark.xdist_group("ranks 4"), pytest.mark.slow]),
 ]
 
 
-def run_group(world_size: int, folder: Path) -> list[dict[str, Results]]:
-    """All jobs on `world_size` processes; rank -> schedule -> case -> results."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, folder / "store", folder, str(rank), str(world_size)],
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+def run_groups(world_sizes: Sequence[int], folder: Path) -> dict[int, list[dict[str, Results]]]:
+    """All jobs on so many processes; world size -> rank -> schedule -> case -> results."""
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, folder, *map(str, world_sizes)],
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = process.communicate(timeout=240)[1]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * world_size, said
-    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+        with suppress(ProcessLookupError):  # the ranks too, where one waits for another in vain
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said
+    return {
+        size: [torch.load(folder / str(size) / f"{rank}.pt") for rank in range(size)]
+        for size in world_sizes
+    }
+
+
+@pytest.fixture(scope="module")
+def small_groups(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[int, list[dict[str, Results]]]:
+    return run_groups(SMALL, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module", params=WORLD_SIZES)
 def ranks(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> list[dict[str, Results]]:
-    return run_group(request.param, tmp_path_factory.mktemp("ranks"))
+    if request.param in SMALL:
+        return request.getfixturevalue("small_groups")[request.param]
+    return run_groups([request.param], tmp_path_factory.mktemp("ranks"))[request.param]
 
 
 def together(found: list[dict[str, Tensor]]) -> Result:

@@ -1,80 +1,110 @@
 """On torchrun ranks, each ZeRO stage: a step whose loss, or whose gradient on one rank, is not
-finite, changes nothing anywhere; the next step is sound. Prints JSON on rank 0."""
+finite, changes nothing anywhere: no weight, moment, parameter or buffer of the objective; the next
+step is sound. Prints JSON on rank 0: by stage, what each rank found."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import support_towers
 import torch
 from step_probe import batch
+from torch import Tensor
 
+from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
-from gigabatch.trainer.objectives import build_objective
-from gigabatch.trainer.step import ExactStep
+from gigabatch.trainer.objectives import Context, InfoNCE, Loss
+from gigabatch.trainer.step import ExactStep, StepResult
 from gigabatch.trainer.towers import build_towers
 
 TOWER = "towers.image={kind: module, module: 'support_towers:BrokenBackward'}"
+State = dict[str, dict[str, Tensor]]
 
 
-def state(step: ExactStep) -> dict[str, torch.Tensor]:
-    engine = step.engine
-    own = {name: tensor.clone() for name, tensor in step.own_state().items()}
-    return engine.weights() | engine.moments() | own
+class Remembering(InfoNCE):
+    """Keeps a queue of the newest rows of this rank, and how many there were, as `updates` do."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config.objective)
+        self.register_buffer("queue", torch.zeros(24, config.towers.width))
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
+    ) -> Loss:
+        rows = outputs["image"].detach()
+        queue = torch.cat([rows, self.queue])[: len(self.queue)]
+        updates = {"queue": queue, "seen": self.seen + len(rows)}
+        return replace(super().forward(outputs, meta, ctx), updates=updates)
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+def state(step: ExactStep) -> State:
+    """All that a step may change on this rank, by what it is. (`weights` and `moments` give whole
+    ones on rank 0 alone: what each rank holds of them stands beside.)"""
+    engine, own = step.engine, step.objective
+    live = {n: getattr(p, "ds_tensor", p) for n, p in engine.ds.module.named_parameters()}
+    stepped = list(engine.adamw.state.items())
+    found: State = {
+        "weights": engine.weights() | live | {f"{i}": p for i, (p, _) in enumerate(stepped)},
+        "moments": engine.moments()
+        | {f"{i}.{name}": t for i, (_, held) in enumerate(stepped) for name, t in held.items()},
+        "objective": dict(own.named_parameters()),
+        "its moments": {name: t for s in step.optimizer.state.values() for name, t in s.items()},
+        "its buffers": dict(own.named_buffers()),
+    }
+    return {kind: {n: t.detach().clone() for n, t in of.items()} for kind, of in found.items()}
+
+
+def changed(before: State, after: State) -> list[str]:
+    """The kinds of which anything has changed."""
+    return [kind for kind in before if not _same(before[kind], after[kind])]
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def main(config_path: Path, tokenizer: Path) -> None:
-    report: dict[str, Any] = {}
     with join_world(1) as world:
-        for zero in (0, 1, 2, 3):
-            report[str(zero)] = one_stage(config_path, tokenizer, world, zero)
+        report = {
+            zero: world.gather(one_stage(config_path, tokenizer, world, zero))
+            for zero in (0, 1, 2, 3)
+        }
         if world.is_main:
             print(json.dumps(report))
 
 
 def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str, Any]:
     config = load_config(path, [f"train.zero={zero}", TOWER])
-    objective = build_objective(config.objective)
     engine = Engine(build_towers(config, 1000), config, world)
-    step = ExactStep(engine, objective, config, world)
+    step = ExactStep(engine, Remembering(config), config, world)
     rows = batch(config, tokenizer, world.size, world.rank)
     last = world.rank == world.size - 1
 
-    def take(broken_backward: bool, broken_loss: bool) -> Any:
+    def take(broken_backward: bool, broken_loss: bool) -> StepResult:
         support_towers._NanGradient.broken = broken_backward and last
-        images = rows[0].tensors["image"]
-        mean = config.data.image.mean
-        step.data = config.data.model_copy(
-            update={
-                "image": config.data.image.model_copy(
-                    update={"mean": float("nan") if broken_loss and last else mean}
-                )
-            }
-        )
-        assert images.dtype == torch.uint8
+        mean = float("nan") if broken_loss and last else config.data.image.mean
+        image = config.data.image.model_copy(update={"mean": mean})
+        step.data = config.data.model_copy(update={"image": image})
         return step(1, rows, 1e-3)
 
-    first = take(False, False)
-    settled = state(step)
-    backward = take(True, False)
-    after_backward = state(step)
-    loss = take(False, True)
-    after_loss = state(step)
-    again = take(False, False)
+    results, states = [take(False, False)], [state(step)]
+    for broken in ((True, False), (False, True), (False, False)):
+        results.append(take(*broken))
+        states.append(state(step))
     return {
-        "applied": [r.applied for r in (first, backward, loss, again)],
-        "untouched": [same(settled, after_backward), same(settled, after_loss)],
-        "moved": not same(settled, state(step)),
-        "finite": all(bool(torch.isfinite(t).all()) for t in state(step).values()),
+        "applied": [result.applied for result in results],
+        "changed": [changed(states[i], states[i + 1]) for i in range(3)],
+        "finite": all(
+            bool(torch.isfinite(t).all()) for of in states[-1].values() for t in of.values()
+        ),
         "steps": engine.steps,
     }
 

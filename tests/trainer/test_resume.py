@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +13,16 @@ import pytest
 from support import Command, losses, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gigabatch.launcher.ranks import everything_below, ranks_below
 from gigabatch.trainer.monitor import read_metrics
-
-
-def workers_of(command: Command) -> list[psutil.Process]:
-    """The training ranks below a launcher, in rank order."""
-    children = psutil.Process(command.process.pid).children(recursive=True)
-    ranks = [p for p in children if "gigabatch.launcher.worker" in " ".join(p.cmdline())]
-    ranks = [p for p in ranks if p.environ().get("RANK") is not None]
-    parents = {p.pid for p in ranks}
-    ranks = [p for p in ranks if p.ppid() not in parents]  # not their loader processes
-    return sorted(ranks, key=lambda p: int(p.environ()["RANK"]))
 
 
 def kill_all(command: Command) -> None:
     """SIGKILL to the launcher and everything below it, at once."""
-    processes = [psutil.Process(command.process.pid)]
-    processes += processes[0].children(recursive=True)
+    processes = everything_below(command.process.pid)
     for process in processes:
-        if process.is_running():
-            os.kill(process.pid, signal.SIGKILL)
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
     command.process.communicate()
     psutil.wait_procs(processes, timeout=10)
 
@@ -60,7 +50,8 @@ def test_killed_and_resumed_gives_the_same_losses_to_the_bit(
     kill_all(command)
     command = start("resume", killed)
     wait_for_step(killed, moment.randint(8, 10), command)
-    victim = workers_of(command)[moment.randint(0, 1)]  # a single rank: torchrun starts both again
+    # A single rank: torchrun starts both again.
+    victim = ranks_below(command.process.pid)[moment.randint(0, 1)]
     victim.send_signal(signal.SIGKILL)
     done = command.wait()
     assert done.returncode == 0, done.stdout + done.stderr

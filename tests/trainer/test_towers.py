@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertConfig, BertModel, CLIPConfig, CLIPModel
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.towers import Towers, build_towers
+
+# One worker alone pays for importing transformers, and only where these tests run.
+pytestmark = pytest.mark.xdist_group("transformers")
 
 BASE = """
 data: {image: {size: 16}, text: {length: 8}}
@@ -155,6 +157,8 @@ def test_checkpointing_a_module_that_cannot_is_refused() -> None:
 
 
 def test_half_of_a_pretrained_clip_is_loaded_with_its_weights(tmp_path: Path) -> None:
+    from transformers import CLIPConfig, CLIPModel
+
     half = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     half |= {"num_attention_heads": 2, "projection_dim": 8}
     saved = CLIPModel(
@@ -186,6 +190,8 @@ def assert_loaded(towers: Towers, name: str, saved: torch.nn.Module) -> None:
 
 
 def test_a_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertModel
+
     saved = BertModel(
         BertConfig(
             hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,

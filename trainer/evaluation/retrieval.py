@@ -80,6 +80,16 @@ def evaluate_retrieval(
     }
 
 
+def describe(name: str, metrics: Mapping[str, float]) -> str:
+    """One line on a set's retrieval."""
+    i2t, t2i = metrics["i2t_recall@10"], metrics["t2i_recall@10"]
+    chance = min(1.0, 10 / metrics["candidates"])
+    return (
+        f"{name}: recall@10 {(i2t + t2i) / 2:.3f} (image to text {i2t:.3f}, text to image "
+        f"{t2i:.3f}; {metrics['candidates']:,.0f} candidates, chance {chance:.3f})"
+    )
+
+
 def _tell_bad(bad: list[str], index: Index, world: World) -> None:
     if bad and world.is_main:
         log.warning(

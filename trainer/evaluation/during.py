@@ -1,0 +1,46 @@
+"""Evaluation of a run while it trains: when it is due, and what is measured."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.evaluation.retrieval import Embed, describe, evaluate_retrieval
+from gigabatch.trainer.inputs import open_eval
+from gigabatch.trainer.runfolder import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+def evaluation_is_due(step: int, config: Config) -> bool:
+    """Between steps; the end of a run is evaluated in any case."""
+    every = config.eval.every_steps
+    return bool(every) and 0 < step < config.train.steps and step % every == 0
+
+
+def evaluate_sets(
+    embed: Embed, config: Config, run: RunFolder, world: World, stop: Callable[[], bool]
+) -> dict[str, float] | None:
+    """The metrics of each of the run's sets, by tag; None where `stop` said to leave off.
+
+    `embed` and `stop`: as in `evaluate_retrieval`. A collective. Raises GigabatchError where
+    `checkpoint.best` names none of the metrics.
+    """
+    found: dict[str, float] = {}
+    for name in config.eval.sets:
+        index = open_eval(config, name)
+        positives = config.objective.positives
+        metrics = evaluate_retrieval(embed, index, config, run, world, positives, stop)
+        if metrics is None:
+            return None
+        found |= {f"eval/{index.name}/{key}": value for key, value in metrics.items()}
+        log.info(describe(index.name, metrics))
+    best = config.checkpoint.best
+    if best and best not in found:
+        raise GigabatchError(
+            f"checkpoint.best: there is no metric {best}; there are {', '.join(found)}."
+        )
+    return found
