@@ -235,6 +235,8 @@ class _Trainer:
                 self.run.forget_evaluations_after(self.done)
             saving = (self.run, self.world, self.attempt, self.config.checkpoint)
             self.saver = cleanup.enter_context(Saver(*saving, self._report_saved))
+            if self.done:
+                self.saver.copy(self.done)  # where an earlier attempt left it uncopied
             if not self._evaluate(stop, if_due=True):  # a stop or a kill may have come before it
                 return self._stopped()
             for batch in self._batches():
@@ -252,7 +254,8 @@ class _Trainer:
             if not self._evaluate(stop):
                 return self._stopped()
             self.saver.settle()
-        log.info("finished: %d steps", steps)
+            log.info("finished: %d steps", steps)
+            self._await_copies()
         return True
 
     def _stopped(self) -> bool:
@@ -263,7 +266,11 @@ class _Trainer:
         if self.world.is_main:
             self.run.record_stop()
         log.info("stopped at step %d of %d, as asked", self.done, self.config.train.steps)
+        self._await_copies()
         return False
+
+    def _await_copies(self) -> None:
+        self.saver.await_copies(self.saved_step, lambda: self.progress.enter("save"))
 
     def _announce(self) -> None:
         weights = sum(p.numel() for p in self.engine.named.values())
@@ -367,6 +374,7 @@ class _Trainer:
             "data/bad_samples": float(self.bad_samples.total()),
             **self._epochs(),
             **self.clock.rates(size),
+            **self.saver.metrics(),
             **more,
         }
         self.monitor.report(self.done, self.done * size, metrics)
