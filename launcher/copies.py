@@ -27,13 +27,23 @@ def refuse_taken(config: Config) -> None:
         )
 
 
+def copies_of(run: RunFolder, settings: CheckpointSettings) -> RemoteRun | None:
+    """Where a run is to be copied to, if anywhere. Raises GigabatchError where nothing can be
+    written there."""
+    place = remote_run(settings, run.path.name)
+    if place:
+        try:
+            check_writable(place.url.rpartition("/")[0])
+        except GigabatchError as error:
+            raise GigabatchError(
+                f"checkpoint.copy_to: {error} To go on without copies: checkpoint.copy_to=null."
+            ) from error
+    return place
+
+
 def take_over(place: RemoteRun, run: RunFolder, here: int) -> None:
-    """Make ready to copy a run that goes on from step `here`: what is copied by attempts so far is
-    the past. Raises GigabatchError where nothing can be written, or another run lies there."""
-    try:
-        check_writable(place.url.rpartition("/")[0])
-    except GigabatchError as error:
-        raise GigabatchError(f"checkpoint.copy_to: {error}") from error
+    """Make ready to copy a run that goes on from step `here`: attempts that have copied so far are
+    the past. Raises GigabatchError where another run lies there."""
     place.claim(run)
     run.reserve_attempts(place.newest_attempt(), place.url)
     say_newer(place, run, here)

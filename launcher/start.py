@@ -21,7 +21,7 @@ from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
-from gigabatch.launcher.copies import is_taken, refuse_taken, take_over
+from gigabatch.launcher.copies import copies_of, is_taken, refuse_taken, take_over
 from gigabatch.launcher.doctor import refuse_unfit
 from gigabatch.launcher.output import write
 from gigabatch.launcher.progress import progress_bar
@@ -191,7 +191,7 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         raise GigabatchError(
             f"{run.path}: train.steps={last} is less than the {newest.step} steps already done."
         )
-    place = remote_run(config.checkpoint, run.path.name)
+    place = copies_of(run, config.checkpoint)
     uncopied = place is not None and newest is not None and newest.step not in place.steps()
     evaluated = run.evaluated(last) or not config.eval.sets
     if newest and newest.step == last and evaluated and not uncopied:
@@ -273,7 +273,7 @@ def _launch(run: RunFolder) -> int:
         raise GigabatchError(failure)
     if run.is_finished():
         return 0
-    if run.stopped():
+    if run.stopped() and not stop.overdue:
         write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
@@ -295,8 +295,9 @@ def too_late(run: RunFolder) -> str:
     """What to say where the time for a clean end is over."""
     saved = run.steps_saved()
     last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
+    late = "its copy was" if run.stopped() else "the step in progress and its checkpoint were"
     return (
-        f"gigabatch: the step in progress and its checkpoint were not done within "
+        f"gigabatch: {late} not done within "
         f"cluster.grace_s={run.config().cluster.grace_s:g} s; left with {last}.\n"
         f"to go on: gigabatch resume {_shown(run.path)}"
     )

@@ -78,8 +78,9 @@ def _write_beside(place: RemoteRun, run: RunFolder) -> None:
 
 def _remove(place: RemoteRun, run: RunFolder, attempt: int, folder: str, names: list[str]) -> None:
     """Remove files of a checkpoint's folder, its manifest before all others."""
-    for name in sorted(names, key=lambda name: name != "manifest.json"):
+    if names:
         place.refuse_overtaken(run, attempt)
+    for name in sorted(names, key=lambda name: name != "manifest.json"):
         place.remove(f"{folder}/{name}")
 
 

@@ -187,7 +187,7 @@ def retrying(url: str, what: str, retry: Retry, once: Callable[[], T], done: str
                 ) from error
             if attempt == retry.attempts:
                 raise GigabatchError(
-                    f"{url}: {what} could not be read in {attempt} attempts, the last: {why}. "
+                    f"{url}: {what} could not be {done} in {attempt} attempts, the last: {why}. "
                     "Check the server and the network, then start again."
                 ) from error
             wait = retry.wait_s(attempt, url)

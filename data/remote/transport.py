@@ -1,9 +1,10 @@
 """One try at a remote file: its size and version, what a folder holds, a range of its bytes.
 
 Also one try at writing and at removing. fsspec does the talking, one file system a scheme and
-process: neither its thread nor its connections survive a fork. Its own retries are off (but for the
-parts of a file that is written); `remote` retries, so that they are counted once. What a file system needs (keys, end points, anonymous access) is configured as everywhere
-with fsspec: the AWS_* variables, or FSSPEC_S3_ANON=true and the like.
+process: neither its thread nor its connections survive a fork. Its own retries are off, but for
+parts of a file that is written; `remote` retries, so that they are counted once. What a file system
+needs (keys, end points, anonymous access) is configured as everywhere with fsspec: the AWS_*
+variables, or FSSPEC_S3_ANON=true and the like.
 """
 
 from __future__ import annotations
