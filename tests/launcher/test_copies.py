@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -125,17 +126,48 @@ def test_a_place_that_fails_in_mid_run_costs_the_copies_alone(
     far.mkdir()
     settings = [f"checkpoint.copy_to=file://{far}", "run.name=a", "eval.sets=[]"]
     (far / "a" / "checkpoints").mkdir(parents=True)
-    # In the way of the folder of one checkpoint, as only this process can put right: final.
-    (far / "a" / "checkpoints" / "step-00000006").symlink_to("/proc/nowhere")
+    # In the way of the folder of one checkpoint: no write into it succeeds.
+    obstacle = far / "a" / "checkpoints" / "step-00000012"
+    obstacle.symlink_to("/proc/nowhere")
     done = gigabatch("train", tiny, *settings)
     assert done.returncode == 0, done.stderr
-    assert "checkpoint step-00000006 was NOT COPIED" in done.stdout
-    assert RemoteRun(f"file://{far}/a").steps() == [3, 9, 12]
+    assert (
+        done.stdout.count("checkpoint step-00000012 was NOT COPIED") == 2
+    )  # tried at the end again
+    place = RemoteRun(f"file://{far}/a")
+    assert 12 not in place.steps()
     run = RunFolder(tmp_path / "runs" / "a")
     assert run.steps_saved() == [6, 9, 12]
     assert len(losses(run.path)) == 12
-    last = [line for line in read_metrics(run.metrics) if "checkpoint/copied_step" in line][-1]
-    assert (last["checkpoint/copied_step"], last["checkpoint/copy_failures"]) == (12, 1)
+    last = [line for line in read_metrics(run.metrics) if "checkpoint/copy_failures" in line][-1]
+    assert last["checkpoint/copy_failures"] == 2
+
+    obstacle.unlink()
+    done = gigabatch("resume", run.path)  # finished, but for its last copy
+    assert done.returncode == 0, done.stderr
+    assert place.steps()[-1] == 12
+    done = gigabatch("resume", run.path)
+    assert done.returncode == 2
+    assert "the run is finished (12 steps)" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_waits_for_the_copy_no_longer_than_its_grace(
+    tiny: Path, tmp_path: Path, start: Any, s3: FailingServer
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    s3.before(lambda: (reached.set(), go_on.wait(60)), method="PUT", path="*/towers*")
+    settings = ["checkpoint.copy_to=s3://runs-far", "run.name=a", "train.steps=5000"]
+    command = start("train", tiny, *settings, "eval.sets=[]", "cluster.grace_s=4")
+    try:
+        assert reached.wait(90)
+        command.signal(signal.SIGTERM)
+        done = command.wait(60)
+    finally:
+        go_on.set()
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "its copy was not done within cluster.grace_s=4 s; left with the chec" in done.stderr
+    assert RunFolder(tmp_path / "runs" / "a").stopped()
 
 
 def refusal(
