@@ -30,7 +30,7 @@ setup(
         "ray[default,train]>=2.60,<3",
         "webdataset>=1.0.2,<2",
         "braceexpand>=0.1.7",
-        "fsspec>=2024.6",
+        "fsspec>=2024.12",
         "google-crc32c>=1.5",
         "packaging>=23",
         "psutil>=6",
@@ -48,7 +48,7 @@ setup(
         "fonttools>=4.50",
     ],
     extras_require={
-        "remote": ["s3fs>=2024.6", "gcsfs>=2024.6", "aiohttp>=3.9"],
+        "remote": ["s3fs>=2025.7", "gcsfs>=2024.12", "aiohttp>=3.9"],  # exclusive writes work since
         "audio": ["soundfile>=0.13", "soxr>=0.5"],
         "test": [
             "pytest>=8,<9.2",  # 9.2 names tests anew: xdist 3.8 no longer keeps a group together
@@ -60,7 +60,7 @@ setup(
             "types-psutil",
             "types-PyYAML",
             "jsonschema>=4",
-            "s3fs>=2024.6",
+            "s3fs>=2025.7",
             "aiohttp>=3.9",
             "moto[server]>=5",
             "soundfile>=0.13",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
     """A temporary file that, synced, takes the place of `path` at the end, unless there was an
     error."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -21,10 +21,26 @@ def replacing(path: Path) -> Iterator[Path]:
             yield fresh
             with open(fresh, "rb") as file:
                 os.fsync(file.fileno())
-            os.replace(fresh, path)
+            place(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def place_new(path: Path) -> AbstractContextManager[Path]:
+    """As `replacing`, but FileExistsError is raised where `path` is there by then."""
+    return replacing(path, _link)
+
+
+def _link(fresh: Path, path: Path) -> None:
+    try:
+        os.link(fresh, path)  # of two writers one wins
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.replace(fresh, path)
 
 
 def remove_left(folder: Path, name: str) -> None:

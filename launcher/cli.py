@@ -63,7 +63,12 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
 
 @app.command()
 def resume(
-    run: RunName,
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN", help="A run folder, its name in runs/, or the URL of its copies."
+        ),
+    ],
     overrides: Overrides = None,
     allow: Annotated[
         list[str] | None,
@@ -73,11 +78,16 @@ def resume(
     """Go on with a run from its newest sound checkpoint, exactly where it was.
 
     The number of workers, the launcher, and what is saved, shown and evaluated may change freely.
+    From the URL of its copies (checkpoint.copy_to/NAME) a run whose folder is gone, or has lost its
+    newest checkpoints, is fetched into run.dir first.
     """
     with ctrl_c_held():
-        from gigabatch.launcher.start import resume_run
+        from gigabatch.launcher.start import resume_copy, resume_run
+        from gigabatch.trainer.fetching import is_copy
         from gigabatch.trainer.runfolder import open_run
 
+    if is_copy(run):
+        return resume_copy(run, overrides or [], allow or [])
     return resume_run(open_run(run), overrides or [], allow or [])
 
 

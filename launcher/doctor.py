@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import cache_home
+from gigabatch.data.remote.places import writable_folder
+from gigabatch.data.remote.writes import check_writable
 from gigabatch.trainer.config import Config
 
 FILES = 4096
@@ -81,6 +83,7 @@ def quick(config: Config | None) -> Iterator[Finding]:
     yield _shared_memory(config)
     yield _open_files()
     yield from _disks(config)
+    yield from _copies(config)
 
 
 def _all(config: Config | None, check_data: Callable[[Config], str]) -> Iterator[Finding]:
@@ -181,6 +184,20 @@ def _disks(config: Config | None) -> Iterator[Finding]:
             yield Finding(about, "warning", what, f"Make room, or set {key} elsewhere")
         else:
             yield Finding(about, "ok", what)
+
+
+def _copies(config: Config | None) -> Iterator[Finding]:
+    """Whether checkpoints can be copied: a file is written there, read and removed."""
+    if config is None or config.checkpoint.copy_to is None:
+        return
+    url = writable_folder(config.checkpoint.copy_to)
+    try:
+        check_writable(url)
+    except GigabatchError as error:
+        remedy = "Set checkpoint.copy_to to a folder that you may write, read and empty"
+        yield Finding("checkpoint.copy_to", "fault", str(error).rstrip("."), remedy)
+    else:
+        yield Finding("copies", "ok", f"{url} can be written")
 
 
 def _clock(folder: Path) -> Finding:

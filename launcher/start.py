@@ -21,6 +21,7 @@ from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
+from gigabatch.launcher.copies import copies_of, is_taken, refuse_taken, take_over
 from gigabatch.launcher.doctor import refuse_unfit
 from gigabatch.launcher.output import write
 from gigabatch.launcher.progress import progress_bar
@@ -34,8 +35,15 @@ from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import differences, load_config
+from gigabatch.trainer.configfile import (
+    differences,
+    load_config,
+    parse_config,
+    read_config,
+    resolve,
+)
 from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.fetching import copied_config, fetch_newer, fetch_run, open_copy
 from gigabatch.trainer.initial import pin_initial
 from gigabatch.trainer.inputs import (
     TrainData,
@@ -47,6 +55,7 @@ from gigabatch.trainer.inputs import (
     open_train,
 )
 from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.remoterun import remote_run
 from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
 
 log = logging.getLogger(__name__)
@@ -94,6 +103,28 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
     return _start(old_run, config)
 
 
+def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
+    """Go on with a run from its copies at `url`: its folder in `run.dir` is fetched where it is
+    gone, and given the newest checkpoint where that is not as new. The exit code."""
+    place = open_copy(url)
+    old = place.url + "/config.yaml"
+    config = _resumed(copied_config(place), old, [*overrides, *_own_world()], allow)
+    run = RunFolder(config.run.dir / place.url.rpartition("/")[2])
+
+    @contextmanager
+    def copied_run() -> Iterator[RunFolder]:
+        is_here = (run.path / "config.yaml").exists()
+        if not is_here:
+            fetch_run(place, run)
+        with run.held():
+            if is_here:
+                fetch_newer(place, run)
+            _reopen(run, config, allow)
+            yield run
+
+    return _start(copied_run, config)
+
+
 def _own_world() -> list[str]:
     """Where the user called torchrun or srun, its world is the run's, whatever the config says."""
     join_slurm_step()
@@ -114,8 +145,13 @@ def _start(opened: Opened, config: Config) -> int:
 def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> Config:
     """The run's config with overrides. Raises GigabatchError, with a diff, where they would
     change the training and `allow` does not name the key."""
-    old = run.config()
-    new = load_config(run.path / "config.yaml", overrides)
+    path = run.path / "config.yaml"
+    return _resumed(read_config(path), str(path), overrides, allow)
+
+
+def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[str]) -> Config:
+    old = parse_config(text, where)
+    new = resolve(parse_config(text, where, overrides))
     changed = differences(old, new)
     refused = {
         key: values
@@ -126,7 +162,7 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
         diff = "\n".join(f"  {key}: {a!r} -> {b!r}" for key, (a, b) in refused.items())
         allows = " ".join(f"--allow {key}" for key in refused)
         raise GigabatchError(
-            f"{run.path}: resuming with a changed config would make it another run:\n{diff}\n"
+            f"{where}: resuming with a changed config would make it another run:\n{diff}\n"
             f"Leave these as they were, start a new run, or say {allows}."
         )
     return new
@@ -135,13 +171,16 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 def _prepare(config: Config, stem: str) -> RunFolder:
     refuse_taken_name(config)
     refuse_unfit(config, log.warning)
+    refuse_taken(config)
     config = pin_initial(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     tokenizer = make_tokenizer(config, data)
-    run = create_run(config, stem)
+    run = create_run(config, stem, partial(is_taken, config.checkpoint))
     tokenizer.save(str(run.tokenizer))
     run.write_data_digest(data.digest)
+    if place := remote_run(config.checkpoint, run.path.name):
+        place.claim(run)
     return run
 
 
@@ -152,7 +191,10 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         raise GigabatchError(
             f"{run.path}: train.steps={last} is less than the {newest.step} steps already done."
         )
-    if newest and newest.step == last and (run.evaluated(last) or not config.eval.sets):
+    place = copies_of(run, config.checkpoint)
+    uncopied = place is not None and newest is not None and newest.step not in place.steps()
+    evaluated = run.evaluated(last) or not config.eval.sets
+    if newest and newest.step == last and evaluated and not uncopied:
         raise GigabatchError(
             f"{run.path}: the run is finished ({last} steps). To train longer: train.steps=N "
             "--allow train.steps. To measure another set: gigabatch eval."
@@ -169,6 +211,8 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
         make_tokenizer(config, data).save(str(run.tokenizer))  # its making was cut off
+    if place:
+        take_over(place, run, newest.step if newest else 0)
     run.clear_requests()
     run.write_data_digest(data.digest)
     run.write_config(config)
@@ -229,7 +273,7 @@ def _launch(run: RunFolder) -> int:
         raise GigabatchError(failure)
     if run.is_finished():
         return 0
-    if run.stopped():
+    if run.stopped() and not stop.overdue:
         write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
@@ -251,8 +295,9 @@ def too_late(run: RunFolder) -> str:
     """What to say where the time for a clean end is over."""
     saved = run.steps_saved()
     last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
+    late = "its copy was" if run.stopped() else "the step in progress and its checkpoint were"
     return (
-        f"gigabatch: the step in progress and its checkpoint were not done within "
+        f"gigabatch: {late} not done within "
         f"cluster.grace_s={run.config().cluster.grace_s:g} s; left with {last}.\n"
         f"to go on: gigabatch resume {_shown(run.path)}"
     )

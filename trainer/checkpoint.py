@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +62,10 @@ def write_checkpoint(
     files: Mapping[str, Tensors],
     state: Mapping[str, Any],
     settings: CheckpointSettings,
+    busy: Set[int] = frozenset(),
 ) -> None:
-    """Write, sync, commit, and remove what need not be kept. Called on rank 0 alone.
+    """Write, sync, commit, and remove what need not be kept, but for the steps in `busy`. Called
+    on rank 0 alone.
 
     Raises GigabatchError where the checkpoint does not stand; earlier ones are untouched.
     """
@@ -71,7 +73,7 @@ def write_checkpoint(
     try:
         _write(fresh, step, files, state)
         _commit(run, fresh, step, attempt)
-        _retain(run, step, settings)
+        _retain(run, step, settings, busy)
     except (OSError, SafetensorError) as error:
         raise GigabatchError(
             f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. Earlier "
@@ -100,7 +102,7 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     if not run.owned_by(attempt):
         raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
     final = run.checkpoints / f"step-{step:08d}"
-    if final.exists() and _fault(final):
+    if final.exists() and fault_in(final):
         shutil.rmtree(final)  # a damaged one of an earlier attempt, already passed over
     if not final.exists():  # a sound one is the same to the bit, or to rounding: keep it
         fresh.rename(final)
@@ -108,12 +110,12 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
 
 
-def _retain(run: RunFolder, newest: int, settings: CheckpointSettings) -> None:
+def _retain(run: RunFolder, newest: int, settings: CheckpointSettings, busy: Set[int]) -> None:
     """Remove all that `settings` does not keep up to `newest`; what lies beyond it was found
     damaged."""
     saved = run.steps_saved()
     kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
-    for step in set(saved) - kept:
+    for step in set(saved) - kept - busy:
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
     for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
         shutil.rmtree(leftover, ignore_errors=True)
@@ -128,7 +130,7 @@ def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
     faults = []
     for step in reversed(run.steps_saved()):
         path = run.checkpoints / f"step-{step:08d}"
-        fault = _fault(path)
+        fault = fault_in(path)
         if not fault:
             state = json.loads((path / "state.json").read_text())
             return Checkpoint(path, step, state)
@@ -144,7 +146,7 @@ def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """The checkpoint in a folder, verified. Raises GigabatchError where it is damaged."""
-    fault = _fault(path)
+    fault = fault_in(path)
     if fault:
         raise GigabatchError(f"{fault}. Take another checkpoint.")
     state = json.loads((path / "state.json").read_text())
@@ -157,7 +159,7 @@ def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:
     return Checkpoint(path, step, json.loads((path / "state.json").read_text()))
 
 
-def _fault(path: Path) -> str:
+def fault_in(path: Path) -> str:
     """What is wrong with a checkpoint folder; empty if nothing is."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())

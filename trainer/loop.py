@@ -149,6 +149,8 @@ class _Trainer:
                 self.run.forget_evaluations_after(self.counts.done)
             saving = (self.run, self.world, self.attempt, self.config.checkpoint)
             self.saver = cleanup.enter_context(Saver(*saving, self.reporter.write))
+            if self.counts.done:
+                self.saver.copy(self.counts.done)  # where an earlier attempt left it uncopied
             if not self._evaluate(stop, if_due=True):  # a stop or a kill may have come before it
                 return self._stopped()
             for batch in self._batches():
@@ -166,7 +168,8 @@ class _Trainer:
             if not self._evaluate(stop):
                 return self._stopped()
             self.saver.settle()
-        log.info("finished: %d steps", steps)
+            log.info("finished: %d steps", steps)
+            self._await_copies()
         return True
 
     def _stopped(self) -> bool:
@@ -178,7 +181,11 @@ class _Trainer:
             self.run.record_stop()
         steps = self.config.train.steps
         log.info("stopped at step %d of %d, as asked", self.counts.done, steps)
+        self._await_copies()
         return False
+
+    def _await_copies(self) -> None:
+        self.saver.await_copies(self.saved_step, lambda: self.progress.enter("save"))
 
     def _announce(self) -> None:
         weights = sum(p.numel() for p in self.engine.named.values())
@@ -217,7 +224,8 @@ class _Trainer:
         if config.monitor.record_samples:
             self.reporter.samples(batch)
         if step % config.monitor.every_steps == 0 or step == config.train.steps:
-            self.reporter.step(result, lr, self.stragglers.metrics(step))
+            more = {**self.saver.metrics(), **self.stragglers.metrics(step)}
+            self.reporter.step(result, lr, more)
         if self.counts.bad_steps >= config.train.max_bad_steps:
             self._rewind_or_stop()
 

@@ -12,6 +12,7 @@ heartbeats/   where each rank is, while workers run; hangs/ keeps their stacks w
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Superseded(GigabatchError):
 @dataclass(frozen=True)
 class RunFolder:
     path: Path
+
+    @property
+    def environment(self) -> Path:
+        """What the run was begun with and when: it tells runs of one name apart."""
+        return self.path / "environment.json"
 
     @property
     def tokenizer(self) -> Path:
@@ -159,9 +165,18 @@ class RunFolder:
         """The number of the last attempt; 0 before the first."""
         return max((int(p.stem) for p in (self.path / "attempts").glob("*.json")), default=0)
 
+    def attempt_file(self, number: int) -> Path:
+        return self.path / "attempts" / f"{number:06d}.json"
+
+    def reserve_attempts(self, newest: int, where: str) -> None:
+        """Let the next attempt's number be higher than `newest`, the last that is known `where`."""
+        self.attempt_file(newest).parent.mkdir(exist_ok=True)
+        for number in range(1, newest + 1):
+            _write_first(self.attempt_file(number), to_json({"known": where}))
+
     def owned_by(self, attempt: int) -> bool:
         """Whether no later attempt has started: a cut-off worker must not write any more."""
-        return not (self.path / "attempts" / f"{attempt + 1:06d}.json").exists()
+        return not self.attempt_file(attempt + 1).exists()
 
     @contextmanager
     def fenced(self, attempt: int) -> Iterator[None]:
@@ -259,36 +274,37 @@ def _read_if_there(path: Path) -> str | None:
     return path.read_text() if path.exists() else None
 
 
-def create_run(config: Config, stem: str) -> RunFolder:
+def create_run(
+    config: Config, stem: str, taken: Callable[[str], bool] = lambda name: False
+) -> RunFolder:
     """Make the folder of a new run, which keeps the config with the name filled in.
 
-    `stem` begins the name where `run.name` is unset. Raises GigabatchError where the folder
-    exists; nothing in it is touched.
+    `stem` begins the name where `run.name` is unset; names that are `taken` are passed over.
+    Raises GigabatchError where the folder exists; nothing in it is touched.
     """
     home = config.run.dir
     try:
         home.mkdir(parents=True, exist_ok=True)
-        path = _take_name(home, config.run.name, re.sub(r"[^A-Za-z0-9._-]", "-", stem) or "run")
+        stem = re.sub(r"[^A-Za-z0-9._-]", "-", stem) or "run"
+        path = _take_name(home, config.run.name, stem, taken)
     except OSError as error:
         raise GigabatchError(f"run.dir: {home} cannot be written: {error.strerror}.") from error
     named = config.run.model_copy(update={"name": path.name})
     run = RunFolder(path)
     run.write_config(config.model_copy(update={"run": named}))
-    write_atomically(path / "environment.json", to_json(environment()))
+    write_atomically(run.environment, to_json(environment()))
     return run
 
 
-def _take_name(home: Path, name: str | None, stem: str) -> Path:
+def _take_name(home: Path, name: str | None, stem: str, taken: Callable[[str], bool]) -> Path:
     if name is None:
-        number = 1
-        while True:
+        for number in itertools.count(1):
             path = home / f"{stem}-{number:03d}"
-            try:
-                path.mkdir()
-                return path
-            except FileExistsError:
-                number += 1
-    path = home / name
+            if not taken(path.name):
+                with suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+    path = home / str(name)
     try:
         path.mkdir()
     except FileExistsError:

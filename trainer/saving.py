@@ -16,7 +16,9 @@ from typing import Any
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoint import Tensors, write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
+from gigabatch.trainer.copying import PATIENCE, Copier
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.remoterun import remote_run
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -78,6 +80,8 @@ class Saver:
         self.run, self.world, self.attempt, self.settings = run, world, attempt, settings
         self.report = report
         self.write: _Write | None = None
+        place = remote_run(settings, run.path.name, PATIENCE) if world.is_main else None
+        self.copier = Copier(place, run, attempt, settings) if place else None
 
     def save(self, step: int, snapshot: Snapshot) -> None:
         """Take a snapshot and begin to write it; a write before it is awaited first, so that host
@@ -87,13 +91,35 @@ class Saver:
         files, state = snapshot()
         write = self.write = _Write(step)
         if self.world.is_main:
-            run, attempt, settings = self.run, self.attempt, self.settings
-            write.start(lambda: write_checkpoint(run, attempt, step, files, state, settings))
+            write.start(lambda: self._write(step, files, state))
         if not self.settings.asynchronous:
             write.join()
         write.blocked_s = time.monotonic() - began
         if not self.settings.asynchronous:
             self.settle()
+
+    def _write(self, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
+        busy = self.copier.busy() if self.copier else set()
+        write_checkpoint(self.run, self.attempt, step, files, state, self.settings, busy)
+        self.copy(step)
+
+    def copy(self, step: int) -> None:
+        """Let the checkpoint of `step`, which is committed, be copied to `checkpoint.copy_to`,
+        unless it is there already."""
+        if self.copier:
+            self.copier.offer(step)
+
+    def await_copies(self, step: int, alive: Callable[[], None]) -> None:
+        """Until the copy of the last checkpoint, of `step`, has ended, well or not. Not a
+        collective; `alive` is called each second meanwhile."""
+        if self.copier and step:
+            self.copier.offer(step)  # again: the curves' end, the last evaluation, what failed
+            self.copier.wait(alive)
+            self.report(step, self.copier.metrics())
+
+    def metrics(self) -> dict[str, float]:
+        """How copying goes, on rank 0, where anything is copied."""
+        return self.copier.metrics() if self.copier else {}
 
     def over(self) -> bool:
         """Whether, on this rank, a write has ended that `settle` has not yet been told of."""

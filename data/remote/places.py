@@ -13,14 +13,14 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote import ranges
 from gigabatch.data.remote.ranges import Retry, ShardState, as_state
-from gigabatch.data.remote.transport import SCHEMES
+from gigabatch.data.remote.transport import SCHEMES, WRITTEN
 
 log = logging.getLogger(__name__)
 LISTED = 1000
@@ -50,8 +50,35 @@ def is_remote(path: str) -> bool:
     return True
 
 
-def _schemes() -> str:
-    return ", ".join(f"{scheme}://" for scheme in SCHEMES)
+def _schemes(schemes: Iterable[str] = SCHEMES) -> str:
+    return ", ".join(f"{scheme}://" for scheme in schemes)
+
+
+def writable_folder(url: str) -> str:
+    """The URL of a folder that may be written to, without a slash at its end.
+
+    Raises GigabatchError where it is none, or holds a secret, which the message does not repeat.
+    """
+    scheme, mark, rest = url.partition("://")
+    if "@" in rest.partition("/")[0] or "?" in rest:
+        raise GigabatchError(
+            "the address holds a user, a password or a query, and is refused: it would stand in "
+            "configs and logs. Set keys where the file system looks for them (AWS_* variables, "
+            "fsspec's configuration)."
+        )
+    if scheme not in WRITTEN or not mark:
+        raise GigabatchError(
+            f"{url}: not a place that can be written to; it begins with one of {_schemes(WRITTEN)}."
+        )
+    path = rest.rstrip("/")
+    if (scheme == "file") != rest.startswith("/") or not path:
+        form = "file:///FOLDER" if scheme == "file" else f"{scheme}://BUCKET/FOLDER"
+        raise GigabatchError(f"{url}: a folder is named as {form}.")
+    if re.search(r"[\x00-\x1f*?\[\]{}#\\]|::|//|(^|/)\.\.?(/|$)", path):
+        raise GigabatchError(
+            f"{url!r}: a folder's name holds no pattern, empty part or control character."
+        )
+    return f"{scheme}://{path}"
 
 
 def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Retry()) -> list[str]:

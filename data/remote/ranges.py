@@ -169,8 +169,8 @@ def _all(got: int, wanted: int) -> int:
     return got
 
 
-def retrying(url: str, what: str, retry: Retry, once: Callable[[], T]) -> T:
-    """`once()`, tried again with growing waits; `what` of `url` it gets, for messages."""
+def retrying(url: str, what: str, retry: Retry, once: Callable[[], T], done: str = "read") -> T:
+    """`once()`, tried again with growing waits; `what` of `url` is `done`, for messages."""
     for attempt in range(1, retry.attempts + 1):
         try:
             return once()
@@ -182,12 +182,12 @@ def retrying(url: str, what: str, retry: Retry, once: Callable[[], T]) -> T:
             why = transport.reason(error)
             if transport.is_final(error):
                 raise GigabatchError(
-                    f"{url}: {what} cannot be read: {why}. Check the address, and that it may be "
-                    "read with the keys set here."
+                    f"{url}: {what} cannot be {done}: {why}. Check the address, and that it may be "
+                    f"{done} with the keys set here."
                 ) from error
             if attempt == retry.attempts:
                 raise GigabatchError(
-                    f"{url}: {what} could not be read in {attempt} attempts, the last: {why}. "
+                    f"{url}: {what} could not be {done} in {attempt} attempts, the last: {why}. "
                     "Check the server and the network, then start again."
                 ) from error
             wait = retry.wait_s(attempt, url)

@@ -1,9 +1,10 @@
-"""One try at a remote file: its size and version, a folder's entries, a range of its bytes.
+"""One try at a remote file: its size and version, what a folder holds, a range of its bytes.
 
-fsspec does the talking, one file system a scheme and process: neither its thread nor its
-connections survive a fork. Its own retries are off; `remote` retries, so that they are counted
-once. What a file system needs (keys, end points, anonymous access) is configured as everywhere
-with fsspec: the AWS_* variables, or FSSPEC_S3_ANON=true and the like.
+Also one try at writing and at removing. fsspec does the talking, one file system a scheme and
+process: neither its thread nor its connections survive a fork. Its own retries are off, but for
+parts of a file that is written; `remote` retries, so that they are counted once. What a file system
+needs (keys, end points, anonymous access) is configured as everywhere with fsspec: the AWS_*
+variables, or FSSPEC_S3_ANON=true and the like.
 """
 
 from __future__ import annotations
@@ -11,10 +12,14 @@ from __future__ import annotations
 import asyncio
 import glob
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.files import place_new, replacing
 
 SCHEMES = {
     "s3": "s3fs",
@@ -25,14 +30,18 @@ SCHEMES = {
     "https": "aiohttp",
 }
 """The schemes read from, each with the package that it needs."""
+WRITTEN = ("s3", "gs", "gcs", "file")
+"""The schemes written to; `file` for a disk that is mounted here."""
 LISTING = 10
 """A listing, of many pages, may take this many times as long as one request."""
+SLOWEST = 1 << 20
+"""Bytes a second: a write may take so much longer than one request."""
 _RETRIABLE = (408, 425, 429)
 """Of the answers 4xx, those that a later try may change."""
 
 # A file system of a parent process is kept: finalised in the child, it would unregister the
 # parent's own sockets, which lie in an epoll set that both share.
-_open: dict[tuple[int, str], Any] = {}
+_open: dict[tuple[int, str, bool], Any] = {}
 
 
 def scheme_of(url: str) -> str:
@@ -45,11 +54,12 @@ def forget_connections() -> None:
         del _open[key]
 
 
-def _file_system(url: str) -> Any:
+def _file_system(url: str, parts: bool = False) -> Any:
+    """`parts`: it tries parts of a large file again by itself, lest one lost make all go anew."""
     import fsspec
 
     scheme = scheme_of(url)
-    key = (os.getpid(), scheme)
+    key = (os.getpid(), scheme, parts)
     if key not in _open:
         try:
             system = fsspec.filesystem(
@@ -60,7 +70,7 @@ def _file_system(url: str) -> Any:
                 f"{url}: {scheme}:// needs the package {SCHEMES[scheme]}, which cannot be imported "
                 f'({error}). Install it: pip install "gigabatch[remote]"'
             ) from None
-        if scheme == "s3":
+        if scheme == "s3" and not parts:
             system.retries = 1
         _open.setdefault(key, system)
     return _open[key]
@@ -78,13 +88,15 @@ def _options(scheme: str) -> dict[str, Any]:
     return {name: value | conf.get(scheme, {}).get(name, {}) for name, value in options.items()}
 
 
-def _call(url: str, method: str, *args: Any, timeout: float, **kwargs: Any) -> Any:
+def _call(
+    url: str, method: str, *args: Any, timeout: float, parts: bool = False, **kwargs: Any
+) -> Any:
     from fsspec.asyn import AsyncFileSystem, sync
 
-    system = _file_system(url)
+    system = _file_system(url, parts)
     if isinstance(system, AsyncFileSystem):
         return sync(system.loop, getattr(system, f"_{method}"), *args, timeout=timeout, **kwargs)
-    return getattr(system, method)(*args, **kwargs)  # hf, whose requests have timeouts of their own
+    return getattr(system, method)(*args, **kwargs)  # disks; hf has timeouts of its own
 
 
 def info(url: str, timeout: float) -> dict[str, Any]:
@@ -105,8 +117,51 @@ def entries(url: str, timeout: float) -> dict[str, dict[str, Any]]:
             found = _call(url, "ls", url, detail=True, timeout=LISTING * timeout)
     except FileNotFoundError:
         return {}
+    return _by_url(scheme, found)
+
+
+def find(url: str, timeout: float) -> dict[str, dict[str, Any]]:
+    """URL -> info of every file below a folder; empty where there is no such thing."""
+    try:
+        found = _call(url, "find", url, detail=True, timeout=LISTING * timeout).values()
+    except FileNotFoundError:
+        return {}
+    return _by_url(scheme_of(url), found)
+
+
+def _by_url(scheme: str, found: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     named = {str(each["name"]): each for each in found if each["type"] == "file"}
     return {n if "://" in n else f"{scheme}://{n}": each for n, each in named.items()}
+
+
+def put(path: Path, url: str, new: bool, timeout: float) -> None:
+    """Write a local file to `url`, which has all of it or nothing. `new`: raise FileExistsError
+    where there is something already (if the server knows conditional writes; else replace it)."""
+    if scheme_of(url) == "file":
+        return _put_locally(path, Path(url.removeprefix("file://")), new)
+    mode = "create" if new else "overwrite"
+    limit = timeout + path.stat().st_size / SLOWEST
+    try:
+        _call(url, "put_file", str(path), url, mode=mode, timeout=limit, parts=True)
+    except Exception as error:
+        if new and _status(error) == 412:
+            raise FileExistsError(url) from error
+        raise
+
+
+def _put_locally(path: Path, to: Path, new: bool) -> None:
+    to.parent.mkdir(parents=True, exist_ok=True)
+    with (place_new if new else replacing)(to) as fresh:
+        shutil.copyfile(path, fresh)
+
+
+def remove(url: str, timeout: float) -> None:
+    """Remove a file; nothing where there is none."""
+    with suppress(FileNotFoundError):
+        _call(url, "rm_file", url, timeout=timeout)
+    if scheme_of(url) == "file":
+        with suppress(OSError):  # an object store has no empty folders
+            Path(url.removeprefix("file://")).parent.rmdir()
 
 
 def copy_range(

@@ -76,6 +76,16 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("cluster.env={'a b': 1}", "no name of an environment variable"),
         ("eval.sets=[a/val, b/val]", "share a folder name"),
         ("objective.scale=200", "scale_max"),
+        ("checkpoint.copy_to=/some/folder", "checkpoint: copy_to: /some/folder: not a place that"),
+        (
+            "checkpoint.copy_to=https://host/x",
+            "it begins with one of s3://, gs://, gcs://, file://",
+        ),
+        ("checkpoint.copy_to=s3::file://x/y", "not a place that can be written to"),
+        ("checkpoint.copy_to=s3://", "a folder is named as s3://BUCKET/FOLDER"),
+        ("checkpoint.copy_to=file://some/folder", "a folder is named as file:///FOLDER"),
+        ("checkpoint.copy_to='s3://bucket/a*'", "no pattern"),
+        ("checkpoint.copy_to=s3://bucket/../a", "no pattern, empty part"),
         ("towers.image.widths=[8]", "give as many"),
         ("data: {", "the value"),
         ("train.steps=!!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -124,3 +134,12 @@ def test_differences_name_dotted_keys() -> None:
 )
 def test_every_recipe_is_valid(recipe: str) -> None:
     load_config(Path(gigabatch.configs.__file__).parent / recipe)
+
+
+@pytest.mark.parametrize(
+    "secret", ["s3://key:HUSH@bucket/a", "s3://bucket/a?signature=HUSH", "file://u:HUSH@/folder"]
+)
+def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> None:
+    with pytest.raises(GigabatchError, match="refused: it would stand in configs") as error:
+        parse_config("", "c", [f"checkpoint.copy_to={secret}"])
+    assert "HUSH" not in str(error.value)

@@ -39,6 +39,7 @@ from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
+from gigabatch.trainer.remoterun import RemoteRun
 from gigabatch.trainer.runfolder import RunFolder, create_run
 from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.step import tower_inputs
@@ -180,6 +181,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         "eval/val/mean_recall@10", "run", ["eval.sets=[val]", "eval.every_steps=1"],
     ),
     "checkpoint.asynchronous": ("false", "threads", []),
+    "checkpoint.copy_to": ("null", "copies", ["checkpoint.copy_to=file:///FOLDER"]),
     "monitor.every_steps": ("2", "run", []),
     "monitor.record_samples": ("true", "run", []),
     "eval.sets": ("[val]", "run", []),
@@ -429,6 +431,21 @@ def see_threads(config: Config, folder: Path) -> Any:
         return run.steps_saved()
 
 
+def see_copies(config: Config, folder: Path) -> Any:
+    """Which steps lie where checkpoints are copied to."""
+    settings, to = config.checkpoint, f"file://{folder}/far"
+    if settings.copy_to:
+        settings = settings.model_copy(update={"copy_to": to})
+    run = create_run(config, "run")
+    for path in (run.tokenizer, run.path / "data.digest"):
+        path.touch()
+    with Saver(run, ALONE, run.take_attempt(), settings, lambda step, tags: None) as saver:
+        saver.save(1, lambda: ({"towers": {"w": torch.zeros(10)}}, {"step": 1}))
+        saver.settle()
+        saver.await_copies(1, lambda: None)
+    return [RemoteRun(f"{to}/{run.path.name}").steps(), saver.metrics().keys()]
+
+
 def see_grace(config: Config, folder: Path) -> Any:
     """What is said where the time is over."""
     run = create_run(config, "run")
@@ -485,6 +502,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "schedule": see_schedule,
     "run": see_run,
     "threads": see_threads,
+    "copies": see_copies,
     "initial": see_initial,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],

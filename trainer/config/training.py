@@ -7,6 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.fields import ONE_OR_MORE, Amount, Count, Fraction
 
@@ -78,6 +80,20 @@ class CheckpointSettings(Settings):
     step, and keep the one where it is highest so far."""
     asynchronous: bool = True
     """Write in the background, from a copy in host memory; training waits for the copy alone."""
+    copy_to: str | None = None
+    """Also copy each checkpoint to this URL (s3://BUCKET/FOLDER, gs://, file:///FOLDER), as
+    URL/RUN_NAME, from where `gigabatch resume URL/RUN_NAME` goes on anywhere. No step waits for it;
+    retention holds there too. Keys are found where the file system looks for them (AWS_*)."""
+
+    @model_validator(mode="after")
+    def _refuse_secrets(self) -> Self:
+        # On the whole model: a field's own error would show its value, with the password.
+        if self.copy_to is not None:
+            try:
+                writable_folder(self.copy_to)
+            except GigabatchError as error:
+                raise ValueError(f"copy_to: {error}") from None
+        return self
 
 
 class MonitorSettings(Settings):

@@ -298,10 +298,15 @@ def s3_server() -> Iterator[FailingServer]:
             moto.stop()
 
 
+def make_bucket(server: FailingServer, bucket: str) -> None:
+    """Make a bucket of an S3 server, unless it is there."""
+    with suppress(urllib.error.HTTPError):  # 409
+        _send(server, "PUT", bucket)
+
+
 def upload(server: FailingServer, folder: Path, bucket: str, prefix: str) -> None:
     """Put the files of a folder into an S3 server, as s3://BUCKET/PREFIX/NAME."""
-    with suppress(urllib.error.HTTPError):  # 409: the bucket is there
-        _send(server, "PUT", bucket)
+    make_bucket(server, bucket)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         _send(server, "PUT", f"{bucket}/{prefix}/{path.name}", path.read_bytes())
 

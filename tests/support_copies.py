@@ -1,0 +1,41 @@
+"""Small run folders, their checkpoints and copies, without a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from gigabatch.trainer.checkpoint import write_checkpoint
+from gigabatch.trainer.config import CheckpointSettings
+from gigabatch.trainer.copying import copy_checkpoint
+from gigabatch.trainer.remoterun import RemoteRun
+from gigabatch.trainer.runfolder import RunFolder
+
+MANY = CheckpointSettings(keep=9)
+
+
+def make_run(folder: Path, started: int = 1, attempts: int = 1) -> RunFolder:
+    (folder / "attempts").mkdir(parents=True)
+    run = RunFolder(folder)
+    for number in range(1, attempts + 1):
+        run.attempt_file(number).write_text(f"{folder}, attempt {number}")
+    run.environment.write_text(f"started: {started}")
+    for name in ("config.yaml", "tokenizer.json", "data.digest"):
+        (folder / name).write_text(f"{name} of {started}")
+    return run
+
+
+def save(
+    run: RunFolder, step: int, attempt: int = 1, settings: CheckpointSettings = MANY,
+    busy: frozenset[int] = frozenset(),
+) -> None:  # fmt: skip
+    towers = {"w": torch.full((100,), float(step))}
+    files = {"towers": towers, "moments": towers}
+    write_checkpoint(run, attempt, step, files, {"step": step, "by": attempt}, settings, busy)
+
+
+def copy(place: RemoteRun, run: RunFolder, step: int, attempt: int = 1) -> bool:
+    save(run, step, attempt)
+    place.begin(run, attempt)
+    return copy_checkpoint(place, run, step, attempt)
