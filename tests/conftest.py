@@ -21,8 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():  # read when triton is imported; its kernels then run on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A shell's background job ignores Ctrl-C, and so would everything that its tests start.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts what it puts in the background deaf to Ctrl-C, which all below would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples on every run, and nothing kept in the repository between runs. (Left alone,
 # Hypothesis reads each imported module of ours for constants to try: seconds a worker, and other

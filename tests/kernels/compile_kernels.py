@@ -1,6 +1,6 @@
 """Compile every Triton kernel for a GPU that need not be there, and say what it became of.
 
-    python compile_kernels.py 90
+    python compile_kernels.py 90 [PROBLEM]...
 
 The engine's own code runs on small CPU tensors; a launch compiles for the architecture and does
 nothing else, so results mean nothing. Prints a JSON line a kernel. Run in a process of its own,
@@ -79,15 +79,19 @@ def problems() -> dict[str, Any]:
         K.contrastive_loss(rows(dtype), rows(dtype), one, **options).backward()
         K.sigmoid_loss(rows(dtype), rows(dtype), one, one).backward()
 
-    def rules() -> None:
+    def rules(*names: str) -> None:
         ids, label, role = torch.arange(n), torch.rand(n), torch.arange(n) % 3
         teacher = torch.rand(n, 16)
         keys = {"id": ids, "label": label, "role": role, "teacher": teacher}
-        for clause in (
-            K.Either(K.Ne(ids, "id"), K.Eq(ids, "id")), K.AbsDiff(label, "label"),
-            K.Table(role, "role", torch.zeros(3, 3), K.Eq(ids, "id")), K.AtLeast(label),
-            K.SecondScore(teacher, "teacher", 0.5), K.SecondScore(teacher, "teacher"),
-        ):  # fmt: skip
+        clauses = {
+            "either": K.Either(K.Ne(ids, "id"), K.Eq(ids, "id")),
+            "distance": K.AbsDiff(label, "label"),
+            "table": K.Table(role, "role", torch.zeros(3, 3), K.Eq(ids, "id")),
+            "at least": K.AtLeast(label),
+            "teacher's threshold": K.SecondScore(teacher, "teacher", 0.5),
+            "teacher": K.SecondScore(teacher, "teacher"),
+        }
+        for clause in (clauses[name] for name in names):
             q = rows(torch.bfloat16)
             lses = [K.Lse(axis, torch.ones(n), label, (clause,)) for axis in AXES]
             found = K.lse_stats(q, K.Local(rows(torch.bfloat16), keys), lses, clause)
@@ -118,7 +122,8 @@ def problems() -> dict[str, Any]:
         ).backward(),
         "fp16": lambda: losses_of(torch.float16),
         "fp32": lambda: losses_of(torch.float32),
-        "rules": rules,
+        "rules": lambda: rules("either", "distance", "table", "at least"),
+        "second scores": lambda: rules("teacher's threshold", "teacher"),
         "gated": gated,
         "odd sizes": others,
         "maxsim": lambda: tokens(196, 77, 256),

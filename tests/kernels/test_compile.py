@@ -11,6 +11,15 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
+# Rules of ids, labels and roles change a score in registers, by the same code for either GPU: one
+# stands for both. They take a good part of the time.
+PROBLEMS = {
+    80: [
+        "bf16", "cached", "fp16", "fp32", "second scores", "gated", "odd sizes", "maxsim",
+        "small maxsim", "fp32 maxsim",
+    ],
+    90: [],  # all
+}  # fmt: skip
 SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, on an A100 and on an H100
 
 
@@ -19,8 +28,8 @@ SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, on an A100 a
 def test_every_kernel_compiles_to_tensor_core_code(arch: int) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, SCRIPT, str(arch)], capture_output=True, text=True, timeout=290,
-        env=environment,
+        [sys.executable, SCRIPT, str(arch), *PROBLEMS[arch]],
+        capture_output=True, text=True, timeout=290, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -466,7 +466,8 @@ def test_composition_equals_the_whole_matrix(composition: Composition) -> None:
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=lambda c: c.name)
 def test_gradcheck(composition: Composition) -> None:
     inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(composition.shapes)]
-    assert torch.autograd.gradcheck(composition.engine, inputs)
+    # Along one random direction: each element was compared with the dense gradient above.
+    assert torch.autograd.gradcheck(composition.engine, inputs, fast_mode=True)
 
 
 def test_the_stored_normaliser_replaces_the_batch_one() -> None:

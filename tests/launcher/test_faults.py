@@ -117,9 +117,9 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path
     [
         ("inline", 1, signal.SIGINT, 130),
         ("torchrun", 2, signal.SIGTERM, 75),
+        ("torchrun", 2, signal.SIGUSR2, 75),
         ("ray", 2, signal.SIGINT, 130),
         ("ray", 2, signal.SIGTERM, 75),
-        ("ray", 2, signal.SIGUSR1, 75),
     ],
 )
 def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
@@ -128,10 +128,10 @@ def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
 ) -> None:  # fmt: skip
     settings = [
         f"cluster.launcher={launcher}", f"cluster.workers={workers}", "train.steps=300",
-        "eval.sets=[]", "checkpoint.every_steps=0", "run.name=a",
+        "eval.sets=[]", "checkpoint.every_steps=0", "schedule.name=constant",
     ]  # fmt: skip
     run = tmp_path / "runs" / "a"
-    command = start("train", tiny, *settings)
+    command = start("train", tiny, *settings, "run.name=a")
     wait_for_step(run, 5, command)
     below = psutil.Process(command.process.pid).children(recursive=True)
     command.signal(number)
@@ -151,6 +151,10 @@ def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
     resumed = gigabatch("resume", run, *here, *more)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sorted(losses(run)) == list(range(1, stopped + 3))
+    if launcher == "inline":  # all of it in one process: equal to the last bit
+        whole = gigabatch("train", tiny, *settings, more[0], "run.name=whole")
+        assert whole.returncode == 0, whole.stderr
+        assert losses(run) == losses(tmp_path / "runs" / "whole")
 
 
 def ray_workers() -> list[psutil.Process]:

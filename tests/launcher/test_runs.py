@@ -60,11 +60,13 @@ def test_resume_refuses_another_run_with_a_diff(tiny: Path, tmp_path: Path, giga
     assert gigabatch("train", tiny, "run.name=a", "eval.sets=[]").returncode == 0
     run = tmp_path / "runs" / "a"
     before = (run / "config.yaml").read_text()
-    refused = gigabatch("resume", run, "run.seed=5", "batch.global_size=64")
+    refused = gigabatch("resume", run, "run.seed=5", "batch.global_size=64", "towers.width=8")
     assert refused.returncode == 2
     assert "run.seed: 0 -> 5" in refused.stderr
     assert "batch.global_size: 32 -> 64" in refused.stderr
-    assert "--allow run.seed --allow batch.global_size" in refused.stderr
+    assert "towers.width: 16 -> 8" in refused.stderr
+    for key in ("run.seed", "batch.global_size", "towers.width"):
+        assert f"--allow {key}" in refused.stderr
     assert (run / "config.yaml").read_text() == before
     longer = gigabatch("resume", run, "train.steps=14", "--allow", "train.steps")
     assert longer.returncode == 0, longer.stderr

@@ -9,13 +9,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
 from support import Command, losses, wait_for_step
+from test_misuse import outcome
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.templates import TEMPLATES, render
@@ -149,13 +149,16 @@ def test_what_no_template_can_express_is_refused(tiny: Path) -> None:
         made("slurm", tiny, gpus=3)
 
 
-def test_a_file_that_exists_is_left_as_it_is(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_a_file_that_exists_is_left_as_it_is(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "job.sbatch"
-    assert gigabatch("template", "slurm", tiny, "--out", out).returncode == 0
+    command = ("template", "slurm", tiny, "--out", out)
+    assert outcome(monkeypatch, capsys, *command)[0] == 0
     before = out.read_text()
-    again = gigabatch("template", "slurm", tiny, "run.name=other", "--out", out)
-    assert again.returncode == 2
-    assert "exists" in again.stderr
+    code, _, said = outcome(monkeypatch, capsys, *command, "run.name=other")
+    assert code == 2
+    assert "exists" in said
     assert out.read_text() == before
 
 

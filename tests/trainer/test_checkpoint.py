@@ -3,8 +3,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import pickle
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer import checkpoint
 from gigabatch.trainer.checkpoint import latest_checkpoint, write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.runfolder import RunFolder
@@ -83,6 +86,29 @@ def test_a_damaged_latest_does_not_matter(content: str, run: RunFolder) -> None:
     save(run, 3)
     (run.checkpoints / "LATEST").write_text(content)
     assert latest_checkpoint(run).step == 3  # type: ignore[union-attr]
+
+
+def save_but_die_before_latest(run: RunFolder, step: int) -> None:
+    checkpoint.write_atomically = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+    save(run, step)
+
+
+def test_a_kill_between_the_rename_and_latest_loses_neither_checkpoint(run: RunFolder) -> None:
+    save(run, 1)
+    doomed = multiprocessing.get_context("fork").Process(
+        target=save_but_die_before_latest, args=(run, 2)
+    )
+    doomed.start()
+    doomed.join()
+    assert doomed.exitcode == -signal.SIGKILL
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000001\n"
+    assert run.steps_saved() == [1, 2]
+    found = latest_checkpoint(run)
+    assert found is not None
+    assert torch.equal(found.tensors("towers")["w"], torch.full((3,), 2.0))
+    save(run, 3)
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000003\n"
+    assert run.steps_saved() == [1, 2, 3]
 
 
 def test_all_damaged_is_an_error_not_a_fresh_start(run: RunFolder) -> None:

@@ -14,7 +14,7 @@ from support import Command, losses, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gigabatch.launcher.ranks import everything_below, ranks_below
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.monitor import read_metrics, read_samples
 
 
 def kill_all(command: Command) -> None:
@@ -91,8 +91,13 @@ def test_world_sizes_agree_over_twenty_steps(tiny: Path, tmp_path: Path, gigabat
 def test_resumes_on_another_number_of_workers_and_another_zero_stage(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    whole = [tiny, "train.steps=9", "eval.sets=[]", "cluster.launcher=torchrun"]
+    whole = [
+        tiny, "train.steps=9", "eval.sets=[]", "cluster.launcher=torchrun",
+        "monitor.record_samples=true",
+    ]  # fmt: skip
     assert gigabatch("train", *whole, "cluster.workers=2", "run.name=whole").returncode == 0
+    samples = read_samples(tmp_path / "runs" / "whole" / "samples.jsonl")
+    assert [len(samples[step]) for step in range(1, 10)] == [32] * 9
     part = tmp_path / "runs" / "part"
     first = gigabatch("train", *whole, "cluster.workers=2", "train.zero=3", "run.name=part",
                       "checkpoint.keep=9")  # fmt: skip
@@ -106,6 +111,7 @@ def test_resumes_on_another_number_of_workers_and_another_zero_stage(
         done = gigabatch("resume", part, f"cluster.workers={workers}", f"train.zero={zero}")
         assert done.returncode == 0, done.stdout + done.stderr
         assert losses(part) == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-5)
+        assert read_samples(part / "samples.jsonl") == samples
         for step in (6, 9):
             folder = part / "checkpoints" / f"step-{step:08d}"
             for file in folder.iterdir():

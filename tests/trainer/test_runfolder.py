@@ -47,7 +47,7 @@ def take(path: str) -> int:
 
 def test_attempt_numbers_are_never_shared(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
+    with multiprocessing.get_context("fork").Pool(3) as pool:
         taken = pool.map(take, [str(run.path)] * 12)
     assert sorted(taken) == list(range(1, 13))
     assert run.owned_by(12)
@@ -83,7 +83,7 @@ def hold(path: str) -> str:
 
 def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
         with run.held():
             assert f"being trained now (by process {os.getpid()} on" in pool.apply(
                 hold, [str(run.path)]

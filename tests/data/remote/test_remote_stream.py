@@ -71,8 +71,10 @@ def read(index: Index, tokenizer: Path, cache: ShardCache, workers: int) -> list
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("place", [web, s3])
+@pytest.mark.parametrize(
+    ("place", "workers"),
+    [(web, 0), (web, 2), (s3, 2), pytest.param(s3, 0, marks=pytest.mark.slow)],
+)
 def test_a_server_that_fails_and_stalls_changes_nothing(
     place: Any,
     workers: int,
