@@ -163,8 +163,13 @@ def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         path = list(item["loc"])
+        # pydantic puts the kind of a tower, and the name of an objective, there
         if path[:1] == ["towers"]:
-            del path[2:3]  # pydantic puts the kind of the tower there
+            del path[2:3]
+        if path[:1] == ["objective"]:
+            del path[1:2]
+            if path[1:2] == ["terms"]:
+                del path[3:4]
         key = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
         given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"

@@ -48,6 +48,11 @@ class TrainData:
         return sum(map(len, self.indexes))
 
     @property
+    def sizes(self) -> list[int]:
+        """Samples of each source."""
+        return list(map(len, self.indexes))
+
+    @property
     def digest(self) -> str:
         """The fingerprint of all sources, in their order."""
         if len(self.indexes) == 1:

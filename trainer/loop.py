@@ -24,7 +24,7 @@ from gigabatch.data.quarantine import Bad, by_source, refuse_above_rate
 from gigabatch.data.stream import MicroBatch, by_step
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.trainer.checkpoint import Checkpoint, Tensors, checkpoint_at, latest_checkpoint
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, positives_of
 from gigabatch.trainer.distributed import World, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.evaluation.retrieval import evaluate_retrieval
@@ -37,6 +37,7 @@ from gigabatch.trainer.progress import Progress
 from gigabatch.trainer.retention import save_is_due
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.saving import Saver
+from gigabatch.trainer.state import open_state
 from gigabatch.trainer.step import ExactStep, StepResult
 from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
@@ -150,13 +151,16 @@ class _Trainer:
         """Towers, objective and engine as they stand in a checkpoint, or at the start."""
         config, world = self.config, self.world
         towers = build_towers(config, load_tokenizer(self.run.tokenizer).get_vocab_size())
-        self.objective = build_objective(config.objective, world.device, config.data.group)
+        self.objective = build_objective(
+            config.objective, world.device, config.data.group, config.towers.width
+        )
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
         elif config.train.init_from:
             load_initial(towers, config, world)
-        self.engine = Engine(towers.to(world.device), config, world)
-        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress)
+        state = open_state(self.objective, self.data.sizes, towers.to(world.device), world)
+        self.engine = Engine(towers, config, world)
+        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress, state)
         if checkpoint:
             steps = checkpoint.state["optimizer_steps"]
             self.engine.load_moments(checkpoint.tensors("moments"), steps)
@@ -424,7 +428,7 @@ class _Trainer:
                 self.config,
                 self.run,
                 self.world,
-                self.config.objective.positives,
+                positives_of(self.config.objective),
                 stop=lambda: self.world.any(self._asked(stop))[0],
             )
             if metrics is None:

@@ -346,7 +346,7 @@ def see_products(config: Config, folder: Path) -> Any:
 
 GATHERED = """
 import sys, torch, torch.distributed as dist
-from gigabatch.trainer.config import ObjectiveSettings
+from gigabatch.trainer.config import InfoNCESettings
 from gigabatch.trainer.objectives import Context, build_objective
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 calls, gather = [], dist.all_gather
@@ -354,9 +354,9 @@ def spy(parts, mine, **options):
     calls.append(tuple(mine.shape))
     return gather(parts, mine, **options)
 dist.all_gather = spy
-objective = build_objective(ObjectiveSettings.model_validate_json(sys.argv[1]))
+objective = build_objective(InfoNCESettings.model_validate_json(sys.argv[1]))
 rows = {tap: torch.randn(6, 4, requires_grad=True) for tap in ("image", "text")}
-ids = {name: torch.arange(6) for name in ("sample", objective.positives or "sample")}
+ids = {name: torch.arange(6) for name in ("sample", objective.settings.positives or "sample")}
 objective(rows, ids, Context(dist.group.WORLD, 1)).value.backward()
 dist.destroy_process_group()  # at the interpreter's end its threads would abort the process
 print(calls)

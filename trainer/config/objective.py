@@ -1,25 +1,23 @@
-"""What is minimised."""
+"""What is minimised: one description for each objective, told apart by `name`."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.settings import Settings
+from gigabatch.trainer.config.fields import Amount, Fraction
+from gigabatch.trainer.taps import PATTERN
+
+Tap = Annotated[str, Field(pattern=PATTERN)]
+Pair = tuple[Tap, Tap]
 
 
 class ObjectiveSettings(Settings):
-    name: Literal["infonce"] = "infonce"
-    """CLIP's symmetric InfoNCE, with any number of positives."""
-    positives: str | None = None
-    """A field of the samples' json; samples that share it are right answers to each other.
-    Unset: a caption's right answer is its own image."""
-    same_id: Literal["positive", "exclude"] = "positive"
-    """What other samples of the same `positives` field are: right answers too, or left out of the
-    loss altogether, neither right nor wrong."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the target that is spread evenly over all candidates."""
+    """What every objective over scores has."""
+
     schedule: Literal["gather", "ring"] = "gather"
     """How workers see each other's text embeddings: gather holds all of them, ring passes them
     round in the memory of one worker's. Sums round differently; the loss is the same."""
@@ -32,6 +30,11 @@ class ObjectiveSettings(Settings):
     cache_mib: int = Field(0, ge=0)
     """MiB for scores of the forward pass that the backward pass then need not make again: up to
     three matrix products for four, the same bits. All scores take 4 N x N / workers bytes."""
+
+
+class ScaledSettings(ObjectiveSettings):
+    """Of a loss of logits."""
+
     scale: float = Field(14.3, gt=0)
     """The logit scale (inverse temperature) at the start."""
     scale_max: float = Field(100.0, gt=0)
@@ -43,3 +46,142 @@ class ObjectiveSettings(Settings):
         if self.scale > self.scale_max:
             raise ValueError(f"scale ({self.scale}) is above scale_max ({self.scale_max})")
         return self
+
+
+class InfoNCESettings(ScaledSettings):
+    name: Literal["infonce"] = "infonce"
+    """CLIP's symmetric InfoNCE, with any number of positives."""
+    taps: Pair = ("image", "text")
+    """What is compared with what."""
+    positives: str | None = None
+    """A field of the samples' json; samples that share it are right answers to each other.
+    Unset: a caption's right answer is its own image."""
+    same_id: Literal["positive", "exclude"] = "positive"
+    """What other samples of the same `positives` field are: right answers too, or left out of the
+    loss altogether, neither right nor wrong."""
+    within: str | None = None
+    """A field of the samples' json: only samples that share it are compared, so that the loss
+    cannot be lowered by telling languages or domains apart. Unset: `data.group`."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all candidates."""
+
+
+class SigLIPSettings(ObjectiveSettings):
+    name: Literal["siglip"]
+    """Every pair of the batch is a question of its own: does this caption belong to this image?"""
+    taps: Pair = ("image", "text")
+    positives: str | None = None
+    """A field of the samples' json; pairs of different samples that share it are left out."""
+    scale: float = Field(10.0, gt=0)
+    """The logit scale (inverse temperature) at the start."""
+    scale_max: float = Field(200.0, gt=0)
+    """The logit scale is clamped to this in the forward pass."""
+    bias: float = -10.0
+    """The logits' learnt bias at the start: nearly all pairs are wrong ones."""
+
+
+class SupConSettings(ScaledSettings):
+    name: Literal["supcon"]
+    """Samples of one label attract each other, over one tap or several; without a label, views of
+    one sample do (SimCLR)."""
+    taps: tuple[Tap, ...] = Field(("image", "image@1"), min_length=1)
+    """Vectors that stand side by side: views, modalities."""
+    positives: str | None = None
+    """The field of the samples' json that is the label. Unset: the sample itself."""
+
+
+class SogCLRSettings(ObjectiveSettings):
+    name: Literal["sogclr"]
+    """A contrastive loss against the whole data set, by a running estimate for each sample: small
+    batches lose their bias."""
+    taps: Pair = ("image", "text")
+    positives: str | None = None
+    """A field of the samples' json; samples that share it are no negatives of each other."""
+    temperatures: Literal["fixed", "shared", "individual"] = "fixed"
+    """fixed: SogCLR, FastCLIP-v1. shared: one learnt temperature, FastCLIP-v3. individual: one
+    learnt for each sample and side, iSogCLR, FastCLIP-v2."""
+    temperature: float = Field(0.07, gt=0)
+    """At the start."""
+    temperature_min: float = Field(0.01, gt=0)
+    temperature_max: float = Field(1.0, gt=0)
+    rho: float = Field(6.5, ge=0)
+    """What a temperature costs: the larger, the smaller learnt temperatures become."""
+    gamma: float = Field(0.9, gt=0, le=1)
+    """Share of the batch's own estimate in a sample's running one."""
+    gamma_epochs: Amount = 0
+    """Epochs over which that share falls from 1 to `gamma`, as a cosine; 0: always `gamma`."""
+    temperature_lr: float = Field(0.01, gt=0)
+    """individual: the step of a sample's temperature."""
+    temperature_momentum: Fraction = 0.9
+    """individual: of the temperatures' gradients."""
+
+    @model_validator(mode="after")
+    def _temperatures_fit(self) -> Self:
+        if not self.temperature_min <= self.temperature <= self.temperature_max:
+            raise ValueError("temperature must lie between temperature_min and temperature_max")
+        return self
+
+
+class LateInteractionSettings(ScaledSettings):
+    name: Literal["late_interaction"]
+    """Token by token: each token of one side is scored by its best match on the other (FILIP)."""
+    taps: Pair = ("image.tokens", "text.tokens")
+    symmetric: bool = True
+    """Both ways, each with the score of its own tokens (FILIP); else the first tap's alone, which
+    asks (ColBERT, with the queries first)."""
+
+
+Single = (
+    InfoNCESettings | SigLIPSettings | SupConSettings | SogCLRSettings | LateInteractionSettings
+)
+
+
+def _named(value: Any) -> Any:
+    return {"name": "infonce", **value} if isinstance(value, dict) else value
+
+
+AnySingle = Annotated[Annotated[Single, Field(discriminator="name")], BeforeValidator(_named)]
+
+
+class SumSettings(Settings):
+    name: Literal["sum"]
+    """A weighted sum of objectives."""
+    terms: tuple[AnySingle, ...] = Field(min_length=1)
+    """The objectives, each described as if it were alone."""
+    weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
+    """One for each of `terms`; none: all count 1."""
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.weights and len(self.weights) != len(self.terms):
+            raise ValueError(f"{len(self.weights)} weights for {len(self.terms)} terms")
+        return self
+
+
+AnyObjective = Annotated[
+    Annotated[Single | SumSettings, Field(discriminator="name")], BeforeValidator(_named)
+]
+
+
+def singles(settings: Single | SumSettings) -> Iterator[Single]:
+    """The objectives of a sum, or the one there is."""
+    yield from settings.terms if isinstance(settings, SumSettings) else (settings,)
+
+
+def taps_of(settings: Single | SumSettings) -> tuple[str, ...]:
+    """All taps that the objectives read, each once."""
+    return tuple(dict.fromkeys(tap for each in singles(settings) for tap in each.taps))
+
+
+def positives_of(settings: Single | SumSettings) -> str | None:
+    """The field that right answers share, by the first objective that names one."""
+    named = (getattr(each, "positives", None) for each in singles(settings))
+    return next(filter(None, named), None)
+
+
+def columns_of(settings: Single | SumSettings) -> tuple[str, ...]:
+    """The fields of the samples' json that the objectives read."""
+    named = (
+        getattr(each, key, None) for each in singles(settings) for key in ("positives", "within")
+    )
+    return tuple(dict.fromkeys(name for name in named if name))

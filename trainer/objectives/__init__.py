@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.stats import engine_of
-from gigabatch.trainer.config import ObjectiveSettings
-from gigabatch.trainer.objectives.base import Context, Loss, Needs, Objective
+from gigabatch.trainer.config import Single, SumSettings
+from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.infonce import InfoNCE
+from gigabatch.trainer.objectives.late_interaction import LateInteraction
+from gigabatch.trainer.objectives.siglip import SigLIP
+from gigabatch.trainer.objectives.sogclr import SogCLR
+from gigabatch.trainer.objectives.sum import Sum
+from gigabatch.trainer.objectives.supcon import SupCon
 
-__all__ = ["Context", "InfoNCE", "Loss", "Needs", "Objective", "build_objective"]
+__all__ = ["OBJECTIVES", "About", "Context", "Loss", "Needs", "Objective", "build_objective"]
+
+OBJECTIVES: dict[str, Any] = {
+    "infonce": InfoNCE,
+    "siglip": SigLIP,
+    "supcon": SupCon,
+    "sogclr": SogCLR,
+    "late_interaction": LateInteraction,
+}
+"""By name, as they are shown in order. Called with their settings, `group` and `width`."""
 
 
 def build_objective(
-    settings: ObjectiveSettings, device: torch.device | str = "cpu", group: str | None = None
+    settings: Single | SumSettings,
+    device: torch.device | str = "cpu",
+    group: str | None = None,
+    width: int = 0,
 ) -> Objective:
     """The objective, on a device. `group`: the column whose values are compared each with itself
-    alone. Raises GigabatchError where the device cannot run its back end."""
+    alone. `width`: of the shared space. Raises GigabatchError where the device cannot run its back
+    end."""
+    if isinstance(settings, SumSettings):
+        terms = [build_objective(term, device, group, width) for term in settings.terms]
+        names = [term.name for term in settings.terms]
+        return Sum(terms, names, settings.weights or [1.0] * len(terms))
     try:
         engine_of(settings.backend, torch.empty(0, device=device))
     except ValueError as error:
         raise GigabatchError(f"objective.backend: {error}") from None
-    return {"infonce": InfoNCE}[settings.name](settings, group).to(device)
+    return OBJECTIVES[settings.name](settings, group, width).to(device)
