@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Amount, Fraction
+from gigabatch.trainer.config.fields import Amount, Count, Fraction
 from gigabatch.trainer.taps import PATTERN
 
 Tap = Annotated[str, Field(pattern=PATTERN)]
@@ -131,8 +131,63 @@ class LateInteractionSettings(ScaledSettings):
     asks (ColBERT, with the queries first)."""
 
 
+class QueueSettings(ScaledSettings):
+    name: Literal["queue"]
+    """InfoNCE whose negatives are the batch and a queue of earlier samples, as a slowly moving
+    copy of the towers saw them (MoCo)."""
+    taps: Pair = ("image", "text")
+    positives: str | None = None
+    """A field of the samples' json; samples that share it are right answers to each other, and
+    left out of each other's queues."""
+    within: str | None = None
+    """A field of the samples' json: only samples that share it are compared, so that each language
+    or domain has a queue of its own. Unset: `data.group`."""
+    size: Count = 4096
+    """Samples in the queue."""
+    momentum: Fraction = 0.999
+    """Of the copy's weights, a step; 0.99 for short runs. Far lower, the queue is stale."""
+
+
+class NoisySettings(ScaledSettings):
+    name: Literal["noisy"]
+    """InfoNCE for pairs of which many do not belong together: once an epoch a mixture of two
+    Gaussians splits the samples' losses, and each counts by how likely it is clean."""
+    taps: Pair = ("image", "text")
+    warmup_epochs: Count = 1
+    """Epochs before the first split, in which all count alike."""
+    head: Literal["softmax", "hinge"] = "softmax"
+    """softmax: InfoNCE weighted by cleanness. hinge: against the hardest negative, with a margin
+    that shrinks with it (mean over all negatives until the first split)."""
+    margin: float = Field(0.2, gt=0)
+    """hinge: of a clean pair."""
+    curve: float = Field(10.0, gt=1)
+    """hinge: a pair clean with probability w has the margin's share (curve^w - 1) / (curve - 1)."""
+
+
+class SymileSettings(ScaledSettings):
+    name: Literal["symile"]
+    """Three taps or more at once: the sum over coordinates of the product of all vectors, which
+    also sees what no two of them tell."""
+    taps: tuple[Tap, ...] = Field(min_length=2, max_length=8)
+    keys: Literal["paired", "shuffled", "all"] = "paired"
+    """What a tap's vectors are compared with. paired: the other samples' products; shuffled:
+    products of other taps' vectors, each shuffled by itself; all: every combination, N^(taps - 1)
+    of them."""
+    scale: float = Field(14.3, gt=0)
+    """The logit scale at the start; products of several unit vectors are small."""
+    scale_max: float = Field(10_000.0, gt=0)
+    """The logit scale is clamped to this in the forward pass."""
+
+
 Single = (
-    InfoNCESettings | SigLIPSettings | SupConSettings | SogCLRSettings | LateInteractionSettings
+    InfoNCESettings
+    | SigLIPSettings
+    | SupConSettings
+    | SogCLRSettings
+    | LateInteractionSettings
+    | QueueSettings
+    | NoisySettings
+    | SymileSettings
 )
 
 

@@ -12,10 +12,13 @@ from gigabatch.trainer.config import Single, SumSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.infonce import InfoNCE
 from gigabatch.trainer.objectives.late_interaction import LateInteraction
+from gigabatch.trainer.objectives.noisy import Noisy
+from gigabatch.trainer.objectives.queue import Queue
 from gigabatch.trainer.objectives.siglip import SigLIP
 from gigabatch.trainer.objectives.sogclr import SogCLR
 from gigabatch.trainer.objectives.sum import Sum
 from gigabatch.trainer.objectives.supcon import SupCon
+from gigabatch.trainer.objectives.symile import Symile
 
 __all__ = ["OBJECTIVES", "About", "Context", "Loss", "Needs", "Objective", "build_objective"]
 
@@ -25,6 +28,9 @@ OBJECTIVES: dict[str, Any] = {
     "supcon": SupCon,
     "sogclr": SogCLR,
     "late_interaction": LateInteraction,
+    "queue": Queue,
+    "noisy": Noisy,
+    "symile": Symile,
 }
 """By name, as they are shown in order. Called with their settings, `group` and `width`."""
 

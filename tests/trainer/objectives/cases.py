@@ -32,6 +32,7 @@ class Case:
     steps: int = 3
 
 
+TRIPLE = ("image", "text", "image@1")
 CASES: dict[str, Case] = {
     "infonce": Case({"name": "infonce"}, "infonce"),
     "infonce, smoothed, of labels": Case(
@@ -78,6 +79,22 @@ CASES: dict[str, Case] = {
         {"name": "late_interaction", "taps": ["text.tokens", "image.tokens"], "symmetric": False},
         "late", {"taps": ("text.tokens", "image.tokens"), "symmetric": False},
     ),
+    "queue": Case({"name": "queue", "size": 15}, "queue", {"size": 15}),
+    "queue, of labels, a language each": Case(
+        {"name": "queue", "size": 40, "positives": "concept", "within": "lang"}, "queue",
+        {"size": 40, "label": "concept", "within": "lang"}, missing=True,
+    ),
+    "noisy": Case({"name": "noisy"}, "noisy"),
+    "noisy, hinge": Case(
+        {"name": "noisy", "head": "hinge"}, "noisy", {"hinge": True}, missing=True
+    ),
+    **{
+        f"symile, {keys}": Case(
+            {"name": "symile", "taps": TRIPLE, "keys": keys, "scale": 5.0}, "symile",
+            {"taps": TRIPLE, "keys": keys}, missing=keys == "shuffled",
+        )
+        for keys in ("paired", "shuffled", "all")
+    },
     "sum": Case(
         {"name": "sum", "weights": [1.0, 0.3],
          "terms": [{"name": "infonce"}, {"name": "sogclr", "gamma": 0.6}]},
@@ -121,8 +138,8 @@ def batch(case: Case, step: int) -> Batch:
     }
     meta["text_mask"][:, 0] = True
     if case.missing:
-        meta["image_present"] = torch.rand(ROWS, generator=g) < 0.8
-        meta["text_present"] = torch.rand(ROWS, generator=g) < 0.8
+        meta["image_present"] = places % 6 != 0
+        meta["text_present"] = places % 7 != 0
     plain = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
     outputs = {name: vectors() for name in plain}
     outputs |= {"image.tokens": vectors(TOKENS + 1), "text.tokens": vectors(TOKENS)}

@@ -11,9 +11,12 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from gigabatch.data.keyed import key, permute
 
 Rows = dict[str, Tensor]
 Memory = dict[str, Any]
@@ -137,3 +140,121 @@ def both(
         weights[0] * one.detach() + weights[1] * value,
         weights[0] * one + weights[1] * slope,
     )
+
+
+def cross(logits: Tensor, same: Tensor) -> Tensor:
+    """[n]: minus the mean log-probability of each row's right answers."""
+    return -(logits.log_softmax(1)[:, : same.shape[1]] * same).sum(1) / same.sum(1)
+
+
+def queue(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, size: int,
+    label: str = "sample", within: str | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    keep = here(meta)
+    ids = meta[label][keep]
+    groups = meta[within][keep] if within else torch.zeros_like(ids)
+    held = memory.setdefault("queue", [])
+    halves = []
+    for mine, theirs, side in (("image", "text", 1), ("text", "image", 0)):
+        old = torch.stack([e[side] for e in held]) if held else torch.zeros(0, 6).double()
+        old_ids, old_groups = (torch.tensor([e[i] for e in held]).long() for i in (2, 3))
+        scores = rows[mine][keep] @ torch.cat([rows[theirs][keep], old]).T
+        same = (ids[:, None] == ids[None]) & (groups[:, None] == groups[None])
+        allowed = torch.cat([torch.ones_like(same), ids[:, None] != old_ids[None]], 1) & (
+            groups[:, None] == torch.cat([groups, old_groups])[None]
+        )
+        logp = (p["log_scale"].exp() * scores).masked_fill(~allowed, -torch.inf).log_softmax(1)
+        own = torch.where(same, logp[:, : len(ids)], 0)
+        halves.append((-own.sum(1) / same.sum(1)).mean())
+    slow = zip(rows["teacher.image"][keep], rows["teacher.text"][keep], ids, groups, strict=True)
+    held += [(i, t, int(a), int(b)) for i, t, a, b in slow]
+    memory["queue"] = held[-size:]
+    return (halves[0] + halves[1]) / 2, None
+
+
+def two_gaussians(values: list[float]) -> tuple[Any, Any, Any]:
+    """Plain expectation maximisation from the mean -+ a standard deviation."""
+    x = torch.tensor(values, dtype=torch.float64)
+    spread = x.std(correction=0)
+    means, variances = (
+        torch.stack([x.mean() - spread, x.mean() + spread]),
+        spread**2 * torch.ones(2),
+    )
+    shares = torch.full((2,), 0.5, dtype=torch.float64)
+    for _ in range(5000):
+        density = (
+            shares * torch.exp(-((x[:, None] - means) ** 2) / (2 * variances)) / variances**0.5
+        )
+        p = density / density.sum(1, keepdim=True)
+        shares = p.mean(0)
+        means = (p * x[:, None]).sum(0) / p.sum(0)
+        variances = ((p * (x[:, None] - means) ** 2).sum(0) / p.sum(0)).clamp(min=1e-3 * spread**2)
+    order = means.argsort()
+    return means[order], variances[order], shares[order]
+
+
+def noisy(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, hinge: bool = False
+) -> tuple[Tensor, None]:
+    keep = here(meta)
+    names = meta["sample"][keep].tolist()
+    clean = torch.ones(len(names), dtype=torch.float64)
+    if step > 1:
+        means, variances, shares = two_gaussians(list(memory.values()))
+        for i, name in enumerate(names):
+            if name in memory:
+                x = min(max(memory[name], float(means[0])), float(means[1]))
+                each = shares * torch.exp(-((x - means) ** 2) / (2 * variances)) / variances**0.5
+                clean[i] = each[0] / each.sum()
+    scores = rows["image"][keep] @ rows["text"][keep].T
+    ids = meta["sample"][keep]
+    same = ids[:, None] == ids[None]
+    if hinge:
+        margin = 0.2 * (10**clean - 1) / 9
+        ways = []
+        for s in (scores, scores.T):
+            over = torch.relu(margin[:, None] + s - s.diagonal()[:, None]).masked_fill(same, 0)
+            ways.append(over.amax(1) if step > 1 else over.sum(1) / (~same).sum(1))
+        losses = (ways[0] + ways[1]) / 2
+        value = losses.mean()
+    else:
+        logits = p["log_scale"].exp() * scores
+        losses = (cross(logits, same) + cross(logits.T, same)) / 2
+        value = (clean * losses).sum() / clean.sum()
+    for name, loss in zip(names, losses.tolist(), strict=True):
+        memory[name] = float(torch.tensor(loss, dtype=torch.float32))
+    return value, None
+
+
+def symile(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, taps: tuple[str, ...], keys: str
+) -> tuple[Tensor, None]:
+    keep = here(meta)
+    vectors = [rows[tap][keep] for tap in taps]
+    n, scale = len(vectors[0]), p["log_scale"].exp()
+    losses = []
+    for anchor, mine in enumerate(vectors):
+        others = vectors[:anchor] + vectors[anchor + 1 :]
+        if keys == "paired":
+            logits = scale * mine @ math.prod(others[1:], start=others[0]).T
+            losses.append(F.cross_entropy(logits, torch.arange(n)))
+        elif keys == "all":
+            b, c = others
+            logits = scale * torch.einsum("id,jd,ld->ijl", mine, b, c).flatten(1)
+            losses.append(F.cross_entropy(logits, torch.arange(n) * (n + 1)))
+        else:
+            stream = key(5, "symile", step, anchor)  # the permutations are the product's own
+            shuffles = [permute(np.arange(n), n, key(stream, i)) for i in range(len(others))]
+            own = scale * (mine * math.prod(others[1:], start=others[0])).sum(1)
+            each = []
+            for i in range(n):
+                logits = [own[i]]
+                for j in range(n):
+                    chosen = [int(s[j]) for s in shuffles]
+                    if j != i and set(chosen) != {i}:
+                        made = math.prod(o[at] for o, at in zip(others, chosen, strict=True))
+                        logits.append(scale * (mine[i] * made).sum())
+                each.append(torch.stack(logits).logsumexp(0) - own[i])
+            losses.append(torch.stack(each).mean())
+    return torch.stack(losses).mean(), None

@@ -68,8 +68,13 @@ def run(case: Case, world: World) -> dict[str, Any]:
     again.load_state_dict(own)
     loaded.load(saved)
     resumed = one_step(case, again, loaded, world, case.steps)
-    same = all(torch.equal(resumed[name], value) for name, value in results[-1].items())
+    same = all(equal(resumed[name], value) for name, value in results[-1].items())
     return {"steps": results, "same": same}
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """To the bit; NaN is what a table holds of a sample that has not come."""
+    return torch.equal(one.nan_to_num(nan=-7.0), other.nan_to_num(nan=-7.0))
 
 
 def main(store: str, out: Path, rank: int, world_size: int) -> None:
