@@ -172,6 +172,9 @@ def _explain(error: ValidationError, where: str) -> str:
                 del path[3:4]
         key = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
+        if path[:1] == ["objective"] and item["type"] == "extra_forbidden":
+            name = item["loc"][-2]
+            message = f"not a key of {name}; `gigabatch objectives {name}` tells its keys"
         given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
         lines.append(f"{key}: {message}{given}" if key else message)
     return f"{where}: " + f"\n{where}: ".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -20,7 +20,16 @@ from gigabatch.trainer.objectives.sum import Sum
 from gigabatch.trainer.objectives.supcon import SupCon
 from gigabatch.trainer.objectives.symile import Symile
 
-__all__ = ["OBJECTIVES", "About", "Context", "Loss", "Needs", "Objective", "build_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "About",
+    "Context",
+    "Loss",
+    "Needs",
+    "Objective",
+    "build_objective",
+    "settings_class",
+]
 
 OBJECTIVES: dict[str, Any] = {
     "infonce": InfoNCE,
@@ -33,6 +42,12 @@ OBJECTIVES: dict[str, Any] = {
     "symile": Symile,
 }
 """By name, as they are shown in order. Called with their settings, `group` and `width`."""
+
+
+def settings_class(name: str) -> type[Single]:
+    """The description that an objective of that name has in a config."""
+    kinds: tuple[type[Single], ...] = get_args(Single)
+    return next(kind for kind in kinds if name in get_args(kind.model_fields["name"].annotation))
 
 
 def build_objective(

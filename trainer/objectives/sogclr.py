@@ -29,7 +29,7 @@ LOG_U, TAU, MOMENTUM = slice(0, 2), slice(2, 4), slice(4, 6)  # the table's fiel
 
 class SogCLR(Objective):
     about = About(
-        "SogCLR, iSogCLR, FastCLIP: a running estimate for each sample instead of a huge batch",
+        "SogCLR, FastCLIP: a running estimate for each sample in place of a huge batch",
         "iSogCLR, Qiu et al. 2023, 14; SogCLR, Yuan et al. 2022; FastCLIP, Wei et al. 2024",
         "mean_i tau_i (log mean_{j != i} exp((s_ij - s_ii) / tau_i) + rho), summed over both ways; "
         "gradient of tau_i g_i / u_i with u_i <- (1 - gamma) u_i + gamma g_i",
