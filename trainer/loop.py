@@ -285,8 +285,9 @@ class _Trainer:
         world = self.world
         last = self.config.train.steps
         plans = plans_of(self.data, world.size, world.rank, self.done + 1, last)
-        columns, on_gpu = self.objective.needs.columns, world.device.type == "cuda"
-        stream = train_stream(self.data, plans, self.run.tokenizer, columns, on_gpu)
+        needs, on_gpu = self.objective.needs, world.device.type == "cuda"
+        tokenizer = self.run.tokenizer
+        stream = train_stream(self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers)
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()

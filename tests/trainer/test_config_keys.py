@@ -53,6 +53,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
+PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
@@ -156,6 +157,19 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.keys": (
         "shuffled", "objective", ["objective={name: symile, taps: [image, text, image@1]}"],
     ),
+    "objective.pair": ("colour", "objective", PAIRS),
+    "objective.changed": ("concept", "objective", PAIRS),
+    "objective.own_weight": ("4.0", "objective", PAIRS),
+    "objective.other_weight": ("0.0", "objective", PAIRS),
+    "objective.changed_weight": ("0.0", "objective", PAIRS),
+    "objective.label": (
+        "colour", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.distance": (
+        "4.0", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
+    "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
     "objective.weights": (
         "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],
     ),

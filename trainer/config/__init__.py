@@ -12,7 +12,11 @@ from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
 from gigabatch.trainer.config.objective import (
     AnyObjective,
+    BarlowSettings,
+    BYOLSettings,
+    HardNegativesSettings,
     InfoNCESettings,
+    LabelDistanceSettings,
     LateInteractionSettings,
     NoisySettings,
     ObjectiveSettings,
@@ -47,6 +51,8 @@ from gigabatch.trainer.config.training import (
 from gigabatch.trainer.taps import parse_tap
 
 __all__ = [
+    "BYOLSettings",
+    "BarlowSettings",
     "BatchSettings",
     "CheckpointSettings",
     "ClusterSettings",
@@ -54,8 +60,10 @@ __all__ = [
     "ConvTower",
     "DataSettings",
     "EvalSettings",
+    "HardNegativesSettings",
     "HuggingFaceTower",
     "InfoNCESettings",
+    "LabelDistanceSettings",
     "LateInteractionSettings",
     "ModuleTower",
     "MonitorSettings",
@@ -126,6 +134,13 @@ class Config(Settings):
                     f"{', '.join(sorted(modalities))}"
                 )
         several = self.data.captions.choose == "all"
+        if self.data.group and not hasattr(objective, "within"):
+            raise ValueError(
+                f"data.group: objective {objective.name} compares all samples of a mixed batch; "
+                "take infonce or queue, which keep groups apart"
+            )
+        if isinstance(objective, HardNegativesSettings):
+            return
         if not isinstance(objective, InfoNCESettings):
             if several and "text" in {parse_tap(tap).modality for tap in objective.taps}:
                 raise ValueError(

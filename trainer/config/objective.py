@@ -179,6 +179,63 @@ class SymileSettings(ScaledSettings):
     """The logit scale is clamped to this in the forward pass."""
 
 
+class HardNegativesSettings(ScaledSettings):
+    name: Literal["hard_negatives"]
+    """InfoNCE with negatives made for the purpose, weighted by their relation to the row. With
+    data.captions.choose=all a sample's first caption is right, and its others are such negatives.
+    Or samples come in pairs, an original and a changed one (reversed in time, say)."""
+    taps: Pair = ("image", "text")
+    pair: str | None = None
+    """A field of the samples' json that an original and its changed one share; with `changed`."""
+    changed: str | None = None
+    """A field of the samples' json: 0 for an original, 1 for a changed one."""
+    own_weight: float = Field(1.0, ge=0)
+    """How much a row's own changed counterpart counts among its negatives."""
+    other_weight: float = Field(1.0, ge=0)
+    """How much the changed counterparts of others count; 0 leaves them out."""
+    changed_weight: float = Field(1.0, ge=0)
+    """How much the row of a changed sample counts in the mean; an original counts 1."""
+
+    @model_validator(mode="after")
+    def _both_columns(self) -> Self:
+        if (self.pair is None) != (self.changed is None):
+            raise ValueError("give both `pair` and `changed`, or neither")
+        return self
+
+
+class LabelDistanceSettings(ScaledSettings):
+    name: Literal["label_distance"]
+    """SupCon for continuous labels: samples of one label attract each other, and the farther
+    another label is, the more it counts as a negative."""
+    taps: tuple[Tap, ...] = Field(("image", "image@1"), min_length=1)
+    """Vectors that stand side by side: views, modalities."""
+    label: str
+    """A field of the samples' json that holds a number."""
+    distance: float = Field(1.0, ge=0)
+    """A negative weighs 1 + distance |y_i - y_j|."""
+
+
+class BarlowSettings(Settings):
+    name: Literal["barlow"]
+    """Barlow Twins: the correlations of two taps' coordinates shall be the identity. An addition
+    to another objective, in a sum."""
+    taps: Pair = ("image", "image@1")
+    off_diagonal: float = Field(0.005, ge=0)
+    """Weight of what is off the diagonal."""
+
+
+class BYOLSettings(Settings):
+    name: Literal["byol"]
+    """BYOL: a predictor of one view's vectors in a momentum tower, without negatives. An addition
+    to another objective, in a sum."""
+    taps: Pair = ("image", "image@1")
+    """Both ways; the teacher sees a view of its own of each one's modality."""
+    momentum: Fraction = 0.99
+    """Of the teacher's weights, a step."""
+    hidden: Count = 512
+    """Width of the predictor."""
+
+
 Single = (
     InfoNCESettings
     | SigLIPSettings
@@ -188,6 +245,10 @@ Single = (
     | QueueSettings
     | NoisySettings
     | SymileSettings
+    | HardNegativesSettings
+    | LabelDistanceSettings
+    | BarlowSettings
+    | BYOLSettings
 )
 
 
@@ -210,6 +271,13 @@ class SumSettings(Settings):
     def _weights_fit(self) -> Self:
         if self.weights and len(self.weights) != len(self.terms):
             raise ValueError(f"{len(self.weights)} weights for {len(self.terms)} terms")
+        return self
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> Self:
+        asked = {m for term in self.terms if (m := getattr(term, "momentum", None)) is not None}
+        if len(asked) > 1:
+            raise ValueError(f"there is one momentum tower; got momenta {sorted(asked)}")
         return self
 
 
@@ -237,6 +305,8 @@ def positives_of(settings: Single | SumSettings) -> str | None:
 def columns_of(settings: Single | SumSettings) -> tuple[str, ...]:
     """The fields of the samples' json that the objectives read."""
     named = (
-        getattr(each, key, None) for each in singles(settings) for key in ("positives", "within")
+        getattr(each, key, None)
+        for each in singles(settings)
+        for key in ("positives", "within", "pair", "changed", "label")
     )
     return tuple(dict.fromkeys(name for name in named if name))

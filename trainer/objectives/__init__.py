@@ -9,8 +9,12 @@ import torch
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.stats import engine_of
 from gigabatch.trainer.config import Single, SumSettings
+from gigabatch.trainer.objectives.barlow import Barlow
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
+from gigabatch.trainer.objectives.byol import BYOL
+from gigabatch.trainer.objectives.hard_negatives import HardNegatives
 from gigabatch.trainer.objectives.infonce import InfoNCE
+from gigabatch.trainer.objectives.label_distance import LabelDistance
 from gigabatch.trainer.objectives.late_interaction import LateInteraction
 from gigabatch.trainer.objectives.noisy import Noisy
 from gigabatch.trainer.objectives.queue import Queue
@@ -40,6 +44,10 @@ OBJECTIVES: dict[str, Any] = {
     "queue": Queue,
     "noisy": Noisy,
     "symile": Symile,
+    "hard_negatives": HardNegatives,
+    "label_distance": LabelDistance,
+    "barlow": Barlow,
+    "byol": BYOL,
 }
 """By name, as they are shown in order. Called with their settings, `group` and `width`."""
 
@@ -64,7 +72,7 @@ def build_objective(
         names = [term.name for term in settings.terms]
         return Sum(terms, names, settings.weights or [1.0] * len(terms))
     try:
-        engine_of(settings.backend, torch.empty(0, device=device))
+        engine_of(getattr(settings, "backend", None), torch.empty(0, device=device))
     except ValueError as error:
         raise GigabatchError(f"objective.backend: {error}") from None
     return OBJECTIVES[settings.name](settings, group, width).to(device)

@@ -20,11 +20,13 @@ class Needs:
     `taps`: outputs of the towers that it reads, a gradient going back (see `trainer/taps.py`).
     `teacher`: taps of a momentum tower, an average of the towers over steps, that come along as
     `teacher.TAP`, without gradient. `momentum`: of that average. `columns`: fields of the samples'
-    json. `tables`: what is kept of each sample of the data set: a name, and a row's first values.
+    json, as codes; `numbers`: as float32. `tables`: what is kept of each sample of the data set: a
+    name, and a row's first values.
     """
 
     taps: tuple[str, ...]
     columns: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     momentum: float = 0.0
     tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -85,8 +87,8 @@ class Objective(nn.Module):
     ) -> Loss:
         """`outputs`: tap -> float32 [n, D], of tokens [n, T, D], of unit length: this rank's rows
         of the global batch (n may be 0), in rank order; of K captions a sample, text is
-        [n * K, D]. `meta`: `sample` and the asked-for columns, int64 [n]; the asked-for tables,
-        float32 [n, F]; `text_mask`, bool, a row of each text; where rows may be missing,
+        [n * K, D]. `meta`: `sample` and the asked-for columns, int64 [n]; numbers, float32 [n];
+        tables, float32 [n, F]; `text_mask`, bool, a row of each text; where rows may be missing,
         `image_present`, `text_present`, bool, a row of each."""
 
     def on_epoch(self, tables: Mapping[str, SampleTable], ctx: Context) -> Updates:

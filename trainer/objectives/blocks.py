@@ -42,7 +42,7 @@ class Paired:
 
 def paired(
     outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], taps: Sequence[str],
-    settings: ObjectiveSettings, columns: Sequence[str] = (),
+    settings: ObjectiveSettings | None = None, columns: Sequence[str] = (),
 ) -> Paired:  # fmt: skip
     """For objectives whose row i of one tap belongs to row i of another."""
     here = torch.ones_like(meta["sample"], dtype=torch.bool)
@@ -57,19 +57,24 @@ def present(
     outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], tap: str,
     settings: ObjectiveSettings, columns: Mapping[str, str],
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The rows of a tap that are there, and their columns, by new names. Captions come K a sample;
-    a modality that a sample lacks has no row."""
+    """The rows of a tap that are there, and their columns, by new names; as `nth`, which of its
+    sample's captions a row is. Captions come K a sample; a modality that a sample lacks has no
+    row."""
     rows, found = rounded(outputs[tap], settings), {n: meta[c] for n, c in columns.items()}
     per = len(rows) // max(1, len(next(iter(found.values()))))
     if per > 1:
         found = {name: column.repeat_interleave(per) for name, column in found.items()}
+    found["nth"] = torch.arange(len(rows), device=rows.device) % max(1, per)
     here = meta.get(f"{parse_tap(tap).modality}_present")
     if here is None:
         return rows, found
     return rows[here], {name: column[here] for name, column in found.items()}
 
 
-def rounded(rows: Tensor, settings: ObjectiveSettings) -> Tensor:
+def rounded(rows: Tensor, settings: ObjectiveSettings | None) -> Tensor:
+    """As precise as the settings want the products; without settings float32."""
+    if settings is None:
+        return rows
     return rows.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
 
 

@@ -34,7 +34,7 @@ class Queue(Scaled):
         self.settings, self.within = settings, settings.within or group
         columns = tuple(dict.fromkeys(c for c in (settings.positives, self.within) if c))
         teacher = tuple(dict.fromkeys(settings.taps))
-        self.needs = Needs(settings.taps, columns, teacher, settings.momentum)
+        self.needs = Needs(settings.taps, columns, teacher=teacher, momentum=settings.momentum)
         for side in (0, 1):
             self.register_buffer(f"queue{side}", torch.zeros(settings.size, width))
         self.register_buffer("queued", torch.zeros(settings.size, 2, dtype=torch.int64))

@@ -27,6 +27,7 @@ class Sum(Objective):
         self.needs = Needs(
             taps=_joined(needs.taps for needs in each),
             columns=_joined(needs.columns for needs in each),
+            numbers=_joined(needs.numbers for needs in each),
             teacher=_joined(needs.teacher for needs in each),
             momentum=max(needs.momentum for needs in each),
             tables={

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gigabatch.kernels import Eq, Lse, Ne, key_source, lse_stats
+from gigabatch.kernels import Eq, Lse, Ne, Rule, key_source, lse_stats
 from gigabatch.kernels.heads import cross_entropy
 from gigabatch.kernels.sources import row_numbers
-from gigabatch.trainer.config import SupConSettings
+from gigabatch.trainer.config import ScaledSettings, SupConSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
 from gigabatch.trainer.objectives.blocks import Scaled, present, weighted_mean
 
@@ -37,16 +37,23 @@ class SupCon(Scaled):
         label = {"id": settings.positives or "sample"}
         found = [present(outputs, meta, tap, settings, label) for tap in settings.taps]
         z, ids = torch.cat([rows for rows, _ in found]), torch.cat([c["id"] for _, c in found])
-        numbers = row_numbers(len(z), z.device, ctx.group)
-        keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.schedule)
-        # A lone equality costs nothing a tile: each row is among its own positives, and then
-        # taken off again.
-        stats = lse_stats(
-            z, keys, [Lse("rows", scale, None, (Ne(numbers, "number"),))], Eq(ids, "id"),
-            settings.backend, 2**20 * settings.cache_mib,
-        )  # fmt: skip
-        weight = stats.weight[0] - 1
-        positive = stats.positive[0] - scale * z.float().square().sum(1)
-        each = cross_entropy(stats.z[0], positive, weight)
-        value = weighted_mean(each, (weight > 0).float(), ctx)
-        return Loss(value, {"logit_scale": scale.detach()})
+        return Loss(among(z, ids, (), scale, settings, ctx), {"logit_scale": scale.detach()})
+
+
+def among(
+    z: Tensor, ids: Tensor, rule: Rule, scale: Tensor, settings: ScaledSettings, ctx: Context
+) -> Tensor:
+    """SupCon's loss: each row against all others, of which those of its id are right. `rule`: how
+    the others weigh, by the columns `id` and `number`."""
+    numbers = row_numbers(len(z), z.device, ctx.group)
+    keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.schedule)
+    # A lone equality costs nothing a tile: each row is among its own positives, and then taken
+    # off again.
+    stats = lse_stats(
+        z, keys, [Lse("rows", scale, None, (*rule, Ne(numbers, "number")))], Eq(ids, "id"),
+        settings.backend, 2**20 * settings.cache_mib,
+    )  # fmt: skip
+    weight = stats.weight[0] - 1
+    positive = stats.positive[0] - scale * z.float().square().sum(1)
+    each = cross_entropy(stats.z[0], positive, weight)
+    return weighted_mean(each, (weight > 0).float(), ctx)

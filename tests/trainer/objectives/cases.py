@@ -23,13 +23,14 @@ ROWS, WIDTH, TOKENS = 12, 6, 4
 @dataclass(frozen=True)
 class Case:
     """An objective. `dense`: the name of its formula in dense.py, with `how` to call it; `missing`:
-    some rows lack a modality; `numbers`: of the batch's samples, drawn anew each step without."""
+    some rows lack a modality; `captions`: of each sample."""
 
     settings: dict[str, Any]
     dense: str
     how: dict[str, Any] = field(default_factory=dict)
     missing: bool = False
     steps: int = 3
+    captions: int = 1
 
 
 TRIPLE = ("image", "text", "image@1")
@@ -95,6 +96,20 @@ CASES: dict[str, Case] = {
         )
         for keys in ("paired", "shuffled", "all")
     },
+    "hard captions": Case(
+        {"name": "hard_negatives", "own_weight": 2.0, "other_weight": 0.5}, "hard",
+        {"own": 2.0, "other": 0.5, "beta": 1.0}, captions=3,
+    ),
+    "hard pairs": Case(
+        {"name": "hard_negatives", "pair": "concept", "changed": "lang", "own_weight": 3.0,
+         "other_weight": 0.0, "changed_weight": 0.4},
+        "hard", {"pair": "concept", "changed": "lang", "own": 3.0, "other": 0.0, "beta": 0.4},
+    ),
+    "label distance": Case(
+        {"name": "label_distance", "label": "age", "distance": 2.0}, "distance", {"factor": 2.0}
+    ),
+    "barlow": Case({"name": "barlow"}, "barlow", {"weight": 0.005}, missing=True),
+    "byol": Case({"name": "byol", "hidden": 5}, "byol"),
     "sum": Case(
         {"name": "sum", "weights": [1.0, 0.3],
          "terms": [{"name": "infonce"}, {"name": "sogclr", "gamma": 0.6}]},
@@ -115,8 +130,10 @@ class Batch:
     meta: dict[str, Tensor]
 
     def rows(self, part: slice) -> Batch:
+        """Of some samples; captions may come several a sample."""
+        per = {name: len(rows) // ROWS for name, rows in self.outputs.items()}
         return Batch(
-            {name: rows[part] for name, rows in self.outputs.items()},
+            {n: r[part.start * per[n] : part.stop * per[n]] for n, r in self.outputs.items()},
             {name: column[part] for name, column in self.meta.items()},
         )
 
@@ -134,6 +151,7 @@ def batch(case: Case, step: int) -> Batch:
         "sample": source << NUMBER_BITS | (places - SIZES[0] * source),
         "concept": places % 5,
         "lang": places % 2,
+        "age": (places % 9) / 4,
         "text_mask": torch.rand(ROWS, TOKENS, generator=g) < 0.6,
     }
     meta["text_mask"][:, 0] = True
@@ -143,6 +161,9 @@ def batch(case: Case, step: int) -> Batch:
     plain = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
     outputs = {name: vectors() for name in plain}
     outputs |= {"image.tokens": vectors(TOKENS + 1), "text.tokens": vectors(TOKENS)}
+    if case.captions > 1:
+        more = torch.randn(ROWS * case.captions, WIDTH, generator=g)
+        outputs["text"] = F.normalize(more, dim=1)
     return Batch(outputs, meta)
 
 

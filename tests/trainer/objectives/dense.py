@@ -258,3 +258,69 @@ def symile(
                 each.append(torch.stack(logits).logsumexp(0) - own[i])
             losses.append(torch.stack(each).mean())
     return torch.stack(losses).mean(), None
+
+
+def hard(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, own: float, other: float,
+    beta: float, pair: str = "sample", changed: str | None = None,
+) -> tuple[Tensor, None]:  # fmt: skip
+    image, text = rows["image"], rows["text"]
+    per, n = len(text) // len(image), len(image)
+    of_text = torch.arange(len(text)) // per
+    nth = torch.arange(len(text)) % per
+    made_q = meta[changed] != 0 if changed else torch.zeros(n, dtype=torch.bool)
+    made_k = made_q[of_text] | (nth > 0)
+    same_pair = meta[pair][:, None] == meta[pair][of_text][None]
+    weight = torch.where(
+        made_q[:, None] != made_k[None], torch.where(same_pair, own, other), 1.0
+    ).double()
+    right = (meta["sample"][:, None] == meta["sample"][of_text][None]) & (nth == 0)[None]
+    logits = p["log_scale"].exp() * image @ text.T
+    mass = weight * torch.exp(logits)
+    halves = []
+    for m, x, yes, made in ((mass, logits, right, made_q), (mass.T, logits.T, right.T, made_k)):
+        count = yes.sum(1)
+        each = m.sum(1).log() - (x * yes).sum(1) / count.clamp(min=1)
+        rated = torch.where(made, beta, 1.0).double() * (count > 0)
+        halves.append((torch.where(count > 0, each, 0) * rated).sum() / rated.sum())
+    return (halves[0] + halves[1]) / 2, None
+
+
+def distance(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, factor: float
+) -> tuple[Tensor, None]:
+    z, y = torch.cat([rows["image"], rows["image@1"]]), torch.cat([meta["age"]] * 2).double()
+    itself = torch.eye(len(z), dtype=torch.bool)
+    logits = p["log_scale"].exp() * z @ z.T
+    mass = (1 + factor * (y[:, None] - y[None]).abs()) * torch.exp(logits)
+    positive = (y[:, None] == y[None]) & ~itself
+    each = mass.masked_fill(itself, 0).sum(1).log() - (logits * positive).sum(1) / positive.sum(1)
+    return each.mean(), None
+
+
+def barlow(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, weight: float
+) -> tuple[Tensor, None]:
+    keep = meta["image_present"]
+    a, b = (
+        (r - r.mean(0)) / r.std(0, correction=0)
+        for r in (rows["image"][keep], rows["image@1"][keep])
+    )
+    c = a.T @ b / len(a)
+    on = torch.eye(len(c), dtype=torch.bool)
+    return ((c - 1) ** 2)[on].sum() + weight * (c**2)[~on].sum(), None
+
+
+def byol(rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int) -> tuple[Tensor, None]:
+    def predict(x: Tensor) -> Tensor:
+        h = x @ p["predictor.0.weight"].T + p["predictor.0.bias"]
+        h = (h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+        h = torch.relu(h * p["predictor.1.weight"] + p["predictor.1.bias"])
+        return h @ p["predictor.3.weight"].T + p["predictor.3.bias"]
+
+    seen = rows["teacher.image"]
+    losses = [
+        (2 - 2 * (predict(x) * seen).sum(1) / (predict(x).norm(dim=1) * seen.norm(dim=1))).mean()
+        for x in (rows["image"], rows["image@1"])
+    ]
+    return (losses[0] + losses[1]) / 2, None
