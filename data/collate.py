@@ -27,6 +27,8 @@ class Collate:
         tensors = {"sample": torch.tensor([row["__sample__"] for row in rows])}
         for column in self.fields.columns:
             tensors[column] = torch.tensor([row[column] for row in rows], dtype=torch.int64)
+        for column in self.fields.numbers:
+            tensors[column] = torch.tensor([row[column] for row in rows], dtype=torch.float32)
         for name in self.fields.modalities:
             here = [name in row for row in rows]
             if self.fields.partial and name != "text":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from typing import Any, Literal
 
 import numpy as np
@@ -97,6 +98,18 @@ def decode_column(data: bytes, column: str, where: str) -> int:
             "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
         )
     return code_of(value)
+
+
+def decode_number(data: bytes, column: str, where: str) -> float:
+    """The finite number under `column` of a json member."""
+    try:
+        tree: Any = json.loads(data)
+    except ValueError as error:
+        raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
+    value = tree.get(column) if isinstance(tree, dict) else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise BadSample(f"{where}: {column!r} of its json member is no number: {value!r}.")
+    return float(value)
 
 
 def code_of(value: Any) -> int:

@@ -17,6 +17,7 @@ from gigabatch.data.decode import (
     decode_array,
     decode_column,
     decode_image,
+    decode_number,
 )
 from gigabatch.data.errors import BadSample
 from gigabatch.data.index import Index
@@ -33,7 +34,7 @@ class Fields:
 
     `image`, `text`, `audio`: how that modality is read; None leaves it out. `arrays`: extensions
     of .npy members to bring along, each of one shape. `columns`: fields of the json member, as
-    codes. `partial`: samples may lack a modality, which is then masked.
+    codes; `numbers`: as they are. `partial`: samples may lack a modality, which is then masked.
     """
 
     image: ImageSettings | None = None
@@ -41,6 +42,7 @@ class Fields:
     audio: AudioSettings | None = None
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    numbers: tuple[str, ...] = ()
     partial: bool = False
 
     @cached_property
@@ -67,7 +69,8 @@ class Fields:
 
     def loose_columns(self, index: Index) -> list[str]:
         """The columns that the index does not hold, so that each sample's json is parsed."""
-        return [c for c in self.columns if c != SOURCE and c not in index.columns]
+        codes = [c for c in self.columns if c != SOURCE and c not in index.columns]
+        return [*codes, *self.numbers]
 
     def decode(self, raw: Mapping[str, bytes | Damaged], where: str, stream: int | None) -> Sample:
         """`image` uint8 [C, S, S], `text` (a string, or all captions), `audio` (float32 [T],
@@ -111,9 +114,9 @@ class Fields:
         sample: int,
         raw: Mapping[str, bytes | Damaged],
         where: str,
-    ) -> dict[str, int]:
-        """The asked-for columns of one sample, from the index where it holds them."""
-        out = {}
+    ) -> dict[str, int | float]:
+        """The asked-for columns of one sample, from the index where it holds their codes."""
+        out: dict[str, int | float] = {}
         for column in self.columns:
             if column == SOURCE:
                 out[column] = source
@@ -124,6 +127,11 @@ class Fields:
                 if isinstance(data, Damaged):
                     raise BadSample(data.why)
                 out[column] = decode_column(data, column, where)
+        for column in self.numbers:
+            data = raw["json"]
+            if isinstance(data, Damaged):
+                raise BadSample(data.why)
+            out[column] = decode_number(data, column, where)
         return out
 
 

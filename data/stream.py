@@ -46,9 +46,9 @@ class MicroBatch:
     `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L], of K
     captions a sample [B * K, L]; `audio` float32 [B, T] with `audio_length` int64 [B]; arrays
     [B, ...]; where modalities may be missing, `image_present` and so on, bool, a row of each;
-    `sample` int64 [B]; and a column int64 [B] for each that was asked for. `keys`: the samples'
-    names. `real`: false on padding, which is run through the towers for the sake of the
-    collectives and counts for nothing. `bad`: the samples that others stand in for.
+    `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers float32.
+    `keys`: the samples' names. `real`: false on padding, which is run through the towers for the
+    sake of the collectives and counts for nothing. `bad`: the samples that others stand in for.
     """
 
     step: int

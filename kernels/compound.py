@@ -83,7 +83,8 @@ class Products(KeySource):
     index[j], or j + shift. Zeros make the true tuples, a shuffle a factor Symile's O(N) negatives,
     `all_pairings` its O(N^2) ones. Keys are made when needed, in at least float32 (products of
     eight underflow in bf16): memory O(N D), however many pairings. The metadata column "tuple" is
-    the row that a key is the true tuple of, and -1 where its factors belong to different rows.
+    the row that a key is the true tuple of, and -1 where its factors belong to different rows;
+    "number" counts the keys of a pairing.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Products(KeySource):
             true = torch.stack([at == index[0] for at in index]).all(0)
             mine = slice(len(row) * number, len(row) * (number + 1))
             keys, metadata = math.prod(chosen[1:], start=chosen[0]), torch.where(true, index[0], -1)
-            panel = Panel(keys, {"tuple": metadata}, mine.start)
+            panel = Panel(keys, {"tuple": metadata, "number": row}, mine.start)
             results = work(panel, [column[mine] for column in columns])
             dk = results.pop(0) if grads else keys
             for i, grad in enumerate(grads):
@@ -116,7 +117,7 @@ class Products(KeySource):
         return [torch.cat(grads), *whole] if grads else whole
 
 
-def all_pairings(n: int, factors: int) -> list[tuple[int, ...]]:
+def all_pairings(n: int, factors: int) -> list[Sequence[Tensor | int]]:
     """Every combination of n rows for each of several factors, as shifts; the first is the true
     tuples'. There are n^(factors - 1)."""
     return [(0, *shifts) for shifts in itertools.product(range(n), repeat=factors - 1)]

@@ -103,23 +103,27 @@ def contrastive_loss(
 
 
 def sigmoid_loss(
-    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, *, group: dist.ProcessGroup | None = None,
-    schedule: Schedule = "gather", backend: str | None = None,
+    q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, *, ids: Tensor | None = None,
+    group: dist.ProcessGroup | None = None, schedule: Schedule = "gather",
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """SigLIP's loss (Zhai et al. 2023): every pair of the global batch is its own question,
 
         1/N sum_ij log(1 + exp(-y_ij l_ij)),   l_ij = scale <q_i, k_j> + bias,
 
     y = 1 for row i with key i, else -1. q, k: [n, D], this rank's slices. scale, bias:
-    0-dimensional. group, schedule, backend, result: as in `contrastive_loss`; either all ranks
-    want gradients or none. Three matrix passes: the gradient is made in the forward pass.
+    0-dimensional. ids: int64 [n]; other pairs of equal ids are left out. group, schedule, backend,
+    result: as in `contrastive_loss`; either all ranks want gradients or none. Three matrix passes:
+    the gradient is made in the forward pass.
     """
     _check(q, k, schedule, backend, scale=scale, bias=bias)
+    _check_columns(q, k, None, ids=(ids, ids))
     numbers = row_numbers(len(q), q.device, group)
-    keys = key_source(k, {"number": numbers}, group, schedule)
+    ids = numbers if ids is None else ids
+    keys = key_source(k, {"id": ids}, group, schedule)
     # The positives are left out of the sum, not taken off it: late in training their terms are
     # smaller than the rounding of what they would be taken off.
-    rest = (Ne(numbers, "number"),)
+    rest = (Ne(ids, "id"),)
     negatives = pair_sum(q, keys, "softplus", scale, bias, rule=rest, total=True, backend=backend)
     own = F.softplus(-scale * Dot(q).pairs(Panel(k, {}, 0)) - bias, threshold=40)
     return _mean_over_ranks([torch.cat([own, negatives[None]])], [numbers >= 0], group)

@@ -16,6 +16,7 @@ from gigabatch.data.processes import ctrl_c_held
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.cli_jobs import jobs, submit
+from gigabatch.launcher.cli_objectives import objectives
 from gigabatch.launcher.cli_template import template
 from gigabatch.launcher.signals import INTERRUPTED
 
@@ -159,6 +160,7 @@ def board(
 
 app.command()(submit)
 app.command()(template)
+app.command()(objectives)
 app.add_typer(jobs, name="jobs")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from gigabatch.data.indexing import open_index
+from gigabatch.trainer.config import positives_of
 from gigabatch.trainer.distributed import World, device_of_this_process
 from gigabatch.trainer.evaluation.retrieval import describe, evaluate_retrieval
 from gigabatch.trainer.inference import load_newest_towers
@@ -19,7 +20,7 @@ def evaluate_run(run: RunFolder, on: str, positives: str | None, as_json: bool) 
     # A folder as the user sees it; else the name of one of the run's own sets.
     index = open_index(on) if Path(on).is_dir() else open_eval(config, on)
     step, towers = load_newest_towers(run)
-    field = config.objective.positives if positives is None else positives
+    field = positives_of(config.objective) if positives is None else positives
     world = World(0, 1, device_of_this_process(), None)
     metrics = evaluate_retrieval(
         towers.to(world.device),

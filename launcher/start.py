@@ -34,7 +34,7 @@ from gigabatch.launcher.signals import (
 from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, columns_of, positives_of
 from gigabatch.trainer.configfile import (
     differences,
     load_config,
@@ -240,9 +240,10 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
     fields_of(config).members(data.indexes)
     eval_fields(config).members(sets)
-    for index in (*data.indexes, *sets):
-        if config.objective.positives:
-            _check_column(index, config.objective.positives, cache_of(config))
+    shared = positives_of(config.objective)
+    read = [(index, column) for index in data.indexes for column in columns_of(config.objective)]
+    for index, column in read + [(index, shared) for index in sets if shared]:
+        _check_column(index, column, cache_of(config))
     return data
 
 

@@ -163,10 +163,18 @@ def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
         path = list(item["loc"])
+        # pydantic puts the kind of a tower, and the name of an objective, there
         if path[:1] == ["towers"]:
-            del path[2:3]  # pydantic puts the kind of the tower there
+            del path[2:3]
+        if path[:1] == ["objective"]:
+            del path[1:2]
+            if path[1:2] == ["terms"]:
+                del path[3:4]
         key = ".".join(map(str, path))
         message = item["msg"].removeprefix("Value error, ")
+        if path[:1] == ["objective"] and item["type"] == "extra_forbidden":
+            name = item["loc"][-2]
+            message = f"not a key of {name}; `gigabatch objectives {name}` tells its keys"
         given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
         lines.append(f"{key}: {message}{given}" if key else message)
     return f"{where}: " + f"\n{where}: ".join(lines)

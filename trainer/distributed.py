@@ -47,6 +47,21 @@ class World:
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
         return [bool(flag) for flag in held]
 
+    def concat(self, rows: Tensor) -> tuple[Tensor, int]:
+        """All ranks' rows [n, ...], n of each its own, in rank order; and where this rank's
+        begin."""
+        if self.group is None:
+            return rows, 0
+        sizes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        sizes[self.rank] = len(rows)
+        counts = self.sum(sizes).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(parts, padded, group=self.group)
+        joined = torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+        return joined, sum(counts[: self.rank])
+
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank."""
         if self.group is None:

@@ -130,12 +130,17 @@ class Engine:
     def weights(self) -> State:
         """All weights and buffers, full, float32, on rank 0; elsewhere nothing. A collective."""
         full: State = {}
+        for name, tensor in self.live_weights():
+            if self.world.is_main:
+                full[name] = cpu_copy(tensor)
+        return full
+
+    def live_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All weights and buffers, each whole until the next is asked for. A collective."""
         # What `load_state_dict` will ask for: not all buffers, but both names of tied weights.
         for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
             with _gathered(tensor, self.stage):
-                if self.world.is_main:
-                    full[name] = cpu_copy(tensor)
-        return full
+                yield name, tensor.detach()
 
     def moments(self) -> State:
         """AdamW's moments of every trained weight, as `NAME.exp_avg` and `NAME.exp_avg_sq`, full,

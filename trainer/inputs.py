@@ -48,6 +48,11 @@ class TrainData:
         return sum(map(len, self.indexes))
 
     @property
+    def sizes(self) -> list[int]:
+        """Samples of each source."""
+        return list(map(len, self.indexes))
+
+    @property
     def digest(self) -> str:
         """The fingerprint of all sources, in their order."""
         if len(self.indexes) == 1:
@@ -117,13 +122,14 @@ def _place(config: Config, path: str) -> str:
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
 
 
-def fields_of(config: Config, columns: Sequence[str] = ()) -> Fields:
+def fields_of(config: Config, columns: Sequence[str] = (), numbers: Sequence[str] = ()) -> Fields:
     """What a stream of this run yields."""
     data = config.data
     return Fields(
         image=data.image,
         text=data.captions,
         columns=tuple(columns),
+        numbers=tuple(numbers),
         partial=data.missing == "mask",
     )
 
@@ -154,13 +160,14 @@ def train_stream(
     tokenizer: Path,
     columns: Sequence[str],
     pin_memory: bool = False,
+    numbers: Sequence[str] = (),
 ) -> Iterable[MicroBatch]:
     """The micro-batches of `plans`, read as the config says."""
     settings = data.config.data
     return open_stream(
         data.indexes,
         plans,
-        fields=fields_of(data.config, columns),
+        fields=fields_of(data.config, columns, numbers),
         tokenizer=tokenizer,
         seed=data.config.run.seed,
         workers=settings.workers,

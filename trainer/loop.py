@@ -37,6 +37,7 @@ from gigabatch.trainer.retention import save_is_due
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.runlog import log_to
 from gigabatch.trainer.saving import Saver
+from gigabatch.trainer.state import open_state
 from gigabatch.trainer.step import ExactStep
 from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
@@ -79,13 +80,16 @@ class _Trainer:
         """Towers, objective and engine as they stand in a checkpoint, or at the start."""
         config, world = self.config, self.world
         towers = build_towers(config, load_tokenizer(self.run.tokenizer).get_vocab_size())
-        self.objective = build_objective(config.objective, world.device, config.data.group)
+        self.objective = build_objective(
+            config.objective, world.device, config.data.group, config.towers.width
+        )
         if checkpoint:
             towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
         elif config.train.init_from:
             load_initial(towers, config, world)
-        self.engine = Engine(towers.to(world.device), config, world)
-        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress)
+        state = open_state(self.objective, self.data.sizes, towers.to(world.device), world)
+        self.engine = Engine(towers, config, world)
+        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress, state)
         if checkpoint:
             steps = checkpoint.state["optimizer_steps"]
             self.engine.load_moments(checkpoint.tensors("moments"), steps)
@@ -203,8 +207,9 @@ class _Trainer:
         world, clock = self.world, self.reporter.clock
         last = self.config.train.steps
         plans = plans_of(self.data, world.size, world.rank, self.counts.done + 1, last)
-        columns, on_gpu = self.objective.needs.columns, world.device.type == "cuda"
-        stream = train_stream(self.data, plans, self.run.tokenizer, columns, on_gpu)
+        needs, on_gpu = self.objective.needs, world.device.type == "cuda"
+        tokenizer = self.run.tokenizer
+        stream = train_stream(self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers)
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()

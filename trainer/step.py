@@ -6,7 +6,8 @@ al. 2021, with the randomness of each micro-batch replayed).
 3. Embed each micro-batch again and push its slice of that gradient through the towers.
 
 Every gradient, the logit scale's included, equals that of one graph over the same micro-batches.
-With one micro-batch a rank, the first embedding keeps its graph and there is no second.
+With one micro-batch a rank, and one view of it, the first embedding keeps its graph and there is no
+second.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from gigabatch.trainer.engine import MOMENTS, Engine, cpu_copy
 from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
 from gigabatch.trainer.progress import Progress
+from gigabatch.trainer.state import ObjectiveState
+from gigabatch.trainer.taps import TEACHER, in_view, parse_tap, plain_of, views_of
 
 Outputs = dict[str, Tensor]
 
@@ -51,10 +54,14 @@ class ExactStep:
         config: Config,
         world: World,
         progress: Progress | None = None,
+        state: ObjectiveState | None = None,
     ) -> None:
         self.engine, self.objective, self.world = engine, objective, world
         self.progress = progress or Progress(world.device)
         self.data, self.seed = config.data, config.run.seed
+        self.state = state or ObjectiveState(objective, [], None, world)
+        self.batch_size = config.batch.global_size
+        self.views = range(views_of(objective.needs.taps))
         self.own = [p for p in objective.parameters() if p.requires_grad]
         peak = config.optimizer.objective_lr or config.optimizer.lr
         self.own_lr_ratio = peak / config.optimizer.lr
@@ -65,14 +72,18 @@ class ExactStep:
     def __call__(self, step: int, batch: Sequence[MicroBatch], lr: float) -> StepResult:
         """One step on this rank's micro-batches of step number `step`; `lr` is the towers'."""
         batch = [micro.to(self.world.device) for micro in batch]
-        one_pass = len(batch) == 1
+        ctx = self._context(step)
+        self._begin_epoch(ctx)
+        one_pass = len(batch) == len(self.views) == 1
         with torch.set_grad_enabled(one_pass):
-            outputs = [self._embed(micro, "embed") for micro in batch]
+            outputs = [self._views(micro, "embed") for micro in batch]
         rows = self._rows(outputs, batch)
-        meta = _join([micro.tensors for micro in batch], batch, drop=("image", "text", "text_mask"))
+        meta = _join([micro.tensors for micro in batch], batch, drop=("image", "text"))
+        numbers = meta["sample"]
+        meta |= self.state.read(numbers)
 
         self.progress.enter("loss")
-        loss = self.objective(rows, meta, Context(self.world.group, step))
+        loss = self.objective(rows | self._teach(batch), meta, ctx)
         loss.value.backward()
         value, finite = self._settle(loss.value, rows)
         metrics = {name: float(metric) for name, metric in loss.metrics.items()}
@@ -83,30 +94,35 @@ class ExactStep:
         taken = 0
         with self.engine.accumulating():
             for micro, first in zip(batch, outputs, strict=True):
-                again = first if one_pass else self._embed(micro, "backward")
-                self.progress.enter("backward")
                 last = taken + (len(micro.keys) if micro.real else 0)
-                self.engine.backward(_surrogate(again, rows, taken, last))
+                for view in self.views:
+                    again = first if one_pass else self._embed(micro, view, "backward")
+                    self.progress.enter("backward")
+                    self.engine.backward(_surrogate(again, rows, taken, last))
                 taken = last
             self.progress.enter("step")
         applied, norm = self.engine.step(lr)
         if applied:
-            self._step_objective(lr, loss.updates)
+            self._step_objective(lr)
+            self.state.commit(loss.updates(), numbers)
+            self.state.follow(self.engine.live_weights())
         self._clear()
         return StepResult(value, applied, norm, metrics)
 
     def own_state(self) -> dict[str, Tensor]:
-        """Copies of the objective's parameters, buffers and moments, for a checkpoint."""
+        """Copies of the objective's parameters, buffers, moments, tables and momentum tower, for
+        a checkpoint; what is sharded is whole on rank 0. A collective."""
         state = {name: cpu_copy(t) for name, t in self.objective.state_dict().items()}
         for name, parameter in self.objective.named_parameters():
             moments = self.optimizer.state.get(parameter, {}) if self.optimizer else {}
             for moment in MOMENTS:
                 if moment in moments:
                     state[f"{name}.{moment}"] = cpu_copy(moments[moment])
-        return state
+        return state | self.state.save()
 
     def load_own_state(self, state: Mapping[str, Tensor], steps: int) -> None:
         """Put back what `own_state` gave, after `steps` applied steps."""
+        self.state.load(state)
         known = self.objective.state_dict()
         self.objective.load_state_dict({name: state[name] for name in known})
         for name, parameter in self.objective.named_parameters():
@@ -114,10 +130,52 @@ class ExactStep:
                 moments = {m: state[f"{name}.{m}"].to(parameter.device) for m in MOMENTS}
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
-    def _embed(self, micro: MicroBatch, phase: str) -> Outputs:
+    def _context(self, step: int) -> Context:
+        return Context(self.world.group, step, self._epoch(step), self.seed)
+
+    def _epoch(self, step: int) -> int:
+        """How often the data set was gone through before a step."""
+        return (step - 1) * self.batch_size // max(1, self.state.samples)
+
+    def _begin_epoch(self, ctx: Context) -> None:
+        if ctx.epoch > self._epoch(ctx.step - 1) and ctx.step > 1:
+            updates = self.objective.on_epoch(self.state.tables, ctx)
+            for name, value in updates.items():
+                self.objective.get_buffer(name).copy_(value)
+
+    def _stream(self, micro: MicroBatch) -> int:
+        return key(self.seed, "micro-batch", micro.step, micro.number)
+
+    def _views(self, micro: MicroBatch, phase: str) -> Outputs:
+        found: Outputs = {}
+        for view in self.views:
+            found |= self._embed(micro, view, phase)
+        return found
+
+    def _embed(self, micro: MicroBatch, view: int, phase: str) -> Outputs:
+        """The taps of one view. The first calls every tower, which ZeRO's collectives want."""
         self.progress.enter(phase)
-        stream = key(self.seed, "micro-batch", micro.step, micro.number)
-        return self.engine(tower_inputs(micro, self.data, stream), stream)
+        stream, taps = self._stream(micro), plain_of(self.objective.needs.taps, view)
+        stream = key(stream, "view", view) if view else stream
+        inputs = tower_inputs(micro, self.data, stream)
+        if view:
+            inputs = {parse_tap(tap).modality: inputs[parse_tap(tap).modality] for tap in taps}
+        outputs = self.engine(inputs, stream, taps)
+        return {in_view(name, view): vectors for name, vectors in outputs.items()}
+
+    @torch.no_grad()
+    def _teach(self, batch: Sequence[MicroBatch]) -> Outputs:
+        """What the momentum tower makes of the batch, augmented anew."""
+        taps, teacher = self.objective.needs.teacher, self.state.teacher
+        if teacher is None:
+            return {}
+        outputs = []
+        for micro in batch:
+            self.progress.enter("embed")
+            inputs = tower_inputs(micro, self.data, key(self._stream(micro), "teacher"))
+            found = teacher(inputs, None, taps)
+            outputs.append({TEACHER + tap: found[tap] for tap in taps})
+        return _join(outputs, batch)
 
     def _rows(self, outputs: Sequence[Outputs], batch: Sequence[MicroBatch]) -> Outputs:
         rows = _join(outputs, batch)
@@ -140,12 +198,10 @@ class ExactStep:
             parameter.grad = mean.view_as(parameter).clone()
         return float(flat[1]), bool(flat[0] == 0) and bool(torch.isfinite(flat).all())
 
-    def _step_objective(self, lr: float, updates: Mapping[str, Tensor]) -> None:
+    def _step_objective(self, lr: float) -> None:
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = lr * self.own_lr_ratio
             self.optimizer.step()
-        for name, value in updates.items():
-            self.objective.get_buffer(name).copy_(value)
 
     def _clear(self) -> None:
         for parameter in self.own:

@@ -200,22 +200,8 @@ def symile_shuffled(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     shuffle = torch.tensor([3, 0, 5, 1, 2, 4])
     keys = Products([b, c], [(0, shuffle)])
     positive = (a * b * c).sum(1)
-    stream = Concat(Local(b[:0], {"number": OWN[:0]}), Numbered(keys))
-    (z,) = lse_stats(a, stream, [Lse("rows", ONE, None, (not_self,))]).z
+    (z,) = lse_stats(a, keys, [Lse("rows", ONE, None, (not_self,))]).z
     return (torch.logaddexp(z, positive) - positive).sum()
-
-
-class Numbered(Products):
-    """Products whose keys carry their own numbers, as one pairing's do."""
-
-    def __init__(self, products: Products) -> None:
-        super().__init__(products.tensors, products.pairings)
-
-    def fold(self, work, columns, merges):  # type: ignore[no-untyped-def]
-        def numbered(panel, given):  # type: ignore[no-untyped-def]
-            return work(type(panel)(panel.keys, {"number": OWN}, panel.offset), given)
-
-        return super().fold(numbered, columns, merges)
 
 
 def dense_symile_shuffled(a: Tensor, b: Tensor, c: Tensor) -> Tensor:

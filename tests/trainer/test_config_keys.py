@@ -42,6 +42,7 @@ from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
 from gigabatch.trainer.remoterun import RemoteRun
 from gigabatch.trainer.runfolder import RunFolder, create_run
 from gigabatch.trainer.saving import Saver
+from gigabatch.trainer.state import ObjectiveState
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
 
@@ -52,6 +53,10 @@ VIT = (
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
+
+SOGCLR = ["objective={name: sogclr, positives: concept}"]
+PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour}"]
+INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
 KEYS: dict[str, tuple[str, str, list[str]]] = {
@@ -131,7 +136,45 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         "{width: 6}", "towers",
         ["towers.text={kind: module, module: 'support_towers:Tokens'}"],
     ),
-    "objective.name": ("other", "objective", []),
+    "objective.name": ("siglip", "objective", []),
+    "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
+    "objective.within": ("colour", "objective", []),
+    "objective.bias": ("-1.0", "objective", ["objective={name: siglip}"]),
+    "objective.temperatures": ("shared", "objective", SOGCLR),
+    "objective.temperature": ("0.2", "objective", SOGCLR),
+    "objective.temperature_min": ("0.06", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.temperature_max": ("0.08", "kept", [*SOGCLR, *INDIVIDUAL, "objective.rho=0"]),
+    "objective.rho": ("3.0", "objective", SOGCLR),
+    "objective.gamma": ("0.5", "kept", SOGCLR),
+    "objective.gamma_epochs": ("9", "kept", SOGCLR),
+    "objective.temperature_lr": ("0.001", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.temperature_momentum": ("0.5", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.symmetric": ("false", "objective", ["objective={name: late_interaction}"]),
+    "objective.size": ("7", "kept", ["objective={name: queue}"]),
+    "objective.momentum": ("0.5", "run", ["objective={name: queue, size: 40}"]),
+    "objective.warmup_epochs": ("9", "kept", ["objective={name: noisy}"]),
+    "objective.head": ("hinge", "objective", ["objective={name: noisy}"]),
+    "objective.margin": ("0.5", "objective", ["objective={name: noisy, head: hinge}"]),
+    "objective.curve": ("2.0", "kept", ["objective={name: noisy, head: hinge}"]),
+    "objective.keys": (
+        "shuffled", "objective", ["objective={name: symile, taps: [image, text, image@1]}"],
+    ),
+    "objective.pair": ("colour", "objective", PAIRS),
+    "objective.changed": ("concept", "objective", PAIRS),
+    "objective.own_weight": ("4.0", "objective", PAIRS),
+    "objective.other_weight": ("0.0", "objective", PAIRS),
+    "objective.changed_weight": ("0.0", "objective", PAIRS),
+    "objective.label": (
+        "colour", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.distance": (
+        "4.0", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
+    "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
+    "objective.weights": (
+        "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],
+    ),
     "objective.positives": ("null", "objective", []),
     "objective.same_id": ("exclude", "objective", []),
     "objective.label_smoothing": ("0.2", "objective", []),
@@ -208,7 +251,10 @@ SLOW = ("command",)
 
 
 def test_the_table_names_every_key() -> None:
-    assert set(KEYS) == set(known_keys(Config))
+    known = set(known_keys(Config))
+    # The terms of a sum are described as each is alone.
+    alone = {key.replace("objective.terms.", "objective.") for key in known}
+    assert set(KEYS) == alone
 
 
 @pytest.mark.parametrize("key", [k for k, v in KEYS.items() if v[1] not in SLOW])
@@ -322,18 +368,49 @@ def see_saved(config: Config, folder: Path) -> Any:
 
 
 def see_objective(config: Config, folder: Path, backward: bool = False) -> Any:
-    objective = build_objective(config.objective)
+    """The loss of two steps and the gradients; with what is kept, also that."""
+    losses, objective, _ = objective_steps(config, backward)
+    return [losses, sorted(n for n, p in objective.named_parameters() if p.requires_grad)]
+
+
+def see_kept(config: Config, folder: Path) -> Any:
+    losses, objective, state = objective_steps(config, backward=True)
+    kept = [table.whole() for table in state.tables.values()]
+    return [losses, digest(*kept, *objective.buffers())]
+
+
+def objective_steps(config: Config, backward: bool) -> tuple[Any, Any, Any]:
     torch.manual_seed(0)
-    rows = {tap: torch.nn.functional.normalize(torch.randn(6, 4)) for tap in ("image", "text")}
-    meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
+    objective = build_objective(config.objective, width=4)
+    state = ObjectiveState(objective, [6], None, ALONE)
     with torch.no_grad():
-        objective.log_scale += 0.1  # beyond scale_max, where that is the initial scale
-    value = objective(
-        {t: r.requires_grad_() for t, r in rows.items()}, meta, Context(None, 1)
-    ).value
-    if backward:
-        value.backward()
-    return [float(value.detach()), objective.log_scale.requires_grad]
+        for parameter in objective.parameters():
+            parameter += 0.1  # beyond scale_max, where that is the initial scale
+    losses = []
+    for step in (1, 2, 3) if backward else (1,):
+        torch.manual_seed(step)
+        vectors = {
+            tap: torch.nn.functional.normalize(torch.randn(6, *shape), dim=-1)
+            for tap, shape in TAPS.items()
+        }
+        rows = {tap: vectors[tap].requires_grad_() for tap in objective.needs.taps}
+        meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
+        meta |= {"colour": torch.tensor([0, 1, 0, 1, 0, 1]), **state.read(meta["sample"])}
+        ctx = Context(None, step, step - 1)
+        state.commit(objective.on_epoch(state.tables, ctx), meta["sample"])
+        loss = objective(vectors | rows, meta, ctx)
+        losses.append(float(loss.value.detach()))
+        if backward:
+            loss.value.backward()
+            state.commit(loss.updates(), meta["sample"])
+    return losses, objective, state
+
+
+TAPS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(("image", "text", "image@1", "teacher.image", "teacher.text"), (4,)),
+    "image.tokens": (3, 4),
+    "text.tokens": (2, 4),
+}
 
 
 def see_backend(config: Config, folder: Path) -> Any:
@@ -355,7 +432,7 @@ def see_products(config: Config, folder: Path) -> Any:
 
 GATHERED = """
 import sys, torch, torch.distributed as dist
-from gigabatch.trainer.config import ObjectiveSettings
+from gigabatch.trainer.config import InfoNCESettings
 from gigabatch.trainer.objectives import Context, build_objective
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 calls, gather = [], dist.all_gather
@@ -363,9 +440,9 @@ def spy(parts, mine, **options):
     calls.append(tuple(mine.shape))
     return gather(parts, mine, **options)
 dist.all_gather = spy
-objective = build_objective(ObjectiveSettings.model_validate_json(sys.argv[1]))
+objective = build_objective(InfoNCESettings.model_validate_json(sys.argv[1]))
 rows = {tap: torch.randn(6, 4, requires_grad=True) for tap in ("image", "text")}
-ids = {name: torch.arange(6) for name in ("sample", objective.positives or "sample")}
+ids = {name: torch.arange(6) for name in ("sample", objective.settings.positives or "sample")}
 objective(rows, ids, Context(dist.group.WORLD, 1)).value.backward()
 dist.destroy_process_group()  # at the interpreter's end its threads would abort the process
 print(calls)
@@ -495,6 +572,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "towers": see_towers,
     "saved": see_saved,
     "objective": see_objective,
+    "kept": see_kept,
     "backend": see_backend,
     "products": see_products,
     "collectives": see_collectives,

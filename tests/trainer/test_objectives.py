@@ -6,15 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigabatch.trainer.config import ObjectiveSettings
+from gigabatch.trainer.config import InfoNCESettings
 from gigabatch.trainer.objectives import Context, build_objective
-from gigabatch.trainer.objectives.infonce import clamp_inward
+from gigabatch.trainer.objectives.blocks import clamp_inward
 
 
 def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
     torch.manual_seed(0)
     rows = {t: F.normalize(torch.randn(7, 5), dim=1).requires_grad_() for t in ("image", "text")}
-    objective = build_objective(ObjectiveSettings(scale=10.0))
+    objective = build_objective(InfoNCESettings(scale=10.0))
     loss = objective(rows, {"sample": torch.arange(7)}, Context(None, 1))
     logits, target = 10.0 * rows["image"] @ rows["text"].T, torch.arange(7)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -23,7 +23,7 @@ def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
 
 
 def test_the_asked_for_column_decides_what_is_positive() -> None:
-    objective = build_objective(ObjectiveSettings(positives="concept"))
+    objective = build_objective(InfoNCESettings(positives="concept"))
     assert objective.needs.columns == ("concept",)
     rows = {t: torch.eye(4).requires_grad_() for t in ("image", "text")}
     own = objective(rows, {"concept": torch.arange(4)}, Context(None, 1)).value
@@ -36,14 +36,14 @@ def test_the_asked_for_column_decides_what_is_positive() -> None:
 ])  # fmt: skip
 def test_the_clamp_lets_gradients_inward_only(at: float, slope: float, passes: bool) -> None:
     x = torch.tensor(at, requires_grad=True)
-    y = clamp_inward(x, 2.0)
+    y = clamp_inward(x, ceiling=2.0)
     assert y.item() == min(at, 2.0)
     (slope * y).backward()
     assert float(x.grad) == (slope if passes else 0.0)
 
 
 def test_a_scale_above_its_limit_comes_back_down() -> None:
-    objective = build_objective(ObjectiveSettings(scale=100.0))
+    objective = build_objective(InfoNCESettings(scale=100.0))
     torch.manual_seed(1)
     wrong = F.normalize(torch.randn(8, 4), dim=1)
     rows = {"image": wrong, "text": -wrong}

@@ -10,7 +10,29 @@ from pydantic import model_validator
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
-from gigabatch.trainer.config.objective import ObjectiveSettings
+from gigabatch.trainer.config.objective import (
+    AnyObjective,
+    BarlowSettings,
+    BYOLSettings,
+    HardNegativesSettings,
+    InfoNCESettings,
+    LabelDistanceSettings,
+    LateInteractionSettings,
+    NoisySettings,
+    ObjectiveSettings,
+    QueueSettings,
+    ScaledSettings,
+    SigLIPSettings,
+    Single,
+    SogCLRSettings,
+    SumSettings,
+    SupConSettings,
+    SymileSettings,
+    columns_of,
+    positives_of,
+    singles,
+    taps_of,
+)
 from gigabatch.trainer.config.towers import (
     ConvTower,
     HuggingFaceTower,
@@ -26,12 +48,45 @@ from gigabatch.trainer.config.training import (
     ScheduleSettings,
     TrainSettings,
 )
+from gigabatch.trainer.taps import parse_tap
 
 __all__ = [
-    "BatchSettings", "CheckpointSettings", "ClusterSettings", "Config", "ConvTower",
-    "DataSettings", "EvalSettings", "HuggingFaceTower", "ModuleTower", "MonitorSettings",
-    "ObjectiveSettings", "OptimizerSettings", "RunSettings", "ScheduleSettings", "TextTower",
-    "TowersSettings", "TrainSettings",
+    "BYOLSettings",
+    "BarlowSettings",
+    "BatchSettings",
+    "CheckpointSettings",
+    "ClusterSettings",
+    "Config",
+    "ConvTower",
+    "DataSettings",
+    "EvalSettings",
+    "HardNegativesSettings",
+    "HuggingFaceTower",
+    "InfoNCESettings",
+    "LabelDistanceSettings",
+    "LateInteractionSettings",
+    "ModuleTower",
+    "MonitorSettings",
+    "NoisySettings",
+    "ObjectiveSettings",
+    "OptimizerSettings",
+    "QueueSettings",
+    "RunSettings",
+    "ScaledSettings",
+    "ScheduleSettings",
+    "SigLIPSettings",
+    "Single",
+    "SogCLRSettings",
+    "SumSettings",
+    "SupConSettings",
+    "SymileSettings",
+    "TextTower",
+    "TowersSettings",
+    "TrainSettings",
+    "columns_of",
+    "positives_of",
+    "singles",
+    "taps_of",
 ]  # fmt: skip
 
 
@@ -42,7 +97,7 @@ class Config(Settings):
     data: DataSettings = DataSettings()
     batch: BatchSettings = BatchSettings()
     towers: TowersSettings = TowersSettings()
-    objective: ObjectiveSettings = ObjectiveSettings()
+    objective: AnyObjective = InfoNCESettings()
     train: TrainSettings = TrainSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()
@@ -60,20 +115,45 @@ class Config(Settings):
                 f"batch.global_size ({size}) cannot be cut into micro-batches of "
                 f"batch.micro_size ({micro}); the nearest size that divides it is {near}"
             )
-        if self.data.group and self.objective.label_smoothing:
+        for objective in singles(self.objective):
+            self._refuse_misfit(objective)
+        self._refuse_unmeasured()
+        return self
+
+    def _refuse_misfit(self, objective: Single) -> None:
+        """What an objective cannot do with this data and these towers."""
+        modalities = set(type(self.towers).model_fields) - {"width"}
+        for tap in map(parse_tap, objective.taps):
+            if tap.modality not in modalities:
+                raise ValueError(
+                    f"objective.taps: there is no tower {tap.modality!r}; there are "
+                    f"{', '.join(sorted(modalities))}"
+                )
+        several = self.data.captions.choose == "all"
+        if self.data.group and not hasattr(objective, "within"):
+            raise ValueError(
+                f"data.group: objective {objective.name} compares all samples of a mixed batch; "
+                "take infonce or queue, which keep groups apart"
+            )
+        if isinstance(objective, HardNegativesSettings):
+            return
+        if not isinstance(objective, InfoNCESettings):
+            if several and "text" in {parse_tap(tap).modality for tap in objective.taps}:
+                raise ValueError(
+                    f"objective.name={objective.name} takes one caption a sample; set "
+                    "data.captions.choose=random"
+                )
+            return
+        if (objective.within or self.data.group) and objective.label_smoothing:
             raise ValueError(
                 "objective.label_smoothing spreads the target over all candidates of the batch, "
-                "which data.group divides; set one of them to nothing"
+                "which data.group or objective.within divides; set one of them to nothing"
             )
-        if self.objective.same_id == "exclude" and (
-            self.data.captions.choose == "all" or self.data.missing == "mask"
-        ):
+        if objective.same_id == "exclude" and (several or self.data.missing == "mask"):
             raise ValueError(
                 "objective.same_id=exclude pairs each image with one caption; it goes with neither "
                 "data.captions.choose=all nor data.missing=mask"
             )
-        self._refuse_unmeasured()
-        return self
 
     def _refuse_unmeasured(self) -> None:
         best, sets = self.checkpoint.best, [Path(name).name for name in self.eval.sets]

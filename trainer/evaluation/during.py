@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, positives_of
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.retrieval import Embed, describe, evaluate_retrieval
 from gigabatch.trainer.inputs import open_eval
@@ -32,7 +32,7 @@ def evaluate_sets(
     found: dict[str, float] = {}
     for name in config.eval.sets:
         index = open_eval(config, name)
-        positives = config.objective.positives
+        positives = positives_of(config.objective)
         metrics = evaluate_retrieval(embed, index, config, run, world, positives, stop)
         if metrics is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.keyed import key
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, taps_of
 from gigabatch.trainer.config.towers import (
     ConvTower,
     HeadSettings,
@@ -32,7 +32,9 @@ MODALITIES = ("image", "text")
 
 
 class Towers(nn.Module):
-    """All towers of a run. `autocast`: the precision inside, if lower; weights stay float32."""
+    """All towers of a run. `autocast`: the precision inside, if lower; weights stay float32.
+    `heads`: of each modality, and of its tokens (`text.tokens`, in the dict `text-tokens`) where
+    they are asked for."""
 
     def __init__(
         self,
@@ -45,22 +47,40 @@ class Towers(nn.Module):
         self.encoders, self.heads = nn.ModuleDict(encoders), nn.ModuleDict(heads)
 
     def forward(
-        self, inputs: Mapping[str, tuple[Tensor, ...]], stream: int | None = None
+        self,
+        inputs: Mapping[str, tuple[Tensor, ...]],
+        stream: int | None = None,
+        taps: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         """modality -> float32 [B, D] of unit length; `inputs`: modality -> its encoder's arguments.
 
-        `stream` keys all randomness inside: each tower starts from its own seed, so that a second
-        pass over the same micro-batch repeats the first. None (evaluation) leaves it alone.
+        `taps`: plain names of others to come along: `image.encoder` [B, width], `text.tokens`
+        [B, T, D], both of unit length too. `stream` keys all randomness inside: each tower starts
+        from its own seed, so that a second pass over the same micro-batch repeats the first. None
+        (evaluation) leaves it alone.
         """
-        out = {}
+        out: dict[str, Tensor] = {}
         for name, arguments in inputs.items():
             if stream is not None:
                 seed_everything(key(stream, name))
             device = arguments[0].device.type
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-                vectors = self.heads[name](self.encoders[name](*arguments))
-            out[name] = F.normalize(vectors.float(), dim=-1)
+                found = self._places(name, arguments, taps)
+            out |= {tap: F.normalize(vectors.float(), dim=-1) for tap, vectors in found.items()}
         return out
+
+    def _places(
+        self, name: str, arguments: tuple[Tensor, ...], taps: Sequence[str]
+    ) -> dict[str, Tensor]:
+        encoder, own = self.encoders[name], f"{name}.tokens"
+        if own in taps:
+            pooled, tokens = encoder(*arguments, tokens=True)
+            found = {own: self.heads[token_head(name)](tokens)}
+        else:
+            pooled, found = encoder(*arguments), {}
+        if f"{name}.encoder" in taps:
+            found[f"{name}.encoder"] = pooled
+        return {name: self.heads[name](pooled), **found}
 
     def train(self, mode: bool = True) -> Towers:
         super().train(mode)
@@ -92,6 +112,8 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         _refuse_unsound(encoder, name)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
+        if f"{name}.tokens" in {tap.partition("@")[0] for tap in taps_of(config.objective)}:
+            heads[token_head(name)] = _token_head(encoder, name, config.towers.width, settings)
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
     return Towers(encoders, heads, autocast)
 
@@ -121,6 +143,22 @@ def _head(inner: int, outer: int, settings: HeadSettings) -> nn.Sequential:
         layers += [nn.GELU()] if i else []
         layers.append(nn.Linear(a, b, bias=i < len(widths) - 2))
     return nn.Sequential(*layers)
+
+
+def token_head(modality: str) -> str:
+    """How the head of a modality's tokens is called among the heads."""
+    return f"{modality}-tokens"  # a module's name may not hold a dot
+
+
+def _token_head(encoder: Any, name: str, outer: int, settings: Tower) -> nn.Sequential:
+    width = getattr(encoder, "token_width", None)
+    if not isinstance(width, int):
+        raise GigabatchError(
+            f"towers.{name}: the objective reads {name}.tokens, and {type(encoder).__name__} has "
+            "no integer attribute `token_width`. Give it one, and let its forward, called with "
+            "tokens=True, return (pooled [B, width], tokens [B, T, token_width])."
+        )
+    return _head(width, outer, settings.head)
 
 
 def _checkpoint_activations(encoder: Any, name: str) -> None:

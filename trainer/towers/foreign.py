@@ -13,24 +13,34 @@ from gigabatch.trainer.config import DataSettings, HuggingFaceTower, ModuleTower
 
 
 class HuggingFaceEncoder(nn.Module):
-    """A `transformers` model as an encoder: its pooled output, or the mean of its last states."""
+    """A `transformers` model as an encoder: its pooled output, or the mean of its last states;
+    with `tokens`, those states too, [B, T, token_width]."""
 
     def __init__(self, model: Any, modality: str) -> None:
         super().__init__()
         self.model, self.modality = model, modality
         self.width: int = model.config.hidden_size
+        self.token_width = self.width
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, tokens: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if self.modality == "image":
             out = self.model(pixel_values=x)
         else:
             out = self.model(input_ids=x, attention_mask=mask)
-        pooled = getattr(out, "pooler_output", None)
+        states = out.last_hidden_state
+        if states.ndim == 4:  # the map of a convolutional network
+            states = states.flatten(2).mT
+        pooled = self._pool(getattr(out, "pooler_output", None), states, mask)
+        return (pooled, states) if tokens else pooled
+
+    @staticmethod
+    def _pool(pooled: Tensor | None, states: Tensor, mask: Tensor | None) -> Tensor:
         if pooled is not None:
             return pooled.flatten(1)
-        states = out.last_hidden_state
         if mask is None:
-            return states.mean(1) if states.ndim == 3 else states.mean((2, 3))
+            return states.mean(1)
         real = mask.unsqueeze(-1)
         return (states * real).sum(1) / real.sum(1).clamp(min=1)
 

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Encoded = Tensor | tuple[Tensor, Tensor]
+
 
 class ConvEncoder(nn.Module):
     """images [B, C, S, S] -> [B, width]. Each stage halves the side; the last map is flattened,
-    since at this size positions matter more than their average."""
+    since at this size positions matter more than their average. Its places are the tokens
+    [B, T, token_width], asked for with `tokens`."""
 
     def __init__(
         self, channels: int, size: int, widths: tuple[int, ...], depths: tuple[int, ...],
@@ -31,15 +34,17 @@ class ConvEncoder(nn.Module):
         side = size
         for _ in widths:
             side = -(-side // 2)
-        self.width = widths[-1] * side * side
+        self.width, self.token_width = widths[-1] * side * side, widths[-1]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, tokens: bool = False) -> Encoded:
         # The maps run channels-last, which is fastest on a CPU; the weights stay as they are, since
         # DeepSpeed broadcasts them as bytes.
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
-        return self.dropout(F.relu(self.norm(x)).flatten(1))
+        x = F.relu(self.norm(x))
+        pooled = self.dropout(x.flatten(1))
+        return (pooled, x.flatten(2).mT) if tokens else pooled
 
 
 class _Residual(nn.Module):
@@ -74,8 +79,9 @@ def _he(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
 
 
 class TokenEncoder(nn.Module):
-    """tokens int64 [B, L], mask bool [B, L] -> [B, width]: residual convolutions of width 3 over
-    the caption, then the mean and the maximum over its real tokens."""
+    """text int64 [B, L], mask bool [B, L] -> [B, width]: residual convolutions of width 3 over
+    the caption, then the mean and the maximum over its real tokens; with `tokens`, those too,
+    [B, L, token_width]."""
 
     def __init__(
         self, vocab_size: int, length: int, width: int, layers: int, dropout: float
@@ -87,16 +93,17 @@ class TokenEncoder(nn.Module):
         self.blocks = nn.ModuleList(_TokenResidual(width) for _ in range(layers))
         self.norm = nn.LayerNorm(2 * width)
         self.dropout = nn.Dropout(dropout)
-        self.width = 2 * width
+        self.width, self.token_width = 2 * width, width
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, text: Tensor, mask: Tensor, tokens: bool = False) -> Encoded:
         real = mask.unsqueeze(-1)
-        x = self.embedding(tokens) + self.position
+        x = self.embedding(text) + self.position
         for block in self.blocks:
             x = block(x, real)
         mean = (x * real).sum(1) / real.sum(1).clamp(min=1)
         top = x.masked_fill(~real, torch.finfo(x.dtype).min).amax(1)
-        return self.dropout(self.norm(torch.cat([mean, top], dim=-1)))
+        pooled = self.dropout(self.norm(torch.cat([mean, top], dim=-1)))
+        return (pooled, x) if tokens else pooled
 
 
 class _TokenResidual(nn.Module):

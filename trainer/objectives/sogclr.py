@@ -1,0 +1,131 @@
+"""Contrast against the whole data set with small batches (SogCLR, Yuan et al. 2022; iSogCLR, Qiu et
+al. 2023, number 14; FastCLIP, Wei et al. 2024).
+
+The loss of sample i on one side, h_ij = s_ij - s_ii:
+
+    tau_i (log mean_{j != i} exp(h_ij / tau_i) + rho)
+
+The mean is over the data set; a batch's own mean g_i would bias the gradient through the
+logarithm. So each sample keeps a running estimate, u_i <- (1 - gamma) u_i + gamma g_i, and the
+gradient is that of tau_i g_i / u_i, u_i fixed. Here u_i is kept as its logarithm: nothing
+overflows, and LibAUC's offset, which its ranks do not share, is not needed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from gigabatch.kernels import Lse, Ne, key_source, lse_stats
+from gigabatch.trainer.config import SogCLRSettings
+from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective, Updates
+from gigabatch.trainer.objectives.blocks import clamp_inward, count_same, mean_metric, paired
+
+LOG_U, TAU, MOMENTUM = slice(0, 2), slice(2, 4), slice(4, 6)  # the table's fields, of both sides
+
+
+class SogCLR(Objective):
+    about = About(
+        "SogCLR, FastCLIP: a running estimate for each sample in place of a huge batch",
+        "iSogCLR, Qiu et al. 2023, 14; SogCLR, Yuan et al. 2022; FastCLIP, Wei et al. 2024",
+        "mean_i tau_i (log mean_{j != i} exp((s_ij - s_ii) / tau_i) + rho), summed over both ways; "
+        "gradient of tau_i g_i / u_i with u_i <- (1 - gamma) u_i + gamma g_i",
+        "4",
+        "small batches, small GPUs: B = 16 estimates the gradient as B = 128 does; temperatures "
+        "for each sample where frequencies have a long tail",
+    )
+
+    def __init__(self, settings: SogCLRSettings, group: str | None, width: int) -> None:
+        super().__init__()
+        self.settings = settings
+        row, tau = [-math.inf, -math.inf], settings.temperature
+        if settings.temperatures == "individual":
+            row += [tau, tau, 0.0, 0.0]
+        columns = (settings.positives,) if settings.positives else ()
+        self.needs = Needs(settings.taps, columns, tables={"state": tuple(row)})
+        if settings.temperatures == "shared":
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(tau)))
+
+    def forward(
+        self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
+    ) -> Loss:
+        settings = self.settings
+        rows = paired(outputs, meta, settings.taps, settings, self.needs.columns)
+        q, k = rows.vectors
+        ids = rows.columns[settings.positives or "sample"]
+        state, taus = meta["state"][rows.here], self._temperatures(meta["state"][rows.here])
+        keys, others = key_source(k, {"id": ids}, ctx.group, settings.schedule), (Ne(ids, "id"),)
+        lses = [
+            Lse("rows", 1 / taus[0], None, others), Lse("columns", 1 / taus[1], None, others),
+        ]  # fmt: skip
+        stats = lse_stats(
+            q, keys, lses, backend=settings.backend, cache_bytes=2**20 * settings.cache_mib
+        )
+        own = (q.float() * k.float()).sum(1)
+        same, total = count_same(ids, ctx)
+        gamma, known, terms = self._gamma(ctx.epoch), [], []
+        for z, tau, log_u in zip(stats.z, taus, state[:, LOG_U].unbind(1), strict=True):
+            term, log_u = _estimate(z - own / tau, tau, log_u, total - same, gamma, settings.rho)
+            terms.append(term)
+            known.append(log_u)
+        value = ctx.world_size * torch.stack(terms).sum() / max(1, total)
+
+        def updates() -> Updates:
+            new = state.clone()
+            new[:, LOG_U] = torch.stack(known, 1)
+            if settings.temperatures == "individual":
+                self._step_temperatures(new, taus, total / ctx.world_size)
+            table = meta["state"].clone()
+            table[rows.here] = new
+            return {"state": table}
+
+        mean_tau = torch.stack([mean_metric(tau.expand(len(own)), ctx) for tau in taus]).mean()
+        return Loss(value, {"temperature": mean_tau}, updates)
+
+    def _temperatures(self, state: Tensor) -> list[Tensor]:
+        """Of both sides: 0-dimensional, or [n], each a leaf."""
+        settings = self.settings
+        if settings.temperatures == "individual":
+            return [tau.clone().requires_grad_() for tau in state[:, TAU].unbind(1)]
+        if settings.temperatures == "fixed":
+            return [torch.tensor(settings.temperature, device=state.device)] * 2
+        low, high = math.log(settings.temperature_min), math.log(settings.temperature_max)
+        return [clamp_inward(self.log_temperature, low, high).exp()] * 2
+
+    def _gamma(self, epoch: int) -> float:
+        settings = self.settings
+        if epoch >= settings.gamma_epochs:
+            return settings.gamma
+        falling = (1 + math.cos(math.pi * epoch / settings.gamma_epochs)) / 2
+        return settings.gamma + (1 - settings.gamma) * falling
+
+    def _step_temperatures(self, state: Tensor, taus: list[Tensor], rows: float) -> None:
+        """Projected descent with momentum, of each sample alone. `rows`: what undoes the mean."""
+        settings = self.settings
+        for side, tau in enumerate(taus):
+            slope = torch.zeros_like(tau) if tau.grad is None else tau.grad * rows
+            momentum = state[:, MOMENTUM][:, side]
+            momentum.lerp_(slope, 1 - settings.temperature_momentum)
+            moved = tau.detach() - settings.temperature_lr * momentum
+            state[:, TAU][:, side] = moved.clamp(settings.temperature_min, settings.temperature_max)
+
+
+def _estimate(
+    z: Tensor, tau: Tensor, log_u: Tensor, negatives: Tensor, gamma: float, rho: float
+) -> tuple[Tensor, Tensor]:
+    """The sum of a side's terms, and the new log u [n]. `z`: log sum over negatives of
+    exp(h / tau); a row that has none keeps its estimate and counts nothing."""
+    has = negatives > 0
+    log_g = torch.where(has, z, 0) - negatives.clamp(min=1).log()
+    with torch.no_grad():
+        kept = math.log(1 - gamma) if gamma < 1 else -math.inf
+        blended = torch.logaddexp(log_u + kept, log_g + math.log(gamma))
+        # The first estimate of a sample is the batch's own.
+        new = torch.where(has, torch.where(log_u == -math.inf, log_g, blended), log_u)
+        share = torch.exp(log_g - new)
+    slope = tau.detach() * share * log_g + tau * (new + rho)
+    term = slope - slope.detach() + tau.detach() * (new + rho)
+    return torch.where(has, term, 0).sum(), new

@@ -1,0 +1,59 @@
+"""Supervised contrast (SupCon, Khosla et al. 2020, eq. 2), and without labels NT-Xent between
+views (SimCLR, Chen et al. 2020)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gigabatch.kernels import Eq, Lse, Ne, Rule, key_source, lse_stats
+from gigabatch.kernels.heads import cross_entropy
+from gigabatch.kernels.sources import row_numbers
+from gigabatch.trainer.config import ScaledSettings, SupConSettings
+from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
+from gigabatch.trainer.objectives.blocks import Scaled, present, weighted_mean
+
+
+class SupCon(Scaled):
+    about = About(
+        "SupCon: all samples of a label attract each other; without labels SimCLR",
+        "SupCon, Khosla et al. 2020; SimCLR, Chen et al. 2020; with any metadata column: 27",
+        "mean_i [log sum_{j != i} exp(l_ij) - mean_{p != i, y_p = y_i} l_ip], over all taps' rows",
+        "4 T^2 for T taps",
+        "labelled data of one modality; two views of unlabelled images; several modalities at once",
+    )
+
+    def __init__(self, settings: SupConSettings, group: str | None, width: int) -> None:
+        super().__init__(settings)
+        self.settings = settings
+        self.needs = Needs(settings.taps, (settings.positives,) if settings.positives else ())
+
+    def forward(
+        self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
+    ) -> Loss:
+        scale, settings = self.scale(), self.settings
+        label = {"id": settings.positives or "sample"}
+        found = [present(outputs, meta, tap, settings, label) for tap in settings.taps]
+        z, ids = torch.cat([rows for rows, _ in found]), torch.cat([c["id"] for _, c in found])
+        return Loss(among(z, ids, (), scale, settings, ctx), {"logit_scale": scale.detach()})
+
+
+def among(
+    z: Tensor, ids: Tensor, rule: Rule, scale: Tensor, settings: ScaledSettings, ctx: Context
+) -> Tensor:
+    """SupCon's loss: each row against all others, of which those of its id are right. `rule`: how
+    the others weigh, by the columns `id` and `number`."""
+    numbers = row_numbers(len(z), z.device, ctx.group)
+    keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.schedule)
+    # A lone equality costs nothing a tile: each row is among its own positives, and then taken
+    # off again.
+    stats = lse_stats(
+        z, keys, [Lse("rows", scale, None, (*rule, Ne(numbers, "number")))], Eq(ids, "id"),
+        settings.backend, 2**20 * settings.cache_mib,
+    )  # fmt: skip
+    weight = stats.weight[0] - 1
+    positive = stats.positive[0] - scale * z.float().square().sum(1)
+    each = cross_entropy(stats.z[0], positive, weight)
+    return weighted_mean(each, (weight > 0).float(), ctx)

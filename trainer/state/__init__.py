@@ -1,0 +1,86 @@
+"""What an objective keeps beside its parameters: rows of samples, a momentum tower."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.state.tables import SampleTable
+
+if TYPE_CHECKING:
+    from gigabatch.trainer.objectives.base import Objective
+    from gigabatch.trainer.towers import Towers
+
+TABLE, TEACHER = "table.", "teacher."  # how their tensors are named in a checkpoint
+
+
+class ObjectiveState:
+    """The tables and the momentum tower that an objective needs.
+
+    `sizes`: samples of each source, in the order of their numbers. `teacher`: a copy of the towers
+    as they are at the start, in evaluation mode, or None.
+    """
+
+    def __init__(
+        self, objective: Objective, sizes: Sequence[int], teacher: Towers | None, world: World
+    ) -> None:
+        self.objective, self.world, self.samples = objective, world, sum(sizes)
+        self.teacher = teacher
+        self.tables = {
+            name: SampleTable(sizes, row, world) for name, row in objective.needs.tables.items()
+        }
+
+    def read(self, numbers: Tensor) -> dict[str, Tensor]:
+        """Each table's rows of these samples; int64 [n] -> float32 [n, F]. A collective."""
+        return {name: table.read(numbers) for name, table in self.tables.items()}
+
+    def commit(self, updates: Mapping[str, Tensor], numbers: Tensor) -> None:
+        """Take over what a step, or an epoch, has found. A collective."""
+        for name, value in updates.items():
+            if name in self.tables:
+                self.tables[name].write(numbers, value)
+            else:
+                self.objective.get_buffer(name).copy_(value)
+
+    @torch.no_grad()
+    def follow(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        """Let the teacher's weights move to the towers' current ones."""
+        if self.teacher is None:
+            return
+        own, momentum = self.teacher.state_dict(), self.objective.needs.momentum
+        for name, weight in weights:
+            if own[name].is_floating_point():
+                own[name].lerp_(weight.to(own[name].device), 1 - momentum)
+            else:
+                own[name].copy_(weight)
+
+    def save(self) -> dict[str, Tensor]:
+        """For a checkpoint: on rank 0 all tables, whole, and the teacher. A collective."""
+        whole = {TABLE + name: table.whole() for name, table in self.tables.items()}
+        if self.teacher is not None:
+            for name, tensor in self.teacher.state_dict().items():
+                whole[TEACHER + name] = tensor.detach().to("cpu", copy=True).contiguous()
+        return whole if self.world.is_main else {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `save` gave, at any world size."""
+        for name, table in self.tables.items():
+            table.load(state[TABLE + name])
+        if self.teacher is not None:
+            own = [n for n in state if n.startswith(TEACHER)]
+            self.teacher.load_state_dict({n.removeprefix(TEACHER): state[n] for n in own})
+
+
+def open_state(
+    objective: Objective, sizes: Sequence[int], towers: Towers, world: World
+) -> ObjectiveState:
+    """What the objective needs, as it is before the first step; `towers` not yet in an engine."""
+    teacher = (
+        copy.deepcopy(towers).eval().requires_grad_(False) if objective.needs.teacher else None
+    )
+    return ObjectiveState(objective, sizes, teacher, world)
