@@ -1,0 +1,180 @@
+"""Figures of a ranking, exact: hit@k, recall@k, precision@k, MRR, MAP, NDCG@k, R-precision, ranks.
+
+Each follows from the ranks of a query's right answers alone, and these from a count: how many
+wrong keys score no less. So no list is sorted, and memory is a block of rows.
+
+**Ties count against us.** Of keys with equal scores, wrong ones stand first, then right ones by
+rising grade: every figure is the least that any order of the ties could give. A right answer whose
+score is NaN stands last; a wrong one, first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.evaluation.scores import Scorer, blocks
+
+RANK = "rank"
+"""The rank of a query's best right answer, from 1; its mean and median are told, not its name."""
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """The right answers of Q queries: `keys[start[i] : stop[i]]` with `grades`, all above 0.
+
+    `start`, `stop`: int64 [Q]. `keys`: int64 [M], numbers among all keys. `grades`: float64 [M].
+    `own`: int64 [Q], a key that is left out of the query's list (itself, say), -1 for none.
+    """
+
+    start: Tensor
+    stop: Tensor
+    keys: Tensor
+    grades: Tensor
+    own: Tensor | None = None
+
+    @staticmethod
+    def by_id(query_ids: Tensor, key_ids: Tensor, own: Tensor | None = None) -> Relevance:
+        """Right is a key with the query's id, [Q] against [N]; a query's `own` key is not counted
+        among them. O(N) memory, however large a group."""
+        order = key_ids.argsort(stable=True)
+        held = key_ids[order]
+        query_ids = query_ids.contiguous()
+        start = torch.searchsorted(held, query_ids)
+        stop = torch.searchsorted(held, query_ids, right=True)
+        grades = torch.ones(len(order), dtype=torch.float64, device=order.device)
+        return Relevance(start, stop, order, grades, own)
+
+    @staticmethod
+    def by_pairs(
+        rows: Tensor, keys: Tensor, grades: Tensor, queries: int, own: Tensor | None = None
+    ) -> Relevance:
+        """From M judged pairs: query `rows` [M] and key `keys` [M] with `grades` [M]. A grade of 0
+        or less means wrong. A pair may come once."""
+        right = grades > 0
+        rows, keys, grades = rows[right], keys[right], grades[right].double()
+        order = rows.argsort(stable=True)
+        counts = torch.bincount(rows, minlength=queries)
+        stop = counts.cumsum(0)
+        return Relevance(stop - counts, stop, keys[order], grades[order], own)
+
+    def padded(self, part: slice) -> tuple[Tensor, Tensor]:
+        """(keys int64 [b, R], grades [b, R]) of some queries; -1 and -1 fill short rows."""
+        start, stop = self.start[part], self.stop[part]
+        widest = int((stop - start).max()) if len(start) else 0
+        at = start.unsqueeze(1) + torch.arange(widest, device=start.device)
+        real = at < stop.unsqueeze(1)
+        at = torch.where(real, at, 0)
+        keys = self.keys[at] if len(self.keys) else at
+        grades = self.grades[at] if len(self.keys) else at.double()
+        if self.own is not None:
+            real &= keys != self.own[part].unsqueeze(1)
+        return keys.where(real, -1), grades.where(real, -1.0)
+
+
+@torch.no_grad()
+def rank_queries(
+    score: Scorer, relevance: Relevance, keys: int, ks: Sequence[int], ndcg: bool = True
+) -> dict[str, Tensor]:
+    """For each query its figures, float64 [Q]: `hit@k`, `recall@k`, `precision@k`, and with `ndcg`
+    `ndcg@k`, for each of `ks`; `mrr`, `map`, `r_precision`, `rank`. NaN for a query without a
+    right answer: leave it out of means."""
+    found: dict[str, list[Tensor]] = {}
+    for part in blocks(len(relevance.start), keys):
+        ranks, grades = _ranks(score(part), relevance, part)
+        for name, values in _figures(ranks, grades, ks, ndcg).items():
+            found.setdefault(name, []).append(values)
+    if not found:
+        none = torch.empty(0, 1, dtype=torch.float64, device=relevance.start.device)
+        return _figures(none, none, ks, ndcg)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def _ranks(scores: Tensor, relevance: Relevance, part: slice) -> tuple[Tensor, Tensor]:
+    """Ranks of right answers, float64 [b, R], best first, and their grades; inf and -1 fill."""
+    right, grades = relevance.padded(part)
+    real, at = grades > 0, right.clamp(min=0)
+    top = scores.gather(1, at) if right.shape[1] else scores[:, :0]
+    top = torch.where(real, top.nan_to_num(nan=-torch.inf, posinf=torch.inf), torch.inf)
+    # From the worst place to the best: by rising score; of equal ones the higher grade is worse
+    # off. What fills short rows comes after all.
+    order = grades.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, top.gather(1, order).argsort(dim=1, stable=True))
+    top, grades = top.gather(1, order), grades.gather(1, order)
+    not_above = torch.searchsorted(
+        top.contiguous(), scores.nan_to_num(nan=torch.inf, posinf=torch.inf), right=True
+    )  # how many right answers a key beats or equals
+    _clear(not_above, torch.where(real, right, -1))  # right answers are not wrong ones
+    if relevance.own is not None:
+        _clear(not_above, relevance.own[part].unsqueeze(1))
+    rows, width = right.shape
+    flat = not_above + torch.arange(rows, device=scores.device).unsqueeze(1) * (width + 1)
+    counts = torch.bincount(flat.flatten(), minlength=rows * (width + 1)).view(rows, width + 1)
+    wrong_before = counts.flip(1).cumsum(1).flip(1)[:, 1:]
+    place = (grades > 0).sum(1, keepdim=True) - torch.arange(width, device=scores.device)
+    ranks = torch.where(grades > 0, (wrong_before + place).double(), torch.inf)
+    order = ranks.argsort(dim=1, stable=True)
+    return ranks.gather(1, order), grades.gather(1, order)
+
+
+def _clear(beaten: Tensor, keys: Tensor) -> None:
+    """Set to 0 the entries of `keys` [b, R] in each row; -1 names none."""
+    row, column = (keys >= 0).nonzero(as_tuple=True)
+    beaten[row, keys[row, column]] = 0
+
+
+def _figures(ranks: Tensor, grades: Tensor, ks: Sequence[int], ndcg: bool) -> dict[str, Tensor]:
+    """From ranks [b, R], best first, filled with inf, and grades."""
+    ranks = torch.nn.functional.pad(ranks, (0, max(0, 1 - ranks.shape[1])), value=torch.inf)
+    grades = torch.nn.functional.pad(grades, (0, ranks.shape[1] - grades.shape[1]), value=-1.0)
+    real = grades > 0
+    total = real.sum(1).double()
+    known = torch.where(total > 0, total, torch.nan)  # 0 / NaN: no figure without a right answer
+    lost = torch.where(total > 0, 0.0, torch.nan)
+    out: dict[str, Tensor] = {}
+    for k in ks:
+        inside = (ranks <= k).sum(1).double()
+        out[f"hit@{k}"] = (inside > 0).double() + lost
+        out[f"recall@{k}"] = inside / known
+        out[f"precision@{k}"] = inside / k + lost
+        if ndcg:
+            out[f"ndcg@{k}"] = _dcg(ranks, grades, k) / _ideal(grades, k) + lost
+    place = torch.arange(1, ranks.shape[1] + 1, device=ranks.device, dtype=torch.float64)
+    out["mrr"] = 1 / ranks[:, 0] + lost
+    out["map"] = (place / ranks).sum(1) / known
+    out["r_precision"] = (ranks <= total.unsqueeze(1)).sum(1) / known
+    out[RANK] = ranks[:, 0] + lost
+    return out
+
+
+def _dcg(ranks: Tensor, grades: Tensor, k: int) -> Tensor:
+    gain = grades.clamp(min=0) / torch.log2(ranks + 1)  # inf: no gain
+    return torch.where(ranks <= k, gain, 0.0).sum(1)
+
+
+def _ideal(grades: Tensor, k: int) -> Tensor:
+    best = grades.clamp(min=0).sort(dim=1, descending=True).values[:, :k]
+    place = torch.arange(1, best.shape[1] + 1, device=best.device, dtype=torch.float64)
+    return (best / torch.log2(place + 1)).sum(1)
+
+
+def summary(figures: Mapping[str, Tensor], prefix: str = "") -> dict[str, float]:
+    """Means over the queries that have a right answer; of ranks the mean and the (lower) median.
+
+    Raises GigabatchError where no query has one.
+    """
+    out: dict[str, float] = {}
+    for name, values in figures.items():
+        known = values[~values.isnan()]
+        if not len(known):
+            raise GigabatchError(f"{prefix}{name}: no query has a right answer among the keys.")
+        if name == RANK:
+            out[f"{prefix}mean_rank"] = float(known.mean())
+            out[f"{prefix}median_rank"] = float(known.median())
+        else:
+            out[f"{prefix}{name}"] = float(known.mean())
+    return out
