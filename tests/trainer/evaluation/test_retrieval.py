@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import dense_figures as dense
 import numpy as np
 import pytest
 import torch
-from support import run_ranks
 
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import Embedded
@@ -37,11 +34,3 @@ def test_both_ways_equal_sorted_lists(concepts: int) -> None:
         assert told[f"{way}_median_rank"] == sorted(wanted["rank"])[28]
     assert told["mean_recall@10"] == (told["i2t_recall@10"] + told["t2i_recall@10"]) / 2
     assert told["candidates"] == 57
-
-
-@pytest.mark.slow
-def test_figures_are_the_same_on_one_two_and_four_processes() -> None:
-    probe = Path(__file__).with_name("figures_probe.py")
-    alone = run_ranks(probe, 1)
-    assert run_ranks(probe, 2) == alone
-    assert run_ranks(probe, 4) == alone
