@@ -14,6 +14,7 @@ from gigabatch.data.fields import Fields
 from gigabatch.data.index import Index
 from gigabatch.data.plans import EvalPlans
 from gigabatch.data.stream import MicroBatch, open_stream
+from gigabatch.data.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.config import Config, DataSettings
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inputs import cache_of, eval_fields
@@ -126,3 +127,18 @@ def caption_settings(config: Config, field: str) -> CaptionSettings:
     member = "txt" if field == "txt" else "json"
     place = {"member": member, "field": None if member == "txt" else field, "choose": "first"}
     return config.data.captions.model_copy(update=place)
+
+
+@torch.no_grad()
+def embed_texts(
+    embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
+) -> Tensor:
+    """This rank's rows [n, D] of texts, which every rank has: a run of them, in their order."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    rows = []
+    for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
+        tokens, mask = encode(tokenizer, [texts[number] for number in plan.samples])
+        inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
+        vectors = embed(inputs)["text"].float()
+        rows.append(vectors if plan.real else vectors[:0])
+    return torch.cat(rows)

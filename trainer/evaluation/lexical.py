@@ -32,13 +32,13 @@ class TfIdf:
                 rows.append(row)
                 columns.append(self.words.setdefault(word, len(self.words)))
                 counts.append(count)
-        row, column = np.array(rows, np.int64), np.array(columns, np.int64)
+        owner, column = np.array(rows, np.int64), np.array(columns, np.int64)
         held = np.bincount(column, minlength=len(self.words))
         self.idf = np.log((1 + self.size) / (1 + held)) + 1
-        weight = np.array(counts, np.float64) * self.idf[column] if len(row) else np.empty(0)
-        norms = np.sqrt(np.bincount(row, weight**2, minlength=self.size))
+        weight = np.array(counts, np.float64) * self.idf[column]
+        norms = np.sqrt(np.bincount(owner, weight**2, minlength=self.size))
         order = np.argsort(column, kind="stable")
-        self.row, self.weight = row[order], (weight / norms[row])[order]
+        self.row, self.weight = owner[order], (weight / norms[owner])[order]
         self.start = np.concatenate([[0], np.cumsum(held)]).astype(np.int64)
 
     def row_of(self, query: str) -> np.ndarray:

@@ -21,7 +21,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.classify import LABEL, classified
 from gigabatch.trainer.evaluation.scores import blocks
 
-L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 HELD_OUT = 0.2
 """Share of the training samples that chooses l2."""
 
@@ -74,7 +74,7 @@ def fit_probe(
         held = torch.cat([start.weight, start.bias.unsqueeze(1)], 1)
     held.requires_grad_()
     solver = torch.optim.LBFGS(
-        [held], max_iter=2000, history_size=20, tolerance_grad=1e-9, tolerance_change=1e-14,
+        [held], max_iter=1000, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )  # fmt: skip
 

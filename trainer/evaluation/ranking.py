@@ -62,6 +62,16 @@ class Relevance:
         stop = counts.cumsum(0)
         return Relevance(stop - counts, stop, keys[order], grades[order], own)
 
+    def part(self, queries: slice) -> Relevance:
+        """That of some of the queries."""
+        own = None if self.own is None else self.own[queries]
+        return Relevance(self.start[queries], self.stop[queries], self.keys, self.grades, own)
+
+    def to(self, device: torch.device) -> Relevance:
+        own = None if self.own is None else self.own.to(device)
+        start, stop = self.start.to(device), self.stop.to(device)
+        return Relevance(start, stop, self.keys.to(device), self.grades.to(device), own)
+
     def padded(self, part: slice) -> tuple[Tensor, Tensor]:
         """(keys int64 [b, R], grades [b, R]) of some queries; -1 and -1 fill short rows."""
         start, stop = self.start[part], self.stop[part]

@@ -72,7 +72,10 @@ def intervals(
     that two models on one set can be compared."""
     held = {name: values.cpu() for name, values in figures.items()}
     size = len(next(iter(held.values())))
-    drawn = [tell({n: v[_resample(size, seed, i)] for n, v in held.items()}) for i in range(DRAWS)]
+    drawn = []
+    for number in range(DRAWS):
+        rows = _resample(size, seed, number)
+        drawn.append(tell({name: values[rows] for name, values in held.items()}))
     ends = [(1 - level) / 2, (1 + level) / 2]
     return {
         name: tuple(np.quantile([each[name] for each in drawn], ends).tolist()) for name in drawn[0]
