@@ -19,6 +19,8 @@ from torch import Tensor
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.evaluation.scores import Scorer, blocks
 
+FEW = 16
+"""Right answers a query up to which they are counted one by one."""
 RANK = "rank"
 """The rank of a query's best right answer, from 1; its mean and median are told, not its name."""
 
@@ -107,34 +109,47 @@ def rank_queries(
 def _ranks(scores: Tensor, relevance: Relevance, part: slice) -> tuple[Tensor, Tensor]:
     """Ranks of right answers, float64 [b, R], best first, and their grades; inf and -1 fill."""
     right, grades = relevance.padded(part)
-    real, at = grades > 0, right.clamp(min=0)
-    top = scores.gather(1, at) if right.shape[1] else scores[:, :0]
-    top = torch.where(real, top.nan_to_num(nan=-torch.inf, posinf=torch.inf), torch.inf)
+    top = _gathered(scores, right).nan_to_num(nan=-torch.inf, posinf=torch.inf)
+    top = torch.where(grades > 0, top, torch.inf)
     # From the worst place to the best: by rising score; of equal ones the higher grade is worse
     # off. What fills short rows comes after all.
     order = grades.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, top.gather(1, order).argsort(dim=1, stable=True))
-    top, grades = top.gather(1, order), grades.gather(1, order)
-    not_above = torch.searchsorted(
-        top.contiguous(), scores.nan_to_num(nan=torch.inf, posinf=torch.inf), right=True
-    )  # how many right answers a key beats or equals
-    _clear(not_above, torch.where(real, right, -1))  # right answers are not wrong ones
+    top, grades = top.gather(1, order).contiguous(), grades.gather(1, order)
+    scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf)
+    # Right answers and the own key are not wrong ones.
+    left_out = right
     if relevance.own is not None:
-        _clear(not_above, relevance.own[part].unsqueeze(1))
-    rows, width = right.shape
-    flat = not_above + torch.arange(rows, device=scores.device).unsqueeze(1) * (width + 1)
-    counts = torch.bincount(flat.flatten(), minlength=rows * (width + 1)).view(rows, width + 1)
-    wrong_before = counts.flip(1).cumsum(1).flip(1)[:, 1:]
-    place = (grades > 0).sum(1, keepdim=True) - torch.arange(width, device=scores.device)
+        left_out = torch.cat([right, relevance.own[part].unsqueeze(1)], 1)
+    wrong_before = _not_below(scores, top)
+    wrong_before -= _not_below(_gathered(scores, left_out), top, left_out >= 0)
+    place = (grades > 0).sum(1, keepdim=True) - torch.arange(top.shape[1], device=scores.device)
     ranks = torch.where(grades > 0, (wrong_before + place).double(), torch.inf)
     order = ranks.argsort(dim=1, stable=True)
     return ranks.gather(1, order), grades.gather(1, order)
 
 
-def _clear(beaten: Tensor, keys: Tensor) -> None:
-    """Set to 0 the entries of `keys` [b, R] in each row; -1 names none."""
-    row, column = (keys >= 0).nonzero(as_tuple=True)
-    beaten[row, keys[row, column]] = 0
+def _gathered(scores: Tensor, keys: Tensor) -> Tensor:
+    """Scores of the keys [b, R] of each row; anything where a key is -1."""
+    return scores.gather(1, keys.clamp(min=0)) if keys.shape[1] else scores[:, :0]
+
+
+def _not_below(scores: Tensor, top: Tensor, counted: Tensor | None = None) -> Tensor:
+    """For each of `top` [b, R], rising, how many of `scores` [b, n] are at least as high: int64
+    [b, R]. `counted`: bool [b, n], which scores count."""
+    rows, width = top.shape
+    if width <= FEW:  # so many comparisons are quicker than a search
+        counts = []
+        for i in range(width):
+            reached = scores >= top[:, i : i + 1]
+            counts.append((reached if counted is None else reached & counted).sum(1))
+        return torch.stack(counts, 1) if counts else top.long()
+    beaten = torch.searchsorted(top, scores, right=True)  # how many of `top` a key reaches
+    if counted is not None:
+        beaten = torch.where(counted, beaten, 0)
+    beaten += torch.arange(rows, device=scores.device).unsqueeze(1) * (width + 1)
+    held = torch.bincount(beaten.flatten(), minlength=rows * (width + 1)).view(rows, width + 1)
+    return held.flip(1).cumsum(1).flip(1)[:, 1:]
 
 
 def _figures(ranks: Tensor, grades: Tensor, ks: Sequence[int], ndcg: bool) -> dict[str, Tensor]:

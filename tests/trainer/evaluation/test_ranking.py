@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.evaluation import scores
+from gigabatch.trainer.evaluation import ranking, scores
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
 from gigabatch.trainer.evaluation.scores import dot_rows, top_rows
 
@@ -30,9 +30,10 @@ def check(found: dict[str, torch.Tensor], wanted: dict[str, list[float]]) -> Non
     spread=st.sampled_from([1, 2, 50]),
     leave_out=st.booleans(),
     budget=st.sampled_from([1, 30, 1 << 20]),
+    few=st.sampled_from([0, 2, 16]),
 )
 def test_judged_pairs_with_grades_ties_and_own_keys(
-    seed: int, queries: int, keys: int, spread: int, leave_out: bool, budget: int
+    seed: int, queries: int, keys: int, spread: int, leave_out: bool, budget: int, few: int
 ) -> None:
     random = np.random.default_rng(seed)
     q, k = (
@@ -52,6 +53,7 @@ def test_judged_pairs_with_grades_ties_and_own_keys(
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scores, "BUDGET", budget)
+        patch.setattr(ranking, "FEW", few)
         score = dot_rows(torch.from_numpy(q), torch.from_numpy(k))
         found = rank_queries(score, relevance, keys, KS)
     check(found, dense.figures(q @ k.T, grades, KS, own))
