@@ -13,12 +13,13 @@ from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.fields import Fields
 from gigabatch.data.index import Index
 from gigabatch.data.plans import EvalPlans
-from gigabatch.data.stream import MicroBatch, open_stream
+from gigabatch.data.stream import open_stream
 from gigabatch.data.tokenizer import encode, load_tokenizer
-from gigabatch.trainer.config import Config, DataSettings
+from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.step import tower_inputs
 
 log = logging.getLogger(__name__)
 Inputs = Mapping[str, tuple[Tensor, ...]]
@@ -89,7 +90,7 @@ def embed_set(
             bad += [each.why for each in micro.bad]
         batch = micro.to(world.device)
         kept = slice(None) if batch.real else slice(0)
-        for tap, vectors in embed(inputs_of(batch, config.data)).items():
+        for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
             taps.setdefault(tap, []).append(vectors[kept].float())
         for name in columns:
             codes[name].append(batch.tensors[name][kept])
@@ -100,17 +101,6 @@ def embed_set(
         {name: torch.cat(rows) for name, rows in taps.items()},
         {name: torch.cat(rows) for name, rows in codes.items()},
     )
-
-
-def inputs_of(micro: MicroBatch, data: DataSettings) -> dict[str, tuple[Tensor, ...]]:
-    """The towers' arguments for the modalities that were read; images are not augmented."""
-    inputs: dict[str, tuple[Tensor, ...]] = {}
-    if "image" in micro.tensors:
-        pixels = micro.tensors["image"].float() / 255
-        inputs["image"] = ((pixels - data.image.mean) / data.image.std,)
-    if "text" in micro.tensors:
-        inputs["text"] = (micro.tensors["text"], micro.tensors["text_mask"])
-    return inputs
 
 
 def _tell_bad(bad: list[str], index: Index, world: World) -> None:

@@ -41,6 +41,33 @@ def dot_rows(queries: Tensor, keys: Tensor) -> Scorer:
     return rows
 
 
+def maxsim_rows(
+    queries: Tensor, query_mask: Tensor, keys: Tensor, key_mask: Tensor, reduce: str = "mean"
+) -> Scorer:
+    """Late interaction (ColBERT, FILIP): for each real token of a query its best product with a
+    real token of the key, averaged over the query's tokens, or with `reduce` "sum" added up.
+
+    `queries` [Q, T, D], `keys` [N, S, D]; masks bool [Q, T] and [N, S], true on real tokens. A
+    query or a key without one scores -inf.
+    """
+
+    def rows(part: slice) -> Tensor:
+        wanted, real = queries[part].double(), query_mask[part]
+        out = torch.empty(len(wanted), len(keys), device=keys.device)
+        held = max(1, wanted.shape[0] * wanted.shape[1] * keys.shape[1])
+        for first in range(0, len(keys), max(1, BUDGET // held)):
+            chunk = slice(first, first + max(1, BUDGET // held))
+            tokens = torch.einsum("qtd,nsd->qnts", wanted, keys[chunk].double())
+            tokens.masked_fill_(~key_mask[chunk][None, :, None, :], -torch.inf)
+            best = tokens.amax(3).masked_fill(~real.unsqueeze(1), 0.0)
+            count = real.sum(1, keepdim=True)
+            total = best.sum(2) if reduce == "sum" else best.sum(2) / count.clamp(min=1)
+            out[:, chunk] = torch.where(count > 0, total, -torch.inf)
+        return out
+
+    return rows
+
+
 @torch.no_grad()
 def top_rows(
     score: Scorer, queries: int, keys: int, k: int, own: Tensor | None = None
