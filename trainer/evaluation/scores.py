@@ -14,7 +14,7 @@ from torch import Tensor
 
 Scorer = Callable[[slice], Tensor]
 """Some of the queries -> their scores with all N keys, float32 [b, N]."""
-BUDGET = 1 << 23
+BUDGET = 1 << 22
 """Scores held at a time, unless a single row is longer."""
 _LOW = (1 << 32) - 1
 
