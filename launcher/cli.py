@@ -15,6 +15,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.processes import ctrl_c_held
 from gigabatch.launcher.cli_bench import bench
 from gigabatch.launcher.cli_data import data
+from gigabatch.launcher.cli_eval import evaluate
 from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.cli_objectives import objectives
 from gigabatch.launcher.cli_template import template
@@ -100,28 +101,7 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
     print(dump_config(load_config(config, overrides or [])), end="")
 
 
-@app.command("eval")
-def evaluate(
-    run: RunName,
-    on: Annotated[
-        str,
-        typer.Option(metavar="DIR", help="A folder of shards; it is indexed on first use."),
-    ],
-    positives: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FIELD",
-            help="The json field that right answers share; `none` for pairs alone. "
-            "Default: the run's objective.positives.",
-        ),
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """Measure retrieval of a run's newest checkpoint on a set of image-text pairs."""
-    from gigabatch.launcher.evaluate import evaluate_run
-    from gigabatch.trainer.runfolder import open_run
-
-    evaluate_run(open_run(run), on, positives, as_json=json)
+app.command("eval")(evaluate)
 
 
 @app.command()

@@ -3,36 +3,78 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import logging
+from collections.abc import Mapping, Sequence
 
-from gigabatch.data.indexing import open_index
-from gigabatch.trainer.config import positives_of
+from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.distributed import World, device_of_this_process
-from gigabatch.trainer.evaluation.retrieval import describe, evaluate_retrieval
+from gigabatch.trainer.evaluation.history import best_and_last
+from gigabatch.trainer.evaluation.report import sliced_tags, tags
+from gigabatch.trainer.evaluation.retrieval import describe
+from gigabatch.trainer.evaluation.settings import task_settings
+from gigabatch.trainer.evaluation.tasks import Measured, Subject, measure
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.inputs import open_eval
 from gigabatch.trainer.runfolder import RunFolder
 
+log = logging.getLogger(__name__)
 
-def evaluate_run(run: RunFolder, on: str, positives: str | None, as_json: bool) -> None:
-    """Print the retrieval of `run` on the set `on`. Raises GigabatchError."""
+
+def evaluate_run(
+    run: RunFolder,
+    task: str,
+    on: str | None,
+    given: Sequence[str],
+    sliced: Sequence[str],
+    with_intervals: bool,
+    as_json: bool,
+) -> None:
+    """Print what `task` finds of `run` on the set `on`, and keep it in the run's eval/.
+
+    `given`: key=value settings of the task. `sliced`: fields of the samples' json. Raises
+    GigabatchError.
+    """
+    wanted = task_settings(task, given)
+    if task == "history":
+        _print(best_and_last(run), as_json)
+        return
+    if on is None:
+        raise GigabatchError(
+            f"--on: {task} needs a set. Name a folder of shards (text-retrieval: a JSONL file, or "
+            "a folder in the BEIR layout)."
+        )
     config = run.config()
-    # A folder as the user sees it; else the name of one of the run's own sets.
-    index = open_index(on) if Path(on).is_dir() else open_eval(config, on)
     step, towers = load_newest_towers(run)
-    field = positives_of(config.objective) if positives is None else positives
     world = World(0, 1, device_of_this_process(), None)
-    metrics = evaluate_retrieval(
-        towers.to(world.device),
-        index,
-        config,
-        run,
-        world,
-        None if field == "none" else field,
-    )
-    assert metrics is not None  # nobody asked it to stop
-    name = Path(on).resolve().name if Path(on).is_dir() else index.name
+    subject = Subject(run, config, towers.to(world.device), world, on)
+    measured = measure(task, subject, wanted)
+    seed = config.run.seed if with_intervals else None
+    told = tags(task, measured, seed)
+    for field in sliced:
+        values = subject.values(field, required=False) if measured.samples is not None else []
+        told |= sliced_tags(task, measured, field, values, seed)
+    _keep(run, measured, task, step, told, given)
+    if task == "retrieval" and not as_json:
+        print(f"step {step}, {describe(measured.name, measured.metrics())}")
+        told = {
+            name: told[name] for name in told if "=" in name or name.endswith(("/low", "/high"))
+        }
+    _print(told, as_json)
+
+
+def _keep(
+    run: RunFolder, measured: Measured, task: str, step: int, told: Mapping[str, float],
+    given: Sequence[str],
+) -> None:  # fmt: skip
+    try:
+        run.write_measurement(measured.name, task, step, {**told, "settings": list(given)})
+    except OSError as error:  # another's run, which one may read alone
+        log.warning("%s: what was found is not kept: %s", run.path / "eval", error.strerror)
+
+
+def _print(told: Mapping[str, float], as_json: bool) -> None:
     if as_json:
-        print(json.dumps({f"eval/{name}/{key}": value for key, value in metrics.items()}))
-    else:
-        print(f"step {step}, {describe(name, metrics)}")
+        print(json.dumps(told))
+        return
+    width = max(map(len, told), default=0)
+    for name, value in told.items():
+        print(f"{name:<{width}}  {value:,.4f}")

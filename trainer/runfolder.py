@@ -5,7 +5,7 @@ metrics.jsonl  quarantine.jsonl  samples.jsonl
 attempts/     one file for each start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
-eval/         step-00001200.json
+eval/         step-00001200.json; of `gigabatch eval`, SET-TASK-step-00001200.json
 heartbeats/   where each rank is, while workers run; hangs/ keeps their stacks where they hung
 """
 
@@ -105,11 +105,30 @@ class RunFolder:
     def evaluated(self, step: int) -> bool:
         return (self.path / "eval" / f"step-{step:08d}.json").exists()
 
+    def steps_evaluated(self) -> list[int]:
+        """Steps that were evaluated while training, oldest first."""
+        return sorted(step for path, step in self._evaluations() if path.stem.startswith("step-"))
+
+    def write_measurement(self, on: str, task: str, step: int, metrics: dict[str, Any]) -> Path:
+        """What `gigabatch eval` found: eval/SET-TASK-step-00001200.json."""
+        folder = self.path / "eval"
+        folder.mkdir(exist_ok=True)
+        # Its own name for a set that is called `step`: those of training begin so.
+        safe = re.sub(r"[^\w.]+", "_", on) or "set"
+        path = folder / f"{'set_' * safe.startswith('step')}{safe}-{task}-step-{step:08d}.json"
+        write_atomically(path, to_json(metrics))
+        return path
+
     def forget_evaluations_after(self, step: int) -> None:
         """Those of steps that are about to be trained again."""
-        for path in (self.path / "eval").glob("step-*.json"):
-            if int(path.stem.removeprefix("step-")) > step:
+        for path, of in self._evaluations():
+            if of > step:
                 path.unlink()
+
+    def _evaluations(self) -> Iterator[tuple[Path, int]]:
+        for path in sorted((self.path / "eval").glob("*.json")):
+            if match := re.search(r"(?:^|-)step-(\d{8})$", path.stem):
+                yield path, int(match[1])
 
     def steps_saved(self) -> list[int]:
         """Steps with a checkpoint folder, oldest first; whether they are sound is not asked."""

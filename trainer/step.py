@@ -211,14 +211,19 @@ class ExactStep:
 def tower_inputs(
     micro: MicroBatch, data: DataSettings, stream: int | None
 ) -> dict[str, tuple[Tensor, ...]]:
-    """The towers' arguments from a micro-batch: images augmented (with a key) and normalised."""
-    images = micro.tensors["image"]
-    if stream is None:
-        pixels = images.float() / 255
-    else:
-        pixels = augment(images, data.augment, key(stream, "augment"))
-    pixels = (pixels - data.image.mean) / data.image.std
-    return {"image": (pixels,), "text": (micro.tensors["text"], micro.tensors["text_mask"])}
+    """The towers' arguments from a micro-batch, of the modalities that it has: images augmented
+    (with a key) and normalised."""
+    inputs: dict[str, tuple[Tensor, ...]] = {}
+    if "image" in micro.tensors:
+        images = micro.tensors["image"]
+        if stream is None:
+            pixels = images.float() / 255
+        else:
+            pixels = augment(images, data.augment, key(stream, "augment"))
+        inputs["image"] = ((pixels - data.image.mean) / data.image.std,)
+    if "text" in micro.tensors:
+        inputs["text"] = (micro.tensors["text"], micro.tensors["text_mask"])
+    return inputs
 
 
 def _join(

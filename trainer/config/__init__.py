@@ -165,5 +165,5 @@ class Config(Settings):
                 f"checkpoint.best: {best} is never measured while training; name one of eval.sets "
                 f"({', '.join(sets) or 'none'}) and set eval.every_steps"
             )
-        if metric.endswith("median_rank"):
+        if metric.endswith("_rank"):
             raise ValueError(f"checkpoint.best: {best} is better when lower; take a recall")

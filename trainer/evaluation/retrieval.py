@@ -1,33 +1,34 @@
-"""Image-text retrieval: recall@k and median rank, both ways, exact, sharded over ranks.
+"""Image-text retrieval, both ways, exact, sharded over ranks.
 
-The rank of a query is 1 + the number of wrong candidates that score at least as well as its best
-right one: ties count against us. Right answers share the query's id, so there may be several.
+Right answers share the query's id, so there may be several. As in the literature on images and
+texts, `recall@k` is the share of queries with a right answer among the first k; the ranks are those
+of a query's best right answer. Ties count against us (see `ranking`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 
-import torch
 from torch import Tensor
 
 from gigabatch.data.index import Index
-from gigabatch.data.plans import EvalPlans
-from gigabatch.data.stream import open_stream
-from gigabatch.kernels import Eq, Ne, gather_rows, key_source, pair_sum, row_top
+from gigabatch.kernels import gather_rows
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.inputs import cache_of, eval_fields
+from gigabatch.trainer.evaluation.embedding import (
+    NAMED_BY_NUMBER,
+    Embed,
+    Embedded,
+    Reading,
+    embed_set,
+)
+from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
+from gigabatch.trainer.evaluation.scores import dot_rows
 from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.step import tower_inputs
 
-log = logging.getLogger(__name__)
 RECALLS = (1, 5, 10)
-Embed = Callable[[Mapping[str, tuple[Tensor, ...]]], Mapping[str, Tensor]]
 
 
-@torch.no_grad()
 def evaluate_retrieval(
     embed: Embed,
     index: Index,
@@ -42,41 +43,25 @@ def evaluate_retrieval(
 
     `embed`: towers' inputs to {image, text}: [B, D], in evaluation mode. `positives`: the json
     field that right answers share; None: a caption's right answer is its own image.
-    Keys: `candidates`, `i2t_recall@1|5|10`, `t2i_recall@...`, `mean_recall@10`, `i2t_median_rank`,
-    `t2i_median_rank`.
+    Keys: `candidates`, `mean_recall@10`, and for `i2t` and `t2i` `..._recall@1|5|10`, `..._mrr`,
+    `..._ndcg@10`, `..._r_precision`, `..._mean_rank`, `..._median_rank`.
     """
-    plans = EvalPlans(len(index), config.batch.micro_size, world.size, world.rank)
-    stream = open_stream(
-        [index],
-        plans,
-        fields=eval_fields(config, [positives] if positives else []),
-        tokenizer=run.tokenizer,
-        seed=config.run.seed,
-        workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        cache=cache_of(config),
-    )
-    rows: dict[str, list[Tensor]] = {"image": [], "text": [], "id": []}
-    bad: list[str] = []
-    for micro in stream:
-        if micro.real:
-            bad += [each.why for each in micro.bad]
-        batch = micro.to(world.device)
-        kept = slice(None) if batch.real else slice(0)
-        for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
-            rows[tap].append(vectors[kept])
-        rows["id"].append(batch.tensors[positives or "sample"][kept])
-        if stop():
-            return None
-    _tell_bad([why for rank in world.gather(bad) for why in rank], index, world)
-    image, text, ids = (torch.cat(rows[name]) for name in ("image", "text", "id"))
-    i2t = _ranks(image, text, ids, world)
-    t2i = _ranks(text, image, ids, world)
+    reading = Reading(columns=[positives] if positives else [])
+    found = embed_set(embed, index, config, run, world, reading, stop)
+    if found is None:
+        return None
+    return retrieval_summary(retrieval_figures(found, positives, world), len(index))
+
+
+def retrieval_figures(found: Embedded, positives: str | None, world: World) -> dict[str, Tensor]:
+    """`i2t_...` and `t2i_...` figures of every query, float64 [all samples], on every rank."""
+    ids = found.columns[positives or NAMED_BY_NUMBER]
+    image, text = found.taps["image"], found.taps["text"]
+    ways = {"i2t": (image, text), "t2i": (text, image)}
     return {
-        "candidates": float(len(index)),
-        **_summary("i2t", i2t),
-        **_summary("t2i", t2i),
-        "mean_recall@10": (_recall(i2t, 10) + _recall(t2i, 10)) / 2,
+        f"{way}_{name}": values
+        for way, (queries, keys) in ways.items()
+        for name, values in _one_way(queries, keys, ids, world).items()
     }
 
 
@@ -90,29 +75,19 @@ def describe(name: str, metrics: Mapping[str, float]) -> str:
     )
 
 
-def _tell_bad(bad: list[str], index: Index, world: World) -> None:
-    if bad and world.is_main:
-        log.warning(
-            "%s: %d of %d samples cannot be used, and others were measured in their place; the "
-            "first: %s",
-            index.source, len(bad), len(index), bad[0],
-        )  # fmt: skip
+def retrieval_summary(figures: dict[str, Tensor], candidates: int) -> dict[str, float]:
+    """What is told of a set, from the figures of its queries."""
+    told = {"candidates": float(candidates)}
+    for way in ("i2t", "t2i"):
+        own = {n.removeprefix(f"{way}_"): v for n, v in figures.items() if n.startswith(way)}
+        told |= summary(own, f"{way}_")
+    return told | {"mean_recall@10": (told["i2t_recall@10"] + told["t2i_recall@10"]) / 2}
 
 
-def _ranks(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> Tensor:
-    """int64 [all queries]: rank of the best right answer among all keys, from 1. Two score passes,
-    no matrix; a score that is NaN counts against us."""
-    source = key_source(keys, {"id": ids}, world.group)
-    best, _ = row_top(queries, source, 1, (Eq(ids, "id"),))
-    one = best.new_ones(())
-    not_below = pair_sum(queries, source, "step", one, -best[:, 0], rule=(Ne(ids, "id"),))
-    return gather_rows(1 + not_below.long(), world.group)
-
-
-def _summary(way: str, ranks: Tensor) -> dict[str, float]:
-    recalls = {f"{way}_recall@{k}": _recall(ranks, k) for k in RECALLS}
-    return {**recalls, f"{way}_median_rank": float(ranks.median())}
-
-
-def _recall(ranks: Tensor, k: int) -> float:
-    return float((ranks <= k).double().mean())
+def _one_way(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> dict[str, Tensor]:
+    keys, key_ids = gather_rows(keys, world.group), gather_rows(ids, world.group)
+    relevance = Relevance.by_id(ids, key_ids)
+    found = rank_queries(dot_rows(queries, keys), relevance, len(keys), RECALLS)
+    told = {f"recall@{k}": found[f"hit@{k}"] for k in RECALLS}
+    told |= {name: found[name] for name in ("mrr", "ndcg@10", "r_precision", "rank")}
+    return {name: gather_rows(values, world.group) for name, values in told.items()}

@@ -1,0 +1,70 @@
+"""`gigabatch eval`: what a run's towers can do, on any set."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the task, see above."),
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SET",
+            help="A folder of shards (it is indexed on first use), or the name of one of the "
+            "run's sets; for text-retrieval a .jsonl file or a BEIR folder.",
+        ),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(metavar="NAME", help="What is measured, see above.")
+    ] = "retrieval",
+    positives: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="The json field that right answers share; `none` for pairs alone. "
+            "Default: the run's objective.positives.",
+        ),
+    ] = None,
+    sliced: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--slice", metavar="FIELD", help="Also for each value of this json field; repeatable."
+        ),
+    ] = None,
+    intervals: Annotated[
+        bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals, /low and /high.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Measure a run's newest checkpoint on a set; the figures are also kept in RUN/eval/.
+
+    Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
+
+    \b
+    retrieval       images and texts, both ways       positives= captions=
+    zero-shot       classes named by prompts          label= classes= templates=
+    knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
+    probe           a linear classifier               label= train= tap= modality=
+    geometry        uniformity, rank, modality gap    label= tap=
+    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
+    languages       each language, and MRV            captions= positives=
+    order           right captions against changed    against= captions=
+    history         best against last step
+
+    \b
+    gigabatch eval RUN --on val --intervals --slice lang
+    gigabatch eval RUN --on val --task probe label=concept tap=encoder
+    gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
+    """
+    from gigabatch.launcher.evaluate import evaluate_run
+    from gigabatch.trainer.runfolder import open_run
+
+    given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
+    evaluate_run(open_run(run), task, on, given, sliced or [], intervals, as_json=json)

@@ -1,0 +1,134 @@
+"""A set's embeddings: this rank's share of the samples through the towers, in order."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from gigabatch.data.captions import CaptionSettings
+from gigabatch.data.fields import Fields
+from gigabatch.data.index import Index
+from gigabatch.data.plans import EvalPlans
+from gigabatch.data.stream import open_stream
+from gigabatch.data.tokenizer import encode, load_tokenizer
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.inputs import cache_of, eval_fields
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.step import tower_inputs
+
+log = logging.getLogger(__name__)
+Inputs = Mapping[str, tuple[Tensor, ...]]
+Embed = Callable[[Inputs], Mapping[str, Tensor]]
+"""Towers' inputs to {tap: [B, D]}, in evaluation mode."""
+NAMED_BY_NUMBER = "sample"
+"""The column that every sample has: its own number."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """`taps`: modality -> this rank's rows [n, D]. `columns`: int64 [n] codes of fields of the
+    samples' json, and `sample`."""
+
+    taps: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of each sample: `modalities`, of image and text; `columns` of its json;
+    `captions`: where the text is, if not where the run has it."""
+
+    modalities: Sequence[str] = ("image", "text")
+    columns: Sequence[str] = ()
+    captions: CaptionSettings | None = None
+
+    def fields(self, config: Config) -> Fields:
+        """Whole samples, the first caption of each."""
+        whole = eval_fields(config, list(dict.fromkeys(self.columns)))
+        image, text = whole.image, self.captions or whole.text
+        return replace(
+            whole,
+            image=image if "image" in self.modalities else None,
+            text=text if "text" in self.modalities else None,
+        )
+
+
+@torch.no_grad()
+def embed_set(
+    embed: Embed,
+    index: Index,
+    config: Config,
+    run: RunFolder,
+    world: World,
+    reading: Reading,
+    stop: Callable[[], bool] = lambda: False,
+) -> Embedded | None:
+    """This rank's rows of an indexed set; None where `stop`, which is asked after each micro-batch
+    and must answer alike on every rank, said to leave off."""
+    fields = reading.fields(config)
+    stream = open_stream(
+        [index],
+        EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
+        fields=fields,
+        tokenizer=run.tokenizer if fields.text else None,
+        seed=config.run.seed,
+        workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        cache=cache_of(config),
+    )
+    columns = (NAMED_BY_NUMBER, *fields.columns)
+    taps: dict[str, list[Tensor]] = {}
+    codes: dict[str, list[Tensor]] = {name: [] for name in columns}
+    bad: list[str] = []
+    for micro in stream:
+        if micro.real:
+            bad += [each.why for each in micro.bad]
+        batch = micro.to(world.device)
+        kept = slice(None) if batch.real else slice(0)
+        for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
+            taps.setdefault(tap, []).append(vectors[kept].float())
+        for name in columns:
+            codes[name].append(batch.tensors[name][kept])
+        if stop():
+            return None
+    _tell_bad([why for rank in world.gather(bad) for why in rank], index, world)
+    return Embedded(
+        {name: torch.cat(rows) for name, rows in taps.items()},
+        {name: torch.cat(rows) for name, rows in codes.items()},
+    )
+
+
+def _tell_bad(bad: list[str], index: Index, world: World) -> None:
+    if bad and world.is_main:
+        log.warning(
+            "%s: %d of %d samples cannot be used, and others were measured in their place; the "
+            "first: %s",
+            index.source, len(bad), len(index), bad[0],
+        )  # fmt: skip
+
+
+def caption_settings(config: Config, field: str) -> CaptionSettings:
+    """The run's captions, but from the member txt, or from the json field or path `field`."""
+    member = "txt" if field == "txt" else "json"
+    place = {"member": member, "field": None if member == "txt" else field, "choose": "first"}
+    return config.data.captions.model_copy(update=place)
+
+
+@torch.no_grad()
+def embed_texts(
+    embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
+) -> Tensor:
+    """This rank's rows [n, D] of texts, which every rank has: a run of them, in their order."""
+    tokenizer = load_tokenizer(run.tokenizer)
+    rows = []
+    for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
+        tokens, mask = encode(tokenizer, [texts[number] for number in plan.samples])
+        inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
+        vectors = embed(inputs)["text"].float()
+        rows.append(vectors if plan.real else vectors[:0])
+    return torch.cat(rows)

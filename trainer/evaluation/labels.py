@@ -1,0 +1,103 @@
+"""Values of the samples' json: labels, classes with their names, slices."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigabatch.data.captions import value_at
+from gigabatch.data.decode import code_of
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.index import Index
+from gigabatch.data.reader import Damaged
+from gigabatch.data.remote.cache import ShardCache
+from gigabatch.data.sources import Sources
+
+CHUNK = 4096
+
+
+def field_values(
+    index: Index, field: str, cache: ShardCache | None = None, required: bool = True
+) -> list[Any]:
+    """The value of a field, or a path such as `names.en`, of every sample; without `required`,
+    None where a sample has none. Raises GigabatchError, which names the first sample without one.
+    """
+    if "json" not in index.members:
+        raise GigabatchError(
+            f"{index.source}: its samples have no json member, so no field {field!r}."
+        )
+    values: list[Any] = []
+    with Sources([index], cache) as sources:
+        for first in range(0, len(index), CHUNK):
+            rows = np.arange(first, min(first + CHUNK, len(index)))
+            for number, raw in zip(rows.tolist(), sources.read(rows, ["json"]), strict=True):
+                values.append(_value(raw.get("json"), field, index, number, required))
+    return values
+
+
+def _value(data: bytes | Damaged | None, field: str, index: Index, number: int, must: bool) -> Any:
+    record: Any = None
+    try:
+        if isinstance(data, bytes):
+            record = json.loads(data)
+        found = value_at(record, field)
+    except ValueError as error:
+        raise GigabatchError(f"{index.where(number)}: its json cannot be read: {error}.") from None
+    if found is None and must:
+        known = ", ".join(sorted(record)) if isinstance(record, dict) else "nothing"
+        raise GigabatchError(
+            f"{index.where(number)}: its json member has no {field!r}; it has {known}. Name a "
+            "field that every sample has."
+        )
+    return found
+
+
+def codes_of(values: Sequence[Any]) -> Tensor:
+    """int64 [N]: equal values have equal codes, in this set and in any other."""
+    return torch.tensor([code_of(value) for value in values], dtype=torch.int64)
+
+
+def named_classes(
+    values: Sequence[Any], names: Path | None, field: str
+) -> tuple[list[str], Tensor]:
+    """(the classes' names, the class int64 [N] of each sample).
+
+    Without `names` each distinct value is a class and its own name. A .json file maps values to
+    names; of any other text file, line n (from 0) names the value n. Raises GigabatchError.
+    """
+    if names is None:
+        known = sorted({str(value) for value in values})
+        table = {name: name for name in known}
+    else:
+        table = _table(names)
+    rows = {value: row for row, value in enumerate(table)}
+    lost = next((value for value in values if str(value) not in rows), None)
+    if lost is not None:
+        raise GigabatchError(f"{names}: names no class for {field} = {lost!r}.")
+    classes = torch.tensor([rows[str(value)] for value in values], dtype=torch.int64)
+    return list(table.values()), classes
+
+
+def _table(path: Path) -> dict[str, str]:
+    """value, as text -> name of the class."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+    except OSError as error:
+        raise GigabatchError(f"{path}: cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise GigabatchError(f"{path}: cannot be read: {error}.") from None
+    if isinstance(found, list):
+        found = {str(number): name for number, name in enumerate(found)}
+    if not isinstance(found, dict) or not found:
+        raise GigabatchError(f"{path}: holds no classes; map values to names, or list the names.")
+    for value, name in found.items():
+        if not isinstance(name, str) or not name.strip():
+            raise GigabatchError(f"{path}: the class {value} has the name {name!r}, not a text.")
+    return {str(value): name.strip() for value, name in found.items()}

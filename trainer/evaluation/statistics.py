@@ -1,0 +1,88 @@
+"""Figures of figures: AUC, spread over languages, slices, intervals; all exact, O(N log N)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.keyed import key, uniforms
+
+Tell = Callable[[Mapping[str, Tensor]], dict[str, float]]
+DRAWS = 1000
+
+
+def auc(scores: Tensor, positive: Tensor) -> float:
+    """The chance that a positive scores above a negative, ties counting half (Mann and Whitney's U
+    over its maximum; the area under the ROC curve). `scores` [N], `positive` bool [N].
+
+    Raises GigabatchError where either kind is missing or a score is NaN.
+    """
+    right, wrong = scores[positive].double(), scores[~positive].double()
+    if not len(right) or not len(wrong):
+        raise GigabatchError(
+            f"an AUC needs samples of both kinds; there are {len(right)} positive ones and "
+            f"{len(wrong)} negative ones."
+        )
+    if scores.isnan().any():
+        raise GigabatchError("an AUC needs scores that are numbers; some are NaN.")
+    held = wrong.sort().values
+    below = torch.searchsorted(held, right)
+    not_above = torch.searchsorted(held, right, right=True)
+    wins = int((below + not_above).sum())  # twice their number, a whole one
+    return wins / (2 * len(right) * len(wrong))
+
+
+def order_accuracy(right: Tensor, wrong: Tensor) -> Tensor:
+    """For each anchor, 1 where its right order scores above all wrong ones, else 0, ties and NaN
+    counting against us. `right` [N], `wrong` [N] or [N, K]; float64 [N]. (TeminAL, number 36.)"""
+    others = wrong.reshape(len(right), -1)
+    return (right.unsqueeze(1) > others).all(1).double()
+
+
+def rank_variance(ranks: Tensor) -> dict[str, Tensor]:
+    """How far the rank of the right answer wanders over languages: `rank_variance` and
+    `rank_std` of each instance, float64 [N], of `ranks` [languages, N].
+
+    MRV (1-to-K, number 45) is the mean of the variances; its published code averages the standard
+    deviations. Both divide by the number of languages.
+    """
+    spread = ranks.double().var(0, correction=0)
+    return {"rank_variance": spread, "rank_std": spread.sqrt()}
+
+
+def slices(values: Sequence[object], figures: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Figures cut by the value that each query has, values in the order of their names."""
+    names = np.array([str(value) for value in values])
+    cut = {}
+    for name in sorted(set(names.tolist())):
+        rows = torch.from_numpy(np.flatnonzero(names == name))
+        cut[name] = {figure: each[rows.to(each.device)] for figure, each in figures.items()}
+    return cut
+
+
+def intervals(
+    figures: Mapping[str, Tensor], tell: Tell, seed: int, level: float = 0.95
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals (Efron 1979) of whatever `tell` makes of the figures of N
+    queries, over 1,000 resamples of the queries. The resamples are a function of (seed, N), so
+    that two models on one set can be compared."""
+    held = {name: values.cpu() for name, values in figures.items()}
+    size = len(next(iter(held.values())))
+    drawn = []
+    for number in range(DRAWS):
+        rows = _resample(size, seed, number)
+        drawn.append(tell({name: values[rows] for name, values in held.items()}))
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    return {
+        name: tuple(np.quantile([each[name] for each in drawn], ends).tolist()) for name in drawn[0]
+    }
+
+
+def _resample(size: int, seed: int, number: int) -> Tensor:
+    """int64 [size], each of 0 to size - 1 as likely."""
+    coarse, fine = uniforms(key(seed, "bootstrap", number), size, 2).T.astype(np.float64)
+    return torch.from_numpy(((coarse + fine * 2.0**-24) * size).astype(np.int64))

@@ -1,0 +1,77 @@
+"""Reading towers at a tap: after the head, before it, or after any module on the way.
+
+`head` is what is trained on: unit vectors. `encoder` is what the head is given, as it is. Any other
+is the path of a module, `encoder.blocks.2` or `head.0`; a map [B, C, H, W] is averaged over its
+places, states [B, L, W] over their real tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.evaluation.embedding import Embed, Inputs
+from gigabatch.trainer.towers import Towers
+
+
+def tapped(towers: Towers, tap: str) -> Embed:
+    """The towers read at `tap`: {modality: float32 [B, W]}."""
+    if tap == "head":
+        return towers
+
+    def embed(inputs: Inputs) -> dict[str, Tensor]:
+        return {name: _read(towers, name, tap, arguments) for name, arguments in inputs.items()}
+
+    return embed
+
+
+def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) -> Tensor:
+    encoder, head = towers.encoders[name], towers.heads[name]
+    seen: list[Any] = []
+    module = _module(encoder, head, tap, name)
+    hook = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    kind = towers.autocast
+    try:
+        with torch.autocast(arguments[0].device.type, kind, enabled=kind is not None):
+            vectors = encoder(*arguments)
+            if tap.startswith("head."):
+                head(vectors)
+    finally:
+        hook.remove()
+    if not seen:
+        raise GigabatchError(f"tap={tap}: the {name} tower did not pass through it.")
+    return _pooled(seen[-1], arguments, tap)
+
+
+def _module(encoder: nn.Module, head: nn.Module, tap: str, name: str) -> nn.Module:
+    root, _, path = tap.partition(".")
+    tower = {"encoder": encoder, "head": head}.get(root)
+    known = dict(tower.named_modules()) if tower is not None else {}
+    if path in known:
+        return known[path]
+    some = [f"encoder.{path}" for path, _ in encoder.named_modules() if path][:12]
+    inner = [f"head.{path}" for path, _ in head.named_modules() if path]
+    raise GigabatchError(
+        f"tap={tap}: the {name} tower has no such module. Take head, encoder, or one of "
+        f"{', '.join([*inner, *some])}, ..."
+    )
+
+
+def _pooled(output: Any, arguments: tuple[Tensor, ...], tap: str) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = output[0]  # of tuples and of transformers' outputs, the states
+    states = output.float()
+    mask = arguments[1] if len(arguments) > 1 else None
+    if states.ndim == 4:
+        return states.mean((2, 3))
+    if states.ndim == 3 and mask is not None and mask.shape == states.shape[:2]:
+        real = mask.unsqueeze(-1)
+        return (states * real).sum(1) / real.sum(1).clamp(min=1)
+    if states.ndim == 3:
+        return states.mean(1)
+    if states.ndim == 2 and len(states) == len(arguments[0]):
+        return states
+    raise GigabatchError(f"tap={tap}: gives {list(states.shape)}, which is no vector a sample.")
