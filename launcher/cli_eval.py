@@ -64,7 +64,6 @@ def evaluate(
     gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
     """
     from gigabatch.launcher.evaluate import evaluate_run
-    from gigabatch.trainer.runfolder import open_run
 
     given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    evaluate_run(open_run(run), task, on, given, sliced or [], intervals, as_json=json)
+    evaluate_run(run, task, on, given, sliced or [], intervals, as_json=json)

@@ -14,13 +14,13 @@ from gigabatch.trainer.evaluation.retrieval import describe
 from gigabatch.trainer.evaluation.settings import task_settings
 from gigabatch.trainer.evaluation.tasks import Measured, Subject, measure
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runfolder import RunFolder, open_run
 
 log = logging.getLogger(__name__)
 
 
 def evaluate_run(
-    run: RunFolder,
+    where: str,
     task: str,
     on: str | None,
     given: Sequence[str],
@@ -28,20 +28,21 @@ def evaluate_run(
     with_intervals: bool,
     as_json: bool,
 ) -> None:
-    """Print what `task` finds of `run` on the set `on`, and keep it in the run's eval/.
+    """Print what `task` finds of the run `where` on the set `on`, and keep it in the run's eval/.
 
     `given`: key=value settings of the task. `sliced`: fields of the samples' json. Raises
     GigabatchError.
     """
     wanted = task_settings(task, given)
     if task == "history":
-        _print(best_and_last(run), as_json)
+        _print(best_and_last(open_run(where)), as_json)
         return
     if on is None:
         raise GigabatchError(
             f"--on: {task} needs a set. Name a folder of shards (text-retrieval: a JSONL file, or "
             "a folder in the BEIR layout)."
         )
+    run = open_run(where)
     config = run.config()
     step, towers = load_newest_towers(run)
     world = World(0, 1, device_of_this_process(), None)

@@ -13,7 +13,8 @@ from gigabatch.trainer.runfolder import RunFolder
 def lower_is_better(metric: str) -> bool:
     """Ranks, their spread and distances fall as a model gets better; all else rises."""
     name = metric.rsplit("/", 1)[-1]
-    return any(part in name for part in ("_rank", "rank_", "alignment", "uniformity", "gap"))
+    falling = ("mean_rank", "median_rank", "mrv", "alignment", "uniformity", "gap")
+    return any(part in name for part in falling)
 
 
 def best_and_last(run: RunFolder, prefix: str = "eval/") -> dict[str, float]:
