@@ -108,7 +108,7 @@ def write_words(folder: Path) -> None:
         (["train", "none.yaml"], "none.yaml: the config cannot be read"),
         (["resume", "none"], "none: not a run folder"),
         (["eval", "none", "--on", "."], "none: not a run folder"),
-        (["eval", "none"], "--on"),
+        (["eval", "none"], "none: not a run folder"),
         (["board", "none"], "none: not a run folder"),
         (["trian"], "trian"),
         (["config"], "CONFIG"),
