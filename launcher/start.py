@@ -22,7 +22,7 @@ from gigabatch.data.stream import load_stage
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.doctor import refuse_unfit
-from gigabatch.launcher.output import write
+from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
     StopRequest,
@@ -233,7 +233,7 @@ def _launch(run: RunFolder) -> int:
         write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
-        print(too_late(run), file=sys.stderr)
+        complain(too_late(run))
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
@@ -243,7 +243,7 @@ def _launch(run: RunFolder) -> int:
 
 
 def _leave_now(run: RunFolder, stop: StopRequest) -> None:
-    print(too_late(run), file=sys.stderr)
+    complain(too_late(run))
     leave(stop.exit_code)
 
 
