@@ -50,7 +50,10 @@ def attempts_in_vain(run: RunFolder, first: int) -> int:
     newest = (run.steps_saved() or [0])[-1]
     count = 0
     for number in range(run.attempts(), first, -1):
-        begun = json.loads((run.path / "attempts" / f"{number:06d}.json").read_text())
+        try:
+            begun = json.loads((run.path / "attempts" / f"{number:06d}.json").read_text())
+        except (OSError, ValueError):  # killed, or out of room, as it began
+            begun = {"saved": newest}
         if begun.get("saved") != newest:
             break
         count += 1

@@ -34,6 +34,13 @@ def test_attempts_count_as_vain_until_there_is_a_newer_checkpoint(run: RunFolder
     assert attempts_in_vain(run, 0) == 1
 
 
+def test_an_attempt_that_was_killed_as_it_began_is_one_in_vain(run: RunFolder) -> None:
+    run.take_attempt()
+    (run.path / "attempts" / "000002.json").write_text("")
+    (run.path / "attempts" / "000003.json").write_text('{"ti')
+    assert attempts_in_vain(run, 0) == 3
+
+
 def test_each_start_in_vain_waits_longer_but_not_where_a_stop_is_asked_for(run: RunFolder) -> None:
     def waited() -> float:
         began = time.monotonic()
