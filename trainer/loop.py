@@ -380,7 +380,9 @@ class _Trainer:
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = save_is_due(self.done, settings, self._evaluation_due())
-        timed_here = self.world.is_main and (self.run.take_save_request() or bool(by_time))
+        # A request stands until a streak of bad steps, which saves nothing, is over.
+        asked = self.bad_steps == 0 and self.world.is_main and self.run.take_save_request()
+        timed_here = self.world.is_main and (asked or bool(by_time))
         stopping, timed, some_bad, written = self.world.any(
             self._asked(stop), timed_here, bad, self.saver.over()
         )
