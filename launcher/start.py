@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -183,7 +182,10 @@ def examine_data(config: Config) -> str:
 
 def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
-    elsewhere = "RANK" in os.environ or (config.cluster.launcher == "ray" and in_ray_job())
+    ray = config.cluster.launcher == "ray"
+    elsewhere = "RANK" in os.environ or (
+        ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
+    )
     if not elsewhere and 0 < devices < config.cluster.least:
         raise GigabatchError(
             f"cluster.workers: {config.cluster.least} workers need as many GPUs, and this "
@@ -284,8 +286,17 @@ def _shown(path: Path) -> Path:
 
 
 def _as_rank(opened: Opened, config: Config) -> NoReturn:
-    """This process is a rank already (the user called torchrun or srun): rank 0 prepares for
-    all."""
+    """This process is a rank already, of the user's torchrun or srun."""
+    try:
+        code = _train_as_rank(opened, config)
+    except GigabatchError as error:
+        complain(f"gigabatch: {error}")
+        code = 2
+    leave(code)  # also after an error, whose code a teardown that aborts would hide
+
+
+def _train_as_rank(opened: Opened, config: Config) -> int:
+    """Rank 0 prepares for all; the exit code."""
     os.environ.update(config.cluster.env)
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
         made: tuple[str, str] | None = None
@@ -303,5 +314,4 @@ def _as_rank(opened: Opened, config: Config) -> NoReturn:
             console.say(f"run {_shown(run.path)}")
         grace = run.config().cluster.grace_s
         stop = stack.enter_context(stop_on_signals(grace, partial(_leave_now, run)))
-        finished = run_training(run, stop)
-    leave(0 if finished else stop.exit_code)
+        return 0 if run_training(run, stop) else stop.exit_code
