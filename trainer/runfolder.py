@@ -213,7 +213,9 @@ class RunFolder:
         _write_first(self.path / "failure.txt", message)
 
     def failure(self) -> str | None:
-        return _read_if_there(self.path / "failure.txt")
+        found = _read_if_there(self.path / "failure.txt")
+        # A full disk makes the file and takes no word of it.
+        return f"{self.log} may say what went wrong; is its disk full?" if found == "" else found
 
     def record_crash(self, traceback: str) -> None:
         """Keep the first traceback of an attempt: those of other ranks follow from it."""

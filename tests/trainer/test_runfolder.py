@@ -65,6 +65,14 @@ def test_only_the_first_failure_is_kept_until_cleared(tmp_path: Path) -> None:
     assert not run.stop_requested()
 
 
+def test_a_failure_that_a_full_disk_kept_no_word_of_is_one_all_the_same(tmp_path: Path) -> None:
+    run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c"), "run")
+    assert run.failure() is None
+    (run.path / "failure.txt").touch()
+    assert "is its disk full?" in (run.failure() or "")
+    assert run.is_over()
+
+
 def test_a_run_is_found_by_path_or_by_name(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
     assert open_run(str(run.path)).path == run.path
