@@ -168,6 +168,10 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
         make_tokenizer(config, data).save(str(run.tokenizer))  # its making was cut off
+    for name, (then, now) in run.changed_packages().items():
+        log.warning(
+            "%s was %s when the run was made and is %s now; losses may differ", name, then, now
+        )
     run.clear_requests()
     run.write_data_digest(data.digest)
     run.write_config(config)

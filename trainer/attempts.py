@@ -1,6 +1,7 @@
 """What is known of each start of the workers: where they ran, and under which settings.
 
-attempts/000001.json  time, config, `saved` (the newest checkpoint then), workers, environment
+attempts/000001.json  time, config, `saved` (the newest checkpoint then), workers, environment,
+                      packages
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runfolder import RunFolder, environment
 
 log = logging.getLogger(__name__)
 RECORDED = (
@@ -40,7 +41,10 @@ def begin_attempt(run: RunFolder, world: World) -> int:
         for line in unlike(workers):
             log.warning("%s", line)
         shown = [{"rank": w.rank, "host": w.host, "device": w.device} for w in workers]
-        number = run.take_attempt(workers=shown, environment=workers[0].environment)
+        packages = environment()["packages"]
+        number = run.take_attempt(
+            workers=shown, environment=workers[0].environment, packages=packages
+        )
     return int(world.share(number))
 
 

@@ -80,6 +80,13 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         write_atomically(self.path / "config.yaml", dump_config(config))
 
+    def changed_packages(self) -> dict[str, tuple[str | None, str | None]]:
+        """Package -> its version when the run was made and now, where they differ."""
+        text = _read_if_there(self.path / "environment.json")
+        then: dict[str, str | None] = json.loads(text)["packages"] if text else {}
+        now = environment()["packages"]
+        return {name: (then[name], now.get(name)) for name in then if then[name] != now.get(name)}
+
     def write_data_digest(self, digest: str) -> None:
         """The fingerprint of the shards that the run is trained on."""
         write_atomically(self.path / "data.digest", digest + "\n")
@@ -167,7 +174,7 @@ class RunFolder:
                 file.seek(0)
                 raise GigabatchError(
                     f"{self.path}: this run is being trained now (by {file.read().strip()}). Stop "
-                    "that first, or wait for its end."
+                    f"that first, or wait for its end; if its machine is gone, remove {file.name}."
                 ) from None
             except OSError as error:
                 log.warning("%s cannot be locked (%s)", self.path, error)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -65,6 +66,16 @@ def test_only_the_first_failure_is_kept_until_cleared(tmp_path: Path) -> None:
     assert not run.stop_requested()
 
 
+def test_packages_that_changed_since_the_run_was_made_are_named(tmp_path: Path) -> None:
+    run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c"), "run")
+    assert run.changed_packages() == {}
+    path = run.path / "environment.json"
+    told = json.loads(path.read_text())
+    here, told["packages"]["torch"] = told["packages"]["torch"], "1.0"
+    path.write_text(json.dumps(told))
+    assert run.changed_packages() == {"torch": ("1.0", here)}
+
+
 def test_a_failure_that_a_full_disk_kept_no_word_of_is_one_all_the_same(tmp_path: Path) -> None:
     run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c"), "run")
     assert run.failure() is None
@@ -93,7 +104,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         with run.held():
-            assert f"being trained now (by process {os.getpid()} on" in pool.apply(
-                hold, [str(run.path)]
-            )
+            told = pool.apply(hold, [str(run.path)])
+            assert f"being trained now (by process {os.getpid()} on" in told
+            assert told.endswith(f"if its machine is gone, remove {run.path / 'lock'}.")
         assert pool.apply(hold, [str(run.path)]) == "held"
