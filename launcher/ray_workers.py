@@ -147,6 +147,8 @@ def _finds_no_room(run: RunFolder, cluster: ClusterSettings) -> bool:
         timed_out = type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError"
         if not timed_out:
             raise
+        if run.stop_requested():
+            run.record_stop()  # there is no worker to do it; the last checkpoint stands
         return not run.stop_requested()
     return False
 

@@ -81,7 +81,7 @@ ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=Fal
          object_store_memory=10**8)
 ray_workers._fit(run, cluster)
 ray.shutdown()
-print(seen, run.crash())
+print(seen, run.crash(), run.stopped())
 """
 
 
@@ -92,7 +92,7 @@ def test_workers_without_room_wait_for_it_and_no_restart_is_used_up(tmp_path: Pa
     command = [sys.executable, "-c", NO_ROOM, str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     said = "the cluster has no room for 2 workers: waiting"
-    assert done.stdout.splitlines()[-1:] == [f"{[said, said]} None"], done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1:] == [f"{[said, said]} None True"], done.stdout + done.stderr
 
 
 @pytest.mark.slow
