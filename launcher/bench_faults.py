@@ -192,7 +192,8 @@ def _one_kill(process: _Started, run: RunFolder, how: str, moments: random.Rando
     process.wait(lambda: _last_step(run) >= step, f"reach step {step}")
     time.sleep(moments.random() * 0.2)
     if how == SAVE:
-        process.wait(lambda: any(run.checkpoints.glob(".step-*.tmp")), "save")
+        now = f".step-*.{run.attempts():06d}.tmp"  # others were left by earlier kills
+        process.wait(lambda: any(run.checkpoints.glob(now)), "save")
     launcher = process.process.pid
     victims = everything_below(launcher)
     if how == RANK:
@@ -220,7 +221,8 @@ def _cost(metrics: Path, kill: Kill) -> dict[str, float]:
     lines = []
     for text in metrics.read_text().splitlines():  # voided ones too
         with suppress(ValueError):
-            lines.append(json.loads(text))
+            if "train/loss" in (line := json.loads(text)):  # a checkpoint's come some steps later
+                lines.append(line)
     before = [line for line in lines if line["time"] <= kill.time]
     after = next(line for line in lines if line["time"] > kill.time)
     at = before[-1]["step"] if before else 0

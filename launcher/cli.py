@@ -19,6 +19,7 @@ from gigabatch.launcher.cli_eval import evaluate
 from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.cli_objectives import objectives
 from gigabatch.launcher.cli_template import template
+from gigabatch.launcher.output import complain
 from gigabatch.launcher.signals import INTERRUPTED
 
 
@@ -153,16 +154,16 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except GigabatchError as error:
-        print(f"gigabatch: {error}", file=sys.stderr)
+        complain(f"gigabatch: {error}")
         code = 2
     except (KeyboardInterrupt, typer.Abort, typer.Exit) as end:
         code = getattr(end, "exit_code", INTERRUPTED)
         if code == INTERRUPTED:
-            print("gigabatch: aborted", file=sys.stderr)
+            complain("gigabatch: aborted")
     except Exception as error:
         if not hasattr(error, "format_message"):  # a usage error of the command line itself
             raise
-        print(f"gigabatch: {error.format_message()}", file=sys.stderr)
+        complain(f"gigabatch: {error.format_message()}")
         code = 2
     sys.exit(code)
 

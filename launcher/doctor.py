@@ -24,6 +24,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import cache_home
 from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.remote.writes import check_writable
+from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.trainer.config import Config
 
 FILES = 4096
@@ -97,7 +98,15 @@ def _all(config: Config | None, check_data: Callable[[Config], str]) -> Iterator
             yield Finding("data", "ok", check_data(config))
         except GigabatchError as error:
             yield Finding("data", "fault", str(error).rstrip("."))
-    yield _gather(config.cluster.most if config else 2)
+    yield _gather(_ranks_here(config) if config else 2)
+
+
+def _ranks_here(config: Config) -> int:
+    """How many of a run's ranks may share this machine; of a Ray job's driver, none need do."""
+    if config.cluster.launcher == "ray" and in_ray_job():
+        return 1
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.most))
+    return min(ranks, torch.cuda.device_count() or ranks)
 
 
 def _packages() -> Iterator[Finding]:
@@ -153,7 +162,7 @@ def _shared_memory(config: Config | None) -> Finding:
     if config is not None:
         data, image = config.data, config.data.image
         sample = image.channels * image.size**2 + 16 * data.text.length * data.captions.most
-        held = data.workers * (data.prefetch + 2) * config.cluster.most
+        held = data.workers * (data.prefetch + 2) * _ranks_here(config)
         need = held * config.batch.micro_size * sample
     what = f"{free / 2**20:,.0f} MiB of /dev/shm free, a run here takes about {need / 2**20:,.0f}"
     if free < need:  # the rest is for what is asked for and never filled

@@ -6,6 +6,7 @@ that holds the config. It trains with workers of that same cluster; see `ray_wor
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -21,7 +22,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cluster import answers
 from gigabatch.launcher.start import resumed_config
 from gigabatch.launcher.usercode import check_user_code
-from gigabatch.launcher.watch import GRACE
+from gigabatch.launcher.watch import STOP_S, STOP_WAIT
 from gigabatch.launcher.wheel import build_wheel, wheel_version
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import dump_config, parse_config, read_config, resolve
@@ -37,6 +38,8 @@ class Job:
     modules: tuple[Path, ...]
     label: str
     """What a list of jobs shows."""
+    stop_s: int = STOP_S
+    """Seconds that the cluster leaves it, once it is asked to stop, to save and end."""
 
     @property
     def entrypoint(self) -> str:
@@ -52,7 +55,8 @@ def train_job(path: Path, overrides: Sequence[str], modules: Sequence[Path]) -> 
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip(".-") or "run"
     name = f"{stem}.yaml"
     files = {name: dump_config(config)}
-    return Job(("train", name), files, _absolute(modules), config.run.name or stem)
+    label, stop_s = config.run.name or stem, _stop_s(config)
+    return Job(("train", name), files, _absolute(modules), label, stop_s)
 
 
 def resume_job(
@@ -71,7 +75,13 @@ def resume_job(
         config = parse_config("", "the command line", overrides)
     check_user_code(config, modules)
     allows = [f"--allow={key}" for key in allow]
-    return Job(("resume", run, *overrides, *allows), {}, _absolute(modules), Path(run).name)
+    arguments = ("resume", run, *overrides, *allows)
+    return Job(arguments, {}, _absolute(modules), Path(run).name, _stop_s(config))
+
+
+def _stop_s(config: Config) -> int:
+    """The run's own time for a clean end, and some for its processes to go."""
+    return math.ceil(config.cluster.grace_s) + 30
 
 
 def portable(config: Config) -> Config:
@@ -94,7 +104,7 @@ def submit(client: Any, job: Job) -> str:
         runtime_env = {
             "working_dir": str(folder),
             "py_modules": [str(wheel)],
-            "env_vars": {"PYTHONUNBUFFERED": "1", "RAY_JOB_STOP_WAIT_TIME_S": str(GRACE)},
+            "env_vars": {"PYTHONUNBUFFERED": "1", STOP_WAIT: str(job.stop_s)},
         }
         metadata = {"gigabatch": wheel_version(), "run": job.label}
         with answers("the job was not taken"), _all_files():

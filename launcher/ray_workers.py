@@ -28,6 +28,7 @@ from gigabatch.trainer.config import ClusterSettings
 from gigabatch.trainer.distributed import TIMEOUT
 from gigabatch.trainer.runfolder import RunFolder
 
+log = logging.getLogger(__name__)
 _PLACEMENT = {
     "pack": "PACK", "spread": "SPREAD", "one_per_node": "STRICT_SPREAD", "one_node": "STRICT_PACK",
 }  # fmt: skip
@@ -120,7 +121,8 @@ def _any_gpu() -> bool:
 def _fit(run: RunFolder, cluster: ClusterSettings) -> None:
     def fit() -> None:
         try:
-            _trainer(run, cluster).fit()
+            while _finds_no_room(run, cluster):
+                log.warning("the cluster has no room for %d workers: waiting", cluster.least)
         except Exception as error:
             # A worker's own fault stands in the run folder already; this one is Ray's.
             run.record_crash(f"{type(error).__name__}: {error}")
@@ -132,6 +134,23 @@ def _fit(run: RunFolder, cluster: ClusterSettings) -> None:
     while thread.is_alive():
         thread.join(0.2)  # in slices, so that signals are handled
         drains.look()
+
+
+def _finds_no_room(run: RunFolder, cluster: ClusterSettings) -> bool:
+    """Train to the end, or until workers find no place: no fault of theirs, so not one of
+    `cluster.max_restarts`, unless a stop is asked for."""
+    from ray.train import ControllerError
+
+    try:
+        _trainer(run, cluster).fit()
+    except ControllerError as error:
+        timed_out = type(error.controller_failure).__name__ == "WorkerGroupStartupTimeoutError"
+        if not timed_out:
+            raise
+        if run.stop_requested():
+            run.record_stop()  # there is no worker to do it; the last checkpoint stands
+        return not run.stop_requested()
+    return False
 
 
 def _trainer(run: RunFolder, cluster: ClusterSettings) -> Any:

@@ -49,7 +49,8 @@ def attempts_in_vain(run: RunFolder, first: int) -> int:
     newest = (run.steps_saved() or [0])[-1]
     count = 0
     for number in range(run.attempts(), first, -1):
-        if run.attempt(number).get("saved") != newest:
+        # Killed, or out of room, as it began: in vain too.
+        if run.attempt(number).get("saved", newest) != newest:
             break
         count += 1
     return count

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from gigabatch.launcher.output import complain
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: stopped cleanly, with a checkpoint."""
@@ -75,12 +76,8 @@ def stop_on_signals(
             return  # schedulers repeat themselves
         request.signal = number
         timer.start()
-        print(
-            "\nstopping after this step, with a checkpoint (Ctrl-C: abort at once)",
-            file=sys.stderr,
-            flush=True,
-        )
         also()
+        complain("\nstopping after this step, with a checkpoint (Ctrl-C: abort at once)")
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:

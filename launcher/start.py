@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -23,7 +22,7 @@ from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.copies import copies_of, is_taken, refuse_taken, take_over
 from gigabatch.launcher.doctor import refuse_unfit
-from gigabatch.launcher.output import write
+from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
     StopRequest,
@@ -227,7 +226,10 @@ def examine_data(config: Config) -> str:
 
 def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
     devices = torch.cuda.device_count()
-    elsewhere = "RANK" in os.environ or (config.cluster.launcher == "ray" and in_ray_job())
+    ray = config.cluster.launcher == "ray"
+    elsewhere = "RANK" in os.environ or (
+        ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
+    )
     if not elsewhere and 0 < devices < config.cluster.least:
         raise GigabatchError(
             f"cluster.workers: {config.cluster.least} workers need as many GPUs, and this "
@@ -278,7 +280,7 @@ def _launch(run: RunFolder) -> int:
         write(f"to go on: gigabatch resume {_shown(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
-        print(too_late(run), file=sys.stderr)
+        complain(too_late(run))
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without a word"
     raise GigabatchError(
@@ -288,7 +290,7 @@ def _launch(run: RunFolder) -> int:
 
 
 def _leave_now(run: RunFolder, stop: StopRequest) -> None:
-    print(too_late(run), file=sys.stderr)
+    complain(too_late(run))
     leave(stop.exit_code)
 
 
@@ -330,8 +332,17 @@ def _shown(path: Path) -> Path:
 
 
 def _as_rank(opened: Opened, config: Config) -> NoReturn:
-    """This process is a rank already (the user called torchrun or srun): rank 0 prepares for
-    all."""
+    """This process is a rank already, of the user's torchrun or srun."""
+    try:
+        code = _train_as_rank(opened, config)
+    except GigabatchError as error:
+        complain(f"gigabatch: {error}")
+        code = 2
+    leave(code)  # also after an error, whose code a teardown that aborts would hide
+
+
+def _train_as_rank(opened: Opened, config: Config) -> int:
+    """Rank 0 prepares for all; the exit code."""
     os.environ.update(config.cluster.env)
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
         made: tuple[str, str] | None = None
@@ -349,5 +360,4 @@ def _as_rank(opened: Opened, config: Config) -> NoReturn:
             console.say(f"run {_shown(run.path)}")
         grace = run.config().cluster.grace_s
         stop = stack.enter_context(stop_on_signals(grace, partial(_leave_now, run)))
-        finished = run_training(run, stop)
-    leave(0 if finished else stop.exit_code)
+        return 0 if run_training(run, stop) else stop.exit_code

@@ -13,7 +13,9 @@ from gigabatch.launcher.cluster import answers
 from gigabatch.launcher.output import write
 from gigabatch.launcher.signals import INTERRUPTED, REQUEUE
 
-GRACE = 120  # seconds that a job gets to save a checkpoint when it is stopped
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+"""Of a job's environment: seconds from its SIGTERM to SIGKILL."""
+STOP_S = 150  # where that does not say
 _POLL = 0.5  # seconds
 _TRIES = 5
 """Connections lost in a row, with nothing new in between, before following is given up."""
@@ -91,17 +93,19 @@ def _rest(client: Any, job: str, shown: int) -> None:
 
 def stop(client: Any, job: str) -> str:
     """Ask a job to stop, wait until it has, and return its status. It saves a checkpoint first,
-    and is killed when that takes more than GRACE seconds."""
-    if (status := job_info(client, job).status) in _ENDED:
+    and is killed when that takes more than its STOP_WAIT."""
+    info = job_info(client, job)
+    if (status := info.status) in _ENDED:
         return str(status)
+    wait = float(((info.runtime_env or {}).get("env_vars") or {}).get(STOP_WAIT, STOP_S)) + 30
     with answers(job):
         client.stop_job(job)
-    deadline = time.monotonic() + GRACE + 30
+    deadline = time.monotonic() + wait
     while time.monotonic() < deadline:
         if (status := job_info(client, job).status) in _ENDED:
             return str(status)
         time.sleep(_POLL)
-    raise GigabatchError(f"{job}: still {status} {GRACE + 30} s after it was asked to stop.")
+    raise GigabatchError(f"{job}: still {status} {wait:g} s after it was asked to stop.")
 
 
 def job_info(client: Any, job: str) -> Any:

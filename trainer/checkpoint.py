@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
@@ -71,9 +72,9 @@ def write_checkpoint(
     """
     fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
     try:
+        _remove_left(run, attempt)
         _write(fresh, step, files, state)
         _commit(run, fresh, step, attempt)
-        _retain(run, step, settings, busy)
     except (OSError, SafetensorError) as error:
         raise GigabatchError(
             f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. Earlier "
@@ -81,6 +82,18 @@ def write_checkpoint(
         ) from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        _retain(run, step, attempt, settings, busy)
+    except (OSError, ValueError) as error:  # a file held open on NFS, a folder that is a link
+        log.warning("%s: an old checkpoint was not removed: %s", run.checkpoints, error)
+
+
+def _remove_left(run: RunFolder, attempt: int) -> None:
+    """What earlier attempts were killed in. First of all: the write may need its room."""
+    for left in run.checkpoints.glob(".step-*.tmp"):
+        named = re.fullmatch(r"\.step-\d+\.(\d+)\.tmp", left.name)
+        if named and int(named[1]) < attempt:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
@@ -110,15 +123,27 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
 
 
-def _retain(run: RunFolder, newest: int, settings: CheckpointSettings, busy: Set[int]) -> None:
+def _retain(
+    run: RunFolder, newest: int, attempt: int, settings: CheckpointSettings, busy: Set[int]
+) -> None:
     """Remove all that `settings` does not keep up to `newest`; what lies beyond it was found
-    damaged."""
+    damaged, or is of a later attempt, which is asked for anew each time: this process may have
+    stood still since it committed, or see an older folder."""
     saved = run.steps_saved()
     kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
-    for step in set(saved) - kept - busy:
-        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
-    for leftover in run.checkpoints.glob(".step-*.tmp"):  # of an attempt that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+    for step in sorted(set(saved) - kept - busy):
+        path = run.checkpoints / f"step-{step:08d}"
+        if not run.owned_by(attempt) or _attempt_of(path) > attempt:
+            return
+        shutil.rmtree(path)
+
+
+def _attempt_of(path: Path) -> int:
+    """Which attempt saved it; 0 where that cannot be read."""
+    try:
+        return int(json.loads((path / "state.json").read_text())["attempt"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
 
 
 def latest_checkpoint(run: RunFolder) -> Checkpoint | None:

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn
@@ -112,8 +112,9 @@ def leave(code: int) -> NoReturn:
     crashed. Seen with torch 2.13, three ranks, busy cores: one time in four.
     """
     logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for output in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # its reader has gone
+            output.flush()
     os._exit(code)
 
 

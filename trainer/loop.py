@@ -248,12 +248,14 @@ class _Trainer:
 
     def _decide(self, stop: Stop, bad: bool) -> tuple[bool, bool, bool]:
         """Agreed by all ranks: stop now? save now? was any sample bad?"""
-        settings, done = self.config.checkpoint, self.counts.done
+        settings, done, world = self.config.checkpoint, self.counts.done, self.world
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = save_is_due(done, settings, evaluation_is_due(done, self.config))
-        timed_here = self.world.is_main and (self.run.take_save_request() or bool(by_time))
-        stopping, timed, some_bad, written = self.world.any(
+        # A request stands until a streak of bad steps, which saves nothing, is over.
+        asked = self.counts.bad_steps == 0 and world.is_main and self.run.take_save_request()
+        timed_here = world.is_main and (asked or bool(by_time))
+        stopping, timed, some_bad, written = world.any(
             self._asked(stop), timed_here, bad, self.saver.over()
         )
         if written:

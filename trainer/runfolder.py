@@ -223,7 +223,7 @@ class RunFolder:
                 file.seek(0)
                 raise GigabatchError(
                     f"{self.path}: this run is being trained now (by {file.read().strip()}). Stop "
-                    "that first, or wait for its end."
+                    f"that first, or wait for its end; if its machine is gone, remove {file.name}."
                 ) from None
             except OSError as error:
                 log.warning("%s cannot be locked (%s)", self.path, error)
@@ -269,7 +269,9 @@ class RunFolder:
         _write_first(self.path / "failure.txt", message)
 
     def failure(self) -> str | None:
-        return _read_if_there(self.path / "failure.txt")
+        found = _read_if_there(self.path / "failure.txt")
+        # A full disk makes the file and takes no word of it.
+        return f"{self.log} may say what went wrong; is its disk full?" if found == "" else found
 
     def record_crash(self, traceback: str) -> None:
         """Keep the first traceback of an attempt: those of other ranks follow from it."""

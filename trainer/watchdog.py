@@ -142,10 +142,12 @@ class _Watchdog:
             mine.unlink(missing_ok=True)
             return False
         after = self._read()
-        if self.run.owned_by(self.attempt):
-            stopped = stopped_ranks(before, after)
-            self._end_of(stopped, after, describe(self.world.size, stopped, after))
-        os._exit(HUNG)
+        try:
+            if self.run.owned_by(self.attempt):
+                stopped = stopped_ranks(before, after)
+                self._end_of(stopped, after, describe(self.world.size, stopped, after))
+        finally:  # whatever a full or broken disk does to the message
+            os._exit(HUNG)
 
     def _read(self) -> Heartbeats:
         found = {self.world.rank: self.own}
@@ -170,18 +172,21 @@ class _Watchdog:
     def _tell(self, message: str) -> None:
         text = f"no progress for {format_duration(self.hang_after)}: {message}"
         text += f". Stacks: {self.hangs}"
-        self.run.record_crash(text)
-        with open(self.run.log, "a", encoding="utf-8") as file:
+        with suppress(OSError):
+            print(f"gigabatch: {text}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            self.run.record_crash(text)
+        with suppress(OSError), open(self.run.log, "a", encoding="utf-8") as file:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S E ") + text + "\n")
-        print(f"gigabatch: {text}", file=sys.stderr, flush=True)
 
     def _dump_own_stacks(self) -> Path:
-        self.hangs.mkdir(exist_ok=True)
         path = self._stacks(self.world.rank)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(f"step {self.progress.step}, phase {self.progress.phase}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # nor must a full disk keep the hang from being ended
+            self.hangs.mkdir(exist_ok=True)
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(f"step {self.progress.step}, phase {self.progress.phase}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
         return path
 
     def _stacks(self, rank: int) -> Path:

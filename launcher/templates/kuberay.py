@@ -58,7 +58,8 @@ kubectl apply -f FILE. Needs KubeRay 1.5 or later (token authentication), and be
   {f"and {DATA_VOLUME} for the data" if plan.data else ""}
 - a secret {SECRETS} with what the run needs, such as HF_TOKEN (may be missing):
   kubectl create secret generic {SECRETS} --from-env-file=secrets.env
-The image must hold this version of gigabatch. CPUs and memory of a node are to be adapted.""")
+The image must hold this version of gigabatch. CPUs and memory of a node are to be adapted. After a
+week, activeDeadlineSeconds, Kubernetes ends the job for good: set it above the run's length.""")
     return head + to_yaml(config_map, job)
 
 

@@ -40,7 +40,8 @@ MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 export MASTER_ADDR MASTER_PORT
 
 # Slurm tells this shell; this tells the ranks (and not this shell again).
-stop() {{ scancel --signal=TERM "$SLURM_JOB_ID"; }}
+told=0
+stop() {{ told=1; scancel --signal=TERM "$SLURM_JOB_ID"; }}
 trap stop USR1 TERM
 
 srun --kill-on-bad-exit=0{inside} bash -c {shlex.quote(rank)} &
@@ -51,8 +52,10 @@ while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the ranks
   code=0
   wait "$step" || code=$?
 done
-if [ "$code" -eq {REQUEUE} ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+# (Told before it trains, while it still indexes, a rank dies of the signal.)
+case "$told $code" in
+  "1 0" | "1 2") ;;
+  "1 "* | "0 {REQUEUE}") scontrol requeue "$SLURM_JOB_ID" ;;
+esac
 exit "$code"
 """

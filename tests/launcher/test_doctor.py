@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.doctor import quick, refuse_unfit
+from gigabatch.launcher.start import check_data
 from gigabatch.trainer.configfile import load_config
 
 SCRIPT = """
@@ -37,6 +40,34 @@ def test_too_little_shared_memory_refuses_the_start(tiny: Path) -> None:
     large = ["data.image.size=8192", "batch.micro_size=65536", "batch.global_size=65536"]
     with pytest.raises(GigabatchError, match=r"shared memory: .* Enlarge it"):
         refuse_unfit(load_config(tiny, large), print)
+
+
+def test_only_the_ranks_that_share_this_machine_share_its_memory(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = shutil.disk_usage("/dev/shm").free
+    most = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # ranks that would need about all of it
+    many = load_config(tiny, ["cluster.launcher=ray", f"cluster.workers=[1,{4 * most}]"])
+    with pytest.raises(GigabatchError, match="shared memory"):
+        refuse_unfit(many, print)
+    with monkeypatch.context() as torchrun:
+        torchrun.setenv("LOCAL_WORLD_SIZE", "8")
+        refuse_unfit(many, print)
+    monkeypatch.setenv(
+        "RAY_ADDRESS", "10.0.0.1:6379"
+    )  # a job's driver, whose workers are elsewhere
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    refuse_unfit(many, print)
+
+
+def test_workers_that_ask_for_no_gpu_need_none(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a machine with one
+    settings = ["cluster.launcher=ray", "cluster.workers=[2,4]"]
+    with pytest.raises(GigabatchError, match=r"Set cluster\.workers=1"):
+        check_data(load_config(tiny, settings), lambda done, total: None)
+    check_data(
+        load_config(tiny, [*settings, "cluster.gpus_per_worker=0"]), lambda done, total: None
+    )
 
 
 @pytest.mark.slow

@@ -112,6 +112,43 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path
     assert len(losses(tmp_path / "runs" / "a")) == 12
 
 
+@pytest.mark.parametrize("launcher", ["inline", "torchrun"])
+def test_a_stop_is_heard_also_where_nobody_reads_any_more(
+    launcher: str, tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    """Ctrl-C in `gigabatch train ... 2>&1 | tee log` ends tee too."""
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5000",
+        "checkpoint.every_steps=0", f"cluster.launcher={launcher}",
+    )  # fmt: skip
+    wait_for_step(run, 3, command)
+    command.process.stdout.close()
+    command.process.stderr.close()
+    command.signal(signal.SIGINT)
+    assert command.process.wait(60) == 130
+    assert (run / "checkpoints" / "LATEST").read_text() == f"step-{max(losses(run)):08d}\n"
+
+
+def test_ranks_end_with_their_torchrun(tiny: Path, tmp_path: Path, start: Any) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5000", "cluster.workers=2",
+        "checkpoint.every_steps=0", "cluster.launcher=torchrun",
+    )  # fmt: skip
+    wait_for_step(run, 3, command)
+    (torchrun,) = psutil.Process(command.process.pid).children()
+    ranks = torchrun.children(recursive=True)
+    torchrun.kill()
+    _, alive = psutil.wait_procs(ranks, timeout=20)
+    for each in alive:
+        each.kill()
+    assert not alive
+    done = command.wait(60)
+    assert done.returncode == 2
+    assert f"gigabatch resume {run}" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("launcher", "workers", "number", "code"),
     [

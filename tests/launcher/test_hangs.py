@@ -62,6 +62,22 @@ def test_a_process_that_is_stuck_ends_with_its_stack(
     assert os.listdir(tmp_path / "runs" / "a" / "heartbeats")
 
 
+def test_a_hang_is_ended_also_where_nothing_can_be_written(
+    tiny: Path, tmp_path: Path, start: Any
+) -> None:
+    run = tmp_path / "runs" / "a"
+    command = start(
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_after_s=5", "train.steps=40",
+        "towers.image={kind: module, module: 'support_towers:Stuck'}",
+    )  # fmt: skip
+    wait_for_step(run, 3, command)
+    for name in ("hangs", "crash.txt"):  # as a full disk would, they take nothing
+        (run / name).symlink_to("/dev/full")
+    done = command.wait(60)
+    assert done.returncode == 1
+    assert "is in step 13, phase embed, since" in done.stderr
+
+
 @pytest.mark.parametrize("launcher", ["inline", "torchrun"])
 def test_a_step_that_does_not_end_within_the_grace_time_is_left(
     launcher: str, tiny: Path, tmp_path: Path, start: Any

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,13 @@ def test_attempts_count_as_vain_until_there_is_a_newer_checkpoint(run: RunFolder
     assert attempts_in_vain(run, 0) == 1
 
 
+def test_an_attempt_that_was_killed_as_it_began_is_one_in_vain(run: RunFolder) -> None:
+    run.take_attempt()
+    (run.path / "attempts" / "000002.json").write_text("")
+    (run.path / "attempts" / "000003.json").write_text('{"ti')
+    assert attempts_in_vain(run, 0) == 3
+
+
 def test_each_start_in_vain_waits_longer_but_not_where_a_stop_is_asked_for(run: RunFolder) -> None:
     def waited() -> float:
         began = time.monotonic()
@@ -47,6 +56,43 @@ def test_each_start_in_vain_waits_longer_but_not_where_a_stop_is_asked_for(run: 
         run.take_attempt()
     run.request_stop()
     assert waited() < 0.5
+
+
+# A cluster with room for one worker of two; the stop comes as it has been found so twice.
+NO_ROOM = """
+import logging, os, sys
+from pathlib import Path
+from gigabatch.launcher import ray_workers
+from gigabatch.trainer.runfolder import RunFolder
+
+run, seen = RunFolder(Path(sys.argv[1])), []
+cluster = run.config().cluster
+os.environ |= ray_workers.start_settings(cluster)
+import ray
+
+class Heard(logging.Handler):
+    def emit(self, record):
+        seen.append(record.getMessage())
+        if len(seen) == 2:
+            run.request_stop()
+
+logging.getLogger("gigabatch").addHandler(Heard())
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False,
+         object_store_memory=10**8)
+ray_workers._fit(run, cluster)
+ray.shutdown()
+print(seen, run.crash(), run.stopped())
+"""
+
+
+@pytest.mark.slow
+def test_workers_without_room_wait_for_it_and_no_restart_is_used_up(tmp_path: Path) -> None:
+    overrides = ["cluster.workers=2", "cluster.max_restarts=0", "cluster.start_timeout_s=1"]
+    run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c", overrides), "run")
+    command = [sys.executable, "-c", NO_ROOM, str(run.path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    said = "the cluster has no room for 2 workers: waiting"
+    assert done.stdout.splitlines()[-1:] == [f"{[said, said]} None True"], done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -40,6 +40,11 @@ def test_the_config_travels_resolved_with_the_command_quoted(tiny: Path) -> None
     assert config.cluster.threads == 0  # pinned there: this machine's cores say nothing of it
 
 
+def test_a_job_that_is_stopped_gets_the_time_that_its_run_asks_for(tiny: Path) -> None:
+    assert train_job(tiny, ["cluster.grace_s=600"], []).stop_s > 600
+    assert resume_job("/shared/a", ["cluster.grace_s=599.5"], [], []).stop_s > 600
+
+
 def test_arguments_of_a_resume_are_quoted() -> None:
     override = "objective.positives=a b; 'c'"
     job = resume_job("/shared/my runs/a", [override], ["train.steps"], [])

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jsonschema
@@ -180,6 +181,33 @@ exit "$code"
     "scancel": '[ "$1 $2" = "--signal=TERM 4711" ] && kill -TERM $(cat "$STATE/pids")',
     "scontrol": 'if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> "$STATE/asked"; fi',
 }
+
+
+@pytest.mark.parametrize(("code", "asked"), [(143, True), (2, False), (0, False)])
+def test_a_slurm_job_that_is_told_before_it_could_listen_queues_again(
+    code: int, asked: bool, tiny: Path, tmp_path: Path
+) -> None:
+    early = 'trap "exit CODE" TERM; echo $$ > $STATE/pids; while :; do sleep 0.1; done'
+    for name, body in (SLURM | {"srun": early.replace("CODE", str(code))}).items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    script = tmp_path / "job.sbatch"
+    script.write_text(render("slurm", tiny, ["run.name=job"], None, 0))
+    environment = os.environ | {
+        "STATE": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "here",
+    }  # fmt: skip
+    job = Command([], command=["bash", str(script)], env=environment)
+    try:
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "pids").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        job.signal(signal.SIGUSR1)
+        assert job.wait(30).returncode == code
+    finally:
+        if job.process.poll() is None:
+            job.kill()
+    assert (tmp_path / "asked").exists() == asked
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer import checkpoint
-from gigabatch.trainer.checkpoint import latest_checkpoint, write_checkpoint
+from gigabatch.trainer.checkpoint import _retain, latest_checkpoint, write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.runfolder import RunFolder
 
@@ -31,7 +31,8 @@ def run(tmp_path: Path) -> RunFolder:
 def save(run: RunFolder, step: int, attempt: int = 1, keep: int = 10) -> None:
     files = {"towers": {"w": torch.full((3,), float(step))}, "moments": {"m": torch.ones(2)}}
     settings = CheckpointSettings(keep=keep)
-    write_checkpoint(run, attempt, step, files, {"step": step, "data": "x"}, settings)
+    state = {"step": step, "data": "x", "attempt": attempt}
+    write_checkpoint(run, attempt, step, files, state, settings)
 
 
 def flip_byte(path: Path) -> None:
@@ -145,6 +146,40 @@ def test_a_worker_that_was_cut_off_cannot_commit(run: RunFolder) -> None:
         save(run, 2, attempt=1)
     assert run.steps_saved() == [1]
     assert not list(run.checkpoints.glob(".*"))
+
+
+def test_a_worker_that_is_cut_off_after_its_commit_removes_nothing(run: RunFolder) -> None:
+    save(run, 1)
+    (run.path / "attempts" / "000002.json").touch()
+    save(run, 5, attempt=2)
+    _retain(run, 1, 1, CheckpointSettings(keep=1), set())
+    assert run.steps_saved() == [1, 5]
+    (run.path / "attempts" / "000002.json").unlink()  # as a network file system may still show it
+    _retain(run, 1, 1, CheckpointSettings(keep=1), set())
+    assert run.steps_saved() == [1, 5]
+
+
+def test_what_a_kill_left_makes_room_before_the_next_write(run: RunFolder) -> None:
+    left = run.checkpoints / ".step-00000001.000001.tmp"
+    left.mkdir(parents=True)
+    (run.path / "attempts" / "000002.json").touch()
+    (run.checkpoints / ".step-00000002.000002.tmp").write_text("in the way: nothing is committed")
+    with pytest.raises(GigabatchError, match="step 2 was not saved"):
+        save(run, 2, attempt=2)
+    assert not left.exists()
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+    run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run, 1)
+    old = run.checkpoints / "step-00000001"
+    old.rename(tmp_path / "elsewhere")
+    old.symlink_to(tmp_path / "elsewhere")
+    with caplog.at_level(logging.WARNING, logger="gigabatch"):
+        save(run, 2, keep=1)
+    assert "an old checkpoint was not removed" in caplog.text
+    assert latest_checkpoint(run).step == 2  # type: ignore[union-attr]
 
 
 def test_a_sound_checkpoint_is_never_overwritten(run: RunFolder) -> None:

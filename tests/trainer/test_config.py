@@ -29,6 +29,11 @@ def test_dumped_config_reads_back_the_same(override: str) -> None:
     assert parse_config(dump_config(config), "again") == config
 
 
+def test_an_environment_variable_about_tokenizers_is_no_secret() -> None:
+    config = parse_config("", "c", ["cluster.env={TOKENIZERS_PARALLELISM: 0}"])
+    assert config.cluster.env == {"TOKENIZERS_PARALLELISM": "0"}
+
+
 def test_a_range_of_workers_shares_out_cores_among_the_most() -> None:
     config = parse_config("", "c", ["cluster.workers=[1,1000000]"])
     assert (config.cluster.least, config.cluster.most) == (1, 1_000_000)

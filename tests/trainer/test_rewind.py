@@ -35,6 +35,24 @@ def prepared(tiny: Path, tower: str, *overrides: str) -> RunFolder:
 
 
 @pytest.mark.slow
+def test_a_checkpoint_asked_for_in_a_spell_is_saved_after_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(tiny, "BadSpell", "train.max_bad_steps=9", "checkpoint.every_steps=0")
+    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    stepped = []
+
+    def ask() -> bool:  # called once a step
+        stepped.append(None)
+        if len(stepped) == 6:  # the first bad one
+            run.request_save()
+        return False
+
+    assert run_training(run, ask)
+    assert run.steps_saved() == [9, 12]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_rewind_is_exact_and_the_spell_is_skipped(
     zero: int, tiny: Path, monkeypatch: pytest.MonkeyPatch

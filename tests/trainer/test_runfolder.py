@@ -65,6 +65,14 @@ def test_only_the_first_failure_is_kept_until_cleared(tmp_path: Path) -> None:
     assert not run.stop_requested()
 
 
+def test_a_failure_that_a_full_disk_kept_no_word_of_is_one_all_the_same(tmp_path: Path) -> None:
+    run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c"), "run")
+    assert run.failure() is None
+    (run.path / "failure.txt").touch()
+    assert "is its disk full?" in (run.failure() or "")
+    assert run.is_over()
+
+
 def test_a_run_is_found_by_path_or_by_name(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
     assert open_run(str(run.path)).path == run.path
@@ -85,7 +93,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
     run = create_run(config(tmp_path, "run.name=a"), "x")
     with multiprocessing.get_context("fork").Pool(1) as pool:
         with run.held():
-            assert f"being trained now (by process {os.getpid()} on" in pool.apply(
-                hold, [str(run.path)]
-            )
+            told = pool.apply(hold, [str(run.path)])
+            assert f"being trained now (by process {os.getpid()} on" in told
+            assert told.endswith(f"if its machine is gone, remove {run.path / 'lock'}.")
         assert pool.apply(hold, [str(run.path)]) == "held"

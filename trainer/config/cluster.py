@@ -115,7 +115,7 @@ class ClusterSettings(Settings):
                 raise ValueError(f"cluster.env: {name!r} is no name of an environment variable")
             if name in OURS:
                 raise ValueError(f"cluster.env: {name} is set for each worker by its launcher")
-            if re.search(r"TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY$", name.upper()):
+            if re.search(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", name.upper()):
                 raise ValueError(
                     f"cluster.env: {name} looks like a secret, and the run folder shows this; set "
                     "it on the nodes"
