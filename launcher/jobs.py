@@ -28,6 +28,9 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import dump_config, parse_config, read_config, resolve
 from gigabatch.trainer.runfolder import RunFolder
 
+LEFT_HERE = shutil.ignore_patterns("__pycache__", ".git", ".env", ".env.*", ".netrc", "*.pem")
+"""What of a folder does not travel with `--with`: no code, or secrets."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -121,7 +124,7 @@ def _working_folder(job: Job, folder: Path) -> Path:
         (folder / file).write_text(text, encoding="utf-8")
     for path in job.modules:
         if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(path, folder / path.name, ignore=LEFT_HERE)
         else:
             shutil.copy(path, folder)
     return folder

@@ -7,9 +7,11 @@ and moments are stored whole, so any world size and ZeRO stage loads them.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Mapping, Set
@@ -30,6 +32,11 @@ from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
 FORMAT = 1
+PASSING = (
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM,
+    errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
+)  # fmt: skip
+"""What a disk or a file server may say once, and not again."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -68,7 +75,9 @@ def write_checkpoint(
     """Write, sync, commit, and remove what need not be kept, but for the steps in `busy`. Called
     on rank 0 alone.
 
-    Raises GigabatchError where the checkpoint does not stand; earlier ones are untouched.
+    Where the checkpoint does not stand, earlier ones are untouched. Raises GigabatchError for what
+    only the user can mend, such as a full disk; OSError for what may pass, so that the workers
+    are started again.
     """
     fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
     try:
@@ -76,16 +85,27 @@ def write_checkpoint(
         _write(fresh, step, files, state)
         _commit(run, fresh, step, attempt)
     except (OSError, SafetensorError) as error:
-        raise GigabatchError(
+        message = (
             f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. Earlier "
-            "checkpoints are intact; make room, then resume."
-        ) from error
+            "checkpoints are intact"
+        )
+        if _may_pass(error):
+            raise OSError(message + ".") from error
+        raise GigabatchError(message + "; make room, then resume.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     try:
         _retain(run, step, attempt, settings, busy)
     except (OSError, ValueError) as error:  # a file held open on NFS, a folder that is a link
         log.warning("%s: an old checkpoint was not removed: %s", run.checkpoints, error)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a disk's fault may be gone when the workers are started again: a server's pause, a
+    file handle gone stale; not a full disk or something in the way."""
+    if isinstance(error, OSError):
+        return error.errno in PASSING
+    return any(os.strerror(number) in str(error) for number in PASSING)  # safetensors' words
 
 
 def _remove_left(run: RunFolder, attempt: int) -> None:
@@ -117,10 +137,20 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     final = run.checkpoints / f"step-{step:08d}"
     if final.exists() and fault_in(final):
         shutil.rmtree(final)  # a damaged one of an earlier attempt, already passed over
-    if not final.exists():  # a sound one is the same to the bit, or to rounding: keep it
+    if final.exists() and _is_other(final, fresh, attempt):
+        final.rename(run.checkpoints / f".{final.name}.{attempt - 1:06d}.tmp")  # swept next time
+    if not final.exists():
         fresh.rename(final)
         sync_folder(run.checkpoints)
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
+
+
+def _is_other(final: Path, fresh: Path, attempt: int) -> bool:
+    """Whether a sound checkpoint of an earlier attempt, of the same step, holds other weights: it
+    was passed over, and the run took another course. (Equal ones stay as they are.)"""
+    old, new = (json.loads((p / "manifest.json").read_text())["files"] for p in (final, fresh))
+    weights = "towers.safetensors"
+    return _attempt_of(final) < attempt and old.get(weights) != new.get(weights)
 
 
 def _retain(

@@ -18,6 +18,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.quarantine import Bad
+from gigabatch.trainer.files import sync_file
 from gigabatch.trainer.runfolder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -93,6 +94,9 @@ class Monitor:
         self.board.flush()
         self.file.flush()
         os.fsync(self.file.fileno())
+        for path in (self.run.samples, self.run.quarantine):
+            if path.exists():
+                sync_file(path)
 
     def close(self) -> None:
         self.board.close()

@@ -329,14 +329,21 @@ def _take_name(home: Path, name: str | None, stem: str, taken: Callable[[str], b
     try:
         path.mkdir()
     except FileExistsError:
-        raise _name_taken(path) from None
+        if not _is_empty(path):
+            raise _name_taken(path) from None
     return path
+
+
+def _is_empty(path: Path) -> bool:
+    """A folder that a kill left before anything was in it may be taken."""
+    return path.is_dir() and not any(path.iterdir())
 
 
 def refuse_taken_name(config: Config) -> None:
     """Early, before the data is read, say that `run.name` is taken."""
-    if config.run.name and (config.run.dir / config.run.name).exists():
-        raise _name_taken(config.run.dir / config.run.name)
+    path = config.run.dir / (config.run.name or "")
+    if config.run.name and path.exists() and not _is_empty(path):
+        raise _name_taken(path)
 
 
 def _name_taken(path: Path) -> GigabatchError:

@@ -28,11 +28,16 @@ state, on rank 0."""
 Report = Callable[[int, Mapping[str, float]], None]
 
 
+class NotSaved(Exception):
+    """A write failed for a reason that may pass: the workers end, and are started again."""
+
+
 class _Write:
     """One checkpoint on its way to the disk: on rank 0 a thread, elsewhere nothing."""
 
     def __init__(self, step: int) -> None:
         self.step, self.fault = step, ""
+        self.lasting = True  # whether only the user can mend it
         self.blocked_s = self.write_s = 0.0
         self.thread: threading.Thread | None = None
 
@@ -45,7 +50,9 @@ class _Write:
             except GigabatchError as error:
                 self.fault = str(error)
             except BaseException as error:  # a thread must not die unheard
-                self.fault = f"the checkpoint of step {self.step} was not saved: {error!r}."
+                self.lasting = False
+                self.fault = str(error) if isinstance(error, OSError) else ""
+                self.fault = self.fault or f"checkpoint {self.step} was not saved: {error!r}."
             self.write_s = time.monotonic() - began
 
         # A daemon: a second Ctrl-C, which aborts, does not wait for it.
@@ -128,15 +135,16 @@ class Saver:
     def settle(self) -> None:
         """Await the write in flight, if any. A collective.
 
-        Raises GigabatchError on every rank where it failed; earlier checkpoints are untouched.
+        Raises GigabatchError on every rank where it failed and only the user can mend that, and
+        NotSaved where it may pass; earlier checkpoints are untouched.
         """
         write, self.write = self.write, None
         if write is None:
             return
         write.join()
-        fault = self.world.share(write.fault)
+        fault, lasting = self.world.share((write.fault, write.lasting))
         if fault:
-            raise GigabatchError(fault)
+            raise _raised(fault, lasting)
         tags = {"checkpoint/blocked_s": write.blocked_s, "checkpoint/write_s": write.write_s}
         self.report(write.step, tags)
 
@@ -150,4 +158,8 @@ class Saver:
             return
         self.write.join()  # not settled: other ranks may be gone
         if self.write.fault:
-            raise GigabatchError(self.write.fault) from error
+            raise _raised(self.write.fault, self.write.lasting) from error
+
+
+def _raised(fault: str, lasting: bool) -> Exception:
+    return GigabatchError(fault) if lasting else NotSaved(fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version
 from typing import Any
 
@@ -99,4 +100,12 @@ def _pod(plan: Plan, resources: dict[str, str]) -> dict[str, Any]:
         "envFrom": [{"secretRef": {"name": SECRETS, "optional": True}}],
         "volumeMounts": mounts,
     }
-    return {"spec": {"containers": [container], "volumes": volumes}}
+    # A pod that is taken away leaves its run the time for a checkpoint.
+    grace = math.ceil(plan.config.cluster.grace_s) + 30
+    return {
+        "spec": {
+            "terminationGracePeriodSeconds": grace,
+            "containers": [container],
+            "volumes": volumes,
+        }
+    }

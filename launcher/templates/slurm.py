@@ -16,12 +16,14 @@ def slurm(plan: Plan) -> str:
     gpus = f"#SBATCH --gpus-per-node={plan.workers_per_node}\n" if plan.gpus_per_node else ""
     inside = f" --container-image={shlex.quote(plan.image)}" if plan.image else ""
     rank = _RANKS + start_script(plan, str(plan.path), *plan.overrides)
+    restarts = plan.config.cluster.max_restarts
     head = commented(f"""
 sbatch FILE. Every node must see {plan.config.run.dir} at this path, and `python` must be one that
 has gigabatch: activate its environment where the script says so. Secrets such as HF_TOKEN come
 from the environment in which sbatch is called; none is written here.
 Two minutes before its time is over (and on preemption) each rank saves a checkpoint and leaves
-with code {REQUEUE}; the job then queues anew under its old number and goes on with the run.""")
+with code {REQUEUE}; the job then queues anew under its old number and goes on with the run.
+Ranks that fail are started again, up to {restarts} times, from the last checkpoint.""")
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={plan.label}
@@ -44,13 +46,21 @@ told=0
 stop() {{ told=1; scancel --signal=TERM "$SLURM_JOB_ID"; }}
 trap stop USR1 TERM
 
-srun --kill-on-bad-exit=0{inside} bash -c {shlex.quote(rank)} &
-step=$!
-code=0
-wait "$step" || code=$?
-while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the ranks
+ranks() {{
+  srun --kill-on-bad-exit=0{inside} bash -c {shlex.quote(rank)} &
+  step=$!
   code=0
   wait "$step" || code=$?
+  while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the ranks
+    code=0
+    wait "$step" || code=$?
+  done
+}}
+ranks
+for ((again = 0; again < {restarts}; again++)); do
+  case "$told $code" in "1 "* | "0 0" | "0 2" | "0 {REQUEUE}") break ;; esac
+  sleep "$((2 ** (again < 6 ? again : 6)))"
+  ranks
 done
 # (Told before it trains, while it still indexes, a rank dies of the signal.)
 case "$told $code" in

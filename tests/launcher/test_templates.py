@@ -210,6 +210,33 @@ def test_a_slurm_job_that_is_told_before_it_could_listen_queues_again(
     assert (tmp_path / "asked").exists() == asked
 
 
+def test_ranks_that_fail_in_a_slurm_job_are_started_again(tiny: Path, tmp_path: Path) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    bodies = {
+        "srun": 'echo . >> "$STATE/starts"; [ "$(wc -l < "$STATE/starts")" -gt 2 ]',
+        "scontrol": SLURM["scontrol"],
+        "sleep": "exit 0",
+    }
+    for name, body in bodies.items():
+        (tools / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tools / name).chmod(0o755)
+    environment = os.environ | {
+        "STATE": str(tmp_path), "PATH": os.pathsep.join([str(tools), os.environ["PATH"]]),
+        "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "here",
+    }  # fmt: skip
+
+    def outcome(restarts: int) -> tuple[int, int]:
+        (tmp_path / "starts").unlink(missing_ok=True)
+        script = render("slurm", tiny, [f"cluster.max_restarts={restarts}"], None, 0)
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True)
+        return done.returncode, len((tmp_path / "starts").read_text().splitlines())
+
+    assert outcome(3) == (0, 3)
+    assert outcome(1) == (1, 2)
+    assert not (tmp_path / "asked").exists()
+
+
 @pytest.mark.slow
 def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_when_requeued(
     tiny: Path, tmp_path: Path

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
@@ -12,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer import checkpoint
-from gigabatch.trainer.checkpoint import _retain, latest_checkpoint, write_checkpoint
+from gigabatch.trainer.checkpoint import _may_pass, _retain, latest_checkpoint, write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.runfolder import RunFolder
 
@@ -246,3 +248,34 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_not_opened(
     with pytest.raises(GigabatchError, match="not a safetensors file"):
         found.tensors("towers")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "passes"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), False),
+        (SafetensorError("I/O error: Input/output error (os error 5)"), True),
+    ],
+)
+def test_a_fault_that_may_pass_is_told_from_one_that_must_be_mended(
+    error: Exception, passes: bool
+) -> None:
+    assert _may_pass(error) is passes
+
+
+def test_another_course_of_the_run_replaces_the_checkpoint_it_passed_over(run: RunFolder) -> None:
+    save(run, 1)
+    (run.path / "attempts" / "000002.json").touch()
+    files = {"towers": {"w": torch.zeros(3)}, "moments": {"m": torch.ones(2)}}
+    state = {"step": 1, "data": "x", "attempt": 2}
+    write_checkpoint(run, 2, 1, files, state, CheckpointSettings())
+    found = latest_checkpoint(run)
+    assert found is not None
+    assert found.tensors("towers")["w"].tolist() == [0, 0, 0]
+    assert [path.name for path in run.checkpoints.glob(".*")] == [".step-00000001.000001.tmp"]
+    save(run, 2, attempt=2)
+    assert not list(run.checkpoints.glob(".*"))

@@ -9,7 +9,7 @@ import pytest
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import parse_config
-from gigabatch.trainer.runfolder import RunFolder, create_run, open_run
+from gigabatch.trainer.runfolder import RunFolder, create_run, open_run, refuse_taken_name
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:
@@ -97,3 +97,12 @@ def test_a_run_is_trained_by_one_process_at_a_time(tmp_path: Path) -> None:
             assert f"being trained now (by process {os.getpid()} on" in told
             assert told.endswith(f"if its machine is gone, remove {run.path / 'lock'}.")
         assert pool.apply(hold, [str(run.path)]) == "held"
+
+
+def test_a_named_folder_that_a_kill_left_empty_is_taken(tmp_path: Path) -> None:
+    config = parse_config(f"run: {{dir: {tmp_path}, name: mine}}", "c")
+    (tmp_path / "mine").mkdir()
+    refuse_taken_name(config)
+    assert create_run(config, "run").path == tmp_path / "mine"
+    with pytest.raises(GigabatchError, match="holds an unfinished run"):
+        refuse_taken_name(config)

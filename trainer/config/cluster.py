@@ -71,9 +71,9 @@ class ClusterSettings(Settings):
     start_timeout_s: float = Field(60.0, gt=0)
     """ray: how long a group of workers may take to be placed and started. Ray may wait for so long
     for a node that has just been lost."""
-    resize_every_s: float = Field(300.0, gt=0)
+    resize_every_s: float = Field(1800.0, gt=0)
     """ray, with a range of workers: how often to look whether there is room for more. Growing costs
-    the steps since the last checkpoint."""
+    the steps since the last checkpoint, so let there be several between two looks."""
     grace_s: float = Field(120.0, gt=0)
     """After SIGTERM, SIGUSR1 or SIGUSR2 (exit code 75: start it again) or Ctrl-C (130), the step in
     progress and its checkpoint have so many seconds; then the run is left with its last
