@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -103,3 +104,25 @@ def test_differences_name_dotted_keys() -> None:
 )
 def test_every_recipe_is_valid(recipe: str) -> None:
     load_config(Path(gigabatch.configs.__file__).parent / recipe)
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("objective={name: siglip, scale_mx: 3}", "objective.scale_mx"),
+    ("objective={name: late_interaction, positives: concept}", "gigabatch objectives late_inter"),
+    ("objective={name: supcon, taps: [audio]}", "there is no tower 'audio'"),
+    ("objective={name: supcon, taps: [image.middle]}", "objective.taps"),
+    ("objective={name: sogclr, temperature: 2}", "temperature_max"),
+    ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
+    ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
+    ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
+    ("objective={name: hard_negatives, pair: a}", "both `pair` and `changed`"),
+])  # fmt: skip
+def test_an_objective_that_cannot_be_is_refused(override: str, words: str) -> None:
+    with pytest.raises(GigabatchError, match=re.escape(words)):
+        parse_config("", "c", [override])
+
+
+def test_objectives_that_do_not_keep_groups_apart_refuse_them() -> None:
+    with pytest.raises(GigabatchError, match="keep groups apart"):
+        parse_config("", "c", ["data.group=lang", "objective={name: siglip}"])
+    parse_config("", "c", ["data.group=lang", "objective={name: queue}"])

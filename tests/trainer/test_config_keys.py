@@ -388,7 +388,7 @@ def objective_steps(config: Config, backward: bool) -> tuple[Any, Any, Any]:
         meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
         meta |= {"colour": torch.tensor([0, 1, 0, 1, 0, 1]), **state.read(meta["sample"])}
         ctx = Context(None, step, step - 1)
-        state.commit(objective.on_epoch(state.tables, ctx), meta["sample"])
+        state.begin_epoch(ctx)
         loss = objective(vectors | rows, meta, ctx)
         losses.append(float(loss.value.detach()))
         if backward:
