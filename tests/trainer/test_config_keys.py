@@ -53,7 +53,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
-PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour}"]
+PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
