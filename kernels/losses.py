@@ -17,7 +17,7 @@ from torch import Tensor
 from gigabatch.kernels.collect import sum_rows
 from gigabatch.kernels.heads import cross_entropy, soft_positives
 from gigabatch.kernels.maxsim import MaxSim, token_keys
-from gigabatch.kernels.rules import Either, Eq, Ne, Rule
+from gigabatch.kernels.rules import Either, Eq, Ne, Rule, joined
 from gigabatch.kernels.scores import Dot
 from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
 from gigabatch.kernels.stats import Lse, engine_of, lse_stats, lse_sums, pair_sum
@@ -69,19 +69,24 @@ def contrastive_loss(
         _check_finite(group, q=q, k=k, scale=scale, bias=bias)
     numbers = row_numbers(len(q), q.device, group)
     ids_q = numbers if ids_q is None else ids_q
-    metadata = {"id": ids_q if ids_k is None else ids_k}
+    ids_k = ids_q if ids_k is None else ids_k
+    numbers_q = numbers_k = numbers
+    if groups_q is not None:
+        groups_k = groups_q if groups_k is None else groups_k
+        # Equal only within a group: then the positives stay lone equalities, which are cheap.
+        ids_q, ids_k = joined(ids_q, groups_q), joined(ids_k, groups_k)
+        numbers_q, numbers_k = joined(numbers, groups_q), joined(numbers, groups_k)
+    metadata = {"id": ids_k}
     same = own = Eq(ids_q, "id")
     if exclude:
-        metadata["number"], own = numbers, Eq(numbers, "number")
+        metadata["number"], own = numbers_k, Eq(numbers_q, "number")
     rule: Rule = (Either(Ne(ids_q, "id"), own),) if exclude else ()
-    within: Rule = ()
-    if groups_q is not None:
-        metadata["group"] = groups_q if groups_k is None else groups_k
-        within = (Eq(groups_q, "group"),)
-    rule = (*rule, *within)
+    if groups_q is not None and groups_k is not None:
+        metadata["group"] = groups_k
+        rule = (*rule, Eq(groups_q, "group"))
     keys = key_source(k, metadata, group, schedule)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
-    positives = [(each, *within) for each in ((own, same) if exclude else (own,))]
+    positives = [own, same] if exclude and label_smoothing else [own]
     stats, *more = lse_sums(q, keys, lses, positives, backend, cache_bytes)
     targets = [p / w.clamp(min=1) for p, w in zip(stats.positive, stats.weight, strict=True)]
     if label_smoothing:

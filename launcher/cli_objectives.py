@@ -53,16 +53,17 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _needs(name: str) -> dict[str, Any]:
-    """By its default settings; of a choice of taps without a default, three."""
+    """By its default settings; examples stand for what has no default."""
     from gigabatch.trainer.objectives import build_objective, settings_class
 
     kind = settings_class(name)
-    required = (
-        {"taps": ("image", "text", "audio")} if kind.model_fields["taps"].is_required() else {}
-    )
-    needs = build_objective(kind(name=name, **required)).needs
+    examples = {"taps": ("image", "text", "audio"), "label": "LABEL"}
+    given = {k: v for k, v in examples.items() if k in kind.model_fields}
+    given = {k: v for k, v in given.items() if kind.model_fields[k].is_required()}
+    needs = build_objective(kind.model_validate({"name": name, **given}), width=WIDTH).needs
     return {
-        "taps": list(needs.taps), "columns": list(needs.columns), "teacher": list(needs.teacher),
+        "taps": list(needs.taps), "columns": [*needs.columns, *needs.numbers],
+        "teacher": list(needs.teacher),
         "tables": {table: len(row) for table, row in needs.tables.items()},
     }  # fmt: skip
 
@@ -76,6 +77,7 @@ def _default(field: Any) -> Any:
 def _explained(name: str, about: dict[str, Any]) -> list[str]:
     needs = about["needs"]
     asked = [f"taps {', '.join(needs['taps'])}"]
+    asked += [f"a number in json ({column})" for column in needs["columns"]]
     asked += [f"a momentum tower ({', '.join(needs['teacher'])})"] if needs["teacher"] else []
     asked += [f"{width} numbers a sample ({n})" for n, width in needs["tables"].items()]
     parts = {

@@ -73,7 +73,7 @@ class ExactStep:
         """One step on this rank's micro-batches of step number `step`; `lr` is the towers'."""
         batch = [micro.to(self.world.device) for micro in batch]
         ctx = self._context(step)
-        self._begin_epoch(ctx)
+        self.state.begin_epoch(ctx)
         one_pass = len(batch) == len(self.views) == 1
         with torch.set_grad_enabled(one_pass):
             outputs = [self._views(micro, "embed") for micro in batch]
@@ -131,17 +131,8 @@ class ExactStep:
                 self.optimizer.state[parameter] = {"step": torch.tensor(float(steps)), **moments}
 
     def _context(self, step: int) -> Context:
-        return Context(self.world.group, step, self._epoch(step), self.seed)
-
-    def _epoch(self, step: int) -> int:
-        """How often the data set was gone through before a step."""
-        return (step - 1) * self.batch_size // max(1, self.state.samples)
-
-    def _begin_epoch(self, ctx: Context) -> None:
-        if ctx.epoch > self._epoch(ctx.step - 1) and ctx.step > 1:
-            updates = self.objective.on_epoch(self.state.tables, ctx)
-            for name, value in updates.items():
-                self.objective.get_buffer(name).copy_(value)
+        epoch = (step - 1) * self.batch_size // max(1, self.state.samples)
+        return Context(self.world.group, step, epoch, self.seed)
 
     def _stream(self, micro: MicroBatch) -> int:
         return key(self.seed, "micro-batch", micro.step, micro.number)

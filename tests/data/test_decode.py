@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gigabatch.data.decode import ImageSettings, decode_column, decode_image
+from gigabatch.data.decode import ImageSettings, decode_column, decode_image, decode_number
 from gigabatch.data.errors import BadSample, GigabatchError
 
 WHERE = "/data/s.tar: sample 'cat'"
@@ -236,3 +236,17 @@ def test_a_sliver_costs_no_more_than_its_middle() -> None:
     assert decoded[:, 0, 0].tolist() == [10, 20, 30]
     assert decoded.shape == (3, 224, 224)
     assert peak < 4 << 20  # the whole of it at that width would be 9 GB
+
+
+@pytest.mark.parametrize("value", [3, -0.25, 1e300])
+def test_a_number_is_taken_as_it_is(value: float) -> None:
+    assert decode_number(json.dumps({"x": value}).encode(), "x", WHERE) == value
+
+
+@pytest.mark.parametrize("member", [
+    b'{"x": "3"}', b'{"x": true}', b'{"x": null}', b'{"x": NaN}', b'{"x": 1e999}', b"{}", b"[1]",
+    b"not json",
+])  # fmt: skip
+def test_what_is_no_number_is_a_bad_sample(member: bytes) -> None:
+    with pytest.raises(BadSample, match="here"):
+        decode_number(member, "x", "here")

@@ -22,6 +22,7 @@ from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
 from gigabatch.trainer.objectives import Context, Objective, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
+from gigabatch.trainer.taps import in_view, plain_of, views_of
 from gigabatch.trainer.towers import build_towers
 
 
@@ -58,12 +59,16 @@ def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[M
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     """Gradients of the whole global batch in one autograd graph, in this process alone."""
     towers, objective = build_towers(config, vocab), objective_of(config)
-    outputs: dict[str, list[Tensor]] = {"image": [], "text": []}
+    outputs: dict[str, list[Tensor]] = {}
+    taps = objective.needs.taps
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
-        stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
-        for tap, vectors in towers(tower_inputs(micro, config.data, stream), stream).items():
-            outputs[tap].append(vectors)
+        first = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        for view in range(views_of(taps)):
+            stream = key(first, "view", view) if view else first
+            inputs = tower_inputs(micro, config.data, stream)
+            for tap, vectors in towers(inputs, stream, plain_of(taps, view)).items():
+                outputs.setdefault(in_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
     rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}
@@ -71,7 +76,8 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     loss = objective(rows, columns, Context(None, 1))
     loss.value.backward()
     grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
-    return grads | {"log_scale": objective.log_scale.grad, "loss": loss.value.detach()}
+    own = {f"objective {name}": p.grad for name, p in objective.named_parameters()}
+    return grads | own | {"loss": loss.value.detach()}
 
 
 def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dict[str, Tensor]:
@@ -81,7 +87,8 @@ def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dic
     own: dict[str, Tensor] = {}
 
     def keep_own(*_: Any) -> None:
-        own["log_scale"] = objective.log_scale.grad.clone()
+        for name, parameter in objective.named_parameters():
+            own[f"objective {name}"] = parameter.grad.clone()
 
     step.optimizer.register_step_pre_hook(keep_own)
     result = step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3)

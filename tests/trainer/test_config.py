@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,25 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     with pytest.raises(GigabatchError, match="refused: it would stand in configs") as error:
         parse_config("", "c", [f"checkpoint.copy_to={secret}"])
     assert "HUSH" not in str(error.value)
+
+
+@pytest.mark.parametrize(("override", "words"), [
+    ("objective={name: siglip, scale_mx: 3}", "objective.scale_mx"),
+    ("objective={name: late_interaction, positives: concept}", "gigabatch objectives late_inter"),
+    ("objective={name: supcon, taps: [audio]}", "there is no tower 'audio'"),
+    ("objective={name: supcon, taps: [image.middle]}", "objective.taps"),
+    ("objective={name: sogclr, temperature: 2}", "temperature_max"),
+    ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
+    ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
+    ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
+    ("objective={name: hard_negatives, pair: a}", "both `pair` and `changed`"),
+])  # fmt: skip
+def test_an_objective_that_cannot_be_is_refused(override: str, words: str) -> None:
+    with pytest.raises(GigabatchError, match=re.escape(words)):
+        parse_config("", "c", [override])
+
+
+def test_objectives_that_do_not_keep_groups_apart_refuse_them() -> None:
+    with pytest.raises(GigabatchError, match="keep groups apart"):
+        parse_config("", "c", ["data.group=lang", "objective={name: siglip}"])
+    parse_config("", "c", ["data.group=lang", "objective={name: queue}"])

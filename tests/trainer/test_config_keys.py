@@ -55,7 +55,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
-PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour}"]
+PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
@@ -397,7 +397,7 @@ def objective_steps(config: Config, backward: bool) -> tuple[Any, Any, Any]:
         meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
         meta |= {"colour": torch.tensor([0, 1, 0, 1, 0, 1]), **state.read(meta["sample"])}
         ctx = Context(None, step, step - 1)
-        state.commit(objective.on_epoch(state.tables, ctx), meta["sample"])
+        state.begin_epoch(ctx)
         loss = objective(vectors | rows, meta, ctx)
         losses.append(float(loss.value.detach()))
         if backward:

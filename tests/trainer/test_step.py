@@ -57,6 +57,31 @@ def test_exact_step_with_several_captions_missing_images_and_groups(
         assert stage["gap"] < 1e-5, stage
 
 
+TAPS = """
+objective: {name: sum, terms: [
+  {name: infonce, taps: [text, image@1]},
+  {name: infonce, taps: [image.encoder, image.encoder@1]},
+  {name: late_interaction},
+]}
+"""
+
+
+@pytest.mark.slow
+def test_exact_step_with_views_tokens_and_features_before_the_head(
+    tiny: Path, tmp_path: Path
+) -> None:
+    settings = yaml.safe_load(tiny.read_text()) | yaml.safe_load(TAPS)
+    path = tmp_path / "taps.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    config = load_config(path)
+    tokenizer = tmp_path / "tokenizer.json"
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    for stage in run_ranks(PROBE, 2, path, tokenizer).values():
+        assert stage["gap"] < 1e-5, stage
+        few, many = stage["reductions"]
+        assert few == many
+
+
 def merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
     for name, value in more.items():
         if isinstance(value, dict) and isinstance(tree.get(name), dict):

@@ -226,3 +226,32 @@ def test_a_model_that_does_not_fit_the_data_is_refused(overrides: list[str], wor
 def test_a_pretrained_model_that_is_not_there_is_named() -> None:
     with pytest.raises(GigabatchError, match=r"towers\.text: 'no/such'"):
         build_towers(config("towers.text={kind: huggingface, name: no/such}"), 100)
+
+
+@pytest.mark.parametrize("overrides", [
+    [],
+    [f"towers.image={{kind: huggingface, config: {VIT}}}",
+     "towers.text={kind: huggingface, config: {model_type: bert, hidden_size: 8, "
+     "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8, vocab_size: 400}}"],
+])  # fmt: skip
+def test_tokens_and_features_are_taps(overrides: list[str]) -> None:
+    late = "objective={name: late_interaction}"
+    towers = build_towers(config(late, *overrides), 100).eval()
+    plain = towers(inputs())
+    taps = ("image.tokens", "text.tokens", "image.encoder")
+    found = towers(inputs(), None, taps)
+    assert set(plain) == {"image", "text"}
+    assert set(found) == {"image", "text", *taps}
+    for name, vectors in found.items():
+        torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:-1]))
+        assert name in taps or torch.equal(vectors, plain[name])
+    (tokens, _), width = inputs()["text"], found["text"].shape[1]
+    assert found["text.tokens"].shape == (*tokens.shape, width)
+    assert found["image.tokens"].ndim == 3
+    assert found["image.encoder"].shape[1] == towers.encoders["image"].width
+
+
+def test_a_tower_without_tokens_is_refused_where_they_are_asked_for() -> None:
+    tower = "towers.image={kind: module, module: 'support_towers:Pixels'}"
+    with pytest.raises(GigabatchError, match="token_width"):
+        build_towers(config(tower, "objective={name: late_interaction}"), 100)

@@ -40,6 +40,7 @@ class ScaledSettings(ObjectiveSettings):
     scale_max: float = Field(100.0, gt=0)
     """The logit scale is clamped to this in the forward pass."""
     learn_scale: bool = True
+    """Whether it is learnt."""
 
     @model_validator(mode="after")
     def _scale_fits(self) -> Self:
@@ -70,6 +71,7 @@ class SigLIPSettings(ObjectiveSettings):
     name: Literal["siglip"]
     """Every pair of the batch is a question of its own: does this caption belong to this image?"""
     taps: Pair = ("image", "text")
+    """What is compared with what."""
     positives: str | None = None
     """A field of the samples' json; pairs of different samples that share it are left out."""
     scale: float = Field(10.0, gt=0)
@@ -95,6 +97,7 @@ class SogCLRSettings(ObjectiveSettings):
     """A contrastive loss against the whole data set, by a running estimate for each sample: small
     batches lose their bias."""
     taps: Pair = ("image", "text")
+    """What is compared with what."""
     positives: str | None = None
     """A field of the samples' json; samples that share it are no negatives of each other."""
     temperatures: Literal["fixed", "shared", "individual"] = "fixed"
@@ -103,7 +106,9 @@ class SogCLRSettings(ObjectiveSettings):
     temperature: float = Field(0.07, gt=0)
     """At the start."""
     temperature_min: float = Field(0.01, gt=0)
+    """shared, individual: none falls below."""
     temperature_max: float = Field(1.0, gt=0)
+    """shared, individual: none rises above."""
     rho: float = Field(6.5, ge=0)
     """What a temperature costs: the larger, the smaller learnt temperatures become."""
     gamma: float = Field(0.9, gt=0, le=1)
@@ -126,6 +131,7 @@ class LateInteractionSettings(ScaledSettings):
     name: Literal["late_interaction"]
     """Token by token: each token of one side is scored by its best match on the other (FILIP)."""
     taps: Pair = ("image.tokens", "text.tokens")
+    """What is compared with what."""
     symmetric: bool = True
     """Both ways, each with the score of its own tokens (FILIP); else the first tap's alone, which
     asks (ColBERT, with the queries first)."""
@@ -136,6 +142,7 @@ class QueueSettings(ScaledSettings):
     """InfoNCE whose negatives are the batch and a queue of earlier samples, as a slowly moving
     copy of the towers saw them (MoCo)."""
     taps: Pair = ("image", "text")
+    """What is compared with what."""
     positives: str | None = None
     """A field of the samples' json; samples that share it are right answers to each other, and
     left out of each other's queues."""
@@ -153,6 +160,7 @@ class NoisySettings(ScaledSettings):
     """InfoNCE for pairs of which many do not belong together: once an epoch a mixture of two
     Gaussians splits the samples' losses, and each counts by how likely it is clean."""
     taps: Pair = ("image", "text")
+    """What is compared with what."""
     warmup_epochs: Count = 1
     """Epochs before the first split, in which all count alike."""
     head: Literal["softmax", "hinge"] = "softmax"
@@ -169,6 +177,7 @@ class SymileSettings(ScaledSettings):
     """Three taps or more at once: the sum over coordinates of the product of all vectors, which
     also sees what no two of them tell."""
     taps: tuple[Tap, ...] = Field(min_length=2, max_length=8)
+    """The modalities; each asks in turn."""
     keys: Literal["paired", "shuffled", "all"] = "paired"
     """What a tap's vectors are compared with. paired: the other samples' products; shuffled:
     products of other taps' vectors, each shuffled by itself; all: every combination, N^(taps - 1)
@@ -185,6 +194,7 @@ class HardNegativesSettings(ScaledSettings):
     data.captions.choose=all a sample's first caption is right, and its others are such negatives.
     Or samples come in pairs, an original and a changed one (reversed in time, say)."""
     taps: Pair = ("image", "text")
+    """What is compared with what."""
     pair: str | None = None
     """A field of the samples' json that an original and its changed one share; with `changed`."""
     changed: str | None = None
@@ -220,6 +230,7 @@ class BarlowSettings(Settings):
     """Barlow Twins: the correlations of two taps' coordinates shall be the identity. An addition
     to another objective, in a sum."""
     taps: Pair = ("image", "image@1")
+    """What is compared with what."""
     off_diagonal: float = Field(0.005, ge=0)
     """Weight of what is off the diagonal."""
 

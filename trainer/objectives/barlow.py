@@ -19,7 +19,7 @@ class Barlow(Objective):
         "Barlow Twins: the correlations of two views' coordinates shall be the identity",
         "Barlow Twins, Zbontar et al. 2021; as an addition to CLIP, 40",
         "sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2, C the correlations over the batch",
-        "0 (3 products of N D^2)",
+        "3 D / N",
         "an addition, in a sum: CLIP with it has weight 0.025 there",
     )
 

@@ -20,7 +20,7 @@ class BYOL(Objective):
         "BYOL: predict what a momentum tower sees in another view; no negatives",
         "BYOL, Grill et al. 2020; as an addition to CLIP, 40",
         "mean_i [2 - 2 cos(p(a_i), teacher_b_i)], both ways, halved; the teacher without gradient",
-        "0, and one more forward pass of the towers",
+        "12 hidden / N, and one more forward pass of the towers",
         "an addition, in a sum",
     )
 

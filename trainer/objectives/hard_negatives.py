@@ -10,11 +10,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gigabatch.kernels import Clause, Eq, Lse, Ne, Table, key_source, lse_stats
+from gigabatch.kernels import Eq, Lse, Table, key_source, lse_stats
 from gigabatch.kernels.heads import cross_entropy
 from gigabatch.trainer.config import HardNegativesSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
 from gigabatch.trainer.objectives.blocks import Scaled, present, weighted_mean
+
+NOTHING = 1e-30  # a weight of 0: its logarithm can be added and taken off again
 
 
 class HardNegatives(Scaled):
@@ -47,10 +49,11 @@ class HardNegatives(Scaled):
         right = torch.where(of_k["nth"] == 0, of_k["id"], -1)
         columns = {"id": right, "pair": of_k["pair"], "changed": changed_k}
         keys = key_source(k, columns, ctx.group, settings.schedule)
-        rule = (
-            _weighing(changed_q, settings.own_weight, Eq(of_q["pair"], "pair")),
-            _weighing(changed_q, settings.other_weight, Ne(of_q["pair"], "pair")),
-        )
+        other, own = math.log(settings.other_weight or NOTHING), settings.own_weight or NOTHING
+        rule = [Table(changed_q, "changed", _apart(other, q))] if other else []
+        if math.log(own) != other:
+            table = _apart(math.log(own) - other, q)
+            rule.append(Table(changed_q, "changed", table, Eq(of_q["pair"], "pair")))
         stats = lse_stats(
             q, keys, [Lse("rows", scale, None, rule), Lse("columns", scale, None, rule)],
             Eq(of_q["id"], "id"), settings.backend, 2**20 * settings.cache_mib,
@@ -69,8 +72,6 @@ def _changed(columns: Mapping[str, Tensor]) -> Tensor:
     return (made if "changed" not in columns else made | (columns["changed"] != 0)).long()
 
 
-def _weighing(changed: Tensor, weight: float, only: Clause) -> Table:
-    """What differs in being changed weighs so much, of some pairs."""
-    log = math.log(weight) if weight else -math.inf
-    table = torch.tensor([[0.0, log], [log, 0.0]], device=changed.device)
-    return Table(changed, "changed", table, only)
+def _apart(log_weight: float, like: Tensor) -> Tensor:
+    """The log-weights [2, 2] of what is changed against what is not, and the other way round."""
+    return torch.tensor([[0.0, log_weight], [log_weight, 0.0]], device=like.device)

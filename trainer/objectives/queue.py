@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gigabatch.kernels import Eq, Local, Lse, Ne, gather_rows, key_source, lse_stats
 from gigabatch.kernels.heads import cross_entropy
+from gigabatch.kernels.rules import joined
 from gigabatch.trainer.config import QueueSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Updates
 from gigabatch.trainer.objectives.blocks import Scaled, paired, rounded, weighted_mean
@@ -50,10 +51,12 @@ class Queue(Scaled):
         ids = rows.columns[settings.positives or "sample"]
         groups = rows.columns[self.within] if self.within else torch.zeros_like(ids)
         within = (Eq(groups, "group"),) if self.within else ()
+        ids = joined(ids, groups) if self.within else ids
         keys = key_source(k, {"id": ids, "group": groups}, ctx.group, settings.schedule)
         lses = [Lse("rows", scale, None, within), Lse("columns", scale, None, within)]
-        positives = (Eq(ids, "id"), *within)
-        stats = lse_stats(q, keys, lses, positives, settings.backend, 2**20 * settings.cache_mib)
+        stats = lse_stats(
+            q, keys, lses, Eq(ids, "id"), settings.backend, 2**20 * settings.cache_mib
+        )
         z = [
             torch.logaddexp(z, older)
             for z, older in zip(stats.z, self._older(q, k, scale, ids, groups), strict=True)

@@ -13,10 +13,14 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.state.tables import SampleTable
 
 if TYPE_CHECKING:
-    from gigabatch.trainer.objectives.base import Objective
+    from gigabatch.trainer.objectives.base import Context, Objective
     from gigabatch.trainer.towers import Towers
 
-TABLE, TEACHER = "table.", "teacher."  # how their tensors are named in a checkpoint
+TABLE, TEACHER, EPOCH = (
+    "table.",
+    "teacher.",
+    "state.epoch",
+)  # how their tensors are named in a checkpoint
 
 
 class ObjectiveState:
@@ -30,7 +34,7 @@ class ObjectiveState:
         self, objective: Objective, sizes: Sequence[int], teacher: Towers | None, world: World
     ) -> None:
         self.objective, self.world, self.samples = objective, world, sum(sizes)
-        self.teacher = teacher
+        self.teacher, self.epoch = teacher, 0
         self.tables = {
             name: SampleTable(sizes, row, world) for name, row in objective.needs.tables.items()
         }
@@ -45,6 +49,13 @@ class ObjectiveState:
             if name in self.tables:
                 self.tables[name].write(numbers, value)
             else:
+                self.objective.get_buffer(name).copy_(value)
+
+    def begin_epoch(self, ctx: Context) -> None:
+        """Let the objective see its tables, once in every epoch but the first. A collective."""
+        if ctx.epoch > self.epoch:
+            self.epoch = ctx.epoch
+            for name, value in self.objective.on_epoch(self.tables, ctx).items():
                 self.objective.get_buffer(name).copy_(value)
 
     @torch.no_grad()
@@ -62,6 +73,7 @@ class ObjectiveState:
     def save(self) -> dict[str, Tensor]:
         """For a checkpoint: on rank 0 all tables, whole, and the teacher. A collective."""
         whole = {TABLE + name: table.whole() for name, table in self.tables.items()}
+        whole[EPOCH] = torch.tensor(self.epoch)
         if self.teacher is not None:
             for name, tensor in self.teacher.state_dict().items():
                 whole[TEACHER + name] = tensor.detach().to("cpu", copy=True).contiguous()
@@ -69,6 +81,7 @@ class ObjectiveState:
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Put back what `save` gave, at any world size."""
+        self.epoch = int(state.get(EPOCH, 0))
         for name, table in self.tables.items():
             table.load(state[TABLE + name])
         if self.teacher is not None:

@@ -31,7 +31,8 @@ def fit_split(values: Tensor, world: World) -> Tensor:
     if float(variance) <= 1e-12 * float(mean.square()):
         return torch.stack([mean, variance, zero + 0.5]).expand(2, 3).clone()
     place = ((x - mean) / variance.sqrt() / 16 + 0.5).clamp(0, 1 - 1e-9) * BINS
-    bins = torch.stack([torch.bincount(place.long(), w, BINS) for w in (torch.ones_like(x), x)])
+    counted = [torch.bincount(place.long(), w, BINS) for w in (torch.ones_like(x), x)]
+    bins = torch.stack(counted).double()  # of no value bincount makes another dtype
     weight, sums = world.sum(bins)
     weight, x = weight[weight > 0], (sums / weight)[weight > 0]
     return _maximise(x, weight / count, mean, variance)

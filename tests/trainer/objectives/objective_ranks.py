@@ -33,8 +33,7 @@ def one_step(
     """Value, gradients, and what is kept afterwards. Each step is an epoch of its own."""
     mine = batch(case, step).rows(shares(world.size)[world.rank])
     ctx = Context(world.group, step, epoch=step - 1, seed=5)
-    if step > 1:
-        state.commit(objective.on_epoch(state.tables, ctx), mine.meta["sample"])
+    state.begin_epoch(ctx)
     taps = objective.needs.taps
     rows = {tap: mine.outputs[tap].clone().requires_grad_() for tap in taps}
     teacher = {f"teacher.{tap}": mine.outputs[f"teacher.{tap}"] for tap in objective.needs.teacher}

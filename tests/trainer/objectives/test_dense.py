@@ -13,8 +13,10 @@ import dense
 import pytest
 import torch
 from cases import CASES, Case, batch, settings_of
+from objective_ranks import run
 from torch import Tensor
 
+from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objectives import build_objective
 
 SCRIPT = Path(__file__).with_name("objective_ranks.py")
@@ -36,7 +38,7 @@ def run_group(world_size: int, folder: Path) -> list[dict[str, Any]]:
         for rank in range(world_size)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=120)[1] for process in processes]
+        said = [process.communicate(timeout=280)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -103,3 +105,13 @@ def test_an_objective_equals_its_formula(ranks: Any, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_an_objective_goes_on_from_a_checkpoint_to_the_bit(ranks: Any, name: str) -> None:
     assert all(rank[name]["same"] for rank in ranks)
+
+
+@pytest.mark.parametrize("name", ["isogclr", "noisy", "queue"])
+def test_what_is_kept_does_not_depend_on_the_number_of_ranks(ranks: Any, name: str) -> None:
+    alone = run(CASES[name], World(0, 1, torch.device("cpu"), None))["steps"][-1]
+    kept = [what for what in alone if what.startswith(("table", "buffer"))]
+    assert kept
+    for what in kept:
+        found = ranks[0][name]["steps"][-1][what]
+        torch.testing.assert_close(found, alone[what], equal_nan=True, rtol=1e-4, atol=1e-5)
