@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, place: Callable[[Path, Path], object] = os.replace) -> Iterator[Path]:
+def replacing(path: Path, place: Callable[[Path, Path], object] | None = None) -> Iterator[Path]:
     """A temporary file that, synced, takes the place of `path` at the end, unless there was an
     error."""
     fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -21,7 +21,7 @@ def replacing(path: Path, place: Callable[[Path, Path], object] = os.replace) ->
             yield fresh
             with open(fresh, "rb") as file:
                 os.fsync(file.fileno())
-            place(fresh, path)
+            (place or os.replace)(fresh, path)
         finally:
             fresh.unlink(missing_ok=True)
     sync_folder(path.parent)

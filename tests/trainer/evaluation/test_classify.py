@@ -101,11 +101,11 @@ def test_a_probe_is_the_minimum_that_newton_finds(l2: float) -> None:
     probe = fit_probe(held["image"], held["label"], 5, l2, ALONE)
     standard = (x - x.mean(0)) / x.std(0)
     wanted = newton(standard, y, l2)
-    np.testing.assert_allclose(probe.weight.numpy(), wanted[:, :-1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(probe.weight.numpy(), wanted[:, :-1], rtol=1e-4, atol=1e-4)
     logits = standard @ wanted[:, :-1].T + wanted[:, -1]
     logits -= logits.mean(1, keepdims=True)  # a constant for all classes changes nothing
     found = probe.logits(held["image"]).numpy()
-    np.testing.assert_allclose(found - found.mean(1, keepdims=True), logits, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found - found.mean(1, keepdims=True), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_l2_is_what_does_best_on_the_held_out_part() -> None:

@@ -22,11 +22,11 @@ ROWS, WIDTH, TOKENS = 12, 6, 4
 
 @dataclass(frozen=True)
 class Case:
-    """An objective. `dense`: the name of its formula in dense.py, with `how` to call it; `missing`:
-    some rows lack a modality; `captions`: of each sample."""
+    """An objective. `formula`: the name of its formula in formulas.py, with `how` to call it;
+    `missing`: some rows lack a modality; `captions`: of each sample."""
 
     settings: dict[str, Any]
-    dense: str
+    formula: str
     how: dict[str, Any] = field(default_factory=dict)
     missing: bool = False
     steps: int = 3

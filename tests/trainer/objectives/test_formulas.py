@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import dense
+import formulas
 import pytest
 import torch
 from cases import CASES, Case, batch, settings_of
@@ -76,7 +76,7 @@ def exact(case: Case) -> list[dict[str, Tensor]]:
         rows = {t: whole.outputs[t].double().requires_grad_() for t in objective.needs.taps}
         teacher = {t: r.double() for t, r in whole.outputs.items() if t.startswith("teacher.")}
         own = {n: p.detach().double().requires_grad_() for n, p in objective.named_parameters()}
-        formula: dense.Formula = getattr(dense, case.dense)
+        formula: formulas.Formula = getattr(formulas, case.formula)
         value, slope = formula(rows | teacher, own, whole.meta, memory, step, **case.how)
         leaves = {**rows, **own}
         grads = torch.autograd.grad(
