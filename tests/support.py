@@ -20,6 +20,7 @@ import webdataset as wds
 from PIL import Image
 
 from gigabatch.data.index import Index
+from gigabatch.launcher import cli
 from gigabatch.trainer.monitor import read_metrics
 
 SIDE = 16
@@ -98,6 +99,18 @@ def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
         file.write(bytes([byte ^ 0x10]))
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     return path
+
+
+def outcome(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["gigabatch", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    printed = capsys.readouterr()
+    code = end.value.code
+    return (0 if code is None else int(code)), printed.out, printed.err
 
 
 class Command:

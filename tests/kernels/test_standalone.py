@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 LOSS = """
 import sys
 import torch
@@ -72,6 +74,7 @@ sys.exit(pytest.main([
 """
 
 
+@pytest.mark.slow
 def test_the_engine_s_tests_need_nothing_else_of_gigabatch() -> None:
     """So that a machine with a GPU, torch and pytest can run them."""
     said = run(COLLECT, str(Path(__file__).parent))  # or it ends with another exit code

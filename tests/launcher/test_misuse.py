@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-from support import write_samples
+from support import outcome, write_samples
 from tarfiles import write_tar
-
-from gigabatch.launcher import cli
-
-
-def outcome(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
-) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command, in this process."""
-    monkeypatch.setattr(sys, "argv", ["gigabatch", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        cli.main()
-    printed = capsys.readouterr()
-    code = end.value.code
-    return (0 if code is None else int(code)), printed.out, printed.err
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

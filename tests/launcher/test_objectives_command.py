@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+
+import pytest
+from support import outcome
 
 from gigabatch.launcher.cli_objectives import describe
 from gigabatch.trainer.objectives import OBJECTIVES
@@ -16,17 +18,20 @@ def test_each_objective_is_explained_from_the_code() -> None:
         assert not untold, (name, untold)
 
 
-def test_the_command_lists_explains_and_refuses(gigabatch: Any) -> None:
-    listed = gigabatch("objectives")
-    assert listed.returncode == 0, listed.stderr
-    assert [line.split()[0] for line in listed.stdout.splitlines()[: len(OBJECTIVES)]] == list(
-        OBJECTIVES
-    )
-    explained = gigabatch("objectives", "queue")
-    assert "MoCo" in explained.stdout
-    assert "momentum: 0.999" in explained.stdout
-    one = json.loads(gigabatch("objectives", "sogclr", "--json").stdout)
-    assert one["needs"]["tables"] == {"state": 2}
-    wrong = gigabatch("objectives", "no-such")
-    assert wrong.returncode == 2
-    assert "there is no objective 'no-such'" in wrong.stderr
+def test_the_command_lists_explains_and_refuses(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> tuple[int, str, str]:
+        return outcome(monkeypatch, capsys, "objectives", *arguments)
+
+    code, listed, _ = told()
+    assert code == 0
+    named = [line.split()[0] for line in listed.splitlines()[: len(OBJECTIVES)]]
+    assert named == list(OBJECTIVES)
+    _, explained, _ = told("queue")
+    assert "MoCo" in explained
+    assert "momentum: 0.999" in explained
+    assert json.loads(told("sogclr", "--json")[1])["needs"]["tables"] == {"state": 2}
+    code, _, error = told("no-such")
+    assert code == 2
+    assert "there is no objective 'no-such'" in error

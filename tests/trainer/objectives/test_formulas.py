@@ -22,7 +22,7 @@ from gigabatch.trainer.objectives import build_objective
 SCRIPT = Path(__file__).with_name("objective_ranks.py")
 WORLD_SIZES = [
     pytest.param(
-        w, marks=[pytest.mark.xdist_group(f"objectives {w}"), *([pytest.mark.slow] * (w > 2))]
+        w, marks=[pytest.mark.xdist_group(f"objectives {w}"), *([pytest.mark.slow] * (w > 1))]
     )
     for w in (1, 2, 4)
 ]

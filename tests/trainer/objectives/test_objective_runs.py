@@ -48,6 +48,7 @@ def new_run(tiny: Path, name: str, settings: Sequence[str] = SETTINGS) -> RunFol
     return run
 
 
+@pytest.mark.slow
 def test_a_run_with_all_that_objectives_keep_goes_on_to_the_bit(tiny: Path) -> None:
     whole, cut = new_run(tiny, "whole"), new_run(tiny, "cut")
     assert run_training(whole)
