@@ -181,7 +181,7 @@ class _Trainer:
         if self.saved_step < self.counts.done:
             self._save()
         self.saver.settle()
-        if self.world.is_main:
+        if self.world.is_main and self.run.owned_by(self.attempt):
             self.run.record_stop()
         steps = self.config.train.steps
         log.info("stopped at step %d of %d, as asked", self.counts.done, steps)
