@@ -12,7 +12,7 @@ from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.fields import ONE_OR_MORE, Amount, Count, Fraction
 
-Part = Literal["image", "text", "image.encoder", "text.encoder"]
+Part = Annotated[str, Field(pattern=r"^[a-z]+(\.encoder)?$")]
 
 
 class TrainSettings(Settings):
