@@ -21,9 +21,9 @@ from gigabatch.trainer.runfolder import RunFolder, create_run
 
 SMALL = """
 data: {{root: {root}, workers: 0, image: {{size: 16}}, text: {{vocab_size: 300, length: 10}}}}
-batch: {{global_size: 40, micro_size: 8}}
+batch: {{global_size: 40, micro_size: 20}}
 train: {{steps: 10}}
-optimizer: {{lr: 5.0e-3}}
+optimizer: {{lr: 2.0e-2}}
 checkpoint: {{every_steps: 0}}
 monitor: {{every_steps: 1}}
 eval: {{sets: [val]}}
@@ -74,17 +74,18 @@ def last_evaluation(run: RunFolder) -> dict[str, float]:
     return dict(json.loads(found.read_text()))
 
 
+@pytest.mark.slow
 def test_numbers_and_text_without_images(tmp_path: Path) -> None:
     """Learnt, and measured both ways; a run cut in two is the same."""
     path = config_in(tmp_path, images=False)
-    settings = [NUMBERS, "objective={taps: [numbers, text], positives: concept}", "train.steps=20"]
+    settings = [NUMBERS, "objective={taps: [numbers, text], positives: concept}", "train.steps=30"]
     whole, cut = new_run(path, settings), new_run(path, settings, "cut")
     assert run_training(whole)
     asked = iter(range(100))
     assert not run_training(cut, lambda: next(asked) == 9)
     assert run_training(cut)
     assert losses(cut.path) == losses(whole.path)
-    assert losses(whole.path)[20] < 0.5 * losses(whole.path)[1]
+    assert losses(whole.path)[30] < losses(whole.path)[1] - 1
     found = last_evaluation(whole)
     assert found["eval/val/text2numbers_recall@10"] > 0.9
     assert found["eval/val/numbers2text_mrr"] > 0.5
@@ -92,6 +93,7 @@ def test_numbers_and_text_without_images(tmp_path: Path) -> None:
     assert set(towers.encoders) == {"numbers", "text"}
 
 
+@pytest.mark.slow
 def test_three_modalities_by_symile(tmp_path: Path) -> None:
     """Without text: the run needs no captions, and has no tower for them."""
     run = new_run(
@@ -105,14 +107,15 @@ def test_three_modalities_by_symile(tmp_path: Path) -> None:
     assert set(towers.encoders) == {"numbers", "path", "tone"}
 
 
+@pytest.mark.slow
 def test_missing_modalities_are_masked(tmp_path: Path) -> None:
     path = config_in(tmp_path, lacking=True)
-    pair = [NUMBERS, "objective.taps=[image, numbers]", "eval.sets=[]", "train.steps=3"]
-    with pytest.raises(GigabatchError, match=r"no \.npy member.*data.missing=mask"):
+    pair = [NUMBERS, "objective.taps=[numbers, image]", "eval.sets=[]", "train.steps=3"]
+    with pytest.raises(GigabatchError, match=r"\(12 of 80 samples lack one\).*data.missing=mask"):
         run_training(new_run(path, pair))
     for name, objective in {
-        "pairs": "objective={name: infonce, taps: [image, numbers]}",
-        "siglip": "objective={name: siglip, taps: [image, numbers]}",
+        "pairs": "objective={name: infonce, taps: [numbers, image]}",
+        "siglip": "objective={name: siglip, taps: [numbers, image]}",
     }.items():
         run = new_run(path, [*pair, objective, "data.missing=mask"], name)
         assert run_training(run)
@@ -122,12 +125,12 @@ def test_missing_modalities_are_masked(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> None:
     path = config_in(tmp_path, lacking=True)
-    config = load_config(path)
-    tokenizer = tmp_path / "tokenizer.json"
-    make_tokenizer(config, open_train(config)).save(str(tokenizer))
-    common = ["data.missing=mask", "eval.sets=[]", NUMBERS, PATH, TONE]
+    common = ["data.missing=mask", "batch.micro_size=8", "eval.sets=[]", NUMBERS, PATH, TONE]
     symile = "objective={name: symile, taps: [text, path, tone, numbers], scale: 50.0}"
     terms = "objective={name: sum, terms: [{taps: [image, tone]}, {taps: [numbers, path@1]}]}"
+    tokenizer = tmp_path / "tokenizer.json"
+    config = load_config(path, [*common, symile])
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
     for objective in (symile, terms):
         report = run_ranks(PROBE, 2, path, tokenizer, *common, objective)
         assert report["gap"] < 1e-5, report
