@@ -13,11 +13,15 @@ import torch
 from support import losses, run_ranks, write_modalities
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import dump_config, load_config, parse_config
+from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inference import load_newest_towers
+from gigabatch.trainer.initial import load_initial, pin_initial
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.towers import Towers, build_towers
 
 SMALL = """
 data: {{root: {root}, workers: 0, image: {{size: 16}}, text: {{vocab_size: 300, length: 10}}}}
@@ -91,6 +95,19 @@ def test_numbers_and_text_without_images(tmp_path: Path) -> None:
     assert found["eval/val/numbers2text_mrr"] > 0.5
     _, towers = load_newest_towers(whole)
     assert set(towers.encoders) == {"numbers", "text"}
+    assert_begun_with(towers, load_config(path, [*settings, f"train.init_from={whole.path}"]))
+
+
+def assert_begun_with(towers: Towers, config: Config) -> None:
+    """Another run may begin with one tower of a run."""
+    train = config.train.model_copy(update={"init_parts": ("numbers",)})
+    config = pin_initial(config.model_copy(update={"train": train}))
+    fresh = build_towers(config, 300)
+    load_initial(fresh, config, World(0, 1, torch.device("cpu"), None))
+    for name, value in fresh.state_dict().items():
+        same = torch.equal(value, towers.state_dict()[name])
+        assert same or ".numbers." not in name
+        assert not same or ".numbers." in name or "norm" in name
 
 
 @pytest.mark.slow
@@ -127,7 +144,10 @@ def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> Non
     path = config_in(tmp_path, lacking=True)
     common = ["data.missing=mask", "batch.micro_size=8", "eval.sets=[]", NUMBERS, PATH, TONE]
     symile = "objective={name: symile, taps: [text, path, tone, numbers], scale: 50.0}"
-    terms = "objective={name: sum, terms: [{taps: [image, tone]}, {taps: [numbers, path@1]}]}"
+    terms = (
+        "objective={name: sum, terms: [{taps: [image, tone]}, {taps: [numbers, path@1]}, "
+        "{name: late_interaction, taps: [path.tokens, text.tokens]}]}"
+    )
     tokenizer = tmp_path / "tokenizer.json"
     config = load_config(path, [*common, symile])
     make_tokenizer(config, open_train(config)).save(str(tokenizer))
