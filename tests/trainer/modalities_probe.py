@@ -56,7 +56,11 @@ def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
         objective = build_objective(config.objective, width=config.towers.width)
         step = ExactStep(engine, objective, config, world)
         assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
-        gap, name = worst(engine.seen, whole)
+        seen = engine.seen
+        # A head that no objective reads: its collectives run all the same, with a gradient of zero.
+        idle = [name for name in seen if name not in whole]
+        assert not any(seen.pop(name).any() for name in idle), idle
+        gap, name = worst(seen, whole)
         if world.is_main:
             print(json.dumps({"gap": gap, "name": name, "rows": lacking}))
 
