@@ -89,7 +89,6 @@ def test_mel_bands_are_triangles_of_equal_area() -> None:
     bands = mel_bands(RATE, 1024, 20).double().numpy()
     assert bands.shape == (20, 513)
     np.testing.assert_allclose(bands.sum(1) * RATE / 1024, 1.0, rtol=0.05)
-    # Slaney's and the HTK's formula: mel = 2595 log10(1 + f / 700).
     peaks = bands.argmax(1) * RATE / 1024
     mels = 2595 * np.log10(1 + peaks / 700)
     top = 2595 * math.log10(1 + RATE / 2 / 700)

@@ -20,6 +20,7 @@ class AudioTower(Tower, AudioSettings, Stages):
     mels: Count = 64
     """Bands of the spectrogram, evenly spaced on the mel scale from 0 to rate / 2."""
     window_ms: float = Field(25.0, gt=0)
+    """Milliseconds of sound that one column of the spectrogram sees."""
     hop_ms: float = Field(10.0, gt=0)
     """Milliseconds from one window to the next."""
     dropout: Fraction = 0.0
