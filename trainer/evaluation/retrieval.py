@@ -28,7 +28,7 @@ from gigabatch.trainer.runfolder import RunFolder
 
 RECALLS = (1, 5, 10)
 NAMES = {"i2t": "image to text", "t2i": "text to image"}
-SIGN = "_recall@10"
+TOLD = "_recall@10"
 
 
 def evaluate_retrieval(
@@ -83,7 +83,7 @@ def describe(name: str, metrics: Mapping[str, float]) -> str:
 
 def _ways(names: Iterable[str]) -> list[str]:
     """`i2t`, `t2i` or the like, of the names of figures or metrics."""
-    return [name.removesuffix(SIGN) for name in names if name.endswith(SIGN) and "2" in name]
+    return [name.removesuffix(TOLD) for name in names if name.endswith(TOLD) and "2" in name]
 
 
 def retrieval_summary(figures: dict[str, Tensor], candidates: int) -> dict[str, float]:

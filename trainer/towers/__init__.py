@@ -107,9 +107,8 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     of `run.seed`. Raises GigabatchError."""
     encoders, heads = {}, {}
     for name in config.modalities:
-        settings, where = config.tower(name), name
-        if name in config.towers.more:
-            where = f"more.{name}"
+        settings = config.tower(name)
+        where = f"more.{name}" if name in config.towers.more else name
         seed_everything(key(config.run.seed, "init", name))
         encoder = _encoder(settings, where, config, vocab_size)
         if settings.checkpoint_activations:
@@ -182,7 +181,7 @@ def _token_head(encoder: Any, name: str, outer: int, settings: Tower) -> nn.Sequ
     width = getattr(encoder, "token_width", None)
     if not isinstance(width, int):
         raise GigabatchError(
-            f"towers.{name}: the objective reads {name}.tokens, and {type(encoder).__name__} has "
+            f"objective.taps: {name}.tokens: the tower's {type(encoder).__name__} has "
             "no integer attribute `token_width`. Give it one, and let its forward, called with "
             "tokens=True, return (pooled [B, width], tokens [B, T, token_width])."
         )
