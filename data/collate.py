@@ -6,13 +6,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from gigabatch.data.audio import AudioSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields, Sample
 from gigabatch.data.tokenizer import encode
+from gigabatch.data.vectors import VectorSettings, VectorsSettings
 
 
 class Collate:
@@ -35,8 +38,8 @@ class Collate:
                 tensors[f"{name}_present"] = torch.tensor(here)
             if name == "text":
                 tensors |= self._text(rows)
-            elif name == "audio":
-                tensors |= self._audio(rows)
+            elif name in self.fields.more:
+                tensors |= _other(name, self.fields.more[name], rows)
             else:
                 tensors[name] = _stack([row.get(name) for row in rows], self._blank(name, rows))
         return tensors
@@ -70,12 +73,23 @@ class Collate:
             out["text_present"] = torch.tensor([caption != "" for caption in captions])
         return out
 
-    def _audio(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
-        assert self.fields.audio is not None
-        silence = torch.zeros(round(self.fields.audio.rate * self.fields.audio.seconds))
-        waves = [row["audio"][0] if "audio" in row else None for row in rows]
-        lengths = [row["audio"][1] if "audio" in row else 0 for row in rows]
-        return {"audio": _stack(waves, silence), "audio_length": torch.tensor(lengths)}
+
+def _other(
+    name: str, settings: AudioSettings | VectorSettings, rows: Sequence[Sample]
+) -> dict[str, Tensor]:
+    """Audio with `..._length`, vectors, several of them with `..._mask`."""
+    found = [row.get(name) for row in rows]
+    if isinstance(settings, AudioSettings):
+        lengths = torch.tensor([length for _, length in (each or (0, 0) for each in found)])
+        waves = [each and each[0] for each in found]
+        return {name: _stack(waves, torch.zeros(settings.samples)), f"{name}_length": lengths}
+    if not isinstance(settings, VectorsSettings):
+        return {name: _stack(found, torch.zeros(settings.size))}
+    blank = torch.zeros(settings.length, settings.size)
+    counts = torch.tensor([0 if each is None else len(each) for each in found])
+    padded = [None if e is None else F.pad(e, (0, 0, 0, len(blank) - len(e))) for e in found]
+    mask = torch.arange(settings.length) < counts.unsqueeze(1)
+    return {name: _stack(padded, blank), f"{name}_mask": _own(mask)}
 
 
 @lru_cache(maxsize=2)

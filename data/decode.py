@@ -80,7 +80,8 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 def decode_array(data: bytes, where: str) -> Tensor:
     """A .npy member, of numbers or truth values. (A pickled one is refused, never opened.)"""
     try:
-        return torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+        found = np.load(io.BytesIO(data), allow_pickle=False)
+        return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, MemoryError) as error:
         raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ from gigabatch.data.index import Index
 from gigabatch.data.reader import Damaged
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.sources import SOURCE, Sources, indexed_codes, renumber
+from gigabatch.data.vectors import NoVector, VectorSettings, read_vectors
 
 Sample = dict[str, Any]
 
@@ -32,14 +33,15 @@ Sample = dict[str, Any]
 class Fields:
     """What a stream yields of each sample.
 
-    `image`, `text`, `audio`: how that modality is read; None leaves it out. `arrays`: extensions
-    of .npy members to bring along, each of one shape. `columns`: fields of the json member, as
-    codes; `numbers`: as they are. `partial`: samples may lack a modality, which is then masked.
+    `image`, `text`: how that modality is read; None leaves it out. `more`: other modalities, by
+    names of the user's. `arrays`: extensions of .npy members to bring along, each of one shape.
+    `columns`: fields of the json member, as codes; `numbers`: as they are. `partial`: samples may
+    lack a modality, which is then masked.
     """
 
     image: ImageSettings | None = None
     text: CaptionSettings | None = None
-    audio: AudioSettings | None = None
+    more: Mapping[str, AudioSettings | VectorSettings] = field(default_factory=dict)
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
@@ -53,8 +55,10 @@ class Fields:
             named["image"] = IMAGE_MEMBERS
         if self.text is not None:
             named["text"] = (self.text.member,)
-        if self.audio is not None:
-            named["audio"] = AUDIO_MEMBERS
+        for name, settings in self.more.items():
+            named[name] = (
+                (settings.extension,) if isinstance(settings, VectorSettings) else AUDIO_MEMBERS
+            )
         return named
 
     def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
@@ -73,8 +77,9 @@ class Fields:
         return [*codes, *self.numbers]
 
     def decode(self, raw: Mapping[str, bytes | Damaged], where: str, stream: int | None) -> Sample:
-        """`image` uint8 [C, S, S], `text` (a string, or all captions), `audio` (float32 [T],
-        samples), the arrays. `stream` keys the choice of a caption; None takes the first.
+        """`image` uint8 [C, S, S], `text` (a string, or all captions), audio (float32 [T],
+        samples), vectors (see `read_vectors`), the arrays. `stream` keys the choice of a caption;
+        None takes the first.
 
         Raises BadSample for what cannot be used.
         """
@@ -88,7 +93,7 @@ class Fields:
                 raise BadSample(data.why)
             try:
                 out[name] = self._decode_one(name, data, where, stream)
-            except NoCaption:
+            except (NoCaption, NoVector):
                 if not self.partial:
                     raise
         return out
@@ -96,8 +101,6 @@ class Fields:
     def _decode_one(self, name: str, data: bytes, where: str, stream: int | None) -> Any:
         if name == "image" and self.image is not None:
             return decode_image(data, self.image, where)
-        if name == "audio" and self.audio is not None:
-            return decode_audio(data, self.audio, where)
         if name == "text" and self.text is not None:
             found = read_captions(data, self.text, where)
             if self.text.choose == "all":
@@ -105,6 +108,11 @@ class Fields:
             if self.text.choose == "random" and stream is not None:
                 return choose_caption(found, stream)
             return found[0]
+        match self.more.get(name):
+            case AudioSettings() as settings:
+                return decode_audio(data, settings, where)
+            case VectorSettings() as settings:
+                return read_vectors(data, settings, where)
         return decode_array(data, where)
 
     def codes(

@@ -44,7 +44,8 @@ class MicroBatch:
 
     `step`, `number`: its name in the run; with the run's seed they key all its randomness.
     `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L], of K
-    captions a sample [B * K, L]; `audio` float32 [B, T] with `audio_length` int64 [B]; arrays
+    captions a sample [B * K, L]; of the modalities in `more`, a vector float32 [B, size], vectors
+    [B, L, size] with `NAME_mask` bool [B, L], audio [B, T] with `NAME_length` int64 [B]; arrays
     [B, ...]; where modalities may be missing, `image_present` and so on, bool, a row of each;
     `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers float32.
     `keys`: the samples' names. `real`: false on padding, which is run through the towers for the
@@ -57,6 +58,7 @@ class MicroBatch:
     keys: tuple[str, ...]
     tensors: dict[str, Tensor] = field(repr=False)
     bad: tuple[Bad, ...] = ()
+    more: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
         moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
@@ -188,7 +190,8 @@ class Batches:
             keys = tuple(row["__key__"] for row in rows)
             bad = tuple(row["__bad__"] for row in rows if "__bad__" in row)
             tensors = self.collate(rows)
-            yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, bad)
+            more = tuple(self.collate.fields.more)
+            yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, bad, more)
 
 
 @dataclass(frozen=True)

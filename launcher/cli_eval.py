@@ -48,7 +48,7 @@ def evaluate(
     Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
 
     \b
-    retrieval       images and texts, both ways       positives= captions=
+    retrieval       images and texts, both ways       between= positives= captions=
     zero-shot       classes named by prompts          label= classes= templates=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
     probe           a linear classifier               label= train= tap= modality=

@@ -103,7 +103,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
     fields = Fields(
         image=ImageSettings() if set(IMAGE_MEMBERS) & set(index.members) else None,
         text=CaptionSettings() if "txt" in index.members else None,
-        audio=AudioSettings() if set(AUDIO_MEMBERS) & set(index.members) else None,
+        more={"audio": AudioSettings()} if set(AUDIO_MEMBERS) & set(index.members) else {},
         arrays=("npy",) if "npy" in index.members else (),
         partial=True,
     )

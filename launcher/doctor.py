@@ -24,8 +24,9 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import cache_home
 from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.remote.writes import check_writable
+from gigabatch.data.vectors import VectorSettings
 from gigabatch.launcher.cluster import in_ray_job
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, what_is_read
 
 FILES = 4096
 """Open files that a rank may come to: its shards, and its loaders' pipes and shared memory."""
@@ -160,15 +161,30 @@ def _shared_memory(config: Config | None) -> Finding:
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     need = 64 << 20
     if config is not None:
-        data, image = config.data, config.data.image
-        sample = image.channels * image.size**2 + 16 * data.text.length * data.captions.most
+        data = config.data
         held = data.workers * (data.prefetch + 2) * _ranks_here(config)
-        need = held * config.batch.micro_size * sample
+        need = held * config.batch.micro_size * _sample_bytes(config)
     what = f"{free / 2**20:,.0f} MiB of /dev/shm free, a run here takes about {need / 2**20:,.0f}"
     if free < need:  # the rest is for what is asked for and never filled
         remedy = "Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch"
         return Finding("shared memory", "fault" if free < need / 2 else "warning", what, remedy)
     return Finding("shared memory", "ok", what)
+
+
+def _sample_bytes(config: Config) -> int:
+    """Of the tensors of one sample, at most."""
+    data, image = config.data, config.data.image
+    sizes = {
+        "image": image.channels * image.size**2,
+        "text": 16 * data.text.length * data.captions.most,
+    }
+    for name, tower in config.towers.more.items():
+        read = what_is_read(tower)
+        if isinstance(read, VectorSettings):
+            sizes[name] = 4 * read.size * getattr(read, "length", 1)
+        else:
+            sizes[name] = 4 * read.samples
+    return sum(sizes[name] for name in config.modalities)
 
 
 def _open_files() -> Finding:

@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, ModuleTower
+from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -34,10 +34,10 @@ def check_user_code(config: Config, shipped: Sequence[Path]) -> None:
 
 def named_code(config: Config) -> Iterator[tuple[str, str]]:
     """(key, `package.mod:name`) of all code of the user's that the config names."""
-    for modality in ("image", "text"):
-        tower = getattr(config.towers, modality)
-        if isinstance(tower, ModuleTower):
-            yield f"towers.{modality}.module", tower.module
+    more = {f"more.{name}": tower for name, tower in config.towers.more.items()}
+    for name, tower in {"image": config.towers.image, "text": config.towers.text, **more}.items():
+        if isinstance(tower, ModuleTower | OtherModuleTower):
+            yield f"towers.{name}.module", tower.module
     for stage in config.data.stages:
         yield "data.stages", stage
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import webdataset as wds
 from PIL import Image
 
@@ -84,6 +85,46 @@ def write_rich(folder: Path, count: int, seed: int) -> None:
                     png = BytesIO()
                     Image.fromarray(pixels).save(png, "png")
                     sample["png"] = png.getvalue()
+                writer.write(sample)
+
+
+def write_modalities(
+    folder: Path, count: int, seed: int, *, images: bool = True, lacking: bool = False
+) -> None:
+    """Samples of twenty concepts as text, as six numbers (npy), as a path of one to five points
+    (json), as a tone (wav), and as images; `lacking`: some have no text,
+    no numbers, no path, no tone or no image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(seed)
+    for shard, first in enumerate(range(0, count, 40)):
+        with wds.TarWriter(str(folder / f"{folder.name}-{shard:03d}.tar"), mtime=0) as writer:
+            for number in range(first, min(first + 40, count)):
+                concept = number % 20
+                own = np.random.default_rng(concept)
+                numbers, points = own.normal(0, 1, 6), own.normal(0, 1, (5, 2))
+                png, wav = BytesIO(), BytesIO()
+                shade = own.integers(0, 256, 3) * np.ones((SIDE, SIDE, 1))
+                Image.fromarray(shade.astype(np.uint8)).save(png, "png")
+                tone = np.sin(np.arange(800) * (0.1 + 0.1 * concept)) * random.uniform(0.2, 0.9)
+                soundfile.write(wav, tone[: random.integers(300, 800)], 8000, format="WAV")
+                path = points[: random.integers(1, 6)].tolist()
+                told = {
+                    "concept": concept,
+                    "path": path,
+                    "age": 20 + 3 * concept,
+                    "old": bool(concept % 2),
+                }
+                sample: dict[str, Any] = {
+                    "__key__": f"m{number:05d}", "json": told, "wav": wav.getvalue(),
+                    "npy": numbers + random.normal(0, 0.1, 6), "txt": f"this is thing {concept}",
+                }  # fmt: skip
+                if images:
+                    sample["png"] = png.getvalue()
+                for kind, every in {"npy": 4, "txt": 5, "wav": 6, "png": 7}.items():
+                    if lacking and number % every == 1:
+                        sample.pop(kind, None)
+                if lacking and number % 3 == 2:
+                    told["path"] = None
                 writer.write(sample)
 
 

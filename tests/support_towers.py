@@ -38,6 +38,22 @@ class Tokens(nn.Module):
         return (self.embedding(tokens) * mask.unsqueeze(-1)).sum(1)
 
 
+class Sensed(nn.Module):
+    """Of whatever else a tower reads: its size, its numbers and what it is called with beside."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        self.linear = nn.Linear(4, width)
+
+    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        flat = x.flatten(1)
+        real = flat.new_zeros(len(flat)) if beside is None else beside.reshape(len(x), -1).sum(1)
+        size = torch.full_like(real, flat.shape[1])
+        told = [flat.mean(1), flat.square().mean(1), size, real]
+        return self.linear(torch.stack([torch.tanh(each / 1000) for each in told], 1))
+
+
 class Broken(Pixels):
     """Its output is never finite."""
 

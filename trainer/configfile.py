@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,9 @@ from pydantic import BaseModel, ValidationError
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import is_remote
 from gigabatch.trainer.config import Config, HuggingFaceTower
+
+ANY = "NAME"
+"""Stands in known keys where the user chooses a name."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -129,9 +133,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
     known = set(known_keys(Config))
-    sections = {key.rpartition(".")[0] for key in known}
+    sections = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
     free = [key for key in known if key.endswith((".config", ".args", ".env"))]
-    for key, _ in leaves(tree):
+    for given, _ in leaves(tree):
+        key = re.sub(r"^(towers\.more)\.[^.]+", rf"\1.{ANY}", given)
         inside = any(key == f or key.startswith(f"{f}.") for f in free)
         if key in known or key in sections or inside:
             continue
@@ -139,15 +144,17 @@ def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
         last = key.rpartition(".")[2]
         close = close or [k for k in sorted(known) if k.rpartition(".")[2] == last][:1]
         hint = f" Did you mean {close[0]}?" if close else " `gigabatch config` prints all keys."
-        raise GigabatchError(f"{where}: unknown key {key}.{hint}")
+        raise GigabatchError(f"{where}: unknown key {given}.{hint}")
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a model accepts, over all kinds of tower."""
+    """Every dotted key that a model accepts, over all kinds of tower; ANY for a name of the
+    user's."""
     for name, info in model.model_fields.items():
         models = list(_models_in(info.annotation))
+        own = f"{ANY}." if get_origin(info.annotation) is dict else ""
         for inner in models:
-            yield from known_keys(inner, f"{prefix}{name}.")
+            yield from known_keys(inner, f"{prefix}{name}.{own}")
         if not models:
             yield f"{prefix}{name}"
 
@@ -165,7 +172,10 @@ def _explain(error: ValidationError, where: str) -> str:
         path = list(item["loc"])
         # pydantic puts the kind of a tower, and the name of an objective, there
         if path[:1] == ["towers"]:
-            del path[2:3]
+            at = 3 if path[1:2] == ["more"] else 2
+            del path[at : at + 1]
+            if path[3:4] == ["reads"]:
+                del path[4:5]
         if path[:1] == ["objective"]:
             del path[1:2]
             if path[1:2] == ["terms"]:

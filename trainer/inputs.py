@@ -27,7 +27,7 @@ from gigabatch.data.remote.places import is_remote
 from gigabatch.data.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, what_is_read
 
 log = logging.getLogger(__name__)
 BPE_CAPTIONS = 1_000_000  # at most this many captions train a tokeniser
@@ -124,10 +124,11 @@ def _place(config: Config, path: str) -> str:
 
 def fields_of(config: Config, columns: Sequence[str] = (), numbers: Sequence[str] = ()) -> Fields:
     """What a stream of this run yields."""
-    data = config.data
+    data, read = config.data, config.modalities
     return Fields(
-        image=data.image,
-        text=data.captions,
+        image=data.image if "image" in read else None,
+        text=data.captions if "text" in read else None,
+        more={name: what_is_read(tower) for name, tower in config.towers.more.items()},
         columns=tuple(columns),
         numbers=tuple(numbers),
         partial=data.missing == "mask",
@@ -136,8 +137,9 @@ def fields_of(config: Config, columns: Sequence[str] = (), numbers: Sequence[str
 
 def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
     """What an evaluation reads: whole pairs, the first caption of each."""
-    first = config.data.captions.model_copy(update={"choose": "first"})
-    return replace(fields_of(config, columns), text=first, partial=False)
+    whole = fields_of(config, columns)
+    first = whole.text and whole.text.model_copy(update={"choose": "first"})
+    return replace(whole, text=first, partial=False)
 
 
 def cache_of(config: Config) -> ShardCache:
@@ -181,6 +183,8 @@ def train_stream(
 def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     """The tokeniser that `data.text` asks for (a byte-pair one is trained on the captions), or
     that of the run whose text tower this one begins with: its weights know no other."""
+    if "text" not in config.modalities:
+        return train_bpe([], config.data.text)  # of bytes alone: a run's folder always has one
     if config.train.init_from and any(p.startswith("text") for p in config.train.init_parts):
         return _initial_tokenizer(config.train.init_from, config.data.text.length)
     if config.data.text.tokenizer != "bpe":

@@ -78,7 +78,8 @@ class ExactStep:
         with torch.set_grad_enabled(one_pass):
             outputs = [self._views(micro, "embed") for micro in batch]
         rows = self._rows(outputs, batch)
-        meta = _join([micro.tensors for micro in batch], batch, drop=("image", "text"))
+        read = ("image", "text", *batch[0].more)
+        meta = _join([micro.tensors for micro in batch], batch, drop=read)
         numbers = meta["sample"]
         meta |= self.state.read(numbers)
 
@@ -203,7 +204,7 @@ def tower_inputs(
     micro: MicroBatch, data: DataSettings, stream: int | None
 ) -> dict[str, tuple[Tensor, ...]]:
     """The towers' arguments from a micro-batch, of the modalities that it has: images augmented
-    (with a key) and normalised."""
+    (with a key) and normalised, others with their lengths or masks."""
     inputs: dict[str, tuple[Tensor, ...]] = {}
     if "image" in micro.tensors:
         images = micro.tensors["image"]
@@ -214,6 +215,10 @@ def tower_inputs(
         inputs["image"] = ((pixels - data.image.mean) / data.image.std,)
     if "text" in micro.tensors:
         inputs["text"] = (micro.tensors["text"], micro.tensors["text_mask"])
+    for name in micro.more:
+        beside = (f"{name}_length", f"{name}_mask")
+        found = [micro.tensors[key] for key in (name, *beside) if key in micro.tensors]
+        inputs[name] = tuple(found)
     return inputs
 
 

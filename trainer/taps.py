@@ -5,6 +5,7 @@ image.encoder      before the head
 text.tokens        a vector of each token, through a head of its own
 image@1            of a second augmented view (text: with other dropout)
 teacher.image      of the momentum tower
+sensor             of a tower of `towers.more`; `sensor.encoder` and so on alike
 """
 
 from __future__ import annotations

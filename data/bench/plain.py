@@ -36,7 +36,7 @@ def unable(setup: Setup) -> str:
     fields = setup.fields
     if setup.remote:
         return "its remote shards need a shell command"
-    if fields.audio is not None or fields.arrays or fields.partial:
+    if fields.more or fields.arrays or fields.partial:
         return "it is put together for images and captions that every sample has"
     if fields.text is not None and fields.text.choose == "all":
         return "it is put together for one caption a sample"

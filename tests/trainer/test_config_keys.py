@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import soundfile
 import torch
+import webdataset as wds
+from PIL import Image
 from support import TINY, spoil
 
 from gigabatch.data.captions import read_captions
@@ -57,6 +62,56 @@ PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
 PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
+
+
+def other(tower: str, tap: str = "image") -> list[str]:
+    """Settings of a run that also has the tower `sensor`."""
+    return [f"towers.more={{sensor: {tower}}}", f"objective={{taps: [{tap}, sensor]}}"]
+
+
+VECTOR = other("{kind: vector, size: 1, fields: [concept], width: 8, layers: 1}")
+SET = other("{kind: set, size: 2, length: 2, fields: [pair], width: 8, heads: 2}")
+SOUND = other("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], depths: [1]}")
+OWN = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
+OWN_VECTOR = other(OWN % "{kind: vector, size: 1, fields: [concept]}")
+OWN_SET = other(OWN % "{kind: set, size: 2, length: 2, fields: [pair]}")
+OWN_SOUND = other(OWN % "{kind: audio, rate: 2000, seconds: 0.1}")
+# Of the keys of a tower in `towers.more`: as below. `others`: seen on samples that have a tone
+# and pairs of numbers too.
+MORE: dict[str, tuple[str, str, list[str]]] = {
+    "kind": ("set", "towers", VECTOR),
+    "width": ("16", "towers", VECTOR),
+    "layers": ("2", "towers", VECTOR),
+    "heads": ("4", "others", SET),
+    "pool": ("attention", "others", SET),
+    "dropout": ("0.5", "towers", VECTOR),
+    "mean": ("5.0", "towers", VECTOR),
+    "std": ("7.0", "towers", VECTOR),
+    "size": ("2", "towers", VECTOR),
+    "length": ("1", "others", SET),
+    "member": ("npz", "towers", other("{kind: vector, size: 1}")),
+    "fields": ("[colour]", "towers", VECTOR),
+    "rate": ("4000", "others", SOUND),
+    "seconds": ("0.05", "others", SOUND),
+    "mels": ("8", "others", SOUND),
+    "window_ms": ("40.0", "others", SOUND),
+    "hop_ms": ("20.0", "others", SOUND),
+    "widths": ("[8]", "others", SOUND),
+    "depths": ("[2]", "others", SOUND),
+    "freeze": ("true", "towers", VECTOR),
+    "checkpoint_activations": ("true", "saved", VECTOR),
+    "head.layers": ("2", "towers", VECTOR),
+    "head.hidden": ("7", "towers", [*VECTOR, "towers.more.sensor.head.layers=2"]),
+    "module": ("torch.nn:Linear", "towers", OWN_VECTOR),
+    "args": ("{width: 3}", "towers", OWN_VECTOR),
+    "reads.kind": ("sequence", "towers", OWN_VECTOR),
+    "reads.size": ("2", "towers", OWN_VECTOR),
+    "reads.fields": ("[colour]", "towers", OWN_VECTOR),
+    "reads.member": ("npz", "towers", other(OWN % "{kind: vector, size: 1}")),
+    "reads.length": ("1", "others", OWN_SET),
+    "reads.rate": ("4000", "others", OWN_SOUND),
+    "reads.seconds": ("0.05", "others", OWN_SOUND),
+}
 
 # key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
 KEYS: dict[str, tuple[str, str, list[str]]] = {
@@ -136,6 +191,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         "{width: 6}", "towers",
         ["towers.text={kind: module, module: 'support_towers:Tokens'}"],
     ),
+    **{f"towers.more.NAME.{name}": row for name, row in MORE.items()},
     "objective.name": ("siglip", "objective", []),
     "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
     "objective.within": ("colour", "objective", []),
@@ -289,7 +345,8 @@ def test_key_of_the_launcher_has_an_effect(
 def assert_effect(key: str, shards: Path, tmp_path: Path) -> None:
     override, probe, both = KEYS[key]
     before = observe(probe, both, shards, tmp_path / "before")
-    whole = override if override.startswith("data.") else f"{key}={override}"
+    own = key.replace("NAME", "sensor")
+    whole = override if override.startswith("data.") else f"{own}={override}"
     after = observe(probe, [*both, whole], shards, tmp_path / "after")
     assert after != before
 
@@ -353,6 +410,25 @@ def see_towers(config: Config, folder: Path) -> Any:
     towers, outputs = embed(config, folder)
     trained = [name for name, p in towers.named_parameters() if p.requires_grad]
     return [trained, digest(*towers.state_dict().values()), digest(*outputs.values())]
+
+
+def see_others(config: Config, folder: Path) -> Any:
+    """The towers, on samples with a tone and pairs of numbers."""
+    write_others(folder / "train")
+    data = config.data.model_copy(update={"root": str(folder)})
+    return see_towers(config.model_copy(update={"data": data}), folder)
+
+
+def write_others(folder: Path) -> None:
+    folder.mkdir()
+    tone, png = BytesIO(), BytesIO()
+    soundfile.write(tone, np.sin(np.arange(250) ** 1.2), 2000, format="WAV")
+    Image.new("RGB", (16, 16), "teal").save(png, "png")
+    with wds.TarWriter(str(folder / "a.tar"), mtime=0) as writer:
+        for number in range(8):
+            pairs = {"pair": [[0.1, number], [0.5, -1], [2, 2]]}
+            sample = {"json": pairs, "wav": tone.getvalue(), "png": png.getvalue()}
+            writer.write({"__key__": f"o{number}", **sample})
 
 
 def see_saved(config: Config, folder: Path) -> Any:
@@ -570,6 +646,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "inputs": see_inputs,
     "loaders": see_loaders,
     "towers": see_towers,
+    "others": see_others,
     "saved": see_saved,
     "objective": see_objective,
     "kept": see_kept,

@@ -10,6 +10,13 @@ from pydantic import model_validator
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
+from gigabatch.trainer.config.more import (
+    AudioTower,
+    OtherModuleTower,
+    VectorsTower,
+    VectorTower,
+    what_is_read,
+)
 from gigabatch.trainer.config.objective import (
     AnyObjective,
     BarlowSettings,
@@ -33,6 +40,7 @@ from gigabatch.trainer.config.objective import (
     singles,
     taps_of,
 )
+from gigabatch.trainer.config.tower import Tower
 from gigabatch.trainer.config.towers import (
     ConvTower,
     HuggingFaceTower,
@@ -51,6 +59,7 @@ from gigabatch.trainer.config.training import (
 from gigabatch.trainer.taps import parse_tap
 
 __all__ = [
+    "AudioTower",
     "BYOLSettings",
     "BarlowSettings",
     "BatchSettings",
@@ -70,6 +79,7 @@ __all__ = [
     "NoisySettings",
     "ObjectiveSettings",
     "OptimizerSettings",
+    "OtherModuleTower",
     "QueueSettings",
     "RunSettings",
     "ScaledSettings",
@@ -83,10 +93,13 @@ __all__ = [
     "TextTower",
     "TowersSettings",
     "TrainSettings",
+    "VectorTower",
+    "VectorsTower",
     "columns_of",
     "positives_of",
     "singles",
     "taps_of",
+    "what_is_read",
 ]  # fmt: skip
 
 
@@ -117,12 +130,27 @@ class Config(Settings):
             )
         for objective in singles(self.objective):
             self._refuse_misfit(objective)
+        self._refuse_idle()
         self._refuse_unmeasured()
         return self
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Those that the objective reads: of image and text, then of `towers.more`. No other is
+        read of the samples or has a tower."""
+        read = {parse_tap(tap).modality for tap in taps_of(self.objective)}
+        return tuple(name for name in ("image", "text", *self.towers.more) if name in read)
+
+    def tower(self, modality: str) -> Tower:
+        """The description of a modality's tower."""
+        if modality in self.towers.more:
+            return self.towers.more[modality]
+        found: Tower = getattr(self.towers, modality)
+        return found
+
     def _refuse_misfit(self, objective: Single) -> None:
         """What an objective cannot do with this data and these towers."""
-        modalities = set(type(self.towers).model_fields) - {"width"}
+        modalities = {"image", "text", *self.towers.more}
         for tap in map(parse_tap, objective.taps):
             if tap.modality not in modalities:
                 raise ValueError(
@@ -155,11 +183,35 @@ class Config(Settings):
                 "data.captions.choose=all nor data.missing=mask"
             )
 
+    def _refuse_idle(self) -> None:
+        """Towers that no objective reads, and names that stand for two things."""
+        for name in self.towers.more:
+            if name not in self.modalities:
+                raise ValueError(
+                    f"towers.more.{name}: the objective does not read it; name it in "
+                    "objective.taps, or leave it out"
+                )
+            if name in (*columns_of(self.objective), self.data.group):
+                raise ValueError(
+                    f"towers.more.{name} is also a field that the objective reads; rename the tower"
+                )
+        for part in self.train.init_parts if self.train.init_from else ():
+            if part.partition(".")[0] not in self.modalities:
+                raise ValueError(
+                    f"train.init_parts: {part}: the run has no such tower; it has "
+                    f"{', '.join(self.modalities)}"
+                )
+
     def _refuse_unmeasured(self) -> None:
         best, sets = self.checkpoint.best, [Path(name).name for name in self.eval.sets]
         if best is None:
             return
         _, measured, metric = best.split("/")
+        if len(self.modalities) < 2:
+            raise ValueError(
+                f"checkpoint.best: {best} is never measured: retrieval takes two modalities, and "
+                f"the objective reads {self.modalities[0]} alone"
+            )
         if measured not in sets or not self.eval.every_steps:
             raise ValueError(
                 f"checkpoint.best: {best} is never measured while training; name one of eval.sets "

@@ -56,8 +56,8 @@ class DataSettings(Settings):
     cache_gib: float = Field(64.0, gt=0)
     """Room for copies of remote shards on each node, in $GIGABATCH_CACHE."""
     missing: Literal["error", "mask"] = "error"
-    """Samples without an image or a caption: refused, or kept, and left out of the loss where
-    they have nothing to compare."""
+    """Samples without an image, a caption, or what a tower of `towers.more` reads: refused, or
+    kept, and left out of the loss where they have nothing to compare."""
     max_damaged: float = Field(0.001, ge=0, le=1)
     """Share of a source's samples that may be damaged (each is replaced and recorded) before the
     run stops."""

@@ -6,43 +6,23 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
+from torch.nn import ModuleDict
 
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.fields import Amount, Count, Fraction
+from gigabatch.trainer.config.more import OtherTower
+from gigabatch.trainer.config.tower import OwnModule, Stages, Tower
+
+ModalityName = Annotated[str, Field(pattern=r"^[a-z]+$")]
+TAKEN = {"image", "text", "sample", "teacher", *filter(str.isalpha, dir(ModuleDict()))}
+"""Names that stand for something else in a micro-batch, a tap, or a dict of modules."""
 
 
-class HeadSettings(Settings):
-    layers: Count = 1
-    """1: a linear map. More: that many linear layers with GELU between them."""
-    hidden: Count = 512
-    """Width between the layers."""
-
-
-class Tower(Settings):
-    head: HeadSettings = HeadSettings()
-    freeze: bool = False
-    """Keep the encoder as it is; the head still trains."""
-    checkpoint_activations: bool = False
-    """Recompute the encoder's activations in the backward pass: less memory, more time."""
-
-
-class ConvTower(Tower):
+class ConvTower(Tower, Stages):
     kind: Literal["conv"] = "conv"
     """A small residual convolutional encoder that trains well on a CPU."""
-    widths: tuple[Count, ...] = Field((32, 64, 128), min_length=1)
-    """Channels of each stage; each stage halves the side."""
-    depths: tuple[Amount, ...] = (1, 1, 2)
-    """Residual blocks of each stage."""
     dropout: Fraction = 0.0
     """Of the pooled features, while training."""
-
-    @model_validator(mode="after")
-    def _stages_match(self) -> Self:
-        if len(self.widths) != len(self.depths):
-            raise ValueError(
-                f"{len(self.widths)} widths and {len(self.depths)} depths; give as many"
-            )
-        return self
 
 
 class TextTower(Tower):
@@ -72,13 +52,9 @@ class HuggingFaceTower(Tower):
         return self
 
 
-class ModuleTower(Tower):
+class ModuleTower(Tower, OwnModule):
     kind: Literal["module"]
     """Your own `nn.Module`: called with images, or tokens and mask; returns [B, self.width]."""
-    module: str = Field(pattern=r"^[\w.]+:\w+$")
-    """`package.mod:Class`."""
-    args: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of its constructor."""
 
 
 _ANY = HuggingFaceTower | ModuleTower
@@ -89,6 +65,8 @@ class TowersSettings(Settings):
     """D: width of the shared space."""
     image: Annotated[ConvTower | _ANY, Field(discriminator="kind")] = ConvTower()
     text: Annotated[TextTower | _ANY, Field(discriminator="kind")] = TextTower()
+    more: dict[ModalityName, OtherTower] = Field(default_factory=dict)
+    """Towers of further modalities, by names of your own, which are their taps' names."""
 
     @model_validator(mode="before")
     @classmethod
@@ -96,5 +74,12 @@ class TowersSettings(Settings):
         if not isinstance(values, Mapping):
             return values
         return {
-            k: {"kind": "conv", **v} if isinstance(v, Mapping) else v for k, v in values.items()
+            k: {"kind": "conv", **v} if isinstance(v, Mapping) and k != "more" else v
+            for k, v in values.items()
         }
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> Self:
+        if taken := sorted(TAKEN & set(self.more)):
+            raise ValueError(f"towers.more: {taken[0]!r} has a meaning already; take another name")
+        return self

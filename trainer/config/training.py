@@ -12,7 +12,7 @@ from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.fields import ONE_OR_MORE, Amount, Count, Fraction
 
-Part = Literal["image", "text", "image.encoder", "text.encoder"]
+Part = Annotated[str, Field(pattern=r"^[a-z]+(\.encoder)?$")]
 
 
 class TrainSettings(Settings):
@@ -105,7 +105,8 @@ class MonitorSettings(Settings):
 
 class EvalSettings(Settings):
     sets: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
-    """Folders of shards, inside `data.root` or by path; retrieval is measured on each."""
+    """Folders of shards, inside `data.root` or by path; retrieval is measured on each, between the
+    first two modalities that the objective reads, of image, text and `towers.more`."""
     every_steps: Amount = 0
     """0: only after the last step."""
 

@@ -30,6 +30,13 @@ def evaluate_sets(
     `checkpoint.best` names none of the metrics.
     """
     found: dict[str, float] = {}
+    if config.eval.sets and len(config.modalities) < 2:
+        log.warning(
+            "eval.sets: not measured: retrieval takes two modalities, and the objective reads %s "
+            "alone. Use `gigabatch eval --task knn` or probe.",
+            config.modalities[0],
+        )
+        return found
     for name in config.eval.sets:
         index = open_eval(config, name)
         positives = positives_of(config.objective)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.captions import CaptionSettings
+from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields
 from gigabatch.data.index import Index
 from gigabatch.data.plans import EvalPlans
@@ -40,22 +41,37 @@ class Embedded:
 
 @dataclass(frozen=True)
 class Reading:
-    """What is read of each sample: `modalities`, of image and text; `columns` of its json;
-    `captions`: where the text is, if not where the run has it."""
+    """What is read of each sample: `modalities`, of the run's; `columns` of its json; `captions`:
+    where the text is, if not where the run has it."""
 
     modalities: Sequence[str] = ("image", "text")
     columns: Sequence[str] = ()
     captions: CaptionSettings | None = None
 
     def fields(self, config: Config) -> Fields:
-        """Whole samples, the first caption of each."""
+        """Whole samples, the first caption of each. Raises GigabatchError for a modality that the
+        run has not."""
+        require_towers(config, self.modalities)
         whole = eval_fields(config, list(dict.fromkeys(self.columns)))
         image, text = whole.image, self.captions or whole.text
         return replace(
             whole,
             image=image if "image" in self.modalities else None,
             text=text if "text" in self.modalities else None,
+            more={name: read for name, read in whole.more.items() if name in self.modalities},
         )
+
+
+def require_towers(config: Config, modalities: Sequence[str]) -> None:
+    """Raises GigabatchError for a modality that the run has not."""
+    for name in modalities:
+        if name not in config.modalities:
+            raise GigabatchError(
+                f"the run has no tower {name!r}: its objective reads "
+                f"{', '.join(config.modalities)}. `gigabatch eval` measures retrieval between two "
+                "of those (--task retrieval between=[A,B]), or one (--task knn or probe, "
+                "modality=A)."
+            )
 
 
 @torch.no_grad()
@@ -124,6 +140,7 @@ def embed_texts(
     embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
 ) -> Tensor:
     """This rank's rows [n, D] of texts, which every rank has: a run of them, in their order."""
+    require_towers(config, ["text"])
     tokenizer = load_tokenizer(run.tokenizer)
     rows = []
     for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):

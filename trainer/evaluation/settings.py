@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
@@ -18,8 +18,11 @@ Texts = Annotated[tuple[str, ...], OneOrMore]
 
 
 class Retrieval(Settings):
-    """Image-text retrieval, both ways."""
+    """Retrieval between image and text, or two other modalities, both ways."""
 
+    between: tuple[str, str] | None = None
+    """Two of the run's modalities, [audio, text]. Unset: the run's first two, of image, text and
+    `towers.more`."""
     positives: str | None = None
     """The json field that right answers share; `none` for pairs alone. Unset: the run's."""
     captions: str | None = None
@@ -45,7 +48,8 @@ class Neighbours(Settings):
     """The json field that holds the class."""
     train: str | None = None
     """The set whose labels are known; the set itself leaves each sample out. Unset: the run's."""
-    modality: Literal["image", "text"] = "image"
+    modality: str = "image"
+    """image, text, or one of `towers.more`."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
     k: int = Field(200, ge=1)
@@ -60,7 +64,8 @@ class Probe(Settings):
     """The json field that holds the class."""
     train: str | None = None
     """The set that it is fitted on. Unset: the run's."""
-    modality: Literal["image", "text"] = "image"
+    modality: str = "image"
+    """image, text, or one of `towers.more`."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
 

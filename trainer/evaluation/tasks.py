@@ -125,7 +125,13 @@ def _numbers(subject: Subject, found: Embedded) -> Tensor:
 def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
     positives = _positives(subject, wanted.positives)
     captions = caption_settings(subject.config, wanted.captions) if wanted.captions else None
-    reading = Reading(columns=[positives] if positives else [], captions=captions)
+    between = wanted.between or subject.config.modalities[:2]
+    if len(set(between)) < 2:
+        raise GigabatchError(
+            f"retrieval: it takes two modalities, and got {', '.join(between)} alone; measure one "
+            "by knn or probe."
+        )
+    reading = Reading(between, [positives] if positives else [], captions)
     found = subject.embed(reading)
     figures = retrieval_figures(found, positives, subject.world)
     count = len(subject.index)

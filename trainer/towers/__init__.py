@@ -17,18 +17,23 @@ from torch.utils.checkpoint import checkpoint
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.keyed import key
 from gigabatch.trainer.config import Config, taps_of
+from gigabatch.trainer.config.more import (
+    AudioTower,
+    OtherModuleTower,
+    VectorsTower,
+    VectorTower,
+)
+from gigabatch.trainer.config.tower import HeadSettings, Tower
 from gigabatch.trainer.config.towers import (
     ConvTower,
-    HeadSettings,
     HuggingFaceTower,
     ModuleTower,
     TextTower,
-    Tower,
 )
+from gigabatch.trainer.towers.audio import AudioEncoder, LogMel
 from gigabatch.trainer.towers.foreign import huggingface_encoder, module_encoder
 from gigabatch.trainer.towers.small import ConvEncoder, TokenEncoder
-
-MODALITIES = ("image", "text")
+from gigabatch.trainer.towers.vectors import VectorEncoder, VectorsEncoder
 
 
 class Towers(nn.Module):
@@ -98,18 +103,20 @@ def seed_everything(seed: int) -> None:
 
 
 def build_towers(config: Config, vocab_size: int) -> Towers:
-    """The towers with their initial weights, a function of `run.seed`. Raises GigabatchError."""
+    """The towers of the modalities that the objective reads, with their initial weights, a function
+    of `run.seed`. Raises GigabatchError."""
     encoders, heads = {}, {}
-    for name in MODALITIES:
-        settings: Tower = getattr(config.towers, name)
+    for name in config.modalities:
+        settings = config.tower(name)
+        where = f"more.{name}" if name in config.towers.more else name
         seed_everything(key(config.run.seed, "init", name))
-        encoder = _encoder(settings, name, config, vocab_size)
+        encoder = _encoder(settings, where, config, vocab_size)
         if settings.checkpoint_activations:
-            _checkpoint_activations(encoder, name)
+            _checkpoint_activations(encoder, where)
         if settings.freeze:
             encoder.requires_grad_(False)
             encoder.frozen = True
-        _refuse_unsound(encoder, name)
+        _refuse_unsound(encoder, where)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
         if f"{name}.tokens" in {tap.partition("@")[0] for tap in taps_of(config.objective)}:
@@ -131,8 +138,28 @@ def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> Any
             )
         case HuggingFaceTower():
             return huggingface_encoder(settings, name, config.data, vocab_size)
-        case ModuleTower():
-            return module_encoder(settings, name)
+        case ModuleTower() | OtherModuleTower():
+            return module_encoder(settings, f"towers.{name}.module")
+        case AudioTower():
+            window, hop = (
+                max(2, round(settings.rate * ms / 1000))
+                for ms in (settings.window_ms, settings.hop_ms)
+            )
+            spectrum = LogMel(settings.rate, window, hop, settings.mels)
+            return AudioEncoder(
+                spectrum, settings.mels, settings.widths, settings.depths, settings.dropout
+            )
+        case VectorTower():
+            return VectorEncoder(
+                settings.size, settings.width, settings.layers, settings.dropout,
+                settings.mean, settings.std,
+            )  # fmt: skip
+        case VectorsTower():
+            return VectorsEncoder(
+                settings.size, settings.length, settings.width, settings.layers, settings.heads,
+                settings.kind == "sequence", settings.pool == "attention", settings.dropout,
+                settings.mean, settings.std,
+            )  # fmt: skip
     raise AssertionError(f"no encoder for {settings!r}")
 
 
@@ -154,7 +181,7 @@ def _token_head(encoder: Any, name: str, outer: int, settings: Tower) -> nn.Sequ
     width = getattr(encoder, "token_width", None)
     if not isinstance(width, int):
         raise GigabatchError(
-            f"towers.{name}: the objective reads {name}.tokens, and {type(encoder).__name__} has "
+            f"objective.taps: {name}.tokens: the tower's {type(encoder).__name__} has "
             "no integer attribute `token_width`. Give it one, and let its forward, called with "
             "tokens=True, return (pooled [B, width], tokens [B, T, token_width])."
         )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import DataSettings, HuggingFaceTower, ModuleTower
+from gigabatch.trainer.config import DataSettings, HuggingFaceTower
+from gigabatch.trainer.config.tower import OwnModule
 
 
 class HuggingFaceEncoder(nn.Module):
@@ -101,9 +102,8 @@ def _refuse_misfit(where: str, model: Any, data: DataSettings, vocab_size: int) 
             raise GigabatchError(f"{where}: its {name} is {own}, but {what} {ours}; {remedy}.")
 
 
-def module_encoder(settings: ModuleTower, modality: str) -> nn.Module:
-    """Import `package.mod:Class` and call it with `args`."""
-    where = f"towers.{modality}.module"
+def module_encoder(settings: OwnModule, where: str) -> nn.Module:
+    """Import `package.mod:Class` and call it with `args`. `where`: the key that names it."""
     module_name, _, class_name = settings.module.partition(":")
     try:
         made: Any = getattr(importlib.import_module(module_name), class_name)(**settings.args)

@@ -24,11 +24,7 @@ class ConvEncoder(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.stem = nn.Conv2d(channels, widths[0], 3, stride=2, padding=1)
-        self.blocks = nn.ModuleList()
-        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
-            if stage:
-                self.blocks.append(_Shrink(widths[stage - 1], width))
-            self.blocks.extend(_Residual(width) for _ in range(depth))
+        self.blocks = residual_stages(widths, depths)
         self.norm = nn.GroupNorm(1, widths[-1])
         self.dropout = nn.Dropout(dropout)
         side = size
@@ -45,6 +41,16 @@ class ConvEncoder(nn.Module):
         x = F.relu(self.norm(x))
         pooled = self.dropout(x.flatten(1))
         return (pooled, x.flatten(2).mT) if tokens else pooled
+
+
+def residual_stages(widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.ModuleList:
+    """The residual blocks of each stage, and between two stages what halves the sides."""
+    blocks = nn.ModuleList()
+    for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+        if stage:
+            blocks.append(_Shrink(widths[stage - 1], width))
+        blocks.extend(_Residual(width) for _ in range(depth))
+    return blocks
 
 
 class _Residual(nn.Module):

@@ -1,0 +1,70 @@
+"""On torchrun ranks: the gradients of one exact step of any modalities, beside those of one graph
+over the same micro-batches. Prints JSON on rank 0."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from step_probe import ListeningEngine, batch, worst
+from torch import Tensor
+
+from gigabatch.data.keyed import key
+from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.step import ExactStep, tower_inputs
+from gigabatch.trainer.taps import in_view, plain_of, views_of
+from gigabatch.trainer.towers import build_towers
+
+
+def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Tensor], int]:
+    """Gradients of the whole global batch in one autograd graph, in this process alone; and how
+    many of its rows lack a modality."""
+    towers = build_towers(config, vocab)
+    objective = build_objective(config.objective, width=config.towers.width)
+    outputs: dict[str, list[Tensor]] = {}
+    meta: dict[str, list[Tensor]] = {}
+    for micro in batch(config, tokenizer, 1, 0):
+        stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        for view in range(views_of(objective.needs.taps)):
+            own = key(stream, "view", view) if view else stream
+            inputs = tower_inputs(micro, config.data, own)
+            taps = plain_of(objective.needs.taps, view)
+            for tap, vectors in towers(inputs, own, taps).items():
+                outputs.setdefault(in_view(tap, view), []).append(vectors)
+        for name, column in micro.tensors.items():
+            meta.setdefault(name, []).append(column)
+    columns = {name: torch.cat(parts) for name, parts in meta.items()}
+    rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}
+    loss = objective(rows, columns, Context(None, 1, 0, config.run.seed))
+    loss.value.backward()
+    lacking = sum(int((~c).sum()) for name, c in columns.items() if name.endswith("_present"))
+    return {n: p.grad for n, p in towers.named_parameters() if p.grad is not None}, lacking
+
+
+def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
+    vocab = load_tokenizer(tokenizer).get_vocab_size()
+    config = load_config(path, [*settings, "train.clip=0"])
+    with join_world(1) as world:
+        whole, lacking = one_graph(config, tokenizer, vocab)
+        engine = ListeningEngine(build_towers(config, vocab), config, world)
+        objective = build_objective(config.objective, width=config.towers.width)
+        step = ExactStep(engine, objective, config, world)
+        assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
+        seen = engine.seen
+        # A head that no objective reads: its collectives run all the same, with a gradient of zero.
+        idle = [name for name in seen if name not in whole]
+        assert not any(seen.pop(name).any() for name in idle), idle
+        gap, name = worst(seen, whole)
+        if world.is_main:
+            print(json.dumps({"gap": gap, "name": name, "rows": lacking}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    leave(0)

@@ -1,0 +1,202 @@
+"""Runs of modalities beyond image and text, through the real trainer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import losses, run_ranks, write_modalities
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import dump_config, load_config, parse_config
+from gigabatch.trainer.distributed import World
+from gigabatch.trainer.inference import load_newest_towers
+from gigabatch.trainer.initial import load_initial, pin_initial
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.towers import Towers, build_towers
+
+SMALL = """
+data: {{root: {root}, workers: 0, image: {{size: 16}}, text: {{vocab_size: 300, length: 10}}}}
+batch: {{global_size: 40, micro_size: 20}}
+train: {{steps: 10}}
+optimizer: {{lr: 2.0e-2}}
+checkpoint: {{every_steps: 0}}
+monitor: {{every_steps: 1}}
+eval: {{sets: [val]}}
+run: {{dir: {runs}}}
+cluster: {{launcher: inline, workers: 1, threads: 1}}
+towers:
+  width: 16
+  image: {{widths: [8, 8], depths: [1, 1], dropout: 0.1}}
+  text: {{width: 16, dropout: 0.1}}
+"""
+NUMBERS = "towers.more.numbers={kind: vector, size: 6, width: 16, layers: 1, dropout: 0.1}"
+PATH = (
+    "towers.more.path={kind: sequence, size: 2, length: 4, fields: [path], width: 16, heads: 2, "
+    "pool: attention, dropout: 0.1}"
+)
+TONE = (
+    "towers.more.tone={kind: audio, rate: 8000, seconds: 0.1, mels: 16, widths: [8, 8], "
+    "depths: [1, 1], dropout: 0.1}"
+)
+PROBE = Path(__file__).with_name("modalities_probe.py")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def config_in(folder: Path, **what: Any) -> Path:
+    """A config file, beside sets `train` and `val` of 80 and 40 samples."""
+    for name, count, seed in (("train", 80, 1), ("val", 40, 2)):
+        write_modalities(folder / name, count, seed, **what)
+    path = folder / "c.yaml"
+    path.write_text(SMALL.format(root=folder, runs=folder / "runs"))
+    return path
+
+
+def new_run(path: Path, settings: Sequence[str], name: str = "r") -> RunFolder:
+    config = load_config(path, [*settings, f"run.name={name}"])
+    run = create_run(config, name)
+    make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
+    return run
+
+
+def last_evaluation(run: RunFolder) -> dict[str, float]:
+    (found,) = (run.path / "eval").glob("step-*.json")
+    return dict(json.loads(found.read_text()))
+
+
+@pytest.mark.slow
+def test_numbers_and_text_without_images(tmp_path: Path) -> None:
+    """Learnt, and measured both ways; a run cut in two is the same."""
+    path = config_in(tmp_path, images=False)
+    settings = [NUMBERS, "objective={taps: [numbers, text], positives: concept}", "train.steps=30"]
+    whole, cut = new_run(path, settings), new_run(path, settings, "cut")
+    assert run_training(whole)
+    asked = iter(range(100))
+    assert not run_training(cut, lambda: next(asked) == 9)
+    assert run_training(cut)
+    assert losses(cut.path) == losses(whole.path)
+    assert losses(whole.path)[30] < losses(whole.path)[1] - 1
+    found = last_evaluation(whole)
+    assert found["eval/val/text2numbers_recall@10"] > 0.9
+    assert found["eval/val/numbers2text_mrr"] > 0.5
+    _, towers = load_newest_towers(whole)
+    assert set(towers.encoders) == {"numbers", "text"}
+    begin = [f"train.init_from={whole.path}", "train.init_parts=[numbers]"]
+    assert_begun_with_numbers(towers, load_config(path, [*settings, *begin]))
+
+
+def assert_begun_with_numbers(towers: Towers, config: Config) -> None:
+    """Another run may begin with one tower of a run."""
+    config = pin_initial(config)
+    fresh = build_towers(config, 300)
+    load_initial(fresh, config, World(0, 1, torch.device("cpu"), None))
+    for name, value in fresh.state_dict().items():
+        same = torch.equal(value, towers.state_dict()[name])
+        assert same or ".numbers." not in name
+        assert not same or ".numbers." in name or "norm" in name
+
+
+@pytest.mark.slow
+def test_three_modalities_by_symile(tmp_path: Path) -> None:
+    """Without text: the run needs no captions, and has no tower for them."""
+    run = new_run(
+        config_in(tmp_path),
+        [NUMBERS, PATH, TONE, "objective={name: symile, taps: [numbers, path, tone], scale: 50.0}"],
+    )
+    assert run_training(run)
+    told = losses(run.path)
+    assert told[10] < told[1]
+    _, towers = load_newest_towers(run)
+    assert set(towers.encoders) == {"numbers", "path", "tone"}
+
+
+@pytest.mark.slow
+def test_missing_modalities_are_masked(tmp_path: Path) -> None:
+    path = config_in(tmp_path, lacking=True)
+    pair = [NUMBERS, "objective.taps=[numbers, image]", "eval.sets=[]", "train.steps=3"]
+    with pytest.raises(GigabatchError, match=r"\(12 of 80 samples lack one\).*data.missing=mask"):
+        run_training(new_run(path, pair))
+    for name, objective in {
+        "pairs": "objective={name: infonce, taps: [numbers, image]}",
+        "siglip": "objective={name: siglip, taps: [numbers, image]}",
+    }.items():
+        run = new_run(path, [*pair, objective, "data.missing=mask"], name)
+        assert run_training(run)
+        assert all(map(math.isfinite, losses(run.path).values()))
+
+
+@pytest.mark.slow
+def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> None:
+    path = config_in(tmp_path, lacking=True)
+    common = ["data.missing=mask", "batch.micro_size=8", "eval.sets=[]", NUMBERS, PATH, TONE]
+    symile = "objective={name: symile, taps: [text, path, tone, numbers], scale: 50.0}"
+    terms = (
+        "objective={name: sum, terms: [{taps: [image, tone]}, {taps: [numbers, path@1]}, "
+        "{name: late_interaction, taps: [path.tokens, text.tokens]}]}"
+    )
+    tokenizer = tmp_path / "tokenizer.json"
+    config = load_config(path, [*common, symile])
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    for objective, zero in ((symile, 0), (terms, 3)):
+        report = run_ranks(PROBE, 2, path, tokenizer, *common, objective, f"train.zero={zero}")
+        assert report["gap"] < 1e-5, report
+        assert report["rows"] > 0
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    path = config_in(tmp_path)
+    taps = "objective.taps=[numbers, text]"
+    for settings, why in (
+        ([NUMBERS], "towers.more.numbers: the objective does not read it"),
+        ([taps], "there is no tower 'numbers'; there are image, text"),
+        (["towers.more.sample={kind: vector, size: 2}"], "'sample' has a meaning already"),
+        (["towers.more.Loud={kind: vector, size: 2}"], "towers.more.Loud"),
+        (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: Field required"),
+        ([NUMBERS, "towers.more.numbers.siez=4", taps], "towers.more.numbers.siez"),
+        ([NUMBERS, "towers.more.numbers.std=[1, 2]", taps], "std: 2 numbers for a vector of size"),
+        ([NUMBERS, taps, "objective.positives=numbers"], "rename the tower"),
+        ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "cut into heads"),
+        (
+            ["objective.name=supcon", "eval.every_steps=1", "checkpoint.best=eval/val/x"],
+            "image alo",
+        ),
+    ):
+        with pytest.raises(GigabatchError) as refused:
+            load_config(path, settings)
+        assert why in str(refused.value)
+    config = load_config(path, [NUMBERS, PATH, "objective={name: symile, taps: [numbers, path]}"])
+    assert parse_config(dump_config(config), "again") == config
+
+
+@pytest.mark.slow
+def test_eval_of_any_two_modalities(tmp_path: Path, gigabatch: Any) -> None:
+    objective = "objective={name: sum, terms: [{taps: [numbers, tone]}, {taps: [text, path]}]}"
+    run = new_run(config_in(tmp_path), [NUMBERS, TONE, PATH, objective, "train.steps=4"])
+    assert run_training(run)
+
+    def evaluate(*arguments: str) -> Any:
+        return gigabatch("eval", run.path, "--on", "val", *arguments)
+
+    done = evaluate("--task", "retrieval", "between=[tone, path]", "positives=concept", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"eval/val/tone2path_recall@1", "eval/val/path2tone_mrr"} < set(found)
+    done = evaluate("--task", "knn", "label=concept", "modality=path", "k=5", "--json")
+    assert done.returncode == 0, done.stderr
+    refused = evaluate("--task", "zero-shot", "label=concept")
+    assert refused.returncode != 0
+    assert "the run has no tower 'image'" in refused.stderr
