@@ -20,7 +20,8 @@ from gigabatch.data.stream import open_stream
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import eval_fields, open_eval
 from gigabatch.trainer.monitor import read_metrics
-from gigabatch.trainer.runfolder import RunFolder, open_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import open_run
 from gigabatch.trainer.step import tower_inputs
 
 HOME = Path(__file__).parent

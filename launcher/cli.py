@@ -87,7 +87,7 @@ def resume(
     with ctrl_c_held():
         from gigabatch.launcher.start import resume_copy, resume_run
         from gigabatch.trainer.fetching import is_copy
-        from gigabatch.trainer.runfolder import open_run
+        from gigabatch.trainer.runs import open_run
 
     if is_copy(run):
         return resume_copy(run, overrides or [], allow or [])
@@ -132,7 +132,7 @@ def board(
     host: Annotated[str, typer.Option(help="0.0.0.0 shows it to the network.")] = "127.0.0.1",
 ) -> None:
     """Show a run in TensorBoard, until Ctrl-C."""
-    from gigabatch.trainer.runfolder import open_run
+    from gigabatch.trainer.runs import open_run
 
     logs = open_run(run).tensorboard
     command = ["-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port)]

@@ -14,7 +14,8 @@ from gigabatch.trainer.evaluation.retrieval import describe
 from gigabatch.trainer.evaluation.settings import task_settings
 from gigabatch.trainer.evaluation.tasks import Measured, Subject, measure
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.runfolder import RunFolder, open_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import open_run
 
 log = logging.getLogger(__name__)
 

@@ -55,7 +55,8 @@ from gigabatch.trainer.inputs import (
 )
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.remoterun import remote_run
-from gigabatch.trainer.runfolder import RunFolder, create_run, refuse_taken_name
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run, refuse_taken_name
 
 log = logging.getLogger(__name__)
 Opened = Callable[[], AbstractContextManager[RunFolder]]

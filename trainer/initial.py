@@ -17,7 +17,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoint import Checkpoint, latest_checkpoint, open_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.runfolder import open_run
+from gigabatch.trainer.runs import open_run
 from gigabatch.trainer.towers import Towers
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from support import losses
 
 from gigabatch.launcher.restarts import attempts_in_vain, wait_for_turn
 from gigabatch.trainer.configfile import parse_config
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 
 
 @pytest.fixture

@@ -10,7 +10,8 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.attempts import Worker, begin_attempt, unlike
 from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.runfolder import RunFolder, Superseded, create_run
+from gigabatch.trainer.runfolder import RunFolder, Superseded
+from gigabatch.trainer.runs import create_run
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

@@ -45,7 +45,8 @@ from gigabatch.trainer.monitor import read_metrics
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
 from gigabatch.trainer.remoterun import RemoteRun
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.state import ObjectiveState
 from gigabatch.trainer.step import tower_inputs

@@ -19,7 +19,8 @@ from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.initial import load_initial, pin_initial
 from gigabatch.trainer.inputs import make_tokenizer, open_train
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 from gigabatch.trainer.towers import build_towers
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -20,7 +20,8 @@ from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.initial import load_initial, pin_initial
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 from gigabatch.trainer.towers import Towers, build_towers
 
 SMALL = """

@@ -14,7 +14,8 @@ from support import losses
 import gigabatch
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.provenance import changes, code_digest, environment, provenance
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 
 OLD = {
     "code": "1f3870be274f", "python": "3.11.7",

@@ -12,7 +12,8 @@ from gigabatch.trainer.configfile import parse_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.retention import best_step, save_is_due, steps_to_keep
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 
 METRIC = "eval/val/mean_recall@10"
 

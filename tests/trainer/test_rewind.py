@@ -18,7 +18,8 @@ from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.monitor import read_metrics
-from gigabatch.trainer.runfolder import RunFolder, create_run
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
 
 
 def prepared(tiny: Path, tower: str, *overrides: str) -> RunFolder:

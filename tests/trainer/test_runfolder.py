@@ -9,7 +9,8 @@ import pytest
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import parse_config
-from gigabatch.trainer.runfolder import RunFolder, create_run, open_run, refuse_taken_name
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run, open_run, refuse_taken_name
 
 
 def config(tmp_path: Path, *overrides: str) -> Config:

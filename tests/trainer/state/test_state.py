@@ -12,7 +12,7 @@ from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import create_run
+from gigabatch.trainer.runs import create_run
 from gigabatch.trainer.state.split import clean_probability, fit_split
 from gigabatch.trainer.state.tables import SampleTable
 
