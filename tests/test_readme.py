@@ -28,7 +28,7 @@ def test_every_verb_named_exists() -> None:
 
 
 def test_every_linked_file_exists() -> None:
-    for path in re.findall(r"\]\((?!http)([^)]+)\)", TEXT):
+    for path in re.findall(r"\]\((?!http)([^)#]+)", TEXT):
         assert (ROOT / path).exists(), path
 
 
