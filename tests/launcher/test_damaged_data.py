@@ -67,7 +67,7 @@ def test_shards_that_change_under_a_run_end_it(
         (run / "config.yaml").read_text().replace("steps: 3", "steps: 9")
     )
     shutil.copy(damaged / "val" / "val-000.tar", damaged / "train")
-    worker = [sys.executable, "-m", "gigabatch.launcher.worker", run]
+    worker = [sys.executable, "-m", "gigabatch.launcher.worker", run, "1"]
     assert subprocess.run(worker, capture_output=True).returncode != 0
     assert "finds other shards in" in (run / "failure.txt").read_text()
 
