@@ -154,6 +154,7 @@ class CrashingOnRankOne(Pixels):
         CrashingOnRankOne.calls += 1
         if os.environ.get("RANK") == "1" and CrashingOnRankOne.calls == 20:
             raise RuntimeError("this tower is out of order")
+        return super().forward(images)
 
 
 class Slow(Pixels):
