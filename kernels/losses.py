@@ -75,7 +75,8 @@ def contrastive_loss(
         groups_k = groups_q if groups_k is None else groups_k
         # Equal only within a group: then the positives stay lone equalities, which are cheap.
         ids_q, ids_k = joined(ids_q, groups_q), joined(ids_k, groups_k)
-        numbers_q, numbers_k = joined(numbers, groups_q), joined(numbers, groups_k)
+        if exclude:  # then q and k have as many rows
+            numbers_q, numbers_k = joined(numbers, groups_q), joined(numbers, groups_k)
     metadata = {"id": ids_k}
     same = own = Eq(ids_q, "id")
     if exclude:

@@ -432,3 +432,23 @@ def test_a_sum_without_gradient_does_not_make_one(total: bool) -> None:
         q = case.q.clone().requires_grad_()
         out = pair_sum(q, Local(case.k), "softplus", case.scale, case.scale, total=total)
     assert not out.requires_grad
+
+
+def test_groups_may_hold_more_keys_than_rows() -> None:
+    """As with several captions an image: within each group, the loss of that group alone."""
+    torch.manual_seed(0)
+    q, k = torch.randn(5, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
+    ids_q, ids_k = torch.arange(5), torch.arange(12) % 5
+    groups_q, groups_k = ids_q % 2, ids_k % 2
+    scale = torch.tensor(3.0, dtype=torch.float64)
+    together = contrastive_loss(
+        q, k, scale, ids_q=ids_q, ids_k=ids_k, groups_q=groups_q, groups_k=groups_k, symmetric=False
+    )
+    apart = [
+        contrastive_loss(
+            q[groups_q == g], k[groups_k == g], scale, ids_q=ids_q[groups_q == g],
+            ids_k=ids_k[groups_k == g], symmetric=False,
+        ) * (groups_q == g).sum()
+        for g in (0, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(together, sum(apart) / 5)
