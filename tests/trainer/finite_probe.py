@@ -32,7 +32,7 @@ class Remembering(InfoNCE):
     """Keeps a queue of the newest rows of this rank, and how many there were, as `updates` do."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.objective)
+        super().__init__(config.objective, None, config.towers.width)
         self.register_buffer("queue", torch.zeros(24, config.towers.width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
@@ -42,7 +42,7 @@ class Remembering(InfoNCE):
         rows = outputs["image"].detach()
         queue = torch.cat([rows, self.queue])[: len(self.queue)]
         updates = {"queue": queue, "seen": self.seen + len(rows)}
-        return replace(super().forward(outputs, meta, ctx), updates=updates)
+        return replace(super().forward(outputs, meta, ctx), updates=lambda: updates)
 
 
 def state(step: ExactStep) -> State:
