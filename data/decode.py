@@ -86,13 +86,18 @@ def decode_array(data: bytes, where: str) -> Tensor:
         raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
 
 
-def decode_column(data: bytes, column: str, where: str) -> int:
-    """The integer under `column` of a json member; any other value by its 63-bit hash."""
+def _field(data: bytes, column: str, where: str) -> Any:
+    """What stands under `column` of a json member; None where there is nothing."""
     try:
         tree: Any = json.loads(data)
     except ValueError as error:
         raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
-    value = tree.get(column) if isinstance(tree, dict) else None
+    return tree.get(column) if isinstance(tree, dict) else None
+
+
+def decode_column(data: bytes, column: str, where: str) -> int:
+    """The integer under `column` of a json member; any other value by its 63-bit hash."""
+    value = _field(data, column, where)
     if value is None:  # unknown is not the same as equal
         raise BadSample(
             f"{where}: its json member has no {column!r}. Set objective.positives "
@@ -103,11 +108,7 @@ def decode_column(data: bytes, column: str, where: str) -> int:
 
 def decode_number(data: bytes, column: str, where: str) -> float:
     """The finite number under `column` of a json member."""
-    try:
-        tree: Any = json.loads(data)
-    except ValueError as error:
-        raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
-    value = tree.get(column) if isinstance(tree, dict) else None
+    value = _field(data, column, where)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadSample(f"{where}: {column!r} of its json member is no number: {value!r}.")
     return float(value)
