@@ -118,7 +118,7 @@ def doctor(
     between workers, and, with a CONFIG, its data. Exit codes: 0 fit, 2 a run could not start.
     """
     from gigabatch.launcher.doctor import doctor as examine
-    from gigabatch.launcher.start import examine_data
+    from gigabatch.launcher.rundata import examine_data
     from gigabatch.trainer.configfile import load_config
 
     described = load_config(config, overrides or []) if config else None

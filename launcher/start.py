@@ -10,20 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-import torch
-
-from gigabatch.data.decode import decode_column
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index
-from gigabatch.data.reader import Reader
-from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.stream import load_stage
-from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.copies import copies_of, is_taken, refuse_taken, take_over
 from gigabatch.launcher.doctor import refuse_unfit
 from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.progress import progress_bar
+from gigabatch.launcher.rundata import check_data
 from gigabatch.launcher.signals import (
     StopRequest,
     abort_on_interrupt,
@@ -33,7 +26,7 @@ from gigabatch.launcher.signals import (
 from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
 from gigabatch.trainer.checkpoint import latest_checkpoint
-from gigabatch.trainer.config import Config, columns_of, positives_of
+from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import (
     differences,
     load_config,
@@ -45,13 +38,7 @@ from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.fetching import copied_config, fetch_newer, fetch_run, open_copy
 from gigabatch.trainer.initial import pin_initial
 from gigabatch.trainer.inputs import (
-    TrainData,
-    cache_of,
-    eval_fields,
-    fields_of,
     make_tokenizer,
-    open_eval,
-    open_train,
 )
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.remoterun import remote_run
@@ -216,47 +203,6 @@ def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
     run.clear_requests()
     run.write_data_digest(data.digest)
     run.write_config(config)
-
-
-def examine_data(config: Config) -> str:
-    """Open a run's data as its start would; what there is. Raises GigabatchError."""
-    with progress_bar("indexing shards") as progress:
-        data = check_data(config, progress)
-    return f"{len(data):,} samples in {', '.join(index.source for index in data.indexes)}"
-
-
-def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
-    devices = torch.cuda.device_count()
-    ray = config.cluster.launcher == "ray"
-    elsewhere = "RANK" in os.environ or (
-        ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
-    )
-    if not elsewhere and 0 < devices < config.cluster.least:
-        raise GigabatchError(
-            f"cluster.workers: {config.cluster.least} workers need as many GPUs, and this "
-            f"machine has {devices}. Set cluster.workers={devices}."
-        )
-    for path in config.data.stages:
-        load_stage(path)
-    data = open_train(config, progress)
-    data.mixture.drawn(0)  # raises where weights or groups do not fit
-    sets = [open_eval(config, name, progress) for name in config.eval.sets]
-    fields_of(config).members(data.indexes)
-    eval_fields(config).members(sets)
-    shared = positives_of(config.objective)
-    read = [(index, column) for index in data.indexes for column in columns_of(config.objective)]
-    for index, column in read + [(index, shared) for index in sets if shared]:
-        _check_column(index, column, cache_of(config))
-    return data
-
-
-def _check_column(index: Index, column: str, cache: ShardCache) -> None:
-    """Whether the first sample has the field: a misspelt one is found before workers start."""
-    if column in index.columns:
-        return
-    index.require("json")
-    with Reader(index, cache) as reader:
-        decode_column(reader.read(0, "json"), column, index.where(0))
 
 
 def _launch(run: RunFolder) -> int:

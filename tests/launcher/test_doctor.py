@@ -13,7 +13,7 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.doctor import quick, refuse_unfit
-from gigabatch.launcher.start import check_data
+from gigabatch.launcher.rundata import check_data
 from gigabatch.trainer.configfile import load_config
 
 SCRIPT = """
