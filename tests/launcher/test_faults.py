@@ -289,7 +289,7 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
 ) -> None:
     done = gigabatch(
         "train", tiny, f"cluster.launcher={launcher}", "cluster.workers=2", "eval.sets=[]",
-        "cluster.max_restarts=1", "run.name=a",
+        "cluster.max_restarts=1", "run.name=a", "checkpoint.every_steps=0",
         "towers.image={kind: module, module: 'support_towers:CrashingOnRankOne'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 2
