@@ -19,6 +19,7 @@ from gigabatch.data.settings import Settings
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
 FORMATS = ("PNG", "JPEG", "WEBP")
+Array = np.ndarray[Any, Any]
 
 
 class ImageSettings(Settings):
@@ -80,8 +81,16 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
 def decode_array(data: bytes, where: str) -> Tensor:
     """A .npy member, of numbers or truth values. (A pickled one is refused, never opened.)"""
     try:
+        return torch.from_numpy(load_array(data, where))
+    except TypeError as error:
+        raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
+
+
+def load_array(data: bytes, where: str) -> Array:
+    """The array of a .npy member, in this machine's byte order."""
+    try:
         found = np.load(io.BytesIO(data), allow_pickle=False)
-        return torch.from_numpy(found.astype(found.dtype.newbyteorder("="), copy=False))
+        return found.astype(found.dtype.newbyteorder("="), copy=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, MemoryError) as error:
         raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
 

@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gigabatch.data.captions import value_at
-from gigabatch.data.decode import decode_array
+from gigabatch.data.decode import Array, load_array
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
@@ -50,29 +50,38 @@ def read_vectors(data: bytes, settings: VectorSettings, where: str) -> Tensor:
 
     Raises BadSample for what is no such array of finite numbers, NoVector where there is none.
     """
-    found = _of_json(data, settings, where) if settings.fields else decode_array(data, where)
-    told = f"{where}: its vector ({', '.join(settings.fields) or settings.member})"
-    if found.is_complex():
-        raise BadSample(f"{told} holds complex numbers.")
-    found = found.to(torch.float32)
+    found = _of_json(data, settings, where) if settings.fields else load_array(data, where)
+    if found.dtype.kind not in "biuf":
+        what = "complex numbers" if found.dtype.kind == "c" else f"no numbers ({found.dtype})"
+        raise BadSample(f"{_told(settings, where)} holds {what}.")
+    if found.dtype != np.float32:
+        with np.errstate(over="ignore"):  # infinite then, which is refused below
+            found = found.astype(np.float32)
     if isinstance(settings, VectorsSettings):
-        if not found.numel():
-            raise NoVector(f"{told} is empty.")
+        if not found.size:
+            raise NoVector(f"{_told(settings, where)} is empty.")
         if found.ndim != 2 or found.shape[1] != settings.size:
             raise BadSample(
-                f"{told} is of shape {list(found.shape)}, not [any, {settings.size}] (`size`)."
+                f"{_told(settings, where)} is of shape {list(found.shape)}, not [any, "
+                f"{settings.size}] (`size`)."
             )
         found = found[: settings.length]
-    elif found.numel() != settings.size:
-        raise BadSample(f"{told} holds {found.numel()} numbers, not {settings.size} (`size`).")
+    elif found.size != settings.size:
+        raise BadSample(
+            f"{_told(settings, where)} holds {found.size} numbers, not {settings.size} (`size`)."
+        )
     else:
-        found = found.flatten()
-    if not torch.isfinite(found).all():
-        raise BadSample(f"{told} holds values that are not finite.")
-    return found
+        found = found.reshape(-1)
+    if not np.isfinite(found).all():
+        raise BadSample(f"{_told(settings, where)} holds values that are not finite.")
+    return torch.from_numpy(found)
 
 
-def _of_json(data: bytes, settings: VectorSettings, where: str) -> Tensor:
+def _told(settings: VectorSettings, where: str) -> str:
+    return f"{where}: its vector ({', '.join(settings.fields) or settings.member})"
+
+
+def _of_json(data: bytes, settings: VectorSettings, where: str) -> Array:
     """The fields' numbers side by side, along the last axis."""
     parts = []
     try:
@@ -82,13 +91,12 @@ def _of_json(data: bytes, settings: VectorSettings, where: str) -> Tensor:
             if value is None:
                 raise NoVector(f"{where}: its json has no {name}.")
             parts.append(_numbers(value, name))
-        whole = np.concatenate(parts, axis=-1)
+        return np.concatenate(parts, axis=-1)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"{where}: its json cannot be read: {error}.") from error
-    return torch.from_numpy(whole)
 
 
-def _numbers(value: Any, name: str) -> np.ndarray[Any, Any]:
+def _numbers(value: Any, name: str) -> Array:
     """At least one axis. Raises ValueError for what is not numbers, texts of them too."""
     found = np.asarray(value)
     if found.dtype.kind not in "biuf":

@@ -18,6 +18,7 @@ from gigabatch.launcher.cli_data import data
 from gigabatch.launcher.cli_eval import evaluate
 from gigabatch.launcher.cli_jobs import jobs, submit
 from gigabatch.launcher.cli_objectives import objectives
+from gigabatch.launcher.cli_reproduce import reproduce
 from gigabatch.launcher.cli_template import template
 from gigabatch.launcher.output import complain
 from gigabatch.launcher.signals import INTERRUPTED
@@ -142,6 +143,7 @@ def board(
 app.command()(submit)
 app.command()(template)
 app.command()(objectives)
+app.command()(reproduce)
 app.add_typer(jobs, name="jobs")
 app.add_typer(data, name="data")
 app.add_typer(bench, name="bench")

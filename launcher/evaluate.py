@@ -44,12 +44,9 @@ def evaluate_run(
             "a folder in the BEIR layout)."
         )
     run = open_run(where)
-    config = run.config()
-    step, towers = load_newest_towers(run)
-    world = World(0, 1, device_of_this_process(), None)
-    subject = Subject(run, config, towers.to(world.device), world, on)
+    step, subject = open_subject(run, on)
     measured = measure(task, subject, wanted)
-    seed = config.run.seed if with_intervals else None
+    seed = subject.config.run.seed if with_intervals else None
     told = tags(task, measured, seed)
     for field in sliced:
         values = subject.values(field, required=False) if measured.samples is not None else []
@@ -63,12 +60,25 @@ def evaluate_run(
     _print(told, as_json)
 
 
+def open_subject(run: RunFolder, on: str) -> tuple[int, Subject]:
+    """(step, what is measured) of a run's newest checkpoint, in this process alone."""
+    step, towers = load_newest_towers(run)
+    world = World(0, 1, device_of_this_process(), None)
+    return step, Subject(run, run.config(), towers.to(world.device), world, on)
+
+
+def kept_name(on: str, task: str, given: Sequence[str]) -> str:
+    """What is measured of a set is kept under this name: other settings do not overwrite it."""
+    return "-".join((on, task, *sorted(given)))
+
+
 def _keep(
     run: RunFolder, measured: Measured, task: str, step: int, told: Mapping[str, float],
     given: Sequence[str],
 ) -> None:  # fmt: skip
+    name = kept_name(measured.name, task, given)
     try:
-        run.write_measurement(measured.name, task, step, {**told, "settings": list(given)})
+        run.write_measurement(name, step, {**told, "settings": list(given)})
     except OSError as error:  # another's run, which one may read alone
         log.warning("%s: what was found is not kept: %s", run.path / "eval", error.strerror)
 

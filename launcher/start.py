@@ -69,7 +69,7 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
 
     @contextmanager
     def new_run() -> Iterator[RunFolder]:
-        run = _prepare(config, config_path.stem)
+        run = prepare_run(config, config_path.stem)
         with run.held():
             yield run
 
@@ -84,7 +84,7 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
     @contextmanager
     def old_run() -> Iterator[RunFolder]:
         with run.held():  # first of all: nothing of a run that is being trained may be touched
-            _reopen(run, config, allow)
+            reopen_run(run, config, allow)
             yield run
 
     return _start(old_run, config)
@@ -106,7 +106,7 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
         with run.held():
             if is_here:
                 fetch_newer(place, run)
-            _reopen(run, config, allow)
+            reopen_run(run, config, allow)
             yield run
 
     return _start(copied_run, config)
@@ -155,7 +155,9 @@ def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[st
     return new
 
 
-def _prepare(config: Config, stem: str) -> RunFolder:
+def prepare_run(config: Config, stem: str) -> RunFolder:
+    """The folder of a new run, with all that its workers need; `stem` begins the name where
+    `run.name` is unset. Raises GigabatchError for whatever would make the run fail."""
     refuse_taken_name(config)
     refuse_unfit(config, log.warning)
     refuse_taken(config)
@@ -171,7 +173,8 @@ def _prepare(config: Config, stem: str) -> RunFolder:
     return run
 
 
-def _reopen(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
+def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
+    """Make the folder of a run that is held ready to go on. Raises GigabatchError."""
     newest = latest_checkpoint(run)
     last = config.train.steps
     if newest and newest.step > last:

@@ -5,7 +5,7 @@ metrics.jsonl  quarantine.jsonl  samples.jsonl
 attempts/     one file for each start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
-eval/         step-00001200.json; of `gigabatch eval`, SET-TASK-step-00001200.json
+eval/         step-00001200.json; of `gigabatch eval`, SET-TASK-[SETTINGS-]step-00001200.json
 heartbeats/   where each rank is, while workers run; hangs/ keeps their stacks where they hung
 """
 
@@ -22,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,20 @@ class RunFolder:
         """Steps that were evaluated while training, oldest first."""
         return sorted(step for path, step in self._evaluations() if path.stem.startswith("step-"))
 
-    def write_measurement(self, on: str, task: str, step: int, metrics: dict[str, Any]) -> Path:
-        """What `gigabatch eval` found: eval/SET-TASK-step-00001200.json."""
-        folder = self.path / "eval"
-        folder.mkdir(exist_ok=True)
-        # Its own name for a set that is called `step`: those of training begin so.
-        safe = re.sub(r"[^\w.]+", "_", on) or "set"
-        path = folder / f"{'set_' * safe.startswith('step')}{safe}-{task}-step-{step:08d}.json"
+    def write_measurement(self, name: str, step: int, metrics: dict[str, Any]) -> Path:
+        """What `gigabatch eval` found: eval/NAME-step-00001200.json."""
+        path = self.measurement(name, step)
+        path.parent.mkdir(exist_ok=True)
         write_atomically(path, to_json(metrics))
         return path
+
+    def measurement(self, name: str, step: int) -> Path:
+        """Where it is kept. `name`: the set, the task, and its settings where it was given any."""
+        safe = re.sub(r"[^\w.=-]+", "_", name) or "set"
+        if len(safe) > 150:  # file names may have 255 bytes
+            safe = f"{safe[:133]}-{sha256(name.encode()).hexdigest()[:16]}"
+        # Its own name for a set that is called `step`: those of training begin so.
+        return self.path / "eval" / f"{'set_' * safe.startswith('step')}{safe}-step-{step:08d}.json"
 
     def forget_evaluations_after(self, step: int) -> None:
         """Those of steps that are about to be trained again."""

@@ -102,7 +102,7 @@ def test_best_and_last_of_a_run(tmp_path: Path) -> None:
     for step, recall, rank in ((2, 0.5, 9.0), (4, 0.9, 3.0), (6, 0.9, 2.0), (8, 0.4, 7.0)):
         found = {"eval/val/t2i_recall@1": recall, "eval/val/t2i_median_rank": rank}
         run.write_evaluation(step, found)
-    run.write_measurement("val", "knn", 8, {"eval/val/t2i_recall@1": 1.0})
+    run.write_measurement("val-knn", 8, {"eval/val/t2i_recall@1": 1.0})
     told = best_and_last(run)
     assert told["eval/val/t2i_recall@1/best"] == 0.9
     assert told["eval/val/t2i_recall@1/best_step"] == 4

@@ -1,0 +1,1 @@
+"""`gigabatch reproduce`: the papers' small experiments, through the real trainer."""
