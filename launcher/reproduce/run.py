@@ -19,7 +19,9 @@ import numpy as np
 import yaml
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.indexing import open_index
 from gigabatch.data.keyed import key
+from gigabatch.data.scan import IndexSettings
 from gigabatch.launcher.evaluate import kept_name, open_subject
 from gigabatch.launcher.reproduce.study import Arm, Figure, Figures, Measure, Study
 from gigabatch.launcher.start import prepare_run, reopen_run
@@ -92,6 +94,8 @@ def _data(study: Study, arm: Arm, start: int, out: Path) -> Path:
         seed = key("reproduce", study.name, arm.data, start) % (1 << 63)
         study.write(fresh, np.random.default_rng(seed), arm.data)
         fresh.rename(folder)
+    for each in sorted(folder.iterdir()):
+        open_index(str(each), settings=IndexSettings(dotted=True))  # members such as `text.npy`
     return folder
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from gigabatch.launcher.output import complain, write
@@ -26,7 +25,7 @@ def run_all(
     logging.getLogger("gigabatch").setLevel(logging.WARNING)  # train.log has the rest
     out.mkdir(parents=True, exist_ok=True)
     hold = True
-    say = complain if as_json else partial(print, flush=True)
+    say = complain if as_json else _say
     with stop_on_signals(GRACE_S, _leave) as stop:
         for study in studies:
             say(f"{', '.join(map(str, study.papers))} {study.name}: {study.claim}")
@@ -47,6 +46,10 @@ def run_all(
 
         report.write_report(document, out, STUDIES)
     return 0 if hold else 1
+
+
+def _say(line: str) -> None:
+    write(line + "\n")
 
 
 def _told(found: dict[str, object]) -> list[str]:
