@@ -12,7 +12,8 @@ from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.report import sliced_tags, tags
 from gigabatch.trainer.evaluation.retrieval import describe
 from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.tasks import Measured, Subject, measure
+from gigabatch.trainer.evaluation.subject import Measured, Subject
+from gigabatch.trainer.evaluation.tasks import measure
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.runs import open_run
