@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.indexing import open_index
 from gigabatch.kernels import gather_rows
@@ -68,10 +69,18 @@ class Subject:
         return found
 
     def values(self, name: str, index: Index | None = None, required: bool = True) -> list[Any]:
-        """A field of every sample: read by rank 0 for all."""
-        index, main = index or self.index, self.world.is_main
-        found = field_values(index, name, cache_of(self.config), required) if main else None
-        return list(self.world.share(found))
+        """A field of every sample: read by rank 0 for all. Raises GigabatchError on every rank."""
+        index = index or self.index
+        found: list[Any] | str = []
+        if self.world.is_main:
+            try:
+                found = field_values(index, name, cache_of(self.config), required)
+            except GigabatchError as error:
+                found = str(error)
+        found = self.world.share(found)
+        if isinstance(found, str):
+            raise GigabatchError(found)
+        return list(found)
 
     def numbers(self, found: Embedded) -> Tensor:
         """int64 [N]: which samples were embedded, on every rank."""
