@@ -54,7 +54,7 @@ def evaluate(
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
     probe           a linear classifier               label= train= tap= modality=
     geometry        uniformity, rank, modality gap    label= tap=
-    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
+    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix= tap=
     languages       each language, and MRV            captions= modality= positives=
     order           right captions against changed    against= captions= modality=
     history         best against last step

@@ -127,7 +127,7 @@ def test_runs_trained_on_tokens_are_measured_by_tokens(walks: Path) -> None:
     assert tokens == told(walks, "tap=tokens") == pytest.approx(last)  # while it trained too
     for way in ("text2walk", "walk2text"):
         mrr = f"eval/val/{way}_mrr"
-        assert tokens[mrr] > pooled[mrr] + 0.1
+        assert tokens[mrr] > pooled[mrr] + 0.5
 
 
 def test_captions_of_walks_in_two_languages_and_in_the_wrong_order(walks: Path) -> None:
@@ -143,7 +143,8 @@ def test_captions_of_walks_in_two_languages_and_in_the_wrong_order(walks: Path) 
     same = told(walks, "--task", "languages", "captions=[names.en, names.en]")
     assert same[f"{under}walk2text_mrv"] == 0
     order = told(walks, "--task", "order", "against=wrong", "--slice", "rooms")
-    print(order)
+    assert order["eval/val/order/order_accuracy"] > 0.9
+    assert sum(order[f"eval/val/order/rooms={n}/count"] for n in (2, 3, 4)) == 60
     assert told(walks, "--task", "order", "against=txt")["eval/val/order/order_accuracy"] == 0
 
 

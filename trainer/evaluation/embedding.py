@@ -150,14 +150,16 @@ def caption_settings(config: Config, field: str) -> CaptionSettings:
 @torch.no_grad()
 def embed_texts(
     embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
-) -> Tensor:
-    """This rank's rows [n, D] of texts, which every rank has: a run of them, in their order."""
+) -> Rows:
+    """This rank's rows of texts, which every rank has: a run of them, in their order."""
     require_towers(config, ["text"])
     tokenizer = load_tokenizer(run.tokenizer)
-    rows = []
+    rows, masks = [], []
     for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
         tokens, mask = encode(tokenizer, [texts[number] for number in plan.samples])
         inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
-        vectors = embed(inputs)["text"].float()
-        rows.append(vectors if plan.real else vectors[:0])
-    return torch.cat(rows)
+        kept = slice(None) if plan.real else slice(0)
+        rows.append(embed(inputs)["text"][kept].float())
+        masks.append(inputs["text"][1][kept])
+    values = torch.cat(rows)
+    return Rows(values, torch.cat(masks) if values.ndim == 3 else None)

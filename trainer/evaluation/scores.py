@@ -7,7 +7,7 @@ and on any number of ranks, so that ties are ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,10 @@ class Rows:
 
     values: Tensor
     real: Tensor | None = None
+
+    def take(self, rows: Sequence[int] | slice) -> Rows:
+        """Some of them."""
+        return Rows(self.values[rows], None if self.real is None else self.real[rows])
 
     def gathered(self, group: dist.ProcessGroup | None) -> Rows:
         """Those of all ranks, in rank order."""

@@ -120,6 +120,9 @@ class TextRetrieval(Settings):
     query_prefix: str = ""
     """What stands before each query, such as `query: `."""
     document_prefix: str = ""
+    tap: Literal["head", "tokens"] | None = None
+    """head: one vector a text; tokens: late interaction. Unset: tokens where the objective reads
+    those of text, and not its vectors."""
 
 
 class Languages(Settings):

@@ -32,7 +32,7 @@ def place_compared(config: Config, modalities: Sequence[str], wanted: str | None
     if wanted == TOKENS and (without := [m for m in modalities if m not in tokens]):
         raise GigabatchError(
             f"tap=tokens: the run has no tokens of {', '.join(without)}: its objective reads "
-            f"{', '.join(taps_of(config.objective))}. Leave tap unset, or name with between= two "
+            f"{', '.join(taps_of(config.objective))}. Leave tap unset, or compare "
             "modalities whose tokens it reads."
         )
     trained_on_tokens = len(tokens) == len(modalities) > len(pooled)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
-from gigabatch.kernels import gather_rows
 from gigabatch.trainer.evaluation import settings as keys
 from gigabatch.trainer.evaluation.classify import (
     class_vectors,
@@ -42,7 +41,7 @@ def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
     names, labels = named_classes(subject.values(wanted.label), wanted.classes, wanted.label)
     prompts = [each.replace("{}", name) for name in names for each in wanted.templates]
     run, config, world = subject.run, subject.config, subject.world
-    vectors = gather_rows(embed_texts(subject.towers, prompts, config, run, world), world.group)
+    vectors = embed_texts(subject.towers, prompts, config, run, world).gathered(world.group).values
     found = subject.embed(Reading(modalities=["image"]))
     own = labels.to(vectors.device)[found.columns[NAMED_BY_NUMBER]]
     classes = class_vectors(vectors, len(wanted.templates))

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import dense_figures as dense
 import numpy as np
 import pytest
 import torch
+import webdataset as wds
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.configfile import load_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation import scores
-from gigabatch.trainer.evaluation.embedding import Embedded
+from gigabatch.trainer.evaluation.embedding import Embedded, Reading
 from gigabatch.trainer.evaluation.retrieval import retrieval_figures
 from gigabatch.trainer.evaluation.scores import Rows, maxsim_rows, score_pairs
+from gigabatch.trainer.evaluation.settings import task_settings
+from gigabatch.trainer.evaluation.subject import Subject
 from gigabatch.trainer.evaluation.taps import compared, place_compared
+from gigabatch.trainer.evaluation.tasks import measure
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.runs import create_run
 from gigabatch.trainer.towers import build_towers
 
 ALONE = World(0, 1, torch.device("cpu"), None)
@@ -67,6 +76,55 @@ def test_each_way_asks_with_its_own_tokens(concepts: int) -> None:
         for name in ("hit@1", "hit@10", "mrr", "ndcg@10", "r_precision", "rank"):
             own = f"{way}_{name.replace('hit', 'recall')}"
             np.testing.assert_allclose(figures[own].numpy(), wanted[name], rtol=1e-12, err_msg=own)
+
+
+@pytest.fixture
+def untrained(tiny: Path) -> Subject:
+    """The towers of a run by late interaction as they begin, on its set `val`."""
+    config = load_config(tiny, ["objective={name: late_interaction}", "data.workers=0"])
+    run = create_run(config, "r")
+    make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
+    towers = build_towers(config, load_tokenizer(run.tokenizer).get_vocab_size()).eval()
+    return Subject(run, config, towers, ALONE, "val")
+
+
+def tokens_of(subject: Subject, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    inputs = encode(load_tokenizer(subject.run.tokenizer), texts)
+    with torch.no_grad():
+        found = subject.towers({"text": inputs}, None, ["text.tokens"])
+    return found["text.tokens"].numpy(), inputs[1].numpy()
+
+
+def test_a_set_comes_with_the_masks_of_its_tokens(untrained: Subject) -> None:
+    found = untrained.embed_compared(Reading(), "tokens")
+    shard = wds.WebDataset(str(untrained.index.shards[0].name), shardshuffle=False)
+    wanted, real = tokens_of(untrained, [sample["txt"].decode() for sample in shard])
+    np.testing.assert_array_equal(found.masks["text"].numpy(), real)
+    np.testing.assert_allclose(found.taps["text"].numpy(), wanted, atol=1e-6)
+    assert found.masks["image"].all()
+    assert found.masks["image"].shape == found.taps["image"].shape[:2]
+
+
+def test_documents_are_ranked_by_tokens(untrained: Subject, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "small", "greek"]
+    queries = [" ".join([*random.permutation(words)[: 1 + n % 4], f"{n}"]) for n in range(12)]
+    documents = [f"letter {random.choice(words)} {n}" for n in range(12)]
+    lines = [
+        {"anchor": query, "positive": documents[i], "negative": documents[i - 1]}
+        for i, query in enumerate(queries)
+    ]
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    subject = replace(untrained, on=str(path))
+    found = measure("text-retrieval", subject, task_settings("text-retrieval", []))
+    matrix = dense.maxsim(*tokens_of(subject, queries), *tokens_of(subject, documents))
+    wanted = dense.figures(matrix.astype(np.float32), np.eye(12), (10,))
+    for name in ("mrr", "ndcg@10"):
+        np.testing.assert_allclose(found.figures[name].numpy(), wanted[name], rtol=1e-9)
+    right = np.mean([matrix[i, i] > matrix[i, i - 1] for i in range(12)])
+    assert found.told["order_accuracy"] == pytest.approx(right)
+    assert 0 < right < 1
 
 
 @pytest.mark.parametrize(
