@@ -27,6 +27,7 @@ from gigabatch.launcher.reproduce.study import Arm, Figure, Figures, Measure, St
 from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import differences, parse_config, resolve
+from gigabatch.trainer.distributed import alone
 from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.report import tags
 from gigabatch.trainer.evaluation.settings import task_settings
@@ -172,7 +173,7 @@ def _measured(run: RunFolder, measure: Measure, on: Path) -> dict[str, Any]:
     task, given = measure.task, measure.settings
     kept = run.measurement(kept_name(on.name, task, given), run.steps_saved()[-1])
     if not kept.exists():
-        step, subject = open_subject(run, str(on))
+        step, subject = open_subject(run, str(on), alone())
         measured = measure_task(task, subject, task_settings(task, given))
         told = tags(task, measured, None) | {"settings": list(given)}
         run.write_measurement(kept_name(on.name, task, given), step, told)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.evaluation.statistics import intervals, slices
-from gigabatch.trainer.evaluation.tasks import Measured
+from gigabatch.trainer.evaluation.subject import Measured
 
 MOST_SLICES = 1000
 
