@@ -71,7 +71,7 @@ def test_classification_beats_chance_and_zero_shot_reads_templates(run: Path, to
     assert shot["eval/val/zero-shot/templates"] == 2
     own = told("--on", "train", "--task", "knn", "label=concept", "k=1")
     assert own["eval/train/knn/top1"] < 1  # a sample is not its own neighbour
-    kept = json.loads((run / "eval" / "val-knn-step-00000040.json").read_text())
+    kept = json.loads((run / "eval" / "val-knn-k=5-label=concept-step-00000040.json").read_text())
     assert kept.pop("settings") == ["label=concept", "k=5"]
     assert kept == knn
 
