@@ -49,9 +49,9 @@ def evaluate(
 
     \b
     retrieval       images and texts, both ways       between= positives= captions=
-    zero-shot       classes named by prompts          label= classes= templates=
+    zero-shot       classes named by prompts          label= classes= templates= modality=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-    probe           a linear classifier               label= train= tap= modality=
+    probe           linear, of classes or numbers     label= kind= train= tap= modality=
     geometry        uniformity, rank, modality gap    label= tap=
     text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
     languages       each language, and MRV            captions= positives=

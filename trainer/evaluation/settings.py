@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError
@@ -30,7 +30,7 @@ class Retrieval(Settings):
 
 
 class ZeroShot(Settings):
-    """Classification of images by prompts."""
+    """Classification of images, or of another modality, by prompts."""
 
     label: str
     """The json field that holds the class."""
@@ -39,6 +39,8 @@ class ZeroShot(Settings):
     Unset: the values are the names."""
     templates: Annotated[Texts, Field(min_length=1)] = ("{}",)
     """Prompts, with {} for the name; a class is the mean of its prompts. One, or a list."""
+    modality: str | None = None
+    """What is classified. Unset: the run's first modality that is not text."""
 
 
 class Neighbours(Settings):
@@ -48,8 +50,8 @@ class Neighbours(Settings):
     """The json field that holds the class."""
     train: str | None = None
     """The set whose labels are known; the set itself leaves each sample out. Unset: the run's."""
-    modality: str = "image"
-    """image, text, or one of `towers.more`."""
+    modality: str | None = None
+    """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
     k: int = Field(200, ge=1)
@@ -58,14 +60,16 @@ class Neighbours(Settings):
 
 
 class Probe(Settings):
-    """A linear classifier on frozen embeddings."""
+    """A linear model on frozen embeddings."""
 
     label: str
-    """The json field that holds the class."""
+    """The json field that holds the class, or the number."""
+    kind: Literal["classification", "regression"] = "classification"
+    """Whether labels are classes (logistic regression) or numbers (ridge regression)."""
     train: str | None = None
     """The set that it is fitted on. Unset: the run's."""
-    modality: str = "image"
-    """image, text, or one of `towers.more`."""
+    modality: str | None = None
+    """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
 from gigabatch.kernels import gather_rows
@@ -25,13 +23,14 @@ from gigabatch.trainer.evaluation.crossmodal import (
 from gigabatch.trainer.evaluation.documents import measure_text_retrieval
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
-    Embedded,
     Reading,
     embed_texts,
 )
 from gigabatch.trainer.evaluation.geometry import geometry
+from gigabatch.trainer.evaluation.labelled import read_labelled
 from gigabatch.trainer.evaluation.labels import named_classes
 from gigabatch.trainer.evaluation.probe import linear_probe
+from gigabatch.trainer.evaluation.regression import regression_probe, regression_summary
 from gigabatch.trainer.evaluation.subject import Measured, Subject
 
 
@@ -43,61 +42,48 @@ def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
     prompts = [each.replace("{}", name) for name in names for each in wanted.templates]
     run, config, world = subject.run, subject.config, subject.world
     vectors = gather_rows(embed_texts(subject.towers, prompts, config, run, world), world.group)
-    found = subject.embed(Reading(modalities=["image"]))
+    modality = wanted.modality or next((m for m in config.modalities if m != "text"), "text")
+    found = subject.embed(Reading(modalities=[modality]))
     own = labels.to(vectors.device)[found.columns[NAMED_BY_NUMBER]]
     classes = class_vectors(vectors, len(wanted.templates))
     return Measured(
         subject.name,
-        zero_shot(found.taps["image"], own, classes, world),
+        zero_shot(found.taps[modality], own, classes, world),
         classification_summary,
         {"classes": float(len(names)), "templates": float(len(wanted.templates))},
         subject.numbers(found),
     )
 
 
-Labelled = tuple[Tensor, Tensor]
-
-
-def _labelled(
-    subject: Subject, wanted: keys.Neighbours | keys.Probe
-) -> tuple[Labelled, Labelled, bool, Embedded]:
-    """((features, labels) of the training set, the same of this one, whether they are one set,
-    what was embedded of this one)."""
-    reading = Reading(modalities=[wanted.modality])
-    test_found = subject.embed(reading, wanted.tap)
-    test = test_found.taps[wanted.modality], subject.codes(wanted.label, test_found)
-    train_index = subject.open(wanted.train or subject.config.data.train[0].path)
-    if train_index.digest == subject.index.digest:
-        return test, test, True, test_found
-    found = subject.embed(reading, wanted.tap, train_index)
-    train = found.taps[wanted.modality], subject.codes(wanted.label, found, train_index)
-    return train, test, False, test_found
-
-
 def measure_neighbours(subject: Subject, wanted: keys.Neighbours) -> Measured:
-    train, test, same, found = _labelled(subject, wanted)
-    (bank, known), (queries, labels) = train, test
+    train, test, same = read_labelled(subject, wanted)
     figures = nearest_neighbours(
-        queries, labels, bank, known, subject.world, wanted.k, wanted.temperature, same
-    )
-    numbers = subject.numbers(found)
+        test.x, test.classes(), train.x, train.classes(), subject.world, wanted.k,
+        wanted.temperature, same,
+    )  # fmt: skip
+    numbers = subject.numbers(test.found)
     return Measured(subject.name, figures, classification_summary, samples=numbers)
 
 
 def measure_probe(subject: Subject, wanted: keys.Probe) -> Measured:
-    train, test, same, found = _labelled(subject, wanted)
+    train, test, same = read_labelled(subject, wanted)
     if same:
         raise GigabatchError(
             f"probe: {subject.on} is also the set that the probe is fitted on. Name another one "
             "with train=SET, or another --on."
         )
-    figures, l2 = linear_probe(train, test, subject.world, subject.config.run.seed)
-    numbers = subject.numbers(found)
+    world, seed, numbers = subject.world, subject.config.run.seed, subject.numbers(test.found)
+    if wanted.kind == "regression":
+        known, asked = ((side.x, side.numbers()) for side in (train, test))
+        figures, l2 = regression_probe(known, asked, world, seed)
+        return Measured(subject.name, figures, regression_summary, {"l2": l2}, numbers)
+    known, asked = ((side.x, side.classes()) for side in (train, test))
+    figures, l2 = linear_probe(known, asked, world, seed)
     return Measured(subject.name, figures, classification_summary, {"l2": l2}, numbers)
 
 
 def measure_geometry(subject: Subject, wanted: keys.Geometry) -> Measured:
-    found = subject.embed(Reading(), wanted.tap)
+    found = subject.embed(Reading(subject.config.modalities[:2]), wanted.tap)
     labels = subject.codes(wanted.label, found) if wanted.label else None
     told = geometry(found.taps, labels, subject.world, subject.config.run.seed)
     return Measured(subject.name, told=told)
