@@ -56,6 +56,11 @@ def evaluate(
     text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
     languages       each language, and MRV            captions= positives=
     order           right captions against changed    against= captions=
+    table           what is kept of each sample       label= auc=
+    batch-bias      is the batch large enough?        batch= gamma= temperature= samples= rounds=
+                                                      between= positives=
+    trigger         backdoors, as knn                 target= triggered= label= train= k= tap=
+                                                      temperature= modality=
     history         best against last step
 
     \b

@@ -48,7 +48,7 @@ def evaluate_run(
     config = run.config()
     step, towers = load_newest_towers(run)
     world = World(0, 1, device_of_this_process(), None)
-    subject = Subject(run, config, towers.to(world.device), world, on)
+    subject = Subject(run, config, towers.to(world.device), world, on, step)
     measured = measure(task, subject, wanted)
     seed = config.run.seed if with_intervals else None
     told = tags(task, measured, seed)

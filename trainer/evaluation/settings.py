@@ -112,6 +112,47 @@ class Order(Settings):
     """Where the right one is. Unset: where the run's captions are."""
 
 
+class Table(Settings):
+    """What the objective keeps of each sample that the run was trained on: temperatures, losses,
+    how likely a pair is clean. --on names one of its sources."""
+
+    label: str | None = None
+    """A json field: the mean for each of its values, and how it goes with their frequency."""
+    auc: str | None = None
+    """A json field that is 1 or 0, such as whether a caption is the right one: how well each figure
+    tells the two kinds apart."""
+
+
+class BatchBias(Settings):
+    """Whether a batch is large enough: how far the mean gradient of small ones is from that of all
+    samples."""
+
+    batch: int | None = Field(None, ge=2)
+    """Pairs in a batch. Unset: the run's batch.global_size."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Share of the batch's own estimate in a sample's running one (SogCLR); 1: plain InfoNCE."""
+    temperature: float | None = Field(None, gt=0)
+    """Unset: that of the run's objective, as learnt."""
+    samples: int = Field(1024, ge=4)
+    """How many of the set stand for all data, by a keyed choice."""
+    rounds: int = Field(40, ge=2)
+    """How often these are gone through to average gradients."""
+    between: tuple[str, str] | None = None
+    """Two of the run's modalities. Unset: its first two, of image, text and `towers.more`."""
+    positives: str | None = None
+    """The json field of samples that are no negatives of each other; `none`: all are. Unset: the
+    run's."""
+
+
+class Trigger(Neighbours):
+    """A backdoor: whether triggered samples are taken for the target class."""
+
+    target: int | str
+    """The class that the attack wants: a value of `label`."""
+    triggered: str
+    """The json field that is 1 where a sample bears the trigger, else 0."""
+
+
 class History(Settings):
     """Best against last step, of the evaluations made while training. Needs no --on."""
 
@@ -125,6 +166,9 @@ TASKS: dict[str, type[Settings]] = {
     "text-retrieval": TextRetrieval,
     "languages": Languages,
     "order": Order,
+    "table": Table,
+    "batch-bias": BatchBias,
+    "trigger": Trigger,
     "history": History,
 }
 

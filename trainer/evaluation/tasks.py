@@ -9,6 +9,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.evaluation import settings as keys
+from gigabatch.trainer.evaluation.batch_bias import measure_batch_bias
 from gigabatch.trainer.evaluation.classify import (
     class_vectors,
     classification_summary,
@@ -32,6 +33,8 @@ from gigabatch.trainer.evaluation.labels import named_classes
 from gigabatch.trainer.evaluation.probe import linear_probe
 from gigabatch.trainer.evaluation.regression import regression_probe, regression_summary
 from gigabatch.trainer.evaluation.subject import Measured, Subject
+from gigabatch.trainer.evaluation.table import measure_table
+from gigabatch.trainer.evaluation.trigger import measure_trigger
 
 
 def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
@@ -98,6 +101,9 @@ MEASURES: dict[str, Callable[[Subject, Any], Measured]] = {
     "text-retrieval": measure_text_retrieval,
     "languages": measure_languages,
     "order": measure_order,
+    "table": measure_table,
+    "batch-bias": measure_batch_bias,
+    "trigger": measure_trigger,
 }
 
 
