@@ -48,14 +48,15 @@ def evaluate(
     Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
 
     \b
-    retrieval       images and texts, both ways       between= positives= captions=
+    retrieval       images and texts, both ways       between= tap= positives= captions=
+                    one modality by several           given= find= score= positives= captions=
     zero-shot       classes named by prompts          label= classes= templates= modality=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
     probe           linear, of classes or numbers     label= kind= train= tap= modality=
     geometry        uniformity, rank, modality gap    label= tap=
-    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
-    languages       each language, and MRV            captions= positives=
-    order           right captions against changed    against= captions=
+    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix= tap=
+    languages       each language, and MRV            captions= modality= positives=
+    order           right captions against changed    against= captions= modality=
     table           what is kept of each sample       label= auc=
     batch-bias      is the batch large enough?        batch= gamma= temperature= samples= rounds=
                                                       between= positives=
@@ -67,8 +68,10 @@ def evaluate(
     gigabatch eval RUN --on val --intervals --slice lang
     gigabatch eval RUN --on val --task probe label=concept tap=encoder
     gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
+    gigabatch eval RUN --on val given=[image,labs] find=text
+    torchrun --nproc-per-node 8 -m gigabatch.launcher eval RUN --on val
     """
-    from gigabatch.launcher.evaluate import evaluate_run
+    from gigabatch.launcher.evaluate import Question, evaluate_run
 
     given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    evaluate_run(run, task, on, given, sliced or [], intervals, as_json=json)
+    evaluate_run(run, Question(task, on, given, sliced or [], intervals), as_json=json)

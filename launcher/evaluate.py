@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.distributed import World, device_of_this_process
+from gigabatch.data.settings import Settings
+from gigabatch.trainer.distributed import World, alone, join_world, leave
 from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.report import sliced_tags, tags
 from gigabatch.trainer.evaluation.retrieval import describe
@@ -21,46 +27,64 @@ from gigabatch.trainer.runs import open_run
 log = logging.getLogger(__name__)
 
 
-def evaluate_run(
-    where: str,
-    task: str,
-    on: str | None,
-    given: Sequence[str],
-    sliced: Sequence[str],
-    with_intervals: bool,
-    as_json: bool,
-) -> None:
-    """Print what `task` finds of the run `where` on the set `on`, and keep it in the run's eval/.
+@dataclass(frozen=True)
+class Question:
+    """What is asked of a run. `on`: the set, which `history` needs none of. `given`: key=value
+    settings of the task. `sliced`: fields of the samples' json."""
 
-    `given`: key=value settings of the task. `sliced`: fields of the samples' json. Raises
-    GigabatchError.
+    task: str
+    on: str | None
+    given: Sequence[str]
+    sliced: Sequence[str]
+    intervals: bool
+
+
+def evaluate_run(where: str, asked: Question, as_json: bool) -> None:
+    """Print what the run `where` answers, and keep it in the run's eval/.
+
+    Under torchrun each rank embeds its part, and rank 0 prints and writes. Raises GigabatchError.
     """
-    wanted = task_settings(task, given)
-    if task == "history":
-        _print(best_and_last(open_run(where)), as_json)
-        return
-    if on is None:
+    wanted, run = task_settings(asked.task, asked.given), open_run(where)
+    with _joined() as world:
+        if asked.task != "history":
+            _measure(run, world, asked, wanted, as_json)
+        elif world.is_main:
+            _print(best_and_last(run), as_json)
+    if world.size > 1:
+        leave(0)
+
+
+def _joined() -> AbstractContextManager[World]:
+    """torchrun's ranks, with as many threads as it gave them; else this process alone."""
+    if "RANK" in os.environ:
+        return join_world(torch.get_num_threads())
+    return nullcontext(alone())
+
+
+def _measure(
+    run: RunFolder, world: World, asked: Question, wanted: Settings, as_json: bool
+) -> None:
+    task = asked.task
+    if asked.on is None:
         raise GigabatchError(
             f"--on: {task} needs a set. Name a folder of shards (text-retrieval: a JSONL file, or "
             "a folder in the BEIR layout)."
         )
-    run = open_run(where)
     config = run.config()
-    step, towers = load_newest_towers(run)
-    world = World(0, 1, device_of_this_process(), None)
-    subject = Subject(run, config, towers.to(world.device), world, on, step)
+    step, towers = load_newest_towers(run, world)
+    subject = Subject(run, config, towers.to(world.device), world, asked.on, step)
     measured = measure(task, subject, wanted)
-    seed = config.run.seed if with_intervals else None
+    fields = asked.sliced if measured.samples is not None else ()
+    values = {field: subject.values(field, required=False) for field in fields}
+    if not world.is_main:
+        return
+    seed = config.run.seed if asked.intervals else None
     told = tags(task, measured, seed)
-    for field in sliced:
-        values = subject.values(field, required=False) if measured.samples is not None else []
-        told |= sliced_tags(task, measured, field, values, seed)
-    _keep(run, measured, task, step, told, given)
+    for field in asked.sliced:
+        told |= sliced_tags(task, measured, field, values.get(field, ()), seed)
+    _keep(run, measured, task, step, told, asked.given)
     if task == "retrieval" and not as_json:
         print(f"step {step}, {describe(measured.name, measured.metrics())}")
-        told = {
-            name: told[name] for name in told if "=" in name or name.endswith(("/low", "/high"))
-        }
     _print(told, as_json)
 
 

@@ -79,6 +79,11 @@ class World:
         return box[0]
 
 
+def alone() -> World:
+    """This process by itself, without a process group."""
+    return World(0, 1, device_of_this_process(), None)
+
+
 @contextmanager
 def join_world(threads: int) -> Iterator[World]:
     """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR and

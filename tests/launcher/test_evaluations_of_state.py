@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from support import Command, write_modalities
+from support import Command, run_ranks, write_modalities
 from typer.testing import CliRunner
 
 from gigabatch.data.errors import GigabatchError
@@ -147,6 +147,18 @@ def test_triggers_by_neighbours(told: Told) -> None:
     assert found["old=True/attack_success"] == found["attack_success"] < 0.2  # no trigger at all
     assert "old=False/attack_success" not in found
     assert -1 < found["triggered_cosine"] < 0.9
+
+
+def test_two_ranks_find_the_same(run: Path, told: Told) -> None:
+    asked = [
+        ["val", "probe", "kind=regression", "label=age", "modality=numbers"],
+        ["train", "table", "label=concept", "auc=old"],
+        ["train", "batch-bias", "between=[numbers, path]", "temperature=0.1", "batch=30"],
+        ["val", "trigger", "label=concept", "target=3", "triggered=old", "k=3"],
+    ]
+    together = run_ranks(Path(__file__).with_name("measure_probe.py"), 2, run, json.dumps(asked))
+    for found, (on, task, *settings) in zip(together, asked, strict=True):
+        assert found == pytest.approx(told("--on", on, "--task", task, *settings), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,7 @@ def measure_batch_bias(subject: Subject, wanted: BatchBias) -> Measured:
     return Measured(subject.name, told=told)
 
 
+@torch.no_grad()
 def run_temperature(subject: Subject) -> float:
     """Of the run's objective, as it is now; a mean where each sample has its own. Raises
     GigabatchError for an objective that has none, or several."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+
+from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config, positives_of
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.evaluation.retrieval import Embed, describe, evaluate_retrieval
+from gigabatch.trainer.evaluation.retrieval import describe, evaluate_retrieval
 from gigabatch.trainer.inputs import open_eval
 from gigabatch.trainer.runfolder import RunFolder
 
@@ -22,11 +24,15 @@ def evaluation_is_due(step: int, config: Config) -> bool:
 
 
 def evaluate_sets(
-    embed: Embed, config: Config, run: RunFolder, world: World, stop: Callable[[], bool]
+    towers: Callable[..., Mapping[str, Tensor]],
+    config: Config,
+    run: RunFolder,
+    world: World,
+    stop: Callable[[], bool],
 ) -> dict[str, float] | None:
     """The metrics of each of the run's sets, by tag; None where `stop` said to leave off.
 
-    `embed` and `stop`: as in `evaluate_retrieval`. A collective. Raises GigabatchError where
+    `towers` and `stop`: as in `evaluate_retrieval`. A collective. Raises GigabatchError where
     `checkpoint.best` names none of the metrics.
     """
     found: dict[str, float] = {}
@@ -40,7 +46,7 @@ def evaluate_sets(
     for name in config.eval.sets:
         index = open_eval(config, name)
         positives = positives_of(config.objective)
-        metrics = evaluate_retrieval(embed, index, config, run, world, positives, stop)
+        metrics = evaluate_retrieval(towers, index, config, run, world, positives, stop)
         if metrics is None:
             return None
         found |= {f"eval/{index.name}/{key}": value for key, value in metrics.items()}

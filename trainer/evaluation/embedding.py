@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from gigabatch.data.stream import open_stream
 from gigabatch.data.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.evaluation.scores import Rows
 from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import tower_inputs
@@ -25,18 +26,23 @@ from gigabatch.trainer.step import tower_inputs
 log = logging.getLogger(__name__)
 Inputs = Mapping[str, tuple[Tensor, ...]]
 Embed = Callable[[Inputs], Mapping[str, Tensor]]
-"""Towers' inputs to {tap: [B, D]}, in evaluation mode."""
+"""Towers' inputs to {modality: [B, D], or tokens [B, T, D]}, in evaluation mode."""
 NAMED_BY_NUMBER = "sample"
 """The column that every sample has: its own number."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """`taps`: modality -> this rank's rows [n, D]. `columns`: int64 [n] codes of fields of the
-    samples' json, and `sample`."""
+    """`taps`: modality -> this rank's rows [n, D], or of tokens [n, T, D], whose `masks` (bool
+    [n, T]) tell the real ones. `columns`: int64 [n] codes of fields of the samples' json, and
+    `sample`."""
 
     taps: Mapping[str, Tensor]
     columns: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, modality: str) -> Rows:
+        return Rows(self.taps[modality], self.masks.get(modality))
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,7 @@ def embed_set(
     )
     columns = (NAMED_BY_NUMBER, *fields.columns)
     taps: dict[str, list[Tensor]] = {}
+    masks: dict[str, list[Tensor]] = {}
     codes: dict[str, list[Tensor]] = {name: [] for name in columns}
     bad: list[str] = []
     for micro in stream:
@@ -108,6 +115,10 @@ def embed_set(
         kept = slice(None) if batch.real else slice(0)
         for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
             taps.setdefault(tap, []).append(vectors[kept].float())
+            if vectors.ndim == 3:
+                whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+                real = batch.tensors.get(f"{tap}_mask", whole)
+                masks.setdefault(tap, []).append(real[kept])
         for name in columns:
             codes[name].append(batch.tensors[name][kept])
         if stop():
@@ -116,6 +127,7 @@ def embed_set(
     return Embedded(
         {name: torch.cat(rows) for name, rows in taps.items()},
         {name: torch.cat(rows) for name, rows in codes.items()},
+        {name: torch.cat(rows) for name, rows in masks.items()},
     )
 
 
@@ -138,14 +150,16 @@ def caption_settings(config: Config, field: str) -> CaptionSettings:
 @torch.no_grad()
 def embed_texts(
     embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
-) -> Tensor:
-    """This rank's rows [n, D] of texts, which every rank has: a run of them, in their order."""
+) -> Rows:
+    """This rank's rows of texts, which every rank has: a run of them, in their order."""
     require_towers(config, ["text"])
     tokenizer = load_tokenizer(run.tokenizer)
-    rows = []
+    rows, masks = [], []
     for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
         tokens, mask = encode(tokenizer, [texts[number] for number in plan.samples])
         inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
-        vectors = embed(inputs)["text"].float()
-        rows.append(vectors if plan.real else vectors[:0])
-    return torch.cat(rows)
+        kept = slice(None) if plan.real else slice(0)
+        rows.append(embed(inputs)["text"][kept].float())
+        masks.append(inputs["text"][1][kept])
+    values = torch.cat(rows)
+    return Rows(values, torch.cat(masks) if values.ndim == 3 else None)

@@ -1,4 +1,5 @@
-"""Retrieval between two modalities, both ways, exact, sharded over ranks.
+"""Retrieval across modalities, exact, sharded over ranks: between two of them both ways, or of one
+from several.
 
 Right answers share the query's id, so there may be several. As in the literature on images and
 texts, `recall@k` is the share of queries with a right answer among the first k; the ranks are those
@@ -7,7 +8,8 @@ of a query's best right answer. Ties count against us (see `ranking`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -17,13 +19,13 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
-    Embed,
     Embedded,
     Reading,
     embed_set,
 )
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
-from gigabatch.trainer.evaluation.scores import dot_rows
+from gigabatch.trainer.evaluation.scores import Rows, score_rows
+from gigabatch.trainer.evaluation.taps import compared, place_compared
 from gigabatch.trainer.runfolder import RunFolder
 
 RECALLS = (1, 5, 10)
@@ -32,7 +34,7 @@ TOLD = "_recall@10"
 
 
 def evaluate_retrieval(
-    embed: Embed,
+    towers: Callable[..., Mapping[str, Tensor]],
     index: Index,
     config: Config,
     run: RunFolder,
@@ -43,42 +45,72 @@ def evaluate_retrieval(
     """Metrics of one indexed set, the same on every rank; None where `stop`, which is asked after
     each micro-batch and must answer alike on every rank, said to leave off.
 
-    `embed`: towers' inputs to {image, text}: [B, D], in evaluation mode. `positives`: the json
-    field that right answers share; None: a caption's right answer is its own image.
-    Between image and text, or the first two modalities that the run has. Keys: `candidates`,
-    `mean_recall@10`, and for each way (`i2t`, `t2i`; of others `audio2text`) `..._recall@1|5|10`,
-    `..._mrr`, `..._ndcg@10`, `..._r_precision`, `..._mean_rank`, `..._median_rank`.
+    `towers`: called as `Towers` are, in evaluation mode. `positives`: the json field that right
+    answers share; None: a caption's right answer is its own image.
+    Between image and text, or the first two modalities that the run has, by their vectors, or by
+    their tokens where those are what the objective reads. Keys: `candidates`, `mean_recall@10`, and
+    for each way (`i2t`, `t2i`; of others `audio2text`) `..._recall@1|5|10`, `..._mrr`,
+    `..._ndcg@10`, `..._r_precision`, `..._mean_rank`, `..._median_rank`.
     """
-    reading = Reading(config.modalities[:2], [positives] if positives else [])
+    between = config.modalities[:2]
+    reading = Reading(between, [positives] if positives else [])
+    embed = compared(towers, place_compared(config, between))
     found = embed_set(embed, index, config, run, world, reading, stop)
     if found is None:
         return None
     return retrieval_summary(retrieval_figures(found, positives, world), len(index))
 
 
+def way_names(a: str, b: str) -> tuple[str, str]:
+    """What retrieval of `b` by `a` is called, and that of `a` by `b`."""
+    return ("i2t", "t2i") if (a, b) == ("image", "text") else (f"{a}2{b}", f"{b}2{a}")
+
+
 def retrieval_figures(found: Embedded, positives: str | None, world: World) -> dict[str, Tensor]:
     """Figures of every query, float64 [all samples], on every rank; of two modalities that were
-    embedded, `A2B_...` and `B2A_...` (of image and text `i2t_...` and `t2i_...`)."""
+    embedded, `A2B_...` and `B2A_...` (of image and text `i2t_...` and `t2i_...`). Of tokens each
+    way has a score of its own, the mean over the tokens of what asks."""
     ids = found.columns[positives or NAMED_BY_NUMBER]
-    (a, first), (b, second) = found.taps.items()
-    one, back = ("i2t", "t2i") if (a, b) == ("image", "text") else (f"{a}2{b}", f"{b}2{a}")
-    ways = {one: (first, second), back: (second, first)}
-    return {
-        f"{way}_{name}": values
-        for way, (queries, keys) in ways.items()
-        for name, values in _one_way(queries, keys, ids, world).items()
-    }
+    a, b = found.taps
+    one, back = way_names(a, b)
+    first, second = found.rows(a), found.rows(b)
+    there = _one_way(one, first, second, ids, world)
+    return there | _one_way(back, second, first, ids, world)
+
+
+def joint_figures(
+    found: Embedded,
+    given: Sequence[str],
+    find: str,
+    score: str,
+    positives: str | None,
+    world: World,
+) -> dict[str, Tensor]:
+    """Figures of the retrieval of one modality by several, `A+C2B_...`, as in `retrieval_figures`.
+
+    `score`: "product", sum_d a_d c_d b_d (Symile, number 34), or "sum", a . b + c . b.
+    """
+    parts = [found.taps[name].double() for name in given]
+    queries = math.prod(parts[1:], start=parts[0]) if score == "product" else sum(parts)
+    assert isinstance(queries, Tensor)
+    ids, way = found.columns[positives or NAMED_BY_NUMBER], f"{'+'.join(given)}2{find}"
+    return _one_way(way, Rows(queries), found.rows(find), ids, world)
 
 
 def describe(name: str, metrics: Mapping[str, float]) -> str:
     """One line on a set's retrieval."""
     chance = min(1.0, 10 / metrics["candidates"])
-    recalls = {way: metrics[f"{way}_recall@10"] for way in _ways(metrics)}
-    told = ", ".join(f"{NAMES.get(w, w.replace('2', ' to '))} {r:.3f}" for w, r in recalls.items())
+    recalls = {_in_words(way): metrics[f"{way}_recall@10"] for way in _ways(metrics)}
+    mean = sum(recalls.values()) / len(recalls)
+    told = ", ".join(f"{w} {r:.3f}" if len(recalls) > 1 else w for w, r in recalls.items())
     return (
-        f"{name}: recall@10 {metrics['mean_recall@10']:.3f} ({told}; {metrics['candidates']:,.0f} "
+        f"{name}: recall@10 {mean:.3f} ({told}; {metrics['candidates']:,.0f} "
         f"candidates, chance {chance:.3f})"
     )
+
+
+def _in_words(way: str) -> str:
+    return NAMES.get(way) or way.replace("2", " to ").replace("+", " and ")
 
 
 def _ways(names: Iterable[str]) -> list[str]:
@@ -86,21 +118,21 @@ def _ways(names: Iterable[str]) -> list[str]:
     return [name.removesuffix(TOLD) for name in names if name.endswith(TOLD) and "2" in name]
 
 
-def retrieval_summary(figures: dict[str, Tensor], candidates: int) -> dict[str, float]:
-    """What is told of a set, from the figures of its queries."""
+def retrieval_summary(figures: Mapping[str, Tensor], candidates: int) -> dict[str, float]:
+    """What is told of a set, from the figures of its queries; of both ways also the mean."""
     told = {"candidates": float(candidates)}
     ways = _ways(figures)
     for way in ways:
         own = {n.removeprefix(f"{way}_"): v for n, v in figures.items() if n.startswith(f"{way}_")}
         told |= summary(own, f"{way}_")
     both = [told[f"{way}_recall@10"] for way in ways]
-    return told | {"mean_recall@10": sum(both) / 2}
+    return told | ({"mean_recall@10": sum(both) / 2} if len(both) == 2 else {})
 
 
-def _one_way(queries: Tensor, keys: Tensor, ids: Tensor, world: World) -> dict[str, Tensor]:
-    keys, key_ids = gather_rows(keys, world.group), gather_rows(ids, world.group)
+def _one_way(way: str, queries: Rows, keys: Rows, ids: Tensor, world: World) -> dict[str, Tensor]:
+    keys, key_ids = keys.gathered(world.group), gather_rows(ids, world.group)
     relevance = Relevance.by_id(ids, key_ids)
-    found = rank_queries(dot_rows(queries, keys), relevance, len(keys), RECALLS)
+    found = rank_queries(score_rows(queries, keys), relevance, len(key_ids), RECALLS)
     told = {f"recall@{k}": found[f"hit@{k}"] for k in RECALLS}
     told |= {name: found[name] for name in ("mrr", "ndcg@10", "r_precision", "rank")}
-    return {name: gather_rows(values, world.group) for name, values in told.items()}
+    return {f"{way}_{name}": gather_rows(values, world.group) for name, values in told.items()}

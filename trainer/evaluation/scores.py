@@ -7,16 +7,38 @@ and on any number of ranks, so that ties are ties.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from gigabatch.kernels import MaxSim, gather_rows, maxsim, token_keys
+from gigabatch.kernels.sources import Panel
 
 Scorer = Callable[[slice], Tensor]
 """Some of the queries -> their scores with all N keys, float32 [b, N]."""
 BUDGET = 1 << 22
 """Scores held at a time, unless a single row is longer."""
 _LOW = (1 << 32) - 1
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What is compared: vectors [n, D], or tokens [n, T, D], of which `real` (bool [n, T]) are."""
+
+    values: Tensor
+    real: Tensor | None = None
+
+    def take(self, rows: Sequence[int] | slice) -> Rows:
+        """Some of them."""
+        return Rows(self.values[rows], None if self.real is None else self.real[rows])
+
+    def gathered(self, group: dist.ProcessGroup | None) -> Rows:
+        """Those of all ranks, in rank order."""
+        real = None if self.real is None else gather_rows(self.real, group)
+        return Rows(gather_rows(self.values, group), real)
 
 
 def blocks(queries: int, columns: int) -> Iterator[slice]:
@@ -41,31 +63,48 @@ def dot_rows(queries: Tensor, keys: Tensor) -> Scorer:
     return rows
 
 
-def maxsim_rows(
-    queries: Tensor, query_mask: Tensor, keys: Tensor, key_mask: Tensor, reduce: str = "mean"
-) -> Scorer:
+def maxsim_rows(queries: Tensor, query_mask: Tensor, keys: Tensor, key_mask: Tensor) -> Scorer:
     """Late interaction (ColBERT, FILIP): for each real token of a query its best product with a
-    real token of the key, averaged over the query's tokens, or with `reduce` "sum" added up.
+    real token of the key, averaged over the query's tokens.
 
     `queries` [Q, T, D], `keys` [N, S, D]; masks bool [Q, T] and [N, S], true on real tokens. A
-    query or a key without one scores -inf.
+    query or a key without one scores -inf. No token products are held beyond a tile of them.
     """
+    asks, answers = query_mask.any(1), key_mask.any(1)
+    query_mask, key_mask = (m | ~m.any(1, keepdim=True) for m in (query_mask, key_mask))
+    step = max(1, (1 << 22) // max(queries.shape[1] * queries.shape[2], 1))  # turned to float64
 
     def rows(part: slice) -> Tensor:
-        wanted, real = queries[part].double(), query_mask[part]
-        out = torch.empty(len(wanted), len(keys), device=keys.device)
-        held = max(1, wanted.shape[0] * wanted.shape[1] * keys.shape[1])
-        for first in range(0, len(keys), max(1, BUDGET // held)):
-            chunk = slice(first, first + max(1, BUDGET // held))
-            tokens = torch.einsum("qtd,nsd->qnts", wanted, keys[chunk].double())
-            tokens.masked_fill_(~key_mask[chunk][None, :, None, :], -torch.inf)
-            best = tokens.amax(3).masked_fill(~real.unsqueeze(1), 0.0)
-            count = real.sum(1, keepdim=True)
-            total = best.sum(2) if reduce == "sum" else best.sum(2) / count.clamp(min=1)
-            out[:, chunk] = torch.where(count > 0, total, -torch.inf)
-        return out
+        found = [
+            maxsim(queries[few].double(), keys, query_mask[few], key_mask).float()
+            for few in (
+                slice(first, min(first + step, part.stop))
+                for first in range(part.start, part.stop, step)
+            )
+        ]
+        return torch.cat(found).masked_fill_(~(asks[part].unsqueeze(1) & answers), -torch.inf)
 
     return rows
+
+
+def score_rows(queries: Rows, keys: Rows) -> Scorer:
+    """Scores of all queries with all keys: dot products, or of tokens late interaction."""
+    if queries.real is None or keys.real is None:
+        return dot_rows(queries.values, keys.values)
+    return maxsim_rows(queries.values, queries.real, keys.values, keys.real)
+
+
+def score_pairs(queries: Rows, keys: Rows) -> Tensor:
+    """float32 [n]: the score of each query with the key of its own row."""
+    q, k = queries.values, keys.values
+    if queries.real is None or keys.real is None:
+        return (q.double() * k.double()).sum(1).float()
+    out = torch.empty(len(q), device=q.device)
+    for part in blocks(len(q), q.shape[1] * k.shape[1]):
+        metadata = token_keys(k[part], keys.real[part])
+        score = MaxSim(q[part].double(), queries.real[part])
+        out[part] = score.pairs(Panel(k[part], metadata, 0)).float()
+    return out
 
 
 @torch.no_grad()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
@@ -18,15 +18,47 @@ Texts = Annotated[tuple[str, ...], OneOrMore]
 
 
 class Retrieval(Settings):
-    """Retrieval between image and text, or two other modalities, both ways."""
+    """Retrieval between image and text, or two other modalities, both ways; or of one modality by
+    several."""
 
     between: tuple[str, str] | None = None
     """Two of the run's modalities, [audio, text]. Unset: the run's first two, of image, text and
     `towers.more`."""
+    tap: Literal["head", "tokens"] | None = None
+    """head: one vector a sample; tokens: late interaction. Unset: tokens where the objective reads
+    those of both modalities, and not their vectors."""
+    given: Annotated[Texts, Field(min_length=1)] | None = None
+    """Modalities that together ask, [image, labs]; with `find`."""
+    find: str | None = None
+    """The modality that is looked for; with `given`."""
+    score: Literal["product", "sum"] | None = None
+    """With `given`. product: sum_d of the product of all vectors; sum: the sum of dot products with
+    each. Unset: product where a symile objective reads all of them, else sum."""
     positives: str | None = None
     """The json field that right answers share; `none` for pairs alone. Unset: the run's."""
     captions: str | None = None
     """Where the captions are: txt, or a json field such as names.de. Unset: where the run's are."""
+
+    @model_validator(mode="after")
+    def _one_question(self) -> Self:
+        if (self.given is None) != (self.find is None):
+            raise ValueError("given and find go together, as in given=[image,labs] find=text")
+        if self.given is None:
+            if self.score:
+                raise ValueError("score is of given=[A,B] find=C; between compares two modalities")
+            if self.between and len(set(self.between)) < 2:
+                raise ValueError(f"between takes two modalities, and got {self.between[0]} alone")
+            return self
+        for name in ("between", "tap"):
+            if getattr(self, name):
+                raise ValueError(
+                    f"{name} is of two modalities, both ways; given and find of several, one way. "
+                    "Give one or the other"
+                )
+        named = [*self.given, str(self.find)]
+        if len(set(named)) < len(named):
+            raise ValueError(f"given and find name a modality twice: {', '.join(named)}")
+        return self
 
 
 class ZeroShot(Settings):
@@ -92,6 +124,9 @@ class TextRetrieval(Settings):
     query_prefix: str = ""
     """What stands before each query, such as `query: `."""
     document_prefix: str = ""
+    tap: Literal["head", "tokens"] | None = None
+    """head: one vector a text; tokens: late interaction. Unset: tokens where the objective reads
+    those of text, and not its vectors."""
 
 
 class Languages(Settings):
@@ -99,15 +134,20 @@ class Languages(Settings):
 
     captions: Annotated[Texts, Field(min_length=2)]
     """The caption fields, one a language: [names.en, names.de]."""
+    modality: str | None = None
+    """What the captions are of. Unset: the run's first modality that is not text."""
     positives: str | None = None
     """The json field that right answers share; `none` for pairs alone. Unset: the run's."""
 
 
 class Order(Settings):
-    """Whether an image prefers its caption to one with the order of things changed."""
+    """Whether an image, or another modality, prefers its caption to one with the order of things
+    changed."""
 
     against: Annotated[Texts, Field(min_length=1)]
     """The json fields that hold wrong captions. One, or a list."""
+    modality: str | None = None
+    """What the captions are of. Unset: the run's first modality that is not text."""
     captions: str | None = None
     """Where the right one is. Unset: where the run's captions are."""
 
@@ -204,7 +244,9 @@ def _keys(model: type[Settings]) -> str:
 
 
 def _explained(task: str, model: type[Settings], item: Any) -> str:
-    name = str(item["loc"][0]) if item["loc"] else ""
+    if not item["loc"]:  # of several keys together
+        return f"{task}: {item['msg'].removeprefix('Value error, ')}."
+    name = str(item["loc"][0])
     about = model.model_fields[name].description if name in model.model_fields else None
     what = "must be given" if item["type"] == "missing" else item["msg"]
     help_text = f" {' '.join(about.split())}" if about else ""

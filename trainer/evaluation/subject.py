@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.indexing import open_index
 from gigabatch.kernels import gather_rows
@@ -17,6 +18,7 @@ from gigabatch.trainer.config import Config, positives_of
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
+    Embed,
     Embedded,
     Reading,
     embed_set,
@@ -24,7 +26,7 @@ from gigabatch.trainer.evaluation.embedding import (
 from gigabatch.trainer.evaluation.labels import codes_of, field_values
 from gigabatch.trainer.evaluation.ranking import summary
 from gigabatch.trainer.evaluation.statistics import Tell
-from gigabatch.trainer.evaluation.taps import tapped
+from gigabatch.trainer.evaluation.taps import HEAD, compared, tapped
 from gigabatch.trainer.inputs import cache_of, open_eval
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.towers import Towers
@@ -54,23 +56,32 @@ class Subject:
         """A folder as the user sees it; else the name of one of the run's own sets."""
         return open_index(on) if Path(on).is_dir() else open_eval(self.config, on)
 
-    def embed(self, reading: Reading, tap: str = "head", index: Index | None = None) -> Embedded:
-        found = embed_set(
-            tapped(self.towers, tap),
-            index or self.index,
-            self.config,
-            self.run,
-            self.world,
-            reading,
-        )
+    def embed(self, reading: Reading, tap: str = HEAD, index: Index | None = None) -> Embedded:
+        """Vectors of each modality by itself, read at a tap."""
+        return self._embed(tapped(self.towers, tap), reading, index or self.index)
+
+    def embed_compared(self, reading: Reading, place: str) -> Embedded:
+        """What is compared across modalities, vectors or tokens: see `place_compared`."""
+        return self._embed(compared(self.towers, place), reading, self.index)
+
+    def _embed(self, embed: Embed, reading: Reading, index: Index) -> Embedded:
+        found = embed_set(embed, index, self.config, self.run, self.world, reading)
         assert found is not None  # nobody asked it to stop
         return found
 
     def values(self, name: str, index: Index | None = None, required: bool = True) -> list[Any]:
-        """A field of every sample: read by rank 0 for all."""
-        index, main = index or self.index, self.world.is_main
-        found = field_values(index, name, cache_of(self.config), required) if main else None
-        return list(self.world.share(found))
+        """A field of every sample: read by rank 0 for all. Raises GigabatchError on every rank."""
+        index = index or self.index
+        found: list[Any] | str = []
+        if self.world.is_main:
+            try:
+                found = field_values(index, name, cache_of(self.config), required)
+            except GigabatchError as error:
+                found = str(error)
+        found = self.world.share(found)
+        if isinstance(found, str):
+            raise GigabatchError(found)
+        return list(found)
 
     def numbers(self, found: Embedded) -> Tensor:
         """int64 [N]: which samples were embedded, on every rank."""

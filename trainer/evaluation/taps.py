@@ -2,24 +2,59 @@
 
 `head` is what is trained on: unit vectors. `encoder` is what the head is given, as it is. Any other
 is the path of a module, `encoder.blocks.2` or `head.0`; a map [B, C, H, W] is averaged over its
-places, states [B, L, W] over their real tokens.
+places, states [B, L, W] over their real tokens. Where vectors are compared across modalities,
+`tokens` are what late interaction is trained on: unit vectors too, one a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.config import Config, taps_of
 from gigabatch.trainer.evaluation.embedding import Embed, Inputs
+from gigabatch.trainer.taps import parse_tap
 from gigabatch.trainer.towers import Towers
+
+HEAD, TOKENS = "head", "tokens"
+
+
+def place_compared(config: Config, modalities: Sequence[str], wanted: str | None = None) -> str:
+    """`head` or `tokens`: where modalities are read that are compared with each other. Unless
+    `wanted`, tokens where the objective reads those of all, and not the pooled vectors of all,
+    which are then not trained. Raises GigabatchError for tokens that the run has not."""
+    read = {(tap.modality, tap.place) for tap in map(parse_tap, taps_of(config.objective))}
+    pooled, tokens = ({m for m in modalities if (m, place) in read} for place in (HEAD, TOKENS))
+    if wanted == TOKENS and (without := [m for m in modalities if m not in tokens]):
+        raise GigabatchError(
+            f"tap=tokens: the run has no tokens of {', '.join(without)}: its objective reads "
+            f"{', '.join(taps_of(config.objective))}. Leave tap unset, or compare "
+            "modalities whose tokens it reads."
+        )
+    trained_on_tokens = len(tokens) == len(modalities) > len(pooled)
+    return wanted or (TOKENS if trained_on_tokens else HEAD)
+
+
+def compared(towers: Callable[..., Mapping[str, Tensor]], place: str) -> Embed:
+    """The towers read at `head` or `tokens`: {modality: float32 [B, D] or [B, T, D]}."""
+    if place == HEAD:
+        return towers
+
+    def embed(inputs: Inputs) -> dict[str, Tensor]:
+        taps = {name: f"{name}.{TOKENS}" for name in inputs}
+        found = towers(inputs, None, tuple(taps.values()))
+        return {name: found[tap] for name, tap in taps.items()}
+
+    return embed
 
 
 def tapped(towers: Towers, tap: str) -> Embed:
     """The towers read at `tap`: {modality: float32 [B, W]}."""
-    if tap == "head":
+    if tap == HEAD:
         return towers
 
     def embed(inputs: Inputs) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
-from gigabatch.kernels import gather_rows
 from gigabatch.trainer.evaluation import settings as keys
 from gigabatch.trainer.evaluation.batch_bias import measure_batch_bias
 from gigabatch.trainer.evaluation.classify import (
@@ -17,6 +16,7 @@ from gigabatch.trainer.evaluation.classify import (
     zero_shot,
 )
 from gigabatch.trainer.evaluation.crossmodal import (
+    captioned,
     measure_languages,
     measure_order,
     measure_retrieval,
@@ -44,8 +44,8 @@ def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
     names, labels = named_classes(subject.values(wanted.label), wanted.classes, wanted.label)
     prompts = [each.replace("{}", name) for name in names for each in wanted.templates]
     run, config, world = subject.run, subject.config, subject.world
-    vectors = gather_rows(embed_texts(subject.towers, prompts, config, run, world), world.group)
-    modality = wanted.modality or next((m for m in config.modalities if m != "text"), "text")
+    vectors = embed_texts(subject.towers, prompts, config, run, world).gathered(world.group).values
+    modality = captioned(subject, wanted.modality)
     found = subject.embed(Reading(modalities=[modality]))
     own = labels.to(vectors.device)[found.columns[NAMED_BY_NUMBER]]
     classes = class_vectors(vectors, len(wanted.templates))

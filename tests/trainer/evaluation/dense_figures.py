@@ -57,3 +57,12 @@ def one_list(gains: list[float], right: int, ks: Sequence[int]) -> dict[str, flo
     out["r_precision"] = inside(right) / max(right, 1)
     out["rank"] = float(places[0]) if places else math.nan
     return out
+
+
+def maxsim(q: np.ndarray, real_q: np.ndarray, k: np.ndarray, real_k: np.ndarray) -> np.ndarray:
+    """[Q, N]: the mean over a query's real tokens of the best product with a key's."""
+    out = np.empty((len(q), len(k)))
+    for i, j in np.ndindex(*out.shape):
+        asks, answers = q[i][real_q[i]].astype(np.float64), k[j][real_k[j]].astype(np.float64)
+        out[i, j] = np.mean([max(float(t @ u) for u in answers) for t in asks])
+    return out

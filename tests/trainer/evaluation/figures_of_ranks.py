@@ -14,7 +14,7 @@ from gigabatch.trainer.evaluation.embedding import Embedded
 from gigabatch.trainer.evaluation.geometry import geometry
 from gigabatch.trainer.evaluation.probe import linear_probe
 from gigabatch.trainer.evaluation.regression import regression_probe
-from gigabatch.trainer.evaluation.retrieval import retrieval_figures
+from gigabatch.trainer.evaluation.retrieval import joint_figures, retrieval_figures
 
 ROWS = 60
 EDGES = {1: [0, 60], 2: [0, 43, 60], 4: [0, 20, 41, 60, 60]}  # the last of four holds none
@@ -33,6 +33,13 @@ def case() -> dict[str, torch.Tensor]:
     }
 
 
+def tokens(rows: dict[str, torch.Tensor]) -> Embedded:
+    """Each row as tokens: three of two numbers, or two of them where the first is negative."""
+    cut = {name: rows[name].view(-1, 3, 2) for name in ("image", "text")}
+    third = {name: torch.arange(3) < 2 + (each[:, :1, 0] > 0).long() for name, each in cut.items()}
+    return Embedded(cut, {"label": rows["label"]}, third)
+
+
 def figures(world: World) -> dict[str, Any]:
     all_rows = case()
     edges = EDGES[world.size]
@@ -46,6 +53,11 @@ def figures(world: World) -> dict[str, Any]:
     regressed, ridge_l2 = regression_probe((image, numbers), (text, numbers), world, seed=1)
     per_row = {
         "retrieval": retrieval_figures(found, "label", world),
+        "tokens": retrieval_figures(tokens(mine), "label", world),
+        **{
+            score: joint_figures(found, ["image", "text"], "image", score, "label", world)
+            for score in ("product", "sum")
+        },
         "zero_shot": zero_shot(image, labels, all_rows["text"][:5], world),
         "knn": nearest_neighbours(text, labels, image, labels, world, 7, 0.1),
         "knn_left_out": nearest_neighbours(image, labels, image, labels, world, 7, 0.1, True),

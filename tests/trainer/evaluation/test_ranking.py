@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.evaluation import ranking, scores
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
-from gigabatch.trainer.evaluation.scores import dot_rows, maxsim_rows, top_rows
+from gigabatch.trainer.evaluation.scores import dot_rows, top_rows
 
 KS = (1, 2, 5, 10, 1000)
 
@@ -126,24 +126,3 @@ def test_the_best_keys_are_those_of_a_stable_sort(
     assert values[:, :keys].tolist() == best.tolist()
     assert numbers[:, :keys].tolist() == np.where(np.isinf(best), -1, order).tolist()
     assert values.shape == numbers.shape == (7, k)
-
-
-@pytest.mark.parametrize("reduce", ["mean", "sum"])
-@pytest.mark.parametrize("budget", [1, 1 << 20])
-def test_late_interaction_equals_loops_over_tokens(
-    reduce: str, budget: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scores, "BUDGET", budget)
-    random = np.random.default_rng(0)
-    queries, keys = random.normal(size=(5, 3, 4)), random.normal(size=(7, 6, 4))
-    real_q, real_k = random.random((5, 3)) < 0.6, random.random((7, 6)) < 0.6
-    real_q[0], real_q[1:, 0], real_k[2], real_k[3:, 0] = False, True, False, True
-    wanted = np.full((5, 7), -np.inf)
-    for i in range(5):
-        for j in range(7):
-            if real_q[i].any() and real_k[j].any():
-                best = [(q @ keys[j][real_k[j]].T).max() for q in queries[i][real_q[i]]]
-                wanted[i, j] = np.mean(best) if reduce == "mean" else np.sum(best)
-    inputs = (torch.from_numpy(each) for each in (queries, real_q, keys, real_k))
-    found = maxsim_rows(*inputs, reduce)(slice(0, 5)).numpy()
-    np.testing.assert_allclose(found, wanted, rtol=1e-6)

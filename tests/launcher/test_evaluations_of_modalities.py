@@ -1,0 +1,182 @@
+"""`gigabatch eval` on runs of vectors, sequences and text: several modalities that ask together,
+tokens, captions of something else than images, and several ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import webdataset as wds
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.runs import create_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluations_of_modalities")]
+
+CONFIG = """
+data: {{root: {root}, workers: 0, text: {{vocab_size: 300, length: 12}}}}
+batch: {{global_size: 40, micro_size: 20}}
+optimizer: {{lr: 2.0e-2}}
+checkpoint: {{every_steps: 0}}
+eval: {{sets: [val]}}
+run: {{dir: {root}/runs}}
+cluster: {{launcher: inline, workers: 1, threads: 1}}
+towers: {{width: 16, text: {{width: 16, dropout: 0}}}}
+"""
+BITS = [
+    "towers.more={a: {kind: vector, size: 2, fields: [a], width: 16, layers: 1}, "
+    "b: {kind: vector, size: 2, fields: [b], width: 16, layers: 1}, "
+    "c: {kind: vector, size: 2, fields: [c], width: 16, layers: 1}}",
+    "objective={name: symile, taps: [a, b, c], scale: 50.0}",
+]
+WALKS = [
+    "towers.more={walk: {kind: sequence, size: 6, length: 4, fields: [walk], width: 16, heads: 2}}",
+    "objective={name: late_interaction, taps: [walk.tokens, text.tokens]}",
+]
+
+
+def write_set(folder: Path, count: int, seed: int) -> None:
+    """Bits a, b and c = a xor b, of which no two tell anything of each other; and walks through
+    two to four of six rooms, told in two languages, and in the wrong order."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    with wds.TarWriter(str(folder / "all.tar"), mtime=0) as writer:
+        for number in range(count):
+            a, b = random.integers(0, 2, 2).tolist()
+            rooms = random.permutation(6)[: random.integers(2, 5)].tolist()
+            told = {
+                **{name: [bit, 1 - bit] for name, bit in {"a": a, "b": b, "c": a ^ b}.items()},
+                "bit": b,
+                "walk": np.eye(6)[rooms].tolist(),
+                "rooms": len(rooms),
+                "names": {
+                    "en": " then ".join(f"room {'abcdef'[room]}" for room in rooms),
+                    "de": " dann ".join(f"raum {'abcdef'[room]}" for room in rooms),
+                },
+                "wrong": " then ".join(f"room {'abcdef'[room]}" for room in rooms[::-1]),
+            }
+            writer.write({"__key__": f"s{number:05d}", "json": told, "txt": told["names"]["en"]})
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("modalities")
+    write_set(root / "train", 200, seed=1)
+    write_set(root / "val", 60, seed=2)
+    (root / "c.yaml").write_text(CONFIG.format(root=root))
+    return root
+
+
+def trained(home: Path, name: str, settings: list[str]) -> Path:
+    config = load_config(home / "c.yaml", [*settings, f"run.name={name}"])
+    run = create_run(config, name)
+    make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
+    assert run_training(run)
+    return run.path
+
+
+@pytest.fixture(scope="module")
+def bits(home: Path) -> Path:
+    return trained(home, "bits", [*BITS, "train.steps=60"])
+
+
+@pytest.fixture(scope="module")
+def walks(home: Path) -> Path:
+    return trained(home, "walks", [*WALKS, "train.steps=60"])
+
+
+def told(run: Path, *arguments: str) -> dict[str, float]:
+    """Measure in this process."""
+    from typer.testing import CliRunner
+
+    from gigabatch.launcher.cli import app
+
+    done = CliRunner().invoke(app, ["eval", str(run), "--on", "val", *arguments, "--json"])
+    if done.exception is not None:
+        raise done.exception
+    return dict(json.loads(done.stdout))
+
+
+def test_what_only_two_tell_together_is_found_by_their_product(bits: Path) -> None:
+    asked = ["given=[a, c]", "find=b", "positives=bit"]
+    found = told(bits, *asked)
+    assert found["eval/val/a+c2b_recall@1"] == found["eval/val/a+c2b_mrr"] == 1
+    assert found["eval/val/a+c2b_r_precision"] == found["eval/val/a+c2b_ndcg@10"] == 1
+    assert found == told(bits, *asked, "score=product")
+    kept = json.loads((bits / "eval" / "val-retrieval-step-00000060.json").read_text())
+    assert kept.pop("settings") == [*asked, "score=product"]
+    assert kept == found
+    # No sum of dot products tells an xor: it is wrong on one of four kinds at least.
+    assert told(bits, *asked, "score=sum")["eval/val/a+c2b_recall@1"] < 0.9
+    between = told(bits, "between=[a, b]", "positives=bit")
+    assert {"eval/val/a2b_recall@1", "eval/val/b2a_r_precision"} < set(between)
+    sliced = told(bits, *asked, "--slice", "bit", "--intervals")
+    assert sliced["eval/val/bit=0/a+c2b_recall@1"] == sliced["eval/val/a+c2b_mrr/low"] == 1
+
+
+def test_runs_trained_on_tokens_are_measured_by_tokens(walks: Path) -> None:
+    tokens, pooled = told(walks), told(walks, "tap=head")
+    last = json.loads((walks / "eval" / "step-00000060.json").read_text())
+    assert tokens == told(walks, "tap=tokens") == pytest.approx(last)  # while it trained too
+    for way in ("text2walk", "walk2text"):
+        mrr = f"eval/val/{way}_mrr"
+        assert tokens[mrr] > pooled[mrr] + 0.5
+
+
+def test_captions_of_walks_in_two_languages_and_in_the_wrong_order(walks: Path) -> None:
+    under = "eval/val/languages/"
+    captions = "captions=[names.en, names.de]"
+    found = told(walks, "--task", "languages", captions)
+    assert found[f"{under}languages"] == 2
+    assert (
+        found[f"{under}names.en/text2walk_recall@10"] == told(walks)["eval/val/text2walk_recall@10"]
+    )
+    assert found[f"{under}text2walk_mrv"] >= found[f"{under}text2walk_mrv_std"] ** 2 > 0
+    assert found == told(walks, "--task", "languages", captions, "modality=walk")
+    same = told(walks, "--task", "languages", "captions=[names.en, names.en]")
+    assert same[f"{under}walk2text_mrv"] == 0
+    order = told(walks, "--task", "order", "against=wrong", "--slice", "rooms")
+    assert order["eval/val/order/order_accuracy"] > 0.9
+    assert sum(order[f"eval/val/order/rooms={n}/count"] for n in (2, 3, 4)) == 60
+    assert told(walks, "--task", "order", "against=txt")["eval/val/order/order_accuracy"] == 0
+
+
+def test_two_ranks_find_what_one_finds(walks: Path, start: Any) -> None:
+    asked = ["eval", walks, "--on", "val", "--slice", "rooms", "--intervals", "--json"]
+    torchrun = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+        "-m", "gigabatch.launcher",
+    ]  # fmt: skip
+    done = start(*asked, command=torchrun).wait()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == told(walks, "--slice", "rooms", "--intervals")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["given=[a, c]"], "retrieval: given and find go together"),
+        (["find=b"], "retrieval: given and find go together"),
+        (["given=[a, c]", "find=b", "between=[a, b]"], "Give one or the other"),
+        (["given=[a, c]", "find=b", "tap=tokens"], "tap is of two modalities"),
+        (["given=[a, b]", "find=b"], "name a modality twice: a, b, b"),
+        (["between=[a, a]"], "between takes two modalities, and got a alone"),
+        (["score=sum"], "score is of given=[A,B] find=C"),
+        (["given=[a, c]", "find=d"], "the run has no tower 'd'"),
+        (["given=a", "find=b", "score=mean"], "score: Input should be 'product' or 'sum'"),
+        (["tap=tokens"], "tap=tokens: the run has no tokens of a, b"),
+        (["--task", "order", "against=wrong"], "the run has no tower 'text'"),
+        (["--task", "order", "against=wrong", "modality=text"], "another modality than text"),
+    ],
+)
+def test_what_does_not_go_together_is_named(bits: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(GigabatchError) as caught:
+        told(bits, *arguments)
+    assert words in str(caught.value)
