@@ -41,11 +41,11 @@ def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
     for template in wanted.templates:
         if "{}" not in template:
             raise GigabatchError(f"templates: {template!r} has no {{}} for the name of the class.")
+    modality = captioned(subject, wanted.modality)
     names, labels = named_classes(subject.values(wanted.label), wanted.classes, wanted.label)
     prompts = [each.replace("{}", name) for name in names for each in wanted.templates]
     run, config, world = subject.run, subject.config, subject.world
     vectors = embed_texts(subject.towers, prompts, config, run, world).gathered(world.group).values
-    modality = captioned(subject, wanted.modality)
     found = subject.embed(Reading(modalities=[modality]))
     own = labels.to(vectors.device)[found.columns[NAMED_BY_NUMBER]]
     classes = class_vectors(vectors, len(wanted.templates))
