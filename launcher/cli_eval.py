@@ -68,7 +68,7 @@ def evaluate(
     gigabatch eval RUN --on val --intervals --slice lang
     gigabatch eval RUN --on val --task probe label=concept tap=encoder
     gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
-    gigabatch eval RUN --on val given=[image,labs] find=text
+    gigabatch eval RUN --on val 'given=[image, labs]' find=text
     torchrun --nproc-per-node 8 -m gigabatch.launcher eval RUN --on val
     """
     from gigabatch.launcher.evaluate import Question, evaluate_run
