@@ -50,20 +50,25 @@ def evaluate(
     \b
     retrieval       images and texts, both ways       between= tap= positives= captions=
                     one modality by several           given= find= score= positives= captions=
-    zero-shot       classes named by prompts          label= classes= templates=
+    zero-shot       classes named by prompts          label= classes= templates= modality=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-    probe           a linear classifier               label= train= tap= modality=
+    probe           linear, of classes or numbers     label= kind= train= tap= modality=
     geometry        uniformity, rank, modality gap    label= tap=
     text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix= tap=
     languages       each language, and MRV            captions= modality= positives=
     order           right captions against changed    against= captions= modality=
+    table           what is kept of each sample       label= auc=
+    batch-bias      is the batch large enough?        batch= gamma= temperature= samples= rounds=
+                                                      between= positives=
+    trigger         backdoors, as knn                 target= triggered= label= train= k= tap=
+                                                      temperature= modality=
     history         best against last step
 
     \b
     gigabatch eval RUN --on val --intervals --slice lang
     gigabatch eval RUN --on val --task probe label=concept tap=encoder
     gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
-    gigabatch eval RUN --on val given=[image,labs] find=text
+    gigabatch eval RUN --on val 'given=[image, labs]' find=text
     torchrun --nproc-per-node 8 -m gigabatch.launcher eval RUN --on val
     """
     from gigabatch.launcher.evaluate import Question, evaluate_run

@@ -89,7 +89,7 @@ def _measure(
 def open_subject(run: RunFolder, on: str, world: World) -> tuple[int, Subject]:
     """(step, what is measured) of a run's newest checkpoint."""
     step, towers = load_newest_towers(run, world)
-    return step, Subject(run, run.config(), towers.to(world.device), world, on)
+    return step, Subject(run, run.config(), towers.to(world.device), world, on, step)
 
 
 def kept_name(on: str, task: str, given: Sequence[str]) -> str:

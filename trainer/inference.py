@@ -1,13 +1,18 @@
-"""A run's towers for use after training: no DeepSpeed."""
+"""A run's towers and objective for use after training: no DeepSpeed."""
 
 from __future__ import annotations
+
+from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint
-from gigabatch.trainer.checkpoint import latest_checkpoint
+from gigabatch.trainer.checkpoint import checkpoint_at, latest_checkpoint
+from gigabatch.trainer.config import ObjectiveSettings, Single, SumSettings
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.objectives import Objective, build_objective
 from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.state import TABLE
 from gigabatch.trainer.towers import Towers, build_towers
 
 
@@ -23,3 +28,26 @@ def load_newest_towers(run: RunFolder, world: World | None = None) -> tuple[int,
     towers = build_towers(run.config(), load_tokenizer(run.tokenizer).get_vocab_size())
     towers.load_state_dict(checkpoint.tensors("towers"), strict=True)
     return checkpoint.step, towers.eval()
+
+
+def load_objective(run: RunFolder, step: int) -> tuple[Objective, dict[str, Tensor]]:
+    """The objective of a sound checkpoint, on the CPU, and its tables: float32 [samples, F], of all
+    sources one after the other. Raises GigabatchError where it cannot be read."""
+    config = run.config()
+    state = checkpoint_at(run, step).tensors("objective")
+    settings = _on_any_device(config.objective)
+    objective = build_objective(settings, "cpu", config.data.group, config.towers.width)
+    objective.load_state_dict({name: state[name] for name in objective.state_dict()})
+    return objective, {name: state[TABLE + name] for name in objective.needs.tables}
+
+
+def _on_any_device(settings: Single | SumSettings) -> Single | SumSettings:
+    if isinstance(settings, SumSettings):
+        return settings.model_copy(update={"terms": tuple(map(_tiled, settings.terms))})
+    return _tiled(settings)
+
+
+def _tiled(settings: Single) -> Single:
+    if isinstance(settings, ObjectiveSettings):
+        return settings.model_copy(update={"backend": "tiled"})
+    return settings

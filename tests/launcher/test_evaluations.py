@@ -90,6 +90,19 @@ def test_geometry_and_history(run: Path, told: Any) -> None:
     assert best >= last
 
 
+def test_the_runs_own_batch_and_temperature_are_judged(run: Path, told: Any) -> None:
+    from safetensors.torch import load_file
+
+    found = told("--on", "train", "--task", "batch-bias")
+    under = "eval/train/batch-bias/"
+    assert found[f"{under}batch"] == 32
+    assert found[f"{under}samples"] == 192
+    newest = run / "checkpoints" / "step-00000040" / "objective.safetensors"
+    scale = float(load_file(newest)["log_scale"].exp())
+    assert found[f"{under}temperature"] == pytest.approx(1 / scale)
+    assert 0 < found[f"{under}relative_error"] < 1
+
+
 def test_text_retrieval_stands_beside_tfidf(tmp_path: Path, told: Any) -> None:
     pairs = [
         {"anchor": f"greek letter {n}", "positive": f"letter {n} of greek", "negative": "latin"}
@@ -152,6 +165,7 @@ def write_named(folder: Path) -> None:
         (["--on", "val", "--task", "geometry", "--slice", "concept"], "no figure of single"),
         (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: is not there"),
         (["--on", "val", "--task", "order", "against=wrong"], "wrong"),
+        (["--on", "train", "--task", "table"], "keeps nothing of single samples"),
         (["--on", "val", "label=concept"], "label: retrieval has no such key"),
     ],
 )

@@ -71,7 +71,7 @@ def _natural_score(config: Config, modalities: Sequence[str]) -> str:
 
 
 def measure_languages(subject: Subject, wanted: keys.Languages) -> Measured:
-    positives, modality = subject.positives(wanted.positives), _captioned(subject, wanted.modality)
+    positives, modality = subject.positives(wanted.positives), captioned(subject, wanted.modality)
     columns = [positives] if positives else []
     first, figures, ranks = None, {}, dict[str, list[Tensor]]()
     for language in wanted.captions:
@@ -92,7 +92,7 @@ def measure_languages(subject: Subject, wanted: keys.Languages) -> Measured:
 
 
 def measure_order(subject: Subject, wanted: keys.Order) -> Measured:
-    modality = _captioned(subject, wanted.modality)
+    modality = captioned(subject, wanted.modality)
     found = _embed_captions(subject, modality, wanted.captions, [], None)
     asks, wrong = found.rows(modality), []
     for name in wanted.against:
@@ -104,7 +104,7 @@ def measure_order(subject: Subject, wanted: keys.Order) -> Measured:
     return Measured(subject.name, figures, samples=subject.numbers(found))
 
 
-def _captioned(subject: Subject, given: str | None) -> str:
+def captioned(subject: Subject, given: str | None) -> str:
     """The modality that captions are compared with."""
     others = [name for name in subject.config.modalities if name != "text"]
     if given == "text" or not others:

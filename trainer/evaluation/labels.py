@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,36 @@ def _value(data: bytes | Damaged | None, field: str, index: Index, number: int, 
 def codes_of(values: Sequence[Any]) -> Tensor:
     """int64 [N]: equal values have equal codes, in this set and in any other."""
     return torch.tensor([code_of(value) for value in values], dtype=torch.int64)
+
+
+def numbers_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
+    """float64 [N]. Raises GigabatchError, which names the first sample whose value is no number."""
+    for number, value in enumerate(values):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
+            raise GigabatchError(
+                f"{index.where(number)}: {field!r} of its json member is no number: {value!r}. "
+                "Name a field of numbers."
+            )
+    return torch.tensor([float(value) for value in values], dtype=torch.float64)
+
+
+def _finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def flags_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
+    """bool [N], of true and false or 1 and 0. Raises GigabatchError, which names the first sample
+    whose value is neither."""
+    for number, value in enumerate(values):
+        if not isinstance(value, int | float) or value not in (0, 1):
+            raise GigabatchError(
+                f"{index.where(number)}: {field!r} of its json member is neither true nor false, "
+                f"nor 1 or 0: {value!r}. Name a field that says yes or no."
+            )
+    return torch.tensor([bool(value) for value in values])
 
 
 def named_classes(

@@ -62,7 +62,7 @@ class Retrieval(Settings):
 
 
 class ZeroShot(Settings):
-    """Classification of images by prompts."""
+    """Classification of images, or of another modality, by prompts."""
 
     label: str
     """The json field that holds the class."""
@@ -71,6 +71,8 @@ class ZeroShot(Settings):
     Unset: the values are the names."""
     templates: Annotated[Texts, Field(min_length=1)] = ("{}",)
     """Prompts, with {} for the name; a class is the mean of its prompts. One, or a list."""
+    modality: str | None = None
+    """What is classified. Unset: the run's first modality that is not text."""
 
 
 class Neighbours(Settings):
@@ -80,8 +82,8 @@ class Neighbours(Settings):
     """The json field that holds the class."""
     train: str | None = None
     """The set whose labels are known; the set itself leaves each sample out. Unset: the run's."""
-    modality: str = "image"
-    """image, text, or one of `towers.more`."""
+    modality: str | None = None
+    """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
     k: int = Field(200, ge=1)
@@ -90,14 +92,16 @@ class Neighbours(Settings):
 
 
 class Probe(Settings):
-    """A linear classifier on frozen embeddings."""
+    """A linear model on frozen embeddings."""
 
     label: str
-    """The json field that holds the class."""
+    """The json field that holds the class, or the number."""
+    kind: Literal["classification", "regression"] = "classification"
+    """Whether labels are classes (logistic regression) or numbers (ridge regression)."""
     train: str | None = None
     """The set that it is fitted on. Unset: the run's."""
-    modality: str = "image"
-    """image, text, or one of `towers.more`."""
+    modality: str | None = None
+    """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
 
@@ -148,6 +152,47 @@ class Order(Settings):
     """Where the right one is. Unset: where the run's captions are."""
 
 
+class Table(Settings):
+    """What the objective keeps of each sample that the run was trained on: temperatures, losses,
+    how likely a pair is clean. --on names one of its sources."""
+
+    label: str | None = None
+    """A json field: the mean for each of its values, and how it goes with their frequency."""
+    auc: str | None = None
+    """A json field that is 1 or 0, such as whether a caption is the right one: how well each figure
+    tells the two kinds apart."""
+
+
+class BatchBias(Settings):
+    """Whether a batch is large enough: how far the mean gradient of small ones is from that of all
+    samples."""
+
+    batch: int | None = Field(None, ge=2)
+    """Pairs in a batch. Unset: the run's batch.global_size."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """Share of the batch's own estimate in a sample's running one (SogCLR); 1: plain InfoNCE."""
+    temperature: float | None = Field(None, gt=0)
+    """Unset: that of the run's objective, as learnt."""
+    samples: int = Field(1024, ge=4)
+    """How many of the set stand for all data, by a keyed choice."""
+    rounds: int = Field(40, ge=2)
+    """How often these are gone through to average gradients."""
+    between: tuple[str, str] | None = None
+    """Two of the run's modalities. Unset: its first two, of image, text and `towers.more`."""
+    positives: str | None = None
+    """The json field of samples that are no negatives of each other; `none`: all are. Unset: the
+    run's."""
+
+
+class Trigger(Neighbours):
+    """A backdoor: whether triggered samples are taken for the target class."""
+
+    target: int | str
+    """The class that the attack wants: a value of `label`."""
+    triggered: str
+    """The json field that is 1 where a sample bears the trigger, else 0."""
+
+
 class History(Settings):
     """Best against last step, of the evaluations made while training. Needs no --on."""
 
@@ -161,6 +206,9 @@ TASKS: dict[str, type[Settings]] = {
     "text-retrieval": TextRetrieval,
     "languages": Languages,
     "order": Order,
+    "table": Table,
+    "batch-bias": BatchBias,
+    "trigger": Trigger,
     "history": History,
 }
 

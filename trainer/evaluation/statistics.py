@@ -68,8 +68,8 @@ def intervals(
     figures: Mapping[str, Tensor], tell: Tell, seed: int, level: float = 0.95
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (Efron 1979) of whatever `tell` makes of the figures of N
-    queries, over 1,000 resamples of the queries. The resamples are a function of (seed, N), so
-    that two models on one set can be compared."""
+    The resamples are a function of (seed, N), so
+       that two models on one set can be compared."""
     held = {name: values.cpu() for name, values in figures.items()}
     size = len(next(iter(held.values())))
     drawn = []
@@ -77,8 +77,11 @@ def intervals(
         rows = _resample(size, seed, number)
         drawn.append(tell({name: values[rows] for name, values in held.items()}))
     ends = [(1 - level) / 2, (1 + level) / 2]
+    # A draw may hold no query that some figure is of (no triggered sample, say).
+    names = dict.fromkeys(name for each in drawn for name in each)
     return {
-        name: tuple(np.quantile([each[name] for each in drawn], ends).tolist()) for name in drawn[0]
+        name: tuple(np.quantile([each[name] for each in drawn if name in each], ends).tolist())
+        for name in names
     }
 
 

@@ -34,13 +34,14 @@ from gigabatch.trainer.towers import Towers
 
 @dataclass(frozen=True)
 class Subject:
-    """What is measured, and where: a run's towers, on the set `on`."""
+    """What is measured, and where: a run's towers as of `step`, on the set `on`."""
 
     run: RunFolder
     config: Config
     towers: Towers
     world: World
     on: str
+    step: int
 
     @property
     def name(self) -> str:

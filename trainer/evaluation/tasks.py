@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.evaluation import settings as keys
+from gigabatch.trainer.evaluation.batch_bias import measure_batch_bias
 from gigabatch.trainer.evaluation.classify import (
     class_vectors,
     classification_summary,
@@ -17,6 +16,7 @@ from gigabatch.trainer.evaluation.classify import (
     zero_shot,
 )
 from gigabatch.trainer.evaluation.crossmodal import (
+    captioned,
     measure_languages,
     measure_order,
     measure_retrieval,
@@ -24,74 +24,64 @@ from gigabatch.trainer.evaluation.crossmodal import (
 from gigabatch.trainer.evaluation.documents import measure_text_retrieval
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
-    Embedded,
     Reading,
     embed_texts,
 )
 from gigabatch.trainer.evaluation.geometry import geometry
+from gigabatch.trainer.evaluation.labelled import read_labelled
 from gigabatch.trainer.evaluation.labels import named_classes
 from gigabatch.trainer.evaluation.probe import linear_probe
+from gigabatch.trainer.evaluation.regression import regression_probe, regression_summary
 from gigabatch.trainer.evaluation.subject import Measured, Subject
+from gigabatch.trainer.evaluation.table import measure_table
+from gigabatch.trainer.evaluation.trigger import measure_trigger
 
 
 def measure_zero_shot(subject: Subject, wanted: keys.ZeroShot) -> Measured:
     for template in wanted.templates:
         if "{}" not in template:
             raise GigabatchError(f"templates: {template!r} has no {{}} for the name of the class.")
+    modality = captioned(subject, wanted.modality)
     names, labels = named_classes(subject.values(wanted.label), wanted.classes, wanted.label)
     prompts = [each.replace("{}", name) for name in names for each in wanted.templates]
     run, config, world = subject.run, subject.config, subject.world
     vectors = embed_texts(subject.towers, prompts, config, run, world).gathered(world.group).values
-    found = subject.embed(Reading(modalities=["image"]))
+    found = subject.embed(Reading(modalities=[modality]))
     own = labels.to(vectors.device)[found.columns[NAMED_BY_NUMBER]]
     classes = class_vectors(vectors, len(wanted.templates))
     return Measured(
         subject.name,
-        zero_shot(found.taps["image"], own, classes, world),
+        zero_shot(found.taps[modality], own, classes, world),
         classification_summary,
         {"classes": float(len(names)), "templates": float(len(wanted.templates))},
         subject.numbers(found),
     )
 
 
-Labelled = tuple[Tensor, Tensor]
-
-
-def _labelled(
-    subject: Subject, wanted: keys.Neighbours | keys.Probe
-) -> tuple[Labelled, Labelled, bool, Embedded]:
-    """((features, labels) of the training set, the same of this one, whether they are one set,
-    what was embedded of this one)."""
-    reading = Reading(modalities=[wanted.modality])
-    test_found = subject.embed(reading, wanted.tap)
-    test = test_found.taps[wanted.modality], subject.codes(wanted.label, test_found)
-    train_index = subject.open(wanted.train or subject.config.data.train[0].path)
-    if train_index.digest == subject.index.digest:
-        return test, test, True, test_found
-    found = subject.embed(reading, wanted.tap, train_index)
-    train = found.taps[wanted.modality], subject.codes(wanted.label, found, train_index)
-    return train, test, False, test_found
-
-
 def measure_neighbours(subject: Subject, wanted: keys.Neighbours) -> Measured:
-    train, test, same, found = _labelled(subject, wanted)
-    (bank, known), (queries, labels) = train, test
+    train, test, same = read_labelled(subject, wanted)
     figures = nearest_neighbours(
-        queries, labels, bank, known, subject.world, wanted.k, wanted.temperature, same
-    )
-    numbers = subject.numbers(found)
+        test.x, test.classes(), train.x, train.classes(), subject.world, wanted.k,
+        wanted.temperature, same,
+    )  # fmt: skip
+    numbers = subject.numbers(test.found)
     return Measured(subject.name, figures, classification_summary, samples=numbers)
 
 
 def measure_probe(subject: Subject, wanted: keys.Probe) -> Measured:
-    train, test, same, found = _labelled(subject, wanted)
+    train, test, same = read_labelled(subject, wanted)
     if same:
         raise GigabatchError(
             f"probe: {subject.on} is also the set that the probe is fitted on. Name another one "
             "with train=SET, or another --on."
         )
-    figures, l2 = linear_probe(train, test, subject.world, subject.config.run.seed)
-    numbers = subject.numbers(found)
+    world, seed, numbers = subject.world, subject.config.run.seed, subject.numbers(test.found)
+    if wanted.kind == "regression":
+        known, asked = ((side.x, side.numbers()) for side in (train, test))
+        figures, l2 = regression_probe(known, asked, world, seed)
+        return Measured(subject.name, figures, regression_summary, {"l2": l2}, numbers)
+    known, asked = ((side.x, side.classes()) for side in (train, test))
+    figures, l2 = linear_probe(known, asked, world, seed)
     return Measured(subject.name, figures, classification_summary, {"l2": l2}, numbers)
 
 
@@ -111,6 +101,9 @@ MEASURES: dict[str, Callable[[Subject, Any], Measured]] = {
     "text-retrieval": measure_text_retrieval,
     "languages": measure_languages,
     "order": measure_order,
+    "table": measure_table,
+    "batch-bias": measure_batch_bias,
+    "trigger": measure_trigger,
 }
 
 

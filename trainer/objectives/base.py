@@ -95,3 +95,8 @@ class Objective(nn.Module):
         """New values of buffers, worked out of whole tables before the first step of each epoch
         but the first. A collective."""
         return {}
+
+    def of_samples(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What its tables say of samples, by name: from rows [m, F] of each table, floats [m],
+        NaN for a sample that has not come yet."""
+        return {}

@@ -72,6 +72,13 @@ class Noisy(Scaled):
         known = table.shard[:, 0]
         return {"split": fit_split(known[~known.isnan()], table.world).float()}
 
+    def of_samples(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        losses = tables["loss"][:, 0]
+        if not self._is_split:
+            return {"loss": losses}
+        clean = torch.where(losses.isnan(), torch.nan, self._clean(losses))
+        return {"loss": losses, "clean_probability": clean}
+
     @property
     def _is_split(self) -> bool:
         return bool((self.get_buffer("split")[:, 1] > 0).all())

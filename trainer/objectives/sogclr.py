@@ -56,7 +56,7 @@ class SogCLR(Objective):
         rows = paired(outputs, meta, settings.taps, settings, self.needs.columns)
         q, k = rows.vectors
         ids = rows.columns[settings.positives or "sample"]
-        state, taus = meta["state"][rows.here], self._temperatures(meta["state"][rows.here])
+        state, taus = meta["state"][rows.here], self.temperatures(meta["state"][rows.here])
         keys, others = key_source(k, {"id": ids}, ctx.group, settings.schedule), (Ne(ids, "id"),)
         lses = [
             Lse("rows", 1 / taus[0], None, others), Lse("columns", 1 / taus[1], None, others),
@@ -85,8 +85,22 @@ class SogCLR(Objective):
         mean_tau = torch.stack([mean_metric(tau.expand(len(own)), ctx) for tau in taus]).mean()
         return Loss(value, {"temperature": mean_tau}, updates)
 
-    def _temperatures(self, state: Tensor) -> list[Tensor]:
-        """Of both sides: 0-dimensional, or [n], each a leaf."""
+    def of_samples(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        state = tables["state"].double()
+        seen = (state[:, LOG_U] > -math.inf).all(1)
+        told = {"log_u": state[:, LOG_U]}
+        if self.settings.temperatures == "individual":
+            told["temperature"] = state[:, TAU]
+        found = {
+            f"{tap}_{name}": sides[:, side]
+            for name, sides in told.items()
+            for side, tap in enumerate(self.settings.taps)
+        }
+        found |= {name: sides.mean(1) for name, sides in told.items()}
+        return {name: torch.where(seen, values, torch.nan) for name, values in found.items()}
+
+    def temperatures(self, state: Tensor) -> list[Tensor]:
+        """Of both sides: 0-dimensional, or [n], each a leaf. `state`: rows of the table."""
         settings = self.settings
         if settings.temperatures == "individual":
             return [tau.clone().requires_grad_() for tau in state[:, TAU].unbind(1)]

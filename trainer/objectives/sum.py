@@ -68,6 +68,14 @@ class Sum(Objective):
             found |= {_name(i, n): v for n, v in term.on_epoch(own, ctx).items()}
         return found
 
+    def of_samples(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for i, term in self._numbered():
+            own = {name: tables[_name(i, name)] for name in term.needs.tables}
+            told = term.of_samples(own)
+            found |= {f"{self.names[i]}/{name}": values for name, values in told.items()}
+        return found
+
 
 def _name(term: int, name: str) -> str:
     """A term's buffer, as `get_buffer` of the sum finds it, or table."""

@@ -13,6 +13,7 @@ from gigabatch.trainer.evaluation.classify import nearest_neighbours, zero_shot
 from gigabatch.trainer.evaluation.embedding import Embedded
 from gigabatch.trainer.evaluation.geometry import geometry
 from gigabatch.trainer.evaluation.probe import linear_probe
+from gigabatch.trainer.evaluation.regression import regression_probe
 from gigabatch.trainer.evaluation.retrieval import joint_figures, retrieval_figures
 
 ROWS = 60
@@ -48,6 +49,8 @@ def figures(world: World) -> dict[str, Any]:
     image, text, labels = mine["image"], mine["text"], mine["label"]
     found = Embedded({"image": image, "text": text}, {"label": labels})
     probed, l2 = linear_probe((image, labels), (text, labels), world, seed=1)
+    numbers = text.double().sum(1)
+    regressed, ridge_l2 = regression_probe((image, numbers), (text, numbers), world, seed=1)
     per_row = {
         "retrieval": retrieval_figures(found, "label", world),
         "tokens": retrieval_figures(tokens(mine), "label", world),
@@ -59,6 +62,7 @@ def figures(world: World) -> dict[str, Any]:
         "knn": nearest_neighbours(text, labels, image, labels, world, 7, 0.1),
         "knn_left_out": nearest_neighbours(image, labels, image, labels, world, 7, 0.1, True),
         "probe": probed,
+        "regression": regressed,
     }
     told: dict[str, Any] = {
         f"{task}/{name}": values.tolist()
@@ -66,4 +70,8 @@ def figures(world: World) -> dict[str, Any]:
         for name, values in figures.items()
     }
     shape = geometry({"image": image, "text": text}, labels, world, seed=1)
-    return told | {"l2": l2} | {f"geometry/{name}": value for name, value in shape.items()}
+    return (
+        told
+        | {"l2": l2, "ridge_l2": ridge_l2}
+        | {f"geometry/{name}": value for name, value in shape.items()}
+    )

@@ -1,5 +1,5 @@
-"""Print the peak of memory, in bytes, that a ranking of N queries among N keys needs on top of
-the embeddings and of what it gives."""
+"""Print the peak of memory, in bytes, that a ranking of N queries among N keys, vectors or tokens,
+needs on top of the embeddings and of what it gives."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from gigabatch.trainer.evaluation import scores
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries
-from gigabatch.trainer.evaluation.scores import dot_rows
+from gigabatch.trainer.evaluation.scores import Rows, score_rows
 
 
 def peak() -> int:
@@ -17,15 +18,19 @@ def peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def rank(rows: int) -> None:
-    z = torch.randn(rows, 8)
+def rank(rows: int, tokens: int) -> None:
+    z = Rows(torch.randn(rows, 8))
+    if tokens:  # each score takes longer: let fewer of them be a block
+        scores.BUDGET = 1 << 20
+        z = Rows(torch.randn(rows, tokens, 8), torch.ones(rows, tokens, dtype=torch.bool))
     ids = torch.arange(rows) // 3
-    rank_queries(dot_rows(z, z), Relevance.by_id(ids, ids), rows, (1, 10))
+    rank_queries(score_rows(z, z), Relevance.by_id(ids, ids), rows, (1, 10))
 
 
 torch.set_num_threads(1)
-rank(100)
+asked, tokens = map(int, sys.argv[1:])
+rank(100, tokens)
 Path("/proc/self/clear_refs").write_text("5")
 before = peak()
-rank(int(sys.argv[1]))
+rank(asked, tokens)
 print(peak() - before)
