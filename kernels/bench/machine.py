@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-GEMM_SIDES = {"cpu": 4096, "cuda": 8192}
+GEMM_SIDES = {"cpu": 2048, "cuda": 8192}
 PACKAGES = ("triton", "open_clip_torch", "inf_cl", "liger_kernel", "cut_cross_entropy")
 
 

@@ -13,12 +13,13 @@ from gigabatch.launcher.reproduce.studies import (
     noisy,
     order,
     queue,
+    small_batches,
     symile,
     temperature,
 )
 
 _MODULES = (
-    noisy, temperature, queue, head, late_interaction, modality_gap, symile, order, groups,
+    noisy, temperature, queue, small_batches, head, late_interaction, modality_gap, symile, order, groups,
     label_distance, multilingual, languages,
 )  # fmt: skip
 STUDIES = tuple(module.STUDY for module in _MODULES)

@@ -52,7 +52,7 @@ STUDY = Study(
     measures=(
         Measure(
             "MAE", "probe", "test", "probe/mae",
-            ("label=label", "target=regression", "train=train", "modality=vector"),
+            ("label=label", "kind=regression", "train=train", "modality=vector"),
         ),
     ),
     bars=(

@@ -14,10 +14,11 @@ PATCHES, WORDS, SHARED = 12, 4, 3
 
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """Each concept has one vector as a patch and another as a word. Patches and words of a sample
-    stand in any order, under noise."""
-    patch, word = unit(random.standard_normal((2, CONCEPTS, WIDTH)))
-    for name, count in (("train", 8192), ("test", 512)):
+    """A concept's vector as a word is that as a patch, turned. Patches and words of a sample stand
+    in any order, under noise."""
+    patch = unit(random.standard_normal((CONCEPTS, WIDTH)))
+    word = patch @ np.linalg.qr(random.standard_normal((WIDTH, WIDTH))).Q
+    for name, count in (("train", 4096), ("test", 512)):
         drawn = np.argsort(random.random((count, CONCEPTS)), 1)  # distinct within a sample
         seen = drawn[:, :PATCHES]
         told = np.concatenate([drawn[:, :SHARED], drawn[:, PATCHES : PATCHES + WORDS - SHARED]], 1)
@@ -34,7 +35,7 @@ def write(folder: Path, random: np.random.Generator, variant: str) -> None:
 
 def _tower(member: str, length: int) -> dict[str, object]:
     """Each vector by itself; the mean of them is the pooled vector."""
-    shape = {"size": WIDTH, "length": length, "width": 128, "layers": 0}
+    shape = {"size": WIDTH, "length": length, "width": 64, "layers": 0}
     return {"kind": "set", "member": f"{member}.npy", **shape}
 
 
@@ -51,8 +52,8 @@ STUDY = Study(
             "more": {"patches": _tower("patches", PATCHES), "words": _tower("words", WORDS)},
         },
         "batch": {"global_size": 128, "micro_size": 128},
-        "train.steps": 400,
-        "optimizer": {"lr": 3e-3},
+        "train.steps": 200,
+        "optimizer": {"lr": 1e-2},
     },
     arms=(
         Arm("pooled", {"objective": {"name": "infonce", "taps": ["patches", "words"]}}),

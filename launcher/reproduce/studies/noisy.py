@@ -56,6 +56,10 @@ STUDY = Study(
     measures=(
         Measure("R@1, best", "history", "test", f"{RECALL}/best"),
         Measure("R@1, last", "history", "test", f"{RECALL}/last"),
+        Measure(
+            "AUC of the split", "table", "train", "table/clean_probability/auc", ("auc=clean",),
+            arms=("robust",),
+        ),
     ),
     bars=(
         Bar(
