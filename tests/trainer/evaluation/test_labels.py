@@ -66,9 +66,11 @@ def test_a_task_teaches_what_it_takes(task: str, given: list[str], words: str) -
 def test_help_names_every_task_and_key() -> None:
     from gigabatch.launcher.cli_eval import evaluate
 
-    lines = {
-        line.split()[0]: line for line in (evaluate.__doc__ or "").splitlines() if line.strip()
-    }
+    lines: dict[str, str] = {}
+    task = ""
+    for line in (evaluate.__doc__ or "").splitlines():
+        task = line.split()[0] if line.strip() and line[4:5] != " " else task
+        lines[task] = lines.get(task, "") + line  # what is indented goes on with the task
     for task, model in TASKS.items():
         for key in model.model_fields:
             assert f" {key}=" in lines[task]
