@@ -198,6 +198,6 @@ def test_eval_of_any_two_modalities(tmp_path: Path, gigabatch: Any) -> None:
     assert {"eval/val/tone2path_recall@1", "eval/val/path2tone_mrr"} < set(found)
     done = evaluate("--task", "knn", "label=concept", "modality=path", "k=5", "--json")
     assert done.returncode == 0, done.stderr
-    refused = evaluate("--task", "zero-shot", "label=concept")
+    refused = evaluate("--task", "zero-shot", "label=concept", "modality=image")
     assert refused.returncode != 0
     assert "the run has no tower 'image'" in refused.stderr

@@ -66,12 +66,11 @@ def test_a_task_teaches_what_it_takes(task: str, given: list[str], words: str) -
 def test_help_names_every_task_and_key() -> None:
     from gigabatch.launcher.cli_eval import evaluate
 
-    told: dict[str, str] = {}
+    lines: dict[str, str] = {}
     task = ""
     for line in (evaluate.__doc__ or "").splitlines():
-        going_on = line.startswith(" " * 20)
-        task = task if going_on else (line.split() or [""])[0]
-        told[task] = told.get(task, "") + line
+        task = line.split()[0] if line.strip() and line[4:5] != " " else task
+        lines[task] = lines.get(task, "") + line  # what is indented goes on with the task
     for task, model in TASKS.items():
         for key in model.model_fields:
-            assert f" {key}=" in told[task]
+            assert f" {key}=" in lines[task]

@@ -85,7 +85,7 @@ def untrained(tiny: Path) -> Subject:
     run = create_run(config, "r")
     make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
     towers = build_towers(config, load_tokenizer(run.tokenizer).get_vocab_size()).eval()
-    return Subject(run, config, towers, ALONE, "val")
+    return Subject(run, config, towers, ALONE, "val", 0)
 
 
 def tokens_of(subject: Subject, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
