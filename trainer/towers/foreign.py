@@ -57,7 +57,7 @@ def huggingface_encoder(
 ) -> HuggingFaceEncoder:
     """Build or load the model. Of a two-tower model (CLIP, SigLIP) only this modality's half is
     made, which also leaves its 0-dimensional logit scale behind."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     where = f"towers.{modality}"
     try:
@@ -67,16 +67,27 @@ def huggingface_encoder(
             keys = dict(settings.config or {})
             config = AutoConfig.for_model(keys.pop("model_type"), **keys)
         half = getattr(config, "vision_config" if modality == "image" else "text_config", config)
+        kind = _model_class(half)
         if settings.name is None:
-            model = AutoModel.from_config(half)
+            model = getattr(kind, "from_config", kind)(half)
         else:
-            model = AutoModel.from_pretrained(settings.name, config=half)
+            model = kind.from_pretrained(settings.name, config=half)
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = settings.name or (settings.config or {}).get("model_type")
         raise GigabatchError(f"{where}: {what!r} cannot be made: {str(error).strip()}") from error
     _refuse_misfit(where, half, data, vocab_size)
     # One dtype for all weights: checkpoints and ZeRO keep float32, autocast lowers it in use.
     return HuggingFaceEncoder(model.to(torch.float32), modality)
+
+
+def _model_class(config: Any) -> Any:
+    """What makes the model of a config. AutoModel lacks some halves, such as SiglipTextModel."""
+    import transformers
+
+    if type(config) in transformers.MODEL_MAPPING:
+        return transformers.AutoModel
+    name = type(config).__name__.removesuffix("Config") + "Model"
+    return getattr(transformers, name, transformers.AutoModel)
 
 
 def _refuse_misfit(where: str, model: Any, data: DataSettings, vocab_size: int) -> None:
