@@ -55,6 +55,12 @@ SHRUNK: dict[str, list[str]] = {
     ],
     "noisy.yaml": [*CLIP, "train.steps=10"],  # beyond its first split
     "long-tail.yaml": CLIP,
+    "text-pairs.yaml": [
+        "towers.text.name=null", f"towers.text.config={BERT}", "towers.more.query.length=8",
+    ],
+    "colbert.yaml": [
+        "towers.text.name=null", f"towers.text.config={BERT}", "towers.more.query.length=8",
+    ],
     "small-gpu.yaml": [*CLIP, "objective.size=40"],
 }  # fmt: skip
 """What else one needs. Pretrained models become tiny ones of their kind."""
@@ -86,7 +92,9 @@ def sample(number: int) -> dict[str, bytes | str]:
     tone = np.sin(np.arange(400) * (0.1 + 0.1 * (number % 12)))
     soundfile.write(wav, tone, 4000, format="WAV")
     names = {lang: f"{lang} thing {number % 12}" for lang in ("de", "en", "fr")}
-    told = {"names": names}
+    passages = [f"passage of {number % 12}", f"no {number % 12}", f"not {number % 12}"]
+    told = {"names": names, "query": f"ask for {number % 12}", "passage": passages[0]}
+    told["passages"] = passages[: 1 + number % 3]
     return {
         "png": png.getvalue(), "wav": wav.getvalue(), "txt": names["en"], "json": json.dumps(told)
     }  # fmt: skip
@@ -139,7 +147,9 @@ def keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
     braces goes with the key that they belong to."""
     assert isinstance(node, yaml.MappingNode)
     for name, value in node.value:
-        if isinstance(value, yaml.MappingNode) and not value.flow_style:
-            yield from keys(value, f"{prefix}{name.value}.")
-        else:
+        items = [value] if isinstance(value, yaml.MappingNode) else value.value
+        nested = [n for n in items if isinstance(n, yaml.MappingNode) and not n.flow_style]
+        for inner in nested:
+            yield from keys(inner, f"{prefix}{name.value}.")
+        if not nested or isinstance(value, yaml.SequenceNode):
             yield f"{prefix}{name.value}", name.start_mark.line

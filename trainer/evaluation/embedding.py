@@ -91,7 +91,7 @@ def embed_set(
         [index],
         EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
         fields=fields,
-        tokenizer=run.tokenizer if fields.text else None,
+        tokenizer=run.tokenizer if fields.texts.modalities else None,
         seed=config.run.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
