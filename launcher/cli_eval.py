@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+
+class Weights(StrEnum):
+    ema = "ema"
+    last = "last"
 
 
 def evaluate(
@@ -38,6 +44,13 @@ def evaluate(
             "--slice", metavar="FIELD", help="Also for each value of this json field; repeatable."
         ),
     ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="The last step's, or their average over steps (train.ema). Default: the average, "
+            "where the run has one."
+        ),
+    ] = None,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals, /low and /high.")
     ] = False,
@@ -66,4 +79,4 @@ def evaluate(
     from gigabatch.launcher.evaluate import evaluate_run
 
     given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    evaluate_run(run, task, on, given, sliced or [], intervals, as_json=json)
+    evaluate_run(run, task, on, given, sliced or [], intervals, json, weights and weights.value)

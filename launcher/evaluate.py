@@ -28,11 +28,12 @@ def evaluate_run(
     sliced: Sequence[str],
     with_intervals: bool,
     as_json: bool,
+    weights: str | None = None,
 ) -> None:
     """Print what `task` finds of the run `where` on the set `on`, and keep it in the run's eval/.
 
-    `given`: key=value settings of the task. `sliced`: fields of the samples' json. Raises
-    GigabatchError.
+    `given`: key=value settings of the task. `sliced`: fields of the samples' json. `weights`: ema
+    or last; unset: ema where the run has one. Raises GigabatchError.
     """
     wanted = task_settings(task, given)
     if task == "history":
@@ -45,7 +46,7 @@ def evaluate_run(
         )
     run = open_run(where)
     config = run.config()
-    step, towers = load_newest_towers(run)
+    step, towers = load_newest_towers(run, weights)
     world = World(0, 1, device_of_this_process(), None)
     subject = Subject(run, config, towers.to(world.device), world, on)
     measured = measure(task, subject, wanted)
@@ -54,7 +55,9 @@ def evaluate_run(
     for field in sliced:
         values = subject.values(field, required=False) if measured.samples is not None else []
         told |= sliced_tags(task, measured, field, values, seed)
-    _keep(run, measured, task, step, told, given)
+    # Beside the figures of the averaged weights, not over them.
+    kept_as = f"{task}-last" if config.train.ema and weights == "last" else task
+    _keep(run, measured, kept_as, step, told, given)
     if task == "retrieval" and not as_json:
         print(f"step {step}, {describe(measured.name, measured.metrics())}")
         told = {

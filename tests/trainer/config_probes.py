@@ -331,6 +331,7 @@ def leavings(run: RunFolder) -> Any:
     return [
         run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
         [{tag: line.get(tag) for tag in tags} for line in lines], told, run.samples.exists(),
+        sorted({p.name for p in run.path.rglob("*.safetensors")}),
     ]  # fmt: skip
 
 

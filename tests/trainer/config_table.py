@@ -227,6 +227,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.learn_scale": ("false", "objective", []),
     "train.steps": ("5", "run", []),
     "train.precision": ("bf16", "towers", []),
+    "train.ema": ("0.5", "run", []),
     "train.zero": ("2", "deepspeed", []),
     "train.clip": ("0.001", "run", []),
     "train.hang_after_s": ("2000", "run", []),
