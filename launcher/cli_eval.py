@@ -61,10 +61,11 @@ def evaluate(
     Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
 
     \b
-    retrieval       images and texts, both ways       between= positives= captions=
+    retrieval       images and texts, both ways       between= positives= captions= width=
     zero-shot       classes named by prompts          label= classes= templates=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-    probe           a linear classifier               label= train= tap= modality=
+                                                      width=
+    probe           a linear classifier               label= train= tap= modality= width=
     geometry        uniformity, rank, modality gap    label= tap=
     text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
     languages       each language, and MRV            captions= positives=

@@ -178,6 +178,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     **{f"towers.more.NAME.{name}": row for name, row in MORE.items()},
     "objective.name": ("siglip", "objective", []),
     "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
+    "objective.widths": ("[2, 16]", "objective", []),
     "objective.within": ("colour", "objective", []),
     "objective.bias": ("-1.0", "objective", ["objective={name: siglip}"]),
     "objective.temperatures": ("shared", "objective", SOGCLR),

@@ -170,6 +170,8 @@ class Config(Settings):
                     f"objective.taps: there is no tower {tap.modality!r}; there are "
                     f"{', '.join(sorted(modalities))}"
                 )
+        if widths := getattr(objective, "widths", ()):
+            self._refuse_widths(widths, objective.taps)
         several = self.data.captions.choose == "all"
         if self.data.group and not hasattr(objective, "within"):
             raise ValueError(
@@ -194,6 +196,18 @@ class Config(Settings):
             raise ValueError(
                 "objective.same_id=exclude pairs each image with one caption; it goes with neither "
                 "data.captions.choose=all nor data.missing=mask"
+            )
+
+    def _refuse_widths(self, widths: tuple[int, ...], taps: tuple[str, ...]) -> None:
+        if widths[-1] != self.towers.width:
+            raise ValueError(
+                f"objective.widths: the last must be towers.width={self.towers.width}, not "
+                f"{widths[-1]}, or the coordinates beyond it would never be trained"
+            )
+        if inner := [tap for tap in taps if parse_tap(tap).place == "encoder"]:
+            raise ValueError(
+                f"objective.widths: {inner[0]} is before the head, and has no towers.width "
+                "coordinates; take taps after it"
             )
 
     def _refuse_idle(self) -> None:

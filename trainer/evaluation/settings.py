@@ -27,6 +27,8 @@ class Retrieval(Settings):
     """The json field that right answers share; `none` for pairs alone. Unset: the run's."""
     captions: str | None = None
     """Where the captions are: txt, or a json field such as names.de. Unset: where the run's are."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
 
 
 class ZeroShot(Settings):
@@ -52,6 +54,8 @@ class Neighbours(Settings):
     """image, text, or one of `towers.more`."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
     k: int = Field(200, ge=1)
     temperature: float = Field(0.07, gt=0)
     """A neighbour's vote is exp(cosine / temperature)."""
@@ -68,6 +72,8 @@ class Probe(Settings):
     """image, text, or one of `towers.more`."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
 
 
 class Geometry(Settings):

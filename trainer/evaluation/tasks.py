@@ -70,6 +70,10 @@ class Subject:
         return open_index(on) if Path(on).is_dir() else open_eval(self.config, on)
 
     def embed(self, reading: Reading, tap: str = "head", index: Index | None = None) -> Embedded:
+        if reading.width is not None and tap != "head":
+            raise GigabatchError(
+                f"width={reading.width}: it cuts what the loss sees; leave out tap=."
+            )
         found = embed_set(
             tapped(self.towers, tap),
             index or self.index,
@@ -131,7 +135,7 @@ def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
             f"retrieval: it takes two modalities, and got {', '.join(between)} alone; measure one "
             "by knn or probe."
         )
-    reading = Reading(between, [positives] if positives else [], captions)
+    reading = Reading(between, [positives] if positives else [], captions, wanted.width)
     found = subject.embed(reading)
     figures = retrieval_figures(found, positives, subject.world)
     count = len(subject.index)
@@ -170,7 +174,7 @@ def _labelled(
 ) -> tuple[Labelled, Labelled, bool, Embedded]:
     """((features, labels) of the training set, the same of this one, whether they are one set,
     what was embedded of this one)."""
-    reading = Reading(modalities=[wanted.modality])
+    reading = Reading(modalities=[wanted.modality], width=wanted.width)
     test_found = subject.embed(reading, wanted.tap)
     test = test_found.taps[wanted.modality], subject.codes(wanted.label, test_found)
     train_index = subject.open(wanted.train or subject.config.data.train[0].path)
