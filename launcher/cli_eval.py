@@ -61,15 +61,14 @@ def evaluate(
     Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
 
     \b
-    retrieval       images and texts, both ways       between= positives= captions= width=
-    zero-shot       classes named by prompts          label= classes= templates=
-    knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-                                                      width=
-    probe           a linear classifier               label= train= tap= modality= width=
-    geometry        uniformity, rank, modality gap    label= tap=
-    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix=
-    languages       each language, and MRV            captions= positives=
-    order           right captions against changed    against= captions=
+    retrieval       images and texts, both ways  between= positives= captions= width=
+    zero-shot       classes named by prompts     label= classes= templates=
+    knn             nearest neighbours' classes  label= train= k= temperature= tap= modality= width=
+    probe           a linear classifier          label= train= tap= modality= width=
+    geometry        uniformity, rank, gap        label= tap=
+    text-retrieval  documents, beside TF-IDF     split= query_prefix= document_prefix=
+    languages       each language, and MRV       captions= positives=
+    order           right captions or changed    against= captions=
     history         best against last step
 
     \b

@@ -145,6 +145,9 @@ def task_settings(task: str, given: Sequence[str]) -> Settings:
             close = difflib.get_close_matches(name, known, 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else f"keys: {_keys(model)}"
             raise GigabatchError(f"{name}: {task} has no such key; {hint}")
+        if model.model_fields[name].annotation is str:  # to YAML, `query: ` is a mapping
+            values[name] = value
+            continue
         try:
             values[name] = yaml.safe_load(value)
         except yaml.YAMLError:
