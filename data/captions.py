@@ -1,4 +1,4 @@
-"""The captions of a sample: one, several, or translations; and which of them a step sees."""
+"""The texts of a sample: one caption, several, or translations; and which of them a step sees."""
 
 from __future__ import annotations
 
@@ -6,34 +6,56 @@ import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from gigabatch.data.errors import BadSample
 from gigabatch.data.keyed import key
 from gigabatch.data.settings import Settings
 
 
-class CaptionSettings(Settings):
-    """Where captions are, and which of several is taken."""
+class TextPlace(Settings):
+    """Where a sample's text is."""
 
     member: str = "txt"
-    """The member's extension: a text, or `json`."""
+    """The member's extension: a text, or `json`, which a `field` implies."""
     field: str | None = None
     """For json: a field, or a path such as `names.en`; a text, a list, or a mapping of texts."""
+    lines: bool = False
+    """Each line of a text is a text of its own."""
+    prefix: str = ""
+    """Put before each text, such as `query: `."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _field_of_json(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("field") is not None:
+            return {"member": "json", **values}
+        return values
+
+
+class OneText(TextPlace):
+    """A further text of a sample: of several, the first."""
+
+    length: int | None = Field(None, ge=2)
+    """Tokens, end mark included; longer texts are cut. Unset: `data.text.length`."""
+
+
+class CaptionSettings(TextPlace):
+    """Where captions are, and which of several is taken."""
+
     choose: Literal["first", "random", "all"] = "first"
     """Of several: the first; one by chance at each step; or all, as so many right answers."""
     most: int = Field(5, ge=1)
     """all: captions a sample at most."""
-    lines: bool = False
-    """Each line of a text is a caption."""
 
 
 class NoCaption(BadSample):
     """A sample whose caption is missing or empty; where modalities may be missing, no fault."""
 
 
-def read_captions(data: bytes, settings: CaptionSettings, where: str) -> list[str]:
-    """The captions in a member, stripped, at least one; a mapping's in the order of its names.
+def read_captions(data: bytes, settings: TextPlace, where: str) -> list[str]:
+    """The texts in a member, stripped, prefixed, at least one; a mapping's in the order of its
+    names.
 
     Raises BadSample for what cannot be read, NoCaption where there is none.
     """
@@ -57,7 +79,7 @@ def read_captions(data: bytes, settings: CaptionSettings, where: str) -> list[st
         raise NoCaption(f"{what} is empty.")
     if not all(map(_is_unicode, captions)):
         raise BadSample(f"{what} holds half a surrogate pair, which no tokeniser takes.")
-    return captions
+    return [settings.prefix + caption for caption in captions]
 
 
 def value_at(record: Any, path: str) -> Any:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from gigabatch.data.audio import AudioSettings
+from gigabatch.data.captions import OneText
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.fields import Fields, Sample
-from gigabatch.data.tokenizer import encode
+from gigabatch.data.tokenizer import encode, of_length
 from gigabatch.data.vectors import VectorSettings, VectorsSettings
 
 
@@ -36,10 +37,13 @@ class Collate:
             here = [name in row for row in rows]
             if self.fields.partial and name != "text":
                 tensors[f"{name}_present"] = torch.tensor(here)
+            other = self.fields.more.get(name)
             if name == "text":
                 tensors |= self._text(rows)
-            elif name in self.fields.more:
-                tensors |= _other(name, self.fields.more[name], rows)
+            elif isinstance(other, OneText):
+                tensors |= self._tokens(name, [row.get(name, "") for row in rows], other.length)
+            elif other is not None:
+                tensors |= _other(name, other, rows)
             else:
                 tensors[name] = _stack([row.get(name) for row in rows], self._blank(name, rows))
         return tensors
@@ -60,18 +64,21 @@ class Collate:
     def _text(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
         settings = self.fields.text
         assert settings is not None
-        assert self.tokenizer_json is not None
         width = settings.most if settings.choose == "all" else 1
         captions: list[str] = []
         for row in rows:
             own = row.get("text", ())
             own = [own] if isinstance(own, str) else list(own)[:width]
             captions += own + [""] * (width - len(own))
-        tokens, mask = encode(_tokenizer(self.tokenizer_json), captions)
-        out = {"text": _own(tokens), "text_mask": _own(mask)}
+        out = self._tokens("text", captions)
         if self.fields.partial or width > 1:
             out["text_present"] = torch.tensor([caption != "" for caption in captions])
         return out
+
+    def _tokens(self, name: str, texts: list[str], length: int | None = None) -> dict[str, Tensor]:
+        assert self.tokenizer_json is not None
+        tokens, mask = encode(_tokenizer(self.tokenizer_json, length), texts)
+        return {name: _own(tokens), f"{name}_mask": _own(mask)}
 
 
 def _other(
@@ -92,10 +99,11 @@ def _other(
     return {name: _stack(padded, blank), f"{name}_mask": _own(mask)}
 
 
-@lru_cache(maxsize=2)
-def _tokenizer(text: str) -> Tokenizer:
-    """Parsed once a process: it does not pickle."""
-    return Tokenizer.from_str(text)
+@lru_cache(maxsize=8)
+def _tokenizer(text: str, length: int | None) -> Tokenizer:
+    """Parsed once a process: it does not pickle. `length`: other than its own."""
+    tokenizer = Tokenizer.from_str(text)
+    return tokenizer if length is None else of_length(tokenizer, length)
 
 
 def _stack(parts: Sequence[Tensor | None], blank: Tensor) -> Tensor:

@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 
 from gigabatch.data.audio import AUDIO_MEMBERS, AudioSettings, decode_audio
-from gigabatch.data.captions import CaptionSettings, NoCaption, choose_caption, read_captions
+from gigabatch.data.captions import (
+    CaptionSettings,
+    NoCaption,
+    OneText,
+    choose_caption,
+    read_captions,
+)
 from gigabatch.data.decode import (
     IMAGE_MEMBERS,
     ImageSettings,
@@ -27,6 +33,8 @@ from gigabatch.data.sources import SOURCE, Sources, indexed_codes, renumber
 from gigabatch.data.vectors import NoVector, VectorSettings, read_vectors
 
 Sample = dict[str, Any]
+Other = AudioSettings | VectorSettings | OneText
+"""How a modality beyond image and text is read."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class Fields:
 
     image: ImageSettings | None = None
     text: CaptionSettings | None = None
-    more: Mapping[str, AudioSettings | VectorSettings] = field(default_factory=dict)
+    more: Mapping[str, Other] = field(default_factory=dict)
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
@@ -56,10 +64,14 @@ class Fields:
         if self.text is not None:
             named["text"] = (self.text.member,)
         for name, settings in self.more.items():
-            named[name] = (
-                (settings.extension,) if isinstance(settings, VectorSettings) else AUDIO_MEMBERS
-            )
+            named[name] = _members_of(settings)
         return named
+
+    @property
+    def texts(self) -> Fields:
+        """The texts alone."""
+        more = {name: s for name, s in self.more.items() if isinstance(s, OneText)}
+        return Fields(text=self.text, more=more, partial=self.partial)
 
     def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
         """The extensions to be read. Raises GigabatchError where samples lack one."""
@@ -77,9 +89,9 @@ class Fields:
         return [*codes, *self.numbers]
 
     def decode(self, raw: Mapping[str, bytes | Damaged], where: str, stream: int | None) -> Sample:
-        """`image` uint8 [C, S, S], `text` (a string, or all captions), audio (float32 [T],
-        samples), vectors (see `read_vectors`), the arrays. `stream` keys the choice of a caption;
-        None takes the first.
+        """`image` uint8 [C, S, S], `text` (a string, or all captions), further texts, audio
+        (float32 [T], samples), vectors (see `read_vectors`), the arrays. `stream` keys the choice
+        of a caption; None takes the first.
 
         Raises BadSample for what cannot be used.
         """
@@ -113,6 +125,8 @@ class Fields:
                 return decode_audio(data, settings, where)
             case VectorSettings() as settings:
                 return read_vectors(data, settings, where)
+            case OneText() as settings:
+                return read_captions(data, settings, where)[0]
         return decode_array(data, where)
 
     def codes(
@@ -143,12 +157,19 @@ class Fields:
         return out
 
 
+def _members_of(settings: Other) -> tuple[str, ...]:
+    """The extensions that a modality may have."""
+    if isinstance(settings, AudioSettings):
+        return AUDIO_MEMBERS
+    return (settings.extension if isinstance(settings, VectorSettings) else settings.member,)
+
+
 def some_captions(
     indexes: Sequence[Index], fields: Fields, limit: int, cache: ShardCache | None = None
 ) -> Iterator[str]:
-    """The captions of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
+    """The texts of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
     step = -(-sum(map(len, indexes)) // limit)
-    text = Fields(text=fields.text, partial=fields.partial)
+    text = fields.texts
     members = text.members(indexes)
     with Sources(indexes, cache) as sources:
         for source, index in enumerate(indexes):
@@ -163,7 +184,7 @@ def some_captions(
 
 def _captions_of(fields: Fields, raw: Mapping[str, bytes | Damaged], where: str) -> list[str]:
     try:
-        text = fields.decode(raw, where, None).get("text", [])
+        found = fields.decode(raw, where, None)
     except BadSample:
         return []  # the run itself will tell
-    return [text] if isinstance(text, str) else text
+    return [t for text in found.values() for t in ([text] if isinstance(text, str) else text)]

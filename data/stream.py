@@ -44,10 +44,11 @@ class MicroBatch:
 
     `step`, `number`: its name in the run; with the run's seed they key all its randomness.
     `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L], of K
-    captions a sample [B * K, L]; of the modalities in `more`, a vector float32 [B, size], vectors
-    [B, L, size] with `NAME_mask` bool [B, L], audio [B, T] with `NAME_length` int64 [B]; arrays
-    [B, ...]; where modalities may be missing, `image_present` and so on, bool, a row of each;
-    `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers float32.
+    captions a sample [B * K, L]; of the modalities in `more`, a text like those, a vector float32
+    [B, size], vectors [B, L, size] with `NAME_mask` bool [B, L], audio [B, T] with `NAME_length`
+    int64 [B]; arrays [B, ...]; where modalities may be missing, `image_present` and so on, bool, a
+    row of each; `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers
+    float32.
     `keys`: the samples' names. `real`: false on padding, which is run through the towers for the
     sake of the collectives and counts for nothing. `bad`: the samples that others stand in for.
     """

@@ -102,6 +102,13 @@ def encode(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
     return tokens, mask
 
 
+def of_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """The tokeniser of a run, made to give another number of tokens."""
+    padding = tokenizer.padding
+    assert padding is not None
+    return _fit(tokenizer, length, padding["pad_id"], padding["pad_token"])
+
+
 def _fit(tokenizer: Tokenizer, length: int, pad_id: int, pad: str) -> Tokenizer:
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)

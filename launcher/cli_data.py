@@ -115,7 +115,10 @@ def pack(
         Path | None, typer.Option(help="Where the files lie; default: beside the table.")
     ] = None,
     file_column: Annotated[
-        str | None, typer.Option(help="The column of files, or of their bytes; default: guessed.")
+        str | None,
+        typer.Option(
+            help="The column of files, or of their bytes; `none` for texts alone. Default: guessed."
+        ),
     ] = None,
     caption_column: Annotated[
         list[str] | None,

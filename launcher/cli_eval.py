@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
+
+
+class Weights(StrEnum):
+    ema = "ema"
+    last = "last"
 
 
 def evaluate(
@@ -38,6 +44,13 @@ def evaluate(
             "--slice", metavar="FIELD", help="Also for each value of this json field; repeatable."
         ),
     ] = None,
+    weights: Annotated[
+        Weights | None,
+        typer.Option(
+            help="The last step's, or their average over steps (train.ema). Default: the average, "
+            "where the run has one."
+        ),
+    ] = None,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals, /low and /high.")
     ] = False,
@@ -49,10 +62,12 @@ def evaluate(
 
     \b
     retrieval       images and texts, both ways       between= tap= positives= captions=
+                                                      width=
                     one modality by several           given= find= score= positives= captions=
     zero-shot       classes named by prompts          label= classes= templates= modality=
     knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-    probe           linear, of classes or numbers     label= kind= train= tap= modality=
+                                                      width=
+    probe           linear, of classes or numbers     label= kind= train= tap= modality= width=
     geometry        uniformity, rank, modality gap    label= tap=
     text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix= tap=
     languages       each language, and MRV            captions= modality= positives=
@@ -61,7 +76,7 @@ def evaluate(
     batch-bias      is the batch large enough?        batch= gamma= temperature= samples= rounds=
                                                       between= positives=
     trigger         backdoors, as knn                 target= triggered= label= train= k= tap=
-                                                      temperature= modality=
+                                                      temperature= modality= width=
     history         best against last step
 
     \b
@@ -74,4 +89,5 @@ def evaluate(
     from gigabatch.launcher.evaluate import Question, evaluate_run
 
     given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    evaluate_run(run, Question(task, on, given, sliced or [], intervals), as_json=json)
+    asked = Question(task, on, given, sliced or [], intervals, weights and weights.value)
+    evaluate_run(run, asked, as_json=json)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from gigabatch.data.captions import OneText
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import cache_home
 from gigabatch.data.remote.places import writable_folder
@@ -180,7 +181,9 @@ def _sample_bytes(config: Config) -> int:
     }
     for name, tower in config.towers.more.items():
         read = what_is_read(tower)
-        if isinstance(read, VectorSettings):
+        if isinstance(read, OneText):
+            sizes[name] = 16 * config.text_length(name)
+        elif isinstance(read, VectorSettings):
             sizes[name] = 4 * read.size * getattr(read, "length", 1)
         else:
             sizes[name] = 4 * read.samples

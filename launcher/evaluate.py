@@ -30,13 +30,15 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Question:
     """What is asked of a run. `on`: the set, which `history` needs none of. `given`: key=value
-    settings of the task. `sliced`: fields of the samples' json."""
+    settings of the task. `sliced`: fields of the samples' json. `weights`: ema or last; None: ema
+    where the run has one."""
 
     task: str
     on: str | None
     given: Sequence[str]
     sliced: Sequence[str]
     intervals: bool
+    weights: str | None = None
 
 
 def evaluate_run(where: str, asked: Question, as_json: bool) -> None:
@@ -70,7 +72,7 @@ def _measure(
             f"--on: {task} needs a set. Name a folder of shards (text-retrieval: a JSONL file, or "
             "a folder in the BEIR layout)."
         )
-    step, subject = open_subject(run, asked.on, world)
+    step, subject = open_subject(run, asked.on, world, asked.weights)
     measured = measure(task, subject, wanted)
     fields = asked.sliced if measured.samples is not None else ()
     values = {field: subject.values(field, required=False) for field in fields}
@@ -80,15 +82,19 @@ def _measure(
     told = tags(task, measured, seed)
     for field in asked.sliced:
         told |= sliced_tags(task, measured, field, values.get(field, ()), seed)
-    _keep(run, measured, task, step, told, asked.given)
+    # Beside the figures of the averaged weights, not over them.
+    last = subject.config.train.ema and asked.weights == "last"
+    _keep(run, measured, f"{task}-last" if last else task, step, told, asked.given)
     if task == "retrieval" and not as_json:
         print(f"step {step}, {describe(measured.name, measured.metrics())}")
     _print(told, as_json)
 
 
-def open_subject(run: RunFolder, on: str, world: World) -> tuple[int, Subject]:
+def open_subject(
+    run: RunFolder, on: str, world: World, weights: str | None = None
+) -> tuple[int, Subject]:
     """(step, what is measured) of a run's newest checkpoint."""
-    step, towers = load_newest_towers(run, world)
+    step, towers = load_newest_towers(run, world, weights)
     return step, Subject(run, run.config(), towers.to(world.device), world, on, step)
 
 

@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower
+from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower, OtherText
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -34,8 +34,13 @@ def check_user_code(config: Config, shipped: Sequence[Path]) -> None:
 
 def named_code(config: Config) -> Iterator[tuple[str, str]]:
     """(key, `package.mod:name`) of all code of the user's that the config names."""
-    more = {f"more.{name}": tower for name, tower in config.towers.more.items()}
-    for name, tower in {"image": config.towers.image, "text": config.towers.text, **more}.items():
+    towers: dict[str, object] = {"image": config.towers.image, "text": config.towers.text}
+    for name, other in config.towers.more.items():
+        if isinstance(other, OtherText):
+            towers[f"more.{name}.tower"] = other.tower
+        else:
+            towers[f"more.{name}"] = other
+    for name, tower in towers.items():
         if isinstance(tower, ModuleTower | OtherModuleTower):
             yield f"towers.{name}.module", tower.module
     for stage in config.data.stages:

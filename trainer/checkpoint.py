@@ -48,8 +48,12 @@ class Checkpoint:
     step: int
     state: Mapping[str, Any]
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a file of tensors."""
+        return (self.path / f"{name}.safetensors").exists()
+
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file: `towers`, `moments` or `objective`.
+        """The tensors of one file: `towers`, `moments`, `objective`, or, where there is one, `ema`.
 
         Raises GigabatchError where it is anything but safetensors; nothing is ever unpickled.
         """

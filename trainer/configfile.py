@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import is_remote
-from gigabatch.trainer.config import Config, HuggingFaceTower
+from gigabatch.trainer.config import Config, HuggingFaceTower, OtherText
 
 ANY = "NAME"
 """Stands in known keys where the user chooses a name."""
@@ -65,10 +65,15 @@ def resolve(config: Config) -> Config:
     elsewhere = root.startswith("demo:") or is_remote(root)
     data = root if elsewhere else str(Path(root).expanduser().absolute())
     sets = tuple(name if "/" not in name else _absolute_if_there(name) for name in config.eval.sets)
+    more = {
+        name: tower.model_copy(update={"tower": _at_its_place(tower.tower)})
+        for name, tower in config.towers.more.items()
+        if isinstance(tower, OtherText)
+    }
     towers = {
-        modality: tower.model_copy(update={"name": _absolute_if_there(tower.name)})
-        for modality in ("image", "text")
-        if isinstance(tower := getattr(config.towers, modality), HuggingFaceTower) and tower.name
+        "image": _at_its_place(config.towers.image),
+        "text": _at_its_place(config.towers.text),
+        "more": {**config.towers.more, **more},
     }
     cores = len(os.sched_getaffinity(0))
     threads = config.cluster.threads or max(1, cores // config.cluster.most)
@@ -81,6 +86,13 @@ def resolve(config: Config) -> Config:
             "cluster": config.cluster.model_copy(update={"threads": threads}),
         }
     )
+
+
+def _at_its_place(tower: Any) -> Any:
+    """A description of a tower, whose pretrained model may be a folder."""
+    if isinstance(tower, HuggingFaceTower) and tower.name:
+        return tower.model_copy(update={"name": _absolute_if_there(tower.name)})
+    return tower
 
 
 def _absolute_if_there(name: str) -> str:
@@ -174,7 +186,7 @@ def _explain(error: ValidationError, where: str) -> str:
         if path[:1] == ["towers"]:
             at = 3 if path[1:2] == ["more"] else 2
             del path[at : at + 1]
-            if path[3:4] == ["reads"]:
+            if path[3:4] in (["reads"], ["tower"]):
                 del path[4:5]
         if path[:1] == ["objective"]:
             del path[1:2]

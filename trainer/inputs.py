@@ -183,9 +183,10 @@ def train_stream(
 def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     """The tokeniser that `data.text` asks for (a byte-pair one is trained on the captions), or
     that of the run whose text tower this one begins with: its weights know no other."""
-    if "text" not in config.modalities:
+    if not config.texts:
         return train_bpe([], config.data.text)  # of bytes alone: a run's folder always has one
-    if config.train.init_from and any(p.startswith("text") for p in config.train.init_parts):
+    parts = {part.partition(".")[0] for part in config.train.init_parts}
+    if config.train.init_from and parts & {*config.texts}:
         return _initial_tokenizer(config.train.init_from, config.data.text.length)
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)

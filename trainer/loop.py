@@ -25,7 +25,7 @@ from gigabatch.trainer.checkpoint import Checkpoint, Tensors
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.counts import Counts
 from gigabatch.trainer.distributed import World, join_world
-from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.engine import Engine, cpu_copy
 from gigabatch.trainer.evaluation.during import evaluate_sets, evaluation_is_due
 from gigabatch.trainer.initial import load_initial
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
@@ -38,6 +38,7 @@ from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.runlog import log_to
 from gigabatch.trainer.saving import Saver
 from gigabatch.trainer.state import open_state
+from gigabatch.trainer.state.average import EMA, open_ema
 from gigabatch.trainer.step import ExactStep
 from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
@@ -88,8 +89,11 @@ class _Trainer:
         elif config.train.init_from:
             load_initial(towers, config, world)
         state = open_state(self.objective, self.data.sizes, towers.to(world.device), world)
+        self.ema = open_ema(towers, config.train.ema, checkpoint)
         self.engine = Engine(towers, config, world)
-        self.step_fn = ExactStep(self.engine, self.objective, config, world, self.progress, state)
+        self.step_fn = ExactStep(
+            self.engine, self.objective, config, world, self.progress, state, self.ema
+        )
         if checkpoint:
             steps = checkpoint.state["optimizer_steps"]
             self.engine.load_moments(checkpoint.tensors("moments"), steps)
@@ -101,7 +105,7 @@ class _Trainer:
         self.saver.settle()  # the checkpoint in flight may be the one
         checkpoint = agree_on_checkpoint(self.run, self.world)
         back = checkpoint.step if checkpoint else 0
-        del self.engine, self.step_fn, self.objective
+        del self.engine, self.step_fn, self.objective, self.ema
         gc.collect()  # room for the new ones
         self._build(checkpoint)
         counts = self.counts
@@ -124,6 +128,8 @@ class _Trainer:
         towers, moments = self.engine.weights(), self.engine.moments()
         own = self.step_fn.own_state()
         files: dict[str, Tensors] = {"towers": towers, "moments": moments, "objective": own}
+        if self.ema is not None and self.world.is_main:
+            files[EMA] = {name: cpu_copy(t) for name, t in self.ema.state_dict().items()}
         state: dict[str, Any] = {
             "step": self.counts.done,
             "samples_seen": self.counts.done * self.config.batch.global_size,
@@ -284,7 +290,8 @@ class _Trainer:
         self.progress.enter("evaluate", done)
         began = time.monotonic()
         asked = partial(self._any_asked, stop)
-        found = evaluate_sets(self.engine, config, self.run, world, asked)
+        embed = self.engine if self.ema is None else self.ema
+        found = evaluate_sets(embed, config, self.run, world, asked)
         self.engine.train(True)
         self.reporter.clock.since += time.monotonic() - began
         if found and world.is_main:

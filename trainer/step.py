@@ -28,7 +28,9 @@ from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
 from gigabatch.trainer.progress import Progress
 from gigabatch.trainer.state import ObjectiveState
+from gigabatch.trainer.state.average import follow, warmed
 from gigabatch.trainer.taps import TEACHER, in_view, parse_tap, plain_of, views_of
+from gigabatch.trainer.towers import Towers
 
 Outputs = dict[str, Tensor]
 
@@ -45,7 +47,7 @@ class StepResult:
 
 
 class ExactStep:
-    """Takes optimizer steps on (engine, objective)."""
+    """Takes optimizer steps on (engine, objective). `ema`: towers that follow the engine's."""
 
     def __init__(
         self,
@@ -55,11 +57,13 @@ class ExactStep:
         world: World,
         progress: Progress | None = None,
         state: ObjectiveState | None = None,
+        ema: Towers | None = None,
     ) -> None:
         self.engine, self.objective, self.world = engine, objective, world
         self.progress = progress or Progress(world.device)
         self.data, self.seed = config.data, config.run.seed
         self.state = state or ObjectiveState(objective, [], None, world)
+        self.ema, self.momentum = ema, config.train.ema
         self.batch_size = config.batch.global_size
         self.views = range(views_of(objective.needs.taps))
         self.own = [p for p in objective.parameters() if p.requires_grad]
@@ -106,7 +110,7 @@ class ExactStep:
         if applied:
             self._step_objective(lr)
             self.state.commit(loss.updates(), numbers)
-            self.state.follow(self.engine.live_weights())
+            self._follow()
         self._clear()
         return StepResult(value, applied, norm, metrics)
 
@@ -194,6 +198,14 @@ class ExactStep:
         if self.optimizer is not None:
             self.optimizer.param_groups[0]["lr"] = lr * self.own_lr_ratio
             self.optimizer.step()
+
+    def _follow(self) -> None:
+        averages: list[tuple[Towers, float]] = []
+        if self.state.teacher is not None:
+            averages.append((self.state.teacher, self.objective.needs.momentum))
+        if self.ema is not None:
+            averages.append((self.ema, warmed(self.momentum, self.engine.steps)))
+        follow(self.engine.live_weights(), averages)
 
     def _clear(self) -> None:
         for parameter in self.own:

@@ -49,7 +49,7 @@ class Setup:
             raise GigabatchError(
                 f"workers are {list(self.workers)}: name numbers of loader processes, such as 0,2."
             )
-        if self.fields.text is not None and self.tokenizer is None:
+        if self.fields.texts.modalities and self.tokenizer is None:
             raise GigabatchError("there is text to be read, but no tokeniser: give its file.")
         if not self.fields.modalities:
             raise GigabatchError("nothing of the samples is to be read: name an image or a text.")

@@ -23,6 +23,7 @@ CAPTION_NAMES = (
 )  # fmt: skip
 
 
+NO_FILE = "none"
 PREFIX = r"[^/\s.*?{}\[\]][^/*?{}\[\]]*"
 
 
@@ -32,7 +33,8 @@ class PackSettings(Settings):
     folder: Path | None = None
     """Where the files lie that a table names. Default: where the table lies."""
     file_column: str | None = None
-    """The column of files' names, or of files' bytes. Default: guessed by name and type."""
+    """The column of files' names, or of files' bytes; `none` where rows are texts and numbers
+    alone. Default: guessed by name and type."""
     caption_column: tuple[str, ...] = ()
     """The column of captions; further ones go to the json member. Default: guessed by name."""
     key_column: str | None = None
@@ -54,9 +56,10 @@ class PackSettings(Settings):
 
 @dataclass(frozen=True)
 class Columns:
-    """`embedded`: the files' bytes lie in the table. `rest`: what goes to the json member."""
+    """`file`: None where rows have none. `embedded`: the files' bytes lie in the table. `rest`:
+    what goes to the json member."""
 
-    file: str
+    file: str | None
     embedded: bool
     captions: tuple[str, ...]
     key: str | None
@@ -64,24 +67,29 @@ class Columns:
 
     def used(self, files: bool) -> list[str]:
         """The columns to read, with that of the files or without."""
-        names = [self.file] if files else []
+        names = [self.file] if files and self.file else []
         names += [*self.captions, *([self.key] if self.key else []), *self.rest]
         return list(dict.fromkeys(names))
 
     def in_json(self, row: Row) -> Sequence[str]:
         """The columns of a row that the json member holds: a list of captions too, since `txt` is
         but the first."""
-        more = self.captions if isinstance(row.get(self.captions[0]), list) else self.captions[1:]
+        several = any(isinstance(row.get(name), list) for name in self.captions[:1])
+        more = self.captions if several else self.captions[1:]
         return [*more, *(name for name in self.rest if name not in more)]
 
 
 def choose(table: Table, settings: PackSettings) -> Columns:
     """The columns' parts. Raises GigabatchError, which lists the columns, where it cannot tell."""
     binary = [name for name, kind in table.types.items() if _is_file(kind)]
-    file = _pick(table, "file_column", settings.file_column, binary or _named(table, FILE_NAMES))
-    captions = settings.caption_column or (
-        _pick(table, "caption_column", None, _named(table, CAPTION_NAMES)),
-    )
+    guessed = _named(table, CAPTION_NAMES)
+    if settings.file_column == NO_FILE and NO_FILE not in table.columns:
+        file = None
+        captions = settings.caption_column or tuple(guessed[:1] if len(guessed) == 1 else ())
+    else:
+        named = binary or _named(table, FILE_NAMES)
+        file = _pick(table, "file_column", settings.file_column, named)
+        captions = settings.caption_column or (_pick(table, "caption_column", None, guessed),)
     for name in captions:
         _pick(table, "caption_column", name, ())
     if settings.key_column:

@@ -21,7 +21,7 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.index import Index
 from gigabatch.data.keyed import key, permute
-from gigabatch.data.packing.columns import PackSettings, choose
+from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose
 from gigabatch.data.packing.members import (
     FILES,
     MEMBERS,
@@ -93,8 +93,8 @@ class TableSamples:
         self.folder = Path(os.path.abspath(settings.folder or beside))
         self.settings = settings.model_copy(
             update={
-                "folder": None if self.columns.embedded else self.folder,
-                "file_column": self.columns.file,
+                "folder": self.folder if self.columns.file and not self.columns.embedded else None,
+                "file_column": self.columns.file or NO_FILE,
                 "caption_column": self.columns.captions,
                 "json_columns": self.columns.rest,
             }
@@ -187,17 +187,24 @@ class TableSamples:
         sample: Sample = {"__key__": self._key(number, row)}
         if names := self.columns.in_json(row):
             sample["json"] = json_member({name: self._value(name, row) for name in names})
-        caption = first_caption(row.get(self.columns.captions[0]))
-        find = self._embedded if self.columns.embedded else self._file
-        name, found = find(row.get(self.columns.file), load)
-        if caption is None:
-            return Skipped(number, name, "has no caption")
+        name, found = self._found(row, load)
+        if self.columns.captions:
+            sample["txt"] = first_caption(row.get(self.columns.captions[0]))
+            if sample["txt"] is None:
+                return Skipped(number, name, "has no caption")
         if isinstance(found, str):
             return Skipped(number, name, found)
-        return sample | {"txt": caption} | found
+        return sample | found
+
+    def _found(self, row: Row, load: bool) -> tuple[str | None, Sample | str]:
+        """The name of a row's file, with the member that it becomes or what is wrong."""
+        if self.columns.file is None:
+            return None, {}
+        find = self._embedded if self.columns.embedded else self._file
+        return find(row.get(self.columns.file), load)
 
     def _file(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        """The name of a file in the folder, with the member that it becomes or what is wrong."""
+        """The same of a file in the folder."""
         name = file_inside(value)
         wrong = look_at_file(self.folder, name)
         if wrong or not load:

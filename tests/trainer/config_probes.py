@@ -21,7 +21,7 @@ import webdataset as wds
 from PIL import Image
 from support import spoil
 
-from gigabatch.data.captions import read_captions
+from gigabatch.data.captions import OneText, read_captions
 from gigabatch.data.tokenizer import load_tokenizer
 from gigabatch.kernels import Dot
 from gigabatch.launcher.ray_workers import scaling, start_settings, worker_settings
@@ -319,7 +319,9 @@ def see_weights(config: Config, folder: Path) -> Any:
 
 
 def see_lines(config: Config, folder: Path) -> Any:
-    return read_captions(b"one\ntwo", config.data.captions, "here")
+    others = [each for each in config.towers.more.values() if isinstance(each, OneText)]
+    places = [config.data.captions, *others]
+    return [read_captions(b"one\ntwo", place, "here") for place in places]
 
 
 def leavings(run: RunFolder) -> Any:
@@ -329,6 +331,7 @@ def leavings(run: RunFolder) -> Any:
     return [
         run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
         [{tag: line.get(tag) for tag in tags} for line in lines], told, run.samples.exists(),
+        sorted({p.name for p in run.path.rglob("*.safetensors")}),
     ]  # fmt: skip
 
 

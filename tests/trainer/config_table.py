@@ -7,6 +7,8 @@ VIT = (
     "intermediate_size: 8, image_size: 16, patch_size: 8}"
 )
 
+BERT = VIT.replace("vit", "bert").replace("image_size: 16, patch_size: 8", "vocab_size: 300")
+
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
@@ -25,6 +27,10 @@ SOUND = other("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], dep
 OWN = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
 OWN_VECTOR = other(OWN % "{kind: vector, size: 1, fields: [concept]}")
 OWN_SET = other(OWN % "{kind: set, size: 2, length: 2, fields: [pair]}")
+TEXT = other("{kind: text, field: colour, tower: {width: 8}}")
+OTHER_VIT = "{kind: text, field: colour, tower: {kind: huggingface}}"
+OTHER_BERT = OTHER_VIT.replace("huggingface", f"huggingface, config: {BERT}")
+OTHER_OWN = "{kind: text, field: colour, tower: {kind: module, module: 'support_towers:Tokens'}}"
 OWN_SOUND = other(OWN % "{kind: audio, rate: 2000, seconds: 0.1}")
 # Of the keys of a tower in `towers.more`: as below. `others`: seen on samples that have a tone
 # and pairs of numbers too.
@@ -54,6 +60,27 @@ MORE: dict[str, tuple[str, str, list[str]]] = {
     "head.hidden": ("7", "towers", [*VECTOR, "towers.more.sensor.head.layers=2"]),
     "module": ("torch.nn:Linear", "towers", OWN_VECTOR),
     "args": ("{width: 3}", "towers", OWN_VECTOR),
+    "share": (
+        "text",
+        "towers",
+        ["towers.more={sensor: {kind: text, field: colour}}", "objective={taps: [text, sensor]}"],
+    ),
+    "field": ("lost", "batch", TEXT),
+    "lines": ("true", "lines", other("{kind: text, member: txt, tower: {width: 8}}")),
+    "prefix": ("'query: '", "batch", TEXT),
+    "tower.kind": ("module", "towers", TEXT),
+    "tower.width": ("16", "towers", TEXT),
+    "tower.layers": ("2", "towers", TEXT),
+    "tower.dropout": ("0.5", "towers", TEXT),
+    "tower.freeze": ("true", "towers", TEXT),
+    "tower.checkpoint_activations": ("true", "saved", TEXT),
+    "tower.head.layers": ("2", "towers", TEXT),
+    "tower.head.hidden": ("7", "towers", [*TEXT, "towers.more.sensor.tower.head.layers=2"]),
+    "tower.name": ("no/such-model", "towers", other(OTHER_VIT)),
+    "tower.config": ("{model_type: nonsense}", "towers", other(OTHER_VIT)),
+    "tower.pool": ("first", "towers", other(OTHER_BERT)),
+    "tower.module": ("torch.nn:Linear", "towers", other(OTHER_OWN)),
+    "tower.args": ("{width: 6}", "towers", other(OTHER_OWN)),
     "reads.kind": ("sequence", "towers", OWN_VECTOR),
     "reads.size": ("2", "towers", OWN_VECTOR),
     "reads.fields": ("[colour]", "towers", OWN_VECTOR),
@@ -88,6 +115,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "data.stages": ("['support_towers:darken']", "batch", []),
     "data.captions.member": ("json", "batch", []),
     "data.captions.field": ("colour", "batch", ["data.captions.member=json"]),
+    "data.captions.prefix": ("'a photo of '", "batch", []),
     "data.captions.choose": ("all", "batch", []),
     "data.captions.most": ("2", "batch", ["data.captions.choose=all"]),
     "data.captions.lines": ("true", "lines", []),
@@ -121,6 +149,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.image.head.hidden": ("7", "towers", ["towers.image.head.layers=2"]),
     "towers.image.name": ("no/such-model", "towers", ["towers.image={kind: huggingface}"]),
     "towers.image.config": (VIT, "towers", ["towers.image={kind: huggingface}"]),
+    "towers.image.pool": (
+        "mean", "towers", [f"towers.image={{kind: huggingface, config: {VIT}}}"],
+    ),
     "towers.image.module": ("torch.nn:Linear", "towers", ["towers.image={kind: module}"]),
     "towers.image.args": (
         "{width: 6}", "towers",
@@ -136,6 +167,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.text.head.hidden": ("7", "towers", ["towers.text.head.layers=2"]),
     "towers.text.name": ("no/such-model", "towers", ["towers.text={kind: huggingface}"]),
     "towers.text.config": ("{model_type: nonsense}", "towers", ["towers.text={kind: huggingface}"]),
+    "towers.text.pool": (
+        "mean", "towers", [f"towers.text={{kind: huggingface, config: {BERT}}}"],
+    ),
     "towers.text.module": ("torch.nn:Linear", "towers", ["towers.text={kind: module}"]),
     "towers.text.args": (
         "{width: 6}", "towers",
@@ -144,6 +178,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     **{f"towers.more.NAME.{name}": row for name, row in MORE.items()},
     "objective.name": ("siglip", "objective", []),
     "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
+    "objective.widths": ("[2, 16]", "objective", []),
     "objective.within": ("colour", "objective", []),
     "objective.bias": ("-1.0", "objective", ["objective={name: siglip}"]),
     "objective.temperatures": ("shared", "objective", SOGCLR),
@@ -193,6 +228,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.learn_scale": ("false", "objective", []),
     "train.steps": ("5", "run", []),
     "train.precision": ("bf16", "towers", []),
+    "train.ema": ("0.5", "run", []),
     "train.zero": ("2", "deepspeed", []),
     "train.clip": ("0.001", "run", []),
     "train.hang_after_s": ("2000", "run", []),

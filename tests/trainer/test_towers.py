@@ -28,6 +28,8 @@ BERT = (
     "intermediate_size: 16, vocab_size: 100}"
 )
 
+SIGLIP_TEXT = BERT.replace("bert", "siglip_text_model")
+
 
 def config(*overrides: str) -> Config:
     return parse_config(BASE, "towers", overrides)
@@ -47,6 +49,7 @@ def inputs(batch: int = 3) -> dict[str, tuple[Tensor, ...]]:
         ["towers.image.head={layers: 3, hidden: 5}"],
         [f"towers.image={{kind: huggingface, config: {VIT}}}"],
         [f"towers.text={{kind: huggingface, config: {BERT}}}"],
+        [f"towers.text={{kind: huggingface, config: {SIGLIP_TEXT}}}"],
         ["towers.image={kind: module, module: 'support_towers:Pixels', args: {width: 6}}"],
         ["towers.text={kind: module, module: 'support_towers:Tokens'}"],
         ["train.precision=bf16"],

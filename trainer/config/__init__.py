@@ -13,6 +13,7 @@ from gigabatch.trainer.config.data import BatchSettings, DataSettings
 from gigabatch.trainer.config.more import (
     AudioTower,
     OtherModuleTower,
+    OtherText,
     VectorsTower,
     VectorTower,
     what_is_read,
@@ -40,14 +41,8 @@ from gigabatch.trainer.config.objective import (
     singles,
     taps_of,
 )
-from gigabatch.trainer.config.tower import Tower
-from gigabatch.trainer.config.towers import (
-    ConvTower,
-    HuggingFaceTower,
-    ModuleTower,
-    TextTower,
-    TowersSettings,
-)
+from gigabatch.trainer.config.tower import HuggingFaceTower, ModuleTower, TextTower, Tower
+from gigabatch.trainer.config.towers import ConvTower, TowersSettings
 from gigabatch.trainer.config.training import (
     CheckpointSettings,
     EvalSettings,
@@ -80,6 +75,7 @@ __all__ = [
     "ObjectiveSettings",
     "OptimizerSettings",
     "OtherModuleTower",
+    "OtherText",
     "QueueSettings",
     "RunSettings",
     "ScaledSettings",
@@ -141,12 +137,29 @@ class Config(Settings):
         read = {parse_tap(tap).modality for tap in taps_of(self.objective)}
         return tuple(name for name in ("image", "text", *self.towers.more) if name in read)
 
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Those of them that are texts."""
+        others = {name for name, t in self.towers.more.items() if isinstance(t, OtherText)}
+        return tuple(name for name in self.modalities if name in {"text", *others})
+
+    @property
+    def shared(self) -> dict[str, str]:
+        """Modality -> the other one whose tower reads it too."""
+        given = {name: getattr(self.towers.more.get(name), "share", None) for name in self.texts}
+        return {name: owner for name, owner in given.items() if owner}
+
     def tower(self, modality: str) -> Tower:
         """The description of a modality's tower."""
-        if modality in self.towers.more:
-            return self.towers.more[modality]
-        found: Tower = getattr(self.towers, modality)
-        return found
+        modality = self.shared.get(modality, modality)
+        found = self.towers.more.get(modality) or getattr(self.towers, modality)
+        own = found.tower if isinstance(found, OtherText) else found
+        assert isinstance(own, Tower)
+        return own
+
+    def text_length(self, modality: str) -> int:
+        """Tokens of a text."""
+        return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length
 
     def _refuse_misfit(self, objective: Single) -> None:
         """What an objective cannot do with this data and these towers."""
@@ -157,6 +170,8 @@ class Config(Settings):
                     f"objective.taps: there is no tower {tap.modality!r}; there are "
                     f"{', '.join(sorted(modalities))}"
                 )
+        if widths := getattr(objective, "widths", ()):
+            self._refuse_widths(widths, objective.taps)
         several = self.data.captions.choose == "all"
         if self.data.group and not hasattr(objective, "within"):
             raise ValueError(
@@ -183,6 +198,18 @@ class Config(Settings):
                 "data.captions.choose=all nor data.missing=mask"
             )
 
+    def _refuse_widths(self, widths: tuple[int, ...], taps: tuple[str, ...]) -> None:
+        if widths[-1] != self.towers.width:
+            raise ValueError(
+                f"objective.widths: the last must be towers.width={self.towers.width}, not "
+                f"{widths[-1]}, or the coordinates beyond it would never be trained"
+            )
+        if inner := [tap for tap in taps if parse_tap(tap).place == "encoder"]:
+            raise ValueError(
+                f"objective.widths: {inner[0]} is before the head, and has no towers.width "
+                "coordinates; take taps after it"
+            )
+
     def _refuse_idle(self) -> None:
         """Towers that no objective reads, and names that stand for two things."""
         for name in self.towers.more:
@@ -191,15 +218,23 @@ class Config(Settings):
                     f"towers.more.{name}: the objective does not read it; name it in "
                     "objective.taps, or leave it out"
                 )
+            if name in self.shared and (
+                "text" not in self.modalities or self.text_length(name) > self.data.text.length
+            ):
+                raise ValueError(
+                    f"towers.more.{name}.share: the tower of the text must be there (name text in "
+                    f"objective.taps), and takes at most data.text.length={self.data.text.length} "
+                    "tokens"
+                )
             if name in (*columns_of(self.objective), self.data.group):
                 raise ValueError(
                     f"towers.more.{name} is also a field that the objective reads; rename the tower"
                 )
         for part in self.train.init_parts if self.train.init_from else ():
-            if part.partition(".")[0] not in self.modalities:
+            if part.partition(".")[0] not in {*self.modalities} - {*self.shared}:
                 raise ValueError(
                     f"train.init_parts: {part}: the run has no such tower; it has "
-                    f"{', '.join(self.modalities)}"
+                    f"{', '.join(m for m in self.modalities if m not in self.shared)}"
                 )
 
     def _refuse_unmeasured(self) -> None:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.audio import AudioSettings
+from gigabatch.data.captions import OneText
+from gigabatch.data.fields import Other
 from gigabatch.data.vectors import VectorSettings, VectorsSettings
 from gigabatch.trainer.config.fields import Amount, Count, Fraction
-from gigabatch.trainer.config.tower import OwnModule, Stages, Tower
+from gigabatch.trainer.config.tower import (
+    HuggingFaceTower,
+    ModuleTower,
+    OwnModule,
+    Stages,
+    TextTower,
+    Tower,
+)
 
 Numbers = float | tuple[float, ...]
 
@@ -94,13 +103,41 @@ class OtherModuleTower(Tower, OwnModule):
     reads: Annotated[ReadAudio | ReadVector | ReadVectors, Field(discriminator="kind")]
 
 
-OtherTower = Annotated[
-    AudioTower | VectorTower | VectorsTower | OtherModuleTower, Field(discriminator="kind")
+def _conv(value: Any) -> Any:
+    return {"kind": "conv", **value} if isinstance(value, dict) else value
+
+
+OfText = Annotated[
+    Annotated[TextTower | HuggingFaceTower | ModuleTower, Field(discriminator="kind")],
+    BeforeValidator(_conv),
 ]
 
 
-def what_is_read(tower: Tower) -> AudioSettings | VectorSettings:
+class OtherText(OneText):
+    kind: Literal["text"]
+    """A further text, such as a query beside its passage, by the run's tokeniser."""
+    share: Literal["text"] | None = None
+    """text: read by the tower of the captions, head and all. Or give `tower`."""
+    tower: OfText | None = None
+    """A tower of its own, described as `towers.text`."""
+
+    @model_validator(mode="after")
+    def _one_tower(self) -> Self:
+        if (self.share is None) == (self.tower is None):
+            raise ValueError(
+                "give either `share: text` (the same weights) or `tower`, such as {kind: conv}"
+            )
+        return self
+
+
+OtherTower = Annotated[
+    AudioTower | VectorTower | VectorsTower | OtherText | OtherModuleTower,
+    Field(discriminator="kind"),
+]
+
+
+def what_is_read(tower: Tower | OtherText) -> Other:
     """How the samples of a tower are decoded."""
     found = tower.reads if isinstance(tower, OtherModuleTower) else tower
-    assert isinstance(found, AudioSettings | VectorSettings)
+    assert isinstance(found, Other)
     return found

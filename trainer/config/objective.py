@@ -49,7 +49,22 @@ class ScaledSettings(ObjectiveSettings):
         return self
 
 
-class InfoNCESettings(ScaledSettings):
+class Nested(Settings):
+    """Of a loss whose vectors may be cut short."""
+
+    widths: tuple[Count, ...] = ()
+    """Matryoshka: [64, 128, 256] makes vectors of which the first 64 coordinates are vectors of
+    their own. The loss is the mean over these widths of that of the first coordinates, made unit
+    vectors again; rising up to `towers.width` = D. Cost: sum(widths) / D times the passes."""
+
+    @model_validator(mode="after")
+    def _widths_rise(self) -> Self:
+        if list(self.widths) != sorted(set(self.widths)):
+            raise ValueError(f"widths must rise, each from the one before, not {self.widths}")
+        return self
+
+
+class InfoNCESettings(ScaledSettings, Nested):
     name: Literal["infonce"] = "infonce"
     """CLIP's symmetric InfoNCE, with any number of positives."""
     taps: Pair = ("image", "text")
@@ -67,7 +82,7 @@ class InfoNCESettings(ScaledSettings):
     """Share of the target that is spread evenly over all candidates."""
 
 
-class SigLIPSettings(ObjectiveSettings):
+class SigLIPSettings(ObjectiveSettings, Nested):
     name: Literal["siglip"]
     """Every pair of the batch is a question of its own: does this caption belong to this image?"""
     taps: Pair = ("image", "text")
@@ -82,7 +97,7 @@ class SigLIPSettings(ObjectiveSettings):
     """The logits' learnt bias at the start: nearly all pairs are wrong ones."""
 
 
-class SupConSettings(ScaledSettings):
+class SupConSettings(ScaledSettings, Nested):
     name: Literal["supcon"]
     """Samples of one label attract each other, over one tap or several; without a label, views of
     one sample do (SimCLR)."""
@@ -127,7 +142,7 @@ class SogCLRSettings(ObjectiveSettings):
         return self
 
 
-class LateInteractionSettings(ScaledSettings):
+class LateInteractionSettings(ScaledSettings, Nested):
     name: Literal["late_interaction"]
     """Token by token: each token of one side is scored by its best match on the other (FILIP)."""
     taps: Pair = ("image.tokens", "text.tokens")
@@ -188,7 +203,7 @@ class SymileSettings(ScaledSettings):
     """The logit scale is clamped to this in the forward pass."""
 
 
-class HardNegativesSettings(ScaledSettings):
+class HardNegativesSettings(ScaledSettings, Nested):
     name: Literal["hard_negatives"]
     """InfoNCE with negatives made for the purpose, weighted by their relation to the row. With
     data.captions.choose=all a sample's first caption is right, and its others are such negatives.
@@ -213,7 +228,7 @@ class HardNegativesSettings(ScaledSettings):
         return self
 
 
-class LabelDistanceSettings(ScaledSettings):
+class LabelDistanceSettings(ScaledSettings, Nested):
     name: Literal["label_distance"]
     """SupCon for continuous labels: samples of one label attract each other, and the farther
     another label is, the more it counts as a negative."""

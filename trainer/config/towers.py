@@ -9,9 +9,15 @@ from pydantic import Field, model_validator
 from torch.nn import ModuleDict
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Amount, Count, Fraction
+from gigabatch.trainer.config.fields import Count, Fraction
 from gigabatch.trainer.config.more import OtherTower
-from gigabatch.trainer.config.tower import OwnModule, Stages, Tower
+from gigabatch.trainer.config.tower import (
+    HuggingFaceTower,
+    ModuleTower,
+    Stages,
+    TextTower,
+    Tower,
+)
 
 ModalityName = Annotated[str, Field(pattern=r"^[a-z]+$")]
 TAKEN = {"image", "text", "sample", "teacher", *filter(str.isalpha, dir(ModuleDict()))}
@@ -23,38 +29,6 @@ class ConvTower(Tower, Stages):
     """A small residual convolutional encoder that trains well on a CPU."""
     dropout: Fraction = 0.0
     """Of the pooled features, while training."""
-
-
-class TextTower(Tower):
-    kind: Literal["conv"] = "conv"
-    """A small residual convolutional encoder over the caption's tokens."""
-    width: Count = 128
-    layers: Amount = 1
-    """Convolutions of width 3; 0 is a bag of tokens with positions."""
-    dropout: Fraction = 0.0
-    """Of the pooled features, while training."""
-
-
-class HuggingFaceTower(Tower):
-    kind: Literal["huggingface"]
-    """A `transformers` model; of a two-tower model such as CLIP, this modality's half."""
-    name: str | None = None
-    """A pretrained model: a local folder, or a name on the hub. Or give `config`."""
-    config: dict[str, Any] | None = None
-    """`model_type` and that model's own keys: random weights, nothing downloaded."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.name is None) == (self.config is None):
-            raise ValueError("give either `name` (pretrained) or `config` (random weights)")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("`config` needs `model_type`, such as vit, bert or clip_text_model")
-        return self
-
-
-class ModuleTower(Tower, OwnModule):
-    kind: Literal["module"]
-    """Your own `nn.Module`: called with images, or tokens and mask; returns [B, self.width]."""
 
 
 _ANY = HuggingFaceTower | ModuleTower

@@ -24,6 +24,9 @@ class TrainSettings(Settings):
     """DeepSpeed ZeRO stage. 1 shards the optimizer over workers, 2 gradients too, 3 weights too."""
     clip: float = Field(1.0, ge=0)
     """Towers' gradient norm is clipped to this; 0 never clips."""
+    ema: Fraction = 0.0
+    """Momentum of an average of the towers' weights over steps, such as 0.9999, which evaluations
+    then use; 0: none. After step t it is at most (1 + t) / (10 + t). A whole copy on each rank."""
     max_bad_steps: Count = 10
     """Steps in a row with a loss or gradient that is not finite, each left out, that are borne."""
     on_bad_steps: Literal["stop", "rewind"] = "stop"

@@ -39,7 +39,7 @@ def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
     columns = [positives] if positives else []
     if wanted.given and wanted.find:
         read = (*wanted.given, wanted.find)
-        found = subject.embed_compared(Reading(read, columns, captions), HEAD)
+        found = subject.embed_compared(Reading(read, columns, captions, wanted.width), HEAD)
         score = wanted.score or _natural_score(config, read)
         figures = joint_figures(found, wanted.given, wanted.find, score, positives, subject.world)
     else:
@@ -49,7 +49,7 @@ def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
                 f"retrieval: it takes two modalities, and the run has {between[0]} alone; measure "
                 "it by knn or probe."
             )
-        reading = Reading(between, columns, captions)
+        reading = Reading(between, columns, captions, wanted.width)
         found = subject.embed_compared(reading, place_compared(config, between, wanted.tap))
         figures = retrieval_figures(found, positives, subject.world)
     count = len(subject.index)

@@ -20,6 +20,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.scores import Rows
 from gigabatch.trainer.inputs import cache_of, eval_fields
+from gigabatch.trainer.objectives.blocks import first_coordinates
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
@@ -48,16 +49,23 @@ class Embedded:
 @dataclass(frozen=True)
 class Reading:
     """What is read of each sample: `modalities`, of the run's; `columns` of its json; `captions`:
-    where the text is, if not where the run has it."""
+    where the text is, if not where the run has it; `width`: of unit vectors so many first
+    coordinates alone, of unit length again (None: all)."""
 
     modalities: Sequence[str] = ("image", "text")
     columns: Sequence[str] = ()
     captions: CaptionSettings | None = None
+    width: int | None = None
 
     def fields(self, config: Config) -> Fields:
-        """Whole samples, the first caption of each. Raises GigabatchError for a modality that the
-        run has not."""
+        """Whole samples, the first caption of each. Raises GigabatchError for a modality or
+        coordinates that the run has not."""
         require_towers(config, self.modalities)
+        if self.width is not None and self.width > config.towers.width:
+            raise GigabatchError(
+                f"width={self.width}: the run's vectors have {config.towers.width} coordinates "
+                "(towers.width). Take as many at most."
+            )
         whole = eval_fields(config, list(dict.fromkeys(self.columns)))
         image, text = whole.image, self.captions or whole.text
         return replace(
@@ -97,7 +105,7 @@ def embed_set(
         [index],
         EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
         fields=fields,
-        tokenizer=run.tokenizer if fields.text else None,
+        tokenizer=run.tokenizer if fields.texts.modalities else None,
         seed=config.run.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -114,7 +122,9 @@ def embed_set(
         batch = micro.to(world.device)
         kept = slice(None) if batch.real else slice(0)
         for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
-            taps.setdefault(tap, []).append(vectors[kept].float())
+            rows = vectors[kept].float()
+            rows = rows if reading.width is None else first_coordinates(rows, reading.width)
+            taps.setdefault(tap, []).append(rows)
             if vectors.ndim == 3:
                 whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
                 real = batch.tensors.get(f"{tap}_mask", whole)

@@ -26,6 +26,8 @@ class Asked(Protocol):
     def modality(self) -> str | None: ...
     @property
     def tap(self) -> str: ...
+    @property
+    def width(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Labelled:
 def read_labelled(subject: Subject, wanted: Asked) -> tuple[Labelled, Labelled, bool]:
     """(the training set, this one, whether they are one set)."""
     modality = wanted.modality or subject.config.modalities[0]
-    reading = Reading(modalities=[modality])
+    reading = Reading(modalities=[modality], width=wanted.width)
 
     def read(index: Index) -> Labelled:
         found = subject.embed(reading, wanted.tap, index)

@@ -38,6 +38,8 @@ class Retrieval(Settings):
     """The json field that right answers share; `none` for pairs alone. Unset: the run's."""
     captions: str | None = None
     """Where the captions are: txt, or a json field such as names.de. Unset: where the run's are."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
 
     @model_validator(mode="after")
     def _one_question(self) -> Self:
@@ -86,6 +88,8 @@ class Neighbours(Settings):
     """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
     k: int = Field(200, ge=1)
     temperature: float = Field(0.07, gt=0)
     """A neighbour's vote is exp(cosine / temperature)."""
@@ -104,6 +108,8 @@ class Probe(Settings):
     """image, text, or one of `towers.more`. Unset: the run's first, in that order."""
     tap: str = "head"
     """Where the towers are read: head, encoder (before the head), or a module's path."""
+    width: int | None = Field(None, ge=1)
+    """So many first coordinates of the vectors alone (Matryoshka). Unset: all."""
 
 
 class Geometry(Settings):
@@ -227,6 +233,9 @@ def task_settings(task: str, given: Sequence[str]) -> Settings:
             close = difflib.get_close_matches(name, known, 1, 0.6)
             hint = f"did you mean {close[0]}?" if close else f"keys: {_keys(model)}"
             raise GigabatchError(f"{name}: {task} has no such key; {hint}")
+        if model.model_fields[name].annotation is str:  # to YAML, `query: ` is a mapping
+            values[name] = value
+            continue
         try:
             values[name] = yaml.safe_load(value)
         except yaml.YAMLError:

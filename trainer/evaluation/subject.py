@@ -58,6 +58,10 @@ class Subject:
 
     def embed(self, reading: Reading, tap: str = HEAD, index: Index | None = None) -> Embedded:
         """Vectors of each modality by itself, read at a tap."""
+        if reading.width is not None and tap != HEAD:
+            raise GigabatchError(
+                f"width={reading.width}: it cuts what the loss sees; leave out tap=."
+            )
         return self._embed(tapped(self.towers, tap), reading, index or self.index)
 
     def embed_compared(self, reading: Reading, place: str) -> Embedded:

@@ -64,7 +64,8 @@ def tapped(towers: Towers, tap: str) -> Embed:
 
 
 def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) -> Tensor:
-    encoder, head = towers.encoders[name], towers.heads[name]
+    owner = towers.owner(name)
+    encoder, head = towers.encoders[owner], towers.heads[owner]
     seen: list[Any] = []
     module = _module(encoder, head, tap, name)
     hook = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigabatch.kernels import gather_rows
 from gigabatch.kernels.sources import all_sum
 from gigabatch.trainer.config import ObjectiveSettings, ScaledSettings
-from gigabatch.trainer.objectives.base import Context, Objective
+from gigabatch.trainer.objectives.base import Context, Loss, Objective
 from gigabatch.trainer.taps import parse_tap
 
 
@@ -28,6 +31,34 @@ class Scaled(Objective):
 
     def scale(self) -> Tensor:
         return clamp_inward(self.log_scale, ceiling=self.log_scale_max).exp()
+
+
+Forward = Callable[[Any, Mapping[str, Tensor], Mapping[str, Tensor], Context], Loss]
+
+
+def over_widths(forward: Forward) -> Forward:
+    """Matryoshka representations (Kusupati et al. 2022), for the forward pass of an objective whose
+    settings have `widths`: the mean over widths d of its loss of the vectors' first d coordinates,
+    of unit length again."""
+
+    @wraps(forward)
+    def nested(
+        self: Any, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
+    ) -> Loss:
+        if not self.settings.widths:
+            return forward(self, outputs, meta, ctx)
+        losses = []
+        for d in self.settings.widths:
+            short = {tap: first_coordinates(rows, d) for tap, rows in outputs.items()}
+            losses.append(forward(self, short, meta, ctx))
+        return replace(losses[-1], value=torch.stack([each.value for each in losses]).mean())
+
+    return nested
+
+
+def first_coordinates(rows: Tensor, width: int) -> Tensor:
+    """The first `width` coordinates of unit vectors [..., D], of unit length again."""
+    return rows if width == rows.shape[-1] else F.normalize(rows[..., :width], dim=-1)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from gigabatch.kernels import Eq, Lse, Table, key_source, lse_stats
 from gigabatch.kernels.heads import cross_entropy
 from gigabatch.trainer.config import HardNegativesSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, present, weighted_mean
+from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present, weighted_mean
 
 NOTHING = 1e-30  # a weight of 0: its logarithm can be added and taken off again
 
@@ -36,6 +36,7 @@ class HardNegatives(Scaled):
         columns = (settings.pair, settings.changed) if settings.pair and settings.changed else ()
         self.needs = Needs(settings.taps, columns)
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gigabatch.kernels import contrastive_loss
 from gigabatch.trainer.config import InfoNCESettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, present
+from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present
 
 
 class InfoNCE(Scaled):
@@ -20,7 +20,7 @@ class InfoNCE(Scaled):
         "CLIP's symmetric InfoNCE, with any number of positives",
         "van den Oord et al. 2018; CLIP, Radford et al. 2021; several positives: SupCon, Khosla et "
         "al. 2020; 1-to-K, 45; clusters, 51; masked duplicates, 39; same-language and same-domain "
-        "negatives, 46 and 41",
+        "negatives, 46 and 41; `widths`: Matryoshka, Kusupati et al. 2022",
         "mean_i [log sum_j exp(l_ij) - sum_j P_ij l_ij], both ways, halved; "
         "l_ij = scale <q_i, k_j>",
         "4",
@@ -38,6 +38,7 @@ class InfoNCE(Scaled):
         asked = dict.fromkeys(name for name in self.columns.values() if name != "sample")
         self.needs = Needs(settings.taps, tuple(asked))
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gigabatch.kernels import AbsDiff
 from gigabatch.trainer.config import LabelDistanceSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, present
+from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present
 from gigabatch.trainer.objectives.supcon import among
 
 
@@ -30,6 +30,7 @@ class LabelDistance(Scaled):
         self.settings = settings
         self.needs = Needs(settings.taps, numbers=(settings.label,))
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -10,7 +10,7 @@ from torch import Tensor
 from gigabatch.kernels import late_interaction_loss
 from gigabatch.trainer.config import LateInteractionSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Paired, Scaled, paired
+from gigabatch.trainer.objectives.blocks import Paired, Scaled, over_widths, paired
 from gigabatch.trainer.taps import parse_tap
 
 
@@ -29,6 +29,7 @@ class LateInteraction(Scaled):
         self.settings = settings
         self.needs = Needs(settings.taps)
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

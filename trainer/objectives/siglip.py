@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gigabatch.kernels import sigmoid_loss
 from gigabatch.trainer.config import SigLIPSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.blocks import clamp_inward, paired
+from gigabatch.trainer.objectives.blocks import clamp_inward, over_widths, paired
 
 
 class SigLIP(Objective):
@@ -31,6 +31,7 @@ class SigLIP(Objective):
         self.log_scale = nn.Parameter(torch.tensor(math.log(settings.scale)))
         self.bias = nn.Parameter(torch.tensor(settings.bias))
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -13,7 +13,7 @@ from gigabatch.kernels.heads import cross_entropy
 from gigabatch.kernels.sources import row_numbers
 from gigabatch.trainer.config import ScaledSettings, SupConSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, present, weighted_mean
+from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present, weighted_mean
 
 
 class SupCon(Scaled):
@@ -30,6 +30,7 @@ class SupCon(Scaled):
         self.settings = settings
         self.needs = Needs(settings.taps, (settings.positives,) if settings.positives else ())
 
+    @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

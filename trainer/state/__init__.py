@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.state.average import average_of
 from gigabatch.trainer.state.tables import SampleTable
 
 if TYPE_CHECKING:
@@ -58,18 +58,6 @@ class ObjectiveState:
             for name, value in self.objective.on_epoch(self.tables, ctx).items():
                 self.objective.get_buffer(name).copy_(value)
 
-    @torch.no_grad()
-    def follow(self, weights: Iterator[tuple[str, Tensor]]) -> None:
-        """Let the teacher's weights move to the towers' current ones."""
-        if self.teacher is None:
-            return
-        own, momentum = self.teacher.state_dict(), self.objective.needs.momentum
-        for name, weight in weights:
-            if own[name].is_floating_point():
-                own[name].lerp_(weight.to(own[name].device), 1 - momentum)
-            else:
-                own[name].copy_(weight)
-
     def save(self) -> dict[str, Tensor]:
         """For a checkpoint: on rank 0 all tables, whole, and the teacher. A collective."""
         whole = {TABLE + name: table.whole() for name, table in self.tables.items()}
@@ -93,7 +81,5 @@ def open_state(
     objective: Objective, sizes: Sequence[int], towers: Towers, world: World
 ) -> ObjectiveState:
     """What the objective needs, as it is before the first step; `towers` not yet in an engine."""
-    teacher = (
-        copy.deepcopy(towers).eval().requires_grad_(False) if objective.needs.teacher else None
-    )
+    teacher = average_of(towers) if objective.needs.teacher else None
     return ObjectiveState(objective, sizes, teacher, world)

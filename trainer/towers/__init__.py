@@ -23,13 +23,14 @@ from gigabatch.trainer.config.more import (
     VectorsTower,
     VectorTower,
 )
-from gigabatch.trainer.config.tower import HeadSettings, Tower
-from gigabatch.trainer.config.towers import (
-    ConvTower,
+from gigabatch.trainer.config.tower import (
+    HeadSettings,
     HuggingFaceTower,
     ModuleTower,
     TextTower,
+    Tower,
 )
+from gigabatch.trainer.config.towers import ConvTower
 from gigabatch.trainer.towers.audio import AudioEncoder, LogMel
 from gigabatch.trainer.towers.foreign import huggingface_encoder, module_encoder
 from gigabatch.trainer.towers.small import ConvEncoder, TokenEncoder
@@ -39,17 +40,23 @@ from gigabatch.trainer.towers.vectors import VectorEncoder, VectorsEncoder
 class Towers(nn.Module):
     """All towers of a run. `autocast`: the precision inside, if lower; weights stay float32.
     `heads`: of each modality, and of its tokens (`text.tokens`, in the dict `text-tokens`) where
-    they are asked for."""
+    they are asked for. `shared`: modality -> the one whose weights read it too, which are held,
+    trained and saved once."""
 
     def __init__(
         self,
         encoders: Mapping[str, nn.Module],
         heads: Mapping[str, nn.Module],
         autocast: torch.dtype | None,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.autocast = autocast
+        self.autocast, self.shared = autocast, dict(shared or {})
         self.encoders, self.heads = nn.ModuleDict(encoders), nn.ModuleDict(heads)
+
+    def owner(self, modality: str) -> str:
+        """The modality under whose name its weights are."""
+        return self.shared.get(modality, modality)
 
     def forward(
         self,
@@ -77,15 +84,16 @@ class Towers(nn.Module):
     def _places(
         self, name: str, arguments: tuple[Tensor, ...], taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        encoder, own = self.encoders[name], f"{name}.tokens"
+        owner, own = self.owner(name), f"{name}.tokens"
+        encoder = self.encoders[owner]
         if own in taps:
             pooled, tokens = encoder(*arguments, tokens=True)
-            found = {own: self.heads[token_head(name)](tokens)}
+            found = {own: self.heads[token_head(owner)](tokens)}
         else:
             pooled, found = encoder(*arguments), {}
         if f"{name}.encoder" in taps:
             found[f"{name}.encoder"] = pooled
-        return {name: self.heads[name](pooled), **found}
+        return {name: self.heads[owner](pooled), **found}
 
     def train(self, mode: bool = True) -> Towers:
         super().train(mode)
@@ -106,11 +114,15 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     """The towers of the modalities that the objective reads, with their initial weights, a function
     of `run.seed`. Raises GigabatchError."""
     encoders, heads = {}, {}
+    read = {tap.partition("@")[0] for tap in taps_of(config.objective)}
+    with_tokens = {config.shared.get(m, m) for m in config.modalities if f"{m}.tokens" in read}
     for name in config.modalities:
+        if name in config.shared:
+            continue
         settings = config.tower(name)
         where = f"more.{name}" if name in config.towers.more else name
         seed_everything(key(config.run.seed, "init", name))
-        encoder = _encoder(settings, where, config, vocab_size)
+        encoder = _encoder(settings, where, config, vocab_size, config.text_length(name))
         if settings.checkpoint_activations:
             _checkpoint_activations(encoder, where)
         if settings.freeze:
@@ -119,14 +131,14 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         _refuse_unsound(encoder, where)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
-        if f"{name}.tokens" in {tap.partition("@")[0] for tap in taps_of(config.objective)}:
+        if name in with_tokens:
             heads[token_head(name)] = _token_head(encoder, name, config.towers.width, settings)
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
-    return Towers(encoders, heads, autocast)
+    return Towers(encoders, heads, autocast, config.shared)
 
 
-def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> Any:
-    image, text = config.data.image, config.data.text
+def _encoder(settings: Tower, name: str, config: Config, vocab_size: int, length: int) -> Any:
+    image = config.data.image
     match settings:
         case ConvTower():
             return ConvEncoder(
@@ -134,10 +146,10 @@ def _encoder(settings: Tower, name: str, config: Config, vocab_size: int) -> Any
             )
         case TextTower():
             return TokenEncoder(
-                vocab_size, text.length, settings.width, settings.layers, settings.dropout
+                vocab_size, length, settings.width, settings.layers, settings.dropout
             )
         case HuggingFaceTower():
-            return huggingface_encoder(settings, name, config.data, vocab_size)
+            return huggingface_encoder(settings, name, config.data, vocab_size, length)
         case ModuleTower() | OtherModuleTower():
             return module_encoder(settings, f"towers.{name}.module")
         case AudioTower():

@@ -14,12 +14,12 @@ from gigabatch.trainer.config.tower import OwnModule
 
 
 class HuggingFaceEncoder(nn.Module):
-    """A `transformers` model as an encoder: its pooled output, or the mean of its last states;
-    with `tokens`, those states too, [B, T, token_width]."""
+    """A `transformers` model as an encoder: its pooled output, or as `pool` says, or the mean of
+    its last states; with `tokens`, those states too, [B, T, token_width]."""
 
-    def __init__(self, model: Any, modality: str) -> None:
+    def __init__(self, model: Any, modality: str, pool: str = "own") -> None:
         super().__init__()
-        self.model, self.modality = model, modality
+        self.model, self.modality, self.pool = model, modality, pool
         self.width: int = model.config.hidden_size
         self.token_width = self.width
 
@@ -36,10 +36,11 @@ class HuggingFaceEncoder(nn.Module):
         pooled = self._pool(getattr(out, "pooler_output", None), states, mask)
         return (pooled, states) if tokens else pooled
 
-    @staticmethod
-    def _pool(pooled: Tensor | None, states: Tensor, mask: Tensor | None) -> Tensor:
-        if pooled is not None:
+    def _pool(self, pooled: Tensor | None, states: Tensor, mask: Tensor | None) -> Tensor:
+        if pooled is not None and self.pool == "own":
             return pooled.flatten(1)
+        if self.pool == "first":
+            return states[:, 0]
         if mask is None:
             return states.mean(1)
         real = mask.unsqueeze(-1)
@@ -53,11 +54,11 @@ class HuggingFaceEncoder(nn.Module):
 
 
 def huggingface_encoder(
-    settings: HuggingFaceTower, modality: str, data: DataSettings, vocab_size: int
+    settings: HuggingFaceTower, modality: str, data: DataSettings, vocab_size: int, length: int
 ) -> HuggingFaceEncoder:
     """Build or load the model. Of a two-tower model (CLIP, SigLIP) only this modality's half is
     made, which also leaves its 0-dimensional logit scale behind."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
 
     where = f"towers.{modality}"
     try:
@@ -67,21 +68,35 @@ def huggingface_encoder(
             keys = dict(settings.config or {})
             config = AutoConfig.for_model(keys.pop("model_type"), **keys)
         half = getattr(config, "vision_config" if modality == "image" else "text_config", config)
+        kind = _model_class(half)
         if settings.name is None:
-            model = AutoModel.from_config(half)
+            model = getattr(kind, "from_config", kind)(half)
         else:
-            model = AutoModel.from_pretrained(settings.name, config=half)
+            model = kind.from_pretrained(settings.name, config=half)
     except (OSError, ValueError, TypeError, KeyError) as error:
         what = settings.name or (settings.config or {}).get("model_type")
         raise GigabatchError(f"{where}: {what!r} cannot be made: {str(error).strip()}") from error
-    _refuse_misfit(where, half, data, vocab_size)
+    _refuse_misfit(where, half, data, vocab_size, length)
     # One dtype for all weights: checkpoints and ZeRO keep float32, autocast lowers it in use.
-    return HuggingFaceEncoder(model.to(torch.float32), modality)
+    return HuggingFaceEncoder(model.to(torch.float32), modality, settings.pool)
 
 
-def _refuse_misfit(where: str, model: Any, data: DataSettings, vocab_size: int) -> None:
+def _model_class(config: Any) -> Any:
+    """What makes the model of a config. AutoModel lacks some halves, such as SiglipTextModel."""
+    import transformers
+
+    if type(config) in transformers.MODEL_MAPPING:
+        return transformers.AutoModel
+    name = type(config).__name__.removesuffix("Config") + "Model"
+    return getattr(transformers, name, transformers.AutoModel)
+
+
+def _refuse_misfit(
+    where: str, model: Any, data: DataSettings, vocab_size: int, length: int
+) -> None:
     """Compare the model's own sizes with the data's: it would fail at its first batch, vaguely."""
-    image, text = data.image, data.text
+    image = data.image
+    own_length = "data.text.length" if length == data.text.length else "its length"
     exact = {
         "image_size": (image.size, "data.image.size"),
         "num_channels": (image.channels, "data.image.channels"),
@@ -94,7 +109,7 @@ def _refuse_misfit(where: str, model: Any, data: DataSettings, vocab_size: int) 
             )
     least = {
         "vocab_size": (vocab_size, "the tokeniser has", "take its own by data.text.tokenizer"),
-        "max_position_embeddings": (text.length, "data.text.length is", "shorten that"),
+        "max_position_embeddings": (length, f"{own_length} is", "shorten that"),
     }
     for name, (ours, what, remedy) in least.items():
         own = getattr(model, name, None)

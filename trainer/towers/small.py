@@ -85,9 +85,9 @@ def _he(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
 
 
 class TokenEncoder(nn.Module):
-    """text int64 [B, L], mask bool [B, L] -> [B, width]: residual convolutions of width 3 over
-    the caption, then the mean and the maximum over its real tokens; with `tokens`, those too,
-    [B, L, token_width]."""
+    """text int64 [B, L], L up to `length`, mask bool [B, L] -> [B, width]: residual convolutions
+    of width 3 over the caption, then the mean and the maximum over its real tokens; with `tokens`,
+    those too, [B, L, token_width]."""
 
     def __init__(
         self, vocab_size: int, length: int, width: int, layers: int, dropout: float
@@ -103,7 +103,7 @@ class TokenEncoder(nn.Module):
 
     def forward(self, text: Tensor, mask: Tensor, tokens: bool = False) -> Encoded:
         real = mask.unsqueeze(-1)
-        x = self.embedding(text) + self.position
+        x = self.embedding(text) + self.position[: text.shape[1]]
         for block in self.blocks:
             x = block(x, real)
         mean = (x * real).sum(1) / real.sum(1).clamp(min=1)

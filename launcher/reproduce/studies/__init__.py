@@ -19,7 +19,7 @@ from gigabatch.launcher.reproduce.studies import (
 )
 
 _MODULES = (
-    noisy, temperature, queue, small_batches, head, late_interaction, modality_gap, symile, order, groups,
-    label_distance, multilingual, languages,
+    noisy, temperature, queue, small_batches, head, late_interaction, modality_gap, symile, order,
+    groups, label_distance, multilingual, languages,
 )  # fmt: skip
 STUDIES = tuple(module.STUDY for module in _MODULES)

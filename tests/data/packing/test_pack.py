@@ -48,6 +48,19 @@ def test_a_table_and_its_files_become_samples(kind: str, tmp_path: Path) -> None
     assert told[-1] == (100, 100)
 
 
+def test_rows_of_texts_need_no_file(tmp_path: Path) -> None:
+    """As pairs for text towers are; a caption is told as elsewhere, if there is one."""
+    rows = [{"query": f"q {i}", "passages": [f"yes {i}", "no"]} for i in range(5)]
+    table = write_table(tmp_path / "t.jsonl", rows)
+    pack(table, tmp_path / "out", PackSettings(file_column="none"))
+    found = members(tmp_path / "out")
+    assert found.keys() == {f"00000{i}.json" for i in range(5)}
+    assert [json.loads(found[name]) for name in sorted(found)] == rows
+    captioned = write_table(tmp_path / "c.jsonl", [row | {"text": "t"} for row in rows])
+    pack(captioned, tmp_path / "with", PackSettings(file_column="none"))
+    assert members(tmp_path / "with")["000003.txt"] == b"t"
+
+
 def test_a_field_that_comes_first_in_a_late_line_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     rows = [{"file": "a.png", "caption": "x"}] * 1100

@@ -63,6 +63,12 @@ def test_a_task_teaches_what_it_takes(task: str, given: list[str], words: str) -
         task_settings(task, given)
 
 
+def test_a_text_is_taken_as_it_stands() -> None:
+    given = ["query_prefix=query: ", "document_prefix=[D] ", "split=7"]
+    found = task_settings("text-retrieval", given).model_dump()
+    assert found == {"query_prefix": "query: ", "document_prefix": "[D] ", "split": "7"}
+
+
 def test_help_names_every_task_and_key() -> None:
     from gigabatch.launcher.cli_eval import evaluate
 

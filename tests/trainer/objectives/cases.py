@@ -47,6 +47,31 @@ CASES: dict[str, Case] = {
         {"name": "infonce", "taps": ["image.encoder", "image@1"]}, "infonce",
         {"taps": ("image.encoder", "image@1")},
     ),
+    "infonce, nested": Case(
+        {"name": "infonce", "positives": "concept", "widths": [2, 4, 6]}, "nested",
+        {"inner": "infonce", "widths": (2, 4, 6), "label": "concept"},
+    ),
+    "siglip, nested, rows missing": Case(
+        {"name": "siglip", "bias": -2.0, "widths": [3, 6]}, "nested",
+        {"inner": "siglip", "widths": (3, 6)}, missing=True,
+    ),
+    "supcon, nested": Case(
+        {"name": "supcon", "widths": [1, 6]}, "nested",
+        {"inner": "supcon", "widths": (1, 6), "taps": ("image", "image@1")},
+    ),
+    "label distance, nested": Case(
+        {"name": "label_distance", "label": "age", "distance": 2.0, "widths": [3, 6]}, "nested",
+        {"inner": "distance", "widths": (3, 6), "factor": 2.0},
+    ),
+    "filip, nested": Case(
+        {"name": "late_interaction", "widths": [3, 6]}, "nested",
+        {"inner": "late", "widths": (3, 6), "symmetric": True},
+    ),
+    "hard captions, nested": Case(
+        {"name": "hard_negatives", "own_weight": 2.0, "other_weight": 0.5, "widths": [3, 6]},
+        "nested",
+        {"inner": "hard", "widths": (3, 6), "own": 2.0, "other": 0.5, "beta": 1.0}, captions=3,
+    ),
     "siglip": Case({"name": "siglip", "bias": -2.0}, "siglip"),
     "siglip, ids left out": Case(
         {"name": "siglip", "bias": -2.0, "positives": "concept"}, "siglip", {"label": "concept"},

@@ -48,6 +48,21 @@ def infonce(
     return (halves[0] + halves[1]) / 2, None
 
 
+def unit(rows: Tensor) -> Tensor:
+    return rows / rows.norm(dim=-1, keepdim=True)
+
+
+def nested(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, inner: str,
+    widths: tuple[int, ...], **how: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    total = torch.zeros((), dtype=torch.float64)
+    for d in widths:
+        short = {tap: unit(r[..., :d]) if d < r.shape[-1] else r for tap, r in rows.items()}
+        total = total + globals()[inner](short, p, meta, memory, step, **how)[0]
+    return total / len(widths), None
+
+
 def siglip(
     rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, label: str = "sample"
 ) -> tuple[Tensor, None]:

@@ -1,0 +1,176 @@
+"""Runs with two texts a sample, by one tower or by two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import webdataset as wds
+from support import losses, run_ranks
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.tokenizer import encode, load_tokenizer, of_length
+from gigabatch.trainer.checkpoint import latest_checkpoint
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.configfile import dump_config, load_config, parse_config
+from gigabatch.trainer.inference import load_newest_towers
+from gigabatch.trainer.inputs import make_tokenizer, open_train, plans_of, train_stream
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.runs import create_run
+
+PAIRS = """
+data:
+  root: {root}
+  workers: 0
+  captions: {{field: passages, choose: all, most: 3, prefix: "passage: "}}
+  text: {{vocab_size: 300, length: 20}}
+batch: {{global_size: 16, micro_size: 4}}
+train: {{steps: 8}}
+optimizer: {{lr: 1.0e-2}}
+schedule: {{warmup_steps: 2}}
+checkpoint: {{every_steps: 0}}
+monitor: {{every_steps: 1}}
+run: {{dir: {root}/runs}}
+cluster: {{launcher: inline, workers: 1, threads: 1}}
+towers:
+  width: 16
+  text: {{width: 16, dropout: 0.1}}
+  more: {{query: {{kind: text, share: text, field: ask.first, prefix: "query: ", length: 12}}}}
+objective: {{name: hard_negatives, taps: [query, text]}}
+"""
+OWN = [
+    "towers.more={left: {kind: text, tower: {width: 16}, field: passages}, right: {kind: text, "
+    "tower: {width: 8, head: {layers: 2}}, field: ask.first, length: 5}}",
+    "objective={taps: [left, right]}",
+]
+TOKENS = (
+    "objective={name: sum, terms: [{name: late_interaction, taps: [query.tokens, text.tokens], "
+    "symmetric: false}, {taps: [query, text@1]}]}"
+)
+PROBE = Path(__file__).with_name("modalities_probe.py")
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """A config file, beside sets `train` and `val` of queries and one to three passages."""
+    for name, count in (("train", 40), ("val", 16)):
+        (tmp_path / name).mkdir()
+        with wds.TarWriter(str(tmp_path / name / "a.tar"), mtime=0) as writer:
+            for number in range(count):
+                writer.write({"__key__": f"q{number:03d}", "json": json.dumps(told(number))})
+    path = tmp_path / "c.yaml"
+    path.write_text(PAIRS.format(root=tmp_path))
+    return path
+
+
+def told(number: int) -> dict[str, object]:
+    passages = [f"here is {number}, and more of it", f"not {number}", f"nor {number}"]
+    return {"ask": {"first": f"where is {number}?"}, "passages": passages[: 1 + number % 3]}
+
+
+def new_run(config: Config, name: str) -> RunFolder:
+    run = create_run(config.model_copy(update={"run": named(config, name)}), name)
+    make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
+    return run
+
+
+def named(config: Config, name: str) -> object:
+    return config.run.model_copy(update={"name": name})
+
+
+def first_batch(config: Config, tokenizer: Path) -> dict[str, torch.Tensor]:
+    data = open_train(config)
+    make_tokenizer(config, data).save(str(tokenizer))
+    (micro, *_) = train_stream(data, plans_of(data, 1, 0, 1, 1), tokenizer, [])
+    return micro.tensors
+
+
+def test_each_text_has_its_prefix_and_its_length(pairs: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    seen = first_batch(load_config(pairs), file)
+    tokenizer = load_tokenizer(file)
+    asked = [told(number) for number in seen["sample"].tolist()]
+    right = [f"passage: {each['passages'][0]}" for each in asked]
+    assert torch.equal(seen["text"][::3], encode(tokenizer, right)[0])
+    queries = [f"query: {each['ask']['first']}" for each in asked]
+    tokens, mask = encode(of_length(tokenizer, 12), queries)
+    assert torch.equal(seen["query"], tokens)
+    assert torch.equal(seen["query_mask"], mask)
+    assert tokens.shape == (4, 12)
+    # A passage that is not there has no prefix either.
+    assert seen["text_present"].view(4, 3).sum(1).tolist() == [len(e["passages"]) for e in asked]
+
+
+def test_a_tokeniser_is_trained_on_all_texts(pairs: Path, tmp_path: Path) -> None:
+    seen = first_batch(load_config(pairs, [*OWN, "data.text.vocab_size=400"]), tmp_path / "t.json")
+    assert seen["left"].shape == (4, 20)
+    assert seen["right"].shape == (4, 5)
+    known = load_tokenizer(tmp_path / "t.json").get_vocab()
+    assert {"Ġwhere", "Ġhere"} <= known.keys()
+
+
+@pytest.mark.slow
+def test_a_shared_tower_is_one(pairs: Path) -> None:
+    """Held and saved once, under the captions' name; a run cut in two is the same."""
+    config = load_config(pairs, ["eval.sets=[val]", "eval.every_steps=4"])
+    whole, cut = (new_run(config, name) for name in ("whole", "cut"))
+    assert run_training(whole)
+    asked = iter(range(100))
+    assert not run_training(cut, lambda: next(asked) == 9)
+    assert run_training(cut)
+    assert losses(cut.path) == losses(whole.path)
+    assert losses(whole.path)[8] < losses(whole.path)[1]
+    assert whole.evaluation(8)["eval/val/query2text_recall@10"] > 0
+    checkpoint = latest_checkpoint(whole)
+    assert checkpoint is not None
+    assert {name.split(".")[1] for name in checkpoint.tensors("towers")} == {"text"}
+    _, towers = load_newest_towers(whole)
+    tokens = encode(load_tokenizer(whole.tokenizer), ["query: where is 3?", "passage: here"])
+    with torch.no_grad():
+        found = towers({"query": tokens, "text": tokens})
+    assert torch.equal(found["query"], found["text"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "zero"),
+    [([], 3), ([TOKENS, "data.captions.choose=first"], 0)],
+)
+def test_the_exact_step_of_two_texts(
+    settings: Sequence[str], zero: int, pairs: Path, tmp_path: Path
+) -> None:
+    config = load_config(pairs, settings)
+    tokenizer = tmp_path / "tokenizer.json"
+    make_tokenizer(config, open_train(config)).save(str(tokenizer))
+    report = run_ranks(PROBE, 2, pairs, tokenizer, *settings, f"train.zero={zero}")
+    assert report["gap"] < 1e-5, report
+
+
+def test_what_does_not_fit_is_refused(pairs: Path) -> None:
+    more = "towers.more={query: {kind: text, %s}}"
+    for settings, why in (
+        ([more % "field: a"], "give either `share: text`"),
+        ([more % "share: text, tower: {kind: conv}"], "give either `share: text`"),
+        ([more % "share: image"], "towers.more.query.share"),
+        ([more % "tower: {kind: conv, widht: 3}"], "towers.more.query.tower.widht"),
+        (["towers.more.query.length=21"], "at most data.text.length=20 tokens"),
+        (["objective={name: supcon, taps: [query, query@1]}"], "the tower of the text must be"),
+        (["train.init_from=x", "train.init_parts=[query]"], "no such tower; it has text"),
+    ):
+        with pytest.raises(GigabatchError) as refused:
+            load_config(pairs, settings)
+        assert why in str(refused.value)
+    for settings in ([], OWN):
+        config = load_config(pairs, settings)
+        assert parse_config(dump_config(config), "again") == config
