@@ -38,8 +38,8 @@ class Collate:
                 tensors[f"{name}_present"] = torch.tensor(here)
             if name == "text":
                 tensors |= self._text(rows)
-            elif name in self.fields.more:
-                tensors |= _other(name, self.fields.more[name], rows)
+            elif name in self.fields.beside:
+                tensors |= _other(name, self.fields.beside[name], rows)
             else:
                 tensors[name] = _stack([row.get(name) for row in rows], self._blank(name, rows))
         return tensors

@@ -35,8 +35,9 @@ class Fields:
 
     `image`, `text`: how that modality is read; None leaves it out. `more`: other modalities, by
     names of the user's. `arrays`: extensions of .npy members to bring along, each of one shape.
-    `columns`: fields of the json member, as codes; `numbers`: as they are. `partial`: samples may
-    lack a modality, which is then masked.
+    `columns`: fields of the json member, as codes; `numbers`: as they are; `vectors`: of no tower,
+    by names of the caller's. `partial`: samples may lack a modality or a vector, which is then
+    masked.
     """
 
     image: ImageSettings | None = None
@@ -45,6 +46,7 @@ class Fields:
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    vectors: Mapping[str, VectorSettings] = field(default_factory=dict)
     partial: bool = False
 
     @cached_property
@@ -55,11 +57,16 @@ class Fields:
             named["image"] = IMAGE_MEMBERS
         if self.text is not None:
             named["text"] = (self.text.member,)
-        for name, settings in self.more.items():
+        for name, settings in self.beside.items():
             named[name] = (
                 (settings.extension,) if isinstance(settings, VectorSettings) else AUDIO_MEMBERS
             )
         return named
+
+    @property
+    def beside(self) -> Mapping[str, AudioSettings | VectorSettings]:
+        """What is neither image nor text nor an array: `more` and `vectors`."""
+        return {**self.more, **self.vectors}
 
     def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
         """The extensions to be read. Raises GigabatchError where samples lack one."""
@@ -108,7 +115,7 @@ class Fields:
             if self.text.choose == "random" and stream is not None:
                 return choose_caption(found, stream)
             return found[0]
-        match self.more.get(name):
+        match self.beside.get(name):
             case AudioSettings() as settings:
                 return decode_audio(data, settings, where)
             case VectorSettings() as settings:

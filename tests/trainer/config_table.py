@@ -11,6 +11,7 @@ PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
 PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
+TEACHER = ["objective.teacher={fields: [concept], size: 2, threshold: 0.1}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 
@@ -184,6 +185,12 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.positives": ("null", "objective", []),
     "objective.same_id": ("exclude", "objective", []),
     "objective.label_smoothing": ("0.2", "objective", []),
+    "objective.teacher.size": ("3", "objective", TEACHER),
+    "objective.teacher.threshold": ("-0.5", "objective", TEACHER),
+    "objective.teacher.fields": (
+        "[no_such]", "batch", ["objective.teacher={fields: [concept], size: 1}"],
+    ),
+    "objective.teacher.member": ("gaze.npy", "batch", ["objective.teacher={size: 2}"]),
     "objective.schedule": ("ring", "collectives", []),
     "objective.backend": ("triton", "backend", []),
     "objective.precision": ("bf16", "objective", []),

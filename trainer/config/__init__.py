@@ -39,6 +39,7 @@ from gigabatch.trainer.config.objective import (
     positives_of,
     singles,
     taps_of,
+    vectors_of,
 )
 from gigabatch.trainer.config.tower import Tower
 from gigabatch.trainer.config.towers import (
@@ -99,6 +100,7 @@ __all__ = [
     "positives_of",
     "singles",
     "taps_of",
+    "vectors_of",
     "what_is_read",
 ]  # fmt: skip
 

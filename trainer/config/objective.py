@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.settings import Settings
+from gigabatch.data.vectors import VectorSettings
 from gigabatch.trainer.config.fields import Amount, Count, Fraction
 from gigabatch.trainer.taps import PATTERN
 
@@ -49,6 +50,18 @@ class ScaledSettings(ObjectiveSettings):
         return self
 
 
+class TeacherSettings(VectorSettings):
+    """A frozen model's vector of each sample, and what it is for."""
+
+    threshold: float = Field(0.95, ge=-1, le=1)
+    """Two samples whose vectors' cosine is above this are no negatives of each other."""
+
+    @property
+    def name(self) -> str:
+        """That of its vectors; no field of a json is called so."""
+        return f"teacher: {', '.join(self.fields) or self.member}"
+
+
 class InfoNCESettings(ScaledSettings):
     name: Literal["infonce"] = "infonce"
     """CLIP's symmetric InfoNCE, with any number of positives."""
@@ -65,6 +78,18 @@ class InfoNCESettings(ScaledSettings):
     cannot be lowered by telling languages or domains apart. Unset: `data.group`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all candidates."""
+    teacher: TeacherSettings | None = None
+    """Vectors of the samples by a frozen model, which tell what is too alike to be a negative:
+    `{fields: [embedding], size: 384, threshold: 0.95}` from the json, or `member: teacher.npy`."""
+
+    @model_validator(mode="after")
+    def _all_are_candidates(self) -> Self:
+        if self.teacher and self.label_smoothing:
+            raise ValueError(
+                "label_smoothing spreads the target over all candidates of the batch, some of which"
+                " `teacher` leaves out; set one of them to nothing"
+            )
+        return self
 
 
 class SigLIPSettings(ObjectiveSettings):
@@ -321,3 +346,9 @@ def columns_of(settings: Single | SumSettings) -> tuple[str, ...]:
         for key in ("positives", "within", "pair", "changed", "label")
     )
     return tuple(dict.fromkeys(name for name in named if name))
+
+
+def vectors_of(settings: Single | SumSettings) -> dict[str, VectorSettings]:
+    """The vectors of the samples, not of a tower, that the objectives read, by name."""
+    teachers = (getattr(each, "teacher", None) for each in singles(settings))
+    return {teacher.name: teacher for teacher in teachers if teacher is not None}

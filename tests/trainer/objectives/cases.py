@@ -43,6 +43,15 @@ CASES: dict[str, Case] = {
     "infonce, within a language": Case(
         {"name": "infonce", "within": "lang"}, "infonce", {"within": "lang"}
     ),
+    "infonce, a teacher": Case(
+        {"name": "infonce", "teacher": {"member": "npy", "size": 3, "threshold": 0.4}}, "infonce",
+        {"phi": 0.4}, captions=2,
+    ),
+    "infonce, a teacher, a language, labels": Case(
+        {"name": "infonce", "teacher": {"member": "npy", "size": 3, "threshold": -0.2},
+         "within": "lang", "positives": "concept"},
+        "infonce", {"phi": -0.2, "within": "lang", "label": "concept"},
+    ),
     "infonce, other taps": Case(
         {"name": "infonce", "taps": ["image.encoder", "image@1"]}, "infonce",
         {"taps": ("image.encoder", "image@1")},
@@ -161,6 +170,7 @@ def batch(case: Case, step: int) -> Batch:
     plain = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
     outputs = {name: vectors() for name in plain}
     outputs |= {"image.tokens": vectors(TOKENS + 1), "text.tokens": vectors(TOKENS)}
+    meta["teacher: npy"] = torch.randn(ROWS, 3, generator=g)
     if case.captions > 1:
         more = torch.randn(ROWS * case.captions, WIDTH, generator=g)
         outputs["text"] = F.normalize(more, dim=1)

@@ -32,18 +32,25 @@ def here(meta: Rows) -> Tensor:
 def infonce(
     rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int,
     taps: tuple[str, str] = ("image", "text"), label: str = "sample", smoothing: float = 0.0,
-    within: str | None = None,
+    within: str | None = None, phi: float | None = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     logits = p["log_scale"].exp() * rows[taps[0]] @ rows[taps[1]].T
-    same = meta[label][:, None] == meta[label][None]
+    of_text = torch.arange(len(rows[taps[1]])) // (len(rows[taps[1]]) // len(rows[taps[0]]))
+    same = meta[label][:, None] == meta[label][of_text][None]
     allowed = torch.ones_like(same)
     if within:
-        allowed = meta[within][:, None] == meta[within][None]
-    target = same.double() / same.sum(1, keepdim=True)
-    target = (1 - smoothing) * target + smoothing / len(same)
+        allowed = meta[within][:, None] == meta[within][of_text][None]
+        same = same & allowed
+    if phi is not None:
+        t = meta["teacher: npy"].double()
+        alike = F.cosine_similarity(t[:, None], t[of_text][None], dim=2)
+        allowed = allowed & ((alike <= phi) | same)
+        assert not allowed.all()
     halves = []
-    for x in (logits, logits.T):
-        logp = x.masked_fill(~allowed, -torch.inf).log_softmax(1)
+    for x, right, keep in ((logits, same, allowed), (logits.T, same.T, allowed.T)):
+        target = right.double() / right.sum(1, keepdim=True)
+        target = (1 - smoothing) * target + smoothing / target.shape[1]
+        logp = x.masked_fill(~keep, -torch.inf).log_softmax(1)
         halves.append(-(target * torch.where(target > 0, logp, 0)).sum(1).mean())
     return (halves[0] + halves[1]) / 2, None
 
