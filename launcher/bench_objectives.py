@@ -64,6 +64,7 @@ CASES: dict[str, Case] = {
     "supcon, two views": Case({"name": "supcon", "taps": VIEWS}, share=0.5),
     "sogclr": Case({"name": "sogclr"}),
     "sogclr, individual": Case({"name": "sogclr", "temperatures": "individual"}),
+    "sogclr, two views": Case({"name": "sogclr", "taps": VIEWS}, share=0.5),
     "late_interaction": Case({"name": "late_interaction"}, share=1 / TOKENS),
     "queue": Case({"name": "queue", "size": 4096}),
     "queue, within": Case({"name": "queue", "size": 4096, "within": "lang"}),

@@ -122,7 +122,8 @@ class SogCLRSettings(ObjectiveSettings):
     """A contrastive loss against the whole data set, by a running estimate for each sample: small
     batches lose their bias."""
     taps: Pair = ("image", "text")
-    """What is compared with what."""
+    """What is compared with what. Two views of one modality, such as `[image, image@1]`: each of
+    both against both views of all other samples, with one estimate a sample."""
     positives: str | None = None
     """A field of the samples' json; samples that share it are no negatives of each other."""
     temperatures: Literal["fixed", "shared", "individual"] = "fixed"

@@ -84,6 +84,18 @@ CASES: dict[str, Case] = {
         {"name": "sogclr", "temperatures": "individual", "temperature_lr": 0.05}, "sogclr",
         {"gamma": 0.9, "kind": "individual", "rho": 6.5, "lr": 0.05}, missing=True,
     ),
+    "sogclr, two views": Case(
+        {"name": "sogclr", "taps": ["image", "image@1"], "gamma": 0.6}, "sogclr_views",
+        {"gamma": 0.6}, missing=True,
+    ),
+    "isogclr, two views, labels": Case(
+        {"name": "sogclr", "taps": ["image", "image@1"], "gamma": 0.5, "rho": 0.3,
+         "temperatures": "individual", "temperature": 0.1, "temperature_min": 0.05,
+         "temperature_max": 0.7, "positives": "concept"},
+        "sogclr_views",
+        {"gamma": 0.5, "rho": 0.3, "tau": 0.1, "lr": 0.01, "low": 0.05, "high": 0.7,
+         "label": "concept"},
+    ),
     "filip": Case({"name": "late_interaction"}, "late", {"symmetric": True}),
     "colbert": Case(
         {"name": "late_interaction", "taps": ["text.tokens", "image.tokens"], "symmetric": False},

@@ -120,6 +120,35 @@ def sogclr(
     return value.detach() / len(names), slope / len(names)
 
 
+def sogclr_views(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, gamma: float, rho: float = 6.5,
+    tau: float = 0.07, lr: float = 0.0, label: str = "sample", low: float = 0.01,
+    high: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of one modality: anchors of both views, negatives of both views, one u and tau a sample."""
+    keep = meta.get("image_present", torch.ones_like(meta["sample"], dtype=torch.bool))
+    names, ids = meta["sample"][keep].tolist(), meta[label][keep]
+    views = [rows["image"][keep], rows["image@1"][keep]]
+    own = (views[0] * views[1]).sum(1)
+    value = slope = torch.zeros((), dtype=torch.float64)
+    written: Memory = {}
+    for i, name in enumerate(names):
+        u, t, momentum = memory.get(name, (None, tau, 0.0))
+        others = ids != ids[i]
+        h = torch.stack([view @ anchor[i] for anchor in views for view in views])[:, others]
+        h = h - own[i]
+        g = torch.exp(h / t).mean()
+        new = g.detach() if u is None else (1 - gamma) * u + gamma * g.detach()
+        share = torch.exp(h.detach() / t) / (h.numel() * new)
+        slope_tau = float(new.log() + rho - (share * h.detach()).sum() / t)
+        slope, value = slope + t * g / new, value + t * (new.log() + rho)
+        momentum = 0.9 * momentum + 0.1 * slope_tau
+        moved = min(max(t - lr * momentum, low), high) if lr else t
+        written[name] = (new, moved, momentum)
+    memory |= written
+    return value.detach() / len(names), slope / len(names)
+
+
 def late(
     rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, symmetric: bool,
     taps: tuple[str, str] = ("image.tokens", "text.tokens"),
