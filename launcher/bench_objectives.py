@@ -78,8 +78,14 @@ CASES: dict[str, Case] = {
         {"name": "hard_negatives", "own_weight": 2.0}, share=0.5**0.5, captions=2
     ),
     "label_distance": Case({"name": "label_distance", "label": "age", "taps": VIEWS}, share=0.5),
+    "label_distance, mixtures": Case(
+        {"name": "label_distance", "label": "age", "taps": VIEWS, "mixed_negatives": True,
+         "mixed_positives": 2},
+        share=0.5,
+    ),
     "barlow": Case({"name": "barlow"}),
     "byol": Case({"name": "byol"}),
+    "swav": Case({"name": "swav", "prototypes": 4096}),
 }  # fmt: skip
 
 

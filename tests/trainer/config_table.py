@@ -177,7 +177,20 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.distance": (
         "4.0", "objective", ["objective={name: label_distance, label: concept}"],
     ),
+    "objective.mixed_negatives": (
+        "true", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.mixed_positives": (
+        "1", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.window": (
+        "0.5", "objective",
+        ["objective={name: label_distance, label: concept, mixed_positives: 1}"],
+    ),
     "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
+    "objective.prototypes": ("3", "objective", ["objective={name: swav}"]),
+    "objective.epsilon": ("0.2", "objective", ["objective={name: swav}"]),
+    "objective.iterations": ("1", "objective", ["objective={name: swav}"]),
     "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
     "objective.weights": (
         "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],

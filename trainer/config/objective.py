@@ -249,6 +249,14 @@ class LabelDistanceSettings(ScaledSettings):
     """A field of the samples' json that holds a number."""
     distance: float = Field(1.0, ge=0)
     """A negative weighs 1 + distance |y_i - y_j|."""
+    mixed_negatives: bool = False
+    """Further negatives, between a row and each of another label, and nearer to the row; constants.
+    A pass more for each that the loss takes."""
+    mixed_positives: Amount = 0
+    """Further positives of a row, this many: between two rows drawn from either side of its label;
+    constants."""
+    window: float = Field(5.0, gt=0)
+    """mixed_positives: how far from the row's label theirs may be, in the label's units."""
 
 
 class BarlowSettings(Settings):
@@ -273,6 +281,22 @@ class BYOLSettings(Settings):
     """Width of the predictor."""
 
 
+class SwAVSettings(Settings):
+    name: Literal["swav"]
+    """SwAV: what one view is assigned to, of learnt prototypes that all get as much, is predicted
+    from the other view. An addition to another objective, in a sum."""
+    taps: Pair = ("image", "image@1")
+    """Both ways."""
+    prototypes: Count = 512
+    """How many; scores with all of them take 4 bytes each for each of a worker's samples."""
+    temperature: float = Field(0.1, gt=0)
+    """Of the predictions."""
+    epsilon: float = Field(0.05, gt=0)
+    """Of the assignments: the smaller, the nearer each is to one prototype alone."""
+    iterations: Count = 3
+    """Of Sinkhorn's balancing."""
+
+
 Single = (
     InfoNCESettings
     | SigLIPSettings
@@ -286,6 +310,7 @@ Single = (
     | LabelDistanceSettings
     | BarlowSettings
     | BYOLSettings
+    | SwAVSettings
 )
 
 

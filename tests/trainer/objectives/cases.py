@@ -129,8 +129,31 @@ CASES: dict[str, Case] = {
     "label distance": Case(
         {"name": "label_distance", "label": "age", "distance": 2.0}, "distance", {"factor": 2.0}
     ),
+    "label distance, mixed negatives": Case(
+        {"name": "label_distance", "label": "age", "distance": 2.0, "mixed_negatives": True},
+        "distance", {"factor": 2.0, "negatives": True}, missing=True,
+    ),
+    "label distance, mixed positives": Case(
+        {"name": "label_distance", "label": "age", "mixed_positives": 3, "window": 0.8},
+        "distance", {"factor": 1.0, "positives": 3, "window": 0.8},
+    ),
+    "label distance, all mixtures": Case(
+        {"name": "label_distance", "label": "age", "mixed_negatives": True,
+         "mixed_positives": 2, "taps": ["image"]},
+        "distance",
+        {"factor": 1.0, "negatives": True, "positives": 2, "taps": ("image",)}, missing=True,
+    ),
     "barlow": Case({"name": "barlow"}, "barlow", {"weight": 0.005}, missing=True),
     "byol": Case({"name": "byol", "hidden": 5}, "byol"),
+    "swav": Case(
+        {"name": "swav", "prototypes": 5}, "swav", {"tau": 0.1, "epsilon": 0.05, "rounds": 3},
+        missing=True,
+    ),
+    "swav of two modalities": Case(
+        {"name": "swav", "prototypes": 3, "taps": ["image", "text"], "temperature": 0.3,
+         "epsilon": 0.2, "iterations": 1},
+        "swav", {"taps": ("image", "text"), "tau": 0.3, "epsilon": 0.2, "rounds": 1},
+    ),
     "sum": Case(
         {"name": "sum", "weights": [1.0, 0.3],
          "terms": [{"name": "infonce"}, {"name": "sogclr", "gamma": 0.6}]},
