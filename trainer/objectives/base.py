@@ -94,9 +94,9 @@ class Objective(nn.Module):
         tables, float32 [n, F]; `text_mask`, bool, a row of each text; where rows may be missing,
         `image_present`, `text_present`, bool, a row of each."""
 
+    @abstractmethod
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
-        """`About.passes` in numbers, for outputs of these shapes: N samples of width D."""
-        return float(self.about.passes)
+        """`About.passes` as a number, for outputs of these shapes: N samples of width D."""
 
     def on_epoch(self, tables: Mapping[str, SampleTable], ctx: Context) -> Updates:
         """New values of buffers, worked out of whole tables before the first step of each epoch

@@ -1,6 +1,6 @@
 """SwAV (Caron et al. 2020), as an addition to CLIP (number 40): one view's assignment to prototypes
-is predicted from the other. Assignments of the global batch are balanced, so that all prototypes are
-used alike: without that, one would take everything."""
+is predicted from the other. Assignments of the global batch are balanced, so that all prototypes
+are used alike: without that, one would take everything."""
 
 from __future__ import annotations
 
