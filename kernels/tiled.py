@@ -261,8 +261,9 @@ def _lse(
 
 
 def _logits_of(part: Part) -> Any:
-    """The same for log-sum-exps, over rows and over columns, of the same weighted logits."""
-    apart = part.bias is not None or part.scale.ndim
+    """The same for log-sum-exps, over rows and over columns, of the same weighted logits. Without
+    a rule they are made again sooner than kept in a tile of their own."""
+    apart = part.bias is not None or part.scale.ndim or not part.rule
     return id(part) if apart else (id(part.scale), id(part.rule))
 
 

@@ -80,7 +80,8 @@ class InfoNCESettings(ScaledSettings):
     """Share of the target that is spread evenly over all candidates."""
     teacher: TeacherSettings | None = None
     """Vectors of the samples by a frozen model, which tell what is too alike to be a negative:
-    `{fields: [embedding], size: 384, threshold: 0.95}` from the json, or `member: teacher.npy`."""
+    `{fields: [embedding], size: 384, threshold: 0.95}` from the json, or `member: teacher.npy`.
+    With data.missing=mask a sample without one is a negative of all others."""
 
     @model_validator(mode="after")
     def _all_are_candidates(self) -> Self:
