@@ -37,7 +37,7 @@ class Collate:
             here = [name in row for row in rows]
             if self.fields.partial and name != "text":
                 tensors[f"{name}_present"] = torch.tensor(here)
-            other = self.fields.more.get(name)
+            other = self.fields.beside.get(name)
             if name == "text":
                 tensors |= self._text(rows)
             elif isinstance(other, OneText):

@@ -43,8 +43,9 @@ class Fields:
 
     `image`, `text`: how that modality is read; None leaves it out. `more`: other modalities, by
     names of the user's. `arrays`: extensions of .npy members to bring along, each of one shape.
-    `columns`: fields of the json member, as codes; `numbers`: as they are. `partial`: samples may
-    lack a modality, which is then masked.
+    `columns`: fields of the json member, as codes; `numbers`: as they are; `vectors`: of no tower,
+    by names of the caller's. `partial`: samples may lack a modality or a vector, which is then
+    masked.
     """
 
     image: ImageSettings | None = None
@@ -53,6 +54,7 @@ class Fields:
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    vectors: Mapping[str, VectorSettings] = field(default_factory=dict)
     partial: bool = False
 
     @cached_property
@@ -63,7 +65,7 @@ class Fields:
             named["image"] = IMAGE_MEMBERS
         if self.text is not None:
             named["text"] = (self.text.member,)
-        for name, settings in self.more.items():
+        for name, settings in self.beside.items():
             named[name] = _members_of(settings)
         return named
 
@@ -72,6 +74,11 @@ class Fields:
         """The texts alone."""
         more = {name: s for name, s in self.more.items() if isinstance(s, OneText)}
         return Fields(text=self.text, more=more, partial=self.partial)
+
+    @property
+    def beside(self) -> Mapping[str, Other | VectorSettings]:
+        """What is neither image nor text nor an array: `more` and `vectors`."""
+        return {**self.more, **self.vectors}
 
     def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
         """The extensions to be read. Raises GigabatchError where samples lack one."""
@@ -120,7 +127,7 @@ class Fields:
             if self.text.choose == "random" and stream is not None:
                 return choose_caption(found, stream)
             return found[0]
-        match self.more.get(name):
+        match self.beside.get(name):
             case AudioSettings() as settings:
                 return decode_audio(data, settings, where)
             case VectorSettings() as settings:

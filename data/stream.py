@@ -48,7 +48,7 @@ class MicroBatch:
     [B, size], vectors [B, L, size] with `NAME_mask` bool [B, L], audio [B, T] with `NAME_length`
     int64 [B]; arrays [B, ...]; where modalities may be missing, `image_present` and so on, bool, a
     row of each; `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers
-    float32.
+    float32, of vectors float32 [B, size].
     `keys`: the samples' names. `real`: false on padding, which is run through the towers for the
     sake of the collectives and counts for nothing. `bad`: the samples that others stand in for.
     """

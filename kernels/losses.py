@@ -17,9 +17,18 @@ from torch import Tensor
 from gigabatch.kernels.collect import sum_rows
 from gigabatch.kernels.heads import cross_entropy, soft_positives
 from gigabatch.kernels.maxsim import MaxSim, token_keys
-from gigabatch.kernels.rules import Either, Eq, Ne, Rule, joined
+from gigabatch.kernels.rules import Either, Eq, Ne, Rule, SecondScore, joined
 from gigabatch.kernels.scores import Dot
-from gigabatch.kernels.sources import Gather, KeySource, Local, Panel, Ring, all_sum, row_numbers
+from gigabatch.kernels.sources import (
+    Gather,
+    KeySource,
+    Local,
+    Panel,
+    Ring,
+    all_sum,
+    row_numbers,
+    wide,
+)
 from gigabatch.kernels.stats import Lse, engine_of, lse_stats, lse_sums, pair_sum
 
 Schedule = Literal["gather", "ring"]
@@ -29,7 +38,9 @@ def contrastive_loss(
     q: Tensor, k: Tensor, scale: Tensor, *,
     ids_q: Tensor | None = None, ids_k: Tensor | None = None,
     same_id: Literal["positive", "exclude"] = "positive", groups_q: Tensor | None = None,
-    groups_k: Tensor | None = None, bias: Tensor | None = None, symmetric: bool = True,
+    groups_k: Tensor | None = None, teacher_q: Tensor | None = None,
+    teacher_k: Tensor | None = None, threshold: float = 1.0,
+    bias: Tensor | None = None, symmetric: bool = True,
     label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
     schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
     validate: bool = False, counts: dict[str, Tensor] | None = None,
@@ -48,7 +59,9 @@ def contrastive_loss(
     [n]; without them row i's positive is key i; with ids_q alone, ids_k is the same. same_id:
     "positive": all pairs of equal ids are positives; "exclude": row i's positive is key i, and
     other pairs of equal ids are left out altogether. groups_q, groups_k: int64 [n], alike; only
-    pairs of one group (language, domain) are compared; not with label_smoothing. group: a process
+    pairs of one group (language, domain) are compared; not with label_smoothing. teacher_q,
+    teacher_k: float [n, E], another model's vectors, alike; pairs whose cosine there is above
+    `threshold` are left out, positives apart; not with label_smoothing either. group: a process
     group, or None for this process alone. schedule: "gather" holds all keys, O(N D); "ring" passes
     them round, O(n D). backend, cache_bytes: see `lse_stats`. validate: raise, on every rank, for
     NaN or infinity and for a row without a positive, which otherwise has weight 0. counts: a dict
@@ -60,8 +73,10 @@ def contrastive_loss(
     exclude = same_id == "exclude"
     _check(q, k, schedule, backend, paired=ids_q is None or exclude, scale=scale)
     _check_columns(q, k, bias, ids=(ids_q, ids_k), groups=(groups_q, groups_k))
-    if groups_q is not None and label_smoothing:
-        raise ValueError("label_smoothing spreads over all candidates, which groups divide")
+    if label_smoothing and (groups_q is not None or teacher_q is not None):
+        raise ValueError("label_smoothing spreads over all candidates, which groups divide and a "
+                         "teacher leaves out")  # fmt: skip
+    teachers = _teachers(q, k, teacher_q, teacher_k)
     if same_id not in ("positive", "exclude") or not 0 <= label_smoothing < 1:
         raise ValueError(f"same_id must be positive or exclude, label_smoothing in [0, 1); got "
                          f"{same_id!r} and {label_smoothing}")  # fmt: skip
@@ -85,6 +100,9 @@ def contrastive_loss(
     if groups_q is not None and groups_k is not None:
         metadata["group"] = groups_k
         rule = (*rule, Eq(groups_q, "group"))
+    if teachers is not None:
+        metadata["teacher"] = teachers[1]
+        rule = (*rule, Either(SecondScore(teachers[0], "teacher", at_most=threshold), own))
     keys = key_source(k, metadata, group, schedule)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
     positives = [own, same] if exclude and label_smoothing else [own]
@@ -173,6 +191,25 @@ def key_source(
     if group is None:
         return Local(k, metadata)
     return (Ring if schedule == "ring" else Gather)(k, metadata, group)
+
+
+def _teachers(
+    q: Tensor, k: Tensor, of_q: Tensor | None, of_k: Tensor | None
+) -> tuple[Tensor, Tensor] | None:
+    """A teacher's vectors of both sides, of unit length, without gradient; 0 stays 0."""
+    if of_q is None:
+        if of_k is not None:
+            raise ValueError("give teacher_q with teacher_k")
+        return None
+    of_k = of_q if of_k is None else of_k
+    for name, vectors, rows in (("teacher_q", of_q, q), ("teacher_k", of_k, k)):
+        if vectors.ndim != 2 or len(vectors) != len(rows) or vectors.shape[1] != of_q.shape[1]:
+            raise ValueError(f"{name} must be [{len(rows)}, E]; got {tuple(vectors.shape)}")
+        if not vectors.is_floating_point() or vectors.device != rows.device:
+            got = f"{vectors.dtype} on {vectors.device}"
+            raise TypeError(f"{name} must be floating, on {rows.device}; got {got}")
+    one, other = (F.normalize(v.detach().to(wide(v.dtype)), dim=1) for v in (of_q, of_k))
+    return one, other
 
 
 def _all_logits(

@@ -85,8 +85,12 @@ class AbsDiff:
     factor: Tensor | None = None
 
     def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        distance = (self.rows[rows].unsqueeze(1) - panel.metadata[self.keys]).abs()
-        return (distance if self.factor is None else self.factor[rows, None] * distance).log1p()
+        distance = (self.rows[rows].unsqueeze(1) - panel.metadata[self.keys]).abs_()
+        if not distance.is_floating_point():
+            distance = distance.to(scores.dtype)
+        if self.factor is not None:
+            distance *= self.factor[rows, None]
+        return distance.log1p_()
 
 
 @dataclass(frozen=True)
@@ -153,28 +157,3 @@ def blend(rule: Rule, rows: slice, panel: Panel, scores: Tensor) -> tuple[Tensor
         else:
             weights = weights + block
     return mask, weights
-
-
-class Matches:
-    """`Eq` on one panel, its codes sorted once: a tile then costs its own pairs, not its area."""
-
-    def __init__(self, clause: Eq, panel: Panel) -> None:
-        self.rows, self._block = clause.rows, slice(0)
-        self.codes, self.order = torch.sort(panel.metadata[clause.keys], stable=True)
-        rows = self.rows[panel.rows]
-        low, high = (torch.searchsorted(self.codes, rows, right=right) for right in (False, True))
-        # Listing more of them than this would take more than a mask.
-        self.many = 32 * int((high - low).sum()) > len(rows) * len(self.codes)
-
-    def inside(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """(row, key) of the equal pairs of a tile, both counted from its first. Those of its block
-        of rows are kept for the next tile."""
-        if rows != self._block:
-            low = torch.searchsorted(self.codes, self.rows[rows])
-            count = torch.searchsorted(self.codes, self.rows[rows], right=True) - low
-            row, start = torch.repeat_interleave(count), torch.cumsum(count, 0) - count
-            nth = torch.arange(row.numel(), device=row.device) - start[row]
-            self._block, self._pairs = rows, (row, self.order[low[row] + nth])
-        row, key = self._pairs
-        here = (key >= columns.start) & (key < columns.stop)
-        return row[here], key[here] - columns.start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.kernels.cache import ScoreCache, block_of
-from gigabatch.kernels.rules import Eq, Matches, Ne, Rule, blend
+from gigabatch.kernels.rules import Rule, blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, add_rows, wide
+from gigabatch.kernels.weighing import OnPanel, Weighing
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
 # exp2 of the scaled difference instead of exp: on a CPU exp takes 25 times as long where its result
@@ -23,9 +25,10 @@ ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache betwe
 # another base would put noise on every probability of 1.
 LOG2E = math.log2(math.e)
 
-# Functions of a logit and their slopes. Beyond 40, log(1 + exp x) is x in either precision.
+# Functions of a logit and their slopes, which may overwrite it. Beyond 40, log(1 + exp x) is x in
+# either precision.
 PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
-    "softplus": (lambda x: F.softplus(x, threshold=40), torch.sigmoid),
+    "softplus": (lambda x: F.softplus(x, threshold=40), torch.sigmoid_),
     "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
     "step": (lambda x: (~(x < 0)).to(x.dtype), torch.zeros_like),  # NaN counts
     "linear": (lambda x: x, torch.ones_like),
@@ -65,17 +68,21 @@ def sweep(
     """Results of all terms over one panel and, with `dk`, gradients: adds to `out` and the
     gradients of the parts, to `drows` of the operands and `dk` of the panel's keys. `cache`: keeps
     scores of a pass without `dk` for the next, with it."""
-    matches = [_matches(part, panel) for part in parts]
+    rules = {id(part.rule): OnPanel(part.rule, panel) for part in parts}
+    alike = Counter(_logits_of(part) for part in parts if part.phi == "lse")
     for tile in tiles(score, panel, drows, dk, cache):
-        blends: dict[int, Any] = {}
+        seen: dict[Any, Any] = {}  # what several terms use
         grad = None if dk is None else torch.zeros_like(tile.scores)
-        for part, match in zip(parts, matches, strict=True):
+        for part in parts:
+            rule = rules[id(part.rule)]
+            if part.out is None and (part.g is None or grad is None):
+                continue
             if part.phi == "lse":
-                _lse(tile, part, blends, grad)
-            elif match is None:
-                _phi(Block(tile), part, blends, grad)
+                _lse(tile, part, rule, seen, alike[_logits_of(part)] > 1, grad)
+            elif rule.alone is None:
+                _phi(Block(tile), part, _weighing(tile, rule, seen), grad)
             else:
-                _phi(Pairs(tile, *match.inside(tile.rows, tile.columns)), part, None, grad)
+                _phi(_pairs(tile, rule, seen), part, None, grad)
         if grad is not None:
             tile.pull(grad)
 
@@ -195,67 +202,55 @@ class Pairs(Block):
         grad[self.row, self.column] += values  # each pair once
 
 
-def _matches(part: Part, panel: Panel) -> Matches | None:
-    """Few pairs of a lone equality are listed; any other rule is worked out by tile."""
-    clause = part.rule[0] if len(part.rule) == 1 and part.phi != "lse" else None
-    if not isinstance(clause, Eq) or isinstance(clause, Ne) or panel.only:
-        return None
-    found = Matches(clause, panel)
-    return None if found.many else found
-
-
-def _phi(view: Block, part: Part, blends: dict[int, Any] | None, grad: Tensor | None) -> None:
+def _phi(view: Block, part: Part, weighing: Weighing | None, grad: Tensor | None) -> None:
     scale = view.cut(part.scale, part.on_rows)
     x = view.scores * scale
     for value, on_rows in ((part.shift, part.on_rows), (part.bias, not part.on_rows)):
         if value is not None:
-            x = x + view.cut(value, on_rows)
-    mask = weights = None
-    if blends is not None and (part.rule or view.tile.keys.only):
-        mask, weights = _blend(view.tile, part.rule, blends)
+            x += view.cut(value, on_rows)
     phi, slope = PHI[part.phi]
     if part.out is not None:
-        view.add(part.out, _weighted(phi(x), mask, weights), part.on_rows)
+        values = phi(x)
+        view.add(part.out, weighing.multiply(values) if weighing else values, part.on_rows)
     if part.g is None or grad is None:
         return
-    dx = _weighted(slope(x) * view.cut(part.g, part.on_rows), mask, weights)
+    dx = slope(x).mul_(view.cut(part.g, part.on_rows))
+    if weighing:
+        weighing.multiply(dx)
     view.add(part.dshift, dx, part.on_rows)
     view.add(part.dbias, dx, not part.on_rows)
     if part.dscale is not None:
         view.add(part.dscale, dx * view.scores, part.on_rows)
-    view.give(grad, dx * scale)
+    view.give(grad, dx.mul_(scale))
 
 
-def _weighted(values: Tensor, mask: Tensor | None, weights: Tensor | None) -> Tensor:
-    """Values times their pairs' weights; 0 where a pair does not count, whatever it holds."""
-    if weights is not None:
-        values = torch.where(weights > -torch.inf, values * weights.exp(), 0)
-    return values if mask is None else torch.where(mask, values, 0)
-
-
-def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) -> None:
+def _lse(
+    tile: Tile, part: Part, rule: OnPanel, seen: dict[Any, Any], shared: bool, grad: Tensor | None
+) -> None:
     view, axis = Block(tile), int(part.on_rows)
     scale = view.cut(part.scale, part.on_rows)
-    logits = torch.mul(tile.scores, scale, out=tile.spare)
-    if part.bias is not None:
-        logits += view.cut(part.bias, not part.on_rows)
-    if part.rule or tile.keys.only:
-        mask, weights = _blend(tile, part.rule, blends)
-        if weights is not None:
-            logits += weights
-        if mask is not None:
-            logits.masked_fill_(~mask, -torch.inf)
+    logits = seen.get(_logits_of(part))
+    if logits is None:
+        logits = torch.mul(tile.scores, scale, out=None if shared else tile.spare)
+        if part.bias is not None:
+            logits += view.cut(part.bias, not part.on_rows)
+        if weighing := _weighing(tile, rule, seen):
+            weighing.add_to(logits)
+        if shared:
+            seen[_logits_of(part)] = logits
     if part.out is not None:
         most = logits.amax(axis, keepdim=True)
         most.masked_fill_(most == -torch.inf, 0)  # all masked: the sum is 0, its log -inf
-        part_z = logits.sub_(most).mul_(LOG2E).exp2_().sum(axis).log_() + most.squeeze(axis)
+        mass = torch.sub(logits, most, out=tile.spare).mul_(LOG2E).exp2_().sum(axis)
+        part_z = mass.log_() + most.squeeze(axis)
         span = tile.rows if part.on_rows else tile.columns
         part.out[span] = torch.logaddexp(part.out[span], part_z)
     if part.g is None or part.z is None or grad is None:
         return
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
     z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
-    p = logits.sub_(z).mul_(LOG2E).exp2_().mul_(view.cut(part.g, part.on_rows))
+    p = torch.sub(logits, z, out=tile.spare).mul_(LOG2E).exp2_()
+    p *= view.cut(part.g, part.on_rows)
     if scale.ndim or scale.is_cuda:
         grad.addcmul_(p, scale)
     else:  # faster, where reading the number costs nothing
@@ -265,8 +260,22 @@ def _lse(tile: Tile, part: Part, blends: dict[int, Any], grad: Tensor | None) ->
         view.add(part.dscale, p.mul_(tile.scores), part.on_rows)
 
 
-def _blend(tile: Tile, rule: Rule, blends: dict[int, Any]) -> Any:
-    """A rule's mask and log-weights on a tile, worked out once for all terms that share it."""
-    if id(rule) not in blends:
-        blends[id(rule)] = blend(rule, tile.rows, tile.keys, tile.scores)
-    return blends[id(rule)]
+def _logits_of(part: Part) -> Any:
+    """The same for log-sum-exps, over rows and over columns, of the same weighted logits. Without
+    a rule they are made again sooner than kept in a tile of their own."""
+    apart = part.bias is not None or part.scale.ndim or not part.rule
+    return id(part) if apart else (id(part.scale), id(part.rule))
+
+
+def _weighing(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> Weighing | None:
+    """A rule's weights on a tile, worked out once for all terms that share it."""
+    if id(rule) not in seen:
+        seen[id(rule)] = rule.on(tile.rows, tile.columns, tile.keys, tile.scores)
+    return seen[id(rule)]
+
+
+def _pairs(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> Pairs:
+    if id(rule) not in seen:
+        assert rule.alone is not None
+        seen[id(rule)] = Pairs(tile, *rule.alone.inside(tile.rows, tile.columns))
+    return seen[id(rule)]

@@ -93,6 +93,35 @@ def kernels(
 
 
 @bench.command()
+def objectives(
+    size: Annotated[int, typer.Option(help="Rows: the global batch.", min=64)] = 8192,
+    width: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 256,
+    rounds: Annotated[int, typer.Option(help="Steps of each that are timed.", min=1)] = 5,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch; default: what it takes.", min=1)
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="An objective; may be repeated.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """The step of each objective beside InfoNCE's, over the matrix passes that it declares.
+
+    A quotient of 1 is InfoNCE's own efficiency.
+    """
+    import torch
+
+    from gigabatch.launcher.bench_objectives import bench as run
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
+    found = run(size, width, rounds, only or [], say)
+    if as_json:
+        print(json.dumps(found))
+
+
+@bench.command()
 def faults(
     kills: Annotated[int, typer.Option(help="How often processes are killed.", min=1)] = 30,
     seed: Annotated[int, typer.Option(help="Keys the moments and the victims.")] = 0,

@@ -63,6 +63,7 @@ def _needs(name: str) -> dict[str, Any]:
     needs = build_objective(kind.model_validate({"name": name, **given}), width=WIDTH).needs
     return {
         "taps": list(needs.taps), "columns": [*needs.columns, *needs.numbers],
+        "vectors": {name: each.size for name, each in needs.vectors.items()},
         "teacher": list(needs.teacher),
         "tables": {table: len(row) for table, row in needs.tables.items()},
     }  # fmt: skip
@@ -78,6 +79,7 @@ def _explained(name: str, about: dict[str, Any]) -> list[str]:
     needs = about["needs"]
     asked = [f"taps {', '.join(needs['taps'])}"]
     asked += [f"a number in json ({column})" for column in needs["columns"]]
+    asked += [f"vectors of the samples ({name})" for name in needs["vectors"]]
     asked += [f"a momentum tower ({', '.join(needs['teacher'])})"] if needs["teacher"] else []
     asked += [f"{width} numbers a sample ({n})" for n, width in needs["tables"].items()]
     parts = {

@@ -13,9 +13,10 @@ from gigabatch.data.index import Index
 from gigabatch.data.reader import Reader
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.stream import load_stage
+from gigabatch.data.vectors import VectorSettings, read_vectors
 from gigabatch.launcher.cluster import in_ray_job
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.trainer.config import Config, columns_of, positives_of
+from gigabatch.trainer.config import Config, columns_of, positives_of, vectors_of
 from gigabatch.trainer.inputs import (
     TrainData,
     cache_of,
@@ -51,13 +52,23 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
     data = open_train(config, progress)
     data.mixture.drawn(0)  # raises where weights or groups do not fit
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
-    fields_of(config).members(data.indexes)
+    vectors = vectors_of(config.objective)
+    fields_of(config, vectors=vectors).members(data.indexes)
     eval_fields(config).members(sets)
     shared = positives_of(config.objective)
     read = [(index, column) for index in data.indexes for column in columns_of(config.objective)]
     for index, column in read + [(index, shared) for index in sets if shared]:
         _check_column(index, column, cache_of(config))
+    for index in () if config.data.missing == "mask" else data.indexes:
+        for found in vectors.values():
+            _check_vector(index, found, cache_of(config))
     return data
+
+
+def _check_vector(index: Index, settings: VectorSettings, cache: ShardCache) -> None:
+    """Whether the first sample's vector is what the objective says."""
+    with Reader(index, cache) as reader:
+        read_vectors(reader.read(0, settings.extension), settings, index.where(0))
 
 
 def _check_column(index: Index, column: str, cache: ShardCache) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -27,6 +27,7 @@ from gigabatch.data.remote.places import is_remote
 from gigabatch.data.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.tokenizer import load_tokenizer, named_tokenizer, train_bpe
+from gigabatch.data.vectors import VectorSettings
 from gigabatch.trainer.config import Config, what_is_read
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,12 @@ def _place(config: Config, path: str) -> str:
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
 
 
-def fields_of(config: Config, columns: Sequence[str] = (), numbers: Sequence[str] = ()) -> Fields:
+def fields_of(
+    config: Config,
+    columns: Sequence[str] = (),
+    numbers: Sequence[str] = (),
+    vectors: Mapping[str, VectorSettings] | None = None,
+) -> Fields:
     """What a stream of this run yields."""
     data, read = config.data, config.modalities
     return Fields(
@@ -131,6 +137,7 @@ def fields_of(config: Config, columns: Sequence[str] = (), numbers: Sequence[str
         more={name: what_is_read(tower) for name, tower in config.towers.more.items()},
         columns=tuple(columns),
         numbers=tuple(numbers),
+        vectors=vectors or {},
         partial=data.missing == "mask",
     )
 
@@ -163,13 +170,14 @@ def train_stream(
     columns: Sequence[str],
     pin_memory: bool = False,
     numbers: Sequence[str] = (),
+    vectors: Mapping[str, VectorSettings] | None = None,
 ) -> Iterable[MicroBatch]:
     """The micro-batches of `plans`, read as the config says."""
     settings = data.config.data
     return open_stream(
         data.indexes,
         plans,
-        fields=fields_of(data.config, columns, numbers),
+        fields=fields_of(data.config, columns, numbers, vectors),
         tokenizer=tokenizer,
         seed=data.config.run.seed,
         workers=settings.workers,

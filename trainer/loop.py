@@ -215,7 +215,9 @@ class _Trainer:
         plans = plans_of(self.data, world.size, world.rank, self.counts.done + 1, last)
         needs, on_gpu = self.objective.needs, world.device.type == "cuda"
         tokenizer = self.run.tokenizer
-        stream = train_stream(self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers)
+        stream = train_stream(
+            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers, needs.vectors
+        )
         batches = by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()

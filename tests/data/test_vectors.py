@@ -92,8 +92,10 @@ def test_what_is_not_there_is_told_from_what_is_wrong() -> None:
         read_vectors(npy(np.ones((0, 2))), PAIRS, WHERE)
 
 
-def micro_batches(folder: Path, workers: int, **more: Any) -> list[MicroBatch]:
-    fields = Fields(more=more, partial=True)
+def micro_batches(
+    folder: Path, workers: int, vectors: dict[str, VectorSettings] | None = None, **more: Any
+) -> list[MicroBatch]:
+    fields = Fields(more=more, vectors=vectors or {}, partial=True)
     stream = open_stream(
         [open_index(str(folder))], EvalPlans(12, 6, 1, 0), fields=fields, tokenizer=None, seed=0,
         workers=workers, prefetch=2,
@@ -141,3 +143,13 @@ def test_a_micro_batch_that_has_none_of_a_modality(tmp_path: Path) -> None:
         assert micro.tensors["other"].shape == (6, 2, 3)
         assert not micro.tensors["other_present"].any()
         assert not micro.tensors["other_mask"].any()
+
+
+def test_vectors_of_no_tower_come_along_under_any_name(tmp_path: Path) -> None:
+    write_modalities(tmp_path, 12, seed=0, lacking=True)
+    name, settings = "teacher: npy", VectorSettings(size=6)
+    beside, _ = micro_batches(tmp_path, 0, {name: settings})
+    tower, _ = micro_batches(tmp_path, 0, numbers=settings)
+    assert beside.more == ()
+    assert torch.equal(beside.tensors[name], tower.tensors["numbers"])
+    assert beside.tensors[f"{name}_present"].tolist() == [n % 4 != 1 for n in range(6)]

@@ -5,6 +5,7 @@ import json
 import pytest
 from support import outcome
 
+from gigabatch.launcher.bench_objectives import CASES
 from gigabatch.launcher.cli_objectives import describe
 from gigabatch.trainer.objectives import OBJECTIVES
 
@@ -35,3 +36,30 @@ def test_the_command_lists_explains_and_refuses(
     code, _, error = told("no-such")
     assert code == 2
     assert "there is no objective 'no-such'" in error
+
+
+def test_steps_are_timed_by_the_passes_that_objectives_declare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> tuple[int, str, str]:
+        small = ("--size", "64", "--width", "8", "--rounds", "1")
+        return outcome(monkeypatch, capsys, "bench", "objectives", *small, *arguments)
+
+    found = json.loads(told("--json")[1])
+    each = {one["objective"]: one for one in found["objectives"]}
+    assert list(each) == list(CASES)
+    assert {one["settings"]["name"] for one in each.values()} == set(OBJECTIVES)
+    assert each["siglip"]["passes"] == 3
+    assert each["label_distance, mixtures"]["passes"] == 2 * each["label_distance"]["passes"]
+    assert each["late_interaction"]["passes"] == 3 * 2 * 16 * 16
+    for one in each.values():
+        fair = one["passes"] * one["samples"] ** 2 / (4 * 64**2)
+        plain = one["seconds"] / one["infonce_seconds"] / fair
+        assert one["quotient"] == pytest.approx(plain)
+        assert one["processor_quotient"] > 0
+    code, said, _ = told("--only", "swav", "--only", "barlow")
+    assert code == 0
+    assert [line.split()[0] for line in said.splitlines()] == ["objective", "barlow", "swav"]
+    code, _, error = told("--only", "no-such")
+    assert code == 2
+    assert "there is no objective no-such here; there are barlow, " in error

@@ -61,8 +61,9 @@ def digest(*tensors: torch.Tensor) -> str:
 def micro_batches(config: Config, folder: Path) -> Any:
     data = open_train(config)
     make_tokenizer(config, data).save(str(folder / "tokenizer.json"))
-    columns = build_objective(config.objective).needs.columns
-    return train_stream(data, plans_of(data, 1, 0, 1, 1), folder / "tokenizer.json", columns)
+    needs, plans = build_objective(config.objective).needs, plans_of(data, 1, 0, 1, 1)
+    tokenizer = folder / "tokenizer.json"
+    return train_stream(data, plans, tokenizer, needs.columns, vectors=needs.vectors)
 
 
 def see_batch(config: Config, folder: Path) -> Any:
@@ -163,6 +164,8 @@ def objective_steps(config: Config, backward: bool) -> tuple[Any, Any, Any]:
         rows = {tap: vectors[tap].requires_grad_() for tap in objective.needs.taps}
         meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
         meta |= {"colour": torch.tensor([0, 1, 0, 1, 0, 1]), **state.read(meta["sample"])}
+        for name, vector in objective.needs.vectors.items():
+            meta[name] = torch.randn(6, vector.size)
         ctx = Context(None, step, step - 1)
         state.begin_epoch(ctx)
         loss = objective(vectors | rows, meta, ctx)

@@ -13,6 +13,7 @@ PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 SOGCLR = ["objective={name: sogclr, positives: concept}"]
 PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
+TEACHER = ["objective.teacher={fields: [concept], size: 2, threshold: 0.1}"]
 INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
 
 
@@ -211,7 +212,20 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.distance": (
         "4.0", "objective", ["objective={name: label_distance, label: concept}"],
     ),
+    "objective.mixed_negatives": (
+        "true", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.mixed_positives": (
+        "1", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.window": (
+        "0.5", "objective",
+        ["objective={name: label_distance, label: concept, mixed_positives: 1}"],
+    ),
     "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
+    "objective.prototypes": ("3", "objective", ["objective={name: swav}"]),
+    "objective.epsilon": ("0.2", "objective", ["objective={name: swav}"]),
+    "objective.iterations": ("1", "objective", ["objective={name: swav}"]),
     "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
     "objective.weights": (
         "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],
@@ -219,6 +233,12 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.positives": ("null", "objective", []),
     "objective.same_id": ("exclude", "objective", []),
     "objective.label_smoothing": ("0.2", "objective", []),
+    "objective.teacher.size": ("3", "objective", TEACHER),
+    "objective.teacher.threshold": ("-0.5", "objective", TEACHER),
+    "objective.teacher.fields": (
+        "[no_such]", "batch", ["objective.teacher={fields: [concept], size: 1}"],
+    ),
+    "objective.teacher.member": ("gaze.npy", "batch", ["objective.teacher={size: 2}"]),
     "objective.schedule": ("ring", "collectives", []),
     "objective.backend": ("triton", "backend", []),
     "objective.precision": ("bf16", "objective", []),

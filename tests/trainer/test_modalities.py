@@ -13,6 +13,7 @@ import torch
 from support import losses, run_ranks, write_modalities
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.rundata import examine_data
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import dump_config, load_config, parse_config
 from gigabatch.trainer.distributed import World
@@ -98,6 +99,44 @@ def test_numbers_and_text_without_images(tmp_path: Path) -> None:
     assert set(towers.encoders) == {"numbers", "text"}
     begin = [f"train.init_from={whole.path}", "train.init_parts=[numbers]"]
     assert_begun_with_numbers(towers, load_config(path, [*settings, *begin]))
+
+
+@pytest.mark.slow
+def test_a_teachers_vectors_reach_the_objective(tmp_path: Path) -> None:
+    """Six numbers, alike within a concept; without them its samples are each other's negatives."""
+    path, loss = config_in(tmp_path), {}
+    for name, teacher in (
+        ("plain", "null"),
+        ("taught", "{member: npy, size: 6}"),
+        ("lenient", "{member: npy, size: 6, threshold: 1.0}"),
+    ):
+        run = new_run(path, [f"objective.teacher={teacher}", "train.steps=2", "eval.sets=[]"], name)
+        assert run_training(run)
+        loss[name] = losses(run.path)
+    assert loss["taught"][1] < loss["plain"][1] - 0.01
+    assert loss["lenient"] == loss["plain"]
+
+
+@pytest.mark.parametrize(
+    ("teacher", "says"),
+    [
+        ("{fields: [embedding], size: 6}", "its json has no embedding"),
+        ("{member: npy, size: 7}", "holds 6 numbers, not 7"),
+        ("{member: gaze.npy, size: 7}", r"no sample has a \.gaze\.npy member"),
+    ],
+)
+def test_a_teacher_that_is_not_there_is_found_before_workers_start(
+    tmp_path: Path, teacher: str, says: str
+) -> None:
+    config = load_config(config_in(tmp_path), [f"objective.teacher={teacher}"])
+    with pytest.raises(GigabatchError, match=says):
+        examine_data(config)
+
+
+def test_a_teacher_and_smoothing_are_refused(tmp_path: Path) -> None:
+    settings = ["objective={teacher: {size: 6}, label_smoothing: 0.1}"]
+    with pytest.raises(GigabatchError, match="some of which `teacher` leaves out"):
+        load_config(config_in(tmp_path), settings)
 
 
 def assert_begun_with_numbers(towers: Towers, config: Config) -> None:

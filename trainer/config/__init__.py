@@ -35,11 +35,13 @@ from gigabatch.trainer.config.objective import (
     SogCLRSettings,
     SumSettings,
     SupConSettings,
+    SwAVSettings,
     SymileSettings,
     columns_of,
     positives_of,
     singles,
     taps_of,
+    vectors_of,
 )
 from gigabatch.trainer.config.tower import HuggingFaceTower, ModuleTower, TextTower, Tower
 from gigabatch.trainer.config.towers import ConvTower, TowersSettings
@@ -85,6 +87,7 @@ __all__ = [
     "SogCLRSettings",
     "SumSettings",
     "SupConSettings",
+    "SwAVSettings",
     "SymileSettings",
     "TextTower",
     "TowersSettings",
@@ -95,6 +98,7 @@ __all__ = [
     "positives_of",
     "singles",
     "taps_of",
+    "vectors_of",
     "what_is_read",
 ]  # fmt: skip
 

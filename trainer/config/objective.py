@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.settings import Settings
+from gigabatch.data.vectors import VectorSettings
 from gigabatch.trainer.config.fields import Amount, Count, Fraction
 from gigabatch.trainer.taps import PATTERN
 
@@ -64,6 +65,18 @@ class Nested(Settings):
         return self
 
 
+class TeacherSettings(VectorSettings):
+    """A frozen model's vector of each sample, and what it is for."""
+
+    threshold: float = Field(0.95, ge=-1, le=1)
+    """Two samples whose vectors' cosine is above this are no negatives of each other."""
+
+    @property
+    def name(self) -> str:
+        """That of its vectors; no field of a json is called so."""
+        return f"teacher: {', '.join(self.fields) or self.member}"
+
+
 class InfoNCESettings(ScaledSettings, Nested):
     name: Literal["infonce"] = "infonce"
     """CLIP's symmetric InfoNCE, with any number of positives."""
@@ -80,6 +93,19 @@ class InfoNCESettings(ScaledSettings, Nested):
     cannot be lowered by telling languages or domains apart. Unset: `data.group`."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all candidates."""
+    teacher: TeacherSettings | None = None
+    """Vectors of the samples by a frozen model, which tell what is too alike to be a negative:
+    `{fields: [embedding], size: 384, threshold: 0.95}` from the json, or `member: teacher.npy`.
+    With data.missing=mask a sample without one is a negative of all others."""
+
+    @model_validator(mode="after")
+    def _all_are_candidates(self) -> Self:
+        if self.teacher and self.label_smoothing:
+            raise ValueError(
+                "label_smoothing spreads the target over all candidates of the batch, some of which"
+                " `teacher` leaves out; set one of them to nothing"
+            )
+        return self
 
 
 class SigLIPSettings(ObjectiveSettings, Nested):
@@ -112,7 +138,8 @@ class SogCLRSettings(ObjectiveSettings):
     """A contrastive loss against the whole data set, by a running estimate for each sample: small
     batches lose their bias."""
     taps: Pair = ("image", "text")
-    """What is compared with what."""
+    """What is compared with what. Two views of one modality, such as `[image, image@1]`: each of
+    both against both views of all other samples, with one estimate a sample."""
     positives: str | None = None
     """A field of the samples' json; samples that share it are no negatives of each other."""
     temperatures: Literal["fixed", "shared", "individual"] = "fixed"
@@ -238,6 +265,14 @@ class LabelDistanceSettings(ScaledSettings, Nested):
     """A field of the samples' json that holds a number."""
     distance: float = Field(1.0, ge=0)
     """A negative weighs 1 + distance |y_i - y_j|."""
+    mixed_negatives: bool = False
+    """Further negatives, between a row and each of another label, and nearer to the row; constants.
+    A pass more for each that the loss takes."""
+    mixed_positives: Amount = 0
+    """Further positives of a row, this many: between two rows drawn from either side of its label;
+    constants."""
+    window: float = Field(5.0, gt=0)
+    """mixed_positives: how far from the row's label theirs may be, in the label's units."""
 
 
 class BarlowSettings(Settings):
@@ -262,6 +297,22 @@ class BYOLSettings(Settings):
     """Width of the predictor."""
 
 
+class SwAVSettings(Settings):
+    name: Literal["swav"]
+    """SwAV: what one view is assigned to, of learnt prototypes that all get as much, is predicted
+    from the other view. An addition to another objective, in a sum."""
+    taps: Pair = ("image", "image@1")
+    """Both ways."""
+    prototypes: Count = 512
+    """How many; scores with all of them take 4 bytes each for each of a worker's samples."""
+    temperature: float = Field(0.1, gt=0)
+    """Of the predictions."""
+    epsilon: float = Field(0.05, gt=0)
+    """Of the assignments: the smaller, the nearer each is to one prototype alone."""
+    iterations: Count = 3
+    """Of Sinkhorn's balancing."""
+
+
 Single = (
     InfoNCESettings
     | SigLIPSettings
@@ -275,6 +326,7 @@ Single = (
     | LabelDistanceSettings
     | BarlowSettings
     | BYOLSettings
+    | SwAVSettings
 )
 
 
@@ -336,3 +388,9 @@ def columns_of(settings: Single | SumSettings) -> tuple[str, ...]:
         for key in ("positives", "within", "pair", "changed", "label")
     )
     return tuple(dict.fromkeys(name for name in named if name))
+
+
+def vectors_of(settings: Single | SumSettings) -> dict[str, VectorSettings]:
+    """The vectors of the samples, not of a tower, that the objectives read, by name."""
+    teachers = (getattr(each, "teacher", None) for each in singles(settings))
+    return {teacher.name: teacher for teacher in teachers if teacher is not None}

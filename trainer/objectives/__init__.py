@@ -22,6 +22,7 @@ from gigabatch.trainer.objectives.siglip import SigLIP
 from gigabatch.trainer.objectives.sogclr import SogCLR
 from gigabatch.trainer.objectives.sum import Sum
 from gigabatch.trainer.objectives.supcon import SupCon
+from gigabatch.trainer.objectives.swav import SwAV
 from gigabatch.trainer.objectives.symile import Symile
 
 __all__ = [
@@ -48,6 +49,7 @@ OBJECTIVES: dict[str, Any] = {
     "label_distance": LabelDistance,
     "barlow": Barlow,
     "byol": BYOL,
+    "swav": SwAV,
 }
 """By name, as they are shown in order. Called with their settings, `group` and `width`."""
 

@@ -28,6 +28,10 @@ class Barlow(Objective):
         self.settings = settings
         self.needs = Needs(settings.taps)
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        n, d = outputs[self.settings.taps[0]].shape
+        return 3 * d / n
+
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

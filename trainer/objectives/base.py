@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gigabatch.data.vectors import VectorSettings
 from gigabatch.trainer.state.tables import SampleTable
 
 
@@ -20,13 +21,15 @@ class Needs:
     `taps`: outputs of the towers that it reads, a gradient going back (see `trainer/taps.py`).
     `teacher`: taps of a momentum tower, an average of the towers over steps, that come along as
     `teacher.TAP`, without gradient. `momentum`: of that average. `columns`: fields of the samples'
-    json, as codes; `numbers`: as float32. `tables`: what is kept of each sample of the data set: a
-    name, and a row's first values.
+    json, as codes; `numbers`: as float32. `vectors`: of the samples, float32 [n, size], that no
+    tower takes, by names that no field has. `tables`: what is kept of each sample of the data set:
+    a name, and a row's first values.
     """
 
     taps: tuple[str, ...]
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
+    vectors: Mapping[str, VectorSettings] = field(default_factory=dict)
     teacher: tuple[str, ...] = ()
     momentum: float = 0.0
     tables: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
@@ -90,6 +93,10 @@ class Objective(nn.Module):
         [n * K, D]. `meta`: `sample` and the asked-for columns, int64 [n]; numbers, float32 [n];
         tables, float32 [n, F]; `text_mask`, bool, a row of each text; where rows may be missing,
         `image_present`, `text_present`, bool, a row of each."""
+
+    @abstractmethod
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        """`About.passes` as a number, for outputs of these shapes: N samples of width D."""
 
     def on_epoch(self, tables: Mapping[str, SampleTable], ctx: Context) -> Updates:
         """New values of buffers, worked out of whole tables before the first step of each epoch

@@ -94,7 +94,7 @@ def present(
     rows, found = rounded(outputs[tap], settings), {n: meta[c] for n, c in columns.items()}
     per = len(rows) // max(1, len(next(iter(found.values()))))
     if per > 1:
-        found = {name: column.repeat_interleave(per) for name, column in found.items()}
+        found = {name: column.repeat_interleave(per, dim=0) for name, column in found.items()}
     found["nth"] = torch.arange(len(rows), device=rows.device) % max(1, per)
     here = meta.get(f"{parse_tap(tap).modality}_present")
     if here is None:

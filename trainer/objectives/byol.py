@@ -37,6 +37,9 @@ class BYOL(Objective):
             nn.Linear(settings.hidden, width),
         )  # fmt: skip
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return 12 * self.settings.hidden / len(outputs[self.settings.taps[0]])
+
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -36,6 +36,10 @@ class HardNegatives(Scaled):
         columns = (settings.pair, settings.changed) if settings.pair and settings.changed else ()
         self.needs = Needs(settings.taps, columns)
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        of_q, of_k = (len(outputs[tap]) for tap in self.settings.taps)
+        return 4 * max(of_q, of_k) / min(of_q, of_k)
+
     @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context

@@ -3,6 +3,7 @@ Zaharia 2020)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from torch import Tensor
@@ -28,6 +29,10 @@ class LateInteraction(Scaled):
         super().__init__(settings)
         self.settings = settings
         self.needs = Needs(settings.taps)
+
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        tokens = math.prod(outputs[tap].shape[1] for tap in self.settings.taps)
+        return 3 * (1 + self.settings.symmetric) * tokens
 
     @over_widths
     def forward(

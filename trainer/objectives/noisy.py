@@ -42,6 +42,9 @@ class Noisy(Scaled):
         self.needs = Needs(settings.taps, tables={"loss": (torch.nan,)})
         self.register_buffer("split", torch.zeros(2, 3))  # variance 0: not yet
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return 4 if self.settings.head == "softmax" else 2 if self._is_split else 8
+
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

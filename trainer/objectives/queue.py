@@ -41,6 +41,9 @@ class Queue(Scaled):
         self.register_buffer("queued", torch.zeros(settings.size, 2, dtype=torch.int64))
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return 4 + 8 * self.settings.size / len(outputs[self.settings.taps[0]])
+
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

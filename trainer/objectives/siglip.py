@@ -31,6 +31,9 @@ class SigLIP(Objective):
         self.log_scale = nn.Parameter(torch.tensor(math.log(settings.scale)))
         self.bias = nn.Parameter(torch.tensor(settings.bias))
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return 3
+
     @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context

@@ -28,6 +28,7 @@ class Sum(Objective):
             taps=_joined(needs.taps for needs in each),
             columns=_joined(needs.columns for needs in each),
             numbers=_joined(needs.numbers for needs in each),
+            vectors={name: v for needs in each for name, v in needs.vectors.items()},
             teacher=_joined(needs.teacher for needs in each),
             momentum=max(needs.momentum for needs in each),
             tables={
@@ -36,6 +37,9 @@ class Sum(Objective):
                 for name, row in needs.tables.items()
             },
         )
+
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return sum(term.passes(outputs) for _, term in self._numbered())
 
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context

@@ -30,6 +30,9 @@ class SupCon(Scaled):
         self.settings = settings
         self.needs = Needs(settings.taps, (settings.positives,) if settings.positives else ())
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        return 4 * len(self.settings.taps) ** 2
+
     @over_widths
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
@@ -38,14 +41,18 @@ class SupCon(Scaled):
         label = {"id": settings.positives or "sample"}
         found = [present(outputs, meta, tap, settings, label) for tap in settings.taps]
         z, ids = torch.cat([rows for rows, _ in found]), torch.cat([c["id"] for _, c in found])
-        return Loss(among(z, ids, (), scale, settings, ctx), {"logit_scale": scale.detach()})
+        total, positive, weight = among(z, ids, (), scale, settings, ctx)
+        each = cross_entropy(total, positive, weight)
+        value = weighted_mean(each, (weight > 0).float(), ctx)
+        return Loss(value, {"logit_scale": scale.detach()})
 
 
 def among(
     z: Tensor, ids: Tensor, rule: Rule, scale: Tensor, settings: ScaledSettings, ctx: Context
-) -> Tensor:
-    """SupCon's loss: each row against all others, of which those of its id are right. `rule`: how
-    the others weigh, by the columns `id` and `number`."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of SupCon's loss [n]: the log-sum-exp of each row's logits with all others, the sum over
+    those of its id, and how many these are. `rule`: how the others weigh, by the columns `id` and
+    `number`."""
     numbers = row_numbers(len(z), z.device, ctx.group)
     keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.schedule)
     # A lone equality costs nothing a tile: each row is among its own positives, and then taken
@@ -56,5 +63,4 @@ def among(
     )  # fmt: skip
     weight = stats.weight[0] - 1
     positive = stats.positive[0] - scale * z.float().square().sum(1)
-    each = cross_entropy(stats.z[0], positive, weight)
-    return weighted_mean(each, (weight > 0).float(), ctx)
+    return stats.z[0], positive, weight

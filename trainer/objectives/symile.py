@@ -44,6 +44,10 @@ class Symile(Scaled):
         self.settings = settings
         self.needs = Needs(settings.taps)
 
+    def passes(self, outputs: Mapping[str, Tensor]) -> float:
+        n, m = len(outputs[self.settings.taps[0]]), len(self.settings.taps)
+        return 4 * m * (n ** (m - 2) if self.settings.keys == "all" else 1)
+
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:

@@ -43,6 +43,15 @@ CASES: dict[str, Case] = {
     "infonce, within a language": Case(
         {"name": "infonce", "within": "lang"}, "infonce", {"within": "lang"}
     ),
+    "infonce, a teacher": Case(
+        {"name": "infonce", "teacher": {"member": "npy", "size": 3, "threshold": 0.4}}, "infonce",
+        {"phi": 0.4}, captions=2,
+    ),
+    "infonce, a teacher, a language, labels": Case(
+        {"name": "infonce", "teacher": {"member": "npy", "size": 3, "threshold": -0.2},
+         "within": "lang", "positives": "concept"},
+        "infonce", {"phi": -0.2, "within": "lang", "label": "concept"},
+    ),
     "infonce, other taps": Case(
         {"name": "infonce", "taps": ["image.encoder", "image@1"]}, "infonce",
         {"taps": ("image.encoder", "image@1")},
@@ -100,6 +109,18 @@ CASES: dict[str, Case] = {
         {"name": "sogclr", "temperatures": "individual", "temperature_lr": 0.05}, "sogclr",
         {"gamma": 0.9, "kind": "individual", "rho": 6.5, "lr": 0.05}, missing=True,
     ),
+    "sogclr, two views": Case(
+        {"name": "sogclr", "taps": ["image", "image@1"], "gamma": 0.6}, "sogclr_views",
+        {"gamma": 0.6}, missing=True,
+    ),
+    "isogclr, two views, labels": Case(
+        {"name": "sogclr", "taps": ["image", "image@1"], "gamma": 0.5, "rho": 0.3,
+         "temperatures": "individual", "temperature": 0.1, "temperature_min": 0.05,
+         "temperature_max": 0.7, "positives": "concept"},
+        "sogclr_views",
+        {"gamma": 0.5, "rho": 0.3, "tau": 0.1, "lr": 0.01, "low": 0.05, "high": 0.7,
+         "label": "concept"},
+    ),
     "filip": Case({"name": "late_interaction"}, "late", {"symmetric": True}),
     "colbert": Case(
         {"name": "late_interaction", "taps": ["text.tokens", "image.tokens"], "symmetric": False},
@@ -133,8 +154,31 @@ CASES: dict[str, Case] = {
     "label distance": Case(
         {"name": "label_distance", "label": "age", "distance": 2.0}, "distance", {"factor": 2.0}
     ),
+    "label distance, mixed negatives": Case(
+        {"name": "label_distance", "label": "age", "distance": 2.0, "mixed_negatives": True},
+        "distance", {"factor": 2.0, "negatives": True}, missing=True,
+    ),
+    "label distance, mixed positives": Case(
+        {"name": "label_distance", "label": "age", "mixed_positives": 3, "window": 0.8},
+        "distance", {"factor": 1.0, "positives": 3, "window": 0.8},
+    ),
+    "label distance, all mixtures": Case(
+        {"name": "label_distance", "label": "age", "mixed_negatives": True,
+         "mixed_positives": 2, "taps": ["image"]},
+        "distance",
+        {"factor": 1.0, "negatives": True, "positives": 2, "taps": ("image",)}, missing=True,
+    ),
     "barlow": Case({"name": "barlow"}, "barlow", {"weight": 0.005}, missing=True),
     "byol": Case({"name": "byol", "hidden": 5}, "byol"),
+    "swav": Case(
+        {"name": "swav", "prototypes": 5}, "swav", {"tau": 0.1, "epsilon": 0.05, "rounds": 3},
+        missing=True,
+    ),
+    "swav of two modalities": Case(
+        {"name": "swav", "prototypes": 3, "taps": ["image", "text"], "temperature": 0.3,
+         "epsilon": 0.2, "iterations": 1},
+        "swav", {"taps": ("image", "text"), "tau": 0.3, "epsilon": 0.2, "rounds": 1},
+    ),
     "sum": Case(
         {"name": "sum", "weights": [1.0, 0.3],
          "terms": [{"name": "infonce"}, {"name": "sogclr", "gamma": 0.6}]},
@@ -186,6 +230,7 @@ def batch(case: Case, step: int) -> Batch:
     plain = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
     outputs = {name: vectors() for name in plain}
     outputs |= {"image.tokens": vectors(TOKENS + 1), "text.tokens": vectors(TOKENS)}
+    meta["teacher: npy"] = torch.randn(ROWS, 3, generator=g)
     if case.captions > 1:
         more = torch.randn(ROWS * case.captions, WIDTH, generator=g)
         outputs["text"] = F.normalize(more, dim=1)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.data.keyed import key, permute
+from gigabatch.data.keyed import key, permute, uniforms
 
 Rows = dict[str, Tensor]
 Memory = dict[str, Any]
@@ -32,18 +32,25 @@ def here(meta: Rows) -> Tensor:
 def infonce(
     rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int,
     taps: tuple[str, str] = ("image", "text"), label: str = "sample", smoothing: float = 0.0,
-    within: str | None = None,
+    within: str | None = None, phi: float | None = None,
 ) -> tuple[Tensor, None]:  # fmt: skip
     logits = p["log_scale"].exp() * rows[taps[0]] @ rows[taps[1]].T
-    same = meta[label][:, None] == meta[label][None]
+    of_text = torch.arange(len(rows[taps[1]])) // (len(rows[taps[1]]) // len(rows[taps[0]]))
+    same = meta[label][:, None] == meta[label][of_text][None]
     allowed = torch.ones_like(same)
     if within:
-        allowed = meta[within][:, None] == meta[within][None]
-    target = same.double() / same.sum(1, keepdim=True)
-    target = (1 - smoothing) * target + smoothing / len(same)
+        allowed = meta[within][:, None] == meta[within][of_text][None]
+        same = same & allowed
+    if phi is not None:
+        t = meta["teacher: npy"].double()
+        alike = F.cosine_similarity(t[:, None], t[of_text][None], dim=2)
+        allowed = allowed & ((alike <= phi) | same)
+        assert not allowed.all()
     halves = []
-    for x in (logits, logits.T):
-        logp = x.masked_fill(~allowed, -torch.inf).log_softmax(1)
+    for x, right, keep in ((logits, same, allowed), (logits.T, same.T, allowed.T)):
+        target = right.double() / right.sum(1, keepdim=True)
+        target = (1 - smoothing) * target + smoothing / target.shape[1]
+        logp = x.masked_fill(~keep, -torch.inf).log_softmax(1)
         halves.append(-(target * torch.where(target > 0, logp, 0)).sum(1).mean())
     return (halves[0] + halves[1]) / 2, None
 
@@ -124,6 +131,35 @@ def sogclr(
             momentum = 0.9 * momentum + 0.1 * float(slope_tau)
             moved = min(max(t - lr * momentum, low), high) if kind == "individual" else t
             written[name, side] = (new, moved, momentum)
+    memory |= written
+    return value.detach() / len(names), slope / len(names)
+
+
+def sogclr_views(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, gamma: float, rho: float = 6.5,
+    tau: float = 0.07, lr: float = 0.0, label: str = "sample", low: float = 0.01,
+    high: float = 1.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Of one modality: anchors of both views, negatives of both views, one u and tau a sample."""
+    keep = meta.get("image_present", torch.ones_like(meta["sample"], dtype=torch.bool))
+    names, ids = meta["sample"][keep].tolist(), meta[label][keep]
+    views = [rows["image"][keep], rows["image@1"][keep]]
+    own = (views[0] * views[1]).sum(1)
+    value = slope = torch.zeros((), dtype=torch.float64)
+    written: Memory = {}
+    for i, name in enumerate(names):
+        u, t, momentum = memory.get(name, (None, tau, 0.0))
+        others = ids != ids[i]
+        h = torch.stack([view @ anchor[i] for anchor in views for view in views])[:, others]
+        h = h - own[i]
+        g = torch.exp(h / t).mean()
+        new = g.detach() if u is None else (1 - gamma) * u + gamma * g.detach()
+        share = torch.exp(h.detach() / t) / (h.numel() * new)
+        slope_tau = float(new.log() + rho - (share * h.detach()).sum() / t)
+        slope, value = slope + t * g / new, value + t * (new.log() + rho)
+        momentum = 0.9 * momentum + 0.1 * slope_tau
+        moved = min(max(t - lr * momentum, low), high) if lr else t
+        written[name] = (new, moved, momentum)
     memory |= written
     return value.detach() / len(names), slope / len(names)
 
@@ -302,15 +338,43 @@ def hard(
 
 
 def distance(
-    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, factor: float
-) -> tuple[Tensor, None]:
-    z, y = torch.cat([rows["image"], rows["image@1"]]), torch.cat([meta["age"]] * 2).double()
-    itself = torch.eye(len(z), dtype=torch.bool)
-    logits = p["log_scale"].exp() * z @ z.T
-    mass = (1 + factor * (y[:, None] - y[None]).abs()) * torch.exp(logits)
-    positive = (y[:, None] == y[None]) & ~itself
-    each = mass.masked_fill(itself, 0).sum(1).log() - (logits * positive).sum(1) / positive.sum(1)
-    return each.mean(), None
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, factor: float,
+    taps: tuple[str, ...] = ("image", "image@1"), negatives: bool = False, positives: int = 0,
+    window: float = 5.0,
+) -> tuple[Tensor, None]:  # fmt: skip
+    keep = meta.get("image_present", torch.ones_like(meta["sample"], dtype=torch.bool))
+    z = torch.cat([rows[tap][keep] for tap in taps])
+    y = torch.cat([meta["age"][keep]] * len(taps)).double()
+    n, scale = len(z), p["log_scale"].exp()
+    # The uniform numbers are the product's own.
+    lams = np.sort(uniforms(key(5, "mixed negatives", step), n, 9), 1)[:, 1]
+    drawn = uniforms(key(5, "mixed positives", step), n, max(1, 2 * positives))
+    by_label = sorted(range(n), key=lambda j: (float(y[j]), j))
+    losses = []
+    for i in range(n):
+        others = [j for j in range(n) if j != i]
+        keys, labels = [z[j] for j in others], [y[j] for j in others]
+        right = [j for j, label in enumerate(labels) if label == y[i]]
+        if negatives:
+            lam = float(lams[i])
+            for j in others:
+                if y[j] != y[i]:
+                    keys.append((lam * z[i] + (1 - lam) * z[j]).detach())
+                    labels.append(lam * y[i] + (1 - lam) * y[j])
+        below = [j for j in by_label if y[i] - window <= y[j] < y[i]]
+        above = [j for j in by_label if y[i] < y[j] <= y[i] + window]
+        for m in range(positives if below and above else 0):
+            j = below[int(drawn[i, 2 * m] * np.float32(len(below)))]
+            k = above[int(drawn[i, 2 * m + 1] * np.float32(len(above)))]
+            lam = float((y[k] - y[i]) / (y[k] - y[j]))
+            right.append(len(keys))
+            keys.append((lam * z[j] + (1 - lam) * z[k]).detach())
+            labels.append(y[i])
+        if right:
+            logits = scale * torch.stack(keys) @ z[i]
+            weights = 1 + factor * (torch.stack(labels) - y[i]).abs()
+            losses.append((logits + weights.log()).logsumexp(0) - logits[right].mean())
+    return torch.stack(losses).mean(), None
 
 
 def barlow(
@@ -338,4 +402,26 @@ def byol(rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int) -> tuple[Te
         (2 - 2 * (predict(x) * seen).sum(1) / (predict(x).norm(dim=1) * seen.norm(dim=1))).mean()
         for x in (rows["image"], rows["image@1"])
     ]
+    return (losses[0] + losses[1]) / 2, None
+
+
+def swav(
+    rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, tau: float, epsilon: float,
+    rounds: int, taps: tuple[str, str] = ("image", "image@1"),
+) -> tuple[Tensor, None]:  # fmt: skip
+    keep = meta.get("image_present", torch.ones_like(meta["sample"], dtype=torch.bool))
+    c = p["prototypes"] / p["prototypes"].norm(dim=1, keepdim=True)
+    scores = [rows[tap][keep] @ c.T for tap in taps]
+    n, k = scores[0].shape
+    assigned = []
+    for s in scores:
+        q = torch.exp(s.detach().T / epsilon)  # [K, N], as the paper's code has it
+        q = q / q.sum()
+        for _ in range(rounds):
+            q = q / q.sum(1, keepdim=True) / k
+            q = q / q.sum(0, keepdim=True) / n
+        assigned.append((q * n).T)
+    losses = [
+        F.cross_entropy(s / tau, q) for s, q in zip(scores, assigned[::-1], strict=True)
+    ]  # fmt: skip
     return (losses[0] + losses[1]) / 2, None

@@ -27,9 +27,10 @@ EVERYTHING = """objective={name: sum, terms: [
     {name: late_interaction},
     {name: symile, taps: [image, text, image@1]},
     {name: hard_negatives, pair: concept, changed: concept, own_weight: 2.0},
-    {name: label_distance, label: concept},
+    {name: label_distance, label: concept, mixed_negatives: true, mixed_positives: 2},
     {name: barlow},
     {name: byol, momentum: 0.9},
+    {name: swav, prototypes: 20},
 ]}"""
 # Two epochs of 200 samples: the split of the noisy ones is made before the step after the first.
 SETTINGS = ["train.steps=10", "eval.sets=[]", "checkpoint.every_steps=0", EVERYTHING]

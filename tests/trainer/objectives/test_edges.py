@@ -1,0 +1,27 @@
+"""Batches at the edge of what an objective is made for: nothing is NaN, and nothing is learnt."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pydantic import TypeAdapter
+
+from gigabatch.trainer.config import AnyObjective
+from gigabatch.trainer.objectives import Context, build_objective
+
+
+@pytest.mark.parametrize("kind", ["fixed", "shared", "individual"])
+@pytest.mark.parametrize("taps", [("image", "text"), ("image", "image@1")])
+def test_sogclr_without_negatives(kind: str, taps: tuple[str, str]) -> None:
+    settings = {"name": "sogclr", "taps": taps, "positives": "concept", "temperatures": kind}
+    objective = build_objective(TypeAdapter(AnyObjective).validate_python(settings), width=4)
+    rows = {tap: F.normalize(torch.randn(3, 4), dim=1).requires_grad_() for tap in taps}
+    first = objective.needs.tables["state"]
+    state = torch.tensor([first] * 3)
+    meta = {"sample": torch.arange(3), "concept": torch.zeros(3, dtype=torch.int64)}
+    loss = objective(rows, {**meta, "state": state}, Context(None, 1))
+    loss.value.backward()
+    assert float(loss.value.detach()) == 0
+    assert all(each.grad is not None and not each.grad.any() for each in rows.values())
+    assert torch.equal(loss.updates()["state"][:, 0], state[:, 0])
