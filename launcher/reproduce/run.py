@@ -107,10 +107,12 @@ def config_of(study: Study, arm: Arm, start: int, data: Path, out: Path) -> Conf
         _set(tree, name, value)
     _set(tree, "data.root", str(data))
     _set(tree, "run", {"dir": str(out / "runs"), "name": _name(study, arm, start), "seed": start})
+    where = f"reproduce {study.name}, {arm.name}"
     if arm.begins_with:
         (first,) = (each for each in study.arms if each.name == arm.begins_with)
+        parts = parse_config(yaml.safe_dump(tree), where).modalities
         _set(tree, "train.init_from", str(out / "runs" / _name(study, first, start)))
-    where = f"reproduce {study.name}, {arm.name}"
+        _set(tree, "train.init_parts", list(parts))
     return resolve(parse_config(yaml.safe_dump(tree), where))
 
 

@@ -1,0 +1,103 @@
+"""`gigabatch reproduce`: real runs of a small experiment, stopped, gone on with, and told."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.reproduce import report
+from gigabatch.launcher.reproduce.run import Stopped, run_study
+from gigabatch.launcher.reproduce.shards import write_set
+from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, two_sides
+from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
+from gigabatch.trainer.runfolder import RunFolder
+
+
+def write(folder: Path, random: np.random.Generator, variant: str) -> None:
+    sides = two_sides(random, latent=4, size=8)
+    for name, count in (("train", 128), ("test", 40)):
+        one, two = sides(random.standard_normal((count, 4)))
+        write_set(folder / name, {"one.npy": one, "two.npy": two})
+
+
+def _objective(name: str) -> dict[str, Any]:
+    return {"objective": {"name": name, "taps": ["one", "two"]}}
+
+
+SMALL = Study(
+    name="small",
+    papers=(34,),
+    claim="Training helps.",
+    setting="Pairs.",
+    write=write,
+    config={
+        **pair_of_vectors("one", "one.npy", "two", "two.npy", size=8, width=16),
+        "batch": {"global_size": 32, "micro_size": 32},
+        "train.steps": 30,
+        "optimizer": {"lr": 1e-2},
+    },
+    arms=(Arm("first", _objective("infonce")), Arm("more", _objective("siglip"), "", "first")),
+    measures=(Measure("R@1", "retrieval", "test", "one2two_recall@1"),),
+    bars=(Bar("R@1", lambda mean: mean("first", "R@1"), 0.1),),
+)
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.slow
+def test_a_stopped_experiment_goes_on_and_tells_what_its_runs_left(tmp_path: Path) -> None:
+    said: list[str] = []
+    asked = iter(range(1000))
+    with pytest.raises(Stopped):
+        run_study(SMALL, 1, tmp_path, said.append, lambda: next(asked) > 12)
+    half = RunFolder(tmp_path / "runs" / "small-first-0")
+    (saved,) = half.steps_saved()
+    assert 0 < saved < 30
+    outcome = run_study(SMALL, 2, tmp_path, said.append, never)
+    assert half.is_finished()
+    assert len(said) == 4
+    assert outcome.figures["first"]["R@1"].mean > 0.1
+    kept = half.path / "eval" / "test-retrieval-step-00000030.json"
+    value = json.loads(kept.read_text())["eval/test/one2two_recall@1"]
+    assert outcome.figures["first"]["R@1"].values[0] == value
+    more = RunFolder(tmp_path / "runs" / "small-more-1").config()
+    assert str(more.train.init_from).startswith(str(tmp_path / "runs" / "small-first-1"))
+
+    kept.write_text(json.dumps({"eval/test/one2two_recall@1": 0.0}))
+    again = run_study(SMALL, 2, tmp_path, said.append, never)
+    assert len(said) == 4  # nothing was trained
+    assert again.figures["first"]["R@1"].values[0] == 0.0  # what the file says
+    with pytest.raises(GigabatchError, match=r"another version of this experiment \(train.steps"):
+        run_study(replace(SMALL, config={**SMALL.config, "train.steps": 31}), 1, tmp_path,
+                  said.append, never)  # fmt: skip
+
+    found = report.as_json(outcome)
+    assert json.loads(json.dumps(found)) == found
+    assert (found["paper"], found["claim"], found["holds"]) == (34, "Training helps.", True)
+    report.keep(tmp_path, SMALL, found)
+    report.write_report(tmp_path / "docs" / "found.md", tmp_path, [SMALL])
+    text = (tmp_path / "docs" / "found.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + 55
+    assert sum("[holds](#small)" in row for row in rows) == 1
+    assert "first  " in text
+
+
+def test_experiments_are_listed_and_papers_without_one_are_told(gigabatch: Any) -> None:
+    listed = gigabatch("reproduce")
+    assert listed.returncode == 0
+    assert "    34  symile" in listed.stdout
+    told = json.loads(gigabatch("reproduce", "12", "--json").stdout)
+    assert (told["paper"], told["holds"], told["verdict"]) == (12, None, "not yet offered")
+    assert "outside the purpose" in gigabatch("reproduce", "4").stdout
+    wrong = gigabatch("reproduce", "56")
+    assert wrong.returncode == 2
+    assert "neither a paper (1 to 55) nor an experiment" in wrong.stderr
