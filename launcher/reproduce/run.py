@@ -154,7 +154,9 @@ def _trained(
 
 
 def _refuse_other(run: RunFolder, config: Config) -> None:
-    if changed := differences(run.config(), config):
+    changed = differences(run.config(), config)
+    changed.pop("train.init_from", None)  # a run has the checkpoint that it was
+    if changed:
         key_, (old, new) = next(iter(changed.items()))
         raise GigabatchError(
             f"{run.path} is of another version of this experiment ({key_}: {old!r}, now {new!r}). "

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gigabatch.launcher.reproduce.shards import unit, write_set
-from gigabatch.launcher.reproduce.studies.blocks import around, pair_of_vectors
+from gigabatch.launcher.reproduce.shards import write_set
+from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors
 from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
 
 GROUPS, SIZE = 300, 32
@@ -15,18 +15,21 @@ TAPS = ["query", "key"]
 
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """Pairs about the centres of groups, such as reprints of an article; of the test, five each."""
-    centres = unit(random.standard_normal((GROUPS, SIZE)))
+    """Half of what a pair has in common is its group's, such as the story of an article and its
+    reprints, and half its own."""
+    groups = random.standard_normal((GROUPS, SIZE // 2))
+    turn = np.linalg.qr(random.standard_normal((SIZE, SIZE))).Q
     for name, of in (
         ("train", random.integers(0, GROUPS, 4096)),
         ("test", np.repeat(np.arange(GROUPS), 5)),
     ):
-        own = around(random, centres[of], 1.0)  # what is the pair's alone
+        own = 0.5 * random.standard_normal((len(of), SIZE // 2))
+        whole = np.concatenate([groups[of], own], 1) @ turn
         write_set(
             folder / name,
             {
-                "query.npy": around(random, own, 0.5),
-                "key.npy": around(random, own, 0.5),
+                "query.npy": whole + 0.5 * random.standard_normal(whole.shape),
+                "key.npy": whole + 0.5 * random.standard_normal(whole.shape),
                 "json": [{"group": each} for each in of],
             },
         )
@@ -46,7 +49,7 @@ STUDY = Study(
     config={
         **pair_of_vectors("query", "query.npy", "key", "key.npy", size=SIZE),
         "batch": {"global_size": 128, "micro_size": 128},
-        "train.steps": 600,
+        "train.steps": 300,
         "optimizer": {"lr": 2e-3},
     },
     arms=(

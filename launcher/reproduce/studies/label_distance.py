@@ -37,7 +37,7 @@ STUDY = Study(
     write=write,
     config={
         "towers": {
-            "width": 32,
+            "width": 8,
             "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.1}},
         },
         "batch": {"global_size": 250, "micro_size": 250},

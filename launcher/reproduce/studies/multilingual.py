@@ -70,12 +70,12 @@ STUDY = Study(
     ),
     measures=(
         Measure(
-            "t2i MRV", "languages", "test", "languages/t2i_mrv",
+            "t2i MRV", "languages", "test", "languages/text2picture_mrv",
             (f"captions=[{', '.join(LANGUAGES)}]", "modality=picture"),
         ),
         *(
             Measure(
-                f"R@1, {language}", "languages", "test", f"languages/{language}/t2i_recall@1",
+                f"R@1, {language}", "languages", "test", f"languages/{language}/text2picture_recall@1",
                 (f"captions=[{', '.join(LANGUAGES)}]", "modality=picture"),
             )
             for language in LANGUAGES

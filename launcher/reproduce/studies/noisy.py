@@ -17,7 +17,7 @@ COUNT = 3000
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
     """Pairs of one latent seen by two random networks; of the training pairs a share NOISE got
     another's caption."""
-    sides = two_sides(random, latent=16, size=64)
+    sides = two_sides(random, latent=16, size=128, noise=0.6)
     for name, count in (("train", COUNT), ("test", 1000)):
         image, text = sides(random.standard_normal((count, 16)))
         clean = np.ones(count, int)
@@ -40,11 +40,11 @@ STUDY = Study(
     "test pairs.",
     write=write,
     config={
-        **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=64, width=512, layers=2),
+        **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=128, width=256, layers=1),
         "batch": {"global_size": 250, "micro_size": 250},
-        "train.steps": 720,
+        "train.steps": 480,
         "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
-        "eval": {"sets": ["test"], "every_steps": 48},
+        "eval": {"sets": ["test"], "every_steps": 96},
     },
     arms=(
         Arm("plain", {"objective": {"name": "infonce", "taps": ["view", "caption"]}}),

@@ -14,7 +14,7 @@ TAPS = ["code", "comment"]
 
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    sides = two_sides(random, latent=32, size=64, noise=0.3)
+    sides = two_sides(random, latent=32, size=64, noise=0.6)
     for name, count in (("train", 8000), ("test", 1000)):
         code, comment = sides(random.standard_normal((count, 32)))
         write_set(folder / name, {"code.npy": code, "comment.npy": comment})

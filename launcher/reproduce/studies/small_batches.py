@@ -56,7 +56,7 @@ STUDY = Study(
             "individual",
             {
                 "objective": {
-                    "name": "sogclr", "taps": ["view", "caption"], "temperatures": "individual",
+                    "name": "sogclr", "taps": ["view", "view@1"], "temperatures": "individual",
                     "temperature": 0.1, "temperature_min": 0.05, "temperature_max": 0.7,
                     "rho": 0.3, "gamma": 0.9,
                 }
