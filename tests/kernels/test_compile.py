@@ -11,13 +11,9 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-# Rules of ids, labels and roles change a score in registers, by the same code for either GPU: one
-# stands for both. They take a good part of the time.
+# The rest is the same code for either GPU, and takes a good part of the time: one stands for both.
 PROBLEMS = {
-    80: [
-        "bf16", "cached", "fp16", "fp32", "second scores", "gated", "odd sizes", "maxsim",
-        "small maxsim", "fp32 maxsim",
-    ],
+    80: ["bf16", "cached", "fp32", "gated", "odd sizes", "maxsim"],
     90: [],  # all
 }  # fmt: skip
 SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, on an A100 and on an H100

@@ -43,6 +43,11 @@ def _captions(**chosen: Any) -> dict[str, Any]:
     return {"data.captions": {"member": "json", **chosen}}
 
 
+def _measure(figure: str, metric: str) -> Measure:
+    settings = (f"captions=[{', '.join(LANGUAGES)}]", "modality=picture")
+    return Measure(figure, "languages", "test", f"languages/{metric}", settings)
+
+
 STUDY = Study(
     name="one-to-k",
     papers=(45,),
@@ -69,17 +74,8 @@ STUDY = Study(
         Arm("one-to-k", _captions(field="captions", choose="all", most=len(LANGUAGES))),
     ),
     measures=(
-        Measure(
-            "t2i MRV", "languages", "test", "languages/text2picture_mrv",
-            (f"captions=[{', '.join(LANGUAGES)}]", "modality=picture"),
-        ),
-        *(
-            Measure(
-                f"R@1, {language}", "languages", "test", f"languages/{language}/text2picture_recall@1",
-                (f"captions=[{', '.join(LANGUAGES)}]", "modality=picture"),
-            )
-            for language in LANGUAGES
-        ),
+        _measure("t2i MRV", "text2picture_mrv"),
+        *(_measure(f"R@1, {each}", f"{each}/text2picture_recall@1") for each in LANGUAGES),
     ),
     bars=(
         Bar(

@@ -40,7 +40,7 @@ STUDY = Study(
     "test pairs.",
     write=write,
     config={
-        **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=128, width=256, layers=1),
+        **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=128, width=256),
         "batch": {"global_size": 250, "micro_size": 250},
         "train.steps": 480,
         "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
