@@ -2,7 +2,8 @@
 6), and with a queue for each group (CCP, number 46).
 
 What enters the queue is the momentum tower's, gathered from all ranks first, so that the queue is
-the same on each of them.
+the same on each of them. Right answers are seen by both towers (CoCoSoDa): were they the trained
+towers' alone, the loss could be lowered by telling the two apart.
 """
 
 from __future__ import annotations
@@ -25,8 +26,9 @@ class Queue(Scaled):
     about = About(
         "MoCo: InfoNCE against the batch and a queue, filled by a momentum tower",
         "MoCo, He et al. 2020; CoCoSoDa, 6; a queue for each language, CCP, 46",
-        "mean_i [log (sum_j exp(l_ij) + sum_{j in queue} exp(l_ij)) - l_ii], both ways, halved",
-        "4 + 8 size / N, and one more forward pass of the towers",
+        "mean_i [log (sum_j exp(l_ij) + sum_{j in queue} exp(l_ij)) - l_ii], both ways, with j of "
+        "the batch once as the towers see it and once as the momentum tower does; the mean of four",
+        "12 + 8 size / N, and one more forward pass of the towers",
         "small GPUs, where the batch is too small to hold enough negatives",
     )
 
@@ -42,7 +44,7 @@ class Queue(Scaled):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
-        return 4 + 8 * self.settings.size / len(outputs[self.settings.taps[0]])
+        return 12 + 8 * self.settings.size / len(outputs[self.settings.taps[0]])
 
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
@@ -60,13 +62,17 @@ class Queue(Scaled):
         stats = lse_stats(
             q, keys, lses, Eq(ids, "id"), settings.backend, 2**20 * settings.cache_mib
         )
-        z = [
-            torch.logaddexp(z, older)
-            for z, older in zip(stats.z, self._older(q, k, scale, ids, groups), strict=True)
-        ]
+        older = self._older(q, k, scale, ids, groups)
+        ways = [*zip(stats.z, stats.positive, stats.weight, older, strict=True)]
+        for mine, theirs, old in zip((q, k), reversed(slow), older, strict=True):
+            taught = key_source(theirs, {"id": ids, "group": groups}, ctx.group, settings.schedule)
+            own = lse_stats(
+                mine, taught, [Lse("rows", scale, None, within)], Eq(ids, "id"), settings.backend
+            )
+            ways.append((own.z[0], own.positive[0], own.weight[0], old))
         losses = [
-            weighted_mean(cross_entropy(z, p, w), (w > 0).float(), ctx)
-            for z, p, w in zip(z, stats.positive, stats.weight, strict=True)
+            weighted_mean(cross_entropy(torch.logaddexp(z, old), p, w), (w > 0).float(), ctx)
+            for z, p, w, old in ways
         ]
 
         def updates() -> Updates:

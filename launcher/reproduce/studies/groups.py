@@ -23,7 +23,7 @@ def write(folder: Path, random: np.random.Generator, variant: str) -> None:
         ("train", random.integers(0, GROUPS, 4096)),
         ("test", np.repeat(np.arange(GROUPS), 5)),
     ):
-        own = 0.5 * random.standard_normal((len(of), SIZE // 2))
+        own = 0.3 * random.standard_normal((len(of), SIZE // 2))
         whole = np.concatenate([groups[of], own], 1) @ turn
         write_set(
             folder / name,

@@ -17,7 +17,7 @@ COLOURS, SIDE = 8, 16
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
     """A blob of some hue at some place, which is what tells images apart once hue is hidden."""
-    for name, count in (("train", 2048), ("test", 1024)):
+    for name, count in (("train", 1024), ("test", 512)):
         hues = random.integers(0, COLOURS, count)
         write_set(
             folder / name,
@@ -63,7 +63,7 @@ STUDY = Study(
         },
         "objective": {"name": "supcon", "taps": ["image", "image@1"]},
         "batch": {"global_size": 128, "micro_size": 128},
-        "train.steps": 200,
+        "train.steps": 150,
         "optimizer": {"lr": 2e-3},
     },
     arms=(Arm("linear"), Arm("two-layers", {"towers.image.head": {"layers": 2, "hidden": 128}})),

@@ -17,7 +17,7 @@ COUNT = 3000
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
     """Pairs of one latent seen by two random networks; of the training pairs a share NOISE got
     another's caption."""
-    sides = two_sides(random, latent=16, size=128, noise=0.6)
+    sides = two_sides(random, latent=16, size=128, noise=0.2)
     for name, count in (("train", COUNT), ("test", 1000)):
         image, text = sides(random.standard_normal((count, 16)))
         clean = np.ones(count, int)
@@ -43,7 +43,8 @@ STUDY = Study(
         **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=128, width=256),
         "batch": {"global_size": 250, "micro_size": 250},
         "train.steps": 480,
-        "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+        "optimizer": {"lr": 5e-3, "weight_decay": 0.0},
+        "schedule.name": "constant",
         "eval": {"sets": ["test"], "every_steps": 96},
     },
     arms=(

@@ -49,7 +49,7 @@ NEGATIVES = {
     "objective": {"name": "hard_negatives", "taps": ["sound", "text"], "own_weight": 2.0},
     "data.captions.choose": "all",
     "data.captions.most": 2,
-    "train.steps": 400,
+    "train.steps": 250,
     "optimizer.lr": 1e-3,
 }
 
@@ -75,7 +75,7 @@ STUDY = Study(
             },
         },
         "batch": {"global_size": 128, "micro_size": 128},
-        "train.steps": 800,
+        "train.steps": 500,
         "optimizer": {"lr": 2e-3},
     },
     arms=(

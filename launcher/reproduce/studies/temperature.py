@@ -55,7 +55,7 @@ STUDY = Study(
             "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.2}},
         },
         "batch": {"global_size": 250, "micro_size": 250},
-        "train.steps": 200,
+        "train.steps": 120,
         "optimizer": {"lr": 2e-3},
     },
     arms=tuple(map(_arm, TEMPERATURES)),

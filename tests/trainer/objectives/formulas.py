@@ -206,22 +206,23 @@ def queue(
     ids = meta[label][keep]
     groups = meta[within][keep] if within else torch.zeros_like(ids)
     held = memory.setdefault("queue", [])
-    halves = []
+    ways = []
     for mine, theirs, side in (("image", "text", 1), ("text", "image", 0)):
         old = torch.stack([e[side] for e in held]) if held else torch.zeros(0, 6).double()
         old_ids, old_groups = (torch.tensor([e[i] for e in held]).long() for i in (2, 3))
-        scores = rows[mine][keep] @ torch.cat([rows[theirs][keep], old]).T
         same = (ids[:, None] == ids[None]) & (groups[:, None] == groups[None])
         allowed = torch.cat([torch.ones_like(same), ids[:, None] != old_ids[None]], 1) & (
             groups[:, None] == torch.cat([groups, old_groups])[None]
         )
-        logp = (p["log_scale"].exp() * scores).masked_fill(~allowed, -torch.inf).log_softmax(1)
-        own = torch.where(same, logp[:, : len(ids)], 0)
-        halves.append((-own.sum(1) / same.sum(1)).mean())
+        for batch in (rows[theirs], rows[f"teacher.{theirs}"]):
+            scores = p["log_scale"].exp() * rows[mine][keep] @ torch.cat([batch[keep], old]).T
+            logp = scores.masked_fill(~allowed, -torch.inf).log_softmax(1)
+            own = torch.where(same, logp[:, : len(ids)], 0)
+            ways.append((-own.sum(1) / same.sum(1)).mean())
     slow = zip(rows["teacher.image"][keep], rows["teacher.text"][keep], ids, groups, strict=True)
     held += [(i, t, int(a), int(b)) for i, t, a, b in slow]
     memory["queue"] = held[-size:]
-    return (halves[0] + halves[1]) / 2, None
+    return torch.stack(ways).mean(), None
 
 
 def two_gaussians(values: list[float]) -> tuple[Any, Any, Any]:
