@@ -6,7 +6,7 @@ lam) z_j, for every j of another label: its label lies at (1 - lam) |y_i - y_j| 
 score is lam s_ii + (1 - lam) s_ij, a scale a row and a constant of the scores that are there. A
 hard positive is lam z_j + (1 - lam) z_k of two rows whose labels lie on either side of y_i, within
 the window, lam such that the mixture's is y_i. The paper takes all such pairs, N^2 a row; here each
-row takes some, drawn by seed and step. The paper draws lam for each pair; here each row has one.
+row takes some, drawn by seed and step. In hard negatives each row has one lam.
 """
 
 from __future__ import annotations
