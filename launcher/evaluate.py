@@ -46,7 +46,13 @@ def evaluate_run(where: str, asked: Question, as_json: bool) -> None:
 
     Under torchrun each rank embeds its part, and rank 0 prints and writes. Raises GigabatchError.
     """
-    wanted, run = task_settings(asked.task, asked.given), open_run(where)
+    wanted = task_settings(asked.task, asked.given)
+    if asked.on is None and asked.task != "history":
+        raise GigabatchError(
+            f"--on: {asked.task} needs a set. Name a folder of shards (text-retrieval: a JSONL "
+            "file, or a folder in the BEIR layout)."
+        )
+    run = open_run(where)
     with _joined() as world:
         if asked.task != "history":
             _measure(run, world, asked, wanted, as_json)
@@ -67,12 +73,7 @@ def _measure(
     run: RunFolder, world: World, asked: Question, wanted: Settings, as_json: bool
 ) -> None:
     task = asked.task
-    if asked.on is None:
-        raise GigabatchError(
-            f"--on: {task} needs a set. Name a folder of shards (text-retrieval: a JSONL file, or "
-            "a folder in the BEIR layout)."
-        )
-    step, subject = open_subject(run, asked.on, world, asked.weights)
+    step, subject = open_subject(run, str(asked.on), world, asked.weights)
     measured = measure(task, subject, wanted)
     fields = asked.sliced if measured.samples is not None else ()
     values = {field: subject.values(field, required=False) for field in fields}

@@ -49,6 +49,7 @@ def test_each_bar_can_be_missed(study: Study) -> None:
     assert set(map(frozenset, outcomes.values())) == {frozenset({True, False})}
 
 
+@pytest.mark.slow
 @study_of
 def test_the_same_start_draws_the_same_data(study: Study, tmp_path: Path) -> None:
     arm = study.arms[0]

@@ -65,7 +65,7 @@ def test_a_task_teaches_what_it_takes(task: str, given: list[str], words: str) -
 
 def test_a_text_is_taken_as_it_stands() -> None:
     given = ["query_prefix=query: ", "document_prefix=[D] ", "split=7"]
-    found = task_settings("text-retrieval", given).model_dump()
+    found = task_settings("text-retrieval", given).model_dump(exclude_unset=True)
     assert found == {"query_prefix": "query: ", "document_prefix": "[D] ", "split": "7"}
 
 

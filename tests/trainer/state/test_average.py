@@ -134,12 +134,14 @@ def test_evaluations_use_the_average(
 
     capsys.readouterr()
     while_training = run.evaluation(6)
-    assert measured() == measured("--weights", "ema") == pytest.approx(while_training)
-    assert measured("--weights", "last") != while_training
+    averaged, last = measured(), measured("--weights", "last")
+    assert averaged == measured("--weights", "ema")
+    assert {tag: averaged[tag] for tag in while_training} == pytest.approx(while_training)
+    assert {tag: last[tag] for tag in while_training} != while_training
     kept = {path.name for path in (run.path / "eval").iterdir()}
     assert {"val-retrieval-step-00000006.json", "val-retrieval-last-step-00000006.json"} <= kept
     for weights, file in (("ema", "ema"), (None, "ema"), ("last", "towers")):
-        _, towers = load_newest_towers(run, weights)
+        _, towers = load_newest_towers(run, weights=weights)
         wanted = checkpoint_at(run, 6).tensors(file)
         assert all(torch.equal(w, wanted[name]) for name, w in towers.state_dict().items())
 
@@ -149,7 +151,7 @@ def test_what_was_never_averaged_is_refused(tiny: Path) -> None:
     asked = iter(range(100))
     assert not run_training(run, lambda: next(asked) == 1)
     with pytest.raises(GigabatchError, match="no averaged weights"):
-        load_newest_towers(run, "ema")
+        load_newest_towers(run, weights="ema")
     train = run.config().train.model_copy(update={"ema": 0.5})
     run.write_config(run.config().model_copy(update={"train": train}))
     with pytest.raises(GigabatchError, match="holds no averaged weights"):
