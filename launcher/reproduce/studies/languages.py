@@ -26,7 +26,7 @@ def write(folder: Path, random: np.random.Generator, variant: str) -> None:
         return heard + 0.02 * random.standard_normal(heard.shape)
 
     codes, tongue = random.standard_normal((6000, CONCEPT)), random.integers(0, LANGUAGES, 6000)
-    near = codes + 1.5 * random.standard_normal(codes.shape)
+    near = codes + 1.4 * random.standard_normal(codes.shape)
     of = [{"language": each} for each in tongue]
     write_set(
         folder / "train",

@@ -52,11 +52,11 @@ STUDY = Study(
     config={
         "towers": {
             "width": 32,
-            "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.2}},
+            "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.1}},
         },
-        "batch": {"global_size": 250, "micro_size": 250},
-        "train.steps": 120,
-        "optimizer": {"lr": 2e-3},
+        "batch": {"global_size": 128, "micro_size": 128},
+        "train.steps": 250,
+        "optimizer": {"lr": 4e-3},
     },
     arms=tuple(map(_arm, TEMPERATURES)),
     measures=(
