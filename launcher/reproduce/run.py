@@ -93,8 +93,11 @@ def _data(study: Study, arm: Arm, start: int, out: Path) -> Path:
         fresh = folder.with_name(f".{name}.tmp")
         shutil.rmtree(fresh, ignore_errors=True)
         seed = key("reproduce", study.name, arm.data, start) % (1 << 63)
-        study.write(fresh, np.random.default_rng(seed), arm.data)
-        fresh.rename(folder)
+        try:
+            study.write(fresh, np.random.default_rng(seed), arm.data)
+            fresh.rename(folder)
+        except OSError as error:
+            raise GigabatchError(f"{folder} cannot be written: {error.strerror}.") from error
     for each in sorted(folder.iterdir()):
         open_index(str(each), settings=IndexSettings(dotted=True))  # members such as `text.npy`
     return folder

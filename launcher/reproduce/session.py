@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.reproduce import report
 from gigabatch.launcher.reproduce.run import Stopped, run_study
@@ -23,7 +24,10 @@ def run_all(
 ) -> int:
     """Run them, say and keep what was found; the exit code. Raises GigabatchError."""
     logging.getLogger("gigabatch").setLevel(logging.WARNING)  # train.log has the rest
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GigabatchError(f"--out {out} cannot be made: {error.strerror}.") from error
     hold = True
     say = complain if as_json else _say
     with stop_on_signals(GRACE_S, _leave) as stop:

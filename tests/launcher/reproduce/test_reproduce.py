@@ -98,6 +98,8 @@ def test_experiments_are_listed_and_papers_without_one_are_told(gigabatch: Any) 
     told = json.loads(gigabatch("reproduce", "12", "--json").stdout)
     assert (told["paper"], told["holds"], told["verdict"]) == (12, None, "not yet offered")
     assert "outside the purpose" in gigabatch("reproduce", "4").stdout
+    nowhere = gigabatch("reproduce", "34", "--out", "/proc/nowhere")
+    assert (nowhere.returncode, "--out /proc/nowhere cannot" in nowhere.stderr) == (2, True)
     wrong = gigabatch("reproduce", "56")
     assert wrong.returncode == 2
     assert "neither a paper (1 to 55) nor an experiment" in wrong.stderr
