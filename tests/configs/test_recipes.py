@@ -61,7 +61,7 @@ SHRUNK: dict[str, list[str]] = {
     "colbert.yaml": [
         "towers.text.name=null", f"towers.text.config={BERT}", "towers.more.query.length=8",
     ],
-    "small-gpu.yaml": [*CLIP, "objective.size=40"],
+    "small-gpu.yaml": [*CLIP, "objective.size=8", "train.steps=12"],
 }  # fmt: skip
 """What else one needs. Pretrained models become tiny ones of their kind."""
 
@@ -115,7 +115,8 @@ def test_a_recipe_learns(recipe: str, pairs: Path, tmp_path: Path) -> None:
     told = losses(run.path)
     assert len(told) == config.train.steps
     assert all(map(math.isfinite, told.values()))
-    assert min(told.values()) < told[1]
+    first = 2 if config.objective.name == "queue" else 1  # before, the queue is empty
+    assert min(told[step] for step in told if step > first) < told[first]
     assert run.steps_evaluated() == sorted({*range(3, config.train.steps, 3), config.train.steps})
     assert any(name.endswith("recall@10") for name in run.evaluation(config.train.steps))
 

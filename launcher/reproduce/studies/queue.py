@@ -21,7 +21,7 @@ def write(folder: Path, random: np.random.Generator, variant: str) -> None:
 
 
 def _queue(size: int) -> dict[str, object]:
-    return {"objective": {"name": "queue", "taps": TAPS, "size": size, "momentum": 0.99}}
+    return {"objective": {"name": "queue", "taps": TAPS, "size": size, "momentum": 0.999}}
 
 
 STUDY = Study(
