@@ -25,7 +25,7 @@ def test_every_kernel_compiles_to_tensor_core_code(arch: int) -> None:
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, SCRIPT, str(arch), *PROBLEMS[arch]],
-        capture_output=True, text=True, timeout=290, env=environment,
+        capture_output=True, text=True, timeout=570, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]

@@ -27,7 +27,7 @@ print(json.dumps({name: measure(name, int(sys.argv[1]), 16)["peak_mib"] for name
 
 def peaks(n: int, names: list[str]) -> dict[str, float]:
     command = [sys.executable, "-c", ALL, str(n), *names]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=570)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

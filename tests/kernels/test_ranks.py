@@ -40,7 +40,7 @@ def run_groups(world_sizes: Sequence[int], folder: Path) -> dict[int, list[dict[
         stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        said = process.communicate(timeout=240)[1]
+        said = process.communicate(timeout=570)[1]
     finally:
         with suppress(ProcessLookupError):  # the ranks too, where one waits for another in vain
             os.killpg(process.pid, signal.SIGKILL)

@@ -38,7 +38,7 @@ def run_group(world_size: int, folder: Path) -> list[dict[str, Any]]:
         for rank in range(world_size)
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=280)[1] for process in processes]
+        said = [process.communicate(timeout=570)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
