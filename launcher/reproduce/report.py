@@ -87,8 +87,17 @@ def kept(out: Path, study: Study) -> Path:
     return out / f"{study.name}.json"
 
 
-def keep(out: Path, study: Study, found: dict[str, Any]) -> None:
-    write_atomically(kept(out, study), json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+def keep(out: Path, study: Study, found: dict[str, Any]) -> dict[str, Any]:
+    """Write down what was found, and return it. Where it was only read again, of runs that were
+    there, what it cost to find and when stays as it was."""
+    place = kept(out, study)
+    if place.exists():
+        before: dict[str, Any] = json.loads(place.read_text())
+        if all(before.get(part) == found[part] for part in ("figures", "bars", "starts")):
+            return before
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(place, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    return found
 
 
 def write_report(path: Path, out: Path, studies: Sequence[Study]) -> None:

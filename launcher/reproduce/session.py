@@ -38,8 +38,7 @@ def run_all(
             except Stopped:
                 complain("stopped; the same command goes on")
                 return stop.exit_code
-            found = report.as_json(outcome)
-            report.keep(out, study, found)
+            found = report.keep(out, study, report.as_json(outcome))
             hold &= outcome.holds
             if as_json:
                 write(json.dumps(found, ensure_ascii=False) + "\n")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigabatch.launcher.reproduce.shards import Array, unit
+from gigabatch.launcher.reproduce.shards import Array, unit, write_set
+from gigabatch.launcher.reproduce.study import Write
 
 Sides = Callable[[Array], tuple[Array, Array]]
 
@@ -25,6 +27,20 @@ def two_sides(random: np.random.Generator, latent: int, size: int, noise: float 
         return one, two
 
     return see
+
+
+def pairs_of_views(
+    members: tuple[str, str], latent: int, size: int, train: int, test: int, noise: float = 0.1
+) -> Write:
+    """Writes so many pairs of views of standard normal latents into the sets train and test."""
+
+    def write(folder: Path, random: np.random.Generator, variant: str) -> None:
+        sides = two_sides(random, latent, size, noise)
+        for name, count in (("train", train), ("test", test)):
+            views = sides(random.standard_normal((count, latent)))
+            write_set(folder / name, dict(zip(members, views, strict=True)))
+
+    return write
 
 
 def around(random: np.random.Generator, centres: Array, spread: float) -> Array:

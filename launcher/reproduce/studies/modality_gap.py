@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-
-from gigabatch.launcher.reproduce.shards import write_set
-from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, two_sides
+from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, pairs_of_views
 from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
-
-
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    sides = two_sides(random, latent=16, size=64)
-    for name, count in (("train", 4096), ("test", 1000)):
-        image, text = sides(random.standard_normal((count, 16)))
-        write_set(folder / name, {"image.npy": image, "text.npy": text})
 
 
 def _arm(temperature: float) -> Arm:
@@ -29,7 +17,7 @@ STUDY = Study(
     papers=(32,),
     claim="Embeddings of two modalities lie apart, the more so the lower the temperature.",
     setting="Pairs of vectors; the gap is the distance between the two modalities' means.",
-    write=write,
+    write=pairs_of_views(("image.npy", "text.npy"), latent=16, size=64, train=4096, test=1000),
     config={
         **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=64, layers=2),
         "batch": {"global_size": 128, "micro_size": 128},

@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import numpy as np
-
-from gigabatch.launcher.reproduce.shards import write_set
-from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, two_sides
+from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, pairs_of_views
 from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
 
 TAPS = ["code", "comment"]
-
-
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    sides = two_sides(random, latent=32, size=64, noise=0.6)
-    for name, count in (("train", 8000), ("test", 1000)):
-        code, comment = sides(random.standard_normal((count, 32)))
-        write_set(folder / name, {"code.npy": code, "comment.npy": comment})
 
 
 def _queue(size: int) -> dict[str, object]:
@@ -29,7 +17,7 @@ STUDY = Study(
     papers=(6,),
     claim="A queue of earlier samples, as a momentum tower saw them, makes up for small batches.",
     setting="Pairs of vectors, eight a batch; R@1 among 1,000.",
-    write=write,
+    write=pairs_of_views(("code.npy", "comment.npy"), 32, 64, train=8000, test=1000, noise=0.6),
     config={
         **pair_of_vectors("code", "code.npy", "comment", "comment.npy", size=64),
         "batch": {"global_size": 8, "micro_size": 8},

@@ -7,23 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.reproduce import report
 from gigabatch.launcher.reproduce.run import Stopped, run_study
-from gigabatch.launcher.reproduce.shards import write_set
-from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, two_sides
+from gigabatch.launcher.reproduce.studies.blocks import pair_of_vectors, pairs_of_views
 from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
 from gigabatch.trainer.runfolder import RunFolder
-
-
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    sides = two_sides(random, latent=4, size=8)
-    for name, count in (("train", 128), ("test", 40)):
-        one, two = sides(random.standard_normal((count, 4)))
-        write_set(folder / name, {"one.npy": one, "two.npy": two})
 
 
 def _objective(name: str) -> dict[str, Any]:
@@ -35,7 +26,7 @@ SMALL = Study(
     papers=(34,),
     claim="Training helps.",
     setting="Pairs.",
-    write=write,
+    write=pairs_of_views(("one.npy", "two.npy"), latent=4, size=8, train=128, test=40),
     config={
         **pair_of_vectors("one", "one.npy", "two", "two.npy", size=8, width=16),
         "batch": {"global_size": 32, "micro_size": 32},
@@ -82,7 +73,11 @@ def test_a_stopped_experiment_goes_on_and_tells_what_its_runs_left(tmp_path: Pat
     found = report.as_json(outcome)
     assert json.loads(json.dumps(found)) == found
     assert (found["paper"], found["claim"], found["holds"]) == (34, "Training helps.", True)
-    report.keep(tmp_path, SMALL, found)
+    assert report.keep(tmp_path, SMALL, found) == found
+    read_again = {**found, "seconds": 0.1, "date": "2000-01-01"}
+    assert report.keep(tmp_path, SMALL, read_again) == found  # what it cost to find
+    other = {**read_again, "figures": {}}
+    assert report.keep(tmp_path / "other", SMALL, other) == other
     report.write_report(tmp_path / "docs" / "found.md", tmp_path, [SMALL])
     text = (tmp_path / "docs" / "found.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
