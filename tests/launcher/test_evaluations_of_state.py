@@ -96,7 +96,7 @@ def test_classes_without_images(told: Told) -> None:
     shot = told("--on", "val", "--task", "zero-shot", "label=concept", "templates=this is thing {}")
     assert shot["top1"] > 0.3
     shape = told("--on", "val", "--task", "geometry")
-    assert {"text_uniformity", "numbers_uniformity", "modality_gap"} < shape.keys()
+    assert {"text_uniformity", "numbers_uniformity", "text_numbers_modality_gap"} < shape.keys()
 
 
 def test_the_table_tells_what_the_checkpoint_holds(run: Path, told: Told) -> None:

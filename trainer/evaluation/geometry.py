@@ -7,6 +7,7 @@ All but `effective_rank` and the gap's classifier are of unit vectors: rows are 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +103,8 @@ def geometry(
     taps: Mapping[str, Tensor], labels: Tensor | None, world: World, seed: int
 ) -> dict[str, float]:
     """All of them: `TAP_uniformity`, `TAP_isotropy`, `TAP_effective_rank`, with labels
-    `TAP_tolerance`; for two taps of one width `alignment`, `modality_gap`, `domain_auc`."""
+    `TAP_tolerance`; of two taps of one width `alignment`, `modality_gap`, `domain_auc`, and where
+    there are more taps than two, those of every pair: `TAP_TAP_alignment` and so on."""
     told: dict[str, float] = {}
     for tap, z in taps.items():
         told[f"{tap}_uniformity"] = uniformity(z, world)
@@ -110,12 +112,12 @@ def geometry(
         told[f"{tap}_effective_rank"] = effective_rank(z, world)
         if labels is not None:
             told[f"{tap}_tolerance"] = tolerance(z, labels, world)
-    if len(taps) == 2:
-        x, y = taps.values()
+    for (first, x), (second, y) in combinations(taps.items(), 2):
         if x.shape[1] == y.shape[1]:
-            told["alignment"] = alignment(x, y, world)
-            told["modality_gap"] = modality_gap(x, y, world)
-            told["domain_auc"] = domain_auc(x, y, world, seed)
+            of = "" if len(taps) == 2 else f"{first}_{second}_"
+            told[f"{of}alignment"] = alignment(x, y, world)
+            told[f"{of}modality_gap"] = modality_gap(x, y, world)
+            told[f"{of}domain_auc"] = domain_auc(x, y, world, seed)
     return told
 
 

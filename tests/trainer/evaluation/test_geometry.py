@@ -42,6 +42,18 @@ def test_every_figure_equals_its_definition_over_all_pairs() -> None:
     assert told["modality_gap"] == pytest.approx(np.linalg.norm(x.mean(0) - y.mean(0)))
 
 
+def test_of_three_modalities_every_pair_of_one_width_is_told() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, y, z = (torch.randn(40, 6, generator=random) for _ in range(3))
+    told = geometry({"image": x, "text": y, "path": z, "wide": torch.eye(40)}, None, ALONE, seed=0)
+    pairs = {"image_text": (x, y), "image_path": (x, z), "text_path": (y, z)}
+    assert {name for name in told if "gap" in name} == {f"{pair}_modality_gap" for pair in pairs}
+    for pair, (one, other) in pairs.items():
+        alone = geometry({"a": one, "b": other}, None, ALONE, seed=0)
+        for name in ("alignment", "modality_gap", "domain_auc"):
+            assert told[f"{pair}_{name}"] == alone[name]
+
+
 def test_a_constant_added_to_unit_features_takes_isotropy_to_a_tenth() -> None:
     """The catalogue's case for number 30: a constant vector of norm 3."""
     z = torch.nn.functional.normalize(
