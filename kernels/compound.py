@@ -23,6 +23,7 @@ class Concat(KeySource):
     def __init__(self, *sources: KeySource) -> None:
         self.sources, self.tensors = sources, tuple(t for s in sources for t in s.tensors)
         self.total, self.held = sum(s.total for s in sources), sum(s.held for s in sources)
+        self.learns = any(source.learns for source in sources)
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
         parts, offset, first = [], 0, 0
@@ -53,6 +54,7 @@ class Ragged(KeySource):
             if codes.dtype != torch.int64 or not (codes[1:] >= codes[:-1]).all():
                 raise ValueError(f"{name} must be int64 and sorted; got {codes.dtype}")
         self.tensors, self.total, self.held = (k,), len(k), len(k)
+        self.learns = k.requires_grad
         columns = checked(k, {**(metadata or {}), "group": groups})
         self.panel = Panel(k.detach(), columns, 0, only=(Eq(row_groups, "group"),))
         present = row_groups.unique()
@@ -94,6 +96,7 @@ class Products(KeySource):
             raise ValueError(f"factors must share a shape; got {[f.shape for f in factors]}")
         self.tensors, self.pairings = tuple(factors), pairings
         self.total = self.held = len(factors[0]) * len(pairings)
+        self.learns = any(factor.requires_grad for factor in factors)
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
         row = torch.arange(len(self.tensors[0]), device=self.tensors[0].device)

@@ -54,13 +54,14 @@ class MaxSim(Score):
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
-        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+        drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
         q, k = rows[0].flatten(0, 1), _real(keys).flatten(0, 1)
         products = scratch[: len(k) * len(q)].view(len(keys.keys), -1, len(q))
         first = products.max(1, keepdim=True).indices  # argmax takes three times as long
         each = (grad * rows[1].unsqueeze(1)).T.repeat_interleave(self.tokens, 1).unsqueeze(1)
-        dk.view(k.shape).addmm_(products.zero_().scatter_(1, first, each).view(len(k), -1), q)
+        if dk is not None:
+            dk.view(k.shape).addmm_(products.zero_().scatter_(1, first, each).view(len(k), -1), q)
         starts = torch.arange(0, len(k), products.shape[1], device=k.device).unsqueeze(1)
         chosen, weights = ((first.squeeze(1) + starts).T, each.squeeze(1).T)
         drows[0].view(q.shape).add_(

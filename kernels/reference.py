@@ -23,7 +23,7 @@ def sweep(
     drows: Sequence[Tensor] = (), dk: Tensor | None = None, cache: ScoreCache | None = None,
 ) -> None:  # fmt: skip
     """See `tiled.sweep`. With Z held fixed, sum g exp(x - Z) has the gradient of sum g Z."""
-    with torch.set_grad_enabled(dk is not None):
+    with torch.set_grad_enabled(bool(drows)):
         leaves = [_leaf(operand[panel.rows]) for operand in score.operands]
         keys = _leaf(panel.keys)
         scores = score.dense(leaves, replace(panel, keys=keys))
@@ -34,7 +34,7 @@ def sweep(
             given = [None if v is None else _leaf(v) for v in (part.scale, part.shift, part.bias)]
             wanted += zip((part.dscale, part.dshift, part.dbias), given, strict=True)
             total = total + _term(part, panel, scores, given)
-    if dk is not None:
+    if drows:
         asked = [(into, leaf) for into, leaf in wanted if into is not None and leaf is not None]
         found = torch.autograd.grad(total, [leaf for _, leaf in asked], allow_unused=True)
         for (into, _), grad in zip(asked, found, strict=True):

@@ -34,10 +34,10 @@ class Score(ABC):
     @abstractmethod
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
-        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+        drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
-        """After `tile`: from the gradient of its scores, add to those of the blocks and the keys.
-        May overwrite `grad`."""
+        """After `tile`: from the gradient of its scores, add to those of the blocks and, where it
+        is given, `dk` of the keys. May overwrite `grad`."""
 
     @abstractmethod
     def dense(self, rows: Sequence[Tensor], keys: Panel) -> Tensor:
@@ -61,10 +61,11 @@ class Dot(Score):
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
-        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+        drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
         drows[0].addmm_(grad, keys.keys)
-        dk.addmm_(grad.T, rows[0])
+        if dk is not None:
+            dk.addmm_(grad.T, rows[0])
 
     def dense(self, rows: Sequence[Tensor], keys: Panel) -> Tensor:
         return rows[0] @ keys.keys.T
@@ -99,16 +100,18 @@ class GatedCosine(Score):
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
-        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+        drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
         inverse = scratch[: grad.numel()].view(grad.shape)
         # With A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2 and dB = -G s B^-1 / 2.
         grad_a = grad.mul_(inverse)
         drows[0].addmm_(grad_a, keys.keys)
-        dk.addmm_(grad_a.T, rows[0])
+        if dk is not None:
+            dk.addmm_(grad_a.T, rows[0])
         grad_b = grad_a.mul_(inverse).mul_(scores).mul_(-0.5)
         drows[1].addmm_(grad_b, keys.keys.square())
-        dk.addcmul_(keys.keys, grad_b.T @ rows[1], value=2)
+        if dk is not None:
+            dk.addcmul_(keys.keys, grad_b.T @ rows[1], value=2)
 
     def dense(self, rows: Sequence[Tensor], keys: Panel) -> Tensor:
         return rows[0] @ keys.keys.T * _inverse_root(rows[1] @ keys.keys.square().T)

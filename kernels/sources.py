@@ -49,11 +49,13 @@ Work = Callable[[Panel, list[Tensor]], list[Tensor]]
 class KeySource(ABC):
     """What the engine asks of a source: to bring all keys by, a panel at a time.
 
-    `tensors`: what is differentiated. `total`: number of keys, over all ranks. `held`: of those
-    that belong to this rank, the length of its per-key values.
+    `tensors`: what is differentiated, if it `learns` at all: else, as a queue or a teacher's keys,
+    it costs no gradient, neither its product nor its way home. `total`: number of keys, over all
+    ranks. `held`: of those that belong to this rank, the length of its per-key values.
     """
 
     tensors: tuple[Tensor, ...]
+    learns: bool
     total: int
     held: int
 
@@ -78,6 +80,7 @@ class Local(KeySource):
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor] | None = None) -> None:
         self.tensors, self.total, self.held = (k,), len(k), len(k)
+        self.learns = k.requires_grad
         self.panel = Panel(k.detach(), checked(k, metadata or {}), 0)
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
@@ -91,7 +94,8 @@ class Gather(KeySource):
     """
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        self.group, self.sizes = group, agreed_sizes(k, checked(k, metadata), group)
+        self.group = group
+        self.sizes, self.learns = agreed(k, checked(k, metadata), group)
         self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
         spread = {name: self.spread(column) for name, column in metadata.items()}
         self.panel = Panel(self.spread(k), spread, 0)
@@ -141,7 +145,8 @@ class Ring(KeySource):
     """
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:
-        self.group, self.sizes = group, agreed_sizes(k, checked(k, metadata), group)
+        self.group = group
+        self.sizes, self.learns = agreed(k, checked(k, metadata), group)
         self.tensors, self.total, self.held = (k,), sum(self.sizes), len(k)
         self.rank, self.world_size, self.metadata = dist.get_rank(group), group.size(), metadata
 
@@ -218,16 +223,21 @@ def checked(k: Tensor, metadata: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return metadata
 
 
-def agreed_sizes(k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> list[int]:
-    """Every rank's number of keys; ValueError on all of them where other shapes or dtypes differ,
-    since a collective over unlike tensors ends the process."""
+def agreed(
+    k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup
+) -> tuple[list[int], bool]:
+    """Every rank's number of keys, and whether any rank's want a gradient: one without a row may
+    hold a constant. ValueError on all of them where other shapes or dtypes differ, since a
+    collective over unlike tensors ends the process."""
     kinds = [(name, t.dtype, t.shape[1:]) for name, t in (("k", k), *sorted(metadata.items()))]
-    mine = torch.tensor([len(k), zlib.crc32(repr(kinds).encode())], device=k.device)
+    told = [len(k), zlib.crc32(repr(kinds).encode()), k.requires_grad]
+    mine = torch.tensor(told, dtype=torch.int64, device=k.device)
     found = [torch.empty_like(mine) for _ in range(group.size())]
     dist.all_gather(found, mine, group=group)
-    if any(int(one[1]) != int(mine[1]) for one in found):
+    sizes, checks, learns = torch.stack(found).T.tolist()
+    if len(set(checks)) > 1:
         raise ValueError(f"keys and metadata must be alike on all ranks; on this one {kinds}")
-    return [int(one[0]) for one in found]
+    return sizes, any(learns)
 
 
 def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -240,5 +250,5 @@ def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 def row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
     """int64 [n]: the numbers of this rank's rows in the global batch, ranks in order."""
     rows = torch.empty(n, 0, device=device)
-    sizes = [] if group is None else agreed_sizes(rows, {}, group)[: dist.get_rank(group)]
+    sizes = [] if group is None else agreed(rows, {}, group)[0][: dist.get_rank(group)]
     return torch.arange(sum(sizes), sum(sizes) + n, device=device)

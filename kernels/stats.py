@@ -214,6 +214,7 @@ def _sweep(
     gradients, those of all `tensors`, not yet rounded to their dtypes."""
     score, keys, terms = spec.score, spec.keys, spec.terms
     like, learns, kind = keys.tensors[0], g is not None, spec.inner
+    pulls = learns and keys.learns
     first = len(tensors) - 3 * len(terms)
     fields: list[dict[str, Tensor]] = []  # of each term's `Part`
     same: dict[int, Tensor] = {}  # a tensor that several terms share stays one
@@ -250,15 +251,17 @@ def _sweep(
         for i, name in back:
             here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
         parts = [replace(t, **found) for t, found in zip(terms, here, strict=True)]  # type: ignore[arg-type]
-        dk = [like.new_zeros(panel.keys.shape, dtype=kind)] if learns else []
+        dk = [like.new_zeros(panel.keys.shape, dtype=kind)] if pulls else []
         spec.engine.sweep(score, panel, parts, drows, dk[0] if dk else None, spec.cache)
         return [*dk, *(here[i][name] for i, name in back)]
 
     merges: list[Merge] = ["lse" if _empty(terms[i], name) else "sum" for i, name in back]
     columns = [fields[i][name] for i, name in forth]
     with full_precision(like):
-        merged = keys.fold(work, columns, ["grad", *merges] if learns else merges)
-    dkeys = merged.pop(0).split([len(t) for t in keys.tensors]) if learns else ()
+        merged = keys.fold(work, columns, ["grad", *merges] if pulls else merges)
+    dkeys: Sequence[Tensor | None] = [None] * len(keys.tensors)
+    if pulls:
+        dkeys = merged.pop(0).split([len(t) for t in keys.tensors])
     for (i, name), value in zip(back, merged, strict=True):
         fields[i][name] = value
     grads = [*drows, *dkeys]

@@ -65,14 +65,14 @@ def sweep(
     score: Score, panel: Panel, parts: Sequence[Part],
     drows: Sequence[Tensor] = (), dk: Tensor | None = None, cache: ScoreCache | None = None,
 ) -> None:  # fmt: skip
-    """Results of all terms over one panel and, with `dk`, gradients: adds to `out` and the
-    gradients of the parts, to `drows` of the operands and `dk` of the panel's keys. `cache`: keeps
-    scores of a pass without `dk` for the next, with it."""
+    """Results of all terms over one panel and, with `drows`, gradients: adds to `out` and the
+    gradients of the parts, to `drows` of the operands and, if they learn, `dk` of the panel's keys.
+    `cache`: keeps scores of a pass without gradients for the next, with them."""
     rules = {id(part.rule): OnPanel(part.rule, panel) for part in parts}
     alike = Counter(_logits_of(part) for part in parts if part.phi == "lse")
     for tile in tiles(score, panel, drows, dk, cache):
         seen: dict[Any, Any] = {}  # what several terms use
-        grad = None if dk is None else torch.zeros_like(tile.scores)
+        grad = torch.zeros_like(tile.scores) if drows else None
         for part in parts:
             rule = rules[id(part.rule)]
             if part.out is None and (part.g is None or grad is None):
@@ -136,7 +136,7 @@ def tiles(
     height, width = min(height, stop - first), min(width, n)
     buffers = torch.empty(2, height * width, dtype=kind, device=panel.keys.device)
     scratch = score.scratch(height, width, like) if score.needs_scratch else None
-    kept = None if cache is None else cache.rows(score, panel, kind, height, dk is not None)
+    kept = None if cache is None else cache.rows(score, panel, kind, height, bool(drows))
     for start in range(first, stop, height):
         rows = slice(start, min(start + height, stop))
         blocks = [operand[rows].detach().to(kind) for operand in score.operands]
@@ -147,9 +147,9 @@ def tiles(
             scores, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
             store = block_of(kept, first, rows, columns)
             scores = scores if store is None else store
-            if store is None or dk is None:
+            if store is None or not drows:
                 score.tile(blocks, keys, scores, scratch)
-            into = scores if dk is None else dk[columns]  # without gradients it is not called
+            into = None if dk is None else dk[columns]
             pull = partial(score.pull, blocks, keys, scores, scratch, dblocks, into)
             yield Tile(rows, columns, keys, scores, spare, pull)
 

@@ -49,13 +49,13 @@ def sweep(
     if not _has_kernel(score, panel):
         tiled.sweep(fit(score, panel), panel, parts, drows, dk, cache)
         return
-    learns, kept, first = dk is not None, None, panel.rows.indices(len(score.operands[0]))[0]
+    learns, kept, first = bool(drows), None, panel.rows.indices(len(score.operands[0]))[0]
     if cache is not None:
         kept = cache.rows(score, panel, torch.float32, PANEL[0], learns)
     for rows, columns in _cuts(score, panel):
         part = _Part(score, panel, rows, columns)
         grads = part.run(parts, learns, block_of(kept, first, rows, columns))
-        if dk is not None:
+        if learns:
             part.pull(grads, drows, dk)
 
 
@@ -176,15 +176,17 @@ class _Part:
 
         return self._with_config(launch, False, [program])
 
-    def pull(self, grads: Sequence[Tensor], drows: Sequence[Tensor], dk: Tensor) -> None:
-        """Take the gradients of the products to the operands and the keys."""
-        dk, k = dk[self.columns], self.k
-        _add_product(drows[0][self.rows], grads[0], k)
-        _add_product(dk, grads[0].T, self.operands[0])
+    def pull(self, grads: Sequence[Tensor], drows: Sequence[Tensor], dk: Tensor | None) -> None:
+        """Take the gradients of the products to the operands and, where they learn, the keys."""
+        k = self.k.float() if self.gated else self.k
+        _add_product(drows[0][self.rows], grads[0], self.k)
         if self.gated:
-            k = k.float()
             _add_product(drows[1][self.rows], grads[1], k.square())
-            dk.addcmul_(k, grads[1].T @ self.operands[1].float(), value=2)
+        if dk is not None:
+            dk = dk[self.columns]
+            _add_product(dk, grads[0].T, self.operands[0])
+            if self.gated:
+                dk.addcmul_(k, grads[1].T @ self.operands[1].float(), value=2)
 
     def _start(self, kernel: Any, config: Config, *arguments: Any) -> None:
         full = self.m % config.bm == 0 and self.n % config.bn == 0

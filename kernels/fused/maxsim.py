@@ -122,7 +122,7 @@ class FusedMaxSim(MaxSim):
 
     def pull(
         self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
-        drows: Sequence[Tensor], dk: Tensor, grad: Tensor,
+        drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
         q, k, real, sizes, how = self._arguments(rows, keys)
         grad = grad.mul_(rows[1].unsqueeze(1)).contiguous()
@@ -130,9 +130,10 @@ class FusedMaxSim(MaxSim):
         with torch.cuda.device_of(k):
             blocks = triton.cdiv(q.shape[1], sizes[3])
             _query_grad[(len(q), blocks)](q, k, real, grad, dq_here, len(k), *sizes, **how)
-            _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes, **how)
+            if dk is not None:
+                _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes, **how)
+                dk.add_(dk_here)
         drows[0].add_(dq_here)
-        dk.add_(dk_here)
 
     def _arguments(self, rows: Sequence[Tensor], keys: Panel) -> tuple[Any, ...]:
         """Both sides in the queries' own dtype (exact: tiles were widened from it), the mask, and

@@ -186,6 +186,23 @@ def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> 
     return {"sources": {**result, **{n: v.detach() for n, v in found.items()}, "top": values}}
 
 
+def constants(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+    """Keys that are constants on no rank, on the first alone, and on all: log-sum-exps over rows
+    and columns, and what gradients there are."""
+    case = cases(world_size)["uneven, ids"]
+    mine_q, mine_k = case.slices(rank)
+    found: Results = {}
+    for of, constant in (("none", False), ("first", rank == 0), ("all", True)):
+        x = leaves(q=case.whole.q[mine_q], k=case.whole.k[mine_k], scale=case.whole.scale)
+        k = x.pop("k").detach() if constant else x["k"]
+        keys = key_source(k, {}, dist.group.WORLD, schedule)
+        lses = [Lse("rows", x["scale"]), Lse("columns", x["scale"])]
+        stats = lse_stats(x["q"], keys, lses)
+        result = differentiate(stats.z[0].sum() + (rank + 1) * stats.z[1].sum(), x)
+        found[f"constants: {of}"] = {**result, "learns": torch.tensor(keys.learns)}
+    return found
+
+
 def refusals(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
     """Faults of rank 0 alone, which every rank must hear of: none may be left waiting."""
     q, scale, group = torch.zeros(4, 3, 2), torch.tensor(1.0), dist.group.WORLD
@@ -232,7 +249,7 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size
     )
-    jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, refusals)
+    jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, constants, refusals)
     results: dict[str, Results] = {}
     for schedule in SCHEDULES:
         for again in range(2):  # a second time: the same to the last bit

@@ -171,6 +171,25 @@ def test_sources_of_ranks_hold_the_same_keys_as_one_process(
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
+def test_constant_keys_change_no_other_gradient(
+    ranks: list[dict[str, Results]], schedule: str
+) -> None:
+    """Nor keep ranks apart: one may hold constants where others' keys learn."""
+    for number, rank in enumerate(ranks):
+        found = {name.split(": ")[1]: given for name, given in rank[schedule].items()
+                 if name.startswith("constants")}  # fmt: skip
+        some = len(ranks) > 1
+        learns = {of: bool(result.pop("learns")) for of, result in found.items()}
+        assert learns == {"none": True, "first": some, "all": False}
+        whole = found.pop("none")
+        assert whole["dk"].any()
+        for of, result in found.items():
+            assert ("dk" in result) == (of == "first" and number > 0)
+            for name, value in result.items():
+                assert torch.equal(value, whole[name]), (of, name)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_fault_of_one_rank_is_heard_by_all(
     ranks: list[dict[str, Results]], schedule: str
 ) -> None:

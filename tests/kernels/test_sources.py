@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
@@ -26,7 +27,9 @@ from gigabatch.kernels import (
     row_top,
     take,
 )
-from gigabatch.kernels.sources import KeySource
+from gigabatch.kernels.maxsim import TOKENS, MaxSim
+from gigabatch.kernels.scores import Dot, GatedCosine, Score
+from gigabatch.kernels.sources import KeySource, Merge, Work
 
 ONE = torch.ones((), dtype=torch.float64)
 
@@ -78,6 +81,48 @@ def test_sources_in_a_row_are_one_source(backend: str) -> None:
     assert (take(joined, index).keys[3] == 0).all()
     (dk,) = grads(take(joined, index).keys.sum(), pieces[2])
     assert dk.sum(1).tolist() == [0, 0, 8]
+
+
+class Heard(Local):
+    """Notes what each sweep asks of it."""
+
+    def __init__(self, k: Tensor, metadata: Mapping[str, Tensor]) -> None:
+        super().__init__(k, metadata)
+        self.asked: list[Sequence[Merge]] = []
+
+    def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
+        self.asked.append(merges)
+        return super().fold(work, columns, merges)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["dot", "gated", "maxsim"])
+def test_constant_keys_cost_no_gradient_and_change_no_other(backend: str, form: str) -> None:
+    w = World(6, 11, 4, 0, KIND[backend])
+    vectors, gate = w.tensors["q"], w.tensors["gate"]
+    scores: dict[str, Callable[[Tensor], Score]] = {
+        "dot": Dot,
+        "gated": lambda q: GatedCosine(q, gate),
+        "maxsim": lambda q: MaxSim(q.unflatten(1, (2, 2))),
+    }
+
+    def found(k: Tensor) -> tuple[Heard, tuple[Tensor, ...]]:
+        q, scale = leaf(vectors), leaf(ONE)
+        tokens = k.unflatten(1, (2, 2)) if form == "maxsim" else k
+        real = torch.ones(len(k), 2, dtype=torch.bool)
+        keys = Heard(tokens, {**w.metadata(), TOKENS: real})
+        lses = [Lse("rows", scale), Lse("columns", scale)]
+        stats = lse_stats(scores[form](q), keys, lses, Eq(w.row_id, "id"), backend)
+        learnt = [q, scale, *([k] if k.requires_grad else [])]
+        return keys, grads(everything(stats), *learnt)
+
+    constant, (dq, dscale) = found(w.tensors["k"])
+    learning, (dq_too, dscale_too, dk) = found(leaf(w.tensors["k"]))
+    assert ["grad" in merges for merges in constant.asked] == [False, False]
+    assert ["grad" in merges for merges in learning.asked] == [False, True]
+    assert torch.equal(dq, dq_too)
+    assert torch.equal(dscale, dscale_too)
+    assert dk.any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -162,6 +162,10 @@ def test_three_modalities_by_symile(tmp_path: Path) -> None:
     assert told[10] < told[1]
     _, towers = load_newest_towers(run)
     assert set(towers.encoders) == {"numbers", "path", "tone"}
+    found = run.evaluation(max(told))
+    ways = [f"eval/val/{way}_recall@10" for way in
+            ("path+tone2numbers", "numbers+tone2path", "numbers+path2tone")]  # fmt: skip
+    assert found["eval/val/mean_recall@10"] == pytest.approx(sum(found[way] for way in ways) / 3)
 
 
 @pytest.mark.slow
@@ -227,6 +231,9 @@ def test_eval_of_any_two_modalities(tmp_path: Path, gigabatch: Any) -> None:
     objective = "objective={name: sum, terms: [{taps: [numbers, tone]}, {taps: [text, path]}]}"
     run = new_run(config_in(tmp_path), [NUMBERS, TONE, PATH, objective, "train.steps=4"])
     assert run_training(run)
+    found = run.evaluation(4)
+    ways = {name.split("/")[2].removesuffix("_mrr") for name in found if name.endswith("_mrr")}
+    assert ways == {"numbers2tone", "tone2numbers", "text2path", "path2text"}
 
     def evaluate(*arguments: str) -> Any:
         return gigabatch("eval", run.path, "--on", "val", *arguments)

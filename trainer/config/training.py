@@ -108,8 +108,8 @@ class MonitorSettings(Settings):
 
 class EvalSettings(Settings):
     sets: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
-    """Folders of shards, inside `data.root` or by path; retrieval is measured on each, between the
-    first two modalities that the objective reads, of image, text and `towers.more`."""
+    """Folders of shards, inside `data.root` or by path; retrieval is measured on each, between all
+    modalities that the objective compares; with symile, of each by all others together."""
     every_steps: Amount = 0
     """0: only after the last step."""
 

@@ -21,6 +21,8 @@ from gigabatch.trainer.evaluation.embedding import (
 )
 from gigabatch.trainer.evaluation.ranking import summary
 from gigabatch.trainer.evaluation.retrieval import (
+    comparison_figures,
+    comparisons,
     joint_figures,
     retrieval_figures,
     retrieval_summary,
@@ -43,7 +45,7 @@ def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
         score = wanted.score or _natural_score(config, read)
         figures = joint_figures(found, wanted.given, wanted.find, score, positives, subject.world)
     else:
-        between = wanted.between or config.modalities[:2]
+        between = wanted.between or comparisons(config)[0]
         if len(between) < 2:
             raise GigabatchError(
                 f"retrieval: it takes two modalities, and the run has {between[0]} alone; measure "
@@ -51,7 +53,7 @@ def measure_retrieval(subject: Subject, wanted: keys.Retrieval) -> Measured:
             )
         reading = Reading(between, columns, captions, wanted.width)
         found = subject.embed_compared(reading, place_compared(config, between, wanted.tap))
-        figures = retrieval_figures(found, positives, subject.world)
+        figures = comparison_figures(found, positives, subject.world)
     count = len(subject.index)
 
     def tell(some: Mapping[str, Tensor]) -> dict[str, float]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import combinations
 
 from torch import Tensor
 
 from gigabatch.data.index import Index
 from gigabatch.kernels import gather_rows
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, SymileSettings, singles
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
@@ -27,6 +28,7 @@ from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summar
 from gigabatch.trainer.evaluation.scores import Rows, score_rows
 from gigabatch.trainer.evaluation.taps import compared, place_compared
 from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.taps import parse_tap
 
 RECALLS = (1, 5, 10)
 NAMES = {"i2t": "image to text", "t2i": "text to image"}
@@ -47,18 +49,44 @@ def evaluate_retrieval(
 
     `towers`: called as `Towers` are, in evaluation mode. `positives`: the json field that right
     answers share; None: a caption's right answer is its own image.
-    Between image and text, or the first two modalities that the run has, by their vectors, or by
-    their tokens where those are what the objective reads. Keys: `candidates`, `mean_recall@10`, and
-    for each way (`i2t`, `t2i`; of others `audio2text`) `..._recall@1|5|10`, `..._mrr`,
+    Of all that the objective compares (`comparisons`), by vectors, or by tokens where those are
+    what it reads. Keys: `candidates`, `mean_recall@10` over all ways, and for each way (`i2t`,
+    `t2i`; of others `audio2text`, `image+audio2text`) `..._recall@1|5|10`, `..._mrr`,
     `..._ndcg@10`, `..._r_precision`, `..._mean_rank`, `..._median_rank`.
     """
-    between = config.modalities[:2]
-    reading = Reading(between, [positives] if positives else [])
-    embed = compared(towers, place_compared(config, between))
-    found = embed_set(embed, index, config, run, world, reading, stop)
-    if found is None:
-        return None
-    return retrieval_summary(retrieval_figures(found, positives, world), len(index))
+    figures: dict[str, Tensor] = {}
+    for read in comparisons(config):
+        reading = Reading(read, [positives] if positives else [])
+        embed = compared(towers, place_compared(config, read))
+        found = embed_set(embed, index, config, run, world, reading, stop)
+        if found is None:
+            return None
+        figures |= comparison_figures(found, positives, world)
+    return retrieval_summary(figures, len(index))
+
+
+def comparisons(config: Config) -> list[tuple[str, ...]]:
+    """What the objective compares: two modalities, which find each other, or the three and more of
+    `symile`, each of which all others find together. The run's first two where it compares none."""
+    found: list[tuple[str, ...]] = []
+    for each in singles(config.objective):
+        read = {parse_tap(tap).modality for tap in each.taps}
+        ordered = tuple(name for name in config.modalities if name in read)
+        together = isinstance(each, SymileSettings) and len(read) > 2
+        found += [ordered] if together else combinations(ordered, 2)
+    return list(dict.fromkeys(found)) or [tuple(config.modalities[:2])]
+
+
+def comparison_figures(found: Embedded, positives: str | None, world: World) -> dict[str, Tensor]:
+    """Of two modalities that were embedded those of both ways; of more, those of each by all
+    others, as Symile scores them."""
+    if len(found.taps) == 2:
+        return retrieval_figures(found, positives, world)
+    figures: dict[str, Tensor] = {}
+    for find in found.taps:
+        given = [name for name in found.taps if name != find]
+        figures |= joint_figures(found, given, find, "product", positives, world)
+    return figures
 
 
 def way_names(a: str, b: str) -> tuple[str, str]:
@@ -119,14 +147,14 @@ def _ways(names: Iterable[str]) -> list[str]:
 
 
 def retrieval_summary(figures: Mapping[str, Tensor], candidates: int) -> dict[str, float]:
-    """What is told of a set, from the figures of its queries; of both ways also the mean."""
+    """What is told of a set, from the figures of its queries; of several ways also the mean."""
     told = {"candidates": float(candidates)}
     ways = _ways(figures)
     for way in ways:
         own = {n.removeprefix(f"{way}_"): v for n, v in figures.items() if n.startswith(f"{way}_")}
         told |= summary(own, f"{way}_")
-    both = [told[f"{way}_recall@10"] for way in ways]
-    return told | ({"mean_recall@10": sum(both) / 2} if len(both) == 2 else {})
+    each = [told[f"{way}_recall@10"] for way in ways]
+    return told | ({"mean_recall@10": sum(each) / len(each)} if len(each) > 1 else {})
 
 
 def _one_way(way: str, queries: Rows, keys: Rows, ids: Tensor, world: World) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ class Retrieval(Settings):
     several."""
 
     between: tuple[str, str] | None = None
-    """Two of the run's modalities, [audio, text]. Unset: the run's first two, of image, text and
-    `towers.more`."""
+    """Two of the run's modalities, [audio, text]. Unset: what its (first) objective compares: two,
+    or with symile each modality by all others."""
     tap: Literal["head", "tokens"] | None = None
     """head: one vector a sample; tokens: late interaction. Unset: tokens where the objective reads
     those of both modalities, and not their vectors."""

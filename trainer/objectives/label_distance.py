@@ -37,7 +37,7 @@ class LabelDistance(Scaled):
         "mean_i [log sum_{j != i} (1 + distance |y_i - y_j|) exp(l_ij) - mean_{p != i, y_p = y_i} "
         "l_ip]; mixed_negatives adds keys lam z_i + (1 - lam) z_j, mixed_positives positives "
         "lam z_j + (1 - lam) z_k with y_j < y_i < y_k",
-        "4 T^2 for T taps; with mixed_negatives 8 T^2",
+        "4 T^2 for T taps; with mixed_negatives 7 T^2",
         "regression: ages, depths, doses, prices",
     )
 
@@ -47,7 +47,7 @@ class LabelDistance(Scaled):
         self.needs = Needs(settings.taps, numbers=(settings.label,))
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
-        return 4 * (1 + self.settings.mixed_negatives) * len(self.settings.taps) ** 2
+        return (4 + 3 * self.settings.mixed_negatives) * len(self.settings.taps) ** 2
 
     @over_widths
     def forward(

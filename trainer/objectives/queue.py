@@ -28,7 +28,7 @@ class Queue(Scaled):
         "MoCo, He et al. 2020; CoCoSoDa, 6; a queue for each language, CCP, 46",
         "mean_i [log (sum_j exp(l_ij) + sum_{j in queue} exp(l_ij)) - l_ii], both ways, with j of "
         "the batch once as the towers see it and once as the momentum tower does; the mean of four",
-        "12 + 8 size / N, and one more forward pass of the towers",
+        "10 + 6 size / N, and one more forward pass of the towers",
         "small GPUs, where the batch is too small to hold enough negatives",
     )
 
@@ -44,7 +44,7 @@ class Queue(Scaled):
         self.register_buffer("filled", torch.zeros((), dtype=torch.int64))
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
-        return 12 + 8 * self.settings.size / len(outputs[self.settings.taps[0]])
+        return 10 + 6 * self.settings.size / len(outputs[self.settings.taps[0]])
 
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
