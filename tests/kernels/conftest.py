@@ -1,14 +1,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 from torch.overrides import TorchFunctionMode
+from triton.runtime import interpreter
 
 from gigabatch.kernels.fused import launch
 from gigabatch.kernels.fused.maxsim import FusedMaxSim
+
+
+def patch_the_language_once() -> None:
+    """Triton's interpreter puts its own functions into the language when a kernel starts and again,
+    for three fifths of a test's time, at every call of a function of the kernel. Here it does so
+    where they are not in already."""
+    patch = interpreter._patch_lang
+
+    def unless_done(fn: Any) -> Any:
+        langs = [lang for lang in (tl, tl.core) if any(v is lang for v in fn.__globals__.values())]
+        if any(tl.core.is_builtin(lang.load) for lang in langs):
+            return patch(fn)
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = unless_done
+
+
+if not torch.cuda.is_available():
+    patch_the_language_once()
 
 
 class SeededOnTheCpu(TorchFunctionMode):
