@@ -45,7 +45,8 @@ def study(source: Path, fingerprint: str = "") -> Study:
         setting=f"Emoji of three artists, {NOISE:.0%} of them with the name of another concept; "
         "text to image, among the drawings of an artist (val-artist) and of concepts (val-concept) "
         f"never seen, whose names are right. {STEPS} steps, {STEPS // EPOCH} epochs at one "
-        "learning rate, flips and small moves as the only augmentation and no dropout: time to memorise. "
+        "learning rate, flips and small moves as the only augmentation and no dropout: "
+        "time to memorise. "
         "Both take the pair alone as right in training, since wrong names would spread over a "
         "concept. In brackets 95 % intervals over resampled concepts, of what was measured after "
         "the last step.",
