@@ -11,9 +11,11 @@ from typing import Any
 from gigabatch.kernels.bench.machine import processor
 from gigabatch.launcher.reproduce.papers import PAPERS, Paper
 from gigabatch.launcher.reproduce.run import Outcome
-from gigabatch.launcher.reproduce.study import Bar, Study
+from gigabatch.launcher.reproduce.study import Bar, Figure, Study
 from gigabatch.trainer.files import write_atomically
 
+MANY = 8
+"""Figures: more make lines that no screen holds."""
 HOLDS, FAILS = "holds", "does not hold at this scale"
 
 
@@ -26,10 +28,7 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "claim": study.claim,
         "setting": study.setting,
         "figures": {
-            arm: {
-                name: {"mean": f.mean, "spread": f.spread, "values": list(f.values)}
-                for name, f in of.items()
-            }
+            arm: {name: _figure(figure) for name, figure in of.items()}
             for arm, of in outcome.figures.items()
         },
         "bars": [_bar(bar, outcome) for bar in study.bars],
@@ -39,6 +38,13 @@ def as_json(outcome: Outcome) -> dict[str, Any]:
         "processor": processor(),
         "date": date.today().isoformat(),
     }
+
+
+def _figure(figure: Figure) -> dict[str, Any]:
+    found = {"mean": figure.mean, "spread": figure.spread, "values": list(figure.values)}
+    if figure.low is None:
+        return found
+    return found | {"low": figure.low, "high": figure.high}
 
 
 def _bar(bar: Bar, outcome: Outcome) -> dict[str, Any]:
@@ -60,15 +66,23 @@ def unmeasured(paper: Paper) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """The figures, an arm a line."""
+    """The figures, an arm a line; of many figures, a figure a line."""
     arms: dict[str, dict[str, Any]] = found["figures"]
     names = list(dict.fromkeys(name for of in arms.values() for name in of))
     rows = [["", *names]]
     for arm, of in arms.items():
-        cells = (f"{of[n]['mean']:.3f} ± {of[n]['spread']:.3f}" if n in of else "" for n in names)
-        rows.append([arm, *cells])
+        rows.append([arm, *(_cell(of[name]) if name in of else "" for name in names)])
+    if len(names) > MANY:
+        rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def _cell(figure: dict[str, Any]) -> str:
+    told = f"{figure['mean']:.3f} ± {figure['spread']:.3f}"
+    if "low" not in figure:
+        return told
+    return f"{told} [{figure['low']:.3f}, {figure['high']:.3f}]"
 
 
 def checks(found: dict[str, Any]) -> Iterator[str]:
@@ -120,11 +134,13 @@ def _document(found: dict[str, Any], studies: Sequence[Study]) -> Iterator[str]:
         "whether the effect that a paper claims shows at all, and proves nothing about its size at",
         "scale. Figures are means over random starts, which also draw the data, ± their standard",
         "deviation. `gigabatch reproduce NUMBER` repeats one; its runs are ordinary run folders.",
+        "Those called emoji-... are of real drawings instead (`--data FOLDER`), and take an hour.",
         "",
         "| # | paper | verdict | what gigabatch has of it |",
         "|---|---|---|---|",
     )
-    by_paper = {number: study for study in studies for number in study.papers}
+    # The first of a paper's experiments has its verdict: those on real data follow.
+    by_paper = {number: study for study in reversed(studies) for number in study.papers}
     for paper in PAPERS:
         told = paper.verdict
         if study := by_paper.get(paper.number):

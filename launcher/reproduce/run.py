@@ -10,9 +10,10 @@ import gc
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,14 @@ from gigabatch.data.indexing import open_index
 from gigabatch.data.keyed import key
 from gigabatch.data.scan import IndexSettings
 from gigabatch.launcher.evaluate import kept_name, open_subject
-from gigabatch.launcher.reproduce.study import Arm, Figure, Figures, Measure, Study
+from gigabatch.launcher.reproduce.study import (
+    DATA,
+    Arm,
+    Figure,
+    Figures,
+    Measure,
+    Study,
+)
 from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import differences, parse_config, resolve
@@ -37,6 +45,8 @@ from gigabatch.trainer.runfolder import RunFolder
 
 Say = Callable[[str], None]
 Stop = Callable[[], bool]
+Ends = tuple[float, float | None, float | None]
+"""A figure of one run, and its interval where it has one."""
 
 BASE = {
     "cluster": {"launcher": "inline", "workers": 1, "threads": 1},
@@ -68,21 +78,27 @@ def run_study(study: Study, starts: int, out: Path, say: Say, stop: Stop) -> Out
     """Train and measure every arm from every start, in `out`. Raises GigabatchError, and Stopped
     where `stop` said to leave off."""
     began = time.monotonic()
-    found: dict[str, dict[str, list[float]]] = {arm.name: {} for arm in study.arms}
+    found: dict[str, dict[str, list[Ends]]] = {arm.name: {} for arm in study.arms}
     for start in range(starts):
         for arm in study.arms:
             data = _data(study, arm, start, out)
             run = _trained(study, arm, start, data, out, say, stop)
             for measure in filter(lambda each: each.is_of(arm), study.measures):
-                value = _figure(run, measure, data / measure.on)
-                found[arm.name].setdefault(measure.figure, []).append(value)
+                told = _figure(run, measure, data / measure.on, study.intervals)
+                found[arm.name].setdefault(measure.figure, []).append(told)
             if stop():
                 raise Stopped
     figures = {
-        arm: {name: Figure(tuple(values)) for name, values in of.items()}
-        for arm, of in found.items()
+        arm: {name: _over_starts(each) for name, each in of.items()} for arm, of in found.items()
     }
     return Outcome(study, starts, figures, time.monotonic() - began)
+
+
+def _over_starts(each: list[Ends]) -> Figure:
+    values, lows, highs = zip(*each, strict=True)
+    if None in lows or None in highs:
+        return Figure(values)
+    return Figure(values, mean(lows), mean(highs))
 
 
 def _data(study: Study, arm: Arm, start: int, out: Path) -> Path:
@@ -98,7 +114,7 @@ def _data(study: Study, arm: Arm, start: int, out: Path) -> Path:
             fresh.rename(folder)
         except OSError as error:
             raise GigabatchError(f"{folder} cannot be written: {error.strerror}.") from error
-    for each in sorted(folder.iterdir()):
+    for each in sorted({shard.parent for shard in folder.glob("*/*.tar")}):
         open_index(str(each), settings=IndexSettings(dotted=True))  # members such as `text.npy`
     return folder
 
@@ -107,7 +123,7 @@ def config_of(study: Study, arm: Arm, start: int, data: Path, out: Path) -> Conf
     """The run of an arm from a start."""
     tree: dict[str, Any] = json.loads(json.dumps(BASE))
     for name, value in {**study.config, **arm.config}.items():
-        _set(tree, name, value)
+        _set(tree, name, _placed(value, data))
     _set(tree, "data.root", str(data))
     _set(tree, "run", {"dir": str(out / "runs"), "name": _name(study, arm, start), "seed": start})
     where = f"reproduce {study.name}, {arm.name}"
@@ -121,6 +137,13 @@ def config_of(study: Study, arm: Arm, start: int, data: Path, out: Path) -> Conf
 
 def _name(study: Study, arm: Arm, start: int) -> str:
     return f"{study.name}-{arm.name}-{start}"
+
+
+def _placed(value: Any, data: Path) -> Any:
+    """A value of a config, with the folder of the data in its texts."""
+    if isinstance(value, Mapping):
+        return {name: _placed(each, data) for name, each in value.items()}
+    return value.replace(DATA, str(data)) if isinstance(value, str) else value
 
 
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
@@ -167,22 +190,24 @@ def _refuse_other(run: RunFolder, config: Config) -> None:
         )
 
 
-def _figure(run: RunFolder, measure: Measure, on: Path) -> float:
+def _figure(run: RunFolder, measure: Measure, on: Path, field: str | None) -> Ends:
     """Read from the evaluation files of the run; measured first where it is not there."""
-    told = best_and_last(run) if measure.task == "history" else _measured(run, measure, on)
+    told = best_and_last(run) if measure.task == "history" else _measured(run, measure, on, field)
     tag = f"eval/{on.name}/{measure.metric}"
     if tag not in told:
         raise GigabatchError(f"{run.path}: {measure.task} tells no {tag}; it tells {list(told)}.")
-    return float(told[tag])
+    return float(told[tag]), told.get(f"{tag}/low"), told.get(f"{tag}/high")
 
 
-def _measured(run: RunFolder, measure: Measure, on: Path) -> dict[str, Any]:
+def _measured(run: RunFolder, measure: Measure, on: Path, field: str | None) -> dict[str, Any]:
     task, given = measure.task, measure.settings
     kept = run.measurement(kept_name(on.name, task, given), run.steps_saved()[-1])
     if not kept.exists():
         step, subject = open_subject(run, str(on), alone())
         measured = measure_task(task, subject, task_settings(task, given))
-        told = tags(task, measured, None) | {"settings": list(given)}
-        run.write_measurement(kept_name(on.name, task, given), step, told)
+        seed = None if field is None else subject.config.run.seed
+        told = tags(task, measured, seed, subject.groups(field, measured))
+        told_with = {**told, "settings": list(given)}
+        run.write_measurement(kept_name(on.name, task, given), step, told_with)
     found: dict[str, Any] = json.loads(kept.read_text())
     return found

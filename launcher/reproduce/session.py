@@ -45,9 +45,9 @@ def run_all(
             else:
                 write("\n".join(f"  {line}" for line in _told(found)) + "\n\n")
     if document is not None:
-        from gigabatch.launcher.reproduce.studies import STUDIES
+        from gigabatch.launcher.reproduce.studies import STUDIES, studies_on
 
-        report.write_report(document, out, STUDIES)
+        report.write_report(document, out, (*STUDIES, *studies_on(None)))
     return 0 if hold else 1
 
 

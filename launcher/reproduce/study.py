@@ -13,6 +13,9 @@ from typing import Any
 
 import numpy as np
 
+DATA = "{data}"
+"""In a text of a config: the folder of the start's data."""
+
 Write = Callable[[Path, np.random.Generator, str], None]
 """Writes the sets of one start into a folder: (folder, random, variant of the data)."""
 
@@ -46,9 +49,12 @@ class Measure:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure over the starts."""
+    """A figure over the starts. `low`, `high`: the ends of its 95 % interval over queries, each
+    the mean over the starts; None where it has none."""
 
     values: tuple[float, ...]
+    low: float | None = None
+    high: float | None = None
 
     @property
     def mean(self) -> float:
@@ -94,7 +100,9 @@ class Bar:
 
 @dataclass(frozen=True)
 class Study:
-    """`papers`: numbers in the catalogue. `setting`: one sentence on the data and the arms."""
+    """`papers`: numbers in the catalogue. `setting`: one sentence on the data and the arms.
+    `intervals`: the json field whose values are resampled, with all their queries, for 95 %
+    intervals of the figures; None: no intervals."""
 
     name: str
     papers: tuple[int, ...]
@@ -105,3 +113,4 @@ class Study:
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
     bars: tuple[Bar, ...]
+    intervals: str | None = None

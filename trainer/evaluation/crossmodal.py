@@ -81,13 +81,16 @@ def measure_languages(subject: Subject, wanted: keys.Languages) -> Measured:
         first = first or found
         each = retrieval_figures(found, positives, subject.world)
         for way in way_names(modality, "text"):
-            figures[f"{language}/{way}_recall@1"] = each[f"{way}_recall@1"]
-            figures[f"{language}/{way}_recall@10"] = each[f"{way}_recall@10"]
+            for k in (1, 10):
+                figures[f"{language}/{way}_recall@{k}"] = each[f"{way}_recall@{k}"]
             ranks.setdefault(way, []).append(each[f"{way}_rank"])
     for way, of_languages in ranks.items():
         spread = rank_variance(torch.stack(of_languages))
         figures[f"{way}_mrv"] = spread["rank_variance"]
         figures[f"{way}_mrv_std"] = spread["rank_std"]
+        for k in (1, 10):
+            in_each = [figures[f"{language}/{way}_recall@{k}"] for language in wanted.captions]
+            figures[f"{way}_recall@{k}"] = torch.stack(in_each).mean(0)
     assert first is not None
     told = {"languages": float(len(wanted.captions)), "candidates": float(len(subject.index))}
     return Measured(subject.name, figures, summary, told, subject.numbers(first))

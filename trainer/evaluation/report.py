@@ -14,13 +14,16 @@ from gigabatch.trainer.evaluation.subject import Measured
 MOST_SLICES = 1000
 
 
-def tags(task: str, measured: Measured, seed: int | None) -> dict[str, float]:
+def tags(
+    task: str, measured: Measured, seed: int | None, groups: Tensor | None = None
+) -> dict[str, float]:
     """`eval/SET/METRIC`, or `eval/SET/TASK/METRIC` for any but retrieval. With a `seed` also
-    `.../low` and `.../high`, a 95 % interval over resampled queries."""
+    `.../low` and `.../high`, a 95 % interval over resampled queries, or over resampled `groups` of
+    them: int64 [N]."""
     under = f"eval/{measured.name}/" + (f"{task}/" if task != "retrieval" else "")
     told = {f"{under}{name}": value for name, value in measured.metrics().items()}
     if seed is not None:
-        told |= _ends(under, measured.figures, measured, seed)
+        told |= _ends(under, measured.figures, measured, seed, groups)
     return told
 
 
@@ -50,9 +53,11 @@ def sliced_tags(
     return told
 
 
-def _ends(under: str, figures: Any, measured: Measured, seed: int) -> dict[str, float]:
+def _ends(
+    under: str, figures: Any, measured: Measured, seed: int, groups: Tensor | None = None
+) -> dict[str, float]:
     held: dict[str, Tensor] = dict(figures)
-    found = intervals(held, measured.tell, seed) if held else {}
+    found = intervals(held, measured.tell, seed, groups=groups) if held else {}
     moving = {
         name: ends for name, ends in found.items() if name not in ("candidates", *measured.told)
     }

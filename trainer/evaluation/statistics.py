@@ -65,16 +65,24 @@ def slices(values: Sequence[object], figures: Mapping[str, Tensor]) -> dict[str,
 
 
 def intervals(
-    figures: Mapping[str, Tensor], tell: Tell, seed: int, level: float = 0.95
+    figures: Mapping[str, Tensor],
+    tell: Tell,
+    seed: int,
+    level: float = 0.95,
+    groups: Tensor | None = None,
 ) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap intervals (Efron 1979) of whatever `tell` makes of the figures of N
-    The resamples are a function of (seed, N), so
-       that two models on one set can be compared."""
+    queries. The resamples are a function of (seed, N), so that two models on one set can be
+    compared. `groups`: int64 [N]; queries of one value are not independent, and are drawn together
+    (the cluster bootstrap), N being the number of values."""
     held = {name: values.cpu() for name, values in figures.items()}
     size = len(next(iter(held.values())))
+    members = None if groups is None else _members(groups)
     drawn = []
     for number in range(DRAWS):
-        rows = _resample(size, seed, number)
+        rows = _resample(size if members is None else len(members), seed, number)
+        if members is not None:
+            rows = torch.cat([members[group] for group in rows.tolist()])
         drawn.append(tell({name: values[rows] for name, values in held.items()}))
     ends = [(1 - level) / 2, (1 + level) / 2]
     # A draw may hold no query that some figure is of (no triggered sample, say).
@@ -83,6 +91,12 @@ def intervals(
         name: tuple(np.quantile([each[name] for each in drawn if name in each], ends).tolist())
         for name in names
     }
+
+
+def _members(groups: Tensor) -> tuple[Tensor, ...]:
+    """The rows of each value, int64 each."""
+    counts = groups.unique(return_counts=True)[1]
+    return groups.argsort(stable=True).split(counts.tolist())
 
 
 def _resample(size: int, seed: int, number: int) -> Tensor:

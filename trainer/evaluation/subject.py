@@ -96,6 +96,13 @@ class Subject:
         named = positives_of(self.config.objective) if given is None else given
         return None if named == "none" else named
 
+    def groups(self, name: str | None, measured: Measured) -> Tensor | None:
+        """int64 [N]: of each query the code of its sample's field; None without a field, or where
+        queries are no samples."""
+        if name is None or measured.samples is None:
+            return None
+        return codes_of(self.values(name))[measured.samples.cpu()]
+
     def codes(self, name: str, found: Embedded, index: Index | None = None) -> Tensor:
         """int64 [n]: the codes of a field of this rank's rows."""
         number = found.columns[NAMED_BY_NUMBER]

@@ -83,6 +83,17 @@ def test_intervals_are_those_of_numpy_on_the_same_resamples_and_need_no_more_tha
     np.testing.assert_allclose(once["mean_rank"], near, atol=1.5)
 
 
+def test_intervals_of_groups_draw_their_queries_together() -> None:
+    hits = (torch.arange(30) % 3 == 0).double()
+    alone = intervals({"hit": hits}, summary, seed=5)
+    places = torch.randperm(120, generator=torch.Generator().manual_seed(0))
+    fourfold, groups = hits.repeat_interleave(4), torch.arange(30).repeat_interleave(4) - 7
+    together = intervals({"hit": fourfold[places]}, summary, seed=5, groups=groups[places])
+    assert together["hit"] == pytest.approx(alone["hit"])
+    apart = intervals({"hit": fourfold}, summary, seed=5)["hit"]
+    assert apart[1] - apart[0] < 0.6 * (together["hit"][1] - together["hit"][0])
+
+
 def test_intervals_draw_every_query_alike() -> None:
     seen = torch.zeros(5)
 
