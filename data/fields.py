@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -174,9 +175,13 @@ def _members_of(settings: Other) -> tuple[str, ...]:
 def some_captions(
     indexes: Sequence[Index], fields: Fields, limit: int, cache: ShardCache | None = None
 ) -> Iterator[str]:
-    """The texts of at most `limit` samples, evenly spaced: what a tokeniser is trained on."""
+    """The texts of at most `limit` samples, evenly spaced: what a tokeniser is trained on. All of a
+    sample's that a run may take, so of `choose: random` every one."""
     step = -(-sum(map(len, indexes)) // limit)
     text = fields.texts
+    if text.text is not None and text.text.choose == "random":
+        every = text.text.model_copy(update={"choose": "all", "most": sys.maxsize})
+        text = replace(text, text=every)
     members = text.members(indexes)
     with Sources(indexes, cache) as sources:
         for source, index in enumerate(indexes):

@@ -3,15 +3,19 @@ from __future__ import annotations
 import json
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
+import webdataset as wds
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gigabatch.data.captions import CaptionSettings, NoCaption, choose_caption, read_captions
 from gigabatch.data.errors import BadSample
+from gigabatch.data.fields import Fields, some_captions
+from gigabatch.data.indexing import open_index
 from gigabatch.data.keyed import key
 
 WHERE = "/data/s.tar: sample 'cat'"
@@ -153,3 +157,22 @@ def test_a_key_gives_the_choice_that_it_always_gave() -> None:
 def test_settings_out_of_range_or_unknown_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CaptionSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "found"),
+    [
+        ({}, ["one a", "two a"]),
+        ({"choose": "random"}, ["one a", "one b", "one c", "two a"]),  # at some step, each
+        ({"choose": "all", "most": 2}, ["one a", "one b", "two a"]),
+    ],
+)
+def test_a_tokeniser_learns_from_every_caption_that_a_run_may_take(
+    settings: dict[str, Any], found: list[str], tmp_path: Path
+) -> None:
+    samples = [{"c": [f"one {each}" for each in "abc"]}, {"c": "two a"}]
+    with wds.TarWriter(str(tmp_path / "a.tar"), mtime=0) as writer:
+        for number, sample in enumerate(samples):
+            writer.write({"__key__": f"{number}", "json": sample})
+    fields = Fields(text=CaptionSettings(member="json", field="c", **settings))
+    assert list(some_captions([open_index(tmp_path)], fields, 10)) == found
