@@ -13,7 +13,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objectives import Objective, build_objective
 from gigabatch.trainer.runfolder import RunFolder
 from gigabatch.trainer.state import TABLE
-from gigabatch.trainer.state.average import EMA
+from gigabatch.trainer.state.average import stored_weights
 from gigabatch.trainer.towers import Towers, build_towers
 
 
@@ -29,15 +29,9 @@ def load_newest_towers(
     checkpoint = agree_on_checkpoint(run, world) if world else latest_checkpoint(run)
     if checkpoint is None:
         raise GigabatchError(f"{run.path}: there is no checkpoint yet; train first.")
-    averaged = checkpoint.has(EMA)
-    if weights == EMA and not averaged:
-        raise GigabatchError(
-            f"{run.path}: there are no averaged weights, since the run trains without train.ema. "
-            "Take --weights last."
-        )
-    chosen = EMA if averaged and weights != "last" else "towers"
+    state = stored_weights(checkpoint, weights)
     towers = build_towers(run.config(), load_tokenizer(run.tokenizer).get_vocab_size())
-    towers.load_state_dict(checkpoint.tensors(chosen), strict=True)
+    towers.load_state_dict(state, strict=True)
     return checkpoint.step, towers.eval()
 
 

@@ -18,6 +18,7 @@ from gigabatch.trainer.checkpoint import Checkpoint, latest_checkpoint, open_che
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.runs import open_run
+from gigabatch.trainer.state.average import stored_weights
 from gigabatch.trainer.towers import Towers
 
 log = logging.getLogger(__name__)
@@ -50,21 +51,21 @@ def _find(path: Path, home: Path) -> Checkpoint:
 def load_initial(towers: Towers, config: Config, world: World) -> None:
     """Load the parts of `towers` that `train.init_parts` names; a collective.
 
-    Raises GigabatchError, on every rank, where the checkpoint is damaged or gone, or its names or
-    shapes are not those of the towers; then nothing is loaded.
+    Raises GigabatchError, on every rank, where the checkpoint is damaged or gone, has no weights of
+    the kind asked for, or its names or shapes are not those of the towers; then nothing is loaded.
     """
     folder, parts = config.train.init_from, config.train.init_parts
     assert folder is not None
     fault = ""
     if world.is_main:
         try:
-            open_checkpoint(folder)
+            stored_weights(open_checkpoint(folder), config.train.init_weights)
         except GigabatchError as error:
             fault = f"train.init_from: {error}"
     fault = world.share(fault)
     if fault:
         raise GigabatchError(fault)
-    given = _of_parts(Checkpoint(folder, 0, {}).tensors("towers"), parts)
+    given = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
     _refuse_other(given, wanted, folder, parts)
     towers.load_state_dict(given, strict=False)

@@ -259,7 +259,8 @@ def see_initial(config: Config, folder: Path) -> Any:
     plain = config.model_copy(update={"train": train})
     other = config.run.model_copy(update={"seed": 5})
     source, _ = embed(plain.model_copy(update={"run": other}), folder)
-    files = {"towers": source.state_dict()}
+    averaged = {name: tensor / 2 for name, tensor in source.state_dict().items()}
+    files = {"towers": source.state_dict(), "ema": averaged}
     write_checkpoint(RunFolder(folder), 1, 1, files, {"step": 1}, config.checkpoint)
     towers, _ = embed(plain, folder)
     if config.train.init_from:

@@ -257,6 +257,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     ),
     "train.init_from": ("source", "initial", []),
     "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
+    "train.init_weights": ("last", "initial", ["train.init_from=source"]),
     "train.on_bad_steps": (
         "rewind", "run",
         ["train.max_bad_steps=2", "towers.image={kind: module, module: 'support_towers:Broken'}"],

@@ -75,6 +75,29 @@ def test_the_parts_asked_for_are_taken_and_no_others(
         assert torch.equal(tensor, expected), name
 
 
+@pytest.mark.parametrize(
+    ("wanted", "factor"), [(None, 3), ("train.init_weights=ema", 3), ("train.init_weights=last", 1)]
+)
+def test_averaged_weights_are_taken_where_there_are_any(
+    wanted: str | None, factor: int, source: RunFolder, shards: Path, tmp_path: Path
+) -> None:
+    config = config_of(shards, tmp_path, "train.init_from=source", *([wanted] if wanted else []))
+    state = build_towers(source.config(), VOCAB).state_dict()
+    files = {"towers": state, "ema": {name: 3 * tensor for name, tensor in state.items()}}
+    write_checkpoint(source, 1, 3, files, {"step": 3}, CheckpointSettings())
+    after = begun(config)[1]
+    for name, tensor in state.items():
+        assert torch.equal(after[name], factor * tensor), name
+
+
+def test_an_average_that_is_not_there_is_refused(
+    source: RunFolder, shards: Path, tmp_path: Path
+) -> None:
+    settings = ["train.init_from=source", "train.init_weights=ema"]
+    with pytest.raises(GigabatchError, match=r"no averaged weights.*train.init_weights=last"):
+        begun(config_of(shards, tmp_path, *settings))
+
+
 def test_a_run_is_found_by_name_and_pinned_to_its_newest_checkpoint(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,9 @@ class TrainSettings(Settings):
     init_parts: Annotated[tuple[Part, ...], ONE_OR_MORE] = Field(("image", "text"), min_length=1)
     """What to take of it: a whole tower, or its encoder without the head. A text tower brings its
     tokeniser."""
+    init_weights: Literal["ema", "last"] | None = None
+    """Its weights averaged over steps, or those of its last step. Unset: the average where it has
+    one (`train.ema`)."""
 
 
 class OptimizerSettings(Settings):

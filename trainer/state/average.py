@@ -39,6 +39,18 @@ def open_ema(towers: Towers, momentum: float, checkpoint: Checkpoint | None) -> 
     return ema
 
 
+def stored_weights(checkpoint: Checkpoint, wanted: str | None) -> dict[str, Tensor]:
+    """A checkpoint's towers as of the `last` step, or their average over steps, `ema`; None: the
+    average where it holds one. Raises GigabatchError where it has none, or cannot be read."""
+    averaged = checkpoint.has(EMA)
+    if wanted == EMA and not averaged:
+        raise GigabatchError(
+            f"{checkpoint.path}: there are no averaged weights, since its run trains without "
+            "train.ema. Take the last step's: --weights last, or train.init_weights=last."
+        )
+    return checkpoint.tensors(EMA if averaged and wanted != "last" else "towers")
+
+
 @torch.no_grad()
 def follow(
     weights: Iterator[tuple[str, Tensor]], averages: Sequence[tuple[nn.Module, float]]

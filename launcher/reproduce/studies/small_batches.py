@@ -13,13 +13,15 @@ from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Study
 
 CLASSES, SIZE = 30, 32
 TAPS = ["view", "caption"]
+FEW = "few"
+"""The data of the temperatures, each of which moves only when its sample is visited."""
 
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
     """Pairs about the centres of classes of which the k-th is 1/k as frequent as the first."""
     centres = unit(random.standard_normal((CLASSES, SIZE)))
     share = 1 / np.arange(1, CLASSES + 1)
-    for name, count in (("train", 512), ("test", 1024)):
+    for name, count in (("train", 512 if variant == FEW else 1024), ("test", 1024)):
         of = random.choice(CLASSES, count, p=share / share.sum())
         own = around(random, centres[of], 0.2)
         write_set(
@@ -63,6 +65,7 @@ STUDY = Study(
                 "batch": {"global_size": 256, "micro_size": 256},
                 "train.steps": 600,
             },
+            data=FEW,
         ),
         Arm(
             "pairs",
