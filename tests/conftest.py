@@ -103,7 +103,7 @@ def start() -> Iterator[Any]:
 def gigabatch(start: Any) -> Any:
     """Run a command to its end."""
 
-    def run(*arguments: str | Path, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return start(*arguments).wait(timeout)
 
     return run

@@ -173,7 +173,7 @@ class Command:
             **options,
         )
 
-    def wait(self, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Its outcome. Everything it started is killed if it takes too long."""
         try:
             out, err = self.process.communicate(timeout=timeout)
@@ -199,7 +199,7 @@ def losses(run: Path) -> dict[int, float]:
 
 def wait_for_step(run: Path, step: int, command: Command) -> None:
     """Until `step` stands in metrics.jsonl."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
             return

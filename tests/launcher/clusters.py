@@ -118,7 +118,7 @@ def wait_until(
     what: str,
     log: Path | None = None,
     by: Command | None = None,
-    limit: float = 120,
+    limit: float = 240,
 ) -> Any:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline and (by is None or by.process.poll() is None):

@@ -160,9 +160,9 @@ def test_a_stop_waits_for_the_copy_no_longer_than_its_grace(
     settings = ["checkpoint.copy_to=s3://runs-far", "run.name=a", "train.steps=5000"]
     command = start("train", tiny, *settings, "eval.sets=[]", "cluster.grace_s=4")
     try:
-        assert reached.wait(90)
+        assert reached.wait(240)
         command.signal(signal.SIGTERM)
-        done = command.wait(60)
+        done = command.wait(240)
     finally:
         go_on.set()
     assert done.returncode == 75, done.stdout + done.stderr

@@ -147,7 +147,7 @@ def test_torchrun_started_by_the_user(tiny: Path, tmp_path: Path, gigabatch: Any
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "gigabatch.launcher", "train", str(tiny), "run.name=a",
     ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers on" in done.stdout
     kept = (tmp_path / "runs" / "a" / "config.yaml").read_text()

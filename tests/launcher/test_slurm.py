@@ -83,7 +83,7 @@ def test_tasks_of_srun_are_one_run_that_a_notice_to_one_of_them_stops(
     ]  # fmt: skip
     wait_for_step(run, 3, tasks[0])
     tasks[1].signal(signal.SIGUSR1)
-    done = [task.wait(60) for task in tasks]
+    done = [task.wait(240) for task in tasks]
     assert [each.returncode for each in done] == [75, 75], [each.stderr for each in done]
     assert "2 workers" in (run / "train.log").read_text()
     stopped = max(losses(run))

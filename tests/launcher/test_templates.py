@@ -264,13 +264,13 @@ def test_a_slurm_job_saves_before_its_time_is_over_and_goes_on_when_requeued(
     try:
         wait_for_step(runs / "job", 2, first)
         first.signal(signal.SIGUSR1)  # to the batch shell alone, as Slurm does
-        done = first.wait(120)
+        done = first.wait(300)
         assert done.returncode == 75, done.stdout + done.stderr
         assert (tmp_path / "asked").read_text() == "requeue 4711\n"
         assert len(losses(runs / "job")) < 30
         hurry.touch()
         first = sbatch()
-        done = first.wait(150)
+        done = first.wait(300)
     finally:
         if first.process.poll() is None:
             first.kill()

@@ -222,7 +222,7 @@ print(calls)
 def see_collectives(config: Config, folder: Path) -> Any:
     """What is gathered in one step of the objective, in a process group of its own."""
     command = [sys.executable, "-c", GATHERED, config.objective.model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "(2,)" in done.stdout  # the sizes, at least
     return done.stdout
