@@ -299,18 +299,26 @@ class BYOLSettings(Settings):
 
 class SwAVSettings(Settings):
     name: Literal["swav"]
-    """SwAV: what one view is assigned to, of learnt prototypes that all get as much, is predicted
-    from the other view. An addition to another objective, in a sum."""
-    taps: Pair = ("image", "image@1")
-    """Both ways."""
+    """SwAV: what one view is assigned to, of prototypes that all get as much, is predicted from the
+    other view. An addition to another objective, in a sum."""
+    taps: Pair | tuple[Tap, Tap, Tap] = ("image", "image@1")
+    """Two views, both ways. Of a third tap, such as text, the whole batch's vectors stand for the
+    prototypes."""
     prototypes: Count = 512
-    """How many; scores with all of them take 4 bytes each for each of a worker's samples."""
+    """How many are learnt, without a third tap. Scores with all prototypes take 4 bytes each for
+    each of a worker's samples."""
     temperature: float = Field(0.1, gt=0)
     """Of the predictions."""
     epsilon: float = Field(0.05, gt=0)
     """Of the assignments: the smaller, the nearer each is to one prototype alone."""
     iterations: Count = 3
     """Of Sinkhorn's balancing."""
+
+    @model_validator(mode="after")
+    def _one_kind_of_prototypes(self) -> Self:
+        if len(self.taps) == 3 and "prototypes" in self.model_fields_set:
+            raise ValueError(f"prototypes: those of three taps are the batch's {self.taps[2]}")
+        return self
 
 
 Single = (

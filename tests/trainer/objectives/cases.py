@@ -174,6 +174,11 @@ CASES: dict[str, Case] = {
         {"name": "swav", "prototypes": 5}, "swav", {"tau": 0.1, "epsilon": 0.05, "rounds": 3},
         missing=True,
     ),
+    "swav among texts": Case(
+        {"name": "swav", "taps": ["image", "image@1", "text"]}, "swav",
+        {"taps": ("image", "image@1", "text"), "tau": 0.1, "epsilon": 0.05, "rounds": 3},
+        missing=True,
+    ),
     "swav of two modalities": Case(
         {"name": "swav", "prototypes": 3, "taps": ["image", "text"], "temperature": 0.3,
          "epsilon": 0.2, "iterations": 1},

@@ -408,11 +408,14 @@ def byol(rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int) -> tuple[Te
 
 def swav(
     rows: Rows, p: Rows, meta: Rows, memory: Memory, step: int, tau: float, epsilon: float,
-    rounds: int, taps: tuple[str, str] = ("image", "image@1"),
+    rounds: int, taps: tuple[str, ...] = ("image", "image@1"),
 ) -> tuple[Tensor, None]:  # fmt: skip
-    keep = meta.get("image_present", torch.ones_like(meta["sample"], dtype=torch.bool))
-    c = p["prototypes"] / p["prototypes"].norm(dim=1, keepdim=True)
-    scores = [rows[tap][keep] @ c.T for tap in taps]
+    keep = torch.ones_like(meta["sample"], dtype=torch.bool)
+    for tap in taps:
+        keep = keep & meta.get(f"{tap.partition('@')[0]}_present", keep)
+    c = rows[taps[2]][keep] if len(taps) == 3 else p["prototypes"]
+    c = c / c.norm(dim=1, keepdim=True)
+    scores = [rows[tap][keep] @ c.T for tap in taps[:2]]
     n, k = scores[0].shape
     assigned = []
     for s in scores:
