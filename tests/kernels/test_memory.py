@@ -14,7 +14,7 @@ from gigabatch.kernels.bench.problems import DENSE, PROBLEMS, Batch, step
 from gigabatch.kernels.bench.ring import ring_peaks
 
 pytestmark = pytest.mark.slow
-SIZES = (1024, 2048, 4096, 8192)
+SIZES = (2048, 4096, 6144)
 ALL = """
 import json, sys, torch
 from gigabatch.kernels import tiled
@@ -37,16 +37,15 @@ def test_every_clause_score_and_source_is_linear() -> None:
     found = [peaks(n, names) for n in SIZES]
     for name in names:
         extra = [max(one[name], 4.0) for one in found]  # MiB; less is the allocator's noise
-        # One byte a pair would be 64 MiB at the largest size.
-        assert extra[-1] < 32, (name, extra)
+        # One byte a pair would be 36 MiB at the largest size.
+        assert extra[-1] < 24, (name, extra)
         assert fit_exponent(SIZES, extra) <= 1.1, (name, extra)
 
 
 def test_a_dense_mask_would_be_noticed() -> None:
-    sizes = SIZES[1:]
-    found = [measure_afresh("dense", n, 16, threads=1)["peak_mib"] for n in sizes]
-    assert fit_exponent(sizes, found) > 1.8
-    assert found[-1] * MIB > 3 * 4 * sizes[-1] ** 2
+    found = [measure_afresh("dense", n, 16, threads=1)["peak_mib"] for n in SIZES]
+    assert fit_exponent(SIZES, found) > 1.8
+    assert found[-1] * MIB > 3 * 4 * SIZES[-1] ** 2
 
 
 def test_late_interaction_holds_no_token_matrix() -> None:
@@ -58,9 +57,9 @@ def test_late_interaction_holds_no_token_matrix() -> None:
 
 
 def test_the_peak_of_the_ring_does_not_grow_with_the_world() -> None:
-    three, five = ring_peaks(3), ring_peaks(5)
-    assert five < 1.2 * three + 2
-    assert ring_peaks(5, "gather") > five + 8
+    three, four = ring_peaks(3), ring_peaks(4)
+    assert four < 1.1 * three + 2
+    assert ring_peaks(4, "gather") > four + 8
 
 
 def test_problems_that_are_dense_and_not_agree() -> None:

@@ -112,15 +112,14 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path
     assert len(losses(tmp_path / "runs" / "a")) == 12
 
 
-@pytest.mark.parametrize("launcher", ["inline", "torchrun"])
 def test_a_stop_is_heard_also_where_nobody_reads_any_more(
-    launcher: str, tiny: Path, tmp_path: Path, start: Any
+    tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     """Ctrl-C in `gigabatch train ... 2>&1 | tee log` ends tee too."""
     run = tmp_path / "runs" / "a"
     command = start(
         "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5000",
-        "checkpoint.every_steps=0", f"cluster.launcher={launcher}",
+        "checkpoint.every_steps=0", "cluster.launcher=torchrun",
     )  # fmt: skip
     wait_for_step(run, 3, command)
     command.process.stdout.close()
@@ -153,9 +152,7 @@ def test_ranks_end_with_their_torchrun(tiny: Path, tmp_path: Path, start: Any) -
     ("launcher", "workers", "number", "code"),
     [
         ("inline", 1, signal.SIGINT, 130),
-        ("torchrun", 2, signal.SIGTERM, 75),
         ("torchrun", 2, signal.SIGUSR2, 75),
-        ("ray", 2, signal.SIGINT, 130),
         ("ray", 2, signal.SIGTERM, 75),
     ],
 )
@@ -224,7 +221,7 @@ def test_a_rank_killed_under_ray_is_started_again(
     assert losses(run) == losses(tmp_path / "runs" / "whole")
 
 
-@pytest.mark.parametrize("launcher", ["inline", "torchrun", "ray"])
+@pytest.mark.parametrize("launcher", ["inline", "ray"])
 def test_an_image_that_spoils_every_batch_is_named_and_not_retried(
     launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
@@ -245,18 +242,6 @@ def test_an_image_that_spoils_every_batch_is_named_and_not_retried(
     assert f"{shard}: sample 's00000': the image cannot be decoded" in told
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "runs" / "a" / "attempts").iterdir())) == 1
-
-
-def test_a_fault_in_a_tower_shows_its_traceback(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
-    for launcher in ("torchrun", "ray"):
-        done = gigabatch(
-            "train", tiny, f"cluster.launcher={launcher}", "cluster.max_restarts=0", "eval.sets=[]",
-            f"run.name={launcher}",
-            "towers.image={kind: module, module: 'support_towers:Crashing'}",
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert "this tower cannot see" in done.stderr
-        assert "support_towers.py" in done.stderr
 
 
 def test_a_full_disk_stops_the_run_and_loses_nothing(
@@ -297,6 +282,7 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
     assert message.splitlines()[1].startswith("rank 1 on "), message
     assert message.count("Traceback (most recent call last)") == 1
     assert "RuntimeError: this tower is out of order" in message
+    assert "support_towers.py" in message
     attempts = len(list((tmp_path / "runs" / "a" / "attempts").iterdir()))
     assert attempts == 2  # once more, and not for ever
 
