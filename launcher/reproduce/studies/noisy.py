@@ -42,7 +42,7 @@ STUDY = Study(
     config={
         **pair_of_vectors("view", "image.npy", "caption", "text.npy", size=128, width=256),
         "batch": {"global_size": 250, "micro_size": 250},
-        "train.steps": 432,
+        "train.steps": 360,
         "optimizer": {"lr": 5e-3, "weight_decay": 0.0},
         "schedule.name": "constant",
         "eval": {"sets": ["test"], "every_steps": 72},
