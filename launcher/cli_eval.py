@@ -54,6 +54,15 @@ def evaluate(
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals, /low and /high.")
     ] = False,
+    resampled: Annotated[
+        str | None,
+        typer.Option(
+            "--intervals-by",
+            metavar="FIELD",
+            help="Intervals that draw all queries of one value of this json field together, where "
+            "they are not independent.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Measure a run's newest checkpoint on a set; the figures are also kept in RUN/eval/.
@@ -80,7 +89,7 @@ def evaluate(
     history         best against last step
 
     \b
-    gigabatch eval RUN --on val --intervals --slice lang
+    gigabatch eval RUN --on val --intervals-by concept --slice lang
     gigabatch eval RUN --on val --task probe label=concept tap=encoder
     gigabatch eval RUN --on val --task zero-shot label=group templates='["a photo of {}.", "{}"]'
     gigabatch eval RUN --on val 'given=[image, labs]' find=text
@@ -89,5 +98,5 @@ def evaluate(
     from gigabatch.launcher.evaluate import Question, evaluate_run
 
     given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    asked = Question(task, on, given, sliced or [], intervals, weights and weights.value)
+    asked = Question(task, on, given, sliced or [], intervals, weights and weights.value, resampled)
     evaluate_run(run, asked, as_json=json)

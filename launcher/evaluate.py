@@ -30,8 +30,9 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True)
 class Question:
     """What is asked of a run. `on`: the set, which `history` needs none of. `given`: key=value
-    settings of the task. `sliced`: fields of the samples' json. `weights`: ema or last; None: ema
-    where the run has one."""
+    settings of the task. `sliced`: fields of the samples' json. `resampled`: the field whose values
+    intervals draw, each with all its queries. `weights`: ema or last; None: ema where the run has
+    one."""
 
     task: str
     on: str | None
@@ -39,6 +40,7 @@ class Question:
     sliced: Sequence[str]
     intervals: bool
     weights: str | None = None
+    resampled: str | None = None
 
 
 def evaluate_run(where: str, asked: Question, as_json: bool) -> None:
@@ -77,12 +79,13 @@ def _measure(
     measured = measure(task, subject, wanted)
     fields = asked.sliced if measured.samples is not None else ()
     values = {field: subject.values(field, required=False) for field in fields}
+    groups = subject.groups(asked.resampled, measured)
     if not world.is_main:
         return
-    seed = subject.config.run.seed if asked.intervals else None
-    told = tags(task, measured, seed)
+    seed = subject.config.run.seed if asked.intervals or asked.resampled else None
+    told = tags(task, measured, seed, groups)
     for field in asked.sliced:
-        told |= sliced_tags(task, measured, field, values.get(field, ()), seed)
+        told |= sliced_tags(task, measured, field, values.get(field, ()), seed, groups)
     # Beside the figures of the averaged weights, not over them.
     last = subject.config.train.ema and asked.weights == "last"
     _keep(run, measured, f"{task}-last" if last else task, step, told, asked.given)

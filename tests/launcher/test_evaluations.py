@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from support import TINY, Command, write_rich
 
+from gigabatch.data.errors import GigabatchError
+
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluations")]
 
 
@@ -50,6 +52,12 @@ def test_retrieval_with_slices_and_intervals(run: Path, shards: Path, told: Any)
     low, high = (sure[f"eval/val/t2i_recall@10/{end}"] for end in ("low", "high"))
     assert low <= plain["eval/val/t2i_recall@10"] <= high
     assert low < high
+    together = told("--on", "val", "--intervals-by", "concept", "--slice", "concept")
+    assert together["eval/val/t2i_recall@10/low"] <= together["eval/val/t2i_recall@10"]
+    assert together.keys() > sure.keys()
+    assert together["eval/val/t2i_recall@10/low"] != low
+    one = [together[f"eval/val/concept=3/t2i_mean_rank{end}"] for end in ("", "/low", "/high")]
+    assert one == [one[0]] * 3  # both queries of a concept in every draw
     counts = [whole[f"eval/val/concept={c}/count"] for c in range(50)]
     assert counts == [2.0] * 10 + [1.0] * 40
     parts = [whole[f"eval/val/concept={c}/i2t_recall@10"] for c in range(50)]
@@ -110,6 +118,8 @@ def test_text_retrieval_stands_beside_tfidf(tmp_path: Path, told: Any) -> None:
     ]
     path = tmp_path / "letters.jsonl"
     path.write_text("\n".join(map(json.dumps, pairs)))
+    with pytest.raises(GigabatchError, match="intervals by topic: what asks here are no samples"):
+        told("--on", path, "--task", "text-retrieval", "--intervals-by", "topic")
     found = told("--on", path, "--task", "text-retrieval", "--intervals")
     under = "eval/letters/text-retrieval/"
     assert found[f"{under}tfidf_hit@1"] == 1
@@ -171,8 +181,6 @@ def write_named(folder: Path) -> None:
     ],
 )
 def test_what_is_missing_is_named(told: Any, arguments: list[str], words: str) -> None:
-    from gigabatch.data.errors import GigabatchError
-
     with pytest.raises(GigabatchError) as caught:
         told(*arguments)
     assert words in str(caught.value)

@@ -224,7 +224,7 @@ def see_collectives(config: Config, folder: Path) -> Any:
     command = [sys.executable, "-c", GATHERED, config.objective.model_dump_json()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "(2,)" in done.stdout  # the sizes, at least
+    assert "(3,)" in done.stdout  # sizes and the like, at least
     return done.stdout
 
 

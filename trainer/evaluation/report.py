@@ -28,14 +28,17 @@ def tags(
 
 
 def sliced_tags(
-    task: str, measured: Measured, field: str, values: Sequence[Any], seed: int | None
-) -> dict[str, float]:
+    task: str, measured: Measured, field: str, values: Sequence[Any], seed: int | None,
+    groups: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
     """`eval/SET/[TASK/]FIELD=VALUE/METRIC`, and `count`, by the value of each sample's field.
-    Candidates stay those of the whole set. Raises GigabatchError for a field of too many values."""
+    Candidates stay those of the whole set. `seed`, `groups`: as in `tags`. Raises GigabatchError
+    for a field of too many values."""
     if measured.samples is None or not measured.figures:
         raise GigabatchError(f"--slice {field}: {task} has no figure of single samples to slice.")
     own = [values[number] for number in measured.samples.tolist()]
     cut = slices(own, measured.figures)
+    together = {} if groups is None else slices(own, {"": groups})
     if len(cut) > MOST_SLICES:
         raise GigabatchError(
             f"--slice {field}: it has {len(cut)} values, more than {MOST_SLICES}. Slice by a field "
@@ -49,12 +52,13 @@ def sliced_tags(
         metrics = measured.tell(figures) | {"count": float(count)}
         told |= {f"{place}{name}": metric for name, metric in metrics.items()}
         if seed is not None:
-            told |= _ends(place, figures, measured, seed)
+            mine = together[value][""] if together else None
+            told |= _ends(place, figures, measured, seed, mine)
     return told
 
 
 def _ends(
-    under: str, figures: Any, measured: Measured, seed: int, groups: Tensor | None = None
+    under: str, figures: Any, measured: Measured, seed: int, groups: Tensor | None
 ) -> dict[str, float]:
     held: dict[str, Tensor] = dict(figures)
     found = intervals(held, measured.tell, seed, groups=groups) if held else {}

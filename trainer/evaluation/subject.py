@@ -97,10 +97,15 @@ class Subject:
         return None if named == "none" else named
 
     def groups(self, name: str | None, measured: Measured) -> Tensor | None:
-        """int64 [N]: of each query the code of its sample's field; None without a field, or where
-        queries are no samples."""
-        if name is None or measured.samples is None:
+        """int64 [N]: of each query the code of its sample's field; None without a field, or
+        queries. Raises GigabatchError where queries are no samples."""
+        if name is None or not measured.figures:
             return None
+        if measured.samples is None:
+            raise GigabatchError(
+                f"intervals by {name}: what asks here are no samples, which have such a field. "
+                "Take intervals over single queries."
+            )
         return codes_of(self.values(name))[measured.samples.cpu()]
 
     def codes(self, name: str, found: Embedded, index: Index | None = None) -> Tensor:
