@@ -86,7 +86,7 @@ CASES: dict[str, Case] = {
     "barlow": Case({"name": "barlow"}),
     "byol": Case({"name": "byol"}),
     "swav": Case({"name": "swav", "prototypes": 4096}),
-    "swav among texts": Case({"name": "swav", "taps": ["image", "image@1", "text"]}),
+    "swav, among texts": Case({"name": "swav", "taps": ["image", "image@1", "text"]}),
 }  # fmt: skip
 
 

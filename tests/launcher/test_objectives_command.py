@@ -59,7 +59,12 @@ def test_steps_are_timed_by_the_passes_that_objectives_declare(
         assert one["processor_quotient"] > 0
     code, said, _ = told("--only", "swav", "--only", "barlow")
     assert code == 0
-    assert [line.split()[0] for line in said.splitlines()] == ["objective", "barlow", "swav"]
+    assert [line.split()[0] for line in said.splitlines()] == [
+        "objective",
+        "barlow",
+        "swav",
+        "swav,",
+    ]
     code, _, error = told("--only", "no-such")
     assert code == 2
     assert "there is no objective no-such here; there are barlow, " in error
