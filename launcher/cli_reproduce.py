@@ -56,13 +56,14 @@ def reproduce(
     gigabatch reproduce emoji-languages --data emoji
     gigabatch reproduce all --data emoji --report docs/reproductions.md
     """
-    from gigabatch.launcher.reproduce.session import run_all
     from gigabatch.launcher.reproduce.studies import STUDIES, studies_on
 
     real = studies_on(given)
     if what is None:
         write("\n".join(_listed(STUDIES, real)) + "\n")
         return 0
+    from gigabatch.launcher.reproduce.session import run_all  # seconds, which a list need not wait
+
     studies, papers = _chosen(what, STUDIES, real, is_given=given is not None)
     for paper in papers:
         _tell_unmeasured(paper, as_json)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import outcome
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.reproduce import report
@@ -86,15 +87,19 @@ def test_a_stopped_experiment_goes_on_and_tells_what_its_runs_left(tmp_path: Pat
     assert "first  " in text
 
 
-def test_experiments_are_listed_and_papers_without_one_are_told(gigabatch: Any) -> None:
-    listed = gigabatch("reproduce")
-    assert listed.returncode == 0
-    assert "    34  symile" in listed.stdout
-    told = json.loads(gigabatch("reproduce", "12", "--json").stdout)
-    assert (told["paper"], told["holds"], told["verdict"]) == (12, None, "not yet offered")
-    assert "outside the purpose" in gigabatch("reproduce", "4").stdout
-    nowhere = gigabatch("reproduce", "34", "--out", "/proc/nowhere")
-    assert (nowhere.returncode, "--out /proc/nowhere cannot" in nowhere.stderr) == (2, True)
-    wrong = gigabatch("reproduce", "56")
-    assert wrong.returncode == 2
-    assert "neither a paper (1 to 55) nor an experiment" in wrong.stderr
+def test_experiments_are_listed_and_papers_without_one_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(*arguments: str) -> tuple[int, str, str]:
+        return outcome(monkeypatch, capsys, "reproduce", *arguments)
+
+    code, listed, _ = told()
+    assert code == 0
+    assert "    34  symile" in listed
+    found = json.loads(told("12", "--json")[1])
+    assert (found["paper"], found["holds"], found["verdict"]) == (12, None, "not yet offered")
+    assert "outside the purpose" in told("4")[1]
+    code, _, error = told("34", "--out", "/proc/nowhere")
+    assert (code, "--out /proc/nowhere cannot" in error) == (2, True)
+    code, _, error = told("56")
+    assert (code, "neither a paper (1 to 55) nor an experiment" in error) == (2, True)
