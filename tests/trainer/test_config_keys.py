@@ -14,7 +14,8 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.configfile import known_keys, parse_config, resolve
 
-SLOW = ("command",)
+COMMAND = "command"
+SLOW = ("objective.schedule", "train.max_rewinds")  # processes of their own; several runs
 
 
 def test_the_table_names_every_key() -> None:
@@ -24,13 +25,20 @@ def test_the_table_names_every_key() -> None:
     assert set(KEYS) == alone
 
 
-@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if v[1] not in SLOW])
+@pytest.mark.parametrize(
+    "key",
+    [
+        pytest.param(key, marks=[pytest.mark.slow] if key in SLOW else [])
+        for key, (_, probe, _) in KEYS.items()
+        if probe != COMMAND
+    ],
+)
 def test_key_has_an_effect_or_is_refused(key: str, shards: Path, tmp_path: Path) -> None:
     assert_effect(key, shards, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("key", [k for k, v in KEYS.items() if v[1] in SLOW])
+@pytest.mark.parametrize("key", [key for key, (_, probe, _) in KEYS.items() if probe == COMMAND])
 def test_key_of_the_launcher_has_an_effect(
     key: str, shards: Path, tmp_path: Path, gigabatch: Any
 ) -> None:

@@ -23,6 +23,7 @@ from gigabatch.trainer.runs import create_run
 ALONE = World(0, 1, torch.device("cpu"), None)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_at_each_of_its_widths(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -106,6 +106,7 @@ def test_of_weights_in_shards_the_average_is_whole(tiny: Path, gigabatch: Any) -
     assert_average(RunFolder(tiny.parent / "runs" / "run"), 0.3, 4)
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_two_has_the_same_average(tiny: Path) -> None:
     settings = ("train.ema=0.9", "train.steps=5", "eval.sets=[]")
     whole, cut = (new_run(tiny, name, *settings) for name in ("whole", "cut"))
@@ -119,6 +120,7 @@ def test_a_run_cut_in_two_has_the_same_average(tiny: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_evaluations_use_the_average(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
