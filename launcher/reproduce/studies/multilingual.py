@@ -65,7 +65,7 @@ STUDY = Study(
         },
         "objective": {"name": "infonce", "taps": ["picture", "text"]},
         "batch": {"global_size": 128, "micro_size": 128},
-        "train.steps": 350,
+        "train.steps": 90,
         "optimizer": {"lr": 2e-3},
     },
     arms=(
