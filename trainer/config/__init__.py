@@ -8,6 +8,7 @@ from typing import Self
 from pydantic import model_validator
 
 from gigabatch.data.settings import Settings
+from gigabatch.trainer.config.additions import BarlowSettings, BYOLSettings, SwAVSettings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
 from gigabatch.trainer.config.more import (
@@ -20,8 +21,6 @@ from gigabatch.trainer.config.more import (
 )
 from gigabatch.trainer.config.objective import (
     AnyObjective,
-    BarlowSettings,
-    BYOLSettings,
     HardNegativesSettings,
     InfoNCESettings,
     LabelDistanceSettings,
@@ -35,7 +34,6 @@ from gigabatch.trainer.config.objective import (
     SogCLRSettings,
     SumSettings,
     SupConSettings,
-    SwAVSettings,
     SymileSettings,
     columns_of,
     positives_of,
