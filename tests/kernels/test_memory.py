@@ -44,7 +44,7 @@ def test_every_clause_score_and_source_is_linear() -> None:
 
 def test_a_dense_mask_would_be_noticed() -> None:
     found = [measure_afresh("dense", n, 16, threads=1)["peak_mib"] for n in SIZES]
-    assert fit_exponent(SIZES, found) > 1.8
+    assert fit_exponent(SIZES, found) > 1.7
     assert found[-1] * MIB > 3 * 4 * SIZES[-1] ** 2
 
 
