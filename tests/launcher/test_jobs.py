@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -166,7 +167,10 @@ def test_a_run_folder_that_a_node_does_not_share_is_refused_by_name(
     log = tmp_path / "node.log"
 
     def joined() -> bool:
-        return len(ask(cluster, "/nodes?view=summary")["data"]["summary"]) == 2
+        """Its agents too, which the node starts beside itself: without them no job starts there."""
+        with socket.socket() as here:
+            listens = here.connect_ex(("127.0.0.1", agent)) == 0
+        return listens and len(ask(cluster, "/nodes?view=summary")["data"]["summary"]) == 2
 
     with ray_node(node, cluster.environment, log, *hidden):
         wait_until(joined, "a second node", log)
