@@ -139,6 +139,7 @@ def test_gradcheck(backend: str, symmetric: bool) -> None:
     assert torch.autograd.gradcheck(loss, inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.usefixtures("tiles")
 def test_gradcheck_of_several_statistics_with_scales_of_their_own(backend: str) -> None:

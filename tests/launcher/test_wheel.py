@@ -13,6 +13,7 @@ import gigabatch
 from gigabatch.launcher.wheel import build_wheel, wheel_version
 
 
+@pytest.mark.slow
 def test_it_holds_exactly_what_is_installed_and_pip_takes_it(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path)
     assert wheel.name == f"gigabatch-{wheel_version()}-py3-none-any.whl"
