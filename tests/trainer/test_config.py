@@ -158,6 +158,10 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     ("objective={name: supcon, taps: [image.middle]}", "objective.taps"),
     ("objective={name: sogclr, temperature: 2}", "temperature_max"),
     ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
+    (
+        "objective={name: swav, taps: [image, image@1, text], prototypes: 8}",
+        "prototypes: those of three taps are the batch's text",
+    ),
     ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
     ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
     ("objective={name: hard_negatives, pair: a}", "both `pair` and `changed`"),
