@@ -25,3 +25,15 @@ def test_sogclr_without_negatives(kind: str, taps: tuple[str, str]) -> None:
     assert float(loss.value.detach()) == 0
     assert all(each.grad is not None and not each.grad.any() for each in rows.values())
     assert torch.equal(loss.updates()["state"][:, 0], state[:, 0])
+
+
+def test_swav_of_a_batch_in_which_no_sample_has_all_taps() -> None:
+    settings = {"name": "swav", "taps": ("image", "image@1", "text")}
+    objective = build_objective(TypeAdapter(AnyObjective).validate_python(settings), width=4)
+    taps = ("image", "image@1", "text")
+    rows = {tap: F.normalize(torch.randn(3, 4), dim=1).requires_grad_() for tap in taps}
+    meta = {"sample": torch.arange(3), "text_present": torch.zeros(3, dtype=torch.bool)}
+    loss = objective(rows, meta, Context(None, 1))
+    loss.value.backward()
+    assert float(loss.value.detach()) == 0
+    assert all(each.grad is not None and not each.grad.any() for each in rows.values())
