@@ -2,6 +2,7 @@
 
 image              after the head, in the shared space
 image.encoder      before the head
+image.projection   after a second head: a loss between views need not bend the shared space
 text.tokens        a vector of each token, through a head of its own
 image@1            of a second augmented view (text: with other dropout)
 teacher.image      of the momentum tower
@@ -15,11 +16,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 TEACHER = "teacher."
-PATTERN = r"^[a-z]+(\.encoder|\.tokens)?(@[1-9])?$"
+PATTERN = r"^[a-z]+(\.encoder|\.projection|\.tokens)?(@[1-9])?$"
 
 
 class Tap(NamedTuple):
-    """`place`: head, encoder or tokens. `view`: from 0."""
+    """`place`: head, encoder, projection or tokens. `view`: from 0."""
 
     modality: str
     place: str

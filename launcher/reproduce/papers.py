@@ -83,7 +83,8 @@ PAPERS = tuple(
         (39, "MultiCSR", "study",
          "false negatives left out by a field (`same_id: exclude`) or a `teacher`"),
         (40, "Improved baselines", "in part",
-         "views, label smoothing, `barlow`, `byol`, `swav`, sums; its ablation was not run"),
+         "views after a second head (`image.projection`), label smoothing, `barlow`, `byol`, "
+         "`swav`, sums; its ablation was not run"),
         (41, "Mixture of experts embeddings", "in part",
          "`within` and `data.group`; no routed blocks"),
         (42, "SupReMix", "study", "objective `label_distance`, with mixtures"),

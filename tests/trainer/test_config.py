@@ -156,6 +156,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     ("objective={name: late_interaction, positives: concept}", "gigabatch objectives late_inter"),
     ("objective={name: supcon, taps: [audio]}", "there is no tower 'audio'"),
     ("objective={name: supcon, taps: [image.middle]}", "objective.taps"),
+    ("objective={name: supcon, taps: [image.projection]}", "would never be trained"),
     ("objective={name: sogclr, temperature: 2}", "temperature_max"),
     ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
     (

@@ -254,6 +254,18 @@ def test_tokens_and_features_are_taps(overrides: list[str]) -> None:
     assert found["image.encoder"].shape[1] == towers.encoders["image"].width
 
 
+def test_a_second_head_leaves_the_first_as_it_is() -> None:
+    views = "{name: supcon, taps: [image.projection, image.projection@1]}"
+    alone = build_towers(config(), 100).eval()
+    towers = build_towers(config(f"objective={{name: sum, terms: [{{}}, {views}]}}"), 100).eval()
+    assert towers.heads.keys() - alone.heads.keys() == {"image-projection"}
+    plain, found = alone(inputs()), towers(inputs(), None, ("image.projection",))
+    assert set(found) == {"image", "text", "image.projection"}
+    assert all(torch.equal(found[name], plain[name]) for name in plain)
+    assert found["image.projection"].shape == found["image"].shape
+    assert not torch.allclose(found["image.projection"], found["image"], atol=0.1)
+
+
 def test_a_tower_without_tokens_is_refused_where_they_are_asked_for() -> None:
     tower = "towers.image={kind: module, module: 'support_towers:Pixels'}"
     with pytest.raises(GigabatchError, match="token_width"):

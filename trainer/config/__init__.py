@@ -213,7 +213,15 @@ class Config(Settings):
             )
 
     def _refuse_idle(self) -> None:
-        """Towers that no objective reads, and names that stand for two things."""
+        """Towers and heads that no objective reads, and names that stand for two things."""
+        places = {(tap.modality, tap.place) for tap in map(parse_tap, taps_of(self.objective))}
+        for name, place in sorted(places):
+            if place == "projection" and (name, "head") not in places:
+                raise ValueError(
+                    f"objective.taps: {name}.projection is after a second head; the first, which "
+                    f"retrieval and `gigabatch embed` read, would never be trained. Read {name} "
+                    "too, in a sum, or instead"
+                )
         for name in self.towers.more:
             if name not in self.modalities:
                 raise ValueError(

@@ -31,6 +31,7 @@ from gigabatch.trainer.config.tower import (
     Tower,
 )
 from gigabatch.trainer.config.towers import ConvTower
+from gigabatch.trainer.taps import parse_tap
 from gigabatch.trainer.towers.audio import AudioEncoder, LogMel
 from gigabatch.trainer.towers.foreign import huggingface_encoder, module_encoder
 from gigabatch.trainer.towers.small import ConvEncoder, TokenEncoder
@@ -39,9 +40,9 @@ from gigabatch.trainer.towers.vectors import VectorEncoder, VectorsEncoder
 
 class Towers(nn.Module):
     """All towers of a run. `autocast`: the precision inside, if lower; weights stay float32.
-    `heads`: of each modality, and of its tokens (`text.tokens`, in the dict `text-tokens`) where
-    they are asked for. `shared`: modality -> the one whose weights read it too, which are held,
-    trained and saved once."""
+    `heads`: of each modality; and where they are asked for, of its tokens and its second one
+    (`text.tokens`, in the dict `text-tokens`). `shared`: modality -> the one whose weights read it
+    too, which are held, trained and saved once."""
 
     def __init__(
         self,
@@ -66,10 +67,10 @@ class Towers(nn.Module):
     ) -> dict[str, Tensor]:
         """modality -> float32 [B, D] of unit length; `inputs`: modality -> its encoder's arguments.
 
-        `taps`: plain names of others to come along: `image.encoder` [B, width], `text.tokens`
-        [B, T, D], both of unit length too. `stream` keys all randomness inside: each tower starts
-        from its own seed, so that a second pass over the same micro-batch repeats the first. None
-        (evaluation) leaves it alone.
+        `taps`: plain names of others to come along: `image.encoder` [B, width],
+        `image.projection` [B, D], `text.tokens` [B, T, D], of unit length too. `stream` keys all
+        randomness inside: each tower starts from its own seed, so that a second pass over the same
+        micro-batch repeats the first. None (evaluation) leaves it alone.
         """
         out: dict[str, Tensor] = {}
         for name, arguments in inputs.items():
@@ -84,13 +85,15 @@ class Towers(nn.Module):
     def _places(
         self, name: str, arguments: tuple[Tensor, ...], taps: Sequence[str]
     ) -> dict[str, Tensor]:
-        owner, own = self.owner(name), f"{name}.tokens"
+        owner, own, second = self.owner(name), f"{name}.tokens", f"{name}.projection"
         encoder = self.encoders[owner]
         if own in taps:
             pooled, tokens = encoder(*arguments, tokens=True)
-            found = {own: self.heads[token_head(owner)](tokens)}
+            found = {own: self.heads[further_head(owner, "tokens")](tokens)}
         else:
             pooled, found = encoder(*arguments), {}
+        if second in taps:
+            found[second] = self.heads[further_head(owner, "projection")](pooled)
         if f"{name}.encoder" in taps:
             found[f"{name}.encoder"] = pooled
         return {name: self.heads[owner](pooled), **found}
@@ -114,8 +117,8 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     """The towers of the modalities that the objective reads, with their initial weights, a function
     of `run.seed`. Raises GigabatchError."""
     encoders, heads = {}, {}
-    read = {tap.partition("@")[0] for tap in taps_of(config.objective)}
-    with_tokens = {config.shared.get(m, m) for m in config.modalities if f"{m}.tokens" in read}
+    read = map(parse_tap, taps_of(config.objective))
+    asked = {(config.shared.get(tap.modality, tap.modality), tap.place) for tap in read}
     for name in config.modalities:
         if name in config.shared:
             continue
@@ -131,8 +134,14 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         _refuse_unsound(encoder, where)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
-        if name in with_tokens:
-            heads[token_head(name)] = _token_head(encoder, name, config.towers.width, settings)
+        if (name, "tokens") in asked:
+            heads[further_head(name, "tokens")] = _token_head(
+                encoder, name, config.towers.width, settings
+            )
+        if (name, "projection") in asked:
+            heads[further_head(name, "projection")] = _head(
+                encoder.width, config.towers.width, settings.head
+            )
     autocast = torch.bfloat16 if config.train.precision == "bf16" else None
     return Towers(encoders, heads, autocast, config.shared)
 
@@ -184,9 +193,9 @@ def _head(inner: int, outer: int, settings: HeadSettings) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def token_head(modality: str) -> str:
-    """How the head of a modality's tokens is called among the heads."""
-    return f"{modality}-tokens"  # a module's name may not hold a dot
+def further_head(modality: str, place: str) -> str:
+    """How a modality's head of its tokens, or its second one, is called among the heads."""
+    return f"{modality}-{place}"  # a module's name may not hold a dot
 
 
 def _token_head(encoder: Any, name: str, outer: int, settings: Tower) -> nn.Sequential:

@@ -28,7 +28,7 @@ EVERYTHING = """objective={name: sum, terms: [
     {name: symile, taps: [image, text, image@1]},
     {name: hard_negatives, pair: concept, changed: concept, own_weight: 2.0},
     {name: label_distance, label: concept, mixed_negatives: true, mixed_positives: 2},
-    {name: barlow},
+    {name: barlow, taps: [image.projection, image.projection@1]},
     {name: byol, momentum: 0.9},
     {name: swav, prototypes: 20},
 ]}"""
