@@ -44,7 +44,9 @@ def outcome(client: Any, job: str) -> int:
         write(f"{job} was stopped\n")
         return REQUEUE
     code = info.driver_exit_code
-    reason = (info.message or "no reason given").strip().splitlines()[0]
+    reason = (info.message or "no reason given").strip()
+    if code is not None:
+        reason = reason.splitlines()[0]  # what follows is the log's end, which was shown
     print(f"gigabatch: {job} failed: {reason}", file=sys.stderr)
     return code if code and code > 0 else 1
 

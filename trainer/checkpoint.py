@@ -147,6 +147,10 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
         fresh.rename(final)
         sync_folder(run.checkpoints)
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
+    if not run.owned_by(attempt):  # this process stood still on the way here
+        newest = run.steps_saved()[-1]
+        write_atomically(run.checkpoints / "LATEST", f"step-{newest:08d}\n")
+        raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
 
 
 def _is_other(final: Path, fresh: Path, attempt: int) -> bool:

@@ -7,13 +7,13 @@ import os
 import re
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import support_towers
 from clusters import TOKEN, Cluster, ask, free_ports, node_environment, ray_node, serves, wait_until
@@ -160,17 +160,21 @@ def test_a_run_folder_that_a_node_does_not_share_is_refused_by_name(
 ) -> None:
     runs = tmp_path / "runs"
     runs.mkdir()
-    agent = free_ports(1)[0]
+    agents = free_ports(2)
     # A second node of the cluster with a file system of its own over the folder.
     hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{runs}" && exec "$@"', "sh"]
-    node = [f"--address={cluster.gcs}", f"--dashboard-agent-listen-port={agent}"]
+    node = [
+        f"--address={cluster.gcs}", f"--dashboard-agent-listen-port={agents[0]}",
+        f"--runtime-env-agent-port={agents[1]}",
+    ]  # fmt: skip
     log = tmp_path / "node.log"
 
     def joined() -> bool:
         """Its agents too, which the node starts beside itself: without them no job starts there."""
-        with socket.socket() as here:
-            listens = here.connect_ex(("127.0.0.1", agent)) == 0
-        return listens and len(ask(cluster, "/nodes?view=summary")["data"]["summary"]) == 2
+        sockets = psutil.net_connections("tcp")
+        listening = {each.laddr.port for each in sockets if each.status == psutil.CONN_LISTEN}
+        known = ask(cluster, "/nodes?view=summary")["data"]["summary"]
+        return listening.issuperset(agents) and len(known) == 2
 
     with ray_node(node, cluster.environment, log, *hidden):
         wait_until(joined, "a second node", log)

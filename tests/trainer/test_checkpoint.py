@@ -91,6 +91,24 @@ def test_a_damaged_latest_does_not_matter(content: str, run: RunFolder) -> None:
     assert latest_checkpoint(run).step == 3  # type: ignore[union-attr]
 
 
+def test_a_process_that_stood_still_before_latest_does_not_take_it_back(
+    run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write_atomically
+
+    def late(path: Path, text: str) -> None:
+        monkeypatch.setattr(checkpoint, "write_atomically", write)
+        (run.path / "attempts" / "000002.json").touch()
+        save(run, 9, attempt=2)
+        write(path, text)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", late)
+    with pytest.raises((GigabatchError, OSError), match="a later one has taken over"):
+        save(run, 3)
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000009\n"
+    assert run.steps_saved() == [3, 9]
+
+
 def save_but_die_before_latest(run: RunFolder, step: int) -> None:
     checkpoint.write_atomically = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     save(run, step)
