@@ -68,7 +68,10 @@ def sweep(
     """Results of all terms over one panel and, with `drows`, gradients: adds to `out` and the
     gradients of the parts, to `drows` of the operands and, if they learn, `dk` of the panel's keys.
     `cache`: keeps scores of a pass without gradients for the next, with them."""
-    rules = {id(part.rule): OnPanel(part.rule, panel) for part in parts}
+    masked = {id(part.rule) for part in parts if part.phi != "lse"}
+    rules = {
+        id(part.rule): OnPanel(part.rule, panel, id(part.rule) not in masked) for part in parts
+    }
     alike = Counter(_logits_of(part) for part in parts if part.phi == "lse")
     for tile in tiles(score, panel, drows, dk, cache):
         seen: dict[Any, Any] = {}  # what several terms use

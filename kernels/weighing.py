@@ -1,8 +1,9 @@
 """A rule on one panel of keys, as the `tiled` back end works it out.
 
 On a CPU `where` and `masked_fill` branch at every number: a mask without a pattern costs them
-twelve times an addition. So a mask becomes a log-weight, 0 or -inf; and what a rule says of few
-pairs, the equal ones, is done to these pairs alone.
+twelve times an addition, and a comparison three times. So a mask becomes a log-weight, 0 or -inf,
+by arithmetic where it can; and what a rule says of few pairs, the equal ones, is done to these
+pairs alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.rules import Clause, Either, Eq, Ne, Rule, Table, blend
+from gigabatch.kernels.rules import Clause, Either, Eq, Ne, Rule, SecondScore, Table, blend
 from gigabatch.kernels.sources import Panel
 
 
@@ -53,16 +54,17 @@ def as_log(mask: Tensor, kind: torch.dtype) -> Tensor:
 
 
 class OnPanel:
-    """A rule on one panel, and the clauses that the panel brings along."""
+    """A rule on one panel, and the clauses that the panel brings along. `logarithms`: all that
+    use it add its log-weights, none multiplies by a mask."""
 
-    def __init__(self, rule: Rule, panel: Panel) -> None:
+    def __init__(self, rule: Rule, panel: Panel, logarithms: bool) -> None:
         self.rule, self.panel, self.dense = rule, panel, list[Clause]()
         self.few = list[tuple[Clause, Matches]]()
         for clause in (*rule, *panel.only):
             equal = _of_equal_pairs(clause)
             found = None if equal is None else matches(equal, panel)
             if found is None:
-                self.dense.append(clause)
+                self.dense.append(_by_arithmetic(clause, panel) if logarithms else clause)
             else:
                 self.few.append((clause, found))
 
@@ -87,6 +89,61 @@ class OnPanel:
             row, column = equal.inside(rows, columns)
             found.few.append(_log_weights(clause, rows, keys, row, column, scores))
         return found
+
+
+def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
+    """A mask as log-weights that no comparison makes, or the clause as it is."""
+    if isinstance(clause, Eq) and not isinstance(clause, Ne):
+        codes = torch.cat([clause.rows, panel.metadata[clause.keys]])
+        found, numbers = torch.unique(codes, return_inverse=True)
+        if len(found) <= 2**24:  # float32 holds no more of them
+            of_rows, of_keys = numbers.float().tensor_split([len(clause.rows)])
+            return _Same(of_rows, of_keys, panel.offset)
+    one, other = (clause.one, clause.other) if isinstance(clause, Either) else (clause, None)
+    if isinstance(one, SecondScore) and one.at_most is not None:
+        known = other if isinstance(other, Eq) and not isinstance(other, Ne) else None
+        equal = matches(known, panel) if known else None
+        if other is None or equal is not None:
+            return _Below(SecondScore(one.rows, one.keys), one.at_most, equal, panel.offset)
+    return clause
+
+
+def _minus_infinity(positive: Tensor) -> Tensor:
+    """In place: 0 stays, any number above it becomes -inf."""
+    most = torch.finfo(positive.dtype).max
+    return positive.mul_(-most).mul_(most)
+
+
+@dataclass(frozen=True)
+class _Same:
+    """`Eq` by numbers of the different values, float [M] and [m], which subtract exactly."""
+
+    rows: Tensor
+    keys: Tensor
+    offset: int
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        start = panel.offset - self.offset
+        keys = self.keys[start : start + len(panel.keys)]
+        return _minus_infinity((self.rows[rows].unsqueeze(1) - keys).square_()).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class _Below:
+    """Scores up to `at_most`; `also`: pairs that count whatever their score is."""
+
+    score: SecondScore
+    at_most: float
+    also: Matches | None
+    offset: int
+
+    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+        start = panel.offset - self.offset
+        t = self.score.block(rows, panel, scores)
+        logs = _minus_infinity(t.sub_(self.at_most).clamp_(min=0))
+        if self.also is not None:
+            logs[self.also.inside(rows, slice(start, start + len(panel.keys)))] = 0
+        return logs.to(scores.dtype)
 
 
 def _of_equal_pairs(clause: Clause) -> Eq | None:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigabatch.kernels import AbsDiff, Clause, Either, Eq, Ne, Rule, Table
+from gigabatch.kernels import AbsDiff, Clause, Either, Eq, Ne, Rule, SecondScore, Table
 from gigabatch.kernels.rules import blend
 from gigabatch.kernels.sources import Panel
 from gigabatch.kernels.weighing import Matches, OnPanel
@@ -46,9 +46,10 @@ TABLE = torch.tensor([[0.5, -torch.inf], [-1.0, 2.0], [0.0, 1.0]])
 PANEL = Panel(
     torch.zeros(N, 1),
     {"id": OF_KEYS, "number": torch.arange(N), "role": torch.arange(N) % 2,
-     "label": torch.arange(N) / 9},
-    0,
+     "label": torch.arange(N) / 9, "teacher": torch.arange(2 * N).view(N, 2).cos()},
+    5,
 )  # fmt: skip
+TEACHER = SecondScore(torch.arange(2 * M).view(M, 2).sin(), "teacher", at_most=0.2)
 SAME, OTHER, OWN = Eq(OF_ROWS, "id"), Ne(OF_ROWS, "id"), Eq(NUMBER, "number")
 FEW: dict[str, list[Clause]] = {
     "others": [OTHER],
@@ -60,18 +61,24 @@ FEW: dict[str, list[Clause]] = {
 MANY: dict[str, list[Clause]] = {
     "nothing": [],
     "a mask": [Either(Eq(ROLE, "role"), OWN)],
+    "a group": [Eq(ROLE, "role")],
+    "all but a group": [Ne(ROLE, "role")],
+    "a teacher's": [TEACHER],
+    "a teacher's and the own": [Either(TEACHER, OWN)],
+    "a teacher's and a group": [Either(TEACHER, Eq(ROLE, "role"))],
     "a weight": [AbsDiff(LABEL, "label")],
     "both": [Eq(ROLE, "role"), AbsDiff(LABEL, "label"), Table(ROLE, "role", TABLE)],
 }
 
 
+@pytest.mark.parametrize("logarithms", [False, True])
 @pytest.mark.parametrize("many", MANY)
 @pytest.mark.parametrize("few", FEW)
-def test_few_pairs_weigh_what_the_whole_tile_says(few: str, many: str) -> None:
+def test_few_pairs_weigh_what_the_whole_tile_says(few: str, many: str, logarithms: bool) -> None:
     rule: Rule = [*MANY[many], *FEW[few]]
     rows, columns = slice(7, 51), slice(20, 75)
     keys, scores = PANEL.cut(columns), torch.zeros(44, 55)
-    ready = OnPanel(rule, PANEL)
+    ready = OnPanel(rule, PANEL, logarithms)
     assert len(ready.few) == len(FEW[few])
     assert len(ready.dense) == len(MANY[many])
     mask, logs = blend(rule, rows, keys, scores)
@@ -87,6 +94,6 @@ def test_few_pairs_weigh_what_the_whole_tile_says(few: str, many: str) -> None:
 
 
 def test_many_equal_pairs_are_left_to_a_mask() -> None:
-    ready = OnPanel([Ne(ROLE, "role")], PANEL)
+    ready = OnPanel([Ne(ROLE, "role")], PANEL, True)
     assert not ready.few
     assert len(ready.dense) == 1

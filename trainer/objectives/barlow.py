@@ -36,11 +36,13 @@ class Barlow(Objective):
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
         a, b = paired(outputs, meta, self.settings.taps).vectors
-        # All that leaves a rank are sums, each of which is differentiated on every rank.
+        # All that leaves a rank are sums, each of which is differentiated on every rank. Means are
+        # constants: what sums of centred products would say of them is the centred rows' sum, 0.
         count = sum_rows(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
-        means = sum_rows(torch.stack([a.sum(0), b.sum(0)]), ctx.group) / count
+        means = sum_rows(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
         a, b = a - means[0], b - means[1]
-        moments = sum_rows(torch.stack([a.square().sum(0), b.square().sum(0)]), ctx.group)
+        norms = torch.stack([torch.linalg.vector_norm(each, dim=0) for each in (a, b)])
+        moments = sum_rows(norms.square(), ctx.group)
         spread = (moments / count).clamp(min=1e-12).sqrt()
         c = sum_rows(a.T @ b, ctx.group) / count / (spread[0].unsqueeze(1) * spread[1])
         diagonal = c.diagonal()

@@ -79,9 +79,10 @@ def paired(
     here = torch.ones_like(meta["sample"], dtype=torch.bool)
     for name in {f"{parse_tap(tap).modality}_present" for tap in taps} & meta.keys():
         here = here & meta[name]
-    found = {name: meta[name][here] for name in dict.fromkeys(("sample", *columns))}
-    vectors = tuple(rounded(outputs[tap][here], settings) for tap in taps)
-    return Paired(here, vectors, found)
+    all_here = bool(here.all())  # then nothing is copied, and no gradient put back in its place
+    found = {n: meta[n] if all_here else meta[n][here] for n in ("sample", *columns)}
+    rows = (outputs[tap] if all_here else outputs[tap][here] for tap in taps)
+    return Paired(here, tuple(rounded(each, settings) for each in rows), found)
 
 
 def present(
