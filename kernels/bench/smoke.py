@@ -6,7 +6,8 @@ import torch
 
 from gigabatch import kernels as K
 
-# That fill no block; several, not all full; full ones.
+# That fill no block; several, not all full; full ones. The interpreter of a CPU, which shows no
+# more than that the calls are right, is given the first.
 SIZES = (
     (torch.bfloat16, 70, 24), (torch.bfloat16, 280, 64), (torch.bfloat16, 256, 64),
     (torch.float32, 140, 24),
@@ -16,7 +17,7 @@ SIZES = (
 def smoke() -> None:
     """A step of each kind of kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for dtype, n, d in SIZES:
+    for dtype, n, d in SIZES if device == "cuda" else SIZES[:1]:
         g = torch.Generator(device).manual_seed(0)
         q, k = (
             torch.randn(n, d, generator=g, device=device).to(dtype).requires_grad_()

@@ -13,7 +13,8 @@ from tarfiles import contents
 
 from gigabatch.data.glyphs import glyphs_root
 
-pytestmark = pytest.mark.slow
+# One group: the set is drawn once, and not by each of the workers that would share the tests.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("glyphs")]
 SETS = ("train", "val-face", "val-concept")
 MAKE = "from gigabatch.data.glyphs import glyphs_root; print(glyphs_root())"
 

@@ -13,8 +13,9 @@ import pytest
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 # The rest is the same code for either GPU, and takes a good part of the time: one stands for both.
 PROBLEMS = {
-    80: ["bf16", "cached", "gated", "maxsim"],
-    90: [],  # all
+    80: ["bf16", "fp16", "odd sizes", "maxsim"],
+    90: ["bf16", "cached", "fp32", "rules", "second scores", "gated", "maxsim", "small maxsim",
+         "fp32 maxsim"],
 }  # fmt: skip
 SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, on an A100 and on an H100
 
@@ -36,8 +37,8 @@ def test_every_kernel_compiles_to_tensor_core_code(arch: int) -> None:
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["spills"] <= kernel["instructions"] / 4, kernel
     # Only where scores were kept there is nothing to multiply.
-    without = [kernel for kernel in found if kernel["products"] == 0]
-    assert [kernel["problem"] for kernel in without] == ["cached"]
+    without = [kernel["problem"] for kernel in found if kernel["products"] == 0]
+    assert without == [name for name in PROBLEMS[arch] if name == "cached"]
     # The loss that matters most: its backward pass lives in registers.
     backward = [kernel for kernel in found if kernel["problem"] == "bf16"][1]
     assert backward["spills"] <= 16, backward

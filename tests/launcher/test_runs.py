@@ -22,8 +22,8 @@ from gigabatch.trainer.monitor import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_in_this_process_from_start_to_evaluation(
-    tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
+def test_a_run_in_this_process_from_start_to_evaluation_and_the_board(
+    tiny: Path, tmp_path: Path, gigabatch: Any, start: Any, shards: Path
 ) -> None:
     done = gigabatch("train", tiny, "run.name=a")
     assert done.returncode == 0, done.stderr
@@ -54,10 +54,34 @@ def test_a_run_in_this_process_from_start_to_evaluation(
     resumed = gigabatch("resume", run)
     assert resumed.returncode == 2
     assert "the run is finished" in resumed.stderr
+    assert_the_board_serves_the_curves(run, start)
 
 
-def test_resume_refuses_another_run_with_a_diff(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
-    assert gigabatch("train", tiny, "run.name=a", "eval.sets=[]").returncode == 0
+def assert_the_board_serves_the_curves(run: Path, start: Any) -> None:
+    command: Command = start("board", run, "--port", "0")
+    url = None
+    while url is None:
+        line = command.process.stderr.readline()
+        assert line, "TensorBoard ended"
+        found = re.search(r"at (http://\S+)", line)
+        url = found[1] if found else None
+    deadline = time.monotonic() + 30
+    tags: dict[str, Any] = {}
+    while not tags and time.monotonic() < deadline:
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/tags") as answer:
+            tags = json.load(answer)
+    assert "train/loss" in next(iter(tags.values()))
+    command.signal(signal.SIGINT)
+    command.wait(20)
+
+
+def test_resume_refuses_another_run_with_a_diff_and_other_shards(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    root = tmp_path / "own"
+    write_samples(root / "train", 40, 20, seed=1)
+    settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=9"]
+    assert gigabatch("train", tiny, *settings).returncode == 0
     run = tmp_path / "runs" / "a"
     before = (run / "config.yaml").read_text()
     refused = gigabatch("resume", run, "run.seed=5", "batch.global_size=64", "towers.width=8")
@@ -68,9 +92,14 @@ def test_resume_refuses_another_run_with_a_diff(tiny: Path, tmp_path: Path, giga
     for key in ("run.seed", "batch.global_size", "towers.width"):
         assert f"--allow {key}" in refused.stderr
     assert (run / "config.yaml").read_text() == before
-    longer = gigabatch("resume", run, "train.steps=14", "--allow", "train.steps")
-    assert longer.returncode == 0, longer.stderr
-    assert sorted(losses(run)) == list(range(1, 15))
+    write_samples(root / "train", 60, 20, seed=1)
+    longer = ["train.steps=12", "--allow", "train.steps"]
+    refused = gigabatch("resume", run, *longer)
+    assert refused.returncode == 2
+    assert "not those that the run was trained on" in refused.stderr
+    allowed = gigabatch("resume", run, *longer, "--allow", "data")
+    assert allowed.returncode == 0, allowed.stderr
+    assert sorted(losses(run)) == list(range(1, 13))
 
 
 def test_hugging_face_towers_are_saved_resumed_and_evaluated(
@@ -110,22 +139,6 @@ def test_eval_takes_a_folder_as_the_user_sees_it_with_the_training_data_gone(
         done = start("eval", tmp_path / "runs" / "a", "--on", on, "--json", cwd=here).wait()
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["eval/small/candidates"] == 9
-
-
-def test_resume_refuses_other_shards(
-    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
-) -> None:
-    root = tmp_path / "own"
-    write_samples(root / "train", 40, 20, seed=1)
-    settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=9"]
-    assert gigabatch("train", tiny, *settings).returncode == 0
-    write_samples(root / "train", 60, 20, seed=1)
-    longer = ["train.steps=12", "--allow", "train.steps"]
-    refused = gigabatch("resume", tmp_path / "runs" / "a", *longer)
-    assert refused.returncode == 2
-    assert "not those that the run was trained on" in refused.stderr
-    allowed = gigabatch("resume", tmp_path / "runs" / "a", *longer, "--allow", "data")
-    assert allowed.returncode == 0, allowed.stderr
 
 
 def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
@@ -177,24 +190,3 @@ def test_a_terminal_shows_one_live_line(tiny: Path, tmp_path: Path) -> None:
     assert text.count("\r\x1b[K") >= 10
     assert "ETA" in text
     assert len(re.findall(r"\nstep ", text)) <= 4
-
-
-def test_the_board_serves_the_curves(
-    tiny: Path, tmp_path: Path, gigabatch: Any, start: Any
-) -> None:
-    assert gigabatch("train", tiny, "run.name=a", "eval.sets=[]").returncode == 0
-    command: Command = start("board", tmp_path / "runs" / "a", "--port", "0")
-    url = None
-    while url is None:
-        line = command.process.stderr.readline()
-        assert line, "TensorBoard ended"
-        found = re.search(r"at (http://\S+)", line)
-        url = found[1] if found else None
-    deadline = time.monotonic() + 30
-    tags: dict[str, Any] = {}
-    while not tags and time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{url}data/plugin/scalars/tags") as answer:
-            tags = json.load(answer)
-    assert "train/loss" in next(iter(tags.values()))
-    command.signal(signal.SIGINT)
-    command.wait(20)

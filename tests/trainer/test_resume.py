@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 from contextlib import suppress
 from pathlib import Path
@@ -70,48 +71,31 @@ def assert_board_has_each_step_once(run: Path, whole: dict[int, float]) -> None:
 
 
 @pytest.mark.slow
-def test_world_sizes_agree_over_twenty_steps(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
-    """Dropout and augmentation on, fp32: ranks 1, 2 and 3 (which gets dummies) see one run."""
-    curves = []
-    for workers in (1, 2, 3):
-        done = gigabatch(
-            "train", tiny, "train.steps=20", "eval.sets=[]", "checkpoint.every_steps=0",
-            "cluster.launcher=torchrun", f"cluster.workers={workers}", f"run.name=w{workers}",
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        curves.append(losses(tmp_path / "runs" / f"w{workers}"))
-    for curve in curves[1:]:
-        assert curve == pytest.approx(curves[0], rel=1e-5)
-    assert len(curves[0]) == 20
-
-
-@pytest.mark.slow
-def test_resumes_on_another_number_of_workers_and_another_zero_stage(
+def test_world_sizes_and_zero_stages_agree_over_twenty_steps_and_resume_each_other(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    whole = [
-        tiny, "train.steps=9", "eval.sets=[]", "cluster.launcher=torchrun",
-        "monitor.record_samples=true",
+    """Dropout and augmentation on, fp32: ranks 1, 2 and 3 (which gets dummies) see one run, whole
+    or gone on with by others from its middle."""
+    settings = [
+        tiny, "train.steps=20", "eval.sets=[]", "checkpoint.every_steps=8", "checkpoint.keep=9",
+        "cluster.launcher=torchrun", "monitor.record_samples=true",
     ]  # fmt: skip
-    assert gigabatch("train", *whole, "cluster.workers=2", "run.name=whole").returncode == 0
-    samples = read_samples(tmp_path / "runs" / "whole" / "samples.jsonl")
-    assert [len(samples[step]) for step in range(1, 10)] == [32] * 9
-    part = tmp_path / "runs" / "part"
-    first = gigabatch("train", *whole, "cluster.workers=2", "train.zero=3", "run.name=part",
-                      "checkpoint.keep=9")  # fmt: skip
-    assert first.returncode == 0, first.stderr
-    for step in (6, 9):
-        folder = part / "checkpoints" / f"step-{step:08d}"
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+    one, two, three = (tmp_path / "runs" / f"w{workers}" for workers in (1, 2, 3))
+    for run, workers, zero in ((one, 1, 1), (two, 2, 3), (three, 3, 1)):
+        done = gigabatch("train", *settings, f"cluster.workers={workers}", f"train.zero={zero}",
+                         f"run.name={run.name}")  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    samples = read_samples(one / "samples.jsonl")
+    assert [len(samples[step]) for step in range(1, 21)] == [32] * 20
+    curve = losses(one)
+    assert len(curve) == 20
+    for run in (two, three):
+        assert losses(run) == pytest.approx(curve, rel=1e-5)
+        assert read_samples(run / "samples.jsonl") == samples
     for workers, zero in ((3, 3), (1, 1)):
-        done = gigabatch("resume", part, f"cluster.workers={workers}", f"train.zero={zero}")
+        for step in (16, 20):
+            shutil.rmtree(two / "checkpoints" / f"step-{step:08d}")
+        done = gigabatch("resume", two, f"cluster.workers={workers}", f"train.zero={zero}")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert losses(part) == pytest.approx(losses(tmp_path / "runs" / "whole"), rel=1e-5)
-        assert read_samples(part / "samples.jsonl") == samples
-        for step in (6, 9):
-            folder = part / "checkpoints" / f"step-{step:08d}"
-            for file in folder.iterdir():
-                file.unlink()
-            folder.rmdir()
+        assert losses(two) == pytest.approx(curve, rel=1e-5)
+        assert read_samples(two / "samples.jsonl") == samples
