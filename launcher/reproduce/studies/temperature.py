@@ -12,6 +12,7 @@ from gigabatch.launcher.reproduce.study import Arm, Bar, Measure, Of, Study
 
 TEMPERATURES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 CLASSES, SIZE = 20, 32
+DROPOUT = 0.6
 
 
 def write(folder: Path, random: np.random.Generator, variant: str) -> None:
@@ -46,13 +47,15 @@ STUDY = Study(
     papers=(5,),
     claim="A smaller temperature spreads embeddings evenly and tolerates less that samples of one "
     "class are alike.",
-    setting=f"{CLASSES} overlapping classes, two dropout views, no labels in training; "
-    "tolerance is the mean cosine within a class.",
+    setting=f"{CLASSES} overlapping classes, two views by a dropout of {DROPOUT}, no labels in "
+    "training; tolerance is the mean cosine within a class. (Views of 0.1 or 0.3 are told from all "
+    "others at once: at temperature 0.05 the loss is 0.003, nothing moves, and tolerance stays "
+    "above that at 0.1: Spearman 0.943.)",
     write=write,
     config={
         "towers": {
             "width": 32,
-            "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.1}},
+            "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": DROPOUT}},
         },
         "batch": {"global_size": 128, "micro_size": 128},
         "train.steps": 250,
