@@ -94,13 +94,14 @@ class OnPanel:
 def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
     """A mask as log-weights that no comparison makes, or the clause as it is."""
     if isinstance(clause, Eq) and not isinstance(clause, Ne):
-        codes = torch.cat([clause.rows, panel.metadata[clause.keys]])
+        first, rows = panel.rows.indices(len(clause.rows))[0], clause.rows[panel.rows]
+        codes = torch.cat([rows, panel.metadata[clause.keys]])
         found, numbers = torch.unique(codes, return_inverse=True)
         if len(found) <= 2**24:  # float32 holds no more of them
-            of_rows, of_keys = numbers.float().tensor_split([len(clause.rows)])
-            return _Same(of_rows, of_keys, panel.offset)
+            of_rows, of_keys = numbers.float().tensor_split([len(rows)])
+            return _Same(of_rows, of_keys, first, panel.offset)
     one, other = (clause.one, clause.other) if isinstance(clause, Either) else (clause, None)
-    if isinstance(one, SecondScore) and one.at_most is not None:
+    if isinstance(one, SecondScore) and one.at_most is not None and _finite(one, panel):
         known = other if isinstance(other, Eq) and not isinstance(other, Ne) else None
         equal = matches(known, panel) if known else None
         if other is None or equal is not None:
@@ -108,24 +109,32 @@ def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
     return clause
 
 
+def _finite(score: SecondScore, panel: Panel) -> bool:
+    """Else some scores are NaN, which a comparison leaves out and arithmetic would not."""
+    return all(bool(each.isfinite().all()) for each in (score.rows, panel.metadata[score.keys]))
+
+
 def _minus_infinity(positive: Tensor) -> Tensor:
-    """In place: 0 stays, any number above it becomes -inf."""
+    """In place: 0 stays, numbers above it become -inf (below 1e-38 a number beyond -1e30)."""
     most = torch.finfo(positive.dtype).max
     return positive.mul_(-most).mul_(most)
 
 
 @dataclass(frozen=True)
 class _Same:
-    """`Eq` by numbers of the different values, float [M] and [m], which subtract exactly."""
+    """`Eq` by numbers of the different values, which subtract exactly: `rows` float of the rows
+    from the `first` on, `keys` float [m]."""
 
     rows: Tensor
     keys: Tensor
+    first: int
     offset: int
 
     def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
         start = panel.offset - self.offset
         keys = self.keys[start : start + len(panel.keys)]
-        return _minus_infinity((self.rows[rows].unsqueeze(1) - keys).square_()).to(scores.dtype)
+        own = self.rows[rows.start - self.first : rows.stop - self.first]
+        return _minus_infinity((own.unsqueeze(1) - keys).square_()).to(scores.dtype)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def outcome(client: Any, job: str) -> int:
         write(f"{job} was stopped\n")
         return REQUEUE
     code = info.driver_exit_code
-    reason = (info.message or "no reason given").strip()
+    reason = (info.message or "").strip() or "no reason given"
     if code is not None:
         reason = reason.splitlines()[0]  # what follows is the log's end, which was shown
     print(f"gigabatch: {job} failed: {reason}", file=sys.stderr)

@@ -148,8 +148,9 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
         sync_folder(run.checkpoints)
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
     if not run.owned_by(attempt):  # this process stood still on the way here
-        newest = run.steps_saved()[-1]
-        write_atomically(run.checkpoints / "LATEST", f"step-{newest:08d}\n")
+        saved = (run.checkpoints / f"step-{each:08d}" for each in run.steps_saved())
+        newest = max(saved, key=lambda path: (_attempt_of(path), path.name))
+        write_atomically(run.checkpoints / "LATEST", newest.name + "\n")
         raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
 
 

@@ -8,7 +8,7 @@ checkpoint of its own.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 from torch import Tensor
@@ -67,6 +67,10 @@ def load_initial(towers: Towers, config: Config, world: World) -> None:
         raise GigabatchError(fault)
     given = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
+    further = {name for name in given.keys() ^ wanted.keys() if "-" in name.split(".")[1]}
+    if fresh := sorted({name.split(".")[1] for name in further & wanted.keys()}):
+        log.info("%s has no head %s: it starts anew", folder, ", ".join(fresh))
+    given, wanted = (_without(state, further) for state in (given, wanted))
     _refuse_other(given, wanted, folder, parts)
     towers.load_state_dict(given, strict=False)
     log.info("weights of %s taken from %s", ", ".join(parts), folder)
@@ -77,8 +81,13 @@ def _of_parts(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, 
     starts: list[str] = []
     for part in parts:
         modality, _, only_encoder = part.partition(".")
-        starts += [f"encoders.{modality}."] + [f"heads.{modality}."] * (not only_encoder)
+        heads = [] if only_encoder else [f"heads.{modality}.", f"heads.{modality}-"]
+        starts += [f"encoders.{modality}.", *heads]
     return {name: t for name, t in tensors.items() if name.startswith(tuple(starts))}
+
+
+def _without(tensors: Mapping[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 def _refuse_other(

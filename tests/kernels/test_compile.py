@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-# The rest is the same code for either GPU, and takes a good part of the time: one stands for both.
+# Compiling takes a good part of the time. What an A100 has no room for shows where most is held at
+# once; the rest is the same code for either GPU.
 PROBLEMS = {
-    80: ["bf16", "fp16", "odd sizes", "maxsim"],
+    80: ["bf16", "cached", "fp16", "gated", "odd sizes", "maxsim"],
     90: ["bf16", "cached", "fp32", "rules", "second scores", "gated", "maxsim", "small maxsim",
          "fp32 maxsim"],
 }  # fmt: skip

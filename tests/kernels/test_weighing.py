@@ -48,8 +48,11 @@ PANEL = Panel(
     {"id": OF_KEYS, "number": torch.arange(N), "role": torch.arange(N) % 2,
      "label": torch.arange(N) / 9, "teacher": torch.arange(2 * N).view(N, 2).cos()},
     5,
+    slice(3, 55),
 )  # fmt: skip
 TEACHER = SecondScore(torch.arange(2 * M).view(M, 2).sin(), "teacher", at_most=0.2)
+GAPS = TEACHER.rows.clone()
+GAPS[::5, 0] = torch.nan
 SAME, OTHER, OWN = Eq(OF_ROWS, "id"), Ne(OF_ROWS, "id"), Eq(NUMBER, "number")
 FEW: dict[str, list[Clause]] = {
     "others": [OTHER],
@@ -64,6 +67,7 @@ MANY: dict[str, list[Clause]] = {
     "a group": [Eq(ROLE, "role")],
     "all but a group": [Ne(ROLE, "role")],
     "a teacher's": [TEACHER],
+    "a teacher's, not all finite": [SecondScore(GAPS, "teacher", at_most=0.2)],
     "a teacher's and the own": [Either(TEACHER, OWN)],
     "a teacher's and a group": [Either(TEACHER, Eq(ROLE, "role"))],
     "a weight": [AbsDiff(LABEL, "label")],

@@ -268,12 +268,13 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.parametrize(("launcher", "restarts"), [("torchrun", 0), ("ray", 1)])
 def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
-    tiny: Path, tmp_path: Path, gigabatch: Any
+    launcher: str, restarts: int, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch(
-        "train", tiny, "cluster.launcher=ray", "cluster.workers=2", "eval.sets=[]",
-        "cluster.max_restarts=1", "run.name=a", "checkpoint.every_steps=0",
+        "train", tiny, f"cluster.launcher={launcher}", "cluster.workers=2", "eval.sets=[]",
+        f"cluster.max_restarts={restarts}", "run.name=a", "checkpoint.every_steps=0",
         "towers.image={kind: module, module: 'support_towers:CrashingOnRankOne'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 2
@@ -283,13 +284,12 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
     assert "RuntimeError: this tower is out of order" in message
     assert "support_towers.py" in message
     attempts = len(list((tmp_path / "runs" / "a" / "attempts").iterdir()))
-    assert attempts == 2  # once more, and not for ever
+    assert attempts == 1 + restarts  # so often, and not for ever
 
 
 def contents(run: Path, *names: str) -> dict[str, bytes]:
     """Of the files that count, by path."""
     found = [path for name in names for path in run.glob(name) if path.is_file()]
-    found = [path for path in found if path.suffix != ".tmp"]  # of who was stopped in a write
     return {str(path.relative_to(run)): path.read_bytes() for path in found}
 
 
@@ -317,7 +317,9 @@ def test_a_cut_off_process_that_lives_on_leaves_the_run_untouched(
     second = start("resume", run).wait()
     assert second.returncode == 0, second.stderr
     files = ("metrics.jsonl", "checkpoints/**/*", "eval/*", "attempts/*", "*.txt", "stop*", "save")
-    before = contents(run, *files)
+    # The first may have been stopped in a write.
+    half = f".{first.process.pid}.tmp"
+    before = {k: v for k, v in contents(run, *files).items() if not k.endswith(half)}
     assert "checkpoints/step-00000009/manifest.json" in before
     hurry.unlink()
     first.signal(signal.SIGCONT)

@@ -203,3 +203,22 @@ def test_a_run_that_began_so_goes_on_without_the_other(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "taken from" not in done.stdout
     assert sorted(losses(run.path)) == list(range(1, 7))
+
+
+def test_a_second_head_is_taken_where_both_have_it_and_starts_anew_where_not(
+    source: RunFolder, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    views = "{name: barlow, taps: [image.projection, image.projection@1]}"
+    two = f"objective={{name: sum, terms: [{{}}, {views}]}}"
+    fresh = config_of(shards, tmp_path, two, f"train.init_from={source.path}")
+    with caplog.at_level("INFO", logger="gigabatch"):
+        before, after = begun(fresh)
+    assert "has no head image-projection: it starts anew" in caplog.text
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {name for name in before if "projection" in name} == before.keys() - changed
+
+    files = {"towers": {name: tensor + 1 for name, tensor in before.items()}}
+    write_checkpoint(source, 1, 3, files, {"step": 3}, CheckpointSettings())
+    for config in (fresh, config_of(shards, tmp_path, f"train.init_from={source.path}")):
+        before, after = begun(config)
+        assert all(torch.equal(after[name], files["towers"][name]) for name in before)

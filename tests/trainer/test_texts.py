@@ -174,3 +174,11 @@ def test_what_does_not_fit_is_refused(pairs: Path) -> None:
     for settings in ([], OWN):
         config = load_config(pairs, settings)
         assert parse_config(dump_config(config), "again") == config
+
+
+def test_a_second_head_of_a_shared_tower_is_its_owners(pairs: Path) -> None:
+    one = "data.captions.choose=random"
+    views = "{name: barlow, taps: [query.projection, text.projection]}"
+    load_config(pairs, [one, f"objective={{name: sum, terms: [{{taps: [image, text]}}, {views}]}}"])
+    with pytest.raises(GigabatchError, match=r"text\.projection is after a second head"):
+        load_config(pairs, [one, "objective={taps: [image, query.projection]}"])

@@ -214,7 +214,8 @@ class Config(Settings):
 
     def _refuse_idle(self) -> None:
         """Towers and heads that no objective reads, and names that stand for two things."""
-        places = {(tap.modality, tap.place) for tap in map(parse_tap, taps_of(self.objective))}
+        read, shared = map(parse_tap, taps_of(self.objective)), self.shared
+        places = {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
         for name, place in sorted(places):
             if place == "projection" and (name, "head") not in places:
                 raise ValueError(

@@ -1,9 +1,10 @@
 """Reading towers at a tap: after the head, before it, or after any module on the way.
 
-`head` is what is trained on: unit vectors. `encoder` is what the head is given, as it is. Any other
-is the path of a module, `encoder.blocks.2` or `head.0`; a map [B, C, H, W] is averaged over its
-places, states [B, L, W] over their real tokens. Where vectors are compared across modalities,
-`tokens` are what late interaction is trained on: unit vectors too, one a token.
+`head` is what is trained on: unit vectors. `encoder` is what the head is given, as it is,
+`projection` what comes out of a second head where there is one. Any other is the path of a module,
+`encoder.blocks.2` or `head.0`; a map [B, C, H, W] is averaged over its places, states [B, L, W]
+over their real tokens. Where vectors are compared across modalities, `tokens` are what late
+interaction is trained on: unit vectors too, one a token.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config, taps_of
 from gigabatch.trainer.evaluation.embedding import Embed, Inputs
 from gigabatch.trainer.taps import parse_tap
-from gigabatch.trainer.towers import Towers
+from gigabatch.trainer.towers import Towers, further_head
 
 HEAD, TOKENS = "head", "tokens"
 
@@ -66,15 +67,18 @@ def tapped(towers: Towers, tap: str) -> Embed:
 def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) -> Tensor:
     owner = towers.owner(name)
     encoder, head = towers.encoders[owner], towers.heads[owner]
+    roots = {"head": head, "encoder": encoder}
+    if (second := further_head(owner, "projection")) in towers.heads:
+        roots["projection"] = towers.heads[second]
     seen: list[Any] = []
-    module = _module(encoder, head, tap, name)
+    module = _module(roots, tap, name)
     hook = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     kind = towers.autocast
     try:
         with torch.autocast(arguments[0].device.type, kind, enabled=kind is not None):
             vectors = encoder(*arguments)
-            if tap.startswith("head."):
-                head(vectors)
+            if (root := tap.partition(".")[0]) != "encoder":
+                roots[root](vectors)
     finally:
         hook.remove()
     if not seen:
@@ -82,17 +86,16 @@ def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) ->
     return _pooled(seen[-1], arguments, tap)
 
 
-def _module(encoder: nn.Module, head: nn.Module, tap: str, name: str) -> nn.Module:
+def _module(roots: Mapping[str, nn.Module], tap: str, name: str) -> nn.Module:
     root, _, path = tap.partition(".")
-    tower = {"encoder": encoder, "head": head}.get(root)
-    known = dict(tower.named_modules()) if tower is not None else {}
+    known = dict(roots[root].named_modules()) if root in roots else {}
     if path in known:
         return known[path]
-    some = [f"encoder.{path}" for path, _ in encoder.named_modules() if path][:12]
-    inner = [f"head.{path}" for path, _ in head.named_modules() if path]
+    inner = {r: [f"{r}.{path}" for path, _ in m.named_modules() if path] for r, m in roots.items()}
+    some = [*(each for r in inner if r != "encoder" for each in inner[r]), *inner["encoder"][:12]]
     raise GigabatchError(
-        f"tap={tap}: the {name} tower has no such module. Take head, encoder, or one of "
-        f"{', '.join([*inner, *some])}, ..."
+        f"tap={tap}: the {name} tower has no such module. Take {', '.join(roots)}, or one of "
+        f"{', '.join(some)}, ..."
     )
 
 

@@ -41,11 +41,17 @@ class Barlow(Objective):
         count = sum_rows(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
         means = sum_rows(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
         a, b = a - means[0], b - means[1]
-        norms = torch.stack([torch.linalg.vector_norm(each, dim=0) for each in (a, b)])
-        moments = sum_rows(norms.square(), ctx.group)
+        moments = sum_rows(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
         spread = (moments / count).clamp(min=1e-12).sqrt()
         c = sum_rows(a.T @ b, ctx.group) / count / (spread[0].unsqueeze(1) * spread[1])
         diagonal = c.diagonal()
         off = c.square().sum() - diagonal.square().sum()
         value = (diagonal - 1).square().sum() + self.settings.off_diagonal * off
         return Loss(value, {"correlation": diagonal.detach().mean()})
+
+
+def _square_sums(rows: Tensor) -> Tensor:
+    """[D]: sums over rows [n, D] of squares, by norms, whose gradient takes one product where that
+    of squares takes three; of some rows at a time, since a norm adds one row after the other."""
+    norms = [torch.linalg.vector_norm(part, dim=0) for part in rows.split(256)]
+    return torch.stack(norms).square().sum(0)

@@ -120,8 +120,8 @@ def balanced(scores: Tensor, epsilon: float, iterations: int, group: Group) -> T
 
     They are exp(scores / epsilon) times a factor of each row and one of each column, and a step is
     two products of the matrix with a vector. With the rows' maxima and the largest column's factor
-    taken out, no number is below exp(-2 / epsilon) / K or above N exp(2 / epsilon): float32 holds
-    that down to 0.03, float64 to 0.003.
+    taken out, no factor or sum is below exp(-2 / epsilon) / K or above N exp(2 / epsilon): float32
+    holds that down to 0.03, float64 to 0.003.
     """
     kernel = torch.empty_like(scores, dtype=None if epsilon >= 0.03 else torch.float64)
     given = kernel.new_zeros(kernel.shape[1])
@@ -143,5 +143,7 @@ def balanced(scores: Tensor, epsilon: float, iterations: int, group: Group) -> T
 
 
 def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Views of some rows each, a MiB or less of float32 where a row is not longer."""
-    return matrix.split(max(1, 2**18 // max(1, matrix.shape[1])))
+    """Views of some rows each: on a CPU a MiB of float32, which its cache holds; elsewhere 256, for
+    each costs a launch."""
+    numbers = 2**18 if matrix.device.type == "cpu" else 2**26
+    return matrix.split(max(1, numbers // max(1, matrix.shape[1])))

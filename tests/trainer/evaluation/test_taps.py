@@ -39,6 +39,20 @@ def test_each_tap_is_what_the_tower_computes_there(tiny: Path) -> None:
     assert torch.allclose(tapped(towers, "encoder.stem")({"image": inputs["image"]})["image"], maps)
 
 
+@torch.no_grad()
+def test_a_second_head_is_a_tap_where_there_is_one(tiny: Path) -> None:
+    views = "{name: barlow, taps: [image.projection, image.projection@1]}"
+    settings = [f"objective={{name: sum, terms: [{{}}, {views}]}}"]
+    towers = build_towers(load_config(tiny, settings), 300).eval()
+    image = {"image": INPUTS["image"]}
+    found = tapped(towers, "projection")(image)["image"]
+    second = towers.heads["image-projection"]
+    assert torch.equal(found, second(towers.encoders["image"](*INPUTS["image"])))
+    assert torch.equal(tapped(towers, "projection.0")(image)["image"], found)
+    with pytest.raises(GigabatchError, match=r"Take head, encoder, or one of"):
+        tapped(towers, "projection")({"text": INPUTS["text"]})
+
+
 def test_a_tap_that_is_not_there_is_refused_with_those_that_are(tiny: Path) -> None:
     towers = build_towers(load_config(tiny), 300).eval()
     for tap in ("encoder.layers.9", "neck", ""):
