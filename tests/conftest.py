@@ -35,6 +35,16 @@ HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
 set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
 
 
+# With tests of minutes each: begun first, so that none of them is left alone at the end.
+LONG = ("test_hosts", "test_jobs", "test_compile", "test_resume", "test_faults", "test_memory",
+        "test_runs", "test_step")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The same order for every worker."""
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 ALLOWED_SKIPS = ("needs root", "needs a GPU")
 
 
