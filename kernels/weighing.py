@@ -93,7 +93,7 @@ class OnPanel:
 
 def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
     """A mask as log-weights that no comparison makes, or the clause as it is."""
-    if isinstance(clause, Eq) and not isinstance(clause, Ne):
+    if type(clause) is Eq:
         first, rows = panel.rows.indices(len(clause.rows))[0], clause.rows[panel.rows]
         codes = torch.cat([rows, panel.metadata[clause.keys]])
         found, numbers = torch.unique(codes, return_inverse=True)
@@ -102,8 +102,7 @@ def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
             return _Same(of_rows, of_keys, first, panel.offset)
     one, other = (clause.one, clause.other) if isinstance(clause, Either) else (clause, None)
     if isinstance(one, SecondScore) and one.at_most is not None and _finite(one, panel):
-        known = other if isinstance(other, Eq) and not isinstance(other, Ne) else None
-        equal = matches(known, panel) if known else None
+        equal = matches(other, panel) if type(other) is Eq else None
         if other is None or equal is not None:
             return _Below(SecondScore(one.rows, one.keys), one.at_most, equal, panel.offset)
     return clause

@@ -136,8 +136,7 @@ def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping
 
 
 def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
-    if not run.owned_by(attempt):
-        raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
+    _refuse_cut_off(run, attempt)
     final = run.checkpoints / f"step-{step:08d}"
     if final.exists() and fault_in(final):
         shutil.rmtree(final)  # a damaged one of an earlier attempt, already passed over
@@ -151,6 +150,11 @@ def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
         saved = (run.checkpoints / f"step-{each:08d}" for each in run.steps_saved())
         newest = max(saved, key=lambda path: (_attempt_of(path), path.name))
         write_atomically(run.checkpoints / "LATEST", newest.name + "\n")
+        _refuse_cut_off(run, attempt)
+
+
+def _refuse_cut_off(run: RunFolder, attempt: int) -> None:
+    if not run.owned_by(attempt):
         raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
 
 

@@ -108,7 +108,7 @@ def keep(out: Path, study: Study, found: dict[str, Any]) -> dict[str, Any]:
     if place.exists():
         before: dict[str, Any] = json.loads(place.read_text())
         if all(before.get(part) == found[part] for part in ("figures", "bars", "starts")):
-            return before
+            found = found | {part: before[part] for part in ("seconds", "processor", "date")}
     place.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(place, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found

@@ -151,6 +151,12 @@ class Config(Settings):
         given = {name: getattr(self.towers.more.get(name), "share", None) for name in self.texts}
         return {name: owner for name, owner in given.items() if owner}
 
+    @property
+    def places(self) -> set[tuple[str, str]]:
+        """(modality whose tower it is, place) of all that the objective reads."""
+        read, shared = map(parse_tap, taps_of(self.objective)), self.shared
+        return {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
+
     def tower(self, modality: str) -> Tower:
         """The description of a modality's tower."""
         modality = self.shared.get(modality, modality)
@@ -214,10 +220,8 @@ class Config(Settings):
 
     def _refuse_idle(self) -> None:
         """Towers and heads that no objective reads, and names that stand for two things."""
-        read, shared = map(parse_tap, taps_of(self.objective)), self.shared
-        places = {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
-        for name, place in sorted(places):
-            if place == "projection" and (name, "head") not in places:
+        for name, place in sorted(self.places):
+            if place == "projection" and (name, "head") not in self.places:
                 raise ValueError(
                     f"objective.taps: {name}.projection is after a second head; the first, which "
                     f"retrieval and `gigabatch embed` read, would never be trained. Read {name} "

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.keyed import key
-from gigabatch.trainer.config import Config, taps_of
+from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.more import (
     AudioTower,
     OtherModuleTower,
@@ -31,7 +31,6 @@ from gigabatch.trainer.config.tower import (
     Tower,
 )
 from gigabatch.trainer.config.towers import ConvTower
-from gigabatch.trainer.taps import parse_tap
 from gigabatch.trainer.towers.audio import AudioEncoder, LogMel
 from gigabatch.trainer.towers.foreign import huggingface_encoder, module_encoder
 from gigabatch.trainer.towers.small import ConvEncoder, TokenEncoder
@@ -117,8 +116,6 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     """The towers of the modalities that the objective reads, with their initial weights, a function
     of `run.seed`. Raises GigabatchError."""
     encoders, heads = {}, {}
-    read = map(parse_tap, taps_of(config.objective))
-    asked = {(config.shared.get(tap.modality, tap.modality), tap.place) for tap in read}
     for name in config.modalities:
         if name in config.shared:
             continue
@@ -134,11 +131,11 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         _refuse_unsound(encoder, where)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
-        if (name, "tokens") in asked:
+        if (name, "tokens") in config.places:
             heads[further_head(name, "tokens")] = _token_head(
                 encoder, name, config.towers.width, settings
             )
-        if (name, "projection") in asked:
+        if (name, "projection") in config.places:
             heads[further_head(name, "projection")] = _head(
                 encoder.width, config.towers.width, settings.head
             )

@@ -77,6 +77,9 @@ def test_a_stopped_experiment_goes_on_and_tells_what_its_runs_left(tmp_path: Pat
     assert report.keep(tmp_path, SMALL, found) == found
     read_again = {**found, "seconds": 0.1, "date": "2000-01-01"}
     assert report.keep(tmp_path, SMALL, read_again) == found  # what it cost to find
+    words = {"setting": "told in other words"}
+    assert report.keep(tmp_path, SMALL, read_again | words) == found | words
+    assert json.loads(report.kept(tmp_path, SMALL).read_text()) == found | words
     other = {**read_again, "figures": {}}
     assert report.keep(tmp_path / "other", SMALL, other) == other
     report.write_report(tmp_path / "docs" / "found.md", tmp_path, [SMALL])
