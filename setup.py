@@ -68,5 +68,5 @@ setup(
             "triton>=3.6,<3.8",
         ],
     },
-    entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli:main"]},
+    entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli.app:main"]},
 )

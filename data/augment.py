@@ -13,8 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gigabatch.data import keyed
-from gigabatch.data.pixels import Changes, apply_changes
+from gigabatch.data import rng as keyed
+from gigabatch.data.image_ops import Changes, apply_changes
 from gigabatch.data.settings import Settings
 
 

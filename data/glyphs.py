@@ -24,8 +24,8 @@ from fontTools.ttLib import TTFont
 from PIL import Image, ImageDraw, ImageFont
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import cache_home
-from gigabatch.data.keyed import key, permute
+from gigabatch.data.rng import key, permute
+from gigabatch.data.shards.index import cache_home
 
 log = logging.getLogger(__name__)
 NAME = "demo:glyphs"

@@ -22,16 +22,16 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from gigabatch.data.collate import Collate
+from gigabatch.data.decode.collate import Collate
+from gigabatch.data.decode.fields import Fields, Sample
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.fields import Fields, Sample
-from gigabatch.data.index import Index
-from gigabatch.data.keyed import key
-from gigabatch.data.mixture import number_of
-from gigabatch.data.plans import Plan
-from gigabatch.data.quarantine import ATTEMPTS, Bad, substitute
+from gigabatch.data.order.assignment import Plan
+from gigabatch.data.order.mixture import number_of
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.sources import Sources
+from gigabatch.data.rng import key
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.quarantine import ATTEMPTS, Bad, substitute
+from gigabatch.data.shards.sources import Sources
 
 Stage = Callable[[Iterator[Sample]], Iterator[Sample]]
 AHEAD = 16

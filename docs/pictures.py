@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from gigabatch.data.fields import some_captions
-from gigabatch.data.plans import EvalPlans
+from gigabatch.data.decode.fields import some_captions
+from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.stream import open_stream
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import eval_fields, open_eval
-from gigabatch.trainer.monitor import read_metrics
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import open_run
+from gigabatch.trainer.monitoring.metrics import read_metrics
+from gigabatch.trainer.run.create import open_run
+from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
 HOME = Path(__file__).parent

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.kernels.collect import sum_rows
-from gigabatch.kernels.heads import cross_entropy, soft_positives
+from gigabatch.kernels.loss_terms import cross_entropy, soft_positives
 from gigabatch.kernels.maxsim import MaxSim, token_keys
 from gigabatch.kernels.rules import Either, Eq, Ne, Rule, SecondScore, joined
 from gigabatch.kernels.scores import Dot
@@ -26,7 +26,7 @@ from gigabatch.kernels.sources import (
     Panel,
     Ring,
     all_sum,
-    row_numbers,
+    global_row_indices,
     wide,
 )
 from gigabatch.kernels.stats import Lse, engine_of, lse_stats, lse_sums, pair_sum
@@ -42,7 +42,7 @@ def contrastive_loss(
     teacher_k: Tensor | None = None, threshold: float = 1.0,
     bias: Tensor | None = None, symmetric: bool = True,
     label_smoothing: float = 0.0, group: dist.ProcessGroup | None = None,
-    schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
+    gather_mode: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
     validate: bool = False, counts: dict[str, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """InfoNCE over the global batch: CLIP's loss, with any number of positives a row.
@@ -62,16 +62,16 @@ def contrastive_loss(
     pairs of one group (language, domain) are compared; not with label_smoothing. teacher_q,
     teacher_k: float [n, E], another model's vectors, alike; pairs whose cosine there is above
     `threshold` are left out, positives apart; not with label_smoothing either. group: a process
-    group, or None for this process alone. schedule: "gather" holds all keys, O(N D); "ring" passes
-    them round, O(n D). backend, cache_bytes: see `lse_stats`. validate: raise, on every rank, for
-    NaN or infinity and for a row without a positive, which otherwise has weight 0. counts: a dict
+    group, or None for this process alone. gather_mode: "gather" holds all keys, O(N D); "ring"
+    passes them round, O(n D). backend, cache_bytes: see `lse_stats`. validate: raise, on every
+    rank, for NaN or infinity and for a row without a positive, which otherwise has weight 0. counts: a dict
     that receives how many there were, "rows_without_positive" and "columns_without_positive",
     int64.
 
     Raises ValueError or TypeError for arguments that do not fit, before any work.
     """
     exclude = same_id == "exclude"
-    _check(q, k, schedule, backend, paired=ids_q is None or exclude, scale=scale)
+    _check(q, k, gather_mode, backend, paired=ids_q is None or exclude, scale=scale)
     _check_columns(q, k, bias, ids=(ids_q, ids_k), groups=(groups_q, groups_k))
     if label_smoothing and (groups_q is not None or teacher_q is not None):
         raise ValueError("label_smoothing spreads over all candidates, which groups divide and a "
@@ -82,7 +82,7 @@ def contrastive_loss(
                          f"{same_id!r} and {label_smoothing}")  # fmt: skip
     if validate:
         _check_finite(group, q=q, k=k, scale=scale, bias=bias)
-    numbers = row_numbers(len(q), q.device, group)
+    numbers = global_row_indices(len(q), q.device, group)
     ids_q = numbers if ids_q is None else ids_q
     ids_k = ids_q if ids_k is None else ids_k
     numbers_q = numbers_k = numbers
@@ -103,7 +103,7 @@ def contrastive_loss(
     if teachers is not None:
         metadata["teacher"] = teachers[1]
         rule = (*rule, Either(SecondScore(teachers[0], "teacher", at_most=threshold), own))
-    keys = key_source(k, metadata, group, schedule)
+    keys = key_source(k, metadata, group, gather_mode)
     lses = [Lse("rows", scale, bias, rule), Lse("columns", scale, None, rule)][: 1 + symmetric]
     positives = [own, same] if exclude and label_smoothing else [own]
     stats, *more = lse_sums(q, keys, lses, positives, backend, cache_bytes)
@@ -128,7 +128,7 @@ def contrastive_loss(
 
 def sigmoid_loss(
     q: Tensor, k: Tensor, scale: Tensor, bias: Tensor, *, ids: Tensor | None = None,
-    group: dist.ProcessGroup | None = None, schedule: Schedule = "gather",
+    group: dist.ProcessGroup | None = None, gather_mode: Schedule = "gather",
     backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """SigLIP's loss (Zhai et al. 2023): every pair of the global batch is its own question,
@@ -136,15 +136,15 @@ def sigmoid_loss(
         1/N sum_ij log(1 + exp(-y_ij l_ij)),   l_ij = scale <q_i, k_j> + bias,
 
     y = 1 for row i with key i, else -1. q, k: [n, D], this rank's slices. scale, bias:
-    0-dimensional. ids: int64 [n]; other pairs of equal ids are left out. group, schedule, backend,
-    result: as in `contrastive_loss`; either all ranks want gradients or none. Three matrix passes:
-    the gradient is made in the forward pass.
+    0-dimensional. ids: int64 [n]; other pairs of equal ids are left out. group, gather_mode,
+    backend, result: as in `contrastive_loss`; either all ranks want gradients or none. Three matrix
+    passes: the gradient is made in the forward pass.
     """
-    _check(q, k, schedule, backend, scale=scale, bias=bias)
+    _check(q, k, gather_mode, backend, scale=scale, bias=bias)
     _check_columns(q, k, None, ids=(ids, ids))
-    numbers = row_numbers(len(q), q.device, group)
+    numbers = global_row_indices(len(q), q.device, group)
     ids = numbers if ids is None else ids
-    keys = key_source(k, {"id": ids}, group, schedule)
+    keys = key_source(k, {"id": ids}, group, gather_mode)
     # The positives are left out of the sum, not taken off it: late in training their terms are
     # smaller than the rounding of what they would be taken off.
     rest = (Ne(ids, "id"),)
@@ -156,7 +156,7 @@ def sigmoid_loss(
 def late_interaction_loss(
     q: Tensor, k: Tensor, scale: Tensor, *, mask_q: Tensor | None = None,
     mask_k: Tensor | None = None, symmetric: bool = True, group: dist.ProcessGroup | None = None,
-    schedule: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
+    gather_mode: Schedule = "gather", backend: str | None = None, cache_bytes: int = 0,
 ) -> Tensor:  # fmt: skip
     """InfoNCE over token-wise MaxSim scores (FILIP, number 25; one way: ColBERT).
 
@@ -165,17 +165,17 @@ def late_interaction_loss(
     other score, the mean over the key's tokens. Other arguments, result: as `contrastive_loss`.
     Raises ValueError on every rank if an item of any rank has no token.
     """
-    _check(q, k, schedule, backend, 3, scale=scale)
+    _check(q, k, gather_mode, backend, 3, scale=scale)
     for side, mask in ((q, mask_q), (k, mask_k)):
         lost = 0 if mask is None or mask.dtype != torch.bool else int((~mask.any(-1)).sum())
         if int(all_sum(torch.tensor(lost, device=side.device), group)):
             raise ValueError("an item has no token: every row of mask_q and mask_k needs one")
-    numbers = row_numbers(len(q), q.device, group)
+    numbers = global_row_indices(len(q), q.device, group)
     sides = [((q, mask_q), (k, mask_k)), ((k, mask_k), (q, mask_q))][: 1 + symmetric]
     losses, kept = [], []
     for (rows, row_mask), (columns, mask) in sides:
         metadata = token_keys(columns, mask, number=numbers)
-        keys = key_source(columns, metadata, group, schedule)
+        keys = key_source(columns, metadata, group, gather_mode)
         score, own = MaxSim(rows, row_mask), Eq(numbers, "number")
         stats = lse_stats(score, keys, [Lse("rows", scale)], own, backend, cache_bytes)
         losses.append(cross_entropy(stats.z[0], stats.positive[0], stats.weight[0]))
@@ -185,12 +185,12 @@ def late_interaction_loss(
 
 def key_source(
     k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup | None,
-    schedule: Schedule = "gather",
+    gather_mode: Schedule = "gather",
 ) -> KeySource:  # fmt: skip
-    """The keys of all ranks, by the schedule's way; this process's alone without a group."""
+    """The keys of all ranks, by the gather mode; this process's alone without a group."""
     if group is None:
         return Local(k, metadata)
-    return (Ring if schedule == "ring" else Gather)(k, metadata, group)
+    return (Ring if gather_mode == "ring" else Gather)(k, metadata, group)
 
 
 def _teachers(
@@ -246,7 +246,7 @@ def _mean_over_ranks(
 
 
 def _check(
-    q: Tensor, k: Tensor, schedule: str, backend: str | None, ndim: int = 2, paired: bool = True,
+    q: Tensor, k: Tensor, gather_mode: str, backend: str | None, ndim: int = 2, paired: bool = True,
     **scalars: Tensor,
 ) -> None:  # fmt: skip
     """Refuse, before any work and any communication, what does not fit."""
@@ -264,8 +264,8 @@ def _check(
             raise ValueError(f"{name} must be 0-dimensional, floating; got {shape}, {value.dtype}")
     if paired and len(q) != len(k):
         raise ValueError(f"row i belongs to key i without ids; got {len(q)} and {len(k)}")
-    if schedule not in ("gather", "ring"):
-        raise ValueError(f"schedule is {schedule!r}; choose gather or ring")
+    if gather_mode not in ("gather", "ring"):
+        raise ValueError(f"gather_mode is {gather_mode!r}; choose gather or ring")
     engine_of(backend, q)
 
 

@@ -247,7 +247,7 @@ def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return value
 
 
-def row_numbers(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
+def global_row_indices(n: int, device: torch.device, group: dist.ProcessGroup | None) -> Tensor:
     """int64 [n]: the numbers of this rank's rows in the global batch, ranks in order."""
     rows = torch.empty(n, 0, device=device)
     sizes = [] if group is None else agreed(rows, {}, group)[0][: dist.get_rank(group)]

@@ -17,7 +17,7 @@ from gigabatch.kernels.cache import ScoreCache, block_of
 from gigabatch.kernels.rules import Rule, blend
 from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import Panel, add_rows, wide
-from gigabatch.kernels.weighing import OnPanel, Weighing
+from gigabatch.kernels.tile_mask import OnPanel, TileMask
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
 # exp2 of the scaled difference instead of exp: on a CPU exp takes 25 times as long where its result
@@ -205,7 +205,7 @@ class Pairs(Block):
         grad[self.row, self.column] += values  # each pair once
 
 
-def _phi(view: Block, part: Part, weighing: Weighing | None, grad: Tensor | None) -> None:
+def _phi(view: Block, part: Part, weighing: TileMask | None, grad: Tensor | None) -> None:
     scale = view.cut(part.scale, part.on_rows)
     x = view.scores * scale
     for value, on_rows in ((part.shift, part.on_rows), (part.bias, not part.on_rows)):
@@ -270,7 +270,7 @@ def _logits_of(part: Part) -> Any:
     return id(part) if apart else (id(part.scale), id(part.rule))
 
 
-def _weighing(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> Weighing | None:
+def _weighing(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> TileMask | None:
     """A rule's weights on a tile, worked out once for all terms that share it."""
     if id(rule) not in seen:
         seen[id(rule)] = rule.on(tile.rows, tile.columns, tile.keys, tile.scores)

@@ -1,5 +1,5 @@
 """`python -m gigabatch.launcher` is the command line."""
 
-from gigabatch.launcher.cli import main
+from gigabatch.launcher.cli.app import main
 
 main()

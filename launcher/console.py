@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gigabatch.launcher.output import write
-from gigabatch.trainer.monitor import PROGRESS
+from gigabatch.trainer.monitoring.metrics import PROGRESS
 
 _STAMP = len("2026-01-01 00:00:00 I ")
 POLL = 0.2  # seconds

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Callable
 
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 60.0

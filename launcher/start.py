@@ -12,11 +12,16 @@ from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.console import Console
-from gigabatch.launcher.copies import copies_of, is_taken, refuse_taken, take_over
-from gigabatch.launcher.doctor import refuse_unfit
 from gigabatch.launcher.output import complain, write
+from gigabatch.launcher.preflight.data import check_data
+from gigabatch.launcher.preflight.doctor import refuse_unfit
+from gigabatch.launcher.preflight.remote_checkpoints import (
+    copies_of,
+    is_taken,
+    refuse_taken,
+    take_over,
+)
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.launcher.rundata import check_data
 from gigabatch.launcher.signals import (
     StopRequest,
     abort_on_interrupt,
@@ -25,9 +30,11 @@ from gigabatch.launcher.signals import (
 )
 from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
-from gigabatch.trainer.checkpoint import latest_checkpoint
+from gigabatch.trainer.checkpoints.download import copied_config, fetch_newer, fetch_run, open_copy
+from gigabatch.trainer.checkpoints.format import latest_checkpoint
+from gigabatch.trainer.checkpoints.remote import remote_run
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import (
+from gigabatch.trainer.config.load import (
     differences,
     load_config,
     parse_config,
@@ -35,15 +42,13 @@ from gigabatch.trainer.configfile import (
     resolve,
 )
 from gigabatch.trainer.distributed import join_world, leave
-from gigabatch.trainer.fetching import copied_config, fetch_newer, fetch_run, open_copy
-from gigabatch.trainer.initial import pin_initial
+from gigabatch.trainer.init_from import pin_initial
 from gigabatch.trainer.inputs import (
     make_tokenizer,
 )
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.remoterun import remote_run
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import create_run, refuse_taken_name
+from gigabatch.trainer.run.create import create_run, refuse_taken_name
+from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 Opened = Callable[[], AbstractContextManager[RunFolder]]
@@ -52,8 +57,8 @@ Opened = Callable[[], AbstractContextManager[RunFolder]]
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
-    "run.dir", "train.zero", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
-    "train.hang_after_s",
+    "run.dir", "train.zero_stage", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
+    "train.hang_timeout_s",
 )  # fmt: skip
 """Keys that may change on resume without `--allow`: they leave the training itself as it was."""
 
@@ -264,7 +269,7 @@ def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console
         case "torchrun":
             run_torchrun(run)
         case "ray":
-            from gigabatch.launcher.ray_workers import run_ray
+            from gigabatch.launcher.cluster.workers import run_ray
 
             console.say(f"starting Ray with {_how_many(config)}")
             run_ray(run)

@@ -9,7 +9,7 @@ import sys
 
 from gigabatch.data.processes import end_with_parent
 from gigabatch.launcher.restarts import while_it_gets_on
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 GRACE = 30  # seconds for torchrun to end
 KILL_AFTER = "5"  # seconds from torchrun's SIGTERM to SIGKILL: a stopped worker hears only that

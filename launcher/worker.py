@@ -15,7 +15,7 @@ from gigabatch.data.processes import end_with_parent
 from gigabatch.launcher.restarts import wait_for_turn
 from gigabatch.trainer.distributed import leave
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder, Superseded
+from gigabatch.trainer.run.folder import RunFolder, Superseded
 
 
 def work(run: RunFolder, first: int) -> None:

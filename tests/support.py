@@ -20,9 +20,9 @@ import soundfile
 import webdataset as wds
 from PIL import Image
 
-from gigabatch.data.index import Index
-from gigabatch.launcher import cli
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.data.shards.index import Index
+from gigabatch.launcher.cli import app as cli
+from gigabatch.trainer.monitoring.metrics import read_metrics
 
 SIDE = 16
 TINY = """

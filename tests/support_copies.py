@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from gigabatch.trainer.checkpoint import write_checkpoint
+from gigabatch.trainer.checkpoints.format import write_checkpoint
+from gigabatch.trainer.checkpoints.remote import RemoteRun
+from gigabatch.trainer.checkpoints.upload import copy_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
-from gigabatch.trainer.copying import copy_checkpoint
-from gigabatch.trainer.remoterun import RemoteRun
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 MANY = CheckpointSettings(keep=9)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gigabatch.trainer.configfile import parse_config
+from gigabatch.trainer.config.load import parse_config
 from gigabatch.trainer.objectives import OBJECTIVES, build_objective
 
 DOCS = Path(__file__).parent.parent / "docs"

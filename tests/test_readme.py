@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from gigabatch.launcher.cli import app
+from gigabatch.launcher.cli.app import app
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -34,7 +34,7 @@ def test_every_linked_file_exists() -> None:
 
 def test_every_key_named_exists() -> None:
     from gigabatch.trainer.config import Config
-    from gigabatch.trainer.configfile import known_keys
+    from gigabatch.trainer.config.load import known_keys
 
     known = set(known_keys(Config))
     named = set(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.checkpoint import Checkpoint, checkpoint_at, latest_checkpoint
+from gigabatch.trainer.checkpoints.format import Checkpoint, checkpoint_at, latest_checkpoint
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inputs import TrainData
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 
 def agree_on_data(run: RunFolder, world: World, data: TrainData) -> None:

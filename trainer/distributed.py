@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective. Longer than `train.hang_after_s` may be: the watchdog's word comes first."""
+"""Of a collective. Longer than `train.hang_timeout_s` may be: the watchdog's word comes first."""
 JOIN_TIMEOUT = timedelta(minutes=10)
 
 

@@ -30,7 +30,7 @@ class Engine:
     """
 
     def __init__(self, towers: nn.Module, config: Config, world: World) -> None:
-        self.stage, self.world = config.train.zero, world
+        self.stage, self.world = config.train.zero_stage, world
         deepspeed = _import_deepspeed(world.device)
         optimizer = adamw(
             tower_groups(towers.named_parameters(), config.optimizer.weight_decay),
@@ -44,7 +44,9 @@ class Engine:
         self.trained = {name: p for name, p in self.named.items() if p.requires_grad}
         self._norm = 0.0
         if self.stage == 0:
-            self.adamw.register_step_pre_hook(partial(self._clip, config.train.clip or torch.inf))
+            self.adamw.register_step_pre_hook(
+                partial(self._clip, config.train.max_grad_norm or torch.inf)
+            )
         self._make_moments()
         self.steps = 0
         """Optimizer steps applied, which AdamW's bias correction counts."""
@@ -189,13 +191,13 @@ class Engine:
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """The run in DeepSpeed's terms. Mixed precision is the towers' own autocast, so that weights
     and reductions stay float32 here and an evaluation without DeepSpeed computes the same."""
-    stage = config.train.zero
+    stage = config.train.zero_stage
     return {
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": stage},
         # Its default is 1.0 since mid-2026. Stage 0 is clipped in Engine._clip.
-        "gradient_clipping": config.train.clip if stage > 0 else 0.0,
+        "gradient_clipping": config.train.max_grad_norm if stage > 0 else 0.0,
         "managed_gradient_accumulation": stage > 0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

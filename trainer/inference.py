@@ -5,15 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint
-from gigabatch.trainer.checkpoint import checkpoint_at, latest_checkpoint
+from gigabatch.trainer.checkpoints.format import checkpoint_at, latest_checkpoint
 from gigabatch.trainer.config import ObjectiveSettings, Single, SumSettings
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.ema import stored_weights
+from gigabatch.trainer.objective_state import TABLE
 from gigabatch.trainer.objectives import Objective, build_objective
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.state import TABLE
-from gigabatch.trainer.state.average import stored_weights
+from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import Towers, build_towers
 
 

@@ -13,21 +13,21 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gigabatch.data import glyphs
+from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.fields import Fields, some_captions
-from gigabatch.data.groups import Grouped
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import Progress, open_index
-from gigabatch.data.keyed import key
-from gigabatch.data.mixture import Mixture, Phase, Walk
-from gigabatch.data.order import Order
-from gigabatch.data.plans import TrainPlans
+from gigabatch.data.order.assignment import TrainPlans
+from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.groups import Grouped
+from gigabatch.data.order.mixture import Mixture, Phase, Walk
 from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import is_remote
-from gigabatch.data.sources import SOURCE, UNKNOWN, indexed_codes
+from gigabatch.data.rng import key
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.indexing import Progress, open_index
+from gigabatch.data.shards.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
-from gigabatch.data.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.data.vectors import VectorSettings
+from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config, what_is_read
 
 log = logging.getLogger(__name__)

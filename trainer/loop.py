@@ -18,31 +18,31 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.stream import MicroBatch, by_step
-from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint, agree_on_data
-from gigabatch.trainer.attempts import begin_attempt
-from gigabatch.trainer.checkpoint import Checkpoint, Tensors
+from gigabatch.trainer.checkpoints.format import Checkpoint, Tensors
+from gigabatch.trainer.checkpoints.retention import save_is_due
+from gigabatch.trainer.checkpoints.saver import Saver
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.counts import Counts
 from gigabatch.trainer.distributed import World, join_world
+from gigabatch.trainer.ema import EMA, open_ema
 from gigabatch.trainer.engine import Engine, cpu_copy
-from gigabatch.trainer.evaluation.during import evaluate_sets, evaluation_is_due
-from gigabatch.trainer.initial import load_initial
+from gigabatch.trainer.evaluation.in_training import evaluate_sets, evaluation_is_due
+from gigabatch.trainer.init_from import load_initial
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
+from gigabatch.trainer.monitoring.counters import Counts
+from gigabatch.trainer.monitoring.progress import Progress
+from gigabatch.trainer.monitoring.reporter import Reporter
+from gigabatch.trainer.monitoring.stragglers import Stragglers
+from gigabatch.trainer.monitoring.watchdog import watching
+from gigabatch.trainer.objective_state import open_state
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import lr_factor
-from gigabatch.trainer.progress import Progress
-from gigabatch.trainer.reporting import Reporter
-from gigabatch.trainer.retention import save_is_due
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runlog import log_to
-from gigabatch.trainer.saving import Saver
-from gigabatch.trainer.state import open_state
-from gigabatch.trainer.state.average import EMA, open_ema
+from gigabatch.trainer.run.attempts import begin_attempt
+from gigabatch.trainer.run.folder import RunFolder
+from gigabatch.trainer.run.log import log_to
 from gigabatch.trainer.step import ExactStep
-from gigabatch.trainer.stragglers import Stragglers
 from gigabatch.trainer.towers import build_towers
-from gigabatch.trainer.watchdog import watching
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
@@ -146,7 +146,7 @@ class _Trainer:
     def train(self, stop: Stop) -> bool:
         steps = self.config.train.steps
         self._announce()
-        hang_after = self.config.train.hang_after_s
+        hang_after = self.config.train.hang_timeout_s
         self.progress.enter("data", self.counts.done + 1)
         with ExitStack() as cleanup:
             cleanup.enter_context(

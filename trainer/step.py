@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.augment import augment
-from gigabatch.data.keyed import key
+from gigabatch.data.rng import key
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config, DataSettings
 from gigabatch.trainer.distributed import World
+from gigabatch.trainer.ema import follow, warmed
 from gigabatch.trainer.engine import MOMENTS, Engine, cpu_copy
+from gigabatch.trainer.monitoring.progress import Progress
+from gigabatch.trainer.objective_state import ObjectiveState
 from gigabatch.trainer.objectives import Context, Objective
 from gigabatch.trainer.optim import adamw
-from gigabatch.trainer.progress import Progress
-from gigabatch.trainer.state import ObjectiveState
-from gigabatch.trainer.state.average import follow, warmed
 from gigabatch.trainer.taps import TEACHER, in_view, parse_tap, plain_of, views_of
 from gigabatch.trainer.towers import Towers
 

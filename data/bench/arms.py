@@ -9,8 +9,8 @@ from functools import partial
 from gigabatch.data.bench import plain, work
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.work import Held, Pieces, encoded_bytes, tensor_bytes
-from gigabatch.data.index import Index
 from gigabatch.data.remote.places import is_remote
+from gigabatch.data.shards.index import Index
 
 OURS, PLAIN = "gigabatch", "webdataset"
 READING, DECODING, STAGES = "reading", "decoding", "your own stages"

@@ -22,11 +22,11 @@ from torch import Tensor
 
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.work import Held, Pieces
-from gigabatch.data.captions import read_captions
-from gigabatch.data.decode import IMAGE_MEMBERS, ImageSettings, code_of
-from gigabatch.data.fields import Sample
+from gigabatch.data.decode.fields import Sample
+from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings, code_of
 from gigabatch.data.processes import leave_ctrl_c_to_parent
-from gigabatch.data.sources import SOURCE
+from gigabatch.data.shards.sources import SOURCE
+from gigabatch.data.text.captions import read_captions
 
 SHUFFLE = 1000
 

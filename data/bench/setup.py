@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from gigabatch.data.augment import Augmentation
+from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.fields import Fields
-from gigabatch.data.index import Index
-from gigabatch.data.plans import Plan
+from gigabatch.data.order.assignment import Plan
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.places import is_remote
+from gigabatch.data.shards.index import Index
 from gigabatch.data.stream import Stage
 
 LOOKED_AT = 8  # micro-batches, from which the usual size is told

@@ -18,15 +18,15 @@ from torch import Tensor
 
 from gigabatch.data.augment import augment
 from gigabatch.data.bench.setup import Setup
-from gigabatch.data.collate import Collate
-from gigabatch.data.fields import Sample
-from gigabatch.data.index import Index
-from gigabatch.data.keyed import key
-from gigabatch.data.reader import Damaged
-from gigabatch.data.scan import IndexSettings, scan
-from gigabatch.data.sources import Sources
+from gigabatch.data.decode.collate import Collate
+from gigabatch.data.decode.fields import Sample
+from gigabatch.data.rng import key
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.scan import IndexSettings, scan
+from gigabatch.data.shards.sources import Sources
 from gigabatch.data.stream import MicroBatch, MicroBatchSource, open_stream
-from gigabatch.data.tokenizer import encode, load_tokenizer
+from gigabatch.data.text.tokenizer import encode, load_tokenizer
 
 HELD_SAMPLES, HELD_BYTES = 2048, 256 << 20
 Raw = dict[str, bytes | Damaged]

@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
+from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.fields import Fields
-from gigabatch.data.index import I64, Index
 from gigabatch.data.processes import ctrl_c_held, worker_pool
-from gigabatch.data.reader import Damaged, Reader
 from gigabatch.data.remote.places import is_remote
+from gigabatch.data.shards.index import I64, Index
+from gigabatch.data.shards.reader import Damaged, Reader
 
 PIECE = 64
 """Samples checked at a time."""

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gigabatch.data.captions import CaptionSettings, read_captions
-from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.decode.members import IMAGE_MEMBERS
 from gigabatch.data.describe.opened import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.files import replacing
-from gigabatch.data.index import I64, Index
-from gigabatch.data.keyed import key, uniforms
-from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.rng import key, uniforms
+from gigabatch.data.shards.index import I64, Index
+from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.text.captions import CaptionSettings, read_captions
 
 CELL, GAP, LINE, TITLE = 128, 12, 18, 30
 """Pixels: an image's side, what is between two, a caption's height, the heading's."""

@@ -16,11 +16,11 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gigabatch.data.captions import CaptionSettings, NoCaption, read_captions, value_at
-from gigabatch.data.decode import FORMATS
+from gigabatch.data.decode.members import FORMATS
 from gigabatch.data.describe.rowstats import TOP, Frequencies, Spread, Tally, runs, spread_of_counts
 from gigabatch.data.errors import BadSample
-from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.text.captions import CaptionSettings, NoCaption, read_captions, value_at
 
 SMALL = (64, 224)
 """Pixels: images with a shorter side are counted."""

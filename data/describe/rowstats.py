@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from gigabatch.data.index import I64, ROWS, Index
-from gigabatch.data.reader import Reader
+from gigabatch.data.shards.index import I64, ROWS, Index
+from gigabatch.data.shards.reader import Reader
 
 TOP = 10
 """Most frequent values that are told."""

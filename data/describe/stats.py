@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gigabatch.data.captions import CaptionSettings
-from gigabatch.data.decode import IMAGE_MEMBERS
+from gigabatch.data.decode.members import IMAGE_MEMBERS
 from gigabatch.data.describe.opened import (
     Captions,
     CaptionStats,
@@ -35,8 +34,9 @@ from gigabatch.data.describe.rowstats import (
     spread,
     spread_lines,
 )
-from gigabatch.data.index import I64, Index
-from gigabatch.data.reader import Reader
+from gigabatch.data.shards.index import I64, Index
+from gigabatch.data.shards.reader import Reader
+from gigabatch.data.text.captions import CaptionSettings
 
 PIECE = 64
 """Samples read at a time."""

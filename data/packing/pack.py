@@ -16,8 +16,6 @@ from tarfile import BLOCKSIZE, RECORDSIZE
 from typing import BinaryIO
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import read_manifest
-from gigabatch.data.indexing import open_index
 from gigabatch.data.packing.columns import PREFIX, PackSettings
 from gigabatch.data.packing.folder import (
     PackReport,
@@ -34,6 +32,8 @@ from gigabatch.data.packing.folder import (
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
 from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
 from gigabatch.data.remote.places import is_remote
+from gigabatch.data.shards.index import read_manifest
+from gigabatch.data.shards.indexing import open_index
 
 Progress = Callable[[int, int], None]
 TOLD_EVERY = 100

@@ -19,8 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index
-from gigabatch.data.keyed import key, permute
 from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose
 from gigabatch.data.packing.members import (
     FILES,
@@ -36,7 +34,9 @@ from gigabatch.data.packing.members import (
     read_file,
 )
 from gigabatch.data.packing.tables import HEAVY, PIECE, Held, Row, Table
-from gigabatch.data.reader import Damaged, Reader
+from gigabatch.data.rng import key, permute
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.reader import Damaged, Reader
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""

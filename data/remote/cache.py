@@ -25,8 +25,8 @@ from threading import Thread
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import cache_home
 from gigabatch.data.remote.ranges import Retry, ShardState, copy
+from gigabatch.data.shards.index import cache_home
 
 log = logging.getLogger(__name__)
 FETCHERS = 2

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch import kernels as K
-from gigabatch.kernels import heads
+from gigabatch.kernels import loss_terms
 from gigabatch.kernels.bench.contenders import Inputs, dense, dense_sigmoid, one_matrix
 from gigabatch.kernels.sources import KeySource
 
@@ -47,44 +47,44 @@ class Batch:
         lse = K.Lse("rows", self.scale, None, rule)
         own = K.Eq(self.number, "number")
         s = K.lse_stats(self.q if score is None else score, self.keys(), [lse], own)
-        return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
+        return loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
 
 def hinge(b: Batch) -> Tensor:
     rule = (K.Ne(b.ids, "id"),)
-    return heads.hinge_hardest(K.Dot(b.q), b.keys(), rule, (b.q * b.k).sum(1), 0.2).mean()
+    return loss_terms.hinge_hardest(K.Dot(b.q), b.keys(), rule, (b.q * b.k).sum(1), 0.2).mean()
 
 
 def pairs(b: Batch) -> Tensor:
     keys, lse = b.keys(), K.Lse("rows", b.scale, None, (K.Ne(b.ids, "id"),))
     s = K.lse_stats(b.q, keys, [lse], K.Eq(b.ids, "id"))
     same = (K.Eq(b.ids, "id"),)
-    return heads.pair_wise(b.q, keys, same, b.scale, s.z[0], s.weight[0]).mean()
+    return loss_terms.pair_wise(b.q, keys, same, b.scale, s.z[0], s.weight[0]).mean()
 
 
 def soft(b: Batch) -> Tensor:
     rule = (K.SecondScore(b.teacher, "teacher", scale=9.0),)
     s = K.lse_stats(b.q, b.keys(), [K.Lse("rows", b.scale)], rule)
-    return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
+    return loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
 
 def queue(b: Batch) -> Tensor:
     keys = K.Concat(K.Local(b.k, {"id": b.ids}), K.Local(b.q.detach().flip(0), {"id": b.ids}))
     s = K.lse_stats(b.q, keys, [K.Lse("rows", b.scale)], K.Eq(b.ids, "id"))
-    return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
+    return loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
 
 def ragged(b: Batch) -> Tensor:
     group = b.number // 8
     keys, lse = K.Ragged(b.k, group, group, {"number": b.number}), K.Lse("rows", b.scale)
     s = K.lse_stats(b.q, keys, [lse], K.Eq(b.number, "number"))
-    return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
+    return loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
 
 def products(b: Batch) -> Tensor:
     keys = K.Products([b.k, b.q], [(0, 0), (0, 1)])
     s = K.lse_stats(b.q, keys, [K.Lse("rows", b.scale)], K.Eq(b.number, "tuple"))
-    return heads.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
+    return loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0]).mean()
 
 
 def recall(b: Batch) -> Tensor:
@@ -95,7 +95,7 @@ def recall(b: Batch) -> Tensor:
 
 
 def kde(b: Batch) -> Tensor:
-    return heads.log_density(b.q, b.keys(), torch.tensor(0.5), b.n).mean()
+    return loss_terms.log_density(b.q, b.keys(), torch.tensor(0.5), b.n).mean()
 
 
 def own_or(b: Batch, mask: K.Clause) -> K.Rule:

@@ -1,4 +1,4 @@
-"""Peak memory of the ring schedule by world size, the local batch fixed (CPU, gloo).
+"""Peak memory of the ring by world size, the local batch fixed (CPU, gloo).
 
 Each rank is a process of its own with one thread; the figure is the largest rank's.
 """
@@ -20,12 +20,12 @@ from gigabatch.kernels.bench.problems import Batch
 ROWS, WIDTH = 4096, 256
 
 
-def ring_peaks(world_size: int, schedule: str = "ring") -> float:
+def ring_peaks(world_size: int, gather_mode: str = "ring") -> float:
     """MiB above inputs and gradients, the most of any rank, of one contrastive loss."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, folder, str(rank), str(world_size), schedule],
+                [sys.executable, "-m", __name__, folder, str(rank), str(world_size), gather_mode],
                 stdout=subprocess.PIPE, text=True,
             )
             for rank in range(world_size)
@@ -40,7 +40,7 @@ def ring_peaks(world_size: int, schedule: str = "ring") -> float:
     return max(float(text) for text in said)
 
 
-def main(folder: str, rank: int, world_size: int, schedule: str) -> None:
+def main(folder: str, rank: int, world_size: int, gather_mode: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
@@ -50,7 +50,7 @@ def main(folder: str, rank: int, world_size: int, schedule: str) -> None:
         before = status("VmRSS")
         loss = contrastive_loss(
             batch.q, batch.k, batch.scale, group=dist.group.WORLD,
-            schedule="ring" if schedule == "ring" else "gather",
+            gather_mode="ring" if gather_mode == "ring" else "gather",
         )  # fmt: skip
         loss.backward()
     gradients = 2 * 4 * ROWS * WIDTH

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.jobs import portable
+from gigabatch.launcher.cluster.submit import portable
 from gigabatch.launcher.templates.kuberay import kuberay
 from gigabatch.launcher.templates.plan import Plan
 from gigabatch.launcher.templates.raycluster import ray_cluster
 from gigabatch.launcher.templates.skypilot import skypilot
 from gigabatch.launcher.templates.slurm import slurm
-from gigabatch.trainer.configfile import parse_config, read_config
+from gigabatch.trainer.config.load import parse_config, read_config
 
 TEMPLATES: dict[str, Callable[[Plan], str]] = {
     "kuberay": kuberay,

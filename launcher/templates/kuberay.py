@@ -15,7 +15,7 @@ from gigabatch.launcher.templates.plan import (
     start_script,
     to_yaml,
 )
-from gigabatch.trainer.configfile import dump_config
+from gigabatch.trainer.config.load import dump_config
 
 _FOLDER = "/etc/gigabatch"
 _WEEK = 7 * 24 * 3600

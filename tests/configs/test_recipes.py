@@ -18,10 +18,10 @@ from PIL import Image
 from support import losses
 
 import gigabatch.configs
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.towers import build_towers
 
 FOLDER = Path(gigabatch.configs.__file__).parent

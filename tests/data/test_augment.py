@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gigabatch.data.augment import Augmentation, augment
-from gigabatch.data.pixels import Changes, apply_changes
+from gigabatch.data.image_ops import Changes, apply_changes
 
 FIRST = {
     "zoom": 0.9, "aspect": 0.9, "rotate": 45, "shear": 20, "shift": 0.3, "flip": 1.0,

@@ -11,18 +11,18 @@ import pytest
 import torch
 from tarfiles import write_tar
 
-from gigabatch.data.captions import CaptionSettings
-from gigabatch.data.decode import ImageSettings
+from gigabatch.data.decode.fields import Fields, Sample, some_captions
+from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.fields import Fields, Sample, some_captions
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index
-from gigabatch.data.keyed import key
-from gigabatch.data.mixture import Mixture, Phase, batch_numbers
-from gigabatch.data.order import Order
-from gigabatch.data.plans import EvalPlans, Plan, TrainPlans
+from gigabatch.data.order.assignment import EvalPlans, Plan, TrainPlans
+from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.mixture import Mixture, Phase, batch_numbers
+from gigabatch.data.rng import key
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.stream import MicroBatch, by_step, open_stream
-from gigabatch.data.tokenizer import TextSettings, train_bpe
+from gigabatch.data.text.captions import CaptionSettings
+from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 # Three loader workers on a machine of two cores are what these tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")

@@ -119,7 +119,7 @@ def tokens(world_size: int) -> tuple[dict[str, Tensor], tuple[int, ...]]:
 Results = dict[str, dict[str, Tensor]]
 
 
-def contrast(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+def contrast(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     results: Results = {}
     for name, case in cases(world_size).items():
         whole, (mine_q, mine_k) = case.whole, case.slices(rank)
@@ -132,28 +132,28 @@ def contrast(rank: int, world_size: int, schedule: Literal["gather", "ring"]) ->
             ids_q=None if whole.ids_q is None else whole.ids_q[mine_q],
             ids_k=None if whole.ids_k is None else whole.ids_k[mine_k],
             symmetric=whole.symmetric, same_id=whole.same_id,
-            label_smoothing=whole.label_smoothing, group=dist.group.WORLD, schedule=schedule,
+            label_smoothing=whole.label_smoothing, group=dist.group.WORLD, gather_mode=gather_mode,
             backend=case.backend,
         )  # fmt: skip
         results[name] = differentiate(value, x)
         if case.queries == case.keys and whole.q.dtype == torch.float32:
             pair = sigmoid_case(whole)
             y = leaves(q=pair.q[mine_q], k=pair.k[mine_k], scale=pair.scale, bias=pair.bias)
-            value = sigmoid_loss(**y, group=dist.group.WORLD, schedule=schedule)
+            value = sigmoid_loss(**y, group=dist.group.WORLD, gather_mode=gather_mode)
             results[f"sigmoid: {name}"] = differentiate(value, y)
     return results
 
 
-def late(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+def late(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     whole, sizes = tokens(world_size)
     mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     x = leaves(q=whole["q"][mine], k=whole["k"][mine], scale=torch.tensor(9.0))
     masks = {name: whole[name][mine] for name in ("mask_q", "mask_k")}
-    value = late_interaction_loss(**x, **masks, group=dist.group.WORLD, schedule=schedule)
+    value = late_interaction_loss(**x, **masks, group=dist.group.WORLD, gather_mode=gather_mode)
     return {"late": differentiate(value, x)}
 
 
-def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+def sources(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     """A batch and a queue, temperatures of every row and key; keys taken from other ranks."""
     case = cases(world_size)["uneven, ids"]
     whole, (mine_q, mine_k) = case.whole, case.slices(rank)
@@ -166,7 +166,7 @@ def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> 
     )
     x = leaves(q=whole.q[mine_q], k=whole.k[mine_k], row_scale=row_scale[mine_q],
                key_scale=key_scale[mine_k], bias=bias[mine_k])  # fmt: skip
-    batch = key_source(x["k"], {"id": whole.ids_k[mine_k]}, dist.group.WORLD, schedule)
+    batch = key_source(x["k"], {"id": whole.ids_k[mine_k]}, dist.group.WORLD, gather_mode)
     keys = Concat(batch, Local(queue, {"id": torch.arange(5)}))
     padded = torch.cat([x["bias"], torch.zeros(5)])
     lses = [Lse("rows", x["row_scale"], padded), Lse("rows", -x["row_scale"])]
@@ -186,7 +186,7 @@ def sources(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> 
     return {"sources": {**result, **{n: v.detach() for n, v in found.items()}, "top": values}}
 
 
-def constants(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+def constants(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     """Keys that are constants on no rank, on the first alone, and on all: log-sum-exps over rows
     and columns, and what gradients there are."""
     case = cases(world_size)["uneven, ids"]
@@ -195,7 +195,7 @@ def constants(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -
     for of, constant in (("none", False), ("first", rank == 0), ("all", True)):
         x = leaves(q=case.whole.q[mine_q], k=case.whole.k[mine_k], scale=case.whole.scale)
         k = x.pop("k").detach() if constant else x["k"]
-        keys = key_source(k, {}, dist.group.WORLD, schedule)
+        keys = key_source(k, {}, dist.group.WORLD, gather_mode)
         lses = [Lse("rows", x["scale"]), Lse("columns", x["scale"])]
         stats = lse_stats(x["q"], keys, lses)
         result = differentiate(stats.z[0].sum() + (rank + 1) * stats.z[1].sum(), x)
@@ -203,7 +203,7 @@ def constants(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -
     return found
 
 
-def refusals(rank: int, world_size: int, schedule: Literal["gather", "ring"]) -> Results:
+def refusals(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     """Faults of rank 0 alone, which every rank must hear of: none may be left waiting."""
     q, scale, group = torch.zeros(4, 3, 2), torch.tensor(1.0), dist.group.WORLD
     mask = torch.ones(4, 3, dtype=torch.bool)
@@ -214,12 +214,14 @@ def refusals(rank: int, world_size: int, schedule: Literal["gather", "ring"]) ->
     calls = {
         "no token": lambda: late_interaction_loss(q, q, scale, mask_q=mask, group=group),
         "not finite": lambda: contrastive_loss(
-            broken, broken, scale, group=group, schedule=schedule, validate=True
+            broken, broken, scale, group=group, gather_mode=gather_mode, validate=True
         ),
-        "unlike": lambda: contrastive_loss(unlike, unlike, scale, group=group, schedule=schedule),
+        "unlike": lambda: contrastive_loss(
+            unlike, unlike, scale, group=group, gather_mode=gather_mode
+        ),
         "no positive": lambda: contrastive_loss(
             broken, broken, scale, ids_q=torch.arange(4), ids_k=torch.arange(4) + 9 * (rank == 0),
-            group=group, schedule=schedule, validate=True,
+            group=group, gather_mode=gather_mode, validate=True,
         ),
     }  # fmt: skip
     if world_size == 1:
@@ -251,12 +253,12 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     )
     jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, constants, refusals)
     results: dict[str, Results] = {}
-    for schedule in SCHEDULES:
+    for gather_mode in SCHEDULES:
         for again in range(2):  # a second time: the same to the last bit
-            key = schedule if again == 0 else f"{schedule} again"
+            key = gather_mode if again == 0 else f"{gather_mode} again"
             results[key] = {}
             for job in jobs:
-                results[key].update(job(rank, world_size, schedule))
+                results[key].update(job(rank, world_size, gather_mode))
     torch.save(results, out / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -363,7 +363,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_command_line_refuses_in_words(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gigabatch.launcher.cli import main
+    from gigabatch.launcher.cli.app import main
 
     monkeypatch.setattr(sys, "argv", ["gigabatch", "bench", "kernels", "--dtype", "int4"])
     with pytest.raises(SystemExit) as end:

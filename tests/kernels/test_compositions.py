@@ -40,7 +40,7 @@ from gigabatch.kernels import (
     tiled,
     token_keys,
 )
-from gigabatch.kernels import heads as h
+from gigabatch.kernels import loss_terms as h
 
 N, D = 6, 4
 ONE = torch.ones((), dtype=torch.float64)

@@ -34,7 +34,7 @@ WORLD_SIZES = [
 
 
 def run_groups(world_sizes: Sequence[int], folder: Path) -> dict[int, list[dict[str, Results]]]:
-    """All jobs on so many processes; world size -> rank -> schedule -> case -> results."""
+    """All jobs on so many processes; world size -> rank -> gather_mode -> case -> results."""
     process = subprocess.Popen(
         [sys.executable, SCRIPT, folder, *map(str, world_sizes)],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -80,10 +80,12 @@ def together(found: list[dict[str, Tensor]]) -> Result:
     )
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_ranks_together_equal_one_process(ranks: list[dict[str, Results]], schedule: str) -> None:
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
+def test_ranks_together_equal_one_process(
+    ranks: list[dict[str, Results]], gather_mode: str
+) -> None:
     for name, case in cases(len(ranks)).items():
-        found = [rank[schedule][name] for rank in ranks]
+        found = [rank[gather_mode][name] for rank in ranks]
         for rank, part in enumerate(found):
             assert len(part["dq"]) == case.queries[rank]
             assert len(part["dk"]) == case.keys[rank]
@@ -101,21 +103,21 @@ def test_ranks_together_equal_one_process(ranks: list[dict[str, Results]], sched
         assert_as_exact_as_torch(whole, result)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_the_sigmoid_loss_of_ranks_equals_that_of_one_process(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
-    names = [name for name in ranks[0][schedule] if name.startswith("sigmoid: ")]
+    names = [name for name in ranks[0][gather_mode] if name.startswith("sigmoid: ")]
     assert len(names) >= 8
     for name in names:
         whole = sigmoid_case(cases(len(ranks))[name.removeprefix("sigmoid: ")].whole)
-        result = together([rank[schedule][name] for rank in ranks])
+        result = together([rank[gather_mode][name] for rank in ranks])
         assert_as_exact_as_torch(whole, result, dense_sigmoid)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_late_interaction_of_ranks_equals_that_of_one_process(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
     whole, _ = tokens(len(ranks))
     q, k = (whole[name].double().requires_grad_() for name in ("q", "k"))
@@ -126,14 +128,14 @@ def test_late_interaction_of_ranks_equals_that_of_one_process(
     back = cross_entropy(scale * brute.late(k, masks[1], q, masks[0]), target)
     loss = (there + back) / 2
     wanted = (loss, *torch.autograd.grad(loss, (q, k, scale)))
-    result = together([rank[schedule]["late"] for rank in ranks])
+    result = together([rank[gather_mode]["late"] for rank in ranks])
     for got, want in zip(result.tensors(), wanted, strict=False):
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_sources_of_ranks_hold_the_same_keys_as_one_process(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
     """Against plain torch in float64 on the whole batch, the sum over ranks differentiated."""
     case = cases(len(ranks))["uneven, ids"]
@@ -166,17 +168,17 @@ def test_sources_of_ranks_hold_the_same_keys_as_one_process(
     wanted["top"] = top.values
     wanted |= {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
     for name, want in wanted.items():
-        got = torch.cat([rank[schedule]["sources"][name] for rank in ranks])
+        got = torch.cat([rank[gather_mode]["sources"][name] for rank in ranks])
         torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_constant_keys_change_no_other_gradient(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
     """Nor keep ranks apart: one may hold constants where others' keys learn."""
     for number, rank in enumerate(ranks):
-        found = {name.split(": ")[1]: given for name, given in rank[schedule].items()
+        found = {name.split(": ")[1]: given for name, given in rank[gather_mode].items()
                  if name.startswith("constants")}  # fmt: skip
         some = len(ranks) > 1
         learns = {of: bool(result.pop("learns")) for of, result in found.items()}
@@ -189,21 +191,21 @@ def test_constant_keys_change_no_other_gradient(
                 assert torch.equal(value, whole[name]), (of, name)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_a_fault_of_one_rank_is_heard_by_all(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
     for rank in ranks:
-        refused = rank[schedule]["refusals"]
+        refused = rank[gather_mode]["refusals"]
         assert all(refused.values()), refused
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("gather_mode", SCHEDULES)
 def test_a_second_run_agrees_to_the_last_bit(
-    ranks: list[dict[str, Results]], schedule: str
+    ranks: list[dict[str, Results]], gather_mode: str
 ) -> None:
     for rank in ranks:
-        first, second = rank[schedule], rank[f"{schedule} again"]
+        first, second = rank[gather_mode], rank[f"{gather_mode} again"]
         for name, results in first.items():
             for key, value in results.items():
                 assert torch.equal(value, second[name][key]), (name, key)

@@ -54,7 +54,7 @@ IDS = torch.arange(4)
         ({"teacher_q": IDS[:, None]}, TypeError, "teacher_q must be floating, on cpu; got .*int64"),
         ({"teacher_k": Q}, ValueError, "give teacher_q with teacher_k"),
         ({"teacher_q": Q, "label_smoothing": 0.1}, ValueError, "a teacher leaves out"),
-        ({"schedule": "tree"}, ValueError, "schedule is 'tree'; choose gather or ring"),
+        ({"gather_mode": "tree"}, ValueError, "gather_mode is 'tree'; choose gather or ring"),
         ({"backend": "fast"}, ValueError, "backend is 'fast'; choose one of reference, tiled"),
     ],
 )
@@ -82,7 +82,7 @@ BIAS = torch.tensor(0.0)
         ({"k": torch.zeros(5, 3)}, ValueError, "row i belongs to key i without ids; got 4 and 5"),
         ({"bias": torch.zeros(4)}, ValueError, "bias must be 0-dimensional"),
         ({"bias": BIAS.to("meta")}, ValueError, "q, k, scale, bias must share a device"),
-        ({"schedule": "tree"}, ValueError, "choose gather or ring"),
+        ({"gather_mode": "tree"}, ValueError, "choose gather or ring"),
         ({"backend": "fast"}, ValueError, "backend is 'fast'"),
     ],
 )

@@ -22,8 +22,8 @@ from gigabatch.kernels import (
     SecondScore,
     Table,
     contrastive_loss,
-    heads,
     late_interaction_loss,
+    loss_terms,
     lse_stats,
     maxsim,
     pair_sum,
@@ -154,9 +154,9 @@ def test_a_row_without_negatives_is_harmless_to_every_head() -> None:
     nothing = torch.tensor([-torch.inf, 0.0], requires_grad=True)
     zero = torch.zeros(2)
     for value in (
-        heads.fcco(nothing, ONE, zero, 5),
-        heads.lse_plus(nothing, nothing),
-        heads.circle(nothing, zero),
+        loss_terms.fcco(nothing, ONE, zero, 5),
+        loss_terms.lse_plus(nothing, nothing),
+        loss_terms.circle(nothing, zero),
     ):
         assert value[0] == 0
         (grad,) = torch.autograd.grad(value.sum(), nothing, allow_unused=True)

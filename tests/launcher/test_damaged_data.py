@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from support import spoil
 
-from gigabatch.data.indexing import open_index
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.trainer.monitoring.metrics import read_metrics
 
 BAD = (30, 77, 150)
 

@@ -32,7 +32,7 @@ def told(run: Path, capsys: pytest.CaptureFixture[str]) -> Any:
     """Measure in this process: the commands differ only in what they ask for."""
     from typer.testing import CliRunner
 
-    from gigabatch.launcher.cli import app
+    from gigabatch.launcher.cli.app import app
 
     def measure(*arguments: str | Path) -> dict[str, float]:
         done = CliRunner().invoke(app, ["eval", str(run), *map(str, arguments), "--json"])

@@ -13,10 +13,10 @@ import pytest
 import webdataset as wds
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluations_of_modalities")]
 
@@ -34,7 +34,7 @@ BITS = [
     "towers.more={a: {kind: vector, size: 2, fields: [a], width: 16, layers: 1}, "
     "b: {kind: vector, size: 2, fields: [b], width: 16, layers: 1}, "
     "c: {kind: vector, size: 2, fields: [c], width: 16, layers: 1}}",
-    "objective={name: symile, taps: [a, b, c], scale: 50.0}",
+    "objective={name: symile, taps: [a, b, c], init_logit_scale: 50.0}",
 ]
 WALKS = [
     "towers.more={walk: {kind: sequence, size: 6, length: 4, fields: [walk], width: 16, heads: 2}}",
@@ -96,7 +96,7 @@ def told(run: Path, *arguments: str) -> dict[str, float]:
     """Measure in this process."""
     from typer.testing import CliRunner
 
-    from gigabatch.launcher.cli import app
+    from gigabatch.launcher.cli.app import app
 
     done = CliRunner().invoke(app, ["eval", str(run), "--on", "val", *arguments, "--json"])
     if done.exception is not None:

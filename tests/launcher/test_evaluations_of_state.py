@@ -14,7 +14,7 @@ from support import Command, run_ranks, write_modalities
 from typer.testing import CliRunner
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cli import app
+from gigabatch.launcher.cli.app import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluations of state")]
 Told = Callable[..., dict[str, float]]

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from support import losses, wait_for_step, write_samples
 
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.monitoring.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +62,12 @@ def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
 def test_steps_that_are_not_finite_push_no_checkpoint_out(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    settings = ["optimizer.lr=1.0e+30", "schedule.warmup_steps=0", "train.clip=0", "run.name=a"]
+    settings = [
+        "optimizer.lr=1.0e+30",
+        "schedule.warmup_steps=0",
+        "train.max_grad_norm=0",
+        "run.name=a",
+    ]
     done = gigabatch("train", tiny, *settings, "checkpoint.every_steps=1", "train.max_bad_steps=4")
     assert done.returncode == 2
     assert "4 steps in a row" in done.stderr

@@ -21,7 +21,7 @@ def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
 ) -> None:
     settings = [
         "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=14", "eval.sets=[]",
-        "checkpoint.every_steps=4", "train.hang_after_s=6",
+        "checkpoint.every_steps=4", "train.hang_timeout_s=6",
     ]  # fmt: skip
     whole = gigabatch("train", tiny, *settings, "run.name=whole")
     assert whole.returncode == 0, whole.stderr
@@ -51,7 +51,7 @@ def test_a_process_that_is_stuck_ends_with_its_stack(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch(
-        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_after_s=5", "train.steps=40",
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_timeout_s=5", "train.steps=40",
         "towers.image={kind: module, module: 'support_towers:Stuck'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 1
@@ -67,7 +67,7 @@ def test_a_hang_is_ended_also_where_nothing_can_be_written(
 ) -> None:
     run = tmp_path / "runs" / "a"
     command = start(
-        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_after_s=5", "train.steps=40",
+        "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_timeout_s=5", "train.steps=40",
         "towers.image={kind: module, module: 'support_towers:Stuck'}",
     )  # fmt: skip
     wait_for_step(run, 3, command)

@@ -15,8 +15,8 @@ from clusters import Cluster, ask, serves, wait_until
 from hosts import Hosts, hosts, ray_on
 from support import losses
 
-from gigabatch.trainer.monitor import read_metrics
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.monitoring.metrics import read_metrics
+from gigabatch.trainer.run.folder import RunFolder
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.mark.timeout(900)]
 

@@ -117,7 +117,7 @@ def test_a_command_line_that_cannot_be_read_says_why(
 def test_config_prints_every_key_resolved(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from gigabatch.trainer.configfile import load_config, parse_config
+    from gigabatch.trainer.config.load import load_config, parse_config
 
     code, out, _ = outcome(monkeypatch, capsys, "config", tiny, "train.steps=77")
     assert code == 0

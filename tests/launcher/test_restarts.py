@@ -11,9 +11,9 @@ import pytest
 from support import losses
 
 from gigabatch.launcher.restarts import attempts_in_vain, wait_for_turn
-from gigabatch.trainer.configfile import parse_config
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.config.load import parse_config
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
 
 
 @pytest.fixture
@@ -63,8 +63,8 @@ def test_each_start_in_vain_waits_longer_but_not_where_a_stop_is_asked_for(run: 
 NO_ROOM = """
 import logging, os, sys
 from pathlib import Path
-from gigabatch.launcher import ray_workers
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.launcher.cluster.connection import workers as ray_workers
+from gigabatch.trainer.run.folder import RunFolder
 
 run, seen = RunFolder(Path(sys.argv[1])), []
 cluster = run.config().cluster

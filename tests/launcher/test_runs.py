@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import Command, losses, write_samples
 
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.monitoring.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -117,7 +117,9 @@ def test_hugging_face_towers_are_saved_resumed_and_evaluated(
     settings = [bert, clip, "run.name=a", "train.steps=4", "eval.sets=[]"]
     assert gigabatch("train", tiny, *settings).returncode == 0
     run = tmp_path / "runs" / "a"
-    longer = gigabatch("resume", run, "train.steps=6", "--allow", "train.steps", "train.zero=3")
+    longer = gigabatch(
+        "resume", run, "train.steps=6", "--allow", "train.steps", "train.zero_stage=3"
+    )
     assert longer.returncode == 0, longer.stderr
     evaluated = gigabatch("eval", run, "--on", shards / "val", "--json")
     assert evaluated.returncode == 0, evaluated.stderr

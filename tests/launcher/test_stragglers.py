@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gigabatch.trainer.monitor import read_metrics
+from gigabatch.trainer.monitoring.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
 

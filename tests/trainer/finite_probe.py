@@ -17,7 +17,7 @@ from step_probe import batch
 from torch import Tensor
 
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.objectives import Context, InfoNCE, Loss
@@ -82,7 +82,7 @@ def main(config_path: Path, tokenizer: Path) -> None:
 
 
 def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str, Any]:
-    config = load_config(path, [f"train.zero={zero}", TOWER])
+    config = load_config(path, [f"train.zero_stage={zero}", TOWER])
     engine = Engine(build_towers(config, 1000), config, world)
     step = ExactStep(engine, Remembering(config), config, world)
     rows = batch(config, tokenizer, world.size, world.rank)

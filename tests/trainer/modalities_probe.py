@@ -11,10 +11,10 @@ import torch
 from step_probe import ListeningEngine, batch, worst
 from torch import Tensor
 
-from gigabatch.data.keyed import key
-from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.data.rng import key
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
@@ -49,7 +49,7 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Te
 
 def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
-    config = load_config(path, [*settings, "train.clip=0"])
+    config = load_config(path, [*settings, "train.max_grad_norm=0"])
     with join_world(1) as world:
         whole, lacking = one_graph(config, tokenizer, vocab)
         engine = ListeningEngine(build_towers(config, vocab), config, world)

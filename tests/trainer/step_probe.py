@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gigabatch.data.keyed import key
+from gigabatch.data.rng import key
 from gigabatch.data.stream import MicroBatch, by_step
-from gigabatch.data.tokenizer import load_tokenizer
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
@@ -132,17 +132,22 @@ def main(config_path: Path, tokenizer: Path) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
     report: dict[str, Any] = {}
     with join_world(1) as world:
-        whole = one_graph(load_config(config_path, ["train.clip=0"]), tokenizer, vocab)
+        whole = one_graph(load_config(config_path, ["train.max_grad_norm=0"]), tokenizer, vocab)
         for zero in (0, 1, 2, 3):
             counts = []
             for micro in (16, 4):
                 config = load_config(
-                    config_path, [f"train.zero={zero}", "train.clip=0", f"batch.micro_size={micro}"]
+                    config_path,
+                    [
+                        f"train.zero_stage={zero}",
+                        "train.max_grad_norm=0",
+                        f"batch.micro_size={micro}",
+                    ],
                 )
                 with CountReductions() as counter:
                     exact_step(config, tokenizer, vocab, world)
                 counts.append(counter.calls)
-            config = load_config(config_path, [f"train.zero={zero}", "train.clip=0"])
+            config = load_config(config_path, [f"train.zero_stage={zero}", "train.max_grad_norm=0"])
             gap, name = worst(exact_step(config, tokenizer, vocab, world), whole)
             report[str(zero)] = {"gap": gap, "name": name, "reductions": counts}
         if world.is_main:

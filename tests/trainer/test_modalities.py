@@ -13,16 +13,16 @@ import torch
 from support import losses, run_ranks, write_modalities
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.rundata import examine_data
+from gigabatch.launcher.preflight.data import examine_data
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import dump_config, load_config, parse_config
+from gigabatch.trainer.config.load import dump_config, load_config, parse_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.initial import load_initial, pin_initial
+from gigabatch.trainer.init_from import load_initial, pin_initial
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import Towers, build_towers
 
 SMALL = """
@@ -155,7 +155,12 @@ def test_three_modalities_by_symile(tmp_path: Path) -> None:
     """Without text: the run needs no captions, and has no tower for them."""
     run = new_run(
         config_in(tmp_path),
-        [NUMBERS, PATH, TONE, "objective={name: symile, taps: [numbers, path, tone], scale: 50.0}"],
+        [
+            NUMBERS,
+            PATH,
+            TONE,
+            "objective={name: symile, taps: [numbers, path, tone], init_logit_scale: 50.0}",
+        ],
     )
     assert run_training(run)
     told = losses(run.path)
@@ -187,7 +192,7 @@ def test_missing_modalities_are_masked(tmp_path: Path) -> None:
 def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> None:
     path = config_in(tmp_path, lacking=True)
     common = ["data.missing=mask", "batch.micro_size=8", "eval.sets=[]", NUMBERS, PATH, TONE]
-    symile = "objective={name: symile, taps: [text, path, tone, numbers], scale: 50.0}"
+    symile = "objective={name: symile, taps: [text, path, tone, numbers], init_logit_scale: 50.0}"
     terms = (
         "objective={name: sum, terms: [{taps: [image, tone]}, {taps: [numbers, path@1]}, "
         "{name: late_interaction, taps: [path.tokens, text.tokens]}]}"
@@ -196,7 +201,9 @@ def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> Non
     config = load_config(path, [*common, symile])
     make_tokenizer(config, open_train(config)).save(str(tokenizer))
     for objective, zero in ((symile, 0), (terms, 3)):
-        report = run_ranks(PROBE, 2, path, tokenizer, *common, objective, f"train.zero={zero}")
+        report = run_ranks(
+            PROBE, 2, path, tokenizer, *common, objective, f"train.zero_stage={zero}"
+        )
         assert report["gap"] < 1e-5, report
         assert report["rows"] > 0
 

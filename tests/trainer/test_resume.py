@@ -14,8 +14,8 @@ import pytest
 from support import Command, losses, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gigabatch.launcher.ranks import everything_below, ranks_below
-from gigabatch.trainer.monitor import read_metrics, read_samples
+from gigabatch.launcher.bench.rank_processes import everything_below, ranks_below
+from gigabatch.trainer.monitoring.metrics import read_metrics, read_samples
 
 
 def kill_all(command: Command) -> None:
@@ -34,7 +34,8 @@ def test_killed_and_resumed_gives_the_same_losses_to_the_bit(
     precision: str, zero: int, tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     settings = [
-        f"train.precision={precision}", f"train.zero={zero}", "train.steps=14", "eval.sets=[]",
+        f"train.precision={precision}", f"train.zero_stage={zero}", "train.steps=14",
+        "eval.sets=[]",
         "cluster.launcher=torchrun", "cluster.workers=2",
     ]  # fmt: skip
     assert gigabatch("train", tiny, *settings, "run.name=whole").returncode == 0
@@ -82,7 +83,8 @@ def test_world_sizes_and_zero_stages_agree_over_twenty_steps_and_resume_each_oth
     ]  # fmt: skip
     one, two, three = (tmp_path / "runs" / f"w{workers}" for workers in (1, 2, 3))
     for run, workers, zero in ((one, 1, 1), (two, 2, 3), (three, 3, 1)):
-        done = gigabatch("train", *settings, f"cluster.workers={workers}", f"train.zero={zero}",
+        done = gigabatch("train", *settings, f"cluster.workers={workers}",
+                         f"train.zero_stage={zero}",
                          f"run.name={run.name}")  # fmt: skip
         assert done.returncode == 0, done.stderr
     samples = read_samples(one / "samples.jsonl")
@@ -95,7 +97,7 @@ def test_world_sizes_and_zero_stages_agree_over_twenty_steps_and_resume_each_oth
     for workers, zero in ((3, 3), (1, 1)):
         for step in (16, 20):
             shutil.rmtree(two / "checkpoints" / f"step-{step:08d}")
-        done = gigabatch("resume", two, f"cluster.workers={workers}", f"train.zero={zero}")
+        done = gigabatch("resume", two, f"cluster.workers={workers}", f"train.zero_stage={zero}")
         assert done.returncode == 0, done.stdout + done.stderr
         assert losses(two) == pytest.approx(curve, rel=1e-5)
         assert read_samples(two / "samples.jsonl") == samples

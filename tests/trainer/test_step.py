@@ -7,7 +7,7 @@ import pytest
 import yaml
 from support import run_ranks, write_rich
 
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 
 PROBE = Path(__file__).with_name("step_probe.py")

@@ -12,15 +12,15 @@ import webdataset as wds
 from support import losses, run_ranks
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.tokenizer import encode, load_tokenizer, of_length
-from gigabatch.trainer.checkpoint import latest_checkpoint
+from gigabatch.data.text.tokenizer import encode, load_tokenizer, of_length
+from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.configfile import dump_config, load_config, parse_config
+from gigabatch.trainer.config.load import dump_config, load_config, parse_config
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import make_tokenizer, open_train, plans_of, train_stream
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
 
 PAIRS = """
 data:
@@ -153,7 +153,7 @@ def test_the_exact_step_of_two_texts(
     config = load_config(pairs, settings)
     tokenizer = tmp_path / "tokenizer.json"
     make_tokenizer(config, open_train(config)).save(str(tokenizer))
-    report = run_ranks(PROBE, 2, pairs, tokenizer, *settings, f"train.zero={zero}")
+    report = run_ranks(PROBE, 2, pairs, tokenizer, *settings, f"train.zero_stage={zero}")
     assert report["gap"] < 1e-5, report
 
 

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Count, Fraction, Pair, Tap
+from gigabatch.trainer.fields import Count, Fraction, Pair, Tap
 
 
 class BarlowSettings(Settings):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Amount
+from gigabatch.trainer.fields import Amount
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 OURS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}

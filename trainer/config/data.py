@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.augment import Augmentation
-from gigabatch.data.captions import CaptionSettings
-from gigabatch.data.decode import ImageSettings
+from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.settings import Settings
-from gigabatch.data.tokenizer import TextSettings
-from gigabatch.trainer.config.fields import Amount, Count
+from gigabatch.data.text.captions import CaptionSettings
+from gigabatch.data.text.tokenizer import TextSettings
+from gigabatch.trainer.fields import Amount, Count
 
 
 class SourceSettings(Settings):

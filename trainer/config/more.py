@@ -6,11 +6,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from gigabatch.data.audio import AudioSettings
-from gigabatch.data.captions import OneText
-from gigabatch.data.fields import Other
-from gigabatch.data.vectors import VectorSettings, VectorsSettings
-from gigabatch.trainer.config.fields import Amount, Count, Fraction
+from gigabatch.data.decode.audio import AudioSettings
+from gigabatch.data.decode.fields import Other
+from gigabatch.data.decode.vectors import VectorSettings, VectorsSettings
+from gigabatch.data.text.captions import OneText
 from gigabatch.trainer.config.tower import (
     HuggingFaceTower,
     ModuleTower,
@@ -19,6 +18,7 @@ from gigabatch.trainer.config.tower import (
     TextTower,
     Tower,
 )
+from gigabatch.trainer.fields import Amount, Count, Fraction
 
 Numbers = float | tuple[float, ...]
 

@@ -7,16 +7,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.settings import Settings
-from gigabatch.data.vectors import VectorSettings
 from gigabatch.trainer.config.additions import BarlowSettings, BYOLSettings, SwAVSettings
-from gigabatch.trainer.config.fields import Amount, Count, Fraction, Pair, Tap
+from gigabatch.trainer.fields import Amount, Count, Fraction, Pair, Tap
 
 
 class ObjectiveSettings(Settings):
     """What every objective over scores has."""
 
-    schedule: Literal["gather", "ring"] = "gather"
+    gather_mode: Literal["gather", "ring"] = "gather"
     """How workers see each other's text embeddings: gather holds all of them, ring passes them
     round in the memory of one worker's. Sums round differently; the loss is the same."""
     backend: Literal["tiled", "triton"] = "tiled"
@@ -33,7 +33,7 @@ class ObjectiveSettings(Settings):
 class ScaledSettings(ObjectiveSettings):
     """Of a loss of logits."""
 
-    scale: float = Field(14.3, gt=0)
+    init_logit_scale: float = Field(14.3, gt=0)
     """The logit scale (inverse temperature) at the start."""
     scale_max: float = Field(100.0, gt=0)
     """The logit scale is clamped to this in the forward pass."""
@@ -42,8 +42,10 @@ class ScaledSettings(ObjectiveSettings):
 
     @model_validator(mode="after")
     def _scale_fits(self) -> Self:
-        if self.scale > self.scale_max:
-            raise ValueError(f"scale ({self.scale}) is above scale_max ({self.scale_max})")
+        if self.init_logit_scale > self.scale_max:
+            raise ValueError(
+                f"init_logit_scale ({self.init_logit_scale}) is above scale_max ({self.scale_max})"
+            )
         return self
 
 
@@ -112,7 +114,7 @@ class SigLIPSettings(ObjectiveSettings, Nested):
     """What is compared with what."""
     positives: str | None = None
     """A field of the samples' json; pairs of different samples that share it are left out."""
-    scale: float = Field(10.0, gt=0)
+    init_logit_scale: float = Field(10.0, gt=0)
     """The logit scale (inverse temperature) at the start."""
     scale_max: float = Field(200.0, gt=0)
     """The logit scale is clamped to this in the forward pass."""
@@ -221,7 +223,7 @@ class SymileSettings(ScaledSettings):
     """What a tap's vectors are compared with. paired: the other samples' products; shuffled:
     products of other taps' vectors, each shuffled by itself; all: every combination, N^(taps - 1)
     of them."""
-    scale: float = Field(14.3, gt=0)
+    init_logit_scale: float = Field(14.3, gt=0)
     """The logit scale at the start; products of several unit vectors are small."""
     scale_max: float = Field(10_000.0, gt=0)
     """The logit scale is clamped to this in the forward pass."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Amount, Count, Fraction
+from gigabatch.trainer.fields import Amount, Count, Fraction
 
 
 class HeadSettings(Settings):

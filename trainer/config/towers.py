@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 from torch.nn import ModuleDict
 
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import Count, Fraction
 from gigabatch.trainer.config.more import OtherTower
 from gigabatch.trainer.config.tower import (
     HuggingFaceTower,
@@ -18,6 +17,7 @@ from gigabatch.trainer.config.tower import (
     TextTower,
     Tower,
 )
+from gigabatch.trainer.fields import Count, Fraction
 
 ModalityName = Annotated[str, Field(pattern=r"^[a-z]+$")]
 TAKEN = {"image", "text", "sample", "teacher", *filter(str.isalpha, dir(ModuleDict()))}

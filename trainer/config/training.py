@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.fields import ONE_OR_MORE, Amount, Count, Fraction
+from gigabatch.trainer.fields import ONE_OR_MORE, Amount, Count, Fraction
 
 Part = Annotated[str, Field(pattern=r"^[a-z]+(\.encoder)?$")]
 
@@ -20,9 +20,9 @@ class TrainSettings(Settings):
     """Optimizer steps of the whole run."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 weights, towers under bf16 autocast; logits and loss stay fp32."""
-    zero: Literal[0, 1, 2, 3] = 0
+    zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage. 1 shards the optimizer over workers, 2 gradients too, 3 weights too."""
-    clip: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     """Towers' gradient norm is clipped to this; 0 never clips."""
     ema: Fraction = 0.0
     """Momentum of an average of the towers' weights over steps, such as 0.9999, which evaluations
@@ -34,7 +34,7 @@ class TrainSettings(Settings):
     last checkpoint, and on with the step after the bad ones."""
     max_rewinds: Count = 3
     """rewind: after so many of them, stop all the same."""
-    hang_after_s: float = Field(600.0, ge=0, le=1500)
+    hang_timeout_s: float = Field(600.0, ge=0, le=1500)
     """Where a rank makes no progress for so many seconds (more than the slowest phase needs, the
     first step's compilation or a checkpoint's write), its watchdog names the rank that is behind,
     with its step and phase, leaves stacks in RUN/hangs, and ends the process; the launcher starts

@@ -23,15 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.keyed import key, permute
+from gigabatch.data.rng import key, permute
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.config import SogCLRSettings
 from gigabatch.trainer.evaluation.embedding import NAMED_BY_NUMBER, Reading
 from gigabatch.trainer.evaluation.settings import BatchBias
-from gigabatch.trainer.evaluation.subject import Measured, Subject
+from gigabatch.trainer.evaluation.task import Measured, Subject
 from gigabatch.trainer.inference import load_objective
 from gigabatch.trainer.objectives.base import Context
-from gigabatch.trainer.objectives.blocks import Scaled
+from gigabatch.trainer.objectives.common import Scaled
 from gigabatch.trainer.objectives.sogclr import SogCLR
 
 REST = 0.01

@@ -14,7 +14,7 @@ from torch import Tensor
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
-from gigabatch.trainer.evaluation.scores import Scorer, blocks, dot_rows, top_rows
+from gigabatch.trainer.evaluation.score_rows import Scorer, blocks, dot_rows, top_rows
 
 LABEL = "label"
 """The class of each sample, kept beside its figures for the mean over classes."""

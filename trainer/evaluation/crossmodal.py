@@ -28,10 +28,10 @@ from gigabatch.trainer.evaluation.retrieval import (
     retrieval_summary,
     way_names,
 )
-from gigabatch.trainer.evaluation.scores import score_pairs
+from gigabatch.trainer.evaluation.score_rows import score_pairs
 from gigabatch.trainer.evaluation.statistics import order_accuracy, rank_variance
-from gigabatch.trainer.evaluation.subject import Measured, Subject
 from gigabatch.trainer.evaluation.taps import HEAD, place_compared
+from gigabatch.trainer.evaluation.task import Measured, Subject
 from gigabatch.trainer.taps import parse_tap
 
 

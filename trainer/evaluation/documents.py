@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 
-from gigabatch.data.corpora import open_collection
+from gigabatch.data.text.corpora import open_collection
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.evaluation import settings as keys
 from gigabatch.trainer.evaluation.embedding import embed_texts
 from gigabatch.trainer.evaluation.lexical import tfidf_rows
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries
-from gigabatch.trainer.evaluation.scores import Rows, Scorer, score_rows
+from gigabatch.trainer.evaluation.score_rows import Rows, Scorer, score_rows
 from gigabatch.trainer.evaluation.statistics import order_accuracy
-from gigabatch.trainer.evaluation.subject import Measured, Subject
 from gigabatch.trainer.evaluation.taps import compared, place_compared
+from gigabatch.trainer.evaluation.task import Measured, Subject
 
 TEXT_CUTS = (1, 5, 10, 100)
 TOLD_OF_TEXTS = ("hit@1", "ndcg@10", "mrr", "map", "r_precision", "rank")

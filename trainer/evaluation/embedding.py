@@ -9,19 +9,19 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from gigabatch.data.captions import CaptionSettings
+from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.fields import Fields
-from gigabatch.data.index import Index
-from gigabatch.data.plans import EvalPlans
+from gigabatch.data.order.assignment import EvalPlans
+from gigabatch.data.shards.index import Index
 from gigabatch.data.stream import open_stream
-from gigabatch.data.tokenizer import encode, load_tokenizer
+from gigabatch.data.text.captions import CaptionSettings
+from gigabatch.data.text.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.evaluation.scores import Rows
+from gigabatch.trainer.evaluation.score_rows import Rows
 from gigabatch.trainer.inputs import cache_of, eval_fields
-from gigabatch.trainer.objectives.blocks import first_coordinates
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.objectives.common import first_coordinates
+from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
 log = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.probe import fit_probe, held_out
-from gigabatch.trainer.evaluation.scores import blocks, dot_rows
+from gigabatch.trainer.evaluation.score_rows import blocks, dot_rows
 from gigabatch.trainer.evaluation.statistics import auc
 
 GAP_L2 = 1e-3

@@ -7,7 +7,7 @@ effect (PC2, number 1), and a report of either alone hides it.
 from __future__ import annotations
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 
 def lower_is_better(metric: str) -> bool:

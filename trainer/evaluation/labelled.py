@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from gigabatch.data.index import Index
+from gigabatch.data.shards.index import Index
 from gigabatch.trainer.evaluation.embedding import NAMED_BY_NUMBER, Embedded, Reading
 from gigabatch.trainer.evaluation.labels import codes_of, numbers_of
-from gigabatch.trainer.evaluation.subject import Subject
+from gigabatch.trainer.evaluation.task import Subject
 
 
 class Asked(Protocol):

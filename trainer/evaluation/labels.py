@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigabatch.data.captions import value_at
-from gigabatch.data.decode import code_of
+from gigabatch.data.decode.members import code_of
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index
-from gigabatch.data.reader import Damaged
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.sources import Sources
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.sources import Sources
+from gigabatch.data.text.captions import value_at
 
 CHUNK = 4096
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigabatch.trainer.evaluation.scores import Scorer
+from gigabatch.trainer.evaluation.score_rows import Scorer
 
 _WORD = re.compile(r"[^\W_]+")
 

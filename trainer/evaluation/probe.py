@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.keyed import key, uniforms
+from gigabatch.data.rng import key, uniforms
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.classify import LABEL, classified
-from gigabatch.trainer.evaluation.scores import blocks
+from gigabatch.trainer.evaluation.score_rows import blocks
 
 L2 = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 HELD_OUT = 0.2

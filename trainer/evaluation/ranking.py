@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.evaluation.scores import Scorer, blocks
+from gigabatch.trainer.evaluation.score_rows import Scorer, blocks
 
 FEW = 16
 """Right answers a query up to which they are counted one by one."""

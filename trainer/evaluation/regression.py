@@ -18,7 +18,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.probe import HELD_OUT, L2, Standard, held_out
-from gigabatch.trainer.evaluation.scores import blocks
+from gigabatch.trainer.evaluation.score_rows import blocks
 
 GRID = (1e3, 1e2, 1e1, *L2)
 PREDICTED, TRUE = "predicted", "true"

@@ -14,7 +14,7 @@ from itertools import combinations
 
 from torch import Tensor
 
-from gigabatch.data.index import Index
+from gigabatch.data.shards.index import Index
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.config import Config, SymileSettings, singles
 from gigabatch.trainer.distributed import World
@@ -25,9 +25,9 @@ from gigabatch.trainer.evaluation.embedding import (
     embed_set,
 )
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
-from gigabatch.trainer.evaluation.scores import Rows, score_rows
+from gigabatch.trainer.evaluation.score_rows import Rows, score_rows
 from gigabatch.trainer.evaluation.taps import compared, place_compared
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.taps import parse_tap
 
 RECALLS = (1, 5, 10)

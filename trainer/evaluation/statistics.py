@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.keyed import key, uniforms
+from gigabatch.data.rng import key, uniforms
 
 Tell = Callable[[Mapping[str, Tensor]], dict[str, float]]
 DRAWS = 1000

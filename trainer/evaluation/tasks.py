@@ -32,8 +32,8 @@ from gigabatch.trainer.evaluation.labelled import read_labelled
 from gigabatch.trainer.evaluation.labels import named_classes
 from gigabatch.trainer.evaluation.probe import linear_probe
 from gigabatch.trainer.evaluation.regression import regression_probe, regression_summary
-from gigabatch.trainer.evaluation.subject import Measured, Subject
-from gigabatch.trainer.evaluation.table import measure_table
+from gigabatch.trainer.evaluation.sample_state import measure_table
+from gigabatch.trainer.evaluation.task import Measured, Subject
 from gigabatch.trainer.evaluation.trigger import measure_trigger
 
 

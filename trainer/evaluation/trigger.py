@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gigabatch.data.decode import code_of
+from gigabatch.data.decode.members import code_of
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
@@ -21,7 +21,7 @@ from gigabatch.trainer.evaluation.geometry import isotropy
 from gigabatch.trainer.evaluation.labelled import read_labelled
 from gigabatch.trainer.evaluation.labels import flags_of
 from gigabatch.trainer.evaluation.settings import Trigger
-from gigabatch.trainer.evaluation.subject import Measured, Subject
+from gigabatch.trainer.evaluation.task import Measured, Subject
 
 SUCCESS, CLEAN = "attack_success", "clean_top1"
 

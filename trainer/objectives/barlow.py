@@ -11,7 +11,7 @@ from torch import Tensor
 from gigabatch.kernels.collect import sum_rows
 from gigabatch.trainer.config import BarlowSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.blocks import paired
+from gigabatch.trainer.objectives.common import paired
 
 
 class Barlow(Objective):

@@ -10,8 +10,8 @@ from typing import ClassVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gigabatch.data.vectors import VectorSettings
-from gigabatch.trainer.state.tables import SampleTable
+from gigabatch.data.decode.vectors import VectorSettings
+from gigabatch.trainer.objectives.tables import SampleTable
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gigabatch.trainer.config import BYOLSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.blocks import paired, weighted_mean
+from gigabatch.trainer.objectives.common import paired, weighted_mean
 from gigabatch.trainer.taps import TEACHER, parse_tap
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Lse, Table, key_source, lse_stats
-from gigabatch.kernels.heads import cross_entropy
+from gigabatch.kernels.loss_terms import cross_entropy
 from gigabatch.trainer.config import HardNegativesSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present, weighted_mean
+from gigabatch.trainer.objectives.common import Scaled, over_widths, present, weighted_mean
 
 NOTHING = 1e-30  # a weight of 0: its logarithm can be added and taken off again
 
@@ -53,7 +53,7 @@ class HardNegatives(Scaled):
         changed_q, changed_k = _changed(of_q), _changed(of_k)
         right = torch.where(of_k["nth"] == 0, of_k["id"], -1)
         columns = {"id": right, "pair": of_k["pair"], "changed": changed_k}
-        keys = key_source(k, columns, ctx.group, settings.schedule)
+        keys = key_source(k, columns, ctx.group, settings.gather_mode)
         other, own = math.log(settings.other_weight or NOTHING), settings.own_weight or NOTHING
         rule = [Table(changed_q, "changed", _apart(other, q))] if other else []
         if math.log(own) != other:

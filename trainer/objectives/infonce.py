@@ -10,7 +10,7 @@ from torch import Tensor
 from gigabatch.kernels import contrastive_loss
 from gigabatch.trainer.config import InfoNCESettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present
+from gigabatch.trainer.objectives.common import Scaled, over_widths, present
 
 
 class InfoNCE(Scaled):
@@ -60,7 +60,7 @@ class InfoNCE(Scaled):
             groups_k=of_k.get("groups"), group=ctx.group, same_id=settings.same_id,
             teacher_q=of_q.get("teacher"), teacher_k=of_k.get("teacher"),
             threshold=settings.teacher.threshold if settings.teacher else 1.0,
-            label_smoothing=settings.label_smoothing, schedule=settings.schedule,
+            label_smoothing=settings.label_smoothing, gather_mode=settings.gather_mode,
             backend=settings.backend, cache_bytes=2**20 * settings.cache_mib,
         )  # fmt: skip
         return Loss(value, {"logit_scale": scale.detach()})

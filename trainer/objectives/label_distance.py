@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gigabatch.data.keyed import key, uniforms
+from gigabatch.data.rng import key, uniforms
 from gigabatch.kernels import AbsDiff, Lse, Ne, gather_rows, key_source, lse_stats, take
-from gigabatch.kernels.heads import cross_entropy
-from gigabatch.kernels.sources import KeySource, all_sum, row_numbers
+from gigabatch.kernels.loss_terms import cross_entropy
+from gigabatch.kernels.sources import KeySource, all_sum, global_row_indices
 from gigabatch.trainer.config import LabelDistanceSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present, weighted_mean
+from gigabatch.trainer.objectives.common import Scaled, over_widths, present, weighted_mean
 from gigabatch.trainer.objectives.supcon import among
 
 BETA = (2, 8)
@@ -62,7 +62,7 @@ class LabelDistance(Scaled):
         rule = (AbsDiff(y, "id", torch.full_like(y, settings.distance)),)
         total, positive, weight = among(z, y, rule, scale, settings, ctx)
         if settings.mixed_negatives or settings.mixed_positives:
-            keys = key_source(z.detach(), {"label": y}, ctx.group, settings.schedule)
+            keys = key_source(z.detach(), {"label": y}, ctx.group, settings.gather_mode)
             rows = Rows(z, y, keys, _numbers([len(r) for r, _ in found], z.device, ctx))
             parts = [total[None]]
             if settings.mixed_negatives:
@@ -132,7 +132,7 @@ def _numbers(sizes: Sequence[int], device: torch.device, ctx: Context) -> Tensor
     """The numbers of this rank's rows, of several taps: one's of all ranks, then another's."""
     found, first = [], 0
     for size in sizes:
-        found.append(first + row_numbers(size, device, ctx.group))
+        found.append(first + global_row_indices(size, device, ctx.group))
         first += int(all_sum(torch.tensor(size, device=device), ctx.group))
     return torch.cat(found)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from gigabatch.kernels import late_interaction_loss
 from gigabatch.trainer.config import LateInteractionSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Paired, Scaled, over_widths, paired
+from gigabatch.trainer.objectives.common import Paired, Scaled, over_widths, paired
 from gigabatch.trainer.taps import parse_tap
 
 
@@ -44,7 +44,7 @@ class LateInteraction(Scaled):
         masks = [self._mask(rows, meta, tap) for tap in settings.taps]
         value = late_interaction_loss(
             q, k, scale, mask_q=masks[0], mask_k=masks[1], symmetric=settings.symmetric,
-            group=ctx.group, schedule=settings.schedule, backend=settings.backend,
+            group=ctx.group, gather_mode=settings.gather_mode, backend=settings.backend,
             cache_bytes=2**20 * settings.cache_mib,
         )  # fmt: skip
         return Loss(value, {"logit_scale": scale.detach()})

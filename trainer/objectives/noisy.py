@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Lse, Ne, key_source, lse_stats
-from gigabatch.kernels.heads import cross_entropy, hinge_hardest, hinge_mean
+from gigabatch.kernels.loss_terms import cross_entropy, hinge_hardest, hinge_mean
 from gigabatch.trainer.config import NoisySettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Updates
-from gigabatch.trainer.objectives.blocks import (
+from gigabatch.trainer.objectives.common import (
     Scaled,
     count_same,
     mean_metric,
     paired,
     weighted_mean,
 )
-from gigabatch.trainer.state.split import clean_probability, fit_split
-from gigabatch.trainer.state.tables import SampleTable
+from gigabatch.trainer.objectives.gmm import clean_probability, fit_split
+from gigabatch.trainer.objectives.tables import SampleTable
 
 
 class Noisy(Scaled):
@@ -97,7 +97,7 @@ class Noisy(Scaled):
         self, q: Tensor, k: Tensor, scale: Tensor, ids: Tensor, ctx: Context
     ) -> Tensor:
         """[n]: of each pair, both ways, halved."""
-        keys = key_source(k, {"id": ids}, ctx.group, self.settings.schedule)
+        keys = key_source(k, {"id": ids}, ctx.group, self.settings.gather_mode)
         stats = lse_stats(
             q, keys, [Lse("rows", scale), Lse("columns", scale)], Eq(ids, "id"),
             self.settings.backend, 2**20 * self.settings.cache_mib,
@@ -112,7 +112,7 @@ class Noisy(Scaled):
         same, total = count_same(ids, ctx)
         each = torch.zeros_like(own)
         for mine, theirs in ((q, k), (k, q)):
-            keys = key_source(theirs, {"id": ids}, ctx.group, settings.schedule)
+            keys = key_source(theirs, {"id": ids}, ctx.group, settings.gather_mode)
             if self._is_split:
                 each = each + hinge_hardest(mine, keys, others, own, margin, backend)
             else:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Local, Lse, Ne, gather_rows, key_source, lse_stats
-from gigabatch.kernels.heads import cross_entropy
+from gigabatch.kernels.loss_terms import cross_entropy
 from gigabatch.kernels.rules import joined
 from gigabatch.trainer.config import QueueSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Updates
-from gigabatch.trainer.objectives.blocks import Scaled, paired, rounded, weighted_mean
+from gigabatch.trainer.objectives.common import Scaled, paired, rounded, weighted_mean
 from gigabatch.trainer.taps import TEACHER
 
 
@@ -57,7 +57,7 @@ class Queue(Scaled):
         groups = rows.columns[self.within] if self.within else torch.zeros_like(ids)
         within = (Eq(groups, "group"),) if self.within else ()
         ids = joined(ids, groups) if self.within else ids
-        keys = key_source(k, {"id": ids, "group": groups}, ctx.group, settings.schedule)
+        keys = key_source(k, {"id": ids, "group": groups}, ctx.group, settings.gather_mode)
         lses = [Lse("rows", scale, None, within), Lse("columns", scale, None, within)]
         stats = lse_stats(
             q, keys, lses, Eq(ids, "id"), settings.backend, 2**20 * settings.cache_mib
@@ -65,7 +65,9 @@ class Queue(Scaled):
         older = self._older(q, k, scale, ids, groups)
         ways = [*zip(stats.z, stats.positive, stats.weight, older, strict=True)]
         for mine, theirs, old in zip((q, k), reversed(slow), older, strict=True):
-            taught = key_source(theirs, {"id": ids, "group": groups}, ctx.group, settings.schedule)
+            taught = key_source(
+                theirs, {"id": ids, "group": groups}, ctx.group, settings.gather_mode
+            )
             own = lse_stats(
                 mine, taught, [Lse("rows", scale, None, within)], Eq(ids, "id"), settings.backend
             )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gigabatch.kernels import sigmoid_loss
 from gigabatch.trainer.config import SigLIPSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.blocks import clamp_inward, over_widths, paired
+from gigabatch.trainer.objectives.common import clamp_inward, over_widths, paired
 
 
 class SigLIP(Objective):
@@ -28,7 +28,7 @@ class SigLIP(Objective):
         self.settings = settings
         self.needs = Needs(settings.taps, (settings.positives,) if settings.positives else ())
         self.log_scale_max = math.log(settings.scale_max)
-        self.log_scale = nn.Parameter(torch.tensor(math.log(settings.scale)))
+        self.log_scale = nn.Parameter(torch.tensor(math.log(settings.init_logit_scale)))
         self.bias = nn.Parameter(torch.tensor(settings.bias))
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
@@ -43,6 +43,6 @@ class SigLIP(Objective):
         q, k = rows.vectors
         value = sigmoid_loss(
             q, k, scale, self.bias, ids=rows.columns[self.settings.positives or "sample"],
-            group=ctx.group, schedule=self.settings.schedule, backend=self.settings.backend,
+            group=ctx.group, gather_mode=self.settings.gather_mode, backend=self.settings.backend,
         )  # fmt: skip
         return Loss(value, {"logit_scale": scale.detach(), "logit_bias": self.bias.detach()})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gigabatch.kernels import Lse, Ne, key_source, lse_stats
 from gigabatch.trainer.config import SogCLRSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective, Updates
-from gigabatch.trainer.objectives.blocks import clamp_inward, count_same, mean_metric, paired
+from gigabatch.trainer.objectives.common import clamp_inward, count_same, mean_metric, paired
 from gigabatch.trainer.taps import parse_tap
 
 LOG_U, TAU, MOMENTUM = range(3)  # the kinds of the table's fields
@@ -110,7 +110,7 @@ class SogCLR(Objective):
     ) -> list[Tensor]:
         """Of each side [n]: log sum_j exp(h_ij / tau_i) over the other side's negatives."""
         settings, others = self.settings, (Ne(ids, "id"),)
-        keys = key_source(k, {"id": ids}, ctx.group, settings.schedule)
+        keys = key_source(k, {"id": ids}, ctx.group, settings.gather_mode)
         scales = [1 / tau for tau in dict.fromkeys(taus)] * 2  # one, if they share it
         lses = [Lse("rows", scales[0], None, others), Lse("columns", scales[1], None, others)]
         stats = lse_stats(
@@ -126,7 +126,7 @@ class SogCLR(Objective):
         since there are two of each negative."""
         settings, z = self.settings, torch.cat([q, k])
         ids = torch.cat([ids, ids])
-        keys = key_source(z, {"id": ids}, ctx.group, settings.schedule)
+        keys = key_source(z, {"id": ids}, ctx.group, settings.gather_mode)
         scale = torch.cat([1 / taus[0]] * 2) if taus[0].ndim else 1 / taus[0]
         lse = Lse("rows", scale, None, (Ne(ids, "id"),))
         stats = lse_stats(

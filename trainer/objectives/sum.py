@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gigabatch.trainer.objectives.base import Context, Loss, Needs, Objective, Updates
-from gigabatch.trainer.state.tables import SampleTable
+from gigabatch.trainer.objectives.tables import SampleTable
 
 
 class Sum(Objective):

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Lse, Ne, Rule, key_source, lse_stats
-from gigabatch.kernels.heads import cross_entropy
-from gigabatch.kernels.sources import row_numbers
+from gigabatch.kernels.loss_terms import cross_entropy
+from gigabatch.kernels.sources import global_row_indices
 from gigabatch.trainer.config import ScaledSettings, SupConSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, over_widths, present, weighted_mean
+from gigabatch.trainer.objectives.common import Scaled, over_widths, present, weighted_mean
 
 
 class SupCon(Scaled):
@@ -53,8 +53,8 @@ def among(
     """Of SupCon's loss [n]: the log-sum-exp of each row's logits with all others, the sum over
     those of its id, and how many these are. `rule`: how the others weigh, by the columns `id` and
     `number`."""
-    numbers = row_numbers(len(z), z.device, ctx.group)
-    keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.schedule)
+    numbers = global_row_indices(len(z), z.device, ctx.group)
+    keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.gather_mode)
     # A lone equality costs nothing a tile: each row is among its own positives, and then taken
     # off again.
     stats = lse_stats(

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from gigabatch.kernels import gather_rows
 from gigabatch.trainer.config import SwAVSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.blocks import mean_metric, paired, weighted_mean
+from gigabatch.trainer.objectives.common import mean_metric, paired, weighted_mean
 
 Group = dist.ProcessGroup | None
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigabatch.data.keyed import key, permute
+from gigabatch.data.rng import key, permute
 from gigabatch.kernels import (
     Eq,
     Lse,
@@ -22,11 +22,11 @@ from gigabatch.kernels import (
     key_source,
     lse_stats,
 )
-from gigabatch.kernels.heads import cross_entropy
-from gigabatch.kernels.sources import row_numbers
+from gigabatch.kernels.loss_terms import cross_entropy
+from gigabatch.kernels.sources import global_row_indices
 from gigabatch.trainer.config import SymileSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.blocks import Scaled, paired, weighted_mean
+from gigabatch.trainer.objectives.common import Scaled, paired, weighted_mean
 
 
 class Symile(Scaled):
@@ -53,7 +53,7 @@ class Symile(Scaled):
     ) -> Loss:
         scale = self.scale()
         vectors = paired(outputs, meta, self.settings.taps, self.settings).vectors
-        numbers = row_numbers(len(vectors[0]), vectors[0].device, ctx.group)
+        numbers = global_row_indices(len(vectors[0]), vectors[0].device, ctx.group)
         whole = [] if self.settings.keys == "paired" else [
             gather_rows(each, ctx.group) for each in vectors
         ]  # fmt: skip
@@ -71,7 +71,7 @@ class Symile(Scaled):
     def _paired(self, mine: Tensor, product: Tensor, numbers: Tensor, ctx: Context) -> Tensor:
         """Only the product travels."""
         keys = key_source(
-            product.to(mine.dtype), {"number": numbers}, ctx.group, self.settings.schedule
+            product.to(mine.dtype), {"number": numbers}, ctx.group, self.settings.gather_mode
         )
         stats = lse_stats(
             mine, keys, [Lse("rows", self.scale())], Eq(numbers, "number"), self.settings.backend,

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.keyed import key
+from gigabatch.data.rng import key
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.more import (
     AudioTower,
@@ -32,8 +32,8 @@ from gigabatch.trainer.config.tower import (
 )
 from gigabatch.trainer.config.towers import ConvTower
 from gigabatch.trainer.towers.audio import AudioEncoder, LogMel
-from gigabatch.trainer.towers.foreign import huggingface_encoder, module_encoder
-from gigabatch.trainer.towers.small import ConvEncoder, TokenEncoder
+from gigabatch.trainer.towers.conv import ConvEncoder, TokenEncoder
+from gigabatch.trainer.towers.external import huggingface_encoder, module_encoder
 from gigabatch.trainer.towers.vectors import VectorEncoder, VectorsEncoder
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.towers.small import residual_stages
+from gigabatch.trainer.towers.conv import residual_stages
 
 
 class LogMel(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gigabatch.trainer.config.more import Numbers
-from gigabatch.trainer.towers.small import Encoded
+from gigabatch.trainer.towers.conv import Encoded
 
 
 class VectorEncoder(nn.Module):

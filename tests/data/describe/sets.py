@@ -12,9 +12,9 @@ from PIL import Image
 from support import spoil
 from tarfiles import write_tar
 
-from gigabatch.data.captions import CaptionSettings
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.text.captions import CaptionSettings
 
 TXT = CaptionSettings()
 # The CRC-32C of a message does not change when its generator polynomial is added to it.

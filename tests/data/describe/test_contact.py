@@ -16,8 +16,8 @@ from tarfiles import contents
 from gigabatch.data.describe.contact import CELL, GAP, LINE, TITLE, contact_sheet
 from gigabatch.data.describe.stats import collect
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.indexing import open_index
 
 
 def cell(sheet: Image.Image, place: int, columns: int) -> Image.Image:

@@ -19,15 +19,15 @@ from sets import POLYNOMIAL, TXT, captioned, damaged_set, picture, pictured
 from support import write_samples
 from tarfiles import listed, write_tar
 
-from gigabatch.data.captions import CaptionSettings
 from gigabatch.data.describe.opened import one_line, script_of
 from gigabatch.data.describe.rowstats import DISTINCT, Frequencies, Tally, spread, spread_of_counts
 from gigabatch.data.describe.stats import SetStats, collect, render
-from gigabatch.data.index import FORMAT, Index, index_of
-from gigabatch.data.indexing import open_index
-from gigabatch.data.rows import write_index
-from gigabatch.data.scan import IndexSettings
-from gigabatch.data.views import make_view
+from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.index import FORMAT, Index, index_of
+from gigabatch.data.shards.index_files import write_index
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.text.captions import CaptionSettings
 
 
 def test_counts_and_sizes_are_those_of_the_tars(tmp_path: Path) -> None:

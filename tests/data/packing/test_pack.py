@@ -27,11 +27,11 @@ from packs import (
 )
 from tarfiles import contents, write_tar
 
-from gigabatch.data.indexing import open_index
 from gigabatch.data.packing import tables
 from gigabatch.data.packing.pack import PackSettings, pack
-from gigabatch.data.reader import Reader
-from gigabatch.data.views import make_view
+from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.reader import Reader
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "arrow", "feather"])

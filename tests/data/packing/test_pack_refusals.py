@@ -22,8 +22,8 @@ from packs import (
 from tarfiles import write_tar
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.indexing import open_index
 from gigabatch.data.packing.pack import PackSettings, pack
+from gigabatch.data.shards.indexing import open_index
 
 
 def test_what_is_missing_is_told_with_its_rows(tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 from far import QUICK, SIZES, Far, refusal, urls, write
 from servers import Answer, FailingServer
 
-from gigabatch.data.indexing import open_index
 from gigabatch.data.remote import places
 from gigabatch.data.remote.places import expand, is_remote, stat_all
 from gigabatch.data.remote.ranges import ShardState
+from gigabatch.data.shards.indexing import open_index
 
 
 def test_folders_globs_braces_and_files_in_the_order_given(

@@ -8,9 +8,9 @@ from far import Far
 from servers import upload
 from tarfiles import contents, write_tar
 
-from gigabatch.data.indexing import open_index
 from gigabatch.data.packing.pack import pack
-from gigabatch.data.views import make_view
+from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.indexing import open_index
 
 
 @pytest.mark.slow

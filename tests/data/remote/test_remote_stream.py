@@ -15,18 +15,18 @@ from tarfiles import overwrite
 from test_quarantine import FIELDS
 from test_stream import assert_equal
 
+from gigabatch.data.decode.fields import some_captions
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.fields import some_captions
-from gigabatch.data.index import Index
-from gigabatch.data.indexing import open_index
-from gigabatch.data.mixture import Mixture, Phase
-from gigabatch.data.order import Order
-from gigabatch.data.plans import TrainPlans
-from gigabatch.data.reader import Reader
+from gigabatch.data.order.assignment import TrainPlans
+from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.mixture import Mixture, Phase
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.ranges import Retry
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.reader import Reader
 from gigabatch.data.stream import MicroBatch, open_stream
-from gigabatch.data.tokenizer import TextSettings, train_bpe
+from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 RETRY = Retry(attempts=5, first_wait_s=0.01, timeout_s=1.0)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from gigabatch.trainer.evaluation import scores
+from gigabatch.trainer.evaluation import score_rows as scores
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries
-from gigabatch.trainer.evaluation.scores import Rows, score_rows
+from gigabatch.trainer.evaluation.score_rows import Rows, score_rows
 
 
 def peak() -> int:

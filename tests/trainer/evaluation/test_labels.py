@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.indexing import open_index
+from gigabatch.data.shards.indexing import open_index
 from gigabatch.trainer.evaluation.labels import codes_of, field_values, named_classes
 from gigabatch.trainer.evaluation.settings import TASKS, task_settings
 
@@ -70,7 +70,7 @@ def test_a_text_is_taken_as_it_stands() -> None:
 
 
 def test_help_names_every_task_and_key() -> None:
-    from gigabatch.launcher.cli_eval import evaluate
+    from gigabatch.launcher.cli.eval import evaluate
 
     lines: dict[str, str] = {}
     task = ""

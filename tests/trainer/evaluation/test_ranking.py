@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.evaluation import ranking, scores
+from gigabatch.trainer.evaluation import ranking, score_rows
 from gigabatch.trainer.evaluation.ranking import Relevance, rank_queries, summary
-from gigabatch.trainer.evaluation.scores import dot_rows, top_rows
+from gigabatch.trainer.evaluation.score_rows import dot_rows, top_rows
 
 KS = (1, 2, 5, 10, 1000)
 
@@ -52,7 +52,7 @@ def test_judged_pairs_with_grades_ties_and_own_keys(
         None if own is None else torch.from_numpy(own),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scores, "BUDGET", budget)
+        patch.setattr(score_rows, "BUDGET", budget)
         patch.setattr(ranking, "FEW", few)
         score = dot_rows(torch.from_numpy(q), torch.from_numpy(k))
         found = rank_queries(score, relevance, keys, KS)

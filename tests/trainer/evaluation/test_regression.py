@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.indexing import open_index
+from gigabatch.data.shards.indexing import open_index
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.labels import flags_of, numbers_of
 from gigabatch.trainer.evaluation.probe import held_out

@@ -20,7 +20,7 @@ from gigabatch.trainer.evaluation.statistics import (
     rank_variance,
     slices,
 )
-from gigabatch.trainer.runfolder import RunFolder
+from gigabatch.trainer.run.folder import RunFolder
 
 
 @given(seed=st.integers(0, 10**6), values=st.sampled_from([1, 3, 100]))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.evaluation.taps import tapped
 from gigabatch.trainer.towers import build_towers
 

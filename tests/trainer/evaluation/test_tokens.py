@@ -13,19 +13,19 @@ import torch
 import webdataset as wds
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.tokenizer import encode, load_tokenizer
-from gigabatch.trainer.configfile import load_config
+from gigabatch.data.text.tokenizer import encode, load_tokenizer
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.evaluation import scores
+from gigabatch.trainer.evaluation import score_rows as scores
 from gigabatch.trainer.evaluation.embedding import Embedded, Reading
 from gigabatch.trainer.evaluation.retrieval import retrieval_figures
-from gigabatch.trainer.evaluation.scores import Rows, maxsim_rows, score_pairs
+from gigabatch.trainer.evaluation.score_rows import Rows, maxsim_rows, score_pairs
 from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.subject import Subject
 from gigabatch.trainer.evaluation.taps import compared, place_compared
+from gigabatch.trainer.evaluation.task import Subject
 from gigabatch.trainer.evaluation.tasks import measure
 from gigabatch.trainer.inputs import make_tokenizer, open_train
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.towers import build_towers
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from support import losses, outcome
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import Reading, embed_set
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import make_tokenizer, open_eval, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.run.create import create_run
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 

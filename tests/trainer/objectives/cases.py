@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from gigabatch.data.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import NUMBER_BITS
 from gigabatch.trainer.config import Single, SumSettings
 from gigabatch.trainer.config.objective import AnyObjective
 
@@ -137,7 +137,7 @@ CASES: dict[str, Case] = {
     ),
     **{
         f"symile, {keys}": Case(
-            {"name": "symile", "taps": TRIPLE, "keys": keys, "scale": 5.0}, "symile",
+            {"name": "symile", "taps": TRIPLE, "keys": keys, "init_logit_scale": 5.0}, "symile",
             {"taps": TRIPLE, "keys": keys}, missing=keys == "shuffled",
         )
         for keys in ("paired", "shuffled", "all")

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.data.keyed import key, permute, uniforms
+from gigabatch.data.rng import key, permute, uniforms
 
 Rows = dict[str, Tensor]
 Memory = dict[str, Any]

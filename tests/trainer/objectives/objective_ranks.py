@@ -15,8 +15,8 @@ from cases import CASES, SIZES, WIDTH, Case, batch, settings_of, shares
 from torch import Tensor
 
 from gigabatch.trainer.distributed import World, leave
+from gigabatch.trainer.objective_state import ObjectiveState
 from gigabatch.trainer.objectives import Context, Objective, build_objective
-from gigabatch.trainer.state import ObjectiveState
 
 Result = dict[str, Tensor]
 

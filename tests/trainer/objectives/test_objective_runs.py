@@ -11,12 +11,12 @@ import pytest
 import torch
 from support import losses
 
-from gigabatch.trainer.configfile import load_config
+from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.monitor import read_metrics
-from gigabatch.trainer.runfolder import RunFolder
-from gigabatch.trainer.runs import create_run
+from gigabatch.trainer.monitoring.metrics import read_metrics
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
 
 EVERYTHING = """objective={name: sum, terms: [
     {name: queue, size: 50, momentum: 0.9},
@@ -71,7 +71,7 @@ def test_two_ranks_see_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any) 
     """Tables dealt out, queues gathered, ZeRO's shards brought together for the momentum tower."""
     assert run_training(new_run(tiny, "one"))
     done = gigabatch(
-        "train", tiny, *SETTINGS, "run.name=two", "train.zero=3", "cluster.launcher=torchrun",
+        "train", tiny, *SETTINGS, "run.name=two", "train.zero_stage=3", "cluster.launcher=torchrun",
         "cluster.workers=2",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,1 @@
+"""Decoding of sample members to tensors, and their collation."""

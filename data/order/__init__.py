@@ -1,0 +1,1 @@
+"""The sample order: position -> (epoch, source, sample), and its assignment to ranks."""

@@ -1,0 +1,1 @@
+"""WebDataset shards: tar members, index, reader, filtered views."""

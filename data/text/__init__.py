@@ -1,0 +1,1 @@
+"""Captions, tokenizers and text corpora."""

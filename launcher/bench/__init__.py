@@ -1,0 +1,1 @@
+"""Benchmarks that start runs: faults, objectives, data reading."""

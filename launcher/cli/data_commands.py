@@ -1,0 +1,203 @@
+"""What `gigabatch data ...` does: sets opened, worked on, and the outcome printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings
+from gigabatch.data.decode.fields import Fields
+from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.order.epoch_order import deal
+from gigabatch.data.order.mixture import batch_numbers
+from gigabatch.data.shards.index import Index, read_manifest
+from gigabatch.data.shards.indexing import home_of, open_index, stored_index
+from gigabatch.data.shards.json_columns import is_json, refuse_columns
+from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.shards.sources import Sources
+from gigabatch.data.text.captions import CaptionSettings
+from gigabatch.launcher.progress import progress_bar
+from gigabatch.trainer.config.load import load_config
+from gigabatch.trainer.inputs import open_train
+
+KINDS = {"image": IMAGE_MEMBERS, "audio": AUDIO_MEMBERS}
+"""Members of which a sample has any one."""
+LAST_POSITION = 1 << 62
+
+
+def index_source(
+    source: str,
+    columns: Sequence[str],
+    headers_only: bool,
+    dotted: bool,
+    partial: bool,
+    processes: int | None,
+) -> int:
+    """Build or extend an index, say what it holds; 2 where samples lack members. Columns that it
+    has stay."""
+    refuse_columns(columns)
+    settings = IndexSettings(
+        checksums=not headers_only, columns=_columns_held(source), dotted=dotted
+    )
+    columns = tuple(dict.fromkeys(columns))
+    with progress_bar("indexing shards") as progress:
+        index = open_index(source, progress, settings, columns=columns, processes=processes)
+    held = ", ".join(f"{name} {count:,}" for name, count in index.members_held)
+    size = sum(shard.bytes for shard in index.shards)
+    sums = "CRC-32C of every member" if index.settings.checksums else "no checksums"
+    print(f"{source}: {len(index):,} samples in {len(index.shards):,} shards, {size / 1e6:,.1f} MB")
+    print(f"  members: {held}; {sums}")
+    if index.columns:
+        print(f"  columns: {', '.join(_column(index, name) for name in index.columns)}")
+    print(f"  fingerprint {index.digest[:16]}; index in {index.folder}")
+    lacking = _lacking(index)
+    for line in lacking:
+        print(f"  {'note' if partial else 'error'}: {line}")
+    if lacking and not partial:
+        print("  If that is meant (data.missing=mask), say --partial; else write the shards again.")
+    return 2 if lacking and not partial else 0
+
+
+def _columns_held(source: str) -> tuple[str, ...]:
+    """The columns of the index that a set has already."""
+    settings = read_manifest(home_of(source)).get("settings", {})
+    return IndexSettings.model_validate(settings).columns
+
+
+def _column(index: Index, name: str) -> str:
+    column = index.table[name]
+    kind = "JSON text" if is_json(index.table.schema.field(name)) else column.type
+    nulls = f", {column.null_count:,} without" if column.null_count else ""
+    return f"{name} ({kind}{nulls})"
+
+
+def _lacking(index: Index) -> list[str]:
+    """Samples without a member that others have, a line for each kind of member."""
+    known = {member for members in KINDS.values() for member in members}
+    kinds = [tuple(m for m in members if m in index.members) for members in KINDS.values()]
+    kinds += [(member,) for member in index.members if member not in known]
+    lines = []
+    for kind in kinds:
+        missing = index.lacking(*kind)
+        if kind and len(missing):
+            first = int(missing[0])
+            begin = min(offset for m in index.members if (offset := index.span(first, m)[0]))
+            shard = index.shards[index.shard_of(first)].name
+            lines.append(
+                f"{len(missing):,} samples have no .{' or .'.join(kind)}; the first is "
+                f"{index.key(first)!r} ({shard}: at byte {begin})"
+            )
+    return lines
+
+
+def check_source(source: str, every: int, decode: bool, processes: int | None) -> int:
+    from gigabatch.data.describe.check import check
+
+    # As it was indexed: a shard changed since then must not vouch for itself.
+    index = stored_index(source) or open_source(source)
+    fields = Fields(
+        image=ImageSettings() if set(IMAGE_MEMBERS) & set(index.members) else None,
+        text=CaptionSettings() if "txt" in index.members else None,
+        more={"audio": AudioSettings()} if set(AUDIO_MEMBERS) & set(index.members) else {},
+        arrays=("npy",) if "npy" in index.members else (),
+        partial=True,
+    )
+    with progress_bar("checking samples") as progress:
+        report = check(
+            index, fields, every=every, decode=decode, processes=processes, progress=progress
+        )
+    print("\n".join(report.lines()))
+    if not index.settings.checksums:
+        print("(the index holds no checksums: `gigabatch data index` without --headers-only)")
+    return 2 if report.bad else 0
+
+
+def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
+    from gigabatch.data.packing.pack import PackSettings, pack
+
+    try:
+        chosen = PackSettings.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "-".join(map(str, first["loc"])).replace("_", "-")
+        raise GigabatchError(f"--{name}: {first['msg']} (given: {first['input']!r}).") from None
+    with progress_bar("packing samples") as progress:
+        report = pack(source, out, chosen, progress)
+    left = f", {report.skipped:,} left out ({out}/skipped.jsonl)" if report.skipped else ""
+    print(
+        f"{out}: {report.samples:,} samples in {report.shards:,} shards, "
+        f"{report.bytes / 1e6:,.1f} MB{left}"
+    )
+
+
+def filter_source(source: str, condition: str, out: Path | None) -> None:
+    from gigabatch.data.shards.filtered_view import count_where, make_view
+
+    index = open_source(source)
+    if out is None:
+        count = count_where(index, condition)
+        print(f"{count:,} of {len(index):,} samples ({count / len(index):.1%})")
+        return
+    view = make_view(index, condition, out)
+    print(
+        f"{out}: a view of {len(view):,} of {len(index):,} samples ({len(view) / len(index):.1%})"
+    )
+    print(f"use it as any set: data.train={out.absolute()}")
+
+
+def print_batch(
+    path: Path, overrides: Sequence[str], step: int, world: int, rank: int | None, long: bool
+) -> None:
+    """The samples of a step, in the order of the batch; with `rank`, of that rank alone."""
+    if rank is not None and rank >= world:
+        raise GigabatchError(f"--rank {rank}: ranks go from 0 to {world - 1} (--world {world}).")
+    config = load_config(path, overrides)
+    if step * config.batch.global_size >= LAST_POSITION:
+        raise GigabatchError(
+            f"--step {step}: positions of samples are told up to 2^62; with batches of "
+            f"{config.batch.global_size:,} the last step is "
+            f"{(LAST_POSITION - 1) // config.batch.global_size}."
+        )
+    with progress_bar("indexing shards") as progress:
+        data = open_train(config, progress)
+    numbers = batch_numbers(data.mixture, step, config.batch.global_size)
+    micro = config.batch.micro_size
+    ranks = range(world) if rank is None else [rank]
+    with Sources(data.indexes) as sources:
+        for each in ranks:
+            for j in deal(len(numbers) // micro, world, each):
+                rows = numbers[j * micro : (j + 1) * micro]
+                for number, key in zip(rows.tolist(), sources.keys(rows), strict=True):
+                    source, sample = sources.place(number)
+                    name = data.names[source]
+                    shard = sources.shard_name(number)
+                    print(f"{each}\t{j}\t{name}\t{shard}\t{sample}\t{key}" if long else key)
+
+
+def describe_source(
+    source: str, sample: int, caption: str, sheet: Path | None, as_json: bool
+) -> None:
+    from gigabatch.data.describe.contact import contact_sheet
+    from gigabatch.data.describe.stats import collect, render
+
+    member, _, field = caption.partition(":")
+    captions = CaptionSettings(member=member, field=field or None)
+    index = open_source(source)
+    with progress_bar("reading samples") as progress:
+        found = collect(index, captions, sample or None, progress)
+    print(json.dumps(found.to_json()) if as_json else render(found))
+    if sheet is not None:
+        contact_sheet(index, captions, sheet)
+        if not as_json:
+            print(f"contact sheet: {sheet}")
+
+
+def open_source(source: str) -> Index:
+    """The index of a set, built first where there is none, with a bar."""
+    with progress_bar("indexing shards") as progress:
+        return open_index(source, progress)

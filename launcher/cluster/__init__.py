@@ -1,0 +1,1 @@
+"""Ray: connection, workers, jobs, preemption, wheels."""

@@ -1,0 +1,64 @@
+"""SupReMix (42): continuous labels, of which near ones are nearer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from gigabatch.launcher.experiments.shards import write_set
+from gigabatch.launcher.experiments.studies.blocks import vector_tower
+from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+
+LABELS, SIZE = 60, 32
+
+
+def write(folder: Path, random: np.random.Generator, variant: str) -> None:
+    """A label on a curve in 8 dimensions, mixed with 8 that say nothing, through a random layer."""
+    waves = random.uniform(0.5, 2.5, 8), random.uniform(0, 2 * np.pi, 8)
+    layer = random.standard_normal((16, SIZE)) / 4
+    for name, count in (("train", 3000), ("test", 1000)):
+        labels = random.integers(0, LABELS, count)
+        curve = np.sin(labels[:, None] / LABELS * 2 * np.pi * waves[0] + waves[1])
+        inner = np.concatenate([curve, random.standard_normal((count, 8))], 1)
+        seen = np.tanh(inner @ layer) + 0.1 * random.standard_normal((count, SIZE))
+        write_set(folder / name, {"npy": seen, "json": [{"label": each} for each in labels]})
+
+
+SHARED = {"taps": ["vector", "vector@1"], "init_logit_scale": 3.3, "learn_scale": False}
+
+STUDY = Study(
+    name="label-distance",
+    papers=(42,),
+    claim="Negatives that weigh more the farther their label is make an embedding that a linear "
+    "regression reads better than SupCon's.",
+    setting=f"Vectors of {LABELS} integer labels on a curve; mean absolute error of a ridge "
+    "regression on the frozen embedding.",
+    write=write,
+    config={
+        "towers": {
+            "width": 8,
+            "more": {"vector": {**vector_tower("npy", SIZE, layers=2), "dropout": 0.1}},
+        },
+        "batch": {"global_size": 250, "micro_size": 250},
+        "train.steps": 300,
+        "optimizer": {"lr": 2e-3},
+    },
+    arms=(
+        Arm("simclr", {"objective": {"name": "supcon", **SHARED}}),
+        Arm("supcon", {"objective": {"name": "supcon", "positives": "label", **SHARED}}),
+        Arm("weighted", {"objective": {"name": "label_distance", "label": "label", **SHARED}}),
+    ),
+    measures=(
+        Measure(
+            "MAE", "probe", "test", "probe/mae",
+            ("label=label", "kind=regression", "train=train", "modality=vector"),
+        ),
+    ),
+    bars=(
+        Bar(
+            "weighted MAE, of SupCon's",
+            lambda mean: mean("weighted", "MAE") / mean("supcon", "MAE"), most=0.65,
+        ),
+    ),
+)  # fmt: skip

@@ -1,0 +1,317 @@
+from __future__ import annotations
+
+import io
+import tracemalloc
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from gigabatch.data.decode.audio import AudioSettings, decode_audio
+from gigabatch.data.decode.audio_headers import is_cut, told_frames
+from gigabatch.data.errors import BadSample
+
+WHERE = "/data/s.tar: sample 'dog'"
+SECOND = AudioSettings(rate=16000, seconds=1.0)
+KINDS = {
+    "wav": {"format": "WAV", "subtype": "PCM_16"},
+    "float wav": {"format": "WAV", "subtype": "FLOAT"},
+    "24-bit wav": {"format": "WAVEX", "subtype": "PCM_24"},
+    "flac": {"format": "FLAC"},
+    "vorbis": {"format": "OGG", "subtype": "VORBIS"},
+    "opus": {"format": "OGG", "subtype": "OPUS"},
+    "mp3": {"format": "MP3"},
+}
+LOSSY = ("vorbis", "opus", "mp3")
+
+
+def sine(seconds: float, rate: int = 16000, hertz: float = 440, level: float = 0.5) -> NDArray[Any]:
+    return level * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
+
+
+def saved(wave: NDArray[Any], kind: str = "wav", rate: int = 16000, **options: Any) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, **KINDS.get(kind, {"format": kind}) | options)
+    return file.getvalue()
+
+
+@lru_cache
+def noisy(kind: str, **options: Any) -> bytes:
+    """Three seconds that do not compress to nothing."""
+    noise = np.random.default_rng(0).normal(0, 0.05, 48000)
+    return saved(sine(3) + noise, kind, **options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_gives_its_waveform(kind: str) -> None:
+    wave = sine(0.5)
+    decoded, length = decode_audio(saved(wave, kind), SECOND, WHERE)
+    assert decoded.dtype == torch.float32
+    assert decoded.shape == (16000,)
+    assert length == 8000
+    tolerance = 0.05 if kind in LOSSY else 1e-4
+    inside = slice(1000, 7000) if kind in LOSSY else slice(None, 8000)
+    torch.testing.assert_close(
+        decoded[inside], torch.from_numpy(wave).float()[inside], atol=tolerance, rtol=0
+    )
+    assert not decoded[8000:].any()
+
+
+@pytest.mark.parametrize("kind", ["wav", "float wav", "flac"])
+def test_channels_are_averaged(kind: str) -> None:
+    left, right = sine(1), sine(1, hertz=300, level=0.3)
+    decoded, _ = decode_audio(saved(np.stack([left, right], 1), kind), SECOND, WHERE)
+    expected = torch.from_numpy((left + right) / 2).float()
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+def test_other_rates_are_resampled(rate: int) -> None:
+    decoded, length = decode_audio(saved(sine(0.75, rate), "flac", rate), SECOND, WHERE)
+    assert length == 12000
+    expected = torch.from_numpy(sine(0.75)).float()
+    torch.testing.assert_close(decoded[500:11500], expected[500:11500], atol=2e-3, rtol=0)
+    assert not decoded[12000:].any()
+
+
+@pytest.mark.parametrize(("kind", "rate"), [("wav", 16000), ("flac", 44100), ("mp3", 44100)])
+def test_a_cut_leaves_no_mark(kind: str, rate: int) -> None:
+    data = saved(np.random.default_rng(0).normal(0, 0.1, 3 * rate), kind, rate)
+    whole, _ = decode_audio(data, AudioSettings(seconds=3.0), WHERE)
+    start, length = decode_audio(data, SECOND, WHERE)
+    assert length == 16000
+    torch.testing.assert_close(start, whole[:16000], atol=1e-5, rtol=0)
+
+
+def test_length_is_of_the_settings() -> None:
+    settings = AudioSettings(rate=8000, seconds=0.3)
+    decoded, length = decode_audio(saved(sine(1)), settings, WHERE)
+    assert decoded.shape == (2400,)
+    assert length == 2400
+    whole, length = decode_audio(saved(sine(1)), AudioSettings(seconds=1.0), WHERE)
+    assert (whole.shape, length) == ((16000,), 16000)
+
+
+def why_refused(data: bytes, settings: AudioSettings = SECOND) -> str:
+    with pytest.raises(BadSample) as caught:
+        decode_audio(data, settings, WHERE)
+    message = str(caught.value)
+    assert message.startswith(f"{WHERE}: the audio cannot be decoded: ")
+    assert "\n" not in message
+    assert "0x" not in message  # an address in memory differs from run to run
+    return message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_cut_short_is_refused(kind: str) -> None:
+    data = noisy(kind)
+    whole = AudioSettings(seconds=3.0)
+    decode_audio(data, whole, WHERE)
+    for share in (0.0, 0.001, 0.01, 0.1, 0.3, 0.5, 0.8):
+        why_refused(data[: int(share * len(data))], whole)
+
+
+@pytest.mark.parametrize("kind", ["wav", "float wav", "24-bit wav", "flac", "vorbis", "opus"])
+def test_one_byte_too_few_is_refused(kind: str) -> None:
+    why_refused(noisy(kind)[:-1], AudioSettings(seconds=3.0))
+
+
+@pytest.mark.parametrize("kind", ["vorbis", "opus"])
+def test_an_ogg_without_its_last_page_is_refused(kind: str) -> None:
+    data = noisy(kind)
+    assert "cut short" in why_refused(data[: data.rfind(b"OggS")])
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not audio", bytes(5000), b"RIFF\0\0\0\0WAVE", b"ID3", b"OggS", b"fLaC"]
+)
+def test_what_is_not_audio_is_refused(data: bytes) -> None:
+    why_refused(data)
+
+
+@pytest.mark.parametrize("kind", ["AIFF", "AU", "CAF", "W64", "RF64"])
+def test_other_kinds_of_audio_are_refused_by_name(kind: str) -> None:
+    assert f"{kind} is not one of wav, flac, ogg, mp3" in why_refused(saved(sine(1), kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples_are_refused(kind: str) -> None:
+    why_refused(saved(np.zeros(0), kind))
+
+
+def test_less_than_a_sample_is_refused() -> None:
+    assert "no samples" in why_refused(saved(np.ones(1), "wav", 48000))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_numbers_are_refused(value: float) -> None:
+    wave = sine(0.5)
+    wave[3] = value
+    assert "not numbers" in why_refused(saved(wave, "float wav"))
+
+
+def wav_with(at: bytes, offset: int, value: int, size: int) -> bytes:
+    data = bytearray(noisy("wav"))
+    place = data.index(at) + offset
+    data[place : place + size] = value.to_bytes(size, "little")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("rate", [1, 999, 1_000_001, 2**31 - 1])
+def test_absurd_rates_are_refused(rate: int) -> None:
+    assert f"claims {rate} samples a second" in why_refused(wav_with(b"fmt ", 12, rate, 4))
+
+
+def test_absurd_channels_are_refused() -> None:
+    assert "on 1000 channels" in why_refused(wav_with(b"fmt ", 10, 1000, 2))
+
+
+def test_what_a_header_claims_is_not_allocated() -> None:
+    flac = bytearray(noisy("flac"))
+    flac[21] |= 0x0F  # the 36 bits of STREAMINFO's number of samples
+    flac[22:26] = b"\xff" * 4
+    mp3 = bytearray(noisy("mp3"))
+    count = mp3.index(b"Xing") + 8
+    mp3[count : count + 4] = b"\xff" * 4
+    rf64 = bytearray(saved(sine(1), "RF64"))
+    sizes = rf64.index(b"ds64") + 8
+    rf64[sizes : sizes + 24] = (2**60).to_bytes(8, "little") * 3
+    for data in (flac, mp3, rf64):
+        tracemalloc.start()
+        why_refused(bytes(data), AudioSettings(seconds=10.0))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 10_000_000
+
+
+@pytest.mark.parametrize("size", [0x7FFFF000, 0x7FFFFFFF, 0xFFFFFFFF])
+def test_a_wav_whose_size_was_left_open_is_read_to_its_end(size: int) -> None:
+    data = wav_with(b"data", 4, size, 4)
+    decoded, length = decode_audio(data, AudioSettings(seconds=4.0), WHERE)
+    assert length == 48000
+    assert torch.equal(decoded, decode_audio(noisy("wav"), AudioSettings(seconds=4.0), WHERE)[0])
+
+
+def test_wav_chunks_before_and_behind_the_samples_are_passed_over() -> None:
+    data = noisy("wav")
+    place = data.index(b"data")
+    odd = b"LIST\x05\0\0\0abcde\0"  # an odd size is padded
+    more = data[:place] + odd + data[place:] + odd
+    assert torch.equal(decode_audio(more, SECOND, WHERE)[0], decode_audio(data, SECOND, WHERE)[0])
+    why_refused(more[: -len(odd) - 2])
+
+
+def without_xing(data: bytes) -> bytes:
+    """The frames behind the first, which holds nothing but the tag."""
+    return data[data.index(data[:2], 2) :]
+
+
+def test_an_mp3_behind_an_id3_tag() -> None:
+    tag = b"ID3\x04\0\0\0\0\x07\x76" + bytes(1014)
+    whole = AudioSettings(seconds=3.0)
+    tagged, length = decode_audio(tag + noisy("mp3"), whole, WHERE)
+    assert length == 48000
+    assert torch.equal(tagged, decode_audio(noisy("mp3"), whole, WHERE)[0])
+    why_refused(tag + noisy("mp3")[:4000], whole)
+
+
+def test_an_mp3_of_constant_bit_rate_needs_no_xing_header() -> None:
+    data = without_xing(noisy("mp3", bitrate_mode="CONSTANT", compression_level=0.5))
+    _, length = decode_audio(data, AudioSettings(seconds=4.0), WHERE)
+    assert 48000 <= length < 48000 + 3 * 1152
+
+
+def varying(quiet_first: bool) -> bytes:
+    """An MP3 without a Xing header whose first frames tell little of the others."""
+    noise = np.random.default_rng(0).normal(0, 0.2, 24000)
+    parts = [np.zeros(24000), noise] if quiet_first else [noise, np.zeros(24000)]
+    data = saved(np.concatenate(parts), "mp3", bitrate_mode="VARIABLE", compression_level=0.5)
+    return without_xing(data)
+
+
+def test_an_mp3_whose_length_is_guessed_too_long_is_whole_all_the_same() -> None:
+    _, length = decode_audio(varying(quiet_first=True), AudioSettings(seconds=4.0), WHERE)
+    assert 48000 <= length < 48000 + 3 * 1152
+
+
+def test_an_mp3_whose_length_is_guessed_too_short_is_refused_not_cut() -> None:
+    message = why_refused(varying(quiet_first=False), AudioSettings(seconds=4.0))
+    assert "varying bit rate needs a Xing header" in message
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 32000, 44100, 48000])
+def test_the_frames_of_an_mp3_are_counted(rate: int) -> None:
+    wave = np.random.default_rng(0).normal(0, 0.1, rate)
+    data = saved(wave, "mp3", rate, bitrate_mode="CONSTANT", compression_level=0.5)
+    bare = without_xing(data)
+    with soundfile.SoundFile(io.BytesIO(bare)) as file:
+        read = len(file.read())
+    tag = b"ID3\x04\0\0\0\0\0\x14" + bytes(20)
+    for frames in (bare, tag + bare):
+        assert told_frames(frames, "MP3", -1, 10**9) == read
+        assert 1000 <= told_frames(frames, "MP3", -1, 1000) < 1000 + 1152
+    assert told_frames(bare + b"junk" + bare, "MP3", -1, 10**9) == read
+
+
+def test_an_mp3_is_as_long_as_its_tag_says_if_it_says() -> None:
+    for name, mode in ((b"Xing", "VARIABLE"), (b"Info", "CONSTANT")):
+        data = bytearray(noisy("mp3", bitrate_mode=mode, compression_level=0.5))
+        assert told_frames(bytes(data), "MP3", 123, 10**9) == 123
+        data[data.index(name) + 7] &= 0xFE
+        assert told_frames(bytes(data), "MP3", 123, 10**9) > 48000
+
+
+def test_an_mp3_may_tell_of_a_few_frames_more_than_it_has() -> None:
+    data = bytearray(noisy("mp3"))
+    place = data.index(b"Xing") + 8
+    frames = int.from_bytes(data[place : place + 4], "big")
+    whole = AudioSettings(seconds=4.0)
+    data[place : place + 4] = (frames + 3).to_bytes(4, "big")
+    assert decode_audio(bytes(data), whole, WHERE)[1] >= 48000
+    data[place : place + 4] = (frames + 9).to_bytes(4, "big")
+    why_refused(bytes(data), whole)
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [(b"", "WAV"), (b"RIFF\x04\0\0\0WAVE", "WAV"), (b"", "OGG"), (b"OggS", "OGG"),
+     (b"\xff" * 40, "OGG")],
+)  # fmt: skip
+def test_a_file_without_what_ends_it_is_cut(data: bytes, kind: str) -> None:
+    assert is_cut(data, kind)
+
+
+def outcome(data: bytes) -> str:
+    try:
+        decoded, length = decode_audio(data, SECOND, WHERE)
+    except BadSample as error:
+        return "an error" if str(error).startswith(WHERE) else str(error)
+    sound = decoded.shape == (16000,) and decoded.isfinite().all() and 0 < length <= 16000
+    return "a waveform" if sound else f"{decoded}, {length}"
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "vorbis", "mp3"])
+@given(changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))))
+def test_damage_gives_a_waveform_or_a_clear_error(
+    kind: str, changes: list[tuple[float, int]]
+) -> None:
+    data = bytearray(saved(sine(0.2), kind))
+    for share, byte in changes:
+        data[int(share**3 * len(data))] = byte  # mostly in the headers
+    assert outcome(bytes(data)) in ("a waveform", "an error")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"rate": 0}, {"rate": 10**9}, {"seconds": 0}, {"seconds": float("inf")}, {"channels": 2}],
+)
+def test_settings_out_of_range_or_unknown_are_refused(settings: dict[str, float]) -> None:
+    with pytest.raises(ValidationError):
+        AudioSettings(**settings)  # type: ignore[arg-type]

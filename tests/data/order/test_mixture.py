@@ -1,0 +1,393 @@
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.order.epoch_order import Order, deal
+from gigabatch.data.order.groups import Grouped
+from gigabatch.data.order.mixture import (
+    BATCH_BLOCK,
+    SAMPLE_BLOCK,
+    Mixture,
+    Phase,
+    Walk,
+    apportion,
+    batch_numbers,
+    number_of,
+    split_number,
+)
+from gigabatch.data.rng import I64, key, permute
+
+EVEN = (Phase(0, (1.0,)),)
+SMALL = Order((3, 5, 2, 4), seed=11, window=2)
+
+
+@dataclass(frozen=True)
+class Line:
+    """A source whose sample is its position: what it is asked for can be read off."""
+
+    epoch_size: int = 10**15
+
+    def locate(self, positions: I64) -> tuple[I64, I64]:
+        return positions // self.epoch_size, positions % self.epoch_size
+
+
+def lines(phases: tuple[Phase, ...], seed: int = 7, unit: int = 1) -> Mixture:
+    return Mixture(tuple(Line() for _ in phases[0].weights), phases, seed, unit)
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> Mixture:
+    """One to four sources, up to three phases, of samples or of small batches."""
+    unit = draw(st.sampled_from([1, 2, 7]))
+    count = draw(st.integers(1, 4))
+    weights = st.lists(
+        st.sampled_from([0.0, 0.05, 1 / 3, 1.0, 2.5]), min_size=count, max_size=count
+    ).filter(any)
+    width = unit * (SAMPLE_BLOCK if unit == 1 else BATCH_BLOCK)
+    starts = draw(st.lists(st.integers(1, 4 * width), max_size=2, unique=True))
+    phases = [Phase(start, tuple(draw(weights))) for start in [0, *sorted(starts)]]
+    return lines(tuple(phases), draw(st.integers(0, 2**63 - 1)), unit)
+
+
+def width(mixture: Mixture) -> int:
+    """Positions of a block."""
+    return mixture.block * mixture.unit
+
+
+def walked(mixture: Mixture, blocks: int) -> tuple[I64, I64]:
+    """(source, position in it) of all positions of the first blocks, by walking them."""
+    counters = [0] * len(mixture.walks)
+    sources, own = [], []
+    for block in range(blocks):
+        weights = [p.weights for p in mixture.phases if p.start <= block * width(mixture)][-1]
+        slots = np.repeat(range(len(weights)), apportion(weights, mixture.block)).tolist()
+        stream = key(mixture.seed, "mix", block)
+        for slot in permute(np.arange(mixture.block), mixture.block, stream).tolist():
+            for _ in range(mixture.unit):
+                sources.append(slots[slot])
+                own.append(counters[slots[slot]])
+                counters[slots[slot]] += 1
+    return np.array(sources), np.array(own)
+
+
+@settings(max_examples=30)
+@given(mixture=mixtures(), data=st.data())
+def test_a_look_up_equals_the_walk(mixture: Mixture, data: st.DataObject) -> None:
+    """Also where phases switch, and in any order."""
+    source, own = walked(mixture, blocks=5)
+    positions = np.array(data.draw(st.lists(st.integers(0, len(own) - 1), max_size=50)), np.int64)
+    located = mixture.locate(positions)
+    assert all(part.dtype == np.int64 for part in located)
+    assert np.array_equal(located.source, source[positions])
+    assert np.array_equal(located.sample, own[positions])
+    whole = mixture.locate(np.arange(len(own)))
+    assert np.array_equal(whole.source, source)
+    assert np.array_equal(whole.sample, own)
+
+
+@settings(max_examples=30)
+@given(mixture=mixtures())
+def test_each_source_advances_by_one_without_gaps(mixture: Mixture) -> None:
+    located = mixture.locate(np.arange(5 * width(mixture)))
+    for source in range(len(mixture.walks)):
+        own = located.sample[located.source == source]
+        assert np.array_equal(own, np.arange(len(own)))
+
+
+@settings(max_examples=30)
+@given(mixture=mixtures(), block=st.integers(0, 10**6))
+def test_every_block_holds_each_source_in_exact_proportion(mixture: Mixture, block: int) -> None:
+    start = block * width(mixture)
+    weights = [phase.weights for phase in mixture.phases if phase.start <= start][-1]
+    source = mixture.locate(start + np.arange(width(mixture))).source
+    counts = np.bincount(source, minlength=len(weights)) / mixture.unit
+    shares = np.array(weights) / sum(weights) * mixture.block
+    assert (np.abs(counts - shares) < 1).all()
+    assert counts.tolist() == apportion(weights, mixture.block)
+
+
+@settings(max_examples=50)
+@given(mixture=mixtures(), data=st.data())
+def test_drawn_equals_counting(mixture: Mixture, data: st.DataObject) -> None:
+    position = data.draw(st.integers(0, 5 * width(mixture)))
+    source = mixture.locate(np.arange(position)).source
+    counted = np.bincount(source, minlength=len(mixture.walks))
+    drawn = mixture.drawn(position)
+    assert drawn.dtype == np.int64
+    assert drawn.tolist() == counted.tolist()
+
+
+@pytest.mark.parametrize("unit", [1, 32_768])
+def test_seeking_to_position_a_billion_goes_on_where_the_count_says(unit: int) -> None:
+    phases = (Phase(0, (0.7, 0.2, 0.1)), Phase(10**8, (1, 1, 2)), Phase(10**9 // 2, (0.3, 0, 0.7)))
+    began = time.process_time()
+    mixture = lines(phases, unit=unit)
+    positions = 10**9 + np.arange(50_000)
+    located, drawn = mixture.locate(positions), mixture.drawn(10**9)
+    assert time.process_time() - began < 0.2
+    assert drawn.sum() == 10**9
+    for source in range(3):
+        own = located.sample[located.source == source]
+        assert np.array_equal(own, drawn[source] + np.arange(len(own)))
+    # By hand: whole blocks before each edge, in sixths or so of a block.
+    block = width(mixture)
+    edges = [0, *(-(-start // block) for start in (10**8, 10**9 // 2)), 10**9 // block]
+    shares = [(0.7, 0.2, 0.1), (0.25, 0.25, 0.5), (0.3, 0, 0.7)]
+    whole = sum(
+        n * block * np.array(share) for n, share in zip(np.diff(edges), shares, strict=True)
+    )
+    assert np.abs(drawn - whole).max() <= block
+
+
+@pytest.mark.parametrize("unit", [1, 8])
+def test_weights_switch_at_the_first_block_edge_from_the_start_on(unit: int) -> None:
+    block = unit * (SAMPLE_BLOCK if unit == 1 else BATCH_BLOCK)
+    for start, edge in [(1, 1), (block - 1, 1), (block, 1), (block + 1, 2), (3 * block, 3)]:
+        mixture = lines((Phase(0, (1, 0)), Phase(start, (0, 1))), unit=unit)
+        source = mixture.locate(np.arange(5 * block)).source
+        assert source.tolist() == [0] * edge * block + [1] * (5 - edge) * block
+
+
+def test_of_two_phases_in_a_block_the_later_holds() -> None:
+    mixture = lines((Phase(0, (1, 0)), Phase(5, (0, 1)), Phase(6, (1, 3))))
+    assert mixture.drawn(SAMPLE_BLOCK).tolist() == [10_000, 0]
+    assert mixture.drawn(2 * SAMPLE_BLOCK).tolist() == [12_500, 7500]
+
+
+@pytest.mark.parametrize("unit", [1, 5])
+def test_the_positions_of_one_source_are_its_own(unit: int) -> None:
+    positions = 10**9 + np.arange(100)
+    epochs, samples = SMALL.locate(positions)
+    located = Mixture((SMALL,), EVEN, seed=3, unit=unit).locate(positions)
+    assert not located.source.any()
+    assert np.array_equal(located.epoch, epochs)
+    assert np.array_equal(located.sample, samples)
+    assert Mixture((SMALL,), EVEN, seed=3, unit=unit).drawn(12_345).tolist() == [12_345]
+
+
+def test_a_source_that_is_never_drawn_changes_nothing() -> None:
+    """The general case, of which a single source is one."""
+    order = Order((900, 1100), seed=1, window=2)
+    beside = Mixture((Line(), order), (Phase(0, (0, 1)),), seed=3)
+    alone = Mixture((order,), EVEN, seed=3)
+    positions = np.arange(25_000)
+    assert np.array_equal(beside.locate(positions).sample, alone.locate(positions).sample)
+    assert beside.drawn(25_000).tolist() == [0, 25_000]
+
+
+def test_a_unit_is_a_batch_of_one_source() -> None:
+    mixture = lines((Phase(0, (2, 1, 1)),), unit=16)
+    located = mixture.locate(np.arange(16 * 300))
+    source, own = located.source.reshape(-1, 16), located.sample.reshape(-1, 16)
+    assert (source == source[:, :1]).all()
+    assert (own[:, 0] % 16 == 0).all()
+    assert (np.diff(own) == 1).all()
+    assert np.bincount(source[:, 0]).tolist() == [150, 75, 75]
+
+
+def test_sources_are_well_mixed_inside_a_block() -> None:
+    source = lines((Phase(0, (0.8, 0.2)),)).locate(np.arange(SAMPLE_BLOCK)).source
+    in_hundreds = source.reshape(-1, 100).sum(1)
+    # Of a hundred, 20 and a standard deviation of 4; five of it are beyond chance.
+    assert np.abs(in_hundreds - 20).max() < 5 * 4
+    assert in_hundreds.std() == pytest.approx(4, rel=0.3)
+
+
+def test_seeds_and_blocks_mix_differently() -> None:
+    phases = (Phase(0, (1, 1)),)
+    one, two = (lines(phases, seed).locate(np.arange(2 * SAMPLE_BLOCK)).source for seed in (1, 2))
+    assert not np.array_equal(one, two)
+    assert not np.array_equal(one[:SAMPLE_BLOCK], one[SAMPLE_BLOCK:])
+
+
+GOLDEN = Mixture(
+    (SMALL, Order((30, 20), 5, 1), Order((9,), 2, 1)),
+    (Phase(0, (5, 3, 2)), Phase(25_000, (1, 0, 1))),
+    seed=42,
+)
+
+
+def test_golden_mixture() -> None:
+    """The mixture is a versioned format: a resumed run must see the samples that it began with."""
+    start = GOLDEN.locate(np.arange(16))
+    assert start.source.tolist() == [0, 1, 2, 1, 0, 0, 2, 2, 0, 0, 1, 0, 1, 0, 0, 2]
+    assert start.epoch.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
+    assert start.sample.tolist() == [13, 11, 2, 12, 10, 6, 4, 8, 4, 12, 17, 3, 7, 7, 11, 5]
+    far = GOLDEN.locate(10**9 + np.arange(6))
+    assert far.source.tolist() == [0, 0, 2, 0, 0, 2]
+    assert far.epoch.tolist() == [35714285, 35714285, 55554555, 35714285, 35714285, 55554555]
+    assert far.sample.tolist() == [7, 6, 6, 1, 0, 8]
+    assert GOLDEN.drawn(10**9 + 6).tolist() == [500000004, 9000, 499991002]
+
+
+def test_golden_mixture_of_batches() -> None:
+    located = replace(GOLDEN, unit=4).locate(4 * np.arange(12) + 1)
+    assert located.source.tolist() == [0, 0, 0, 0, 2, 0, 0, 2, 0, 0, 0, 0]
+    assert located.sample.tolist() == [10, 3, 8, 1, 4, 0, 13, 6, 5, 1, 10, 5]
+
+
+@given(mixture=mixtures())
+def test_a_mixture_is_a_value(mixture: Mixture) -> None:
+    again = pickle.loads(pickle.dumps(mixture))
+    assert again == mixture
+    positions = np.arange(0, 3 * width(mixture), 997)
+    assert np.array_equal(again.locate(positions).sample, mixture.locate(positions).sample)
+    assert replace(mixture, seed=mixture.seed + 1) != mixture
+
+
+@given(
+    weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(any),
+    seats=st.integers(1, 20_000),
+)
+def test_seats_go_by_largest_remainder(weights: list[float], seats: int) -> None:
+    counts = np.array(apportion(tuple(weights), seats))
+    quotas = np.array(weights) / sum(weights) * seats
+    assert counts.sum() == seats
+    # An excess of one over another's lack would have been given to the other.
+    assert np.ptp(counts - quotas) < 1 + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weights", "seats", "counts"),
+    [
+        ((1, 1, 1), 100, [34, 33, 33]),  # ties by order
+        ((0.1, 0.2, 0.7), 10_000, [1000, 2000, 7000]),
+        ((1, 2, 3), 7, [1, 2, 4]),
+        ((0, 5, 0), 9, [0, 9, 0]),
+        ((1e-5, 1), 10_000, [0, 10_000]),
+    ],
+)
+def test_shares_by_hand(weights: tuple[float, ...], seats: int, counts: list[int]) -> None:
+    assert apportion(weights, seats) == counts
+
+
+@pytest.mark.parametrize(
+    ("walks", "phases", "unit", "message"),
+    [
+        (2, (Phase(0, (1, 1e-5)),), 1, r"train\[1\]: weight 1e-05 of .* none of the 10000 samples"),
+        (2, (Phase(0, (1, 1e-3)),), 64, r"none of the 100 batches of a block.* at least 0.01001"),
+        (2, (Phase(0, (1, 1)), Phase(9, (1e-9, 1))), 1, r"train\[0\].*from sample 9 on"),
+        (2, (Phase(0, (1, 1, 1)),), 1, "3 weights for 2 sources from sample 0"),
+        (2, (Phase(0, (1, -1)),), 1, "below 0"),
+        (2, (Phase(0, (3, -1)),), 1, "below 0"),
+        (2, (Phase(0, (0, 0)),), 1, "one must be above 0"),
+        (2, (Phase(0, (1, float("nan"))),), 1, "weights"),
+        (2, (Phase(0, (1, float("inf"))),), 1, "infinite"),
+        (1, (Phase(1, (1,)),), 1, r"start at 0 and grow; got \[1\]"),
+        (1, (Phase(0, (1,)), Phase(5, (1,)), Phase(5, (1,))), 1, r"got \[0, 5, 5\]"),
+        (1, (), 1, r"got \[\]"),
+    ],
+)
+def test_weights_that_cannot_hold_are_refused(
+    walks: int, phases: tuple[Phase, ...], unit: int, message: str
+) -> None:
+    with pytest.raises(GigabatchError, match=message):
+        Mixture((Line(),) * walks, phases, seed=1, unit=unit)
+
+
+@pytest.mark.parametrize("empty", [Order((0, 0), 1, 1), Grouped(np.array([], np.int64), 4, 1)])
+def test_an_empty_source_is_refused(empty: Walk) -> None:
+    with pytest.raises(GigabatchError, match=r"data.train\[1\]: it has no sample"):
+        Mixture((SMALL, empty), (Phase(0, (1, 1)),), seed=1)
+
+
+@given(
+    places=st.lists(
+        st.tuples(st.integers(0, 2**22), st.integers(0, 2**40 - 1)), max_size=20, unique=True
+    )
+)
+def test_numbers_are_unique_and_go_back_to_source_and_sample(
+    places: list[tuple[int, int]],
+) -> None:
+    source, sample = (np.array([place[i] for place in places], np.int64) for i in (0, 1))
+    numbers = number_of(source, sample)
+    assert numbers.dtype == np.int64
+    assert [
+        tuple(pair) for pair in zip(*map(np.ndarray.tolist, split_number(numbers)), strict=True)
+    ] == places
+    assert [places[i] for i in np.argsort(numbers)] == sorted(places)
+
+
+@given(step=st.integers(1, 10**6), size=st.integers(1, 64))
+def test_a_batch_is_its_positions_sorted(step: int, size: int) -> None:
+    batch = batch_numbers(GOLDEN, step, size)
+    assert (np.diff(batch) >= 0).all()
+    located = GOLDEN.locate(np.arange((step - 1) * size, step * size))
+    assert np.array_equal(batch, np.sort(number_of(located.source, located.sample)))
+
+
+def test_a_batch_may_straddle_two_epochs() -> None:
+    batch = batch_numbers(Mixture((SMALL,), EVEN, seed=3), 2, 10)
+    assert batch.tolist() == [0, 0, 1, 1, 2, 2, 6, 8, 9, 9]
+    assert batch.tolist() == sorted(SMALL.locate(np.arange(10, 20))[1].tolist())
+
+
+def test_batches_of_one_source_and_one_group() -> None:
+    """Sources with groups of their own, mixed by whole batches."""
+    codes = np.random.default_rng(0).integers(0, 3, 500)
+    walks = (Grouped(codes, 16, 1), Order((200, 100), 2, 2), Grouped(codes[:90], 16, 3))
+    mixture = Mixture(walks, (Phase(0, (3, 2, 1)),), seed=5, unit=16)
+    pure = 0
+    for step in range(1, 301):
+        source, sample = split_number(batch_numbers(mixture, step, 16))
+        assert (source == source[0]).all()
+        pure += source[0] != 1 and len(np.unique(codes[sample])) == 1
+    of_groups = 300 - int(mixture.drawn(16 * 300)[1]) // 16
+    assert 0.85 * of_groups < pure < of_groups
+
+
+# "World sizes 1, 2, 3, 5, 8, changes in mid-run, mixes of three sources: identical global batches;
+# each sample once an epoch."
+GLOBAL, MICRO = 48, 4
+SIZES = (700, 130, 41)
+
+
+def run(mixture: Mixture, worlds: list[int]) -> dict[tuple[int, int], list[int]]:
+    """(step, micro-batch) -> its samples, as the ranks hold them. `worlds`: the size at each step;
+    where it changes, the run is resumed."""
+    held: dict[tuple[int, int], list[int]] = {}
+    for step, world in enumerate(worlds, start=1):
+        if worlds[step - 2 : step - 1] != [world]:
+            mixture = pickle.loads(pickle.dumps(mixture))
+        for rank in range(world):
+            batch = batch_numbers(mixture, step, GLOBAL)
+            for j in deal(GLOBAL // MICRO, world, rank):
+                assert (step, j) not in held
+                held[step, j] = batch[j * MICRO : (j + 1) * MICRO].tolist()
+    return held
+
+
+@settings(max_examples=15)
+@given(
+    stretches=st.lists(
+        st.tuples(st.sampled_from([1, 2, 3, 5, 8]), st.integers(1, 8)), min_size=2, max_size=5
+    ),
+    weights=st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=3, max_size=3),
+    later=st.integers(1, 2000),
+    unit=st.sampled_from([1, GLOBAL]),
+    seed=st.integers(0, 2**63 - 1),
+)
+def test_any_world_sizes_hold_the_same_batches_and_each_sample_once_an_epoch(
+    stretches: list[tuple[int, int]], weights: list[float], later: int, unit: int, seed: int
+) -> None:
+    walks = tuple(Order((n // 2, 0, n - n // 2), seed, 2) for n in SIZES)
+    mixture = Mixture(walks, (Phase(0, tuple(weights)), Phase(later, (1, 2, 1))), seed, unit)
+    worlds = [world for world, steps in stretches for _ in range(steps)]
+    held = run(mixture, worlds)
+    assert held == run(mixture, [1] * len(worlds))
+    for step in range(1, len(worlds) + 1):
+        batch = [number for j in range(GLOBAL // MICRO) for number in held[step, j]]
+        assert batch == batch_numbers(mixture, step, GLOBAL).tolist()
+    source, sample = split_number(np.array([n for batch in held.values() for n in batch]))
+    for s, (size, drawn) in enumerate(zip(SIZES, mixture.drawn(len(source)), strict=True)):
+        epochs, more = divmod(int(drawn), size)
+        times = np.bincount(sample[source == s], minlength=size)
+        assert sorted(times.tolist()) == [epochs] * (size - more) + [epochs + 1] * more

@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tarfiles import write_tar
+from test_indexing import jsons, keys
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.files import replacing
+from gigabatch.data.shards.filter_expression import parse_where
+from gigabatch.data.shards.filtered_view import count_where, make_view
+from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.index_files import write_index
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.reader import Reader
+
+ROWS: list[dict[str, Any]] = [
+    {"lang": "en", "score": 0.1, "n": 1},
+    {"lang": "de", "score": 0.9, "n": 2},
+    {"lang": None, "score": 0.5, "n": 3},
+    {"lang": "en", "score": 0.7, "n": 4},
+    {"lang": "Zh-Hant", "score": None, "n": -5},
+]
+COLUMNS = ["lang", "score", "n"]
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Index:
+    write_tar(tmp_path / "set" / "a.tar", jsons(ROWS[:2]))
+    write_tar(tmp_path / "set" / "b.tar", jsons(ROWS[2:], first=2))
+    return open_index(tmp_path / "set", columns=COLUMNS)
+
+
+@pytest.mark.parametrize(
+    ("condition", "kept"),
+    [
+        ('lang == "en"', [0, 3]),
+        ('lang != "en"', [1, 4]),  # unknown is neither
+        ('not lang == "en"', [1, 4]),
+        ("lang is None", [2]),
+        ("lang is not None and score > 0.5", [1, 3]),
+        ('lang in ["de", "fr"]', [1]),
+        ("lang not in ('de', 'en')", [2, 4]),
+        ("0.1 < score <= 0.7", [2, 3]),
+        ("score > 0.8 or n < 0", [1, 4]),
+        ("n * 2 + 1 >= 7 and not n / 2 > 1.5", [2]),
+        ("n == -5", [4]),
+        ('contains(lang, "Han")', [4]),
+        ('starts_with(lower(lang), "zh")', [4]),
+        ('matches(lang, "^.e$")', [1]),
+        ("length(lang) > 2", [4]),
+        ('size("json") > 37', [4]),
+        ("key == 's003'", [3]),
+    ],
+)
+def test_conditions_keep_what_they_say(
+    condition: str, kept: list[int], index: Index, tmp_path: Path
+) -> None:
+    assert count_where(index, condition) == len(kept)
+    view = make_view(index, condition, tmp_path / "view")
+    assert keys(view) == [f"s{i:03d}" for i in kept]
+    assert view.values("n", view.first_sample[:1]) == [ROWS[kept[0]]["n"]]
+    with Reader(view) as reader:
+        assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(kept)
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        "", "lang ==", "lang = 'en'", "langs == 'en'", "lang.upper() == 'EN'", "f'{lang}'",
+        "__import__('os').system('touch pwned')", "[x for x in lang]", "lambda: 1", "1 == 1",
+        "(lambda lang: lang)(1)", "lang == 'en' if 1 else 2", "score", "lang is 'en'", "lang < 3",
+        "contains(lang)", "eval('1')", "size('gif') > 3", "b'x' == lang", "lang + 1 == 2",
+        "n == '" + "x" * 70_000 + "'", "-" * 60_000 + "n == 1", "not " * 15_000 + "n == 1",
+        "n == 1" + " + 1" * 9_000, "'a' * 99999999999999 == key", "n > 2 - 1",
+        "lang == {1: 2}", "~score", "lang[0] == 'e'", "score ** 2 > 3", "(" * 300 + "n" + ")" * 300,
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused_and_nothing_is_run(
+    condition: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(GigabatchError) as caught:
+        make_view(index, condition, tmp_path / "view")
+    assert "\n" not in str(caught.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
+
+
+@given(text=st.text("lang scoren()[]<>=!'\"0.9+-*/,:andornti", max_size=30))
+def test_no_text_is_more_than_a_condition(text: str) -> None:
+    try:
+        parse_where(text, COLUMNS)
+    except GigabatchError as error:
+        assert "\n" not in str(error)  # noqa: PT017
+
+
+def test_a_long_condition_is_as_good_as_a_short_one(index: Index) -> None:
+    assert count_where(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
+    assert count_where(index, f"n in {list(range(3, 9_000))}") == 2
+    for many in (" or ".join(["n == 1"] * 5_000), "0" + " < n" * 9_000, "n < 1" + " < 2" * 9_000):
+        with pytest.raises(GigabatchError, match="more than 1,000 terms"):
+            count_where(index, many)
+
+
+def test_a_column_of_several_types_is_compared_by_value(tmp_path: Path) -> None:
+    values = [1, "1", True, None, "en", 2**70, 0.5]
+    write_tar(tmp_path / "a.tar", jsons([{"v": v, "row": 7 - i} for i, v in enumerate(values)]))
+    index = open_index(tmp_path, columns=["v", "row"])
+    for value in values:
+        if value is not None:
+            assert count_where(index, f"v == {value!r}") == 1
+    assert count_where(index, "v is None") == 1
+    assert count_where(index, "v in [1, 'en', 'de']") == 2
+    assert count_where(index, "v != '1'") == 5
+    assert keys(make_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
+    assert keys(make_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
+
+
+def test_a_view_made_by_a_relative_path_opens_from_any_folder(
+    index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_view(open_index("set"), "n > 1", Path("view"))
+    make_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
+    monkeypatch.chdir("/")
+    for name in ("view", "other"):
+        view = open_index(tmp_path / name)
+        assert view.shards[0].name == str(tmp_path / "set" / "a.tar")
+        with Reader(view) as reader:
+            assert reader.read(0, "txt") == b"x"
+
+
+def test_a_view_is_a_set_with_a_fingerprint_of_its_own(index: Index, tmp_path: Path) -> None:
+    one = make_view(index, "n > 1", tmp_path / "one")
+    assert open_index(tmp_path / "one") == one
+    assert one.shard_sizes.tolist() == [1, 2]
+    assert len({index.digest, one.digest, make_view(index, "n > 2", tmp_path / "two").digest}) == 3
+    again = make_view(one, 'lang == "en"', tmp_path / "three")  # a view of a view
+    assert keys(again) == ["s003"]
+
+
+def test_a_view_may_be_made_again_but_replaces_nothing_else(index: Index, tmp_path: Path) -> None:
+    make_view(index, "n > 1", tmp_path / "view")
+    assert len(make_view(index, "n > 3", tmp_path / "view")) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious.txt").write_text("x")
+    for place in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
+        with pytest.raises(GigabatchError, match="is not a view"):
+            make_view(index, "n > 1", place)
+
+
+def write_and_die(index: Index, home: Path, renames: int) -> None:
+    """Write an index in a process that is killed before it renames a file for the last time."""
+
+    def work() -> None:
+        rename, left = os.replace, iter(range(renames))
+
+        def rename_or_die(*names: Any) -> None:
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*names)
+
+        os.replace = rename_or_die
+        manifest = {"digest": "d", "settings": {}}
+        write_index([index.table], index.table.schema, manifest, home)
+
+    process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert list(home.glob(".*.tmp"))
+
+
+@pytest.mark.parametrize("renames", [0, 1, 2])
+def test_a_writer_that_is_killed_leaves_nothing_for_good(
+    renames: int, index: Index, tmp_path: Path
+) -> None:
+    for home in (tmp_path / "view", index.folder):
+        write_and_die(index, home, renames)
+    other = tmp_path / "view" / "samples-0123456789abcdef.arrow"
+    with replacing(other) as living:  # its writer is alive
+        assert len(make_view(index, "n > 1", tmp_path / "view")) == 3
+        assert list((tmp_path / "view").glob(".*")) == [living]
+    other.unlink()
+    names = sorted(path.name for path in (tmp_path / "view").iterdir())
+    assert (len(names), names[0], names[2]) == (3, "manifest.json", "samples.parquet")
+    open_index(tmp_path / "set", columns=[*COLUMNS, "more"])
+    assert len(list(index.folder.iterdir())) == 4  # with the lock
+
+
+def test_a_table_that_is_called_as_ours_is_no_view(index: Index, tmp_path: Path) -> None:
+    mine = tmp_path / "mine" / "samples.parquet"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    with pytest.raises(GigabatchError, match="is not a view"):
+        make_view(index, "n > 1", mine.parent)
+    assert mine.read_bytes() == b"precious"
+
+
+def test_a_view_that_keeps_nothing_is_refused(index: Index, tmp_path: Path) -> None:
+    with pytest.raises(GigabatchError, match="no sample meets"):
+        make_view(index, "n > 100", tmp_path / "view")
+
+
+def test_a_view_notices_that_its_shards_changed(index: Index, tmp_path: Path) -> None:
+    make_view(index, "n > 3", tmp_path / "view")  # of b.tar alone
+    os.utime(tmp_path / "set" / "a.tar", ns=(1, 1))
+    open_index(tmp_path / "view")
+    os.utime(tmp_path / "set" / "b.tar", ns=(1, 1))
+    with pytest.raises(GigabatchError, match=r"b\.tar changed after this view was made"):
+        open_index(tmp_path / "view")

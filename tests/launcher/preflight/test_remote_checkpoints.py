@@ -1,0 +1,218 @@
+"""Runs that are copied to an S3 server or a disk, lose their folder, and go on from the copies."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from servers import FailingServer, make_bucket, s3_server
+from support import Command, losses
+
+from gigabatch.launcher.cli import app as cli
+from gigabatch.trainer.checkpoints.remote import RemoteRun
+from gigabatch.trainer.monitoring.metrics import read_metrics
+from gigabatch.trainer.run.folder import RunFolder
+
+
+@pytest.fixture
+def s3() -> Iterator[FailingServer]:
+    with s3_server() as server:
+        make_bucket(server, "runs-far")
+        server.requests.clear()
+        yield server
+
+
+def kill_in_the_second_copy(command: Command, server: FailingServer) -> None:
+    """SIGKILL everything while the server has yet to answer the write of its last file."""
+    reached, go_on = threading.Event(), threading.Event()
+    server.before(
+        lambda: (reached.set(), go_on.wait(60)), method="PUT", path="*/towers*", skip=1, times=1
+    )
+    try:
+        while not reached.wait(0.1):
+            if command.process.poll() is not None:
+                pytest.fail("".join(command.process.communicate()))
+        children = psutil.Process(command.process.pid).children(recursive=True)
+        command.kill()
+        for child in children:
+            if child.is_running():
+                child.kill()
+        psutil.wait_procs(children, timeout=10)
+        command.process.communicate()
+    finally:
+        go_on.set()
+
+
+@pytest.mark.slow
+def test_killed_in_a_copy_its_folder_removed_a_run_goes_on_from_the_copy_before(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any, s3: FailingServer
+) -> None:
+    settings = ["eval.sets=[]"]
+    assert gigabatch("train", tiny, *settings, "run.name=whole").returncode == 0
+    whole = losses(tmp_path / "runs" / "whole")
+
+    url = "s3://runs-far/copies/a"
+    s3.status(503, method="PUT", path="*step-00000003/towers*", times=1)
+    command = start("train", tiny, *settings, "run.name=a", f"checkpoint.copy_to={url[:-2]}")
+    kill_in_the_second_copy(command, s3)
+    log = (tmp_path / "runs" / "a" / "train.log").read_text()
+    assert "HTTP 503" in log
+    assert f"copied checkpoint step-00000003 to {url}" in log
+    s3.heal()
+    place = RemoteRun(url)
+    assert place.steps() == [3]
+    cut_off = {path for path in place.files("checkpoints") if not path.startswith("step-00000003")}
+    assert {path.partition("/")[2] for path in cut_off} >= {"moments.safetensors", "state.json"}
+
+    shutil.rmtree(tmp_path / "runs" / "a")
+    done = gigabatch("resume", url, f"run.dir={tmp_path / 'other'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fetched checkpoint step-00000003" in done.stderr
+    assert "going on after step 3" in done.stdout
+    run = RunFolder(tmp_path / "other" / "a")
+    assert losses(run.path) == whole
+    assert run.steps_saved() == [6, 9, 12]
+    assert place.steps()[-1] == 12
+    assert {path.partition("/")[0] for path in place.files("checkpoints")} == {
+        f"step-{step:08d}" for step in place.steps()
+    }  # what was cut off is gone, or whole
+    assert place.newest_attempt() == 2
+    last = [line for line in read_metrics(run.metrics) if "checkpoint/copied_step" in line][-1]
+    assert (last["checkpoint/copied_step"], last["checkpoint/copy_failures"]) == (12, 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_lost_its_newest_says_so_and_gets_them_back_by_the_url(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    url = f"file://{tmp_path}/far/a"
+    settings = [f"checkpoint.copy_to={url[:-2]}", "checkpoint.keep=9", "run.name=a"]
+    done = gigabatch("train", tiny, *settings)
+    assert done.returncode == 0, done.stderr
+    run = RunFolder(tmp_path / "runs" / "a")
+    whole = losses(run.path)
+    for step in (9, 12):
+        (run.checkpoints / f"step-{step:08d}" / "towers.safetensors").write_bytes(b"damaged")
+
+    # By the URL it goes on from the copy, which is the last step: nothing is left to do.
+    done = gigabatch("resume", url)
+    assert done.returncode == 2
+    assert "fetched checkpoint step-00000012" in done.stderr
+    assert "the run is finished (12 steps)" in done.stderr
+
+    (run.checkpoints / "step-00000012" / "towers.safetensors").write_bytes(b"damaged")
+    done = gigabatch("resume", run.path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{url} holds a newer checkpoint, of step 12; this goes on from step 6" in done.stderr
+    assert "going on after step 6" in done.stdout
+    assert losses(run.path) == whole
+    state = RemoteRun(url).read("checkpoints/step-00000012/state.json")
+    assert json.loads(state or "")["attempt"] == 2  # made again, copied again
+
+
+@pytest.mark.slow
+def test_a_place_that_fails_in_mid_run_costs_the_copies_alone(
+    tiny: Path, tmp_path: Path, gigabatch: Any
+) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    settings = [f"checkpoint.copy_to=file://{far}", "run.name=a", "eval.sets=[]"]
+    (far / "a" / "checkpoints").mkdir(parents=True)
+    # In the way of the folder of one checkpoint: no write into it succeeds.
+    obstacle = far / "a" / "checkpoints" / "step-00000012"
+    obstacle.symlink_to("/proc/nowhere")
+    done = gigabatch("train", tiny, *settings)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.count("checkpoint step-00000012 was NOT COPIED") == 2
+    )  # tried at the end again
+    place = RemoteRun(f"file://{far}/a")
+    assert 12 not in place.steps()
+    run = RunFolder(tmp_path / "runs" / "a")
+    assert run.steps_saved() == [6, 9, 12]
+    assert len(losses(run.path)) == 12
+    last = [line for line in read_metrics(run.metrics) if "checkpoint/copy_failures" in line][-1]
+    assert last["checkpoint/copy_failures"] == 2
+
+    obstacle.unlink()
+    done = gigabatch("resume", run.path)  # finished, but for its last copy
+    assert done.returncode == 0, done.stderr
+    assert place.steps()[-1] == 12
+    done = gigabatch("resume", run.path)
+    assert done.returncode == 2
+    assert "the run is finished (12 steps)" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_stop_waits_for_the_copy_no_longer_than_its_grace(
+    tiny: Path, tmp_path: Path, start: Any, s3: FailingServer
+) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+    s3.before(lambda: (reached.set(), go_on.wait(60)), method="PUT", path="*/towers*")
+    settings = ["checkpoint.copy_to=s3://runs-far", "run.name=a", "train.steps=5000"]
+    command = start("train", tiny, *settings, "eval.sets=[]", "cluster.grace_s=4")
+    try:
+        assert reached.wait(240)
+        command.signal(signal.SIGTERM)
+        done = command.wait(240)
+    finally:
+        go_on.set()
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "its copy was not done within cluster.grace_s=4 s; left with the chec" in done.stderr
+    assert RunFolder(tmp_path / "runs" / "a").stopped()
+
+
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
+) -> str:
+    """What a command that is refused says, in this process."""
+    monkeypatch.setattr(sys, "argv", ["gigabatch", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_used_is_found_before_anything_is_made(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        return refusal(monkeypatch, capsys, *arguments)
+
+    err = said("train", tiny, "checkpoint.copy_to=file:///proc/nowhere", "run.name=a")
+    assert "checkpoint.copy_to: file:///proc/nowhere/.probe-" in err
+    assert "cannot be written" in err
+    assert "Set checkpoint.copy_to to a folder that you may write" in err
+    (tmp_path / "far" / "a").mkdir(parents=True)
+    (tmp_path / "far" / "a" / "environment.json").write_text("{}")
+    err = said("train", tiny, f"checkpoint.copy_to=file://{tmp_path}/far/", "run.name=a")
+    assert f"run.name: file://{tmp_path}/far/a (checkpoint.copy_to) holds copies of a run" in err
+    assert not (tmp_path / "runs").exists()
+
+    assert "s3://BUCKET/FOLDER" in said("resume", "s3:///x")
+    assert "HUSH" not in said("resume", "s3://me:HUSH@bucket/a")
+    assert "no run was copied there" in said("resume", f"file://{tmp_path}/far/b")
+
+
+@pytest.mark.slow
+def test_a_bucket_that_is_not_there_is_found_before_anything_is_made(
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    s3: FailingServer,
+) -> None:
+    to = "checkpoint.copy_to=s3://no-such-bucket/x"
+    err = refusal(monkeypatch, capsys, "train", tiny, to)
+    assert "checkpoint.copy_to: s3://no-such-bucket/x/.probe-" in err
+    assert "HTTP 404 (The specified bucket does not exist)" in err
+    assert not (tmp_path / "runs").exists()
+    assert s3.count("PUT") == 1

@@ -1,0 +1,110 @@
+"""After a spell of steps that are not finite: back to the last checkpoint, on after the spell."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+
+import pytest
+import support_towers
+import torch
+from support import losses
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.trainer.checkpoints.format import checkpoint_at
+from gigabatch.trainer.config.load import load_config
+from gigabatch.trainer.inputs import make_tokenizer, open_train
+from gigabatch.trainer.loop import run_training
+from gigabatch.trainer.monitoring.metrics import read_metrics
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
+
+
+def prepared(tiny: Path, tower: str, *overrides: str) -> RunFolder:
+    config = load_config(
+        tiny,
+        [
+            f"towers.image={{kind: module, module: 'support_towers:{tower}'}}", "eval.sets=[]",
+            "checkpoint.keep=9", "train.max_bad_steps=3", "train.on_bad_steps=rewind", *overrides,
+        ],
+    )  # fmt: skip
+    run = create_run(config, "run")
+    make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
+    return run
+
+
+@pytest.mark.slow
+def test_a_checkpoint_asked_for_in_a_spell_is_saved_after_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(tiny, "BadSpell", "train.max_bad_steps=9", "checkpoint.every_steps=0")
+    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    stepped = []
+
+    def ask() -> bool:  # called once a step
+        stepped.append(None)
+        if len(stepped) == 6:  # the first bad one
+            run.request_save()
+        return False
+
+    assert run_training(run, ask)
+    assert run.steps_saved() == [9, 12]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_rewind_is_exact_and_the_spell_is_skipped(
+    zero: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(tiny, "BadSpell", f"train.zero_stage={zero}")
+    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    assert run_training(run)
+    # Steps of 8 calls, bad ones of 4: steps 6, 7 and 8 were bad.
+    assert run.steps_saved() == [3, 8, 9, 12]
+    back, after = checkpoint_at(run, 3), checkpoint_at(run, 8)
+    for name in ("towers", "moments", "objective"):
+        old, new = back.tensors(name), after.tensors(name)
+        assert old.keys() == new.keys()
+        assert all(torch.equal(old[key], new[key]) for key in old), name
+    assert after.state["optimizer_steps"] == 3
+    assert (after.state["rewinds"], after.state["skipped"], after.state["bad_steps"]) == (1, 3, 0)
+    told = [line for line in read_metrics(run.metrics) if "train/rewinds" in line]
+    assert [(line["step"], line["train/voided_steps"]) for line in told] == [(8, 5)]
+    whole = losses(run.path)
+    assert sorted(whole) == list(range(1, 13))
+    # A resume from the checkpoint after the rewind takes the same steps.
+    for step in (9, 12):
+        shutil.rmtree(run.checkpoints / f"step-{step:08d}")
+    monkeypatch.setattr(support_towers.BadSpell, "calls", 60)
+    assert run_training(run)
+    assert losses(run.path) == whole
+
+
+def test_where_no_checkpoint_was_saved_a_rewind_goes_back_to_the_start(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = prepared(tiny, "BadSpell", "checkpoint.every_steps=0", "train.steps=8")
+    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    towers = []
+    made = support_towers.BadSpell.__init__
+
+    def remember(self: support_towers.BadSpell, width: int = 4) -> None:
+        made(self, width)
+        towers.append(weakref.ref(self))
+
+    monkeypatch.setattr(support_towers.BadSpell, "__init__", remember)
+    assert run_training(run)
+    assert run.steps_saved() == [8]
+    assert checkpoint_at(run, 8).state["optimizer_steps"] == 0
+    gc.collect()
+    assert len(towers) == 2
+    assert towers[0]() is None, "the towers from before the rewind still take up memory"
+
+
+def test_rewinds_have_an_end(tiny: Path) -> None:
+    run = prepared(tiny, "Broken", "train.max_rewinds=2", "train.steps=30")
+    with pytest.raises(GigabatchError, match=r"3 steps in a row .*, after 2 rewinds"):
+        run_training(run)
+    assert max(losses(run.path)) == 9

@@ -1,0 +1,312 @@
+"""Each key of the config: another value, the probe that must see it, and what is set besides."""
+
+from __future__ import annotations
+
+VIT = (
+    "{model_type: vit, hidden_size: 8, num_hidden_layers: 1, num_attention_heads: 2, "
+    "intermediate_size: 8, image_size: 16, patch_size: 8}"
+)
+
+BERT = VIT.replace("vit", "bert").replace("image_size: 16, patch_size: 8", "vocab_size: 300")
+
+PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
+
+SOGCLR = ["objective={name: sogclr, positives: concept}"]
+PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
+TEACHER = ["objective.teacher={fields: [concept], size: 2, threshold: 0.1}"]
+INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
+
+
+def other(tower: str, tap: str = "image") -> list[str]:
+    """Settings of a run that also has the tower `sensor`."""
+    return [f"towers.more={{sensor: {tower}}}", f"objective={{taps: [{tap}, sensor]}}"]
+
+
+VECTOR = other("{kind: vector, size: 1, fields: [concept], width: 8, layers: 1}")
+SET = other("{kind: set, size: 2, length: 2, fields: [pair], width: 8, heads: 2}")
+SOUND = other("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], depths: [1]}")
+OWN = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
+OWN_VECTOR = other(OWN % "{kind: vector, size: 1, fields: [concept]}")
+OWN_SET = other(OWN % "{kind: set, size: 2, length: 2, fields: [pair]}")
+TEXT = other("{kind: text, field: colour, tower: {width: 8}}")
+OTHER_VIT = "{kind: text, field: colour, tower: {kind: huggingface}}"
+OTHER_BERT = OTHER_VIT.replace("huggingface", f"huggingface, config: {BERT}")
+OTHER_OWN = "{kind: text, field: colour, tower: {kind: module, module: 'support_towers:Tokens'}}"
+OWN_SOUND = other(OWN % "{kind: audio, rate: 2000, seconds: 0.1}")
+# Of the keys of a tower in `towers.more`: as below. `others`: seen on samples that have a tone
+# and pairs of numbers too.
+MORE: dict[str, tuple[str, str, list[str]]] = {
+    "kind": ("set", "towers", VECTOR),
+    "width": ("16", "towers", VECTOR),
+    "layers": ("2", "towers", VECTOR),
+    "heads": ("4", "others", SET),
+    "pool": ("attention", "others", SET),
+    "dropout": ("0.5", "towers", VECTOR),
+    "mean": ("5.0", "towers", VECTOR),
+    "std": ("7.0", "towers", VECTOR),
+    "size": ("2", "towers", VECTOR),
+    "length": ("1", "others", SET),
+    "member": ("npz", "towers", other("{kind: vector, size: 1}")),
+    "fields": ("[colour]", "towers", VECTOR),
+    "rate": ("4000", "others", SOUND),
+    "seconds": ("0.05", "others", SOUND),
+    "mels": ("8", "others", SOUND),
+    "window_ms": ("40.0", "others", SOUND),
+    "hop_ms": ("20.0", "others", SOUND),
+    "widths": ("[8]", "others", SOUND),
+    "depths": ("[2]", "others", SOUND),
+    "freeze": ("true", "towers", VECTOR),
+    "checkpoint_activations": ("true", "saved", VECTOR),
+    "head.layers": ("2", "towers", VECTOR),
+    "head.hidden": ("7", "towers", [*VECTOR, "towers.more.sensor.head.layers=2"]),
+    "module": ("torch.nn:Linear", "towers", OWN_VECTOR),
+    "args": ("{width: 3}", "towers", OWN_VECTOR),
+    "share": (
+        "text",
+        "towers",
+        ["towers.more={sensor: {kind: text, field: colour}}", "objective={taps: [text, sensor]}"],
+    ),
+    "field": ("lost", "batch", TEXT),
+    "lines": ("true", "lines", other("{kind: text, member: txt, tower: {width: 8}}")),
+    "prefix": ("'query: '", "batch", TEXT),
+    "tower.kind": ("module", "towers", TEXT),
+    "tower.width": ("16", "towers", TEXT),
+    "tower.layers": ("2", "towers", TEXT),
+    "tower.dropout": ("0.5", "towers", TEXT),
+    "tower.freeze": ("true", "towers", TEXT),
+    "tower.checkpoint_activations": ("true", "saved", TEXT),
+    "tower.head.layers": ("2", "towers", TEXT),
+    "tower.head.hidden": ("7", "towers", [*TEXT, "towers.more.sensor.tower.head.layers=2"]),
+    "tower.name": ("no/such-model", "towers", other(OTHER_VIT)),
+    "tower.config": ("{model_type: nonsense}", "towers", other(OTHER_VIT)),
+    "tower.pool": ("first", "towers", other(OTHER_BERT)),
+    "tower.module": ("torch.nn:Linear", "towers", other(OTHER_OWN)),
+    "tower.args": ("{width: 6}", "towers", other(OTHER_OWN)),
+    "reads.kind": ("sequence", "towers", OWN_VECTOR),
+    "reads.size": ("2", "towers", OWN_VECTOR),
+    "reads.fields": ("[colour]", "towers", OWN_VECTOR),
+    "reads.member": ("npz", "towers", other(OWN % "{kind: vector, size: 1}")),
+    "reads.length": ("1", "others", OWN_SET),
+    "reads.rate": ("4000", "others", OWN_SOUND),
+    "reads.seconds": ("0.05", "others", OWN_SOUND),
+}
+
+# key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
+KEYS: dict[str, tuple[str, str, list[str]]] = {
+    "run.name": ("other", "run", []),
+    "run.dir": ("elsewhere", "paths", []),
+    "run.seed": ("1", "batch", []),
+    "data.root": ("/nowhere", "paths", []),
+    "data.train.path": ("val", "batch", []),
+    "data.train.weight": (
+        "data.train=[train, {path: val, weight: 3}]", "batch", ["data.train=[train, val]"],
+    ),
+    "data.curriculum.from_sample": (
+        f"data.curriculum={PHASE.replace('10000', '20000')}", "weights",
+        ["data.train=[train, val]", f"data.curriculum={PHASE}"],
+    ),
+    "data.curriculum.weights": (
+        f"data.curriculum={PHASE.replace('9, 1', '1, 9')}", "weights",
+        ["data.train=[train, val]", f"data.curriculum={PHASE}"],
+    ),
+    "data.group": ("concept", "batch", []),
+    "data.cache_gib": ("3", "cache", []),
+    "data.missing": ("mask", "batch", []),
+    "data.max_damaged": ("0", "damage", ["data.max_damaged=0.5"]),
+    "data.stages": ("['support_towers:darken']", "batch", []),
+    "data.captions.member": ("json", "batch", []),
+    "data.captions.field": ("colour", "batch", ["data.captions.member=json"]),
+    "data.captions.prefix": ("'a photo of '", "batch", []),
+    "data.captions.choose": ("all", "batch", []),
+    "data.captions.most": ("2", "batch", ["data.captions.choose=all"]),
+    "data.captions.lines": ("true", "lines", []),
+    "data.window": ("1", "batch", []),
+    "data.workers": ("2", "loaders", []),
+    "data.prefetch": ("3", "loaders", []),
+    "data.image.size": ("24", "batch", []),
+    "data.image.channels": ("1", "batch", []),
+    "data.image.mean": ("0.3", "inputs", []),
+    "data.image.std": ("0.3", "inputs", []),
+    "data.text.tokenizer": ("no/such-name", "batch", []),
+    "data.text.vocab_size": ("310", "batch", []),
+    "data.text.length": ("5", "batch", []),
+    **{
+        f"data.augment.{name}": ("0.4", "inputs", [])
+        for name in (
+            "zoom", "aspect", "rotate", "shear", "shift", "flip", "brightness", "contrast",
+            "saturation", "hue", "noise", "crop", "grey", "blur", "erase",
+        )
+    },
+    "batch.global_size": ("64", "batch", []),
+    "batch.micro_size": ("16", "batch", []),
+    "towers.width": ("8", "towers", []),
+    "towers.image.kind": ("module", "towers", []),
+    "towers.image.widths": ("[4, 8]", "towers", []),
+    "towers.image.depths": ("[1, 2]", "towers", []),
+    "towers.image.dropout": ("0.5", "towers", []),
+    "towers.image.freeze": ("true", "towers", []),
+    "towers.image.checkpoint_activations": ("true", "saved", []),
+    "towers.image.head.layers": ("2", "towers", []),
+    "towers.image.head.hidden": ("7", "towers", ["towers.image.head.layers=2"]),
+    "towers.image.name": ("no/such-model", "towers", ["towers.image={kind: huggingface}"]),
+    "towers.image.config": (VIT, "towers", ["towers.image={kind: huggingface}"]),
+    "towers.image.pool": (
+        "mean", "towers", [f"towers.image={{kind: huggingface, config: {VIT}}}"],
+    ),
+    "towers.image.module": ("torch.nn:Linear", "towers", ["towers.image={kind: module}"]),
+    "towers.image.args": (
+        "{width: 6}", "towers",
+        ["towers.image={kind: module, module: 'support_towers:Pixels'}"],
+    ),
+    "towers.text.kind": ("module", "towers", []),
+    "towers.text.width": ("8", "towers", []),
+    "towers.text.layers": ("2", "towers", []),
+    "towers.text.dropout": ("0.5", "towers", []),
+    "towers.text.freeze": ("true", "towers", []),
+    "towers.text.checkpoint_activations": ("true", "saved", []),
+    "towers.text.head.layers": ("2", "towers", []),
+    "towers.text.head.hidden": ("7", "towers", ["towers.text.head.layers=2"]),
+    "towers.text.name": ("no/such-model", "towers", ["towers.text={kind: huggingface}"]),
+    "towers.text.config": ("{model_type: nonsense}", "towers", ["towers.text={kind: huggingface}"]),
+    "towers.text.pool": (
+        "mean", "towers", [f"towers.text={{kind: huggingface, config: {BERT}}}"],
+    ),
+    "towers.text.module": ("torch.nn:Linear", "towers", ["towers.text={kind: module}"]),
+    "towers.text.args": (
+        "{width: 6}", "towers",
+        ["towers.text={kind: module, module: 'support_towers:Tokens'}"],
+    ),
+    **{f"towers.more.NAME.{name}": row for name, row in MORE.items()},
+    "objective.name": ("siglip", "objective", []),
+    "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
+    "objective.widths": ("[2, 16]", "objective", []),
+    "objective.within": ("colour", "objective", []),
+    "objective.bias": ("-1.0", "objective", ["objective={name: siglip}"]),
+    "objective.temperatures": ("shared", "objective", SOGCLR),
+    "objective.temperature": ("0.2", "objective", SOGCLR),
+    "objective.temperature_min": ("0.06", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.temperature_max": ("0.08", "kept", [*SOGCLR, *INDIVIDUAL, "objective.rho=0"]),
+    "objective.rho": ("3.0", "objective", SOGCLR),
+    "objective.gamma": ("0.5", "kept", SOGCLR),
+    "objective.gamma_epochs": ("9", "kept", SOGCLR),
+    "objective.temperature_lr": ("0.001", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.temperature_momentum": ("0.5", "kept", [*SOGCLR, *INDIVIDUAL]),
+    "objective.symmetric": ("false", "objective", ["objective={name: late_interaction}"]),
+    "objective.size": ("7", "kept", ["objective={name: queue}"]),
+    "objective.momentum": ("0.5", "run", ["objective={name: queue, size: 40}"]),
+    "objective.warmup_epochs": ("9", "kept", ["objective={name: noisy}"]),
+    "objective.head": ("hinge", "objective", ["objective={name: noisy}"]),
+    "objective.margin": ("0.5", "objective", ["objective={name: noisy, head: hinge}"]),
+    "objective.curve": ("2.0", "kept", ["objective={name: noisy, head: hinge}"]),
+    "objective.keys": (
+        "shuffled", "objective", ["objective={name: symile, taps: [image, text, image@1]}"],
+    ),
+    "objective.pair": ("colour", "objective", PAIRS),
+    "objective.changed": ("concept", "objective", PAIRS),
+    "objective.own_weight": ("4.0", "objective", PAIRS),
+    "objective.other_weight": ("0.0", "objective", PAIRS),
+    "objective.changed_weight": ("0.0", "objective", PAIRS),
+    "objective.label": (
+        "colour", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.distance": (
+        "4.0", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.mixed_negatives": (
+        "true", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.mixed_positives": (
+        "1", "objective", ["objective={name: label_distance, label: concept}"],
+    ),
+    "objective.window": (
+        "0.5", "objective",
+        ["objective={name: label_distance, label: concept, mixed_positives: 1}"],
+    ),
+    "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
+    "objective.prototypes": ("3", "objective", ["objective={name: swav}"]),
+    "objective.epsilon": ("0.2", "objective", ["objective={name: swav}"]),
+    "objective.iterations": ("1", "objective", ["objective={name: swav}"]),
+    "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
+    "objective.weights": (
+        "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],
+    ),
+    "objective.positives": ("null", "objective", []),
+    "objective.same_id": ("exclude", "objective", []),
+    "objective.label_smoothing": ("0.2", "objective", []),
+    "objective.teacher.size": ("3", "objective", TEACHER),
+    "objective.teacher.threshold": ("-0.5", "objective", TEACHER),
+    "objective.teacher.fields": (
+        "[no_such]", "batch", ["objective.teacher={fields: [concept], size: 1}"],
+    ),
+    "objective.teacher.member": ("gaze.npy", "batch", ["objective.teacher={size: 2}"]),
+    "objective.gather_mode": ("ring", "collectives", []),
+    "objective.backend": ("triton", "backend", []),
+    "objective.precision": ("bf16", "objective", []),
+    "objective.cache_mib": ("1", "products", []),
+    "objective.init_logit_scale": ("5.0", "objective", []),
+    "objective.scale_max": ("10.0", "objective", ["objective.init_logit_scale=10.0"]),
+    "objective.learn_scale": ("false", "objective", []),
+    "train.steps": ("5", "run", []),
+    "train.precision": ("bf16", "towers", []),
+    "train.ema": ("0.5", "run", []),
+    "train.zero_stage": ("2", "deepspeed", []),
+    "train.max_grad_norm": ("0.001", "run", []),
+    "train.hang_timeout_s": ("2000", "run", []),
+    "train.max_bad_steps": (
+        "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "train.init_from": ("source", "initial", []),
+    "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
+    "train.init_weights": ("last", "initial", ["train.init_from=source"]),
+    "train.on_bad_steps": (
+        "rewind", "run",
+        ["train.max_bad_steps=2", "towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "train.max_rewinds": (
+        "1", "run",
+        [
+            "train.max_bad_steps=1", "train.on_bad_steps=rewind", "train.steps=4",
+            "towers.image={kind: module, module: 'support_towers:Broken'}",
+        ],
+    ),
+    "optimizer.lr": ("0.1", "optimizer", []),
+    "optimizer.beta1": ("0.5", "optimizer", []),
+    "optimizer.beta2": ("0.5", "optimizer", []),
+    "optimizer.eps": ("0.1", "optimizer", []),
+    "optimizer.weight_decay": ("0.5", "optimizer", []),
+    "optimizer.objective_lr": ("0.5", "run", []),
+    "schedule.name": ("constant", "schedule", []),
+    "schedule.warmup_steps": ("3", "schedule", []),
+    "schedule.decay_steps": ("5", "schedule", ["schedule.name=wsd"]),
+    "schedule.floor": ("0.5", "schedule", []),
+    "checkpoint.every_steps": ("2", "run", []),
+    "checkpoint.every_minutes": ("0.00001", "run", ["checkpoint.every_steps=0"]),
+    "checkpoint.keep": ("1", "run", ["checkpoint.every_steps=1"]),
+    "checkpoint.keep_every": ("2", "run", []),
+    "checkpoint.best": (
+        "eval/val/mean_recall@10", "run", ["eval.sets=[val]", "eval.every_steps=1"],
+    ),
+    "checkpoint.asynchronous": ("false", "threads", []),
+    "checkpoint.copy_to": ("null", "copies", ["checkpoint.copy_to=file:///FOLDER"]),
+    "monitor.every_steps": ("2", "run", []),
+    "monitor.record_samples": ("true", "run", []),
+    "eval.sets": ("[val]", "run", []),
+    "eval.every_steps": ("1", "run", ["eval.sets=[val]"]),
+    "cluster.launcher": ("torchrun", "command", []),
+    "cluster.workers": ("2", "command", ["cluster.launcher=torchrun"]),
+    "cluster.threads": ("2", "run", []),
+    "cluster.cpus_per_worker": ("2", "ray", []),
+    "cluster.gpus_per_worker": ("1", "ray", []),
+    "cluster.placement": ("one_per_node", "ray", []),
+    "cluster.env": ("{NCCL_DEBUG: INFO}", "ray", []),
+    "cluster.start_timeout_s": ("5", "ray", []),
+    "cluster.resize_every_s": ("5", "ray", []),
+    "cluster.grace_s": ("7", "grace", []),
+    "cluster.max_restarts": (
+        "1", "command",
+        [
+            "cluster.launcher=torchrun", "cluster.max_restarts=0",
+            "towers.image={kind: module, module: 'support_towers:Crashing'}",
+        ],
+    ),
+}  # fmt: skip

@@ -1,0 +1,119 @@
+"""What code an attempt runs is written down, and said where it is not what ran before."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import losses
+
+import gigabatch
+from gigabatch.trainer.config import Config
+from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.folder import RunFolder
+from gigabatch.trainer.run.provenance import changes, code_digest, environment, provenance
+
+OLD = {
+    "code": "1f3870be274f", "python": "3.11.7",
+    "packages": {"gigabatch": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "ray": None},
+}  # fmt: skip
+
+
+def changed(**packages: str | None) -> dict[str, Any]:
+    return {**OLD, "packages": {**OLD["packages"], **packages}}
+
+
+@pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        (OLD, []),
+        ({**OLD, "code": "9a0364b9e99b"},
+         ["gigabatch 0.1.0 (code 1f3870be274f) -> 0.1.0 (code 9a0364b9e99b)"]),
+        (changed(torch="2.14.0", deepspeed="0.20.0"),
+         ["torch 2.13.0 -> 2.14.0", "deepspeed 0.19.8 -> 0.20.0"]),
+        (changed(ray="2.60.0"), ["ray (none) -> 2.60.0"]),
+        ({**OLD, "python": "3.12.1"}, ["Python 3.11.7 -> 3.12.1"]),
+        (changed(gigabatch="0.1.0+code.77"), []),  # the same code, from a job's wheel
+        (changed(pillow="12.0"), []),  # of which the old one told nothing
+    ],
+)  # fmt: skip
+def test_changes_are_named_with_both_versions(new: dict[str, Any], told: list[str]) -> None:
+    assert changes(OLD, new) == told
+
+
+def test_a_record_that_tells_no_code_differs_from_none() -> None:
+    assert changes({"time": 1.0}, provenance()) == []
+
+
+def test_a_new_run_tells_its_code_and_the_packages_that_trained_it() -> None:
+    found = environment()
+    assert found["code"] == code_digest()
+    assert found["packages"]["torch"]
+    assert found["packages"]["deepspeed"]
+
+
+def test_the_digest_changes_with_code_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    code, recipe = tmp_path / "data" / "code.py", tmp_path / "data" / "recipe.yaml"
+    code.write_text("A = 1\n")
+    monkeypatch.setattr(gigabatch, "__path__", [str(tmp_path)])
+    first = code_digest()
+    recipe.write_text("run: {}\n")
+    code.touch()
+    assert code_digest() == first
+    code.write_text("A = 2\n")
+    second = code_digest()
+    assert second != first
+    code.rename(code.with_name("other.py"))
+    assert code_digest() not in (first, second)
+
+
+def test_an_attempt_warns_of_the_last_whose_code_is_known(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = create_run(Config.model_validate({"run": {"dir": tmp_path}, "data": {"train": "x"}}), "x")
+    caplog.set_level(logging.WARNING)
+    assert [run.take_attempt(), run.take_attempt()] == [1, 2]
+    assert not caplog.records
+    second, third = (run.path / "attempts" / f"{n:06d}.json" for n in (2, 3))
+    record = json.loads(second.read_text())
+    assert record["code"] == code_digest()
+    record["packages"]["torch"] = "1.0"
+    second.write_text(json.dumps(record))
+    third.write_text("")  # killed as it was written
+    assert run.take_attempt() == 4
+    (line,) = caplog.messages
+    assert line.startswith("attempt 4 runs other code than attempt 2: torch 1.0 -> ")
+
+
+@pytest.mark.slow
+def test_a_resume_with_other_code_says_so_and_goes_on(
+    tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
+) -> None:
+    run = RunFolder(tmp_path / "runs" / "a")
+    done = gigabatch("train", tiny, "run.name=a", "train.steps=3", "eval.sets=[]")
+    assert done.returncode == 0, done.stderr
+    module = tmp_path / "more" / "gigabatch" / "data" / "extra.py"  # one file more: other code
+    module.parent.mkdir(parents=True)
+    module.write_text("")
+    path = os.pathsep.join([str(tmp_path / "more"), os.environ["PYTHONPATH"]])
+    more = ("train.steps=6", "--allow", "train.steps")
+    done = start("resume", run.path, *more, env={**os.environ, "PYTHONPATH": path}).wait()
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(run.path)) == [1, 2, 3, 4, 5, 6]
+    old, new = (
+        json.loads((run.path / "attempts" / f"{number:06d}.json").read_text())["code"]
+        for number in (1, 2)
+    )
+    assert old != new
+    assert json.loads((run.path / "environment.json").read_text())["code"] == old
+    for told in (done.stdout, run.log.read_text()):
+        assert "attempt 2 runs other code than attempt 1: gigabatch " in told
+        assert f"(code {old}) -> " in told
+        assert f"(code {new})" in told

@@ -1,0 +1,1 @@
+"""Checkpoints: format, saving, upload, download, retention."""

@@ -1,0 +1,1 @@
+"""Metrics, progress, throughput counters, stragglers and the hang watchdog."""
