@@ -68,7 +68,7 @@ def submit(
     gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
     """
     from gigabatch.launcher.cluster.connection import connect
-    from gigabatch.launcher.cluster.connection import submit as api
+    from gigabatch.launcher.cluster import submit as api
     from gigabatch.launcher.cluster.job_status import follow
 
     given, sent = arguments or [], modules or []
@@ -139,7 +139,7 @@ def logs(
 ) -> int:
     """Print what a job has printed."""
     from gigabatch.launcher.cluster.connection import connect
-    from gigabatch.launcher.cluster.connection import job_status as api
+    from gigabatch.launcher.cluster import job_status as api
 
     client = connect(address, insecure)
     if follow:
@@ -152,7 +152,7 @@ def logs(
 def stop(job: JobId, address: Address, insecure: Insecure = False) -> None:
     """Stop a job, with a checkpoint, and wait until it has ended."""
     from gigabatch.launcher.cluster.connection import connect
-    from gigabatch.launcher.cluster.connection import job_status as api
+    from gigabatch.launcher.cluster import job_status as api
 
     write(f"{job} is {api.stop(connect(address, insecure), job)}\n")
 
