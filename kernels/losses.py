@@ -65,8 +65,8 @@ def contrastive_loss(
     group, or None for this process alone. gather_mode: "gather" holds all keys, O(N D); "ring"
     passes them round, O(n D). backend, cache_bytes: see `lse_stats`. validate: raise, on every
     rank, for NaN or infinity and for a row without a positive, which otherwise has weight 0.
-    counts: a dict that receives how many there were, "rows_without_positive" and "columns_without_positive",
-    int64.
+    counts: a dict that receives how many there were, "rows_without_positive" and
+    "columns_without_positive", int64.
 
     Raises ValueError or TypeError for arguments that do not fit, before any work.
     """

@@ -67,8 +67,8 @@ def submit(
     gigabatch submit my.yaml train.steps=1000 --address http://HEAD:8265 --with my_towers.py
     gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
     """
-    from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster import submit as api
+    from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster.job_status import follow
 
     given, sent = arguments or [], modules or []
@@ -138,8 +138,8 @@ def logs(
     insecure: Insecure = False,
 ) -> int:
     """Print what a job has printed."""
-    from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster import job_status as api
+    from gigabatch.launcher.cluster.connection import connect
 
     client = connect(address, insecure)
     if follow:
@@ -151,8 +151,8 @@ def logs(
 @jobs.command()
 def stop(job: JobId, address: Address, insecure: Insecure = False) -> None:
     """Stop a job, with a checkpoint, and wait until it has ended."""
-    from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster import job_status as api
+    from gigabatch.launcher.cluster.connection import connect
 
     write(f"{job} is {api.stop(connect(address, insecure), job)}\n")
 

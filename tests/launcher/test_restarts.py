@@ -63,7 +63,7 @@ def test_each_start_in_vain_waits_longer_but_not_where_a_stop_is_asked_for(run: 
 NO_ROOM = """
 import logging, os, sys
 from pathlib import Path
-from gigabatch.launcher.cluster.connection import workers as ray_workers
+from gigabatch.launcher.cluster import workers as ray_workers
 from gigabatch.trainer.run.folder import RunFolder
 
 run, seen = RunFolder(Path(sys.argv[1])), []
