@@ -20,7 +20,7 @@ from gigabatch.data.bench.measure import compare
 from gigabatch.data.bench.report import alone, bottleneck, line, tables, write
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 
 REPEATS = 5
 LONGEST_S = 2.0  # of a turn

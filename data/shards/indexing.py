@@ -28,7 +28,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import replacing
 from gigabatch.data.processes import ctrl_c_held, worker_pool
 from gigabatch.data.remote.cache import ShardCache, node_cache
-from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
+from gigabatch.data.remote.locations import ShardState, expand, is_remote, stat_all
 from gigabatch.data.shards.index import FORMAT, Index, cache_home, index_of, read_manifest
 from gigabatch.data.shards.index_files import conform, joined_schema, write_index
 from gigabatch.data.shards.scan import IndexSettings, scan

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config, HuggingFaceTower, OtherText
 
 ANY = "NAME"
