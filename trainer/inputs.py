@@ -28,7 +28,7 @@ from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.sources import SOURCE, UNKNOWN, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.trainer.config import Config, what_is_read
+from gigabatch.trainer.config import Config
 
 log = logging.getLogger(__name__)
 BPE_CAPTIONS = 1_000_000  # at most this many captions train a tokeniser
@@ -134,7 +134,7 @@ def fields_of(
     return Fields(
         image=data.image if "image" in read else None,
         text=data.captions if "text" in read else None,
-        more={name: what_is_read(tower) for name, tower in config.towers.more.items()},
+        more={name: tower.decode_settings() for name, tower in config.towers.more.items()},
         columns=tuple(columns),
         numbers=tuple(numbers),
         vectors=vectors or {},

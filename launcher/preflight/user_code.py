@@ -9,7 +9,8 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower, OtherText
+from gigabatch.trainer.config import Config, FurtherText
+from gigabatch.trainer.towers.external import ModuleSettings
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -36,12 +37,12 @@ def named_code(config: Config) -> Iterator[tuple[str, str]]:
     """(key, `package.mod:name`) of all code of the user's that the config names."""
     towers: dict[str, object] = {"image": config.towers.image, "text": config.towers.text}
     for name, other in config.towers.more.items():
-        if isinstance(other, OtherText):
+        if isinstance(other, FurtherText):
             towers[f"more.{name}.tower"] = other.tower
         else:
             towers[f"more.{name}"] = other
     for name, tower in towers.items():
-        if isinstance(tower, ModuleTower | OtherModuleTower):
+        if isinstance(tower, ModuleSettings):
             yield f"towers.{name}.module", tower.module
     for stage in config.data.stages:
         yield "data.stages", stage

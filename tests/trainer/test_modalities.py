@@ -214,13 +214,16 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     for settings, why in (
         ([NUMBERS], "towers.more.numbers: the objective does not read it"),
         ([taps], "there is no tower 'numbers'; there are image, text"),
-        (["towers.more.sample={kind: vector, size: 2}"], "'sample' has a meaning already"),
+        (["towers.more.sample={kind: vector, size: 2}"], "'sample' is a reserved name"),
         (["towers.more.Loud={kind: vector, size: 2}"], "towers.more.Loud"),
         (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: Field required"),
         ([NUMBERS, "towers.more.numbers.siez=4", taps], "towers.more.numbers.siez"),
         ([NUMBERS, "towers.more.numbers.std=[1, 2]", taps], "std: 2 numbers for a vector of size"),
         ([NUMBERS, taps, "objective.positives=numbers"], "rename the tower"),
-        ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "cut into heads"),
+        (
+            [PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"],
+            "multiple of heads",
+        ),
         (
             ["objective.name=supcon", "eval.every_steps=1", "checkpoint.best=eval/val/x"],
             "image alo",

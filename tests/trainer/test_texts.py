@@ -160,8 +160,8 @@ def test_the_exact_step_of_two_texts(
 def test_what_does_not_fit_is_refused(pairs: Path) -> None:
     more = "towers.more={query: {kind: text, %s}}"
     for settings, why in (
-        ([more % "field: a"], "give either `share: text`"),
-        ([more % "share: text, tower: {kind: conv}"], "give either `share: text`"),
+        ([more % "field: a"], "set either `share: text`"),
+        ([more % "share: text, tower: {kind: conv}"], "set either `share: text`"),
         ([more % "share: image"], "towers.more.query.share"),
         ([more % "tower: {kind: conv, widht: 3}"], "towers.more.query.tower.widht"),
         (["towers.more.query.length=21"], "at most data.text.length=20 tokens"),

@@ -11,14 +11,6 @@ from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.additions import BarlowSettings, BYOLSettings, SwAVSettings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
-from gigabatch.trainer.config.more import (
-    AudioTower,
-    OtherModuleTower,
-    OtherText,
-    VectorsTower,
-    VectorTower,
-    what_is_read,
-)
 from gigabatch.trainer.config.objective import (
     AnyObjective,
     HardNegativesSettings,
@@ -41,8 +33,7 @@ from gigabatch.trainer.config.objective import (
     taps_of,
     vectors_of,
 )
-from gigabatch.trainer.config.tower import HuggingFaceTower, ModuleTower, TextTower, Tower
-from gigabatch.trainer.config.towers import ConvTower, TowersSettings
+from gigabatch.trainer.config.towers import FurtherText, TowersSettings
 from gigabatch.trainer.config.training import (
     CheckpointSettings,
     EvalSettings,
@@ -52,30 +43,26 @@ from gigabatch.trainer.config.training import (
     TrainSettings,
 )
 from gigabatch.trainer.taps import parse_tap
+from gigabatch.trainer.towers.base import TowerKind
 
 __all__ = [
-    "AudioTower",
     "BYOLSettings",
     "BarlowSettings",
     "BatchSettings",
     "CheckpointSettings",
     "ClusterSettings",
     "Config",
-    "ConvTower",
     "DataSettings",
     "EvalSettings",
+    "FurtherText",
     "HardNegativesSettings",
-    "HuggingFaceTower",
     "InfoNCESettings",
     "LabelDistanceSettings",
     "LateInteractionSettings",
-    "ModuleTower",
     "MonitorSettings",
     "NoisySettings",
     "ObjectiveSettings",
     "OptimizerSettings",
-    "OtherModuleTower",
-    "OtherText",
     "QueueSettings",
     "RunSettings",
     "ScaledSettings",
@@ -87,17 +74,13 @@ __all__ = [
     "SupConSettings",
     "SwAVSettings",
     "SymileSettings",
-    "TextTower",
     "TowersSettings",
     "TrainSettings",
-    "VectorTower",
-    "VectorsTower",
     "columns_of",
     "positives_of",
     "singles",
     "taps_of",
     "vectors_of",
-    "what_is_read",
 ]  # fmt: skip
 
 
@@ -142,7 +125,7 @@ class Config(Settings):
     @property
     def texts(self) -> tuple[str, ...]:
         """Those of them that are texts."""
-        others = {name for name, t in self.towers.more.items() if isinstance(t, OtherText)}
+        others = {name for name, t in self.towers.more.items() if isinstance(t, FurtherText)}
         return tuple(name for name in self.modalities if name in {"text", *others})
 
     @property
@@ -157,12 +140,12 @@ class Config(Settings):
         read, shared = map(parse_tap, taps_of(self.objective)), self.shared
         return {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
 
-    def tower(self, modality: str) -> Tower:
+    def tower(self, modality: str) -> TowerKind:
         """The description of a modality's tower."""
         modality = self.shared.get(modality, modality)
         found = self.towers.more.get(modality) or getattr(self.towers, modality)
-        own = found.tower if isinstance(found, OtherText) else found
-        assert isinstance(own, Tower)
+        own = found.tower if isinstance(found, FurtherText) else found
+        assert isinstance(own, TowerKind)
         return own
 
     def text_length(self, modality: str) -> int:

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ValidationError
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import is_remote
-from gigabatch.trainer.config import Config, HuggingFaceTower, OtherText
+from gigabatch.trainer.config import Config, FurtherText
+from gigabatch.trainer.towers.external import HuggingFaceTower
 
 ANY = "NAME"
 """Stands in known keys where the user chooses a name."""
@@ -81,7 +82,7 @@ def resolve(config: Config) -> Config:
     more = {
         name: tower.model_copy(update={"tower": _at_its_place(tower.tower)})
         for name, tower in config.towers.more.items()
-        if isinstance(tower, OtherText)
+        if isinstance(tower, FurtherText)
     }
     towers = {
         "image": _at_its_place(config.towers.image),
