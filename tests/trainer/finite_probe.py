@@ -20,8 +20,9 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.monitoring.step_result import StepResult
 from gigabatch.trainer.objectives import Context, InfoNCE, Loss
-from gigabatch.trainer.step import ExactStep, StepResult
+from gigabatch.trainer.step import ExactStep
 from gigabatch.trainer.towers import build_towers
 
 TOWER = "towers.image={kind: module, module: 'support_towers:BrokenBackward'}"

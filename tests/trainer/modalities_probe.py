@@ -18,7 +18,7 @@ from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
-from gigabatch.trainer.taps import in_view, plain_of, views_of
+from gigabatch.trainer.taps import bases_in_view, count_views, with_view
 from gigabatch.trainer.towers import build_towers
 
 
@@ -31,12 +31,12 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Te
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
         stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
-        for view in range(views_of(objective.needs.taps)):
+        for view in range(count_views(objective.needs.taps)):
             own = key(stream, "view", view) if view else stream
             inputs = tower_inputs(micro, config.data, own)
-            taps = plain_of(objective.needs.taps, view)
+            taps = bases_in_view(objective.needs.taps, view)
             for tap, vectors in towers(inputs, own, taps).items():
-                outputs.setdefault(in_view(tap, view), []).append(vectors)
+                outputs.setdefault(with_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
     columns = {name: torch.cat(parts) for name, parts in meta.items()}

@@ -22,7 +22,7 @@ from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
 from gigabatch.trainer.objectives import Context, Objective, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
-from gigabatch.trainer.taps import in_view, plain_of, views_of
+from gigabatch.trainer.taps import bases_in_view, count_views, with_view
 from gigabatch.trainer.towers import build_towers
 
 
@@ -64,11 +64,11 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
         first = key(config.run.seed, "micro-batch", micro.step, micro.number)
-        for view in range(views_of(taps)):
+        for view in range(count_views(taps)):
             stream = key(first, "view", view) if view else first
             inputs = tower_inputs(micro, config.data, stream)
-            for tap, vectors in towers(inputs, stream, plain_of(taps, view)).items():
-                outputs.setdefault(in_view(tap, view), []).append(vectors)
+            for tap, vectors in towers(inputs, stream, bases_in_view(taps, view)).items():
+                outputs.setdefault(with_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
     rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}

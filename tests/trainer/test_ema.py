@@ -16,7 +16,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.checkpoints.format import checkpoint_at
 from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.ema import follow, warmed
+from gigabatch.trainer.ema import update_averages, warmup_momentum
 from gigabatch.trainer.inference import load_newest_towers
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
@@ -45,7 +45,7 @@ class Tied(nn.Module):
 
 def test_tied_weights_move_once_and_counts_are_copied() -> None:
     average, other, current = Tied(1.0), Tied(2.0), Tied(5.0)
-    follow(iter(current.state_dict().items()), [(average, 0.75), (other, 0.5)])
+    update_averages(iter(current.state_dict().items()), [(average, 0.75), (other, 0.5)])
     assert average.first.weight.unique().tolist() == [2.0]
     assert other.second.weight.unique().tolist() == [3.5]
     assert average.count == 5
@@ -56,7 +56,7 @@ def test_without_averages_no_weight_is_gathered() -> None:
         raise AssertionError("gathered")
         yield
 
-    follow(weights(), [])
+    update_averages(weights(), [])
 
 
 def new_run(tiny: Path, name: str, *settings: str) -> RunFolder:
@@ -81,7 +81,7 @@ def assert_average(run: RunFolder, momentum: float, steps: int) -> None:
 
 
 def test_the_weights_of_each_step_are_averaged(tiny: Path) -> None:
-    assert [warmed(0.3, step) for step in (1, 2, 99)] == [2 / 11, 0.25, 0.3]
+    assert [warmup_momentum(0.3, step) for step in (1, 2, 99)] == [2 / 11, 0.25, 0.3]
     run = new_run(tiny, "run", *EVERY, "train.ema=0.3", "train.steps=4")
     assert run_training(run)
     assert_average(run, 0.3, 4)

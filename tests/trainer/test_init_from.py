@@ -17,7 +17,7 @@ from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings, Config
 from gigabatch.trainer.config.load import parse_config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.init_from import load_initial, pin_initial
+from gigabatch.trainer.init_from import load_init_weights, pin_init_from
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
@@ -49,7 +49,7 @@ def begun(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The towers' weights without and with `train.init_from`."""
     before = build_towers(config, VOCAB).state_dict()
     towers = build_towers(config, VOCAB)
-    load_initial(towers, pin_initial(config), ALONE)
+    load_init_weights(towers, pin_init_from(config), ALONE)
     return before, towers.state_dict()
 
 
@@ -101,9 +101,9 @@ def test_an_average_that_is_not_there_is_refused(
 def test_a_run_is_found_by_name_and_pinned_to_its_newest_checkpoint(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    config = pin_initial(config_of(shards, tmp_path, "train.init_from=source"))
+    config = pin_init_from(config_of(shards, tmp_path, "train.init_from=source"))
     assert config.train.init_from == source.checkpoints / "step-00000002"
-    assert pin_initial(config) == config
+    assert pin_init_from(config) == config
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_a_run_is_found_by_name_and_pinned_to_its_newest_checkpoint(
 def test_towers_that_do_not_fit_are_named_and_nothing_is_loaded(
     overrides: list[str], says: str, source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    config = pin_initial(config_of(shards, tmp_path, "train.init_from=source", *overrides))
+    config = pin_init_from(config_of(shards, tmp_path, "train.init_from=source", *overrides))
     towers = build_towers(config, VOCAB)
     before = {name: t.clone() for name, t in towers.state_dict().items()}
     with pytest.raises(GigabatchError, match=says):
-        load_initial(towers, config, ALONE)
+        load_init_weights(towers, config, ALONE)
     assert all(torch.equal(t, before[name]) for name, t in towers.state_dict().items())
 
 
@@ -144,16 +144,16 @@ def test_damage_is_found_before_the_run_is_made_and_when_it_begins(
 ) -> None:
     folder = source.checkpoints / "step-00000002"
     config = config_of(shards, tmp_path, f"train.init_from={folder}")
-    pinned = pin_initial(config)
+    pinned = pin_init_from(config)
     path = folder / "towers.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    for refused in (lambda: pin_initial(config), lambda: begun(pinned)):
+    for refused in (lambda: pin_init_from(config), lambda: begun(pinned)):
         with pytest.raises(GigabatchError, match=r"train.init_from: .*does not match its checksum"):
             refused()
     # Of a run, the newest sound one.
-    newest = pin_initial(config_of(shards, tmp_path, "train.init_from=source")).train.init_from
+    newest = pin_init_from(config_of(shards, tmp_path, "train.init_from=source")).train.init_from
     assert newest == source.checkpoints / "step-00000001"
 
 
@@ -163,7 +163,7 @@ def test_what_is_no_run_or_has_no_checkpoint_is_refused(
 ) -> None:
     create_run(config_of(shards, tmp_path, "run.name=empty"), "run")
     with pytest.raises(GigabatchError, match=r"train.init_from: .*(not a run|no checkpoint yet)"):
-        pin_initial(config_of(shards, tmp_path, f"train.init_from={path}"))
+        pin_init_from(config_of(shards, tmp_path, f"train.init_from={path}"))
 
 
 def test_a_text_tower_brings_its_tokeniser(source: RunFolder, shards: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_a_text_tower_brings_its_tokeniser(source: RunFolder, shards: Path, tmp_
     make_tokenizer(other, data).save(str(source.tokenizer))
 
     def tokenizer(*overrides: str) -> str:
-        config = pin_initial(config_of(shards, tmp_path, *overrides))
+        config = pin_init_from(config_of(shards, tmp_path, *overrides))
         return make_tokenizer(config, data).to_str()
 
     theirs, own = tokenizer("train.init_from=source"), tokenizer()

@@ -18,7 +18,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, load_config, parse_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.init_from import load_initial, pin_initial
+from gigabatch.trainer.init_from import load_init_weights, pin_init_from
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.create import create_run
@@ -141,9 +141,9 @@ def test_a_teacher_and_smoothing_are_refused(tmp_path: Path) -> None:
 
 def assert_begun_with_numbers(towers: Towers, config: Config) -> None:
     """Another run may begin with one tower of a run."""
-    config = pin_initial(config)
+    config = pin_init_from(config)
     fresh = build_towers(config, 300)
-    load_initial(fresh, config, World(0, 1, torch.device("cpu"), None))
+    load_init_weights(fresh, config, World(0, 1, torch.device("cpu"), None))
     for name, value in fresh.state_dict().items():
         same = torch.equal(value, towers.state_dict()[name])
         assert same or ".numbers." not in name

@@ -138,7 +138,7 @@ class Config(Settings):
     def places(self) -> set[tuple[str, str]]:
         """(modality whose tower it is, place) of all that the objective reads."""
         read, shared = map(parse_tap, taps_of(self.objective)), self.shared
-        return {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
+        return {(shared.get(tap.modality, tap.modality), tap.output) for tap in read}
 
     def tower(self, modality: str) -> TowerKind:
         """The description of a modality's tower."""
@@ -195,7 +195,7 @@ class Config(Settings):
                 f"objective.widths: the last must be towers.width={self.towers.width}, not "
                 f"{widths[-1]}, or the coordinates beyond it would never be trained"
             )
-        if inner := [tap for tap in taps if parse_tap(tap).place == "encoder"]:
+        if inner := [tap for tap in taps if parse_tap(tap).output == "encoder"]:
             raise ValueError(
                 f"objective.widths: {inner[0]} is before the head, and has no towers.width "
                 "coordinates; take taps after it"

@@ -28,7 +28,7 @@ class BYOL(Objective):
         super().__init__()
         self.settings = settings
         # The teacher augments anew: its view is never that of the tap it is compared with.
-        self.seen = [parse_tap(tap).plain for tap in settings.taps]
+        self.seen = [parse_tap(tap).base for tap in settings.taps]
         teacher = tuple(dict.fromkeys(self.seen))
         self.needs = Needs(settings.taps, teacher=teacher, momentum=settings.momentum)
         # No batch norm: its statistics would differ from rank to rank. The vectors are normalised.

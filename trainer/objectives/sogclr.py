@@ -46,7 +46,7 @@ class SogCLR(Objective):
     def __init__(self, settings: SogCLRSettings, group: str | None, width: int) -> None:
         super().__init__()
         self.settings = settings
-        one, other = (parse_tap(tap).plain for tap in settings.taps)
+        one, other = (parse_tap(tap).base for tap in settings.taps)
         self.sides = 1 if one == other else 2
         row, tau = [-math.inf] * self.sides, settings.temperature
         if settings.temperatures == "individual":

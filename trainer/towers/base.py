@@ -114,10 +114,10 @@ class StageSettings(Settings):
 
 
 _KINDS: dict[Slot, dict[str, type[TowerKind]]] = {slot: {} for slot in get_args(Slot)}
-Kind = TypeVar("Kind", bound=type[TowerKind])
+K = TypeVar("K", bound=TowerKind)
 
 
-def tower_kind(*slots: Slot) -> Callable[[Kind], Kind]:
+def tower_kind(*slots: Slot) -> Callable[[type[K]], type[K]]:
     """Return a class decorator that registers a tower kind in these slots.
 
     Raises:
@@ -125,7 +125,7 @@ def tower_kind(*slots: Slot) -> Callable[[Kind], Kind]:
             has the same kind.
     """
 
-    def register(cls: Kind) -> Kind:
+    def register(cls: type[K]) -> type[K]:
         field = cls.model_fields.get("kind")
         names = get_args(field.annotation) if field else ()
         if not names:

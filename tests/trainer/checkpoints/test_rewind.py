@@ -105,6 +105,6 @@ def test_where_no_checkpoint_was_saved_a_rewind_goes_back_to_the_start(
 
 def test_rewinds_have_an_end(tiny: Path) -> None:
     run = prepared(tiny, "Broken", "train.max_rewinds=2", "train.steps=30")
-    with pytest.raises(GigabatchError, match=r"3 steps in a row .*, after 2 rewinds"):
+    with pytest.raises(GigabatchError, match=r"3 consecutive steps .* after 2 rewinds"):
         run_training(run)
     assert max(losses(run.path)) == 9

@@ -157,7 +157,7 @@ def test_training_goes_on_in_a_write_and_a_kill_in_it_loses_nothing(
 
     done = gigabatch("resume", run.path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {newest}" in done.stdout
+    assert f"resuming after step {newest}" in done.stdout
     assert losses(run.path) == losses(tmp_path / "runs" / "whole")
     assert not half.exists()
     lines = [line for line in read_metrics(run.metrics) if "checkpoint/write_s" in line]
