@@ -1,5 +1,7 @@
-"""On torchrun ranks: the gradients of one exact step of any modalities, beside those of one graph
-over the same micro-batches. Prints JSON on rank 0."""
+"""Gradients of an exact step of any modalities against those of one graph, on torchrun ranks.
+
+Prints JSON on rank 0.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +25,19 @@ from gigabatch.trainer.towers import build_towers
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of the whole global batch in one autograd graph, in this process alone; and how
-    many of its rows lack a modality."""
+    """Return the gradients of the whole global batch in one graph in this process, and the number
+    of missing modalities in it."""
     towers = build_towers(config, vocab)
     objective = build_objective(config.objective, width=config.towers.width)
     outputs: dict[str, list[Tensor]] = {}
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
-        stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        first_key = key(config.run.seed, "micro-batch", micro.step, micro.number)
         for view in range(count_views(objective.needs.taps)):
-            own = key(stream, "view", view) if view else stream
-            inputs = tower_inputs(micro, config.data, own)
+            rng_key = key(first_key, "view", view) if view else first_key
+            inputs = tower_inputs(micro, config.data, rng_key)
             taps = bases_in_view(objective.needs.taps, view)
-            for tap, vectors in towers(inputs, own, taps).items():
+            for tap, vectors in towers(inputs, rng_key, taps).items():
                 outputs.setdefault(with_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
@@ -57,9 +59,9 @@ def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
         step = ExactStep(engine, objective, config, world)
         assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
         seen = engine.seen
-        # A head that no objective reads: its collectives run all the same, with a gradient of zero.
-        idle = [name for name in seen if name not in whole]
-        assert not any(seen.pop(name).any() for name in idle), idle
+        # A head that no objective reads takes part in collectives, with a gradient of zero.
+        unread = [name for name in seen if name not in whole]
+        assert not any(seen.pop(name).any() for name in unread), unread
         gap, name = worst(seen, whole)
         if world.is_main:
             print(json.dumps({"gap": gap, "name": name, "rows": lacking}))

@@ -1,5 +1,7 @@
-"""On torchrun ranks, for each ZeRO stage: the gradients of one exact step, beside those of one
-graph over the same micro-batches; and how many reductions a step takes. Prints JSON on rank 0."""
+"""Gradients of an exact step against those of one graph, at each ZeRO stage, on torchrun ranks.
+
+Also counts the reductions of a step. Prints JSON on rank 0.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,7 @@ from gigabatch.trainer.towers import build_towers
 
 
 class ListeningEngine(Engine):
-    """Keeps the averaged gradients that a step is about to apply."""
+    """Keeps the averaged gradients of each step."""
 
     def step(self, lr: float) -> tuple[bool, float]:
         from deepspeed.utils import safe_get_full_grad
@@ -36,7 +38,7 @@ class ListeningEngine(Engine):
             self.seen = {n: safe_get_full_grad(p).clone() for n, p in self.trained.items()}
             return super().step(lr)
         hook = self.adamw.register_step_pre_hook(lambda *_: self._keep())
-        # Before clipping, which is a hook of its own, added first: clipping is off in this probe.
+        # Engine's clipping hook runs before this one; this probe disables clipping.
         result = super().step(lr)
         hook.remove()
         return result
@@ -57,17 +59,17 @@ def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[M
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
-    """Gradients of the whole global batch in one autograd graph, in this process alone."""
+    """Return the gradients of the whole global batch in one graph in this process."""
     towers, objective = build_towers(config, vocab), objective_of(config)
     outputs: dict[str, list[Tensor]] = {}
     taps = objective.needs.taps
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
-        first = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        first_key = key(config.run.seed, "micro-batch", micro.step, micro.number)
         for view in range(count_views(taps)):
-            stream = key(first, "view", view) if view else first
-            inputs = tower_inputs(micro, config.data, stream)
-            for tap, vectors in towers(inputs, stream, bases_in_view(taps, view)).items():
+            rng_key = key(first_key, "view", view) if view else first_key
+            inputs = tower_inputs(micro, config.data, rng_key)
+            for tap, vectors in towers(inputs, rng_key, bases_in_view(taps, view)).items():
                 outputs.setdefault(with_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
@@ -76,34 +78,35 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     loss = objective(rows, columns, Context(None, 1))
     loss.value.backward()
     grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
-    own = {f"objective {name}": p.grad for name, p in objective.named_parameters()}
-    return grads | own | {"loss": loss.value.detach()}
+    of_objective = {f"objective {name}": p.grad for name, p in objective.named_parameters()}
+    return grads | of_objective | {"loss": loss.value.detach()}
 
 
 def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dict[str, Tensor]:
     towers, objective = build_towers(config, vocab), objective_of(config)
     engine = ListeningEngine(towers, config, world)
     step = ExactStep(engine, objective, config, world)
-    own: dict[str, Tensor] = {}
+    of_objective: dict[str, Tensor] = {}
 
-    def keep_own(*_: Any) -> None:
+    def keep_gradients(*_: Any) -> None:
         for name, parameter in objective.named_parameters():
-            own[f"objective {name}"] = parameter.grad.clone()
+            of_objective[f"objective {name}"] = parameter.grad.clone()
 
-    step.optimizer.register_step_pre_hook(keep_own)
+    step.optimizer.register_step_pre_hook(keep_gradients)
     result = step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3)
     assert result.applied
-    return engine.seen | own | {"loss": torch.tensor(result.loss)}
+    return engine.seen | of_objective | {"loss": torch.tensor(result.loss)}
 
 
 class CountReductions:
-    """Counts calls that reduce over ranks, by listening at torch.distributed."""
+    """Counts calls of torch.distributed that reduce over ranks."""
 
     NAMES = ("all_reduce", "reduce", "reduce_scatter", "reduce_scatter_tensor", "_all_reduce")
 
     def __enter__(self) -> CountReductions:
-        self.calls, self.kept = 0, {n: getattr(dist, n) for n in self.NAMES if hasattr(dist, n)}
-        for name, function in self.kept.items():
+        self.calls = 0
+        self.originals = {n: getattr(dist, n) for n in self.NAMES if hasattr(dist, n)}
+        for name, function in self.originals.items():
             setattr(dist, name, self._counting(function))
         return self
 
@@ -115,7 +118,7 @@ class CountReductions:
         return call
 
     def __exit__(self, *_: object) -> None:
-        for name, function in self.kept.items():
+        for name, function in self.originals.items():
             setattr(dist, name, function)
 
 
