@@ -1,4 +1,4 @@
-"""State of an objective beside its parameters: tables of samples and a momentum tower."""
+"""State of an objective besides its parameters: tables of samples and a momentum tower."""
 
 from __future__ import annotations
 

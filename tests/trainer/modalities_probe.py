@@ -53,16 +53,16 @@ def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
     config = load_config(path, [*settings, "train.max_grad_norm=0"])
     with join_world(1) as world:
-        whole, lacking = one_graph(config, tokenizer, vocab)
+        expected, lacking = one_graph(config, tokenizer, vocab)
         engine = ListeningEngine(build_towers(config, vocab), config, world)
         objective = build_objective(config.objective, width=config.towers.width)
         step = ExactStep(engine, objective, config, world)
         assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
         seen = engine.seen
         # A head that no objective reads takes part in collectives, with a gradient of zero.
-        unread = [name for name in seen if name not in whole]
+        unread = [name for name in seen if name not in expected]
         assert not any(seen.pop(name).any() for name in unread), unread
-        gap, name = worst(seen, whole)
+        gap, name = worst(seen, expected)
         if world.is_main:
             print(json.dumps({"gap": gap, "name": name, "rows": lacking}))
 

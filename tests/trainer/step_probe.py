@@ -122,10 +122,10 @@ class CountReductions:
             setattr(dist, name, function)
 
 
-def worst(exact: dict[str, Tensor], whole: dict[str, Tensor]) -> tuple[float, str]:
-    assert exact.keys() == whole.keys(), exact.keys() ^ whole.keys()
+def worst(exact: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+    assert exact.keys() == expected.keys(), exact.keys() ^ expected.keys()
     gaps = {
-        name: float((exact[name] - value).norm() / value.norm()) for name, value in whole.items()
+        name: float((exact[name] - value).norm() / value.norm()) for name, value in expected.items()
     }
     name = max(gaps, key=lambda n: gaps[n])
     return gaps[name], name
@@ -135,7 +135,7 @@ def main(config_path: Path, tokenizer: Path) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
     report: dict[str, Any] = {}
     with join_world(1) as world:
-        whole = one_graph(load_config(config_path, ["train.max_grad_norm=0"]), tokenizer, vocab)
+        expected = one_graph(load_config(config_path, ["train.max_grad_norm=0"]), tokenizer, vocab)
         for zero in (0, 1, 2, 3):
             counts = []
             for micro in (16, 4):
@@ -151,7 +151,7 @@ def main(config_path: Path, tokenizer: Path) -> None:
                     exact_step(config, tokenizer, vocab, world)
                 counts.append(counter.calls)
             config = load_config(config_path, [f"train.zero_stage={zero}", "train.max_grad_norm=0"])
-            gap, name = worst(exact_step(config, tokenizer, vocab, world), whole)
+            gap, name = worst(exact_step(config, tokenizer, vocab, world), expected)
             report[str(zero)] = {"gap": gap, "name": name, "reductions": counts}
         if world.is_main:
             print(json.dumps(report))

@@ -110,14 +110,14 @@ def test_ema_under_zero_3_is_complete(tiny: Path, gigabatch: Any) -> None:
 @pytest.mark.slow
 def test_resumed_run_has_the_same_average(tiny: Path) -> None:
     settings = ("train.ema=0.9", "train.steps=5", "eval.sets=[]")
-    whole, resumed = (new_run(tiny, name, *settings) for name in ("whole", "resumed"))
-    assert run_training(whole)
+    full, resumed = (new_run(tiny, name, *settings) for name in ("full", "resumed"))
+    assert run_training(full)
     calls = iter(range(100))
     assert not run_training(resumed, lambda: next(calls) == 2)
     assert resumed.steps_saved()[-1] == 3
     assert run_training(resumed)
-    assert losses(resumed.path) == losses(whole.path)
-    expected, actual = (checkpoint_at(run, 5).tensors("ema") for run in (whole, resumed))
+    assert losses(resumed.path) == losses(full.path)
+    expected, actual = (checkpoint_at(run, 5).tensors("ema") for run in (full, resumed))
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 

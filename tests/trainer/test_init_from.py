@@ -23,7 +23,7 @@ from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import build_towers
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 VOCAB = 300
 
 
@@ -49,7 +49,7 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor
     """Return the towers' initial weights without and with `train.init_from`."""
     before = build_towers(config, VOCAB).state_dict()
     towers = build_towers(config, VOCAB)
-    load_init_weights(towers, pin_init_from(config), ALONE)
+    load_init_weights(towers, pin_init_from(config), SINGLE)
     return before, towers.state_dict()
 
 
@@ -125,7 +125,7 @@ def test_weights_that_do_not_fit_raise_and_load_nothing(
     towers = build_towers(config, VOCAB)
     before = {name: t.clone() for name, t in towers.state_dict().items()}
     with pytest.raises(GigabatchError, match=says):
-        load_init_weights(towers, config, ALONE)
+        load_init_weights(towers, config, SINGLE)
     assert all(torch.equal(t, before[name]) for name, t in towers.state_dict().items())
 
 

@@ -85,19 +85,19 @@ def test_vectors_and_text_train_without_images(tmp_path: Path) -> None:
     """The run learns, is evaluated in both directions, and resumes exactly."""
     path = config_in(tmp_path, images=False)
     settings = [NUMBERS, "objective={taps: [numbers, text], positives: concept}", "train.steps=30"]
-    whole, resumed = new_run(path, settings), new_run(path, settings, "resumed")
-    assert run_training(whole)
+    full, resumed = new_run(path, settings), new_run(path, settings, "resumed")
+    assert run_training(full)
     calls = iter(range(100))
     assert not run_training(resumed, lambda: next(calls) == 9)
     assert run_training(resumed)
-    assert losses(resumed.path) == losses(whole.path)
-    assert losses(whole.path)[30] < losses(whole.path)[1] - 1
-    metrics = last_evaluation(whole)
+    assert losses(resumed.path) == losses(full.path)
+    assert losses(full.path)[30] < losses(full.path)[1] - 1
+    metrics = last_evaluation(full)
     assert metrics["eval/val/text2numbers_recall@10"] > 0.9
     assert metrics["eval/val/numbers2text_mrr"] > 0.5
-    _, towers = load_newest_towers(whole)
+    _, towers = load_newest_towers(full)
     assert set(towers.encoders) == {"numbers", "text"}
-    init = [f"train.init_from={whole.path}", "train.init_parts=[numbers]"]
+    init = [f"train.init_from={full.path}", "train.init_parts=[numbers]"]
     assert_numbers_are_initialized(towers, load_config(path, [*settings, *init]))
 
 

@@ -18,11 +18,11 @@ from gigabatch.trainer.objectives.gmm import clean_probability, fit_split
 from gigabatch.trainer.objectives.tables import SampleTable
 from gigabatch.trainer.run.create import create_run
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 def test_table_reads_and_writes_rows_by_sample_number() -> None:
-    table = SampleTable([3, 2], [0.5, -torch.inf], ALONE)
+    table = SampleTable([3, 2], [0.5, -torch.inf], SINGLE)
     numbers = torch.tensor([2, 1 << NUMBER_BITS, 0])
     assert table.read(numbers).tolist() == [[0.5, -torch.inf]] * 3
     table.write(numbers, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
@@ -33,30 +33,30 @@ def test_table_reads_and_writes_rows_by_sample_number() -> None:
 
 
 def test_table_keeps_the_last_row_of_a_repeated_sample() -> None:
-    table = SampleTable([4], [0.0], ALONE)
+    table = SampleTable([4], [0.0], SINGLE)
     numbers = torch.tensor([1, 3, 1, 3, 1])
     table.write(numbers, torch.arange(5.0).unsqueeze(1))
     assert table.whole().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
 
 
 def test_table_is_sharded_over_any_number_of_ranks() -> None:
-    whole = torch.arange(22.0).view(11, 2)
+    rows = torch.arange(22.0).view(11, 2)
     for size in (1, 2, 3, 5, 13):
-        sharded = torch.full_like(whole, torch.nan)
+        sharded = torch.full_like(rows, torch.nan)
         for rank in range(size):
             world = World(rank, size, torch.device("cpu"), None)
             table = SampleTable([4, 7], [0.0, 0.0], world)
-            rows = len(table.shard)
-            table.load(whole)
-            assert len(table.shard) == rows
+            shard_size = len(table.shard)
+            table.load(rows)
+            assert len(table.shard) == shard_size
             sharded[rank::size] = table.shard
-        assert torch.equal(sharded, whole)
+        assert torch.equal(sharded, rows)
 
 
 def test_split_recovers_two_gaussians() -> None:
     g = torch.Generator().manual_seed(0)
     clean, noisy = torch.randn(6000, generator=g) * 0.3 + 1, torch.randn(4000, generator=g) + 5
-    split = fit_split(torch.cat([clean, noisy]), ALONE)
+    split = fit_split(torch.cat([clean, noisy]), SINGLE)
     torch.testing.assert_close(
         split, torch.tensor([[1.0, 0.09, 0.6], [5.0, 1.0, 0.4]]).double(), rtol=0.05, atol=0.01
     )
@@ -74,7 +74,7 @@ def test_loss_far_below_the_clean_mean_is_clean() -> None:
 
 @pytest.mark.parametrize("values", [[], [2.0], [3.0, 3.0, 3.0]])
 def test_equal_losses_give_no_split(values: list[float]) -> None:
-    split = fit_split(torch.tensor(values), ALONE)
+    split = fit_split(torch.tensor(values), SINGLE)
     assert split.isfinite().all()
     assert not split[:, 1].any()
 

@@ -38,9 +38,9 @@ def test_killed_and_resumed_run_has_equal_losses(
         "eval.sets=[]",
         "cluster.launcher=torchrun", "cluster.workers=2",
     ]  # fmt: skip
-    assert gigabatch("train", tiny, *settings, "run.name=whole").returncode == 0
-    whole = losses(tmp_path / "runs" / "whole")
-    assert sorted(whole) == list(range(1, 15))
+    assert gigabatch("train", tiny, *settings, "run.name=full").returncode == 0
+    full = losses(tmp_path / "runs" / "full")
+    assert sorted(full) == list(range(1, 15))
 
     # Different kill times per parameter set, the same in every test run.
     kill_times = random.Random(f"{precision}{zero}")
@@ -56,19 +56,19 @@ def test_killed_and_resumed_run_has_equal_losses(
     done = command.wait()
     assert done.returncode == 0, done.stdout + done.stderr
 
-    assert losses(killed) == whole
+    assert losses(killed) == full
     attempts = {line["attempt"] for line in read_metrics(killed / "metrics.jsonl")}
     assert len(attempts) >= 2
     assert max(int(p.stem) for p in (killed / "attempts").glob("*.json")) >= 3
-    assert_board_has_each_step_once(killed, whole)
+    assert_board_has_each_step_once(killed, full)
 
 
-def assert_board_has_each_step_once(run: Path, whole: dict[int, float]) -> None:
+def assert_board_has_each_step_once(run: Path, full: dict[int, float]) -> None:
     board = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
     board.Reload()
     events = board.Scalars("train/loss")
-    assert [event.step for event in events] == sorted(whole)
-    assert [event.value for event in events] == pytest.approx(list(whole.values()), rel=1e-6)
+    assert [event.step for event in events] == sorted(full)
+    assert [event.value for event in events] == pytest.approx(list(full.values()), rel=1e-6)
 
 
 @pytest.mark.slow

@@ -128,19 +128,19 @@ def test_tokenizer_is_trained_on_all_texts(pairs: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_shared_tower_is_saved_once_and_resumes(pairs: Path) -> None:
     config = load_config(pairs, ["eval.sets=[val]", "eval.every_steps=4"])
-    whole, resumed = (new_run(config, name) for name in ("whole", "resumed"))
-    assert run_training(whole)
+    full, resumed = (new_run(config, name) for name in ("full", "resumed"))
+    assert run_training(full)
     calls = iter(range(100))
     assert not run_training(resumed, lambda: next(calls) == 9)
     assert run_training(resumed)
-    assert losses(resumed.path) == losses(whole.path)
-    assert losses(whole.path)[8] < losses(whole.path)[1]
-    assert whole.evaluation(8)["eval/val/query2text_recall@10"] > 0
-    checkpoint = latest_checkpoint(whole)
+    assert losses(resumed.path) == losses(full.path)
+    assert losses(full.path)[8] < losses(full.path)[1]
+    assert full.evaluation(8)["eval/val/query2text_recall@10"] > 0
+    checkpoint = latest_checkpoint(full)
     assert checkpoint is not None
     assert {name.split(".")[1] for name in checkpoint.tensors("towers")} == {"text"}
-    _, towers = load_newest_towers(whole)
-    tokens = encode(load_tokenizer(whole.tokenizer), ["query: where is 3?", "passage: here"])
+    _, towers = load_newest_towers(full)
+    tokens = encode(load_tokenizer(full.tokenizer), ["query: where is 3?", "passage: here"])
     with torch.no_grad():
         outputs = towers({"query": tokens, "text": tokens})
     assert torch.equal(outputs["query"], outputs["text"])

@@ -41,7 +41,7 @@ else:
 
 
 class FurtherText(OneText):
-    """A further text, such as a query beside its passage."""
+    """A further text, such as the query of a passage."""
 
     kind: Literal["text"]
     """Kind of further tower; text: a further text, split by the run's tokenizer."""

@@ -12,7 +12,7 @@ from gigabatch.trainer.run.folder import RunFolder
 
 @contextmanager
 def log_to(run: RunFolder, world: World) -> Iterator[None]:
-    """Write rank 0's log messages to train.log, and nowhere else.
+    """Write rank 0's log messages to train.log only.
 
     The process that started the run follows that file and shows it.
     """

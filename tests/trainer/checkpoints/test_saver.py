@@ -20,7 +20,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.monitoring.metrics import read_metrics
 from gigabatch.trainer.run.folder import RunFolder
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def saver(run: RunFolder, reports: list[Any] | None = None) -> Saver:
         if reports is not None:
             reports.append((step, dict(tags)))
 
-    return Saver(run, ALONE, 1, CheckpointSettings(), report)
+    return Saver(run, SINGLE, 1, CheckpointSettings(), report)
 
 
 def snapshot(step: int, numbers: int = 10) -> Any:
@@ -141,7 +141,7 @@ def test_kill_during_a_background_write_loses_nothing(
         "train.steps=30", "eval.sets=[]", "towers.image={kind: module, args: {width: 6}}",
         "towers.image.module=support_towers:Heavy",
     ]  # fmt: skip
-    rare = [*settings, "checkpoint.every_steps=0", "run.name=whole"]
+    rare = [*settings, "checkpoint.every_steps=0", "run.name=full"]
     assert gigabatch("train", tiny, *rare).returncode == 0
     run = RunFolder(tmp_path / "runs" / "a")
     command = start("train", tiny, *settings, "checkpoint.every_steps=8", "run.name=a")
@@ -160,7 +160,7 @@ def test_kill_during_a_background_write_loses_nothing(
     done = gigabatch("resume", run.path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming after step {newest}" in done.stdout
-    assert losses(run.path) == losses(tmp_path / "runs" / "whole")
+    assert losses(run.path) == losses(tmp_path / "runs" / "full")
     assert not partial.exists()
     lines = [line for line in read_metrics(run.metrics) if "checkpoint/write_s" in line]
     assert [line["step"] for line in lines] == [8, 16, 24, 30]

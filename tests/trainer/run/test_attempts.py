@@ -15,7 +15,7 @@ from gigabatch.trainer.run.attempts import Worker, begin_attempt, environment_di
 from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder, Superseded
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_attempt_records_workers_and_variables_without_secrets(
 ) -> None:
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.setenv("HF_TOKEN", "very-secret")
-    assert [begin_attempt(run, ALONE), begin_attempt(run, ALONE)] == [1, 2]
+    assert [begin_attempt(run, SINGLE), begin_attempt(run, SINGLE)] == [1, 2]
     text = (run.path / "attempts" / "000002.json").read_text()
     record = json.loads(text)
     assert record["environment"]["NCCL_SOCKET_IFNAME"] == "eth7"
