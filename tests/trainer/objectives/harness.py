@@ -3,6 +3,7 @@ same in each process."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -33,10 +34,13 @@ Result = dict[str, Tensor]
 
 
 def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
-    """Return the examples of all registered objectives, by `NAME: LABEL`."""
+    """Return the examples of all registered objectives, by `NAME: LABEL`. The environment variable
+    OBJECTIVES limits them to the objectives that it names, with spaces between."""
+    selected = os.environ.get("OBJECTIVES", "").split() or OBJECTIVES
     return {
         f"{name}: {label}": (parse_settings({"name": name, **example.settings}), example)
         for name, kind in OBJECTIVES.items()
+        if name in selected
         for label, example in kind.examples.items()
     }
 
