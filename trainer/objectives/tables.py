@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.distributed import World
 
 
@@ -68,4 +68,4 @@ class SampleTable:
 
     def _places(self, numbers: Tensor) -> Tensor:
         first = self.first.to(numbers.device)
-        return first[numbers >> NUMBER_BITS] + (numbers & ((1 << NUMBER_BITS) - 1))
+        return first[numbers >> SAMPLE_BITS] + (numbers & ((1 << SAMPLE_BITS) - 1))

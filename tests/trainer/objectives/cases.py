@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.config import Single, SumSettings
 from gigabatch.trainer.config.objective import AnyObjective
 
@@ -222,7 +222,7 @@ def batch(case: Case, step: int) -> Batch:
     places = torch.randint(0, sum(SIZES), (ROWS,), generator=g)
     source = (places >= SIZES[0]).long()
     meta = {
-        "sample": source << NUMBER_BITS | (places - SIZES[0] * source),
+        "sample": source << SAMPLE_BITS | (places - SIZES[0] * source),
         "concept": places % 5,
         "lang": places % 2,
         "age": (places % 9) / 4,
