@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objective_state import ObjectiveState
 from gigabatch.trainer.objectives import (
@@ -71,7 +71,7 @@ def batch(example: Example, step: int) -> Batch:
     indices = torch.randint(0, sum(SIZES), (ROWS,), generator=g)
     source = (indices >= SIZES[0]).long()
     meta = {
-        "sample": source << NUMBER_BITS | (indices - SIZES[0] * source),
+        "sample": source << SAMPLE_BITS | (indices - SIZES[0] * source),
         "concept": indices % 5,
         "lang": indices % 2,
         "age": (indices % 9) / 4,
