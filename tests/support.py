@@ -135,7 +135,7 @@ def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
     """Flip a bit of a member, as a bad disk would; size and modification time stay."""
     path = Path(index.shards[index.shard_of(sample)].name)
     before = path.stat()
-    position = index.span(sample, member)[0] + at
+    position = index.member_span(sample, member)[0] + at
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint
 from gigabatch.trainer.checkpoints.format import checkpoint_at, latest_checkpoint
-from gigabatch.trainer.config import ObjectiveSettings, Single, SumSettings
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.ema import stored_weights
 from gigabatch.trainer.objective_state import TABLE
@@ -43,7 +44,7 @@ def load_newest_towers(
     return checkpoint.step, towers.eval()
 
 
-def load_objective(run: RunFolder, step: int) -> tuple[Objective, dict[str, Tensor]]:
+def load_objective(run: RunFolder, step: int) -> tuple[Objective[Any], dict[str, Tensor]]:
     """Load the objective of a verified checkpoint.
 
     Returns:
@@ -54,20 +55,7 @@ def load_objective(run: RunFolder, step: int) -> tuple[Objective, dict[str, Tens
     """
     config = run.config()
     state = checkpoint_at(run, step).tensors("objective")
-    settings = _for_cpu(config.objective)
+    settings = config.objective.for_any_device()
     objective = build_objective(settings, "cpu", config.data.group, config.towers.width)
     objective.load_state_dict({name: state[name] for name in objective.state_dict()})
     return objective, {name: state[TABLE + name] for name in objective.needs.tables}
-
-
-def _for_cpu(settings: Single | SumSettings) -> Single | SumSettings:
-    """Replace a GPU backend by one that runs on the CPU."""
-    if isinstance(settings, SumSettings):
-        return settings.model_copy(update={"terms": tuple(map(_tiled, settings.terms))})
-    return _tiled(settings)
-
-
-def _tiled(settings: Single) -> Single:
-    if isinstance(settings, ObjectiveSettings):
-        return settings.model_copy(update={"backend": "tiled"})
-    return settings

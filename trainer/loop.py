@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.stream import MicroBatch, by_step
+from gigabatch.data.stream import MicroBatch, group_by_step
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint, agree_on_data
 from gigabatch.trainer.checkpoints.format import Checkpoint, Tensors
@@ -201,7 +201,7 @@ class _Trainer:
 
             for batch in self._batches():
                 self._one_step(batch)
-                bad = [sample for micro in batch if micro.real for sample in micro.bad]
+                bad = [sample for micro in batch if micro.real for sample in micro.substitutions]
                 stopping, save_due, any_bad = self._decide(stop, bool(bad))
                 if any_bad:
                     self.reporter.bad_samples(bad)
@@ -255,9 +255,9 @@ class _Trainer:
         needs, on_gpu = self.objective.needs, world.device.type == "cuda"
         tokenizer = self.run.tokenizer
         stream = train_stream(
-            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers, needs.vectors
+            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numeric_columns, needs.vectors
         )
-        batches = by_step(stream, plans.per_step)
+        batches = group_by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()
             self.progress.enter("data", self.counts.done + 1)

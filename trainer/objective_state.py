@@ -65,7 +65,7 @@ class ObjectiveState:
 
     def save(self) -> dict[str, Tensor]:
         """Return all tables and the momentum tower on rank 0, else nothing. A collective."""
-        tensors = {TABLE + name: table.whole() for name, table in self.tables.items()}
+        tensors = {TABLE + name: table.gather() for name, table in self.tables.items()}
         tensors[EPOCH] = torch.tensor(self.epoch)
         if self.teacher is not None:
             for name, tensor in self.teacher.state_dict().items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import losses
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.checkpoints.format import checkpoint_at
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World
@@ -23,11 +23,11 @@ SINGLE = World(0, 1, torch.device("cpu"), None)
 
 def test_table_reads_and_writes_rows_by_sample_number() -> None:
     table = SampleTable([3, 2], [0.5, -torch.inf], SINGLE)
-    numbers = torch.tensor([2, 1 << NUMBER_BITS, 0])
+    numbers = torch.tensor([2, 1 << SAMPLE_BITS, 0])
     assert table.read(numbers).tolist() == [[0.5, -torch.inf]] * 3
     table.write(numbers, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    assert table.whole()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
-    assert table.read(torch.tensor([1 << NUMBER_BITS | 1, 2])).tolist() == [
+    assert table.gather()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
+    assert table.read(torch.tensor([1 << SAMPLE_BITS | 1, 2])).tolist() == [
         [0.5, -torch.inf], [1.0, 2.0],
     ]  # fmt: skip
 
@@ -36,7 +36,7 @@ def test_table_keeps_the_last_row_of_a_repeated_sample() -> None:
     table = SampleTable([4], [0.0], SINGLE)
     numbers = torch.tensor([1, 3, 1, 3, 1])
     table.write(numbers, torch.arange(5.0).unsqueeze(1))
-    assert table.whole().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
+    assert table.gather().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
 
 
 def test_table_is_sharded_over_any_number_of_ranks() -> None:

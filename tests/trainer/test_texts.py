@@ -13,7 +13,7 @@ import webdataset as wds
 from support import losses, run_ranks
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.text.tokenizer import encode, load_tokenizer, of_length
+from gigabatch.data.text.tokenizer import encode, load_tokenizer, with_length
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, load_config, parse_config
@@ -106,7 +106,7 @@ def test_each_text_has_its_prefix_and_length(pairs: Path, tmp_path: Path) -> Non
     first_passages = [f"passage: {record['passages'][0]}" for record in records]
     assert torch.equal(batch["text"][::3], encode(tokenizer, first_passages)[0])
     queries = [f"query: {record['ask']['first']}" for record in records]
-    tokens, mask = encode(of_length(tokenizer, 12), queries)
+    tokens, mask = encode(with_length(tokenizer, 12), queries)
     assert torch.equal(batch["query"], tokens)
     assert torch.equal(batch["query_mask"], mask)
     assert tokens.shape == (4, 12)

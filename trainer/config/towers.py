@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 from torch.nn import ModuleDict
 
-from gigabatch.data.decode.fields import Other
+from gigabatch.data.decode.fields import ExtraModality
 from gigabatch.data.settings import Settings
-from gigabatch.data.text.captions import OneText
+from gigabatch.data.text.captions import ExtraText
 from gigabatch.trainer.fields import Count
 from gigabatch.trainer.towers.base import Slot, TowerKind, kinds_of
 from gigabatch.trainer.towers.conv import ConvTextTower, ConvTower
@@ -40,16 +40,16 @@ else:
     TextTower = Annotated[_any_kind_of("text"), Field(discriminator="kind")]
 
 
-class FurtherText(OneText):
-    """A further text, such as the query of a passage."""
+class ExtraTextTower(ExtraText):
+    """An extra text, such as the query of a passage."""
 
     kind: Literal["text"]
-    """Kind of further tower; text: a further text, split by the run's tokenizer."""
+    """Kind of extra tower; text: an extra text, split by the run's tokenizer."""
     share: Literal["text"] | None = None
     """Tower to share, head included; text: the tower of the captions. Set either this or
     `tower`."""
     tower: Annotated[TextTower, BeforeValidator(_conv_by_default)] | None = None
-    """A separate tower for this further text, described as `towers.text` is. Set either this or
+    """A separate tower for this extra text, described as `towers.text` is. Set either this or
     `share`."""
 
     @model_validator(mode="after")
@@ -60,15 +60,20 @@ class FurtherText(OneText):
             )
         return self
 
-    def decode_settings(self) -> Other:
+    def decode_settings(self) -> ExtraModality:
         """Return how this text is read from a sample."""
         return self
 
+    def with_absolute_paths(self) -> Self:
+        """Return these settings with absolute local paths."""
+        tower = self.tower and self.tower.with_absolute_paths()
+        return self.model_copy(update={"tower": tower})
+
 
 if TYPE_CHECKING:
-    FurtherTower = TowerKind | FurtherText
+    ExtraTower = TowerKind | ExtraTextTower
 else:
-    FurtherTower = Annotated[_any_kind_of("more", FurtherText), Field(discriminator="kind")]
+    ExtraTower = Annotated[_any_kind_of("more", ExtraTextTower), Field(discriminator="kind")]
 
 
 class TowersSettings(Settings):
@@ -78,8 +83,8 @@ class TowersSettings(Settings):
     """Dimension of the shared embedding space."""
     image: ImageTower = ConvTower()
     text: TextTower = ConvTextTower()
-    more: dict[ModalityName, FurtherTower] = Field(default_factory=dict)
-    """Towers of further modalities by names of your choice, which are also the names of their
+    more: dict[ModalityName, ExtraTower] = Field(default_factory=dict)
+    """Towers of extra modalities by names of your choice, which are also the names of their
     outputs in `objective.taps`."""
 
     @model_validator(mode="before")
@@ -94,3 +99,22 @@ class TowersSettings(Settings):
         if taken := sorted(RESERVED & set(self.more)):
             raise ValueError(f"towers.more: {taken[0]!r} is a reserved name; choose another")
         return self
+
+    def kinds(self) -> dict[str, TowerKind]:
+        """Return config key -> tower, of all towers with separate weights."""
+        kinds = {"towers.image": self.image, "towers.text": self.text}
+        for name, entry in self.more.items():
+            if isinstance(entry, TowerKind):
+                kinds[f"towers.more.{name}"] = entry
+            elif entry.tower is not None:
+                kinds[f"towers.more.{name}.tower"] = entry.tower
+        return kinds
+
+    def with_absolute_paths(self) -> Self:
+        """Return these settings with absolute local paths: workers start in other folders."""
+        update = {
+            "image": self.image.with_absolute_paths(),
+            "text": self.text.with_absolute_paths(),
+            "more": {name: entry.with_absolute_paths() for name, entry in self.more.items()},
+        }
+        return self.model_copy(update=update)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gigabatch.data.shards.quarantine import Bad, by_source, refuse_above_rate
+from gigabatch.data.shards.quarantine import Substitution, check_damage_rate, count_by_source
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
@@ -105,24 +105,24 @@ class Reporter:
             samples = [n for _, numbers in micro_batches for n in numbers]
             self.monitor.samples(self.counts.done, samples)
 
-    def bad_samples(self, bad: Sequence[Bad]) -> None:
+    def bad_samples(self, bad: Sequence[Substitution]) -> None:
         """Count and record replaced samples. A collective.
 
         Raises:
             GigabatchError: if they exceed `data.max_damaged`.
         """
         replaced = [sample for rank in self.world.gather(bad) for sample in rank]
-        self.counts.bad_samples += by_source(replaced)
+        self.counts.bad_samples += count_by_source(replaced)
         if self.monitor:
             self.monitor.quarantine(replaced)
         names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         most = self.config.data.max_damaged
-        refuse_above_rate(self.counts.bad_samples, drawn, names, most)
+        check_damage_rate(self.counts.bad_samples, drawn, names, most)
 
     def _drawn(self) -> NDArray[np.int64]:
         """Return the samples drawn so far, int64 [sources]."""
-        return self.data.mixture.drawn(self.counts.done * self.config.batch.global_size)
+        return self.data.mixture.samples_before(self.counts.done * self.config.batch.global_size)
 
     def _epochs(self) -> dict[str, float]:
         """Return how many epochs of each source are done."""

@@ -22,7 +22,7 @@ class AudioTower(TowerKind, AudioSettings, StageSettings):
     """A small convolutional network over an audio clip's log-mel spectrogram."""
 
     kind: Literal["audio"]
-    """Kind of further tower; audio: wav, flac, ogg or mp3, through a small convolutional network
+    """Kind of extra tower; audio: wav, flac, ogg or mp3, through a small convolutional network
     over the log-mel spectrogram."""
     mels: Count = 64
     """Bands of the spectrogram, evenly spaced on the mel scale from 0 Hz to half the sampling

@@ -17,13 +17,13 @@ from typing import Any, Literal, Self, TypeVar, get_args
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from gigabatch.data.decode.fields import Other
+from gigabatch.data.decode.fields import ExtraModality
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import Amount, Count
 
 Slot = Literal["image", "text", "more"]
-"""The config section that a kind is for: `towers.image`, `towers.text` (also `tower` of a further
+"""The config section that a kind is for: `towers.image`, `towers.text` (also `tower` of an extra
 text), or an entry of `towers.more`."""
 Encoded = Tensor | tuple[Tensor, Tensor]
 """An encoder's result: pooled [B, width], or with `tokens=True` (pooled, tokens [B, T, C])."""
@@ -89,9 +89,18 @@ class TowerKind(Settings):
             GigabatchError: if the encoder does not fit `data`.
         """
 
-    def decode_settings(self) -> Other:
+    def decode_settings(self) -> ExtraModality:
         """Return how a sample is decoded for this tower. Only kinds of slot `more` have this."""
-        assert isinstance(self, Other), f"{type(self).__name__} is not a kind of towers.more"
+        if not isinstance(self, ExtraModality):
+            raise TypeError(f"{type(self).__name__} must extend one of data's settings")
+        return self
+
+    def user_modules(self) -> tuple[str, ...]:
+        """Return the user's own classes that the settings name, as `package.mod:Class`."""
+        return ()
+
+    def with_absolute_paths(self) -> Self:
+        """Return these settings with absolute local paths: workers start in other folders."""
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -10,10 +11,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gigabatch.data.decode.audio import AudioSettings
-from gigabatch.data.decode.fields import Other
+from gigabatch.data.decode.fields import ExtraModality
 from gigabatch.data.decode.vectors import VectorSettings, VectorsSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.settings import Settings
 from gigabatch.trainer.towers.base import Encoded, TowerInput, TowerKind, tower_kind
 
 
@@ -45,26 +45,35 @@ class HuggingFaceTower(TowerKind):
     def build(self, data: TowerInput) -> nn.Module:
         return huggingface_encoder(self, data)
 
+    def with_absolute_paths(self) -> Self:
+        folder = Path(self.name or "").expanduser()
+        if self.name is None or not folder.is_dir():
+            return self  # A name on the hub, or a config.
+        return self.model_copy(update={"name": str(folder.absolute())})
 
-class ModuleSettings(Settings):
-    """Keys that name a user's own module."""
+
+class OwnModuleKind(TowerKind):
+    """Base class of the kinds `module`: keys that name a user's own module."""
 
     module: str = Field(pattern=r"^[\w.]+:\w+$")
     """Import path of your own `nn.Module`, as `package.mod:Class`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the constructor of your own module."""
 
+    def build(self, data: TowerInput) -> nn.Module:
+        return module_encoder(self, f"{data.key}.module")
+
+    def user_modules(self) -> tuple[str, ...]:
+        return (self.module,)
+
 
 @tower_kind("image", "text")
-class ModuleTower(TowerKind, ModuleSettings):
+class ModuleTower(OwnModuleKind):
     """Your own module over images or tokens."""
 
     kind: Literal["module"]
     """Kind of tower; module: your own `nn.Module`, called with images, or with tokens and mask.
     It returns [B, width] and has the integer attribute `width`."""
-
-    def build(self, data: TowerInput) -> nn.Module:
-        return module_encoder(self, f"{data.key}.module")
 
 
 class ReadAudio(AudioSettings):
@@ -91,18 +100,15 @@ class ReadVectors(VectorsSettings):
 
 
 @tower_kind("more")
-class FurtherModuleTower(TowerKind, ModuleSettings):
+class ExtraModuleTower(OwnModuleKind):
     """Your own module over audio or vectors."""
 
     kind: Literal["module"]
-    """Kind of further tower; module: your own `nn.Module`, called with what `reads` describes. It
+    """Kind of extra tower; module: your own `nn.Module`, called with what `reads` describes. It
     returns [B, width] and has the integer attribute `width`."""
     reads: Annotated[ReadAudio | ReadVector | ReadVectors, Field(discriminator="kind")]
 
-    def build(self, data: TowerInput) -> nn.Module:
-        return module_encoder(self, f"{data.key}.module")
-
-    def decode_settings(self) -> Other:
+    def decode_settings(self) -> ExtraModality:
         return self.reads
 
 
@@ -214,7 +220,7 @@ def _refuse_misfit(model: Any, data: TowerInput) -> None:
             )
 
 
-def module_encoder(settings: ModuleSettings, where: str) -> nn.Module:
+def module_encoder(settings: OwnModuleKind, where: str) -> nn.Module:
     """Import `package.mod:Class` and call it with `args`.
 
     Args:

@@ -102,6 +102,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
-def further_head(modality: str, place: str) -> str:
+def further_head(modality: str, output: str) -> str:
     """Return the key in `Towers.heads` of a modality's token head or second projection head."""
-    return f"{modality}-{place}"  # A module's name must not contain a dot.
+    return f"{modality}-{output}"  # A module's name must not contain a dot.

@@ -43,7 +43,7 @@ class VectorTower(TowerKind, StandardizedSettings):
     """A residual multi-layer perceptron over one vector per sample."""
 
     kind: Literal["vector"]
-    """Kind of further tower; vector: one numeric vector per sample, such as a row of a table,
+    """Kind of extra tower; vector: one numeric vector per sample, such as a row of a table,
     through a residual multi-layer perceptron."""
     width: Count = 128
     """Width of the perceptron."""
@@ -61,7 +61,7 @@ class VectorsTower(TowerKind, StandardizedSettings, VectorsSettings):
     """A small transformer over several vectors per sample."""
 
     kind: Literal["set", "sequence"]
-    """Kind of further tower; set: several numeric vectors per sample, through a small transformer.
+    """Kind of extra tower; set: several numeric vectors per sample, through a small transformer.
     sequence: the same, with positions."""
     width: Count = 128
     """Width of the transformer."""

@@ -8,15 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigabatch.trainer.config import InfoNCESettings
-from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.objectives import Context, build_objective, parse_settings
 from gigabatch.trainer.objectives.common import clamp_inward
 
 
 def test_infonce_with_distinct_samples_equals_cross_entropy() -> None:
     torch.manual_seed(0)
     rows = {t: F.normalize(torch.randn(7, 5), dim=1).requires_grad_() for t in ("image", "text")}
-    objective = build_objective(InfoNCESettings(init_logit_scale=10.0))
+    objective = build_objective(parse_settings({"init_logit_scale": 10.0}))
     loss = objective(rows, {"sample": torch.arange(7)}, Context(None, 1))
     logits, target = 10.0 * rows["image"] @ rows["text"].T, torch.arange(7)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -25,7 +24,7 @@ def test_infonce_with_distinct_samples_equals_cross_entropy() -> None:
 
 
 def test_positives_column_defines_the_positives() -> None:
-    objective = build_objective(InfoNCESettings(positives="concept"))
+    objective = build_objective(parse_settings({"positives": "concept"}))
     assert objective.needs.columns == ("concept",)
     rows = {t: torch.eye(4).requires_grad_() for t in ("image", "text")}
     distinct = objective(rows, {"concept": torch.arange(4)}, Context(None, 1)).value
@@ -45,7 +44,7 @@ def test_clamp_passes_inward_gradients_only(at: float, slope: float, passes: boo
 
 
 def test_logit_scale_above_its_limit_decreases_again() -> None:
-    objective = build_objective(InfoNCESettings(init_logit_scale=100.0))
+    objective = build_objective(parse_settings({"init_logit_scale": 100.0}))
     torch.manual_seed(1)
     wrong = F.normalize(torch.randn(8, 4), dim=1)
     rows = {"image": wrong, "text": -wrong}
