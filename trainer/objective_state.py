@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ class ObjectiveState:
     """
 
     def __init__(
-        self, objective: Objective, sizes: Sequence[int], teacher: Towers | None, world: World
+        self, objective: Objective[Any], sizes: Sequence[int], teacher: Towers | None, world: World
     ) -> None:
         self.objective, self.world, self.samples = objective, world, sum(sizes)
         self.teacher, self.epoch = teacher, 0
@@ -83,7 +83,7 @@ class ObjectiveState:
 
 
 def open_state(
-    objective: Objective, sizes: Sequence[int], towers: Towers, world: World
+    objective: Objective[Any], sizes: Sequence[int], towers: Towers, world: World
 ) -> ObjectiveState:
     """Return an objective's state before the first step; `towers` are not yet in an engine."""
     teacher = frozen_copy(towers) if objective.needs.teacher else None

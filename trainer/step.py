@@ -14,6 +14,7 @@ there is no second.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class ExactStep:
     def __init__(
         self,
         engine: Engine,
-        objective: Objective,
+        objective: Objective[Any],
         config: Config,
         world: World,
         progress: Progress | None = None,
