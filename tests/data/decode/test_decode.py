@@ -81,8 +81,8 @@ def test_transparent_pixels_become_white(settings: ImageSettings) -> None:
 
 
 def test_transparent_gray_and_palette_pixels_become_white() -> None:
-    grey = Image.new("LA", (16, 16), (0, 0))
-    assert (decode_image(saved(grey), GRAY, WHERE) == 255).all()
+    gray = Image.new("LA", (16, 16), (0, 0))
+    assert (decode_image(saved(gray), GRAY, WHERE) == 255).all()
     palette = picture().quantize(4)
     expected = pixels(palette.convert("RGB"))
     assert torch.equal(decode_image(saved(palette), RGB, WHERE), expected)

@@ -138,7 +138,7 @@ def test_truncation_between_members_raises(shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:edge])
     message = parse_error(shard)
     assert f"at byte {edge}:" in message
-    assert "cut short" in message
+    assert "truncated" in message
 
 
 def test_truncation_in_data_raises(shard: Path) -> None:
@@ -158,7 +158,7 @@ def test_truncation_in_header_raises(shard: Path) -> None:
 @settings(max_examples=60, deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_truncation_anywhere_raises(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.mktemp("cut") / "s.tar"
+    path = tmp_path_factory.mktemp("truncated") / "s.tar"
     write_tar(path, {f"{i}.txt": b"x" * 100 * i for i in range(6)})
     last = stdlib_members(path)[-1]
     end = last[1] + -(-last[2] // BLOCK) * BLOCK + BLOCK  # end of the first block of the end mark
