@@ -138,7 +138,7 @@ def test_shard_truncated_during_run_raises(folder: Path, workers: int) -> None:
     with pytest.raises(GigabatchError) as caught:
         read(index, workers=workers)
     assert re.match(
-        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is cut short", str(caught.value)
+        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is truncated", str(caught.value)
     )
 
 
