@@ -24,7 +24,7 @@ from typing import Any
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.locks import locked, remove_unlocked
 from gigabatch.data.remote.access import Retry, ShardState, copy
-from gigabatch.data.shards.index import cache_home
+from gigabatch.data.shards.index import cache_folder
 
 log = logging.getLogger(__name__)
 FETCHERS = 2  # prefetch threads per process
@@ -36,7 +36,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def node_cache(gib: float = 64.0) -> ShardCache:
     """Return this node's cache in $GIGABATCH_CACHE; one object per process and limit."""
-    return _cache_at(cache_home() / "shards", int(gib * GIB))
+    return _cache_at(cache_folder() / "shards", int(gib * GIB))
 
 
 @lru_cache

@@ -17,7 +17,7 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.files import place_new, replacing
+from gigabatch.data.files import atomic_create, atomic_replace
 from gigabatch.data.remote import object_stores
 from gigabatch.data.remote.object_stores import CLIENTS, Info
 
@@ -95,7 +95,7 @@ def put(path: Path, url: str, new: bool, timeout: float) -> None:
     else:
         target = Path(url.removeprefix("file://"))
         target.parent.mkdir(parents=True, exist_ok=True)
-        with (place_new if new else replacing)(target) as fresh:
+        with (atomic_create if new else atomic_replace)(target) as fresh:
             shutil.copyfile(path, fresh)
 
 

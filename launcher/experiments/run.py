@@ -34,7 +34,7 @@ from gigabatch.launcher.experiments.study import (
 from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import differences, parse_config, resolve
-from gigabatch.trainer.distributed import alone
+from gigabatch.trainer.distributed import single_process
 from gigabatch.trainer.evaluation.command import kept_name, open_subject
 from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.settings import task_settings
@@ -167,7 +167,7 @@ def _trained(
     began = time.monotonic()
     if not is_here:
         run = prepare_run(config, study.name)
-    with run.held():
+    with run.lock():
         if is_here:
             reopen_run(run, config, [])
         if not run_training(run, stop):
@@ -203,7 +203,7 @@ def _measured(run: RunFolder, measure: Measure, on: Path, field: str | None) -> 
     task, given = measure.task, measure.settings
     kept = run.measurement(kept_name(on.name, task, given), run.steps_saved()[-1])
     if not kept.exists():
-        step, subject = open_subject(run, str(on), alone())
+        step, subject = open_subject(run, str(on), single_process())
         measured = measure_task(task, subject, task_settings(task, given))
         seed = None if field is None else subject.config.run.seed
         told = tags(task, measured, seed, subject.groups(field, measured))

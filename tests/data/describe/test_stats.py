@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sets import POLYNOMIAL, TXT, captioned, damaged_set, picture, pictured
 from support import write_samples
-from tarfiles import listed, write_tar
+from tarfiles import stdlib_members, write_tar
 
 from gigabatch.data.describe.opened import one_line, script_of
 from gigabatch.data.describe.rowstats import DISTINCT, Frequencies, Tally, spread, spread_of_counts
 from gigabatch.data.describe.stats import SetStats, collect, render
-from gigabatch.data.shards.filtered_view import make_view
-from gigabatch.data.shards.index import FORMAT, Index, index_of
+from gigabatch.data.shards.filtered_view import create_view
+from gigabatch.data.shards.index import FORMAT, Index, index_from_manifest
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.scan import IndexSettings
@@ -38,7 +38,9 @@ def test_counts_and_sizes_are_those_of_the_tars(tmp_path: Path) -> None:
     assert stats.shard_bytes == sum(shard.stat().st_size for shard in shards)
     assert stats.per_shard is not None
     assert (stats.per_shard.min, stats.per_shard.median, stats.per_shard.max) == (2, 5, 5)
-    sizes = sorted(s for shard in shards for name, _, s in listed(shard) if name.endswith(".png"))
+    sizes = sorted(
+        s for shard in shards for name, _, s in stdlib_members(shard) if name.endswith(".png")
+    )
     png = next(member for member in stats.members if member.name == "png")
     assert (png.samples, png.lacking, png.first_lacking) == (12, 0, None)
     assert png.bytes is not None
@@ -264,7 +266,9 @@ def test_damaged_samples_are_counted_and_named_and_not_fatal(tmp_path: Path) -> 
     assert three == f"{shard}sample 's03': the image cannot be read: it is no PNG, JPEG or WebP."
     assert five.startswith(f"{shard}sample 's05': its caption (txt) cannot be read: ")
     assert eight.startswith(f"{shard}sample 's08': the image cannot be read: ")
-    assert ten.startswith(f"{shard}at byte {index.span(10, 'png')[0]}: member .png of sample 's10'")
+    assert ten.startswith(
+        f"{shard}at byte {index.member_span(10, 'png')[0]}: member .png of sample 's10'"
+    )
     assert "Not usable: 4 (33.3%) of the samples opened" in render(stats)
 
 
@@ -285,7 +289,7 @@ def test_a_set_without_that_caption_member_is_described_all_the_same(tmp_path: P
 def test_a_view_is_described_by_its_own_samples(tmp_path: Path) -> None:
     write_samples(tmp_path / "set", 60, 20, seed=3)
     whole = open_index(tmp_path / "set", columns=("concept",))
-    view = make_view(whole, "concept >= 45", tmp_path / "view")
+    view = create_view(whole, "concept >= 45", tmp_path / "view")
     stats = collect(view, TXT)
     assert (stats.samples, stats.shards, stats.opened) == (5, 1, 5)
     assert stats.columns[0].values.distinct == 5
@@ -327,7 +331,7 @@ def tiled(folder: Path, samples: int) -> Index:
 
     home = folder / "tiled"
     write_index(tables(), table.schema, manifest, home)
-    return index_of("tiled", home, manifest, [real.shards[0].name] * copies)
+    return index_from_manifest("tiled", home, manifest, [real.shards[0].name] * copies)
 
 
 @pytest.mark.slow
