@@ -1,4 +1,4 @@
-"""Reaching a Ray cluster over HTTP, and whether this process is inside one of its jobs.
+"""HTTP connection to a Ray cluster.
 
 Whoever reaches a cluster's Jobs API runs any code on it (CVE-2023-48022), so a cluster beyond this
 machine is spoken to with its token or not at all. The token goes into the request's header alone:
@@ -23,11 +23,6 @@ _HOW = (
     "Set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in a file that "
     "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token."
 )
-
-
-def in_ray_job() -> bool:
-    """Whether a cluster started this process as a job's driver."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_ADDRESS" in os.environ
 
 
 def connect(address: str, insecure: bool = False) -> Any:

@@ -21,8 +21,8 @@ from typing import Any
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cluster.connection import answers
 from gigabatch.launcher.cluster.job_status import STOP_S, STOP_WAIT
+from gigabatch.launcher.cluster.user_code import check_user_code
 from gigabatch.launcher.cluster.wheel import build_wheel, wheel_version
-from gigabatch.launcher.preflight.user_code import check_user_code
 from gigabatch.launcher.start import resumed_config
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, parse_config, read_config, resolve

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cluster.connection import in_ray_job
 from gigabatch.launcher.cluster.preemption import Drains
+from gigabatch.launcher.cluster.shared_folder import check_shared
+from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.output import write
-from gigabatch.launcher.preflight.shared_folder import check_shared
 from gigabatch.launcher.restarts import while_it_gets_on
 from gigabatch.launcher.signals import STOPPING
 from gigabatch.trainer.config import ClusterSettings
