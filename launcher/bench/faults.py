@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from gigabatch.data.bench.shards import synthesise
+from gigabatch.data.bench.shards import synthesize
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.bench.machine import processor
 from gigabatch.launcher.bench.rank_processes import everything_below, ranks_below
@@ -106,7 +106,7 @@ def bench_faults(kills: int, seed: int, zero: int, out: Path | None, say: Say) -
 
 
 def _set_up(folder: Path, steps: int, zero: int) -> Path:
-    synthesise(folder / "shards", "8k", samples=512)
+    synthesize(folder / "shards", "8k", samples=512)
     path = folder / "faults.yaml"
     settings = {"root": folder / "shards", "runs": folder / "runs"}
     path.write_text(CONFIG.format(**settings, steps=steps, zero=zero, every=EVERY))
