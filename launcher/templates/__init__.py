@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cluster.submit import portable
+from gigabatch.launcher.cluster.submit import resolve_for_cluster
 from gigabatch.launcher.templates.kuberay import kuberay
 from gigabatch.launcher.templates.plan import Plan
 from gigabatch.launcher.templates.raycluster import ray_cluster
@@ -29,7 +29,7 @@ def render(
     """The text of a template for the run that a config describes. Raises GigabatchError."""
     if kind not in TEMPLATES:
         raise GigabatchError(f"there is no template {kind!r}; choose {', '.join(TEMPLATES)}.")
-    config = portable(parse_config(read_config(path), str(path), overrides))
+    config = resolve_for_cluster(parse_config(read_config(path), str(path), overrides))
     if image is None and kind != "slurm":
         raise GigabatchError(f"{kind} runs in containers: name one by --image IMAGE.")
     if kind in _NEED_RAY and config.cluster.launcher != "ray":
