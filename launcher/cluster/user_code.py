@@ -1,4 +1,4 @@
-"""A user's own modules that a config names, and whether they will be there when a job starts."""
+"""Import check for a config's user modules, run before a job is submitted."""
 
 from __future__ import annotations
 
@@ -14,26 +14,34 @@ from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower, Othe
 _INSTALLED = ("site-packages", "dist-packages")
 
 
-def check_user_code(config: Config, shipped: Sequence[Path]) -> None:
-    """Whether every `package.mod:name` of the config is in `shipped` or installed. Nothing is
-    imported. Raises GigabatchError with the key and what to add."""
-    for path in shipped:
-        _check_shipped(path)
-    names = [path.stem for path in shipped]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise GigabatchError(f"--with: two paths are both called {twice[0]}.")
-    for key, wanted in named_code(config):
-        module, _, name = wanted.partition(":")
+def check_user_code(config: Config, sent: Sequence[Path]) -> None:
+    """Check that the cluster will find every `package.mod:name` of a config; imports nothing.
+
+    Args:
+        config: Config of the run.
+        sent: Files and folders of user modules that are sent with the job.
+
+    Raises:
+        GigabatchError: if a module is neither sent nor installed, or does not define the name; the
+            message states the key and what to add.
+    """
+    for path in sent:
+        _check_path(path)
+    names = [path.stem for path in sent]
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise GigabatchError(f"--with: two paths have the same name {repeated[0]}. Rename one.")
+    for key, reference in named_code(config):
+        module, _, name = reference.partition(":")
         try:
-            file = _find(module, shipped)
+            file = _find(module, sent)
         except GigabatchError as error:
-            raise GigabatchError(f"{key}: {wanted!r}: {error}") from None
+            raise GigabatchError(f"{key}: {reference!r}: {error}") from None
         if file.suffix == ".py" and not _defines(file, name):
-            raise GigabatchError(f"{key}: {wanted!r}: {file} defines no {name}.")
+            raise GigabatchError(f"{key}: {reference!r}: {file} does not define {name}.")
 
 
 def named_code(config: Config) -> Iterator[tuple[str, str]]:
-    """(key, `package.mod:name`) of all code of the user's that the config names."""
+    """Yield (key, `package.mod:name`) for all user code that a config names."""
     towers: dict[str, object] = {"image": config.towers.image, "text": config.towers.text}
     for name, other in config.towers.more.items():
         if isinstance(other, OtherText):
@@ -49,46 +57,48 @@ def named_code(config: Config) -> Iterator[tuple[str, str]]:
         yield "data.stages", stage
 
 
-def _check_shipped(path: Path) -> None:
+def _check_path(path: Path) -> None:
     if not path.exists():
-        raise GigabatchError(f"--with {path}: there is no such file or folder.")
+        raise GigabatchError(f"--with {path}: there is no such file or folder. Check the path.")
     if not (path.is_dir() or path.suffix == ".py"):
         raise GigabatchError(
-            f"--with {path}: neither a .py file nor the folder of a package. Other packages belong "
-            "in the image of the cluster's nodes."
+            f"--with {path}: neither a .py file nor the folder of a package. Install other "
+            "packages in the image of the cluster's nodes."
         )
     if not path.stem.isidentifier() or (path.is_dir() and path.suffix):
-        raise GigabatchError(f"--with {path}: {path.name} is no name that Python can import.")
+        raise GigabatchError(
+            f"--with {path}: {path.name} is not an importable module name. Rename it."
+        )
 
 
-def _find(module: str, shipped: Sequence[Path]) -> Path:
-    """The file of a module, or the folder of a package without one."""
+def _find(module: str, sent: Sequence[Path]) -> Path:
+    """Return the file of a module, or the folder of a namespace package."""
     top, *rest = module.split(".")
-    for path in shipped:
+    for path in sent:
         if path.absolute().stem == top:
             return _inside(path.absolute(), rest, module)
     if top in sys.builtin_module_names or top in sys.stdlib_module_names:
-        raise GigabatchError(f"{top} is Python's own.")
+        raise GigabatchError(f"{top} is a module of Python; name a module of your own.")
     spec = PathFinder.find_spec(top)
     if spec is None:
         raise GigabatchError(
-            f"there is no module {top}, neither installed here nor shipped. Add --with PATH, the "
-            f"path of {top}.py or of the folder {top}."
+            f"module {top} is neither installed nor sent. Add --with PATH, where PATH is {top}.py "
+            f"or the folder {top}."
         )
     folders = list(spec.submodule_search_locations or ())
-    found = Path(folders[0] if folders else spec.origin or "")
-    if not any(name in found.parts for name in _INSTALLED):
+    path = Path(folders[0] if folders else spec.origin or "")
+    if not any(name in path.parts for name in _INSTALLED):
         raise GigabatchError(
-            f"{found} is no installed package, so the cluster does not have it. Add --with {found}."
+            f"{path} is not an installed package, so the cluster lacks it. Add --with {path}."
         )
-    return _inside(found, rest, module)
+    return _inside(path, rest, module)
 
 
 def _inside(path: Path, rest: Sequence[str], module: str) -> Path:
-    """The file of `module`, whose first part is at `path` and whose others are `rest`."""
+    """Return the file of `module`; `path` is that of its first part, `rest` are the other parts."""
     if path.is_file():
         if rest:
-            raise GigabatchError(f"{path} is a module, not a package, so it holds no {module}.")
+            raise GigabatchError(f"{path} is a module, not a package, so {module} cannot be in it.")
         return path
     inner = path.joinpath(*rest)
     compiled = [*inner.parent.glob(f"{inner.name}.*.so")]
@@ -97,15 +107,15 @@ def _inside(path: Path, rest: Sequence[str], module: str) -> Path:
             return file
     if inner.is_dir():
         return inner
-    raise GigabatchError(f"{path} holds no module {module}.")
+    raise GigabatchError(f"there is no module {module} in {path}.")
 
 
 def _defines(file: Path, name: str) -> bool:
-    """Whether a module binds a name at its top, as far as its text tells."""
+    """Whether a module's source may bind a name; errs on the side of True."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     except (SyntaxError, UnicodeDecodeError) as error:
-        raise GigabatchError(f"{file} cannot be parsed: {error}.") from error
+        raise GigabatchError(f"{file}: cannot parse this file: {error}.") from error
     bound: set[str] = set()
     for node in ast.walk(tree):
         match node:

@@ -184,5 +184,5 @@ def test_run_folder_missing_on_a_node_is_reported(
         done = start(*arguments, env=cluster.client()).wait(300)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "run.dir" in done.stdout
-    assert "does not see what the driver wrote there" in done.stdout
+    assert "cannot see the driver's file" in done.stdout
     assert not list(runs.glob("*/.probe-*"))

@@ -58,9 +58,9 @@ def test_resume_arguments_are_quoted() -> None:
     [
         (["train.stepz=3"], "train.steps"),
         ([tower("nowhere.towers:Tower")], "--with PATH"),
-        ([tower("mine.deep.other:Tower")], "holds no module mine.deep.other"),
-        ([tower("mine.deep.towers:Other")], "defines no Other"),
-        ([tower("json:JSONDecoder")], "Python's own"),
+        ([tower("mine.deep.other:Tower")], "there is no module mine.deep.other in"),
+        ([tower("mine.deep.towers:Other")], "does not define Other"),
+        ([tower("json:JSONDecoder")], "json is a module of Python"),
         (["data.stages=[mine.missing:stage]"], "data.stages: 'mine.missing:stage'"),
     ],
 )
@@ -94,8 +94,8 @@ def test_invalid_module_paths_are_rejected(tiny: Path, package: Path, tmp_path: 
     for paths, message in [
         ([tmp_path / "gone.py"], "no such file"),
         ([notes], "neither a .py file nor the folder"),
-        ([dashed], "no name that Python can import"),
-        ([package, package], "both called mine"),
+        ([dashed], "is not an importable module name"),
+        ([package, package], "two paths have the same name mine"),
     ]:
         with pytest.raises(GigabatchError, match=message):
             train_job(tiny, [], paths)
