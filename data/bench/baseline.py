@@ -25,8 +25,8 @@ from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.workloads import HeldBatches, Pieces
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings, code_of
-from gigabatch.data.processes import leave_ctrl_c_to_parent
-from gigabatch.data.shards.sources import SOURCE
+from gigabatch.data.processes import ignore_ctrl_c
+from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions
 
 SHUFFLE = 1000
@@ -38,7 +38,7 @@ def unsupported(setup: Setup) -> str:
     fields = setup.fields
     if setup.remote:
         return "webdataset reads remote shards by shell commands only"
-    if fields.more or fields.arrays or fields.partial:
+    if fields.more or fields.arrays or fields.allow_missing:
         return "this pipeline supports only images and captions that every sample has"
     if fields.text is not None and fields.text.choose == "all":
         return "this pipeline supports only one caption per sample"
@@ -129,9 +129,9 @@ def _preprocess(setup: Setup, sources: dict[str, int], sample: Sample) -> Sample
     if fields.text is not None:
         data = sample[fields.text.member]
         result["text"] = read_captions(data, fields.text, sample["__key__"])[0]
-    tree = json.loads(sample["json"]) if set(fields.columns) - {SOURCE} else {}
+    tree = json.loads(sample["json"]) if set(fields.columns) - {SOURCE_COLUMN} else {}
     for name in fields.columns:
-        result[name] = sources[sample["__url__"]] if name == SOURCE else code_of(tree[name])
+        result[name] = sources[sample["__url__"]] if name == SOURCE_COLUMN else code_of(tree[name])
     return result
 
 
@@ -155,4 +155,4 @@ def _collate(
 
 
 def _init_worker(worker: int) -> None:
-    leave_ctrl_c_to_parent()
+    ignore_ctrl_c()

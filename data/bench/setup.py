@@ -14,7 +14,7 @@ import torch
 from gigabatch.data.augment import Augmentation
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import Plan
+from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.shards.index import Index
@@ -40,7 +40,7 @@ class Setup:
     """
 
     indexes: Sequence[Index]
-    plans: Iterable[Plan]
+    plans: Iterable[MicroBatchPlan]
     fields: Fields
     tokenizer: Path | None
     seed: int
@@ -57,7 +57,7 @@ class Setup:
                 f"workers are {list(self.workers)}: specify numbers of loader processes, such as "
                 "0,2."
             )
-        if self.fields.texts.modalities and self.tokenizer is None:
+        if self.fields.texts_only.modalities and self.tokenizer is None:
             raise GigabatchError(
                 "the fields contain text, but there is no tokenizer: specify its file."
             )

@@ -22,15 +22,15 @@ from gigabatch.data.decode.collate import Collate
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged
-from gigabatch.data.shards.scan import IndexSettings, scan
+from gigabatch.data.shards.reader import DamagedMember
+from gigabatch.data.shards.scan import IndexSettings, scan_shard
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.stream import MicroBatch, MicroBatchSource, open_stream
 from gigabatch.data.text.tokenizer import encode, load_tokenizer
 
 HELD_SAMPLES, HELD_BYTES = 2048, 256 << 20
 """Limits of `HeldBatches`; it stops at the first micro-batch that reaches one of them."""
-Raw = dict[str, bytes | Damaged]
+Raw = dict[str, bytes | DamagedMember]
 Pieces = Generator[tuple[int, int], None, None]
 
 
@@ -62,7 +62,7 @@ class HeldBatches:
     def raws(self) -> list[Raw]:
         """Encoded samples, without those that cannot be decoded."""
         pairs = [pair for raws, rows in self._batches for pair in zip(raws, rows, strict=True)]
-        return [raw for raw, row in pairs if "__bad__" not in row]
+        return [raw for raw, row in pairs if "__substitution__" not in row]
 
     @cached_property
     def decoded(self) -> list[list[Sample]]:
@@ -163,7 +163,7 @@ def index(source: Index, shard: int, checksums: bool) -> Pieces:
     file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while True:
-            scan(file, name, settings)
+            scan_shard(file, name, settings)
             yield source.shards[shard].samples, source.shards[shard].bytes
     finally:
         os.close(file)

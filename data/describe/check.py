@@ -13,10 +13,10 @@ import numpy as np
 
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.processes import ctrl_c_held, worker_pool
+from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.shards.index import I64, Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 
 CHUNK = 64
 """Samples checked at a time."""
@@ -105,14 +105,14 @@ def _map(
         return
     pool = worker_pool(processes)
     try:
-        with ctrl_c_held():
+        with ctrl_c_deferred():
             reports = pool.map(work, chunks)
         yield from reports
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(raw: Mapping[str, bytes | Damaged], fields: Fields, where: str) -> None:
+def _decode(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str) -> None:
     fields.decode(raw, where, None)
     if isinstance(text := raw.get("json"), bytes) and fields.modalities:
         try:
@@ -140,7 +140,7 @@ def _check_chunk(index: Index, fields: Fields, samples: I64) -> Report | str:
     for sample, raw in zip(samples.tolist(), raws, strict=True):
         report.samples += 1
         report.bytes += sum(len(data) for data in raw.values() if isinstance(data, bytes))
-        problems = [data.why for data in raw.values() if isinstance(data, Damaged)]
+        problems = [data.why for data in raw.values() if isinstance(data, DamagedMember)]
         if not problems:
             try:
                 _decode(raw, fields, index.where(sample))

@@ -26,8 +26,8 @@ from gigabatch.data.describe.index_stats import (
     equal_runs,
 )
 from gigabatch.data.errors import BadSample
-from gigabatch.data.shards.reader import Damaged, Reader
-from gigabatch.data.text.captions import CaptionSettings, NoCaption, read_captions, value_at
+from gigabatch.data.shards.reader import DamagedMember, Reader
+from gigabatch.data.text.captions import CaptionSettings, MissingCaption, read_captions, value_at
 
 SMALL = (64, 224)
 """Limits in pixels; images whose shorter side is below each are counted."""
@@ -198,7 +198,7 @@ class Captions:
         try:
             captions = read_captions(data, self.settings, "")
         except BadSample as error:
-            self.empty += isinstance(error, NoCaption)
+            self.empty += isinstance(error, MissingCaption)
             raise BadSample(str(error).removeprefix(": ")) from error
         self.per_sample[len(captions)] += 1
         for caption in captions:
@@ -260,7 +260,7 @@ class Captions:
 def count_member(
     counts: Images | Captions,
     choices: Sequence[str],
-    raw: Mapping[str, bytes | Damaged],
+    raw: Mapping[str, bytes | DamagedMember],
     sample: int,
     where: Callable[[], str],
 ) -> str | None:
@@ -281,7 +281,7 @@ def count_member(
         counts.missing += 1
         return None
     data = raw[member]
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedMember):
         return data.why
     try:
         counts.add(sample, data)

@@ -208,7 +208,7 @@ def row_chunks(index: Index) -> Iterator[I64]:
 
 def member_stats(index: Index, name: str) -> Member:
     """Return the statistics of the member with extension `name`."""
-    samples = dict(index.members_held)[name]
+    samples = dict(index.member_counts)[name]
     sizes = np.empty(samples, np.int64)
     done, first_missing = 0, None
     for rows in row_chunks(index):

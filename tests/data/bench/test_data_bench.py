@@ -24,10 +24,10 @@ from gigabatch.data.bench.run import bench, run
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.shards import synthesize
 from gigabatch.data.bench.workloads import micro_batches
-from gigabatch.data.decode.fields import Fields, Sample, some_captions
+from gigabatch.data.decode.fields import Fields, Sample, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import EvalPlans, Plan
+from gigabatch.data.order.assignment import EvalPlans, MicroBatchPlan
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
@@ -44,7 +44,7 @@ def setup(shards: Path, tmp_path: Path) -> Setup:
 def setup_of(folder: Path, tmp_path: Path, fields: Fields = FIELDS) -> Setup:
     index = open_index(folder, columns=["concept"])
     tokenizer = tmp_path / "tokenizer.json"
-    captions = some_captions([index], fields, 1000)
+    captions = captions_for_tokenizer([index], fields, 1000)
     train_bpe(captions, TextSettings(vocab_size=300, length=12)).save(str(tokenizer))
     return Setup(
         indexes=[index], plans=EvalPlans(len(index), BATCH, 1, 0), fields=fields,
@@ -192,7 +192,7 @@ def test_webdataset_error_ends_only_its_measurement(shards: Path, tmp_path: Path
     folder.mkdir()
     shard = folder / "a.tar"
     shard.write_bytes(next((shards / "train").glob("*.tar")).read_bytes())
-    offset = open_index(shards / "train").span(7, "png")[0]
+    offset = open_index(shards / "train").member_span(7, "png")[0]
     # Damaged before indexing, so the checksum matches and only decoding fails.
     overwrite(shard, offset + 40, bytes(64))
     results = bench(setup_of(folder, tmp_path), 30, lambda line: None, repeats=1, max_turn_s=0.5)
@@ -207,7 +207,7 @@ def test_webdataset_error_ends_only_its_measurement(shards: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("fields", "reason"),
     [
-        (replace(FIELDS, partial=True), "every sample has"),
+        (replace(FIELDS, allow_missing=True), "every sample has"),
         (replace(FIELDS, text=CaptionSettings(choose="all")), "one caption per sample"),
     ],
 )
@@ -261,7 +261,7 @@ def test_bottleneck_is_slowest_stage_of_slower_side(
         ({"workers": (2, -1)}, "workers are [2, -1]"),
         ({"tokenizer": None}, "no tokenizer"),
         ({"fields": Fields()}, "there are no fields to read"),
-        ({"plans": [Plan(1, 0, True, ())]}, "no micro-batches to read"),
+        ({"plans": [MicroBatchPlan(1, 0, True, ())]}, "no micro-batches to read"),
         ({"fields": replace(FIELDS, arrays=("npy",))}, "no sample has a .npy member"),
     ],
 )

@@ -250,7 +250,7 @@ def test_unsupported_member_types_are_rejected(tmp_path: Path) -> None:
 def test_damaged_shard_is_rejected(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "in" / "s.tar", {f"{i}.txt": b"x" * 99 for i in range(9)})
     index = open_index(tmp_path / "in")
-    offset, _ = index.span(5, "txt")
+    offset, _ = index.member_span(5, "txt")
     times = shard.stat()
     with open(shard, "r+b") as file:
         file.seek(offset)
