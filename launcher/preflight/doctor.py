@@ -26,7 +26,7 @@ from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.remote.writes import check_writable
 from gigabatch.data.shards.index import cache_folder
 from gigabatch.data.text.captions import ExtraText
-from gigabatch.launcher.cluster.connection import in_ray_job
+from gigabatch.launcher.environment import in_ray_job
 from gigabatch.trainer.config import Config
 
 FILES = 4096
