@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.shards.pack_hint import SUFFIXES
 
 Row = dict[str, Any]
 Piece: TypeAlias = "list[Row] | pa.RecordBatch"
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 HELD_BYTES = 4 << 30
 """Memory that the rows of a table may take where they are wanted in another order."""
 PIECE = 1024

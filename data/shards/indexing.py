@@ -31,6 +31,7 @@ from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
 from gigabatch.data.shards.index import FORMAT, Index, cache_home, index_of, read_manifest
 from gigabatch.data.shards.index_files import conform, joined_schema, write_index
+from gigabatch.data.shards.pack_hint import pack_hint
 from gigabatch.data.shards.scan import IndexSettings, scan
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,10 @@ def _states(source: str) -> list[ShardState]:
         remedy = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
         if any(path.parent.glob("*.tar")):
             remedy = f"{path.parent} holds shards itself: for those, data.train=. (a dot)."
+        remedy = pack_hint(source) or remedy
         raise GigabatchError(f"{source}: holds no .tar shard. {remedy}")
+    if not os.path.isdir(source) and (hint := pack_hint(source)):
+        raise GigabatchError(f"{source}: {hint}")
     if (
         not is_remote(source)
         and not os.path.exists(source)

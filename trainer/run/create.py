@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.run.files import to_json, write_atomically
+from gigabatch.trainer.run.find import HOME, find_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.run.provenance import environment
+
+log = logging.getLogger(__name__)
 
 
 def create_run(
@@ -23,6 +29,8 @@ def create_run(
     `stem` begins the name where `run.name` is unset; names that are `taken` are passed over.
     Raises GigabatchError where the folder exists; nothing in it is touched.
     """
+    if config.train.epochs is not None:
+        raise ValueError("call resolve_epochs first: a run keeps its length in steps")
     home = config.run.dir
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -59,6 +67,27 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def resolve_epochs(config: Config, samples: int) -> Config:
+    """Return a config whose length is in steps: `train.epochs` replaced by `train.steps`.
+
+    Args:
+        config: A config of a new run; one without `train.epochs` is returned as it is.
+        samples: Samples of all training sources together, one epoch.
+    """
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # Of the decimal digits: 0.07 * 100 is above 7 in floating point, and would round up to 8.
+    exact = Fraction(str(epochs)) * samples / config.batch.global_size
+    steps = max(1, math.ceil(exact))
+    log.info(
+        "train.epochs=%g: %s steps of %s samples; an epoch is %s samples",
+        epochs, f"{steps:,}", f"{config.batch.global_size:,}", f"{samples:,}",
+    )  # fmt: skip
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"train": train})
+
+
 def refuse_taken_name(config: Config) -> None:
     """Early, before the data is read, say that `run.name` is taken."""
     path = config.run.dir / (config.run.name or "")
@@ -79,11 +108,6 @@ def _name_taken(path: Path) -> GigabatchError:
     )
 
 
-def open_run(where: str, home: Path = Path("runs")) -> RunFolder:
+def open_run(where: str, home: Path = HOME) -> RunFolder:
     """The run at a path, or by its name inside `home`. Raises GigabatchError."""
-    for path in (Path(where), home / where):
-        if (path / "config.yaml").exists():
-            return RunFolder(path.absolute())
-    known = sorted(p.parent.name for p in home.glob("*/config.yaml"))
-    hint = f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
-    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
+    return RunFolder(find_run(where, home))
