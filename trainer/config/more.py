@@ -56,6 +56,7 @@ class VectorTower(Tower, Standardised):
     kind: Literal["vector"]
     """A vector of numbers, such as a row of a table: a residual multi-layer perceptron."""
     width: Count = 128
+    """Width of the encoder."""
     layers: Amount = 2
     """Residual blocks; 0 is a linear map."""
     dropout: Fraction = 0.0
@@ -66,6 +67,7 @@ class VectorsTower(Tower, Standardised, VectorsSettings):
     kind: Literal["set", "sequence"]
     """Several vectors: a small transformer; a sequence's vectors also have positions."""
     width: Count = 128
+    """Width of the encoder."""
     layers: Amount = 1
     """Transformer blocks; 0 leaves each vector by itself until they are pooled."""
     heads: Count = 4

@@ -53,8 +53,11 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], where: str) -> None:
         other = EXCLUSIVE_KEYS.get(key)
         if other and other not in done and value is not None:
             _remove(tree, other)
-        _drop_old_kind(tree, key, value, done)
-        _set(tree, key, value, override)
+        if key == "train.steps" and value is None:  # no step count: that of train.epochs
+            _remove(tree, key)
+        else:
+            _drop_old_kind(tree, key, value, done)
+            _set(tree, key, value, override)
         done.append(key)
     rename_old_keys(tree, where)  # an override may hold a section: objective={scale: 10}
 

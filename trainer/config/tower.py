@@ -53,6 +53,7 @@ class TextTower(Tower):
     kind: Literal["conv"] = "conv"
     """A small residual convolutional encoder over the caption's tokens."""
     width: Count = 128
+    """Channels of the encoder."""
     layers: Amount = 1
     """Convolutions of width 3; 0 is a bag of tokens with positions."""
     dropout: Fraction = 0.0

@@ -72,8 +72,11 @@ class OptimizerSettings(Settings):
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate of AdamW."""
     beta1: Fraction = 0.9
+    """AdamW's decay rate of the first moment."""
     beta2: Fraction = 0.98
+    """AdamW's decay rate of the second moment."""
     eps: float = Field(1e-6, gt=0)
+    """AdamW's epsilon, added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
     """On matrices only: norms, biases and scales are never decayed."""
     objective_lr: float | None = Field(None, gt=0)
@@ -84,6 +87,7 @@ class ScheduleSettings(Settings):
     name: Literal["cosine", "constant", "wsd"] = "cosine"
     """After the warm-up: cosine to the floor; constant; or constant, then a linear decay."""
     warmup_steps: Amount = 100
+    """Steps over which the learning rate rises linearly from 0 to its peak."""
     decay_steps: Count = 100
     """wsd: length of the final decay."""
     floor: Fraction = 0.0

@@ -247,6 +247,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.scale_max": ("10.0", "objective", ["objective.init_logit_scale=10.0"]),
     "objective.learn_scale": ("false", "objective", []),
     "train.steps": ("5", "run", []),
+    "train.epochs": ("0.16", "length", ["train.steps=null"]),
     "train.precision": ("bf16", "towers", []),
     "train.ema": ("0.5", "run", []),
     "train.zero_stage": ("2", "deepspeed", []),
