@@ -45,7 +45,7 @@ def work(run: RunFolder, first: int) -> None:
 
 
 if __name__ == "__main__":
-    # torchrun puts each rank into a session of its own, so ranks would outlive torchrun.
+    # torchrun puts each rank into a new session, so ranks would outlive torchrun.
     end_with_parent(signal.SIGKILL)
     work(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
     leave(0)

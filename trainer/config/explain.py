@@ -71,13 +71,13 @@ def explain_keys(config: Config | None, names: Sequence[str] = ()) -> list[KeyHe
         return shown
     keys: list[KeyHelp] = []
     for name in names:
-        found = [entry for entry in shown if _is_in(entry.key, name)]
-        found = found or [entry for entry in everything if _is_in(entry.key, generic(name))]
-        if not found:
+        matches = [entry for entry in shown if _is_in(entry.key, name)]
+        matches = matches or [entry for entry in everything if _is_in(entry.key, generic(name))]
+        if not matches:
             meant = nearest(name, known_keys(Config))
             hint = f"Did you mean {meant}?" if meant else "`gigabatch config --explain` lists all."
             raise GigabatchError(f"{name}: there is no such config key. {hint}")
-        keys += found
+        keys += matches
     return keys
 
 

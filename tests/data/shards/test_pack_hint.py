@@ -49,7 +49,7 @@ def test_source_to_be_packed_gets_the_command(source: str, command: str, root: P
 
 @pytest.mark.parametrize(
     "source",
-    ["shards", "nested", "view", "index", "notes", "nowhere", "shards/*.tar", "shards/a.tar"],
+    ["shards", "nested", "view", "index", "notes", "missing", "shards/*.tar", "shards/a.tar"],
 )
 def test_other_sources_get_no_advice(source: str, root: Path) -> None:
     assert pack_hint(f"{root}/{source}") is None

@@ -98,8 +98,8 @@ def test_explain_needs_no_config_and_suggests_keys(run: Run) -> None:
     assert len(run("--explain")[1].split("\n\n")) > 80
     code, _, err = run("--explain", "train.stpes")
     assert (code, "Did you mean train.steps?" in err) == (2, True)
-    code, _, err = run("nowhere.yaml", "--explain")
-    assert (code, "nowhere.yaml" in err) == (2, True)
+    code, _, err = run("missing.yaml", "--explain")
+    assert (code, "missing.yaml" in err) == (2, True)
 
 
 def test_explain_is_bold_only_on_a_terminal_that_allows_it(

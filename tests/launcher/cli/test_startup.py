@@ -21,22 +21,22 @@ CPU_SECONDS = 1.5
 HEAVY = ("torch", "ray", "transformers", "pandas", "deepspeed", "webdataset")
 URL = ("--address", "http://127.0.0.1:1")
 WRONG_PATHS: dict[tuple[str, ...], tuple[str, ...]] = {
-    ("train",): ("nowhere.yaml",),
-    ("resume",): ("nowhere",),
-    ("config",): ("nowhere.yaml",),
-    ("eval",): ("nowhere", "--on", "val"),
-    ("doctor",): ("nowhere.yaml",),
-    ("board",): ("nowhere",),
-    ("submit",): ("nowhere.yaml", *URL),
-    ("template",): ("slurm", "nowhere.yaml"),
-    ("reproduce",): ("symile", "--data", "nowhere"),
-    ("data", "index"): ("nowhere",),
-    ("data", "check"): ("nowhere/*.tar",),
-    ("data", "stats"): ("nowhere",),
-    ("data", "pack"): ("nowhere.csv", "out"),
-    ("data", "filter"): ("nowhere", "x > 1"),
-    ("data", "batch"): ("nowhere.yaml",),
-    ("bench", "data"): ("nowhere.yaml",),
+    ("train",): ("missing.yaml",),
+    ("resume",): ("missing",),
+    ("config",): ("missing.yaml",),
+    ("eval",): ("missing", "--on", "val"),
+    ("doctor",): ("missing.yaml",),
+    ("board",): ("missing",),
+    ("submit",): ("missing.yaml", *URL),
+    ("template",): ("slurm", "missing.yaml"),
+    ("reproduce",): ("symile", "--data", "missing"),
+    ("data", "index"): ("missing",),
+    ("data", "check"): ("missing/*.tar",),
+    ("data", "stats"): ("missing",),
+    ("data", "pack"): ("missing.csv", "out"),
+    ("data", "filter"): ("missing", "x > 1"),
+    ("data", "batch"): ("missing.yaml",),
+    ("bench", "data"): ("missing.yaml",),
 }
 """Command -> arguments of which a path does not exist."""
 NO_PATHS = {
@@ -89,7 +89,7 @@ def test_wrong_paths_are_rejected_without_heavy_imports(tmp_path: Path) -> None:
     result = run_all(lines, tmp_path)
     for line, (code, out, err) in zip(lines, result["outcomes"], strict=True):
         assert (code, out) == (2, ""), (line, err)
-        assert "nowhere" in err
+        assert "missing" in err
         assert "Traceback" not in err
     assert not set(HEAVY) & set(result["modules"])
 

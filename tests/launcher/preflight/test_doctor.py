@@ -81,7 +81,7 @@ def test_doctor_with_config_checks_data_and_bandwidth(
     assert "200 samples in" in done.stdout
     assert "2 workers over " in done.stdout
     assert done.stdout.endswith("ready for a run\n")
-    done = gigabatch("doctor", tiny, f"data.root={tmp_path / 'nowhere'}")
+    done = gigabatch("doctor", tiny, f"data.root={tmp_path / 'missing'}")
     assert done.returncode == 2
-    assert "nowhere is not a folder" in done.stdout
+    assert "missing is not a folder" in done.stdout
     assert "1 error: a run would fail" in done.stdout

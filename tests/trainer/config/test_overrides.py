@@ -36,7 +36,7 @@ def test_objective_override_keeps_only_keys_of_the_same_meaning() -> None:
     after = parse_config(FILE, "my.yaml", ["objective.name=siglip"]).objective
     assert after.name == "siglip"
     assert (after.taps, after.positives) == (before.taps, before.positives)
-    # SigLIP has a default of its own, so the file's value was meant for InfoNCE.
+    # Its default differs between the two, so the file's value was meant for InfoNCE.
     assert after.init_logit_scale == 10.0
 
 
