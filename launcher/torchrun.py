@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from gigabatch.data.processes import end_with_parent
+from gigabatch.data.processes import exit_with_parent
 from gigabatch.launcher.restarts import retry_while_progressing
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -60,4 +60,4 @@ def _prepare_child() -> None:
     """Make torchrun ignore preemption notices and end with its parent."""
     for notice in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(notice, signal.SIG_IGN)  # Slurm may send them to all processes of a step
-    end_with_parent(signal.SIGTERM)
+    exit_with_parent(signal.SIGTERM)

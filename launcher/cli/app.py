@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.processes import ctrl_c_held
+from gigabatch.data.processes import ctrl_c_deferred
 from gigabatch.launcher.cli.arguments import (
     ConfigPath,
     OptionalConfigPath,
@@ -89,7 +89,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     gigabatch train clip data.root=/data/pairs train.epochs=3
     """
     # Ctrl-C waits for the imports: some libraries swallow it, others stay broken after it.
-    with ctrl_c_held():
+    with ctrl_c_deferred():
         from gigabatch.launcher.start import start_run
 
     return start_run(config, overrides or [])
@@ -118,7 +118,7 @@ def resume(
     gigabatch resume quickstart-001 train.steps=800 --allow train.steps
     gigabatch resume s3://bucket/copies/clip-001 run.dir=/scratch/runs
     """
-    with ctrl_c_held():
+    with ctrl_c_deferred():
         from gigabatch.launcher.start import resume_copy, resume_run
         from gigabatch.trainer.run.create import open_run
 

@@ -48,30 +48,29 @@ def objectives(
 
 
 def describe(name: str) -> dict[str, Any]:
-    """Return an objective's description, required data, and keys with defaults and help."""
+    """Return an objective's card, required data, and keys with defaults and help."""
     from dataclasses import asdict
 
-    from gigabatch.trainer.objectives import OBJECTIVES, settings_class
+    from gigabatch.trainer.objectives import OBJECTIVES
 
-    settings = settings_class(name)
     keys = {
         key: {"default": _default(field), "help": " ".join((field.description or "").split())}
-        for key, field in settings.model_fields.items() if key != "name"
+        for key, field in OBJECTIVES[name].Settings.model_fields.items() if key != "name"
     }  # fmt: skip
-    return {**asdict(OBJECTIVES[name].about), "needs": _needs(name), "keys": keys}
+    return {**asdict(OBJECTIVES[name].card), "needs": _needs(name), "keys": keys}
 
 
 def _needs(name: str) -> dict[str, Any]:
     """Return what the objective reads under default settings, with examples for required keys."""
-    from gigabatch.trainer.objectives import build_objective, settings_class
+    from gigabatch.trainer.objectives import OBJECTIVES, build_objective, parse_settings
 
-    settings = settings_class(name)
-    examples = {"taps": ("image", "text", "audio"), "label": "LABEL"}
-    examples = {k: v for k, v in examples.items() if k in settings.model_fields}
-    examples = {k: v for k, v in examples.items() if settings.model_fields[k].is_required()}
-    needs = build_objective(settings.model_validate({"name": name, **examples}), width=WIDTH).needs
+    fields = OBJECTIVES[name].Settings.model_fields
+    required = {key for key, field in fields.items() if field.is_required()} - {"name"}
+    example = next(iter(OBJECTIVES[name].examples.values())).settings
+    settings = {"name": name, **{key: example[key] for key in required}}
+    needs = build_objective(parse_settings(settings), width=WIDTH).needs
     return {
-        "taps": list(needs.taps), "columns": [*needs.columns, *needs.numbers],
+        "taps": list(needs.taps), "columns": [*needs.columns, *needs.numeric_columns],
         "vectors": {name: vector.size for name, vector in needs.vectors.items()},
         "teacher": list(needs.teacher),
         "tables": {table: len(row) for table, row in needs.tables.items()},

@@ -15,8 +15,8 @@ from pydantic import BaseModel
 
 ANY = "NAME"
 """Represents a name that the user chooses, in `towers.more.NAME`."""
-SELECTORS = ("kind", "name")
-"""Fields that choose one of several kinds, by a literal value."""
+DEFAULT_TAGS = {"kind": "conv", "name": "infonce"}
+"""Fields that choose one of several kinds, by a literal value -> the value that is the default."""
 
 Models = Sequence[type[BaseModel]]
 
@@ -54,7 +54,7 @@ def models_at(root: type[BaseModel], section: str) -> list[type[BaseModel]]:
 
 def selector_of(models: Models) -> str | None:
     """Return the field that chooses between several classes; None if there is no such field."""
-    for name in SELECTORS:
+    for name in DEFAULT_TAGS:
         if len(models) > 1 and all(tags_of(model, name) for model in models):
             return name
     return None
@@ -68,12 +68,9 @@ def tags_of(model: type[BaseModel], selector: str) -> tuple[str, ...]:
 
 
 def select(models: Models, selector: str, tag: str | None) -> type[BaseModel] | None:
-    """Return the class of a tag; of None, the kind that is the default. None if there is none."""
-    for model in models:
-        is_default = not model.model_fields[selector].is_required()
-        if tag in tags_of(model, selector) or (tag is None and is_default):
-            return model
-    return None
+    """Return the class of a tag; of no tag, the default kind. None if there is no such class."""
+    wanted = DEFAULT_TAGS[selector] if tag is None else tag
+    return next((model for model in models if wanted in tags_of(model, selector)), None)
 
 
 def generic(key: str) -> str:

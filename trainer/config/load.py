@@ -27,7 +27,7 @@ from gigabatch.trainer.config.keys import (
     select,
     selector_of,
 )
-from gigabatch.trainer.config.names import KIND_ALIASES, OBJECTIVE_ALIASES, suggest
+from gigabatch.trainer.config.names import suggest_kind, suggest_objective
 from gigabatch.trainer.config.overrides import apply_overrides
 
 FREE_FORM = (".config", ".args", ".env")
@@ -191,10 +191,11 @@ def _explain_one(error: ErrorDetails) -> str:
         case "union_tag_invalid":
             tag = str(context["tag"])
             tags = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
-            aliases = OBJECTIVE_ALIASES if place.selector == "name" else KIND_ALIASES
             key = f"{key}.{place.selector}"
-            noun = "objective" if place.selector == "name" else "kind"
-            message = f"there is no {noun} {tag!r}. {suggest(tag, tags, aliases)}"
+            if place.selector == "name":
+                message = f"there is no objective {tag!r}. {suggest_objective(tag)}"
+            else:
+                message = f"there is no kind {tag!r}. {suggest_kind(tag, tags)}"
         case "union_tag_not_found":
             message = f"`{place.selector}` is missing; it chooses the kind"
         case "missing":

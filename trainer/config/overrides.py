@@ -109,7 +109,9 @@ def _drop_old_kind(tree: Tree, key: str, value: Any, done: Sequence[str]) -> Non
     section = _section(tree, path) if path else None
     if section is None or name != selector_of(models):
         return
-    old = select(models, name, section.get(name))
+    # Without a name, a user's own module implies name=module.
+    implied = "module" if name == "name" and "module" in section else None
+    old = select(models, name, section.get(name, implied))
     new = select(models, name, value)
     if old is None or new is None or old is new:
         return

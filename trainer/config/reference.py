@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.config.explain import REQUIRED, KeyHelp, explain_keys
+from gigabatch.trainer.config.explain import KeyHelp, explain_keys
+from gigabatch.trainer.config.keys import DEFAULT_TAGS
 
 Row = tuple[str, str, str, str]
 """Key, meaning, type, default."""
@@ -48,12 +49,12 @@ def _tables(entries: Sequence[KeyHelp]) -> list[str]:
 
 def _kind(choice: str, rows: Sequence[Row]) -> list[str]:
     """Return the heading, the description and the table of one kind."""
-    selector = choice.partition("=")[0]
+    selector, _, tag = choice.partition("=")
     lines = [f"### `{choice}`", ""]
-    for key, meaning, _, default in rows:
+    is_default = tag == DEFAULT_TAGS[selector.rpartition(".")[2]]
+    for key, meaning, *_ in rows:
         if key == selector:
-            is_default = "" if default == REQUIRED else " This is the default."
-            lines += [f"{meaning}{is_default}", ""]
+            lines += [meaning + " This is the default." * is_default, ""]
     rest = [row for row in rows if row[0] != selector]
     return [*lines, *_table(rest)]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 from support import outcome
 
-from gigabatch.launcher.bench.objectives import CASES
+from gigabatch.launcher.bench.objectives import benchmark_cases
 from gigabatch.launcher.cli.objectives import describe
 from gigabatch.trainer.objectives import OBJECTIVES
 
@@ -45,11 +45,11 @@ def test_one_objective_is_explained_as_text_or_json(run: Run) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("infonse", "there is no objective 'infonse'. Did you mean infonce?"),
-        ("late-interaction", "Did you mean late_interaction?"),
-        ("clip", "Use infonce for clip."),
-        ("simclr", "Use supcon for simclr."),
-        ("no-such", "Choose one of infonce, siglip, "),
+        ("infonse", "there is no objective 'infonse'. Did you mean infonce ("),
+        ("late-interaction", "Did you mean late_interaction ("),
+        ("clip", "Did you mean infonce ("),
+        ("simclr", "Did you mean supcon ("),
+        ("no-such", "Choose one of infonce, barlow, "),
     ],
 )
 def test_unknown_objective_suggests_a_name(name: str, words: str, run: Run) -> None:
@@ -61,8 +61,8 @@ def test_bench_divides_time_by_the_declared_matrix_passes(run: Run) -> None:
     small = ("bench", "objectives", "--size", "64", "--width", "8", "--rounds", "1")
     results = json.loads(run(*small, "--json")[1])
     by_name = {result["objective"]: result for result in results["objectives"]}
-    assert list(by_name) == list(CASES)
-    assert {result["settings"]["name"] for result in by_name.values()} == set(OBJECTIVES)
+    assert list(by_name) == list(benchmark_cases())
+    assert {result["settings"]["name"] for result in by_name.values()} == set(OBJECTIVES) - {"sum"}
     assert by_name["siglip"]["passes"] == 3
     mixtures = by_name["label_distance, mixtures"]["passes"]
     assert mixtures == 7 / 4 * by_name["label_distance"]["passes"]

@@ -9,7 +9,7 @@ import pytest
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config.load import dump_config, parse_config
-from gigabatch.trainer.config.names import OBJECTIVE_ALIASES
+from gigabatch.trainer.config.names import suggest_objective
 from gigabatch.trainer.objectives import OBJECTIVES
 
 FILE = """
@@ -70,18 +70,21 @@ def test_kind_override_still_rejects_misspelled_keys_of_the_file() -> None:
         ("towers.image.kind=huggingface", "with towers.image.kind=huggingface, give either `name`"),
         ("objective.name=symile", "objective.taps: is missing; objective.name=symile needs it: "),
         ("objective.name=sum", "objective.terms: is missing; objective.name=sum needs it: "),
-        ("objective.name=clip", "no objective 'clip'. Use infonce for clip."),
-        ("objective.name=SimCLR", "Use supcon for SimCLR."),
-        ("objective.name=moco", "Use queue for moco."),
-        ("objective.name=colbert", "Use late_interaction for colbert."),
-        ("objective.name=triplet", "Use hard_negatives for triplet."),
-        ("objective.name=infonse", "Did you mean infonce?"),
-        ("objective.name=zzz", "Choose one of infonce, siglip, "),
+        ("objective.name=clip", "no objective 'clip'. Did you mean infonce (CLIP's symmetric"),
+        ("objective.name=SimCLR", "Did you mean supcon ("),
+        ("objective.name=moco", "Did you mean queue ("),
+        ("objective.name=colbert", "Did you mean late_interaction ("),
+        ("objective.name=triplet", "Did you mean hard_negatives ("),
+        ("objective.name=infonse", "Did you mean infonce ("),
+        ("objective.name=zzz", "Choose one of infonce, barlow, "),
         (
             "objective={name: sum, terms: [{name: siglip}, {name: clip}]}",
-            "objective.terms.1.name: there is no objective 'clip'. Use infonce for clip.",
+            "objective.terms.1.name: there is no objective 'clip'. Did you mean infonce (",
         ),
-        ("towers.image.kind=hf", "towers.image.kind: there is no kind 'hf'. Use huggingface"),
+        (
+            "towers.image.kind=hf",
+            "there is no kind 'hf'. Did you mean huggingface?",
+        ),
         ("towers.more={sound: {}}", "towers.more.sound: `kind` is missing"),
         ("towers.more={sound: {kind: vector, size: 2, rate: 3}}", "not a key of towers.more.sound"),
     ],
@@ -97,9 +100,16 @@ def test_wrong_item_of_a_list_is_reported_once() -> None:
     assert str(error.value).count("\n") == 0
 
 
-def test_every_alias_means_an_objective_and_is_none_itself() -> None:
-    assert set(OBJECTIVE_ALIASES.values()) <= set(OBJECTIVES)
-    assert not set(OBJECTIVE_ALIASES) & set(OBJECTIVES)
+@pytest.mark.parametrize("alias", [a for kind in OBJECTIVES.values() for a in kind.card.aliases])
+def test_alias_of_an_objective_suggests_it(alias: str) -> None:
+    assert alias not in OBJECTIVES
+    name = next(name for name, kind in OBJECTIVES.items() if alias in kind.card.aliases)
+    assert suggest_objective(alias).startswith(f"Did you mean {name} (")
+
+
+def test_users_own_objective_gives_way_to_a_named_one() -> None:
+    text = "objective: {module: 'my.mod:Loss', args: {a: 1}}"
+    assert parse_config(text, "c", ["objective.name=siglip"]).objective.name == "siglip"
 
 
 def test_override_of_a_renamed_key_replaces_the_files_value() -> None:
