@@ -79,5 +79,11 @@ def _table_with_kinds(rows: dict[Row, list[str]]) -> list[str]:
 
 
 def _line(cells: Sequence[str]) -> str:
-    escaped = (cell.replace("|", "\\|") for cell in cells)
-    return f"| {' | '.join(escaped)} |"
+    return f"| {' | '.join(map(_escape, cells))} |"
+
+
+def _escape(text: str) -> str:
+    """Escape Markdown: `|` everywhere, other special characters outside of code."""
+    parts = text.replace("|", "\\|").split("`")
+    parts[::2] = [part.replace("*", r"\*").replace("<", "&lt;") for part in parts[::2]]
+    return "`".join(parts)
