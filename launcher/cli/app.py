@@ -84,9 +84,10 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     or SIGUSR2 (start it again); 130 stopped by Ctrl-C; 1 defect.
 
     \b
-    gigabatch train quickstart
-    gigabatch train my.yaml train.steps=1000 cluster.workers=8
-    gigabatch train clip data.root=/data/pairs train.epochs=3
+    Examples:
+      gigabatch train quickstart
+      gigabatch train my.yaml train.steps=1000 cluster.workers=8
+      gigabatch train clip data.root=/data/pairs train.epochs=3
     """
     # Ctrl-C waits for the imports: some libraries swallow it, others stay broken after it.
     with ctrl_c_deferred():
@@ -114,9 +115,10 @@ def resume(
     checkpoints (checkpoint.copy_to/NAME), a lost run folder is downloaded into run.dir first.
 
     \b
-    gigabatch resume quickstart-001
-    gigabatch resume quickstart-001 train.steps=800 --allow train.steps
-    gigabatch resume s3://bucket/copies/clip-001 run.dir=/scratch/runs
+    Examples:
+      gigabatch resume quickstart-001
+      gigabatch resume quickstart-001 train.steps=800 --allow train.steps
+      gigabatch resume s3://bucket/copies/clip-001 run.dir=/scratch/runs
     """
     with ctrl_c_deferred():
         from gigabatch.launcher.start import resume_copy, resume_run

@@ -27,7 +27,8 @@ def memory(
     Forward and backward pass in float32 on this CPU; inputs and their gradients are not counted.
 
     \b
-    gigabatch bench memory siglip --n 65536
+    Examples:
+      gigabatch bench memory siglip --n 65536
     """
     from gigabatch.kernels.bench.memory import NAMES, measure_afresh
 
@@ -106,7 +107,8 @@ def kernels(
     and keeps the results so far.
 
     \b
-    gigabatch bench kernels --n 4096,8192 --d 512 --minutes 5 --out bench
+    Examples:
+      gigabatch bench kernels --n 4096,8192 --d 512 --minutes 5 --out bench
     """
     from gigabatch.kernels.bench.kernels import choose, run
 
@@ -186,8 +188,9 @@ def data(
     early and keeps the results so far.
 
     \b
-    gigabatch bench data my.yaml --workers 0,4,8
-    gigabatch bench data quickstart --synthetic 8k
+    Examples:
+      gigabatch bench data my.yaml --workers 0,4,8
+      gigabatch bench data quickstart --synthetic 8k
     """
     from gigabatch.launcher.bench.data import bench_data
 

@@ -52,11 +52,12 @@ def config(
     Folders are absolute and cluster.threads is that of this machine.
 
     \b
-    gigabatch config --list
-    gigabatch config quickstart
-    gigabatch config quickstart train.steps=100 > my.yaml
-    gigabatch config quickstart --explain optimizer
-    gigabatch config --explain train.epochs
+    Examples:
+      gigabatch config --list
+      gigabatch config quickstart
+      gigabatch config quickstart train.steps=100 > my.yaml
+      gigabatch config quickstart --explain optimizer
+      gigabatch config --explain train.epochs
     """
     words = [*([config] if config else []), *(overrides or [])]
     if list_:

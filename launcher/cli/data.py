@@ -56,7 +56,8 @@ def index(
     again. Training indexes its sources by itself if needed. Exit code 2 if samples lack members.
 
     \b
-    gigabatch data index /data/pairs/train --columns concept,lang
+    Examples:
+      gigabatch data index /data/pairs/train --columns concept,lang
     """
     from gigabatch.launcher.cli.data_commands import index_source
 
@@ -107,7 +108,8 @@ def stats(
     Counts, sizes, captions, duplicates, scripts and json fields.
 
     \b
-    gigabatch data stats /data/pairs/train --sheet sheet.png
+    Examples:
+      gigabatch data stats /data/pairs/train --sheet sheet.png
     """
     from gigabatch.launcher.cli.data_commands import describe_source
 
@@ -166,8 +168,9 @@ def pack(
     The same source gives the same bytes. An interrupted pack continues with its next shard.
 
     \b
-    gigabatch data pack pairs.csv shards/train
-    gigabatch data pack parquet-files/ shards/train --caption-column title --shuffle-seed 0
+    Examples:
+      gigabatch data pack pairs.csv shards/train
+      gigabatch data pack parquet-files/ shards/train --caption-column title --shuffle-seed 0
     """
     if not math.isfinite(shard_mib):
         raise GigabatchError(
@@ -205,7 +208,8 @@ def filter_(
     A view is used like a folder of shards, and no shard is copied.
 
     \b
-    gigabatch data filter /data/pairs/train 'lang == "en"' /data/pairs/english
+    Examples:
+      gigabatch data filter /data/pairs/train 'lang == "en"' /data/pairs/english
     """
     from gigabatch.launcher.cli.data_commands import filter_source
 
@@ -232,7 +236,8 @@ def batch(
     One line per sample, in the order of the batch.
 
     \b
-    gigabatch data batch my.yaml --step 1000 --world 8 --rank 3 --long
+    Examples:
+      gigabatch data batch my.yaml --step 1000 --world 8 --rank 3 --long
     """
     from gigabatch.launcher.cli.data_commands import print_batch
 

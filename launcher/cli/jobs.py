@@ -79,8 +79,9 @@ def submit(
     Exit codes are those of `train`, and 75 after `gigabatch jobs stop`.
 
     \b
-    gigabatch submit my.yaml train.steps=1000 --address http://HEAD:8265 --with my_towers.py
-    gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
+    Examples:
+      gigabatch submit my.yaml train.steps=1000 --address http://HEAD:8265 --with my_towers.py
+      gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
     """
     overrides, config = list(arguments or []), None
     if not resume:

@@ -28,8 +28,9 @@ def objectives(
     An explanation has formula, papers, config keys, required data and cost.
 
     \b
-    gigabatch objectives
-    gigabatch objectives supcon
+    Examples:
+      gigabatch objectives
+      gigabatch objectives supcon
     """
     from gigabatch.trainer.config.names import suggest_objective
     from gigabatch.trainer.objectives import OBJECTIVES

@@ -58,10 +58,11 @@ def reproduce(
     Exit codes: 0 the effect shows; 1 it does not; 130 stopped.
 
     \b
-    gigabatch reproduce
-    gigabatch reproduce symile --seeds 5 --json
-    gigabatch reproduce emoji-languages --data emoji
-    gigabatch reproduce all --data emoji --report docs/reproductions.md
+    Examples:
+      gigabatch reproduce
+      gigabatch reproduce symile --seeds 5 --json
+      gigabatch reproduce emoji-languages --data emoji
+      gigabatch reproduce all --data emoji --report docs/reproductions.md
     """
     from gigabatch.launcher.experiments.studies import STUDIES, studies_on
 

@@ -36,8 +36,9 @@ def template(
     says how each kind was tested.
 
     \b
-    gigabatch template slurm my.yaml cluster.workers=16 --out run.sbatch && sbatch run.sbatch
-    gigabatch template kuberay my.yaml --image registry/gigabatch:1 | kubectl apply -f -
+    Examples:
+      gigabatch template slurm my.yaml cluster.workers=16 --out run.sbatch && sbatch run.sbatch
+      gigabatch template kuberay my.yaml --image registry/gigabatch:1 | kubectl apply -f -
     """
     from gigabatch.launcher.templates import render
 
