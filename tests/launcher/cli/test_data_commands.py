@@ -76,7 +76,7 @@ def test_view_has_the_columns_of_its_source(run: Run, folder: Path, tmp_path: Pa
         (["check", "{}/set", "--every", "9" * 20], "--every"),
         (["batch", "{}/c.yaml", "--world", "9" * 20], "--world"),
         (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic needs a column"),
-        (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 letters"),
+        (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 characters"),
     ],
 )  # fmt: skip
 def test_wrong_argument_exits_with_one_message(
