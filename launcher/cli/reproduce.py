@@ -1,7 +1,8 @@
-"""`gigabatch reproduce`: the papers' small experiments."""
+"""`gigabatch reproduce`: small experiments that repeat a paper's comparison."""
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,103 +20,110 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    what: Annotated[
+    name: Annotated[
         str | None,
-        typer.Argument(metavar="[NUMBER|NAME|all]", help="A paper by its number or an experiment."),
+        typer.Argument(metavar="NAME|all", help="Experiment. Default: list all experiments."),
     ] = None,
-    given: Annotated[
+    data: Annotated[
         Path | None,
         typer.Option(
             "--data",
             metavar="FOLDER",
-            help="Real drawings, for the experiments called emoji-...: a folder with train, "
+            help="Emoji images, for the experiments named emoji-...: a folder with train, "
             "val-artist and val-concept, laid out as configs/emoji.yaml says.",
+            exists=True,
+            file_okay=False,
         ),
     ] = None,
-    starts: Annotated[int, typer.Option(min=1, help="Random starts of each way.")] = 3,
+    seeds: Annotated[
+        int, typer.Option("--seeds", "--starts", min=1, help="Number of seeds for each variant.")
+    ] = 3,
     out: Annotated[
-        Path, typer.Option(help="Where its data, its run folders and what it found are kept.")
+        Path, typer.Option(help="Folder for the synthetic data, the run folders and the results.")
     ] = Path("runs/reproduce"),
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a verdict for each paper, as Markdown."),
+        typer.Option(metavar="FILE", help="Write a verdict for every paper, as Markdown."),
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object for each experiment.")
     ] = False,
 ) -> int:
-    """Repeat a paper's small experiment: baseline and method through the real trainer.
+    """Repeat a paper's comparison: baseline and method.
 
-    Each takes minutes on two cores, those on real drawings (--data) an hour. Every start leaves an
-    ordinary run folder; what is there already is used again, so after Ctrl-C the same command goes
-    on. Without an argument, lists them. Exit codes: 0 the effect shows, 1 it does not, 130 stopped.
+    Each experiment trains both with the real trainer: minutes on two CPU cores with synthetic data,
+    an hour with emoji images (--data). Every seed leaves an ordinary run folder. Existing results
+    are reused, so the same command continues after Ctrl-C.
+
+    Exit codes: 0 the effect shows; 1 it does not; 130 stopped.
 
     \b
-    gigabatch reproduce 34
-    gigabatch reproduce symile --starts 5 --json
-    gigabatch reproduce emoji-languages --data emoji
-    gigabatch reproduce all --data emoji --report docs/reproductions.md
+    Examples:
+      gigabatch reproduce
+      gigabatch reproduce symile --seeds 5 --json
+      gigabatch reproduce emoji-languages --data emoji
+      gigabatch reproduce all --data emoji --report docs/reproductions.md
     """
     from gigabatch.launcher.experiments.studies import STUDIES, studies_on
 
-    real = studies_on(given)
-    if what is None:
-        write("\n".join(_listed(STUDIES, real)) + "\n")
+    with_images = studies_on(data)
+    if name is None:
+        write("\n".join(_listing(STUDIES, with_images)) + "\n")
         return 0
-    from gigabatch.launcher.experiments.session import (
-        run_all,  # seconds, which a list need not wait
-    )
+    from gigabatch.launcher.experiments.session import run_all
 
-    studies, papers = _chosen(what, STUDIES, real, is_given=given is not None)
+    studies, papers = _select(name, STUDIES, with_images, has_images=data is not None)
     for paper in papers:
-        _tell_unmeasured(paper, as_json)
-    return run_all(studies, starts, out, report, as_json)
+        _print_unmeasured(paper, as_json)
+    return run_all(studies, seeds, out, report, as_json)
 
 
-def _listed(made_up: Studies, real: Studies) -> list[str]:
-    width = max(len(study.name) for study in (*made_up, *real))
+def _listing(synthetic: Studies, with_images: Studies) -> list[str]:
+    width = max(len(study.name) for study in (*synthetic, *with_images))
 
     def lines(studies: Studies) -> list[str]:
-        numbers = {study.name: ", ".join(map(str, study.papers)) for study in studies}
-        return [f"{numbers[each.name]:>6}  {each.name:{width}}  {each.claim}" for each in studies]
+        return [f"  {study.name:{width}}  {study.claim}" for study in studies]
 
     return [
-        *lines(made_up), "", "On real drawings, with --data FOLDER:", *lines(real), "",
-        "Run one: gigabatch reproduce NUMBER or NAME; or all.",
+        "On synthetic data:", *lines(synthetic), "",
+        "On emoji images, with --data FOLDER:", *lines(with_images), "",
+        "Run one: gigabatch reproduce NAME",
     ]  # fmt: skip
 
 
-def _chosen(
-    what: str, made_up: Studies, real: Studies, *, is_given: bool
+def _select(
+    name: str, synthetic: Studies, with_images: Studies, *, has_images: bool
 ) -> tuple[Studies, tuple[Paper, ...]]:
-    """The studies asked for, and a paper that has none; the `real` ones by a number, or with all,
-    where their data `is_given`. Raises GigabatchError."""
+    """Return the studies of this name, and a paper without a study.
+
+    A paper's number is an alias of its studies. Raises GigabatchError for unknown names.
+    """
     from gigabatch.launcher.experiments.papers import PAPERS
 
-    if not is_given and what in {study.name for study in real}:
+    if not has_images and name in {study.name for study in with_images}:
         raise GigabatchError(
-            f"{what} is an experiment on real drawings: say where they are, --data FOLDER, which "
-            "holds train, val-artist and val-concept, laid out as configs/emoji.yaml says."
+            f"{name} trains on emoji images. Add --data FOLDER: a folder with train, val-artist "
+            "and val-concept, laid out as configs/emoji.yaml says."
         )
-    studies = (*made_up, *real) if is_given else made_up
-    if what == "all":
+    studies = (*synthetic, *with_images) if has_images else synthetic
+    if name == "all":
         return studies, ()
-    named = tuple(s for s in studies if what == s.name or what in map(str, s.papers))
-    if named:
-        return named, ()
-    without = tuple(paper for paper in PAPERS if what == str(paper.number))
-    if without:
-        return (), without
-    raise GigabatchError(
-        f"{what}: neither a paper (1 to {len(PAPERS)}) nor an experiment; there are "
-        f"{', '.join(s.name for s in (*made_up, *real))}, or all."
-    )
+    matches = tuple(s for s in studies if name == s.name or name in map(str, s.papers))
+    if matches:
+        return matches, ()
+    unmeasured = tuple(paper for paper in PAPERS if name == str(paper.number))
+    if unmeasured:
+        return (), unmeasured
+    known = [study.name for study in (*synthetic, *with_images)]
+    nearest = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean {nearest[0]}?" if nearest else f"There are {', '.join(known)}, or all."
+    raise GigabatchError(f"there is no experiment {name!r}. {hint}")
 
 
-def _tell_unmeasured(paper: Paper, as_json: bool) -> None:
+def _print_unmeasured(paper: Paper, as_json: bool) -> None:
     from gigabatch.launcher.experiments.report import unmeasured
 
     if as_json:
         write(json.dumps(unmeasured(paper)) + "\n")
     else:
-        write(f"{paper.number}, {paper.title}: {paper.verdict}. gigabatch gives: {paper.gives}\n")
+        write(f"{paper.title}: {paper.verdict}. gigabatch offers: {paper.gives}\n")

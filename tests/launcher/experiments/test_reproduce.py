@@ -98,11 +98,11 @@ def test_experiments_are_listed_and_papers_without_one_are_told(
 
     code, listed, _ = told()
     assert code == 0
-    assert "    34  symile" in listed
+    assert "  symile " in listed
     found = json.loads(told("12", "--json")[1])
     assert (found["paper"], found["holds"], found["verdict"]) == (12, None, "not yet offered")
     assert "outside the purpose" in told("4")[1]
     code, _, error = told("34", "--out", "/proc/nowhere")
     assert (code, "--out /proc/nowhere cannot" in error) == (2, True)
     code, _, error = told("56")
-    assert (code, "neither a paper (1 to 55) nor an experiment" in error) == (2, True)
+    assert (code, "there is no experiment '56'" in error) == (2, True)
