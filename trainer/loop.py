@@ -216,7 +216,7 @@ class _Trainer:
         needs, on_gpu = self.objective.needs, world.device.type == "cuda"
         tokenizer = self.run.tokenizer
         stream = train_stream(
-            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers, needs.vectors
+            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numeric_columns, needs.vectors
         )
         batches = by_step(stream, plans.per_step)
         while True:

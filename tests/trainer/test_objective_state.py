@@ -24,7 +24,7 @@ def test_rows_are_found_by_the_numbers_of_samples() -> None:
     numbers = torch.tensor([2, 1 << NUMBER_BITS, 0])
     assert table.read(numbers).tolist() == [[0.5, -torch.inf]] * 3
     table.write(numbers, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    assert table.whole()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
+    assert table.gather()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
     assert table.read(torch.tensor([1 << NUMBER_BITS | 1, 2])).tolist() == [
         [0.5, -torch.inf], [1.0, 2.0],
     ]  # fmt: skip
@@ -34,7 +34,7 @@ def test_of_a_sample_that_comes_twice_the_last_row_counts() -> None:
     table = SampleTable([4], [0.0], ALONE)
     numbers = torch.tensor([1, 3, 1, 3, 1])
     table.write(numbers, torch.arange(5.0).unsqueeze(1))
-    assert table.whole().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
+    assert table.gather().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
 
 
 def test_a_whole_table_is_dealt_to_any_number_of_ranks() -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +26,11 @@ from torch import Tensor
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key, permute
 from gigabatch.kernels import gather_rows
-from gigabatch.trainer.config import SogCLRSettings
 from gigabatch.trainer.evaluation.embedding import NAMED_BY_NUMBER, Reading
 from gigabatch.trainer.evaluation.settings import BatchBias
 from gigabatch.trainer.evaluation.task import Measured, Subject
 from gigabatch.trainer.inference import load_objective
-from gigabatch.trainer.objectives.base import Context
-from gigabatch.trainer.objectives.common import Scaled
-from gigabatch.trainer.objectives.sogclr import SogCLR
+from gigabatch.trainer.objectives import Context, Objective, build_objective, parse_settings
 
 REST = 0.01
 """Of the variance of u, the share that is still missing when averaging begins."""
@@ -86,7 +84,7 @@ def batch_bias(
 
 
 def _averages(
-    pairs: Pairs, known: Tensor, batch: int, objective: SogCLR, rounds: int, seed: int
+    pairs: Pairs, known: Tensor, batch: int, objective: Objective[Any], rounds: int, seed: int
 ) -> Tensor:
     """float64 [2, 2, 2, N, D]: the mean gradient over the first and the second half of the rounds;
     then the same with u as it is for all pairs.
@@ -114,12 +112,12 @@ def _averages(
     return halves * share / counts
 
 
-def _objective(temperature: float, gamma: float) -> SogCLR:
-    settings = SogCLRSettings(
-        name="sogclr", taps=("image", "text"), positives="id", gamma=gamma,
-        temperature=temperature, temperature_min=temperature, temperature_max=temperature,
-    )  # fmt: skip
-    return SogCLR(settings, None, 0)
+def _objective(temperature: float, gamma: float) -> Objective[Any]:
+    settings = {
+        "name": "sogclr", "taps": ("image", "text"), "positives": "id", "gamma": gamma,
+        "temperature": temperature, "temperature_min": temperature, "temperature_max": temperature,
+    }  # fmt: skip
+    return build_objective(parse_settings(settings))
 
 
 def _fresh(pairs: Pairs) -> Tensor:
@@ -128,7 +126,7 @@ def _fresh(pairs: Pairs) -> Tensor:
     return torch.tensor(row, device=pairs.q.device).repeat(len(pairs.q), 1)
 
 
-def _gradient(objective: SogCLR, pairs: Pairs, state: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(objective: Objective[Any], pairs: Pairs, state: Tensor) -> tuple[Tensor, Tensor]:
     """(float64 [2, n, D], with respect to both sides; the new rows of the table)."""
     sides = [side.clone().requires_grad_() for side in (pairs.q, pairs.k)]
     with torch.enable_grad():
@@ -138,7 +136,7 @@ def _gradient(objective: SogCLR, pairs: Pairs, state: Tensor) -> tuple[Tensor, T
 
 
 @torch.no_grad()
-def _settled(objective: SogCLR, pairs: Pairs, state: Tensor) -> Tensor:
+def _settled(objective: Objective[Any], pairs: Pairs, state: Tensor) -> Tensor:
     """The new rows of the table."""
     loss = objective({"image": pairs.q, "text": pairs.k}, _meta(pairs, state), CTX)
     return loss.updates()["state"]
@@ -202,12 +200,9 @@ def run_temperature(subject: Subject) -> float:
     """Of the run's objective, as it is now; a mean where each sample has its own. Raises
     GigabatchError for an objective that has none, or several."""
     objective, tables = load_objective(subject.run, subject.step)
-    if isinstance(objective, Scaled):
-        return float(1 / objective.scale())
-    if isinstance(objective, SogCLR):
-        return float(
-            torch.stack([t.mean() for t in objective.temperatures(tables["state"])]).mean()
-        )
+    temperature = objective.mean_temperature(tables)
+    if temperature is not None:
+        return temperature
     raise GigabatchError(
         "batch-bias: the run's objective has no temperature of its own. Set temperature=."
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels import gather_rows
-from gigabatch.trainer.config import Config, SymileSettings, singles
+from gigabatch.trainer.config import Config, singles
 from gigabatch.trainer.evaluation import settings as keys
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
@@ -67,7 +67,7 @@ def _natural_score(config: Config, modalities: Sequence[str]) -> str:
     read = [
         {parse_tap(tap).modality for tap in each.taps}
         for each in singles(config.objective)
-        if isinstance(each, SymileSettings)
+        if each.retrieval_score() == "product"
     ]
     return "product" if any(set(modalities) <= taps for taps in read) else "sum"
 

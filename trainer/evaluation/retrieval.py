@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gigabatch.data.shards.index import Index
 from gigabatch.kernels import gather_rows
-from gigabatch.trainer.config import Config, SymileSettings, singles
+from gigabatch.trainer.config import Config, singles
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.embedding import (
     NAMED_BY_NUMBER,
@@ -72,7 +72,7 @@ def comparisons(config: Config) -> list[tuple[str, ...]]:
     for each in singles(config.objective):
         read = {parse_tap(tap).modality for tap in each.taps}
         ordered = tuple(name for name in config.modalities if name in read)
-        together = isinstance(each, SymileSettings) and len(read) > 2
+        together = each.retrieval_score() == "product" and len(read) > 2
         found += [ordered] if together else combinations(ordered, 2)
     return list(dict.fromkeys(found)) or [tuple(config.modalities[:2])]
 

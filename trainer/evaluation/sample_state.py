@@ -93,7 +93,7 @@ def _figures(subject: Subject) -> dict[str, Tensor]:
     source = digests.index(subject.index.digest)
     first = sum(data.sizes[:source])
     own = {name: rows[first : first + data.sizes[source]] for name, rows in tables.items()}
-    found = objective.of_samples(own)
+    found = objective.sample_values(own)
     if not found:
         raise GigabatchError(
             "table: the run's objective keeps nothing of single samples; sogclr and noisy do."

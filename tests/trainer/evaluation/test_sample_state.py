@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from gigabatch.trainer.config import NoisySettings, SogCLRSettings, SumSettings
 from gigabatch.trainer.evaluation.sample_state import by_value, spread
 from gigabatch.trainer.evaluation.tags import MOST_SLICES
-from gigabatch.trainer.objectives import build_objective
+from gigabatch.trainer.objectives import build_objective, parse_settings
 
 LOW = -math.inf
 
@@ -59,8 +58,8 @@ def test_no_correlation_without_differences_and_no_endless_lists() -> None:
 
 def test_what_sogclr_keeps() -> None:
     rows = torch.tensor([[0.1, 0.3, 0.05, 0.07, 0, 0], [LOW, LOW, 0.5, 0.5, 0, 0]])
-    settings = SogCLRSettings(name="sogclr", temperatures="individual")
-    told = build_objective(settings).of_samples({"state": rows})
+    settings = parse_settings({"name": "sogclr", "temperatures": "individual"})
+    told = build_objective(settings).sample_values({"state": rows})
     assert {name: value[0].item() for name, value in told.items()} == pytest.approx(
         {
             "image_log_u": 0.1, "text_log_u": 0.3, "log_u": 0.2,
@@ -68,17 +67,17 @@ def test_what_sogclr_keeps() -> None:
         }
     )  # fmt: skip
     assert all(value[1].isnan() for value in told.values())  # not seen yet
-    fixed = SogCLRSettings(name="sogclr")
-    assert "temperature" not in build_objective(fixed).of_samples({"state": rows[:, :2]})
+    fixed = parse_settings({"name": "sogclr"})
+    assert "temperature" not in build_objective(fixed).sample_values({"state": rows[:, :2]})
 
 
 def test_what_noisy_keeps_and_a_sum_of_both() -> None:
     losses = torch.tensor([[0.1], [3.0], [math.nan]])
-    noisy = build_objective(NoisySettings(name="noisy"))
-    assert noisy.of_samples({"loss": losses}).keys() == {"loss"}  # not split yet
+    noisy = build_objective(parse_settings({"name": "noisy"}))
+    assert noisy.sample_values({"loss": losses}).keys() == {"loss"}  # not split yet
     split = torch.tensor([[0.2, 0.1, 0.5], [2.5, 0.3, 0.5]])
     noisy.get_buffer("split").copy_(split)
-    clean = noisy.of_samples({"loss": losses})["clean_probability"]
+    clean = noisy.sample_values({"loss": losses})["clean_probability"]
     density = [
         share * math.exp(-((0.2 - mean) ** 2) / 2 / variance) / math.sqrt(variance)
         for mean, variance, share in split.tolist()
@@ -87,8 +86,8 @@ def test_what_noisy_keeps_and_a_sum_of_both() -> None:
     assert clean[1] < 1e-3
     assert clean[2].isnan()
     both = build_objective(
-        SumSettings(name="sum", terms=(NoisySettings(name="noisy"), SogCLRSettings(name="sogclr")))
+        parse_settings({"name": "sum", "terms": [{"name": "noisy"}, {"name": "sogclr"}]})
     )
     state = torch.zeros(3, 2)
-    told = both.of_samples({"terms.0.loss": losses, "terms.1.state": state})
+    told = both.sample_values({"terms.0.loss": losses, "terms.1.state": state})
     assert told.keys() == {"noisy/loss", "sogclr/image_log_u", "sogclr/text_log_u", "sogclr/log_u"}
