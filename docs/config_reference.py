@@ -48,8 +48,8 @@ def _sections(path: str, models: Models, documented: dict[type[BaseModel], str])
         if first != path:
             yield from ("", f"`{path}` has the same keys as `{first}`.")
         return
+    documented.update(dict.fromkeys(models, path))
     for model in models:
-        documented[model] = path
         kind = next((name for name in KINDS if name in model.model_fields), None)
         if len(models) > 1 and kind:
             values = get_args(model.model_fields[kind].annotation)
