@@ -174,7 +174,7 @@ def write_named(folder: Path) -> None:
         (["--on", "train", "--task", "probe", "label=concept"], "also the set that"),
         (["--on", "val", "--task", "zero-shot", "label=colour", "templates=a"], "has no {}"),
         (["--on", "val", "--task", "geometry", "--slice", "concept"], "no figure of single"),
-        (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: is not there"),
+        (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: does not exist"),
         (["--on", "val", "--task", "order", "against=wrong"], "wrong"),
         (["--on", "train", "--task", "table"], "keeps nothing of single samples"),
         (["--on", "val", "label=concept"], "label: retrieval has no such key"),

@@ -36,13 +36,13 @@ def measure_text_retrieval(subject: Subject, wanted: keys.TextRetrieval) -> Meas
     device = q.values.device
     edges = [len(queries) * rank // world.size for rank in range(world.size + 1)]
     own = slice(edges[world.rank], edges[world.rank + 1])
-    rows, right, grades = zip(*held.judged, strict=True)
+    rows, right, grades = zip(*held.judgments, strict=True)
     relevance = Relevance.by_pairs(
         torch.tensor(rows),
         torch.tensor(right),
         torch.tensor(grades, dtype=torch.float64),
         len(queries),
-        torch.tensor(held.same),
+        torch.tensor(held.own_documents),
     ).to(device)
     lexical = tfidf_rows(held.queries, held.documents)
     figures = {}
@@ -56,8 +56,8 @@ def measure_text_retrieval(subject: Subject, wanted: keys.TextRetrieval) -> Meas
         for name in (*TOLD_OF_TEXTS, *(f"recall@{k}" for k in TEXT_CUTS)):
             figures[prefix + name] = gather_rows(mine[name], world.group)
     told = {"documents": float(len(documents)), "queries": float(len(queries))}
-    if held.orders:
-        told["order_accuracy"] = _order_of_triples(q, d, held.orders)
+    if held.triples:
+        told["order_accuracy"] = _order_of_triples(q, d, held.triples)
     return Measured(held.name, figures, told=told)
 
 

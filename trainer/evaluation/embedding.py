@@ -105,7 +105,7 @@ def embed_set(
         [index],
         EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
         fields=fields,
-        tokenizer=run.tokenizer if fields.texts.modalities else None,
+        tokenizer=run.tokenizer if fields.texts_only.modalities else None,
         seed=config.run.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -118,7 +118,7 @@ def embed_set(
     bad: list[str] = []
     for micro in stream:
         if micro.real:
-            bad += [each.why for each in micro.bad]
+            bad += [each.why for each in micro.substitutions]
         batch = micro.to(world.device)
         kept = slice(None) if batch.real else slice(0)
         for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():

@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.distributed import World
 
 
 class SampleTable:
     """float32 [samples, F], of which rank r of W holds the rows whose index is r modulo W.
 
-    A row is found by the stable number of its sample, `source << NUMBER_BITS | index`.
+    A row is found by the stable number of its sample, `source << SAMPLE_BITS | index`.
 
     Args:
         sizes: Samples of each source.
@@ -79,4 +79,4 @@ class SampleTable:
 
     def _indices(self, numbers: Tensor) -> Tensor:
         first = self.first.to(numbers.device)
-        return first[numbers >> NUMBER_BITS] + (numbers & ((1 << NUMBER_BITS) - 1))
+        return first[numbers >> SAMPLE_BITS] + (numbers & ((1 << SAMPLE_BITS) - 1))

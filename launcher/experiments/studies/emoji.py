@@ -18,7 +18,7 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.launcher.experiments.shards import write_set
 
@@ -75,18 +75,18 @@ def read_drawings(source: Path, name: str) -> list[Drawing]:
         GigabatchError: If a sample is damaged or lacks a member; names the first such sample.
     """
     index = open_index(str(source / name))
-    index.require("png")
-    index.require("txt")
-    index.require("json")
+    index.require_members("png")
+    index.require_members("txt")
+    index.require_members("json")
     with Sources([index]) as sources:
         samples = sources.read(np.arange(len(index)), MEMBERS)
     return [_drawing(index, number, members) for number, members in enumerate(samples)]
 
 
-def _drawing(index: Index, number: int, members: dict[str, bytes | Damaged]) -> Drawing:
+def _drawing(index: Index, number: int, members: dict[str, bytes | DamagedMember]) -> Drawing:
     parts: dict[str, bytes] = {}
     for member, data in members.items():
-        if isinstance(data, Damaged):
+        if isinstance(data, DamagedMember):
             raise GigabatchError(f"{data.why} Restore the shard.")
         parts[member] = data
     try:

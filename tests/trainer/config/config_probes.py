@@ -18,7 +18,7 @@ import webdataset as wds
 from PIL import Image
 from support import spoil
 
-from gigabatch.data.text.captions import OneText, read_captions
+from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
 from gigabatch.launcher.start import too_late
@@ -227,11 +227,11 @@ def see_damage(config: Config, folder: Path) -> Any:
 
 def see_weights(config: Config, folder: Path) -> Any:
     drawn = open_train(config).mixture
-    return [drawn.drawn(position).tolist() for position in (5000, 15_000, 25_000)]
+    return [drawn.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
 
 
 def see_lines(config: Config, folder: Path) -> Any:
-    others = [each for each in config.towers.more.values() if isinstance(each, OneText)]
+    others = [each for each in config.towers.more.values() if isinstance(each, ExtraText)]
     places = [config.data.captions, *others]
     return [read_captions(b"one\ntwo", place, "here") for place in places]
 

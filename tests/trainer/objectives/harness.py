@@ -3,6 +3,7 @@ same in each process."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objective_state import ObjectiveState
 from gigabatch.trainer.objectives import (
@@ -33,10 +34,13 @@ Result = dict[str, Tensor]
 
 
 def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
-    """Return the examples of all registered objectives, by `NAME: LABEL`."""
+    """Return the examples of all registered objectives, by `NAME: LABEL`. The environment variable
+    OBJECTIVES limits them to the objectives that it names, with spaces between."""
+    selected = os.environ.get("OBJECTIVES", "").split() or OBJECTIVES
     return {
         f"{name}: {label}": (parse_settings({"name": name, **example.settings}), example)
         for name, kind in OBJECTIVES.items()
+        if name in selected
         for label, example in kind.examples.items()
     }
 
@@ -67,7 +71,7 @@ def batch(example: Example, step: int) -> Batch:
     indices = torch.randint(0, sum(SIZES), (ROWS,), generator=g)
     source = (indices >= SIZES[0]).long()
     meta = {
-        "sample": source << NUMBER_BITS | (indices - SIZES[0] * source),
+        "sample": source << SAMPLE_BITS | (indices - SIZES[0] * source),
         "concept": indices % 5,
         "lang": indices % 2,
         "age": (indices % 9) / 4,
