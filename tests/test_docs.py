@@ -112,6 +112,14 @@ def test_kernels_reference_lists_every_public_name() -> None:
     assert set(re.findall(r"::: gigabatch\.kernels\.(\w+)", page)) == set(kernels.__all__)
 
 
+def test_objective_tutorial_includes_its_files() -> None:
+    # `ruff format` rewrites such a line in a block that starts with ```python.
+    text = (DOCS / "tutorials" / "own-objective.md").read_text()
+    included = re.findall(r'(?m)^--8<-- "(.+)"$', text)
+    assert included == ["docs/tutorials/dcl.py", "docs/tutorials/test_dcl.py"]
+    assert all((ROOT / path).exists() for path in included)
+
+
 @pytest.mark.slow
 def test_site_builds_without_warnings() -> None:
     pytest.importorskip("mkdocs", reason="needs the extra `docs`")
