@@ -1,4 +1,4 @@
-"""`gigabatch reproduce`: small experiments that repeat a paper's comparison."""
+"""`gigabatch reproduce`: small experiments that test papers' claims."""
 
 from __future__ import annotations
 
@@ -22,108 +22,107 @@ if TYPE_CHECKING:
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME|all", help="Experiment. Default: list all experiments."),
+        typer.Argument(metavar="NAME|all", help="Experiment to run; without one, list them."),
     ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
-            "--data",
             metavar="FOLDER",
-            help="Emoji images, for the experiments named emoji-...: a folder with train, "
-            "val-artist and val-concept, laid out as configs/emoji.yaml says.",
-            exists=True,
-            file_okay=False,
+            help="Real drawings for the emoji-... experiments: a folder with train, val-artist "
+            "and val-concept, as configs/emoji.yaml describes.",
         ),
     ] = None,
     seeds: Annotated[
-        int, typer.Option("--seeds", "--starts", min=1, help="Number of seeds for each variant.")
+        int, typer.Option("--seeds", "--starts", min=1, help="Seeds per variant.")
     ] = 3,
-    out: Annotated[
-        Path, typer.Option(help="Folder for the synthetic data, the run folders and the results.")
-    ] = Path("runs/reproduce"),
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and results.")] = Path(
+        "runs/reproduce"
+    ),
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a verdict for every paper, as Markdown."),
+        typer.Option(metavar="FILE", help="Write the verdict of every paper as Markdown."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each experiment.")
+        bool, typer.Option("--json", help="Print one JSON object per experiment.")
     ] = False,
 ) -> int:
-    """Repeat a paper's comparison: baseline and method.
+    """Run a paper's small experiment: baseline and method, with the real trainer.
 
-    Each experiment trains both with the real trainer: minutes on two CPU cores with synthetic data,
-    an hour with emoji images (--data). Every seed leaves an ordinary run folder. Existing results
-    are reused, so the same command continues after Ctrl-C.
-
-    Exit codes: 0 the effect shows; 1 it does not; 130 stopped.
+    An experiment takes minutes on two CPU cores; one on real drawings (--data) takes an hour. Every
+    variant and seed has an ordinary run folder. Finished runs are reused: after Ctrl-C, the same
+    command continues. Exit codes: 0 all checks pass, 1 some fail, 2 user error, 130 Ctrl-C.
 
     \b
-    Examples:
-      gigabatch reproduce
-      gigabatch reproduce symile --seeds 5 --json
-      gigabatch reproduce emoji-languages --data emoji
-      gigabatch reproduce all --data emoji --report docs/reproductions.md
+    gigabatch reproduce symile
+    gigabatch reproduce queue --seeds 5 --json
+    gigabatch reproduce emoji-languages --data emoji
+    gigabatch reproduce all --data emoji --report docs/reproductions.md
     """
-    from gigabatch.launcher.experiments.studies import STUDIES, studies_on
+    from gigabatch.launcher.experiments.studies import STUDIES, real_data_studies
 
-    with_images = studies_on(data)
+    on_real_data = real_data_studies(data)
     if name is None:
-        write("\n".join(_listing(STUDIES, with_images)) + "\n")
+        write("\n".join(_list_lines(STUDIES, on_real_data)) + "\n")
         return 0
-    from gigabatch.launcher.experiments.session import run_all
+    # Imported only here: it imports torch, which takes seconds.
+    from gigabatch.launcher.experiments.session import run_studies
 
-    studies, papers = _select(name, STUDIES, with_images, has_images=data is not None)
+    studies, papers = _select(name, STUDIES, on_real_data, has_data=data is not None)
     for paper in papers:
-        _print_unmeasured(paper, as_json)
-    return run_all(studies, seeds, out, report, as_json)
+        _write_unmeasured(paper, as_json)
+    return run_studies(studies, seeds, out, report, as_json)
 
 
-def _listing(synthetic: Studies, with_images: Studies) -> list[str]:
-    width = max(len(study.name) for study in (*synthetic, *with_images))
+def _list_lines(synthetic: Studies, on_real_data: Studies) -> list[str]:
+    width = max(len(study.name) for study in (*synthetic, *on_real_data))
 
     def lines(studies: Studies) -> list[str]:
-        return [f"  {study.name:{width}}  {study.claim}" for study in studies]
+        return [
+            f"  {study.name:{width}}  {'; '.join(study.papers)}: {study.claim}" for study in studies
+        ]
 
     return [
         "On synthetic data:", *lines(synthetic), "",
-        "On emoji images, with --data FOLDER:", *lines(with_images), "",
-        "Run one: gigabatch reproduce NAME",
+        "On real drawings, with --data FOLDER:", *lines(on_real_data), "",
+        "Run one: gigabatch reproduce NAME. Run all: gigabatch reproduce all.",
     ]  # fmt: skip
 
 
 def _select(
-    name: str, synthetic: Studies, with_images: Studies, *, has_images: bool
+    name: str, synthetic: Studies, on_real_data: Studies, *, has_data: bool
 ) -> tuple[Studies, tuple[Paper, ...]]:
-    """Return the studies of this name, and a paper without a study.
+    """Return the studies that a name or a paper's alias selects, and a paper without a study.
 
-    A paper's number is an alias of its studies. Raises GigabatchError for unknown names.
+    Studies on real data are part of `all` and of a paper's alias only if `has_data`.
+
+    Raises:
+        GigabatchError: If the name is unknown, or its study needs `--data`.
     """
     from gigabatch.launcher.experiments.papers import PAPERS
 
-    if not has_images and name in {study.name for study in with_images}:
+    if not has_data and name in {study.name for study in on_real_data}:
         raise GigabatchError(
-            f"{name} trains on emoji images. Add --data FOLDER: a folder with train, val-artist "
-            "and val-concept, laid out as configs/emoji.yaml says."
+            f"{name} needs real drawings: add --data FOLDER, a folder with train, val-artist and "
+            "val-concept, as configs/emoji.yaml describes."
         )
-    studies = (*synthetic, *with_images) if has_images else synthetic
+    studies = (*synthetic, *on_real_data) if has_data else synthetic
     if name == "all":
         return studies, ()
-    matches = tuple(s for s in studies if name == s.name or name in map(str, s.papers))
-    if matches:
-        return matches, ()
-    unmeasured = tuple(paper for paper in PAPERS if name == str(paper.number))
-    if unmeasured:
-        return (), unmeasured
-    known = [study.name for study in (*synthetic, *with_images)]
-    nearest = difflib.get_close_matches(name, known, 1)
-    hint = f"Did you mean {nearest[0]}?" if nearest else f"There are {', '.join(known)}, or all."
-    raise GigabatchError(f"there is no experiment {name!r}. {hint}")
+    titles = {paper.title for paper in PAPERS if name == str(paper.alias)}
+    selected = tuple(s for s in studies if name == s.name or titles & set(s.papers))
+    if selected:
+        return selected, ()
+    without_study = tuple(paper for paper in PAPERS if paper.title in titles)
+    if without_study:
+        return (), without_study
+    known = ", ".join(study.name for study in (*synthetic, *on_real_data))
+    raise GigabatchError(f"{name}: no such experiment. Choose one of {known}, or all.")
 
 
-def _print_unmeasured(paper: Paper, as_json: bool) -> None:
-    from gigabatch.launcher.experiments.report import unmeasured
+def _write_unmeasured(paper: Paper, as_json: bool) -> None:
+    from gigabatch.launcher.experiments.report import unmeasured_json
 
     if as_json:
-        write(json.dumps(unmeasured(paper)) + "\n")
+        write(json.dumps(unmeasured_json(paper)) + "\n")
     else:
-        write(f"{paper.title}: {paper.verdict}. gigabatch offers: {paper.gives}\n")
+        write(f"{paper.title}: {paper.status_text}. gigabatch offers: {paper.offers}\n")
