@@ -15,7 +15,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.processes import ctrl_c_held
 from gigabatch.launcher.cli.bench import bench
 from gigabatch.launcher.cli.data import data
-from gigabatch.launcher.cli.eval import evaluate
+from gigabatch.launcher.cli.eval import EvalCommand, evaluate
 from gigabatch.launcher.cli.jobs import jobs, submit
 from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
@@ -103,7 +103,7 @@ def config(config: ConfigPath, overrides: Overrides = None) -> None:
     print(dump_config(load_config(config, overrides or [])), end="")
 
 
-app.command("eval")(evaluate)
+app.command("eval", cls=EvalCommand)(evaluate)
 
 
 @app.command()

@@ -35,11 +35,11 @@ from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import differences, parse_config, resolve
 from gigabatch.trainer.distributed import alone
-from gigabatch.trainer.evaluation.command import kept_name, open_subject
-from gigabatch.trainer.evaluation.history import best_and_last
-from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.tags import tags
-from gigabatch.trainer.evaluation.tasks import measure as measure_task
+from gigabatch.trainer.evaluation.command import open_context, result_name
+from gigabatch.trainer.evaluation.registry import parse_task
+from gigabatch.trainer.evaluation.tags import metric_tags
+from gigabatch.trainer.evaluation.task import SetTask
+from gigabatch.trainer.evaluation.tasks.history import best_and_last
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -200,14 +200,15 @@ def _figure(run: RunFolder, measure: Measure, on: Path, field: str | None) -> En
 
 
 def _measured(run: RunFolder, measure: Measure, on: Path, field: str | None) -> dict[str, Any]:
-    task, given = measure.task, measure.settings
-    kept = run.measurement(kept_name(on.name, task, given), run.steps_saved()[-1])
+    task, given = parse_task(measure.task, measure.settings), measure.settings
+    assert isinstance(task, SetTask)
+    name = result_name(on.name, task.result_tag(), given)
+    kept = run.measurement(name, run.steps_saved()[-1])
     if not kept.exists():
-        step, subject = open_subject(run, str(on), alone())
-        measured = measure_task(task, subject, task_settings(task, given))
-        seed = None if field is None else subject.config.run.seed
-        told = tags(task, measured, seed, subject.groups(field, measured))
-        told_with = {**told, "settings": list(given)}
-        run.write_measurement(kept_name(on.name, task, given), step, told_with)
+        context = open_context(run, str(on), alone())
+        result = task.measure(context)
+        seed = None if field is None else context.config.run.seed
+        metrics = metric_tags(task, result, seed, context.query_groups(field, result))
+        run.write_measurement(name, context.step, {**metrics, "settings": list(given)})
     found: dict[str, Any] = json.loads(kept.read_text())
     return found

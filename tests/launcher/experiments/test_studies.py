@@ -11,7 +11,7 @@ from gigabatch.launcher.experiments.papers import PAPERS
 from gigabatch.launcher.experiments.run import config_of
 from gigabatch.launcher.experiments.studies import STUDIES, studies_on
 from gigabatch.launcher.experiments.study import Bar, Figure, Study
-from gigabatch.trainer.evaluation.settings import task_settings
+from gigabatch.trainer.evaluation.registry import parse_task
 
 study_of = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 any_study = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_each_way_is_a_config_and_each_figure_a_task(study: Study, tmp_path: Pat
         assert config.cluster.launcher == "inline"
         assert arm.begins_with in (None, *names)
     for measure in study.measures:
-        task_settings(measure.task, measure.settings)
+        parse_task(measure.task, measure.settings)
         assert set(measure.arms) <= set(names)
 
 
