@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from gigabatch.data.decode.fields import some_captions
+from gigabatch.data.decode.fields import captions_for_tokenizer
 from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.stream import open_stream
 from gigabatch.trainer.inference import load_newest_towers
@@ -55,7 +55,7 @@ def draw_retrieval(run: RunFolder) -> None:
     outputs = [towers(tower_inputs(batch, config.data, None)) for batch in batches]
     image, text = (torch.cat([out[tap] for out in outputs]) for tap in ("image", "text"))
     pixels = torch.cat([batch.tensors["image"] for batch in batches])
-    captions = list(some_captions([index], eval_fields(config), len(index)))
+    captions = list(captions_for_tokenizer([index], eval_fields(config), len(index)))
     chosen = np.random.default_rng(7).choice(len(index), QUERIES, replace=False)
     figure, axes = pyplot.subplots(
         QUERIES, SHOWN + 1, figsize=(9, 0.72 * QUERIES), width_ratios=[4.5] + [1] * SHOWN,

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from gigabatch.data.processes import end_with_parent
+from gigabatch.data.processes import exit_with_parent
 from gigabatch.launcher.restarts import while_it_gets_on
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -53,4 +53,4 @@ def _once(run: RunFolder) -> None:
 def _as_a_child() -> None:
     for notice in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(notice, signal.SIG_IGN)  # Slurm may send them to all processes of a step
-    end_with_parent(signal.SIGTERM)
+    exit_with_parent(signal.SIGTERM)

@@ -11,7 +11,7 @@ import traceback
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.processes import end_with_parent
+from gigabatch.data.processes import exit_with_parent
 from gigabatch.launcher.restarts import wait_for_turn
 from gigabatch.trainer.distributed import leave
 from gigabatch.trainer.loop import run_training
@@ -40,6 +40,6 @@ def work(run: RunFolder, first: int) -> None:
 
 
 if __name__ == "__main__":
-    end_with_parent(signal.SIGKILL)  # torchrun's ranks are sessions of their own, and outlive it
+    exit_with_parent(signal.SIGKILL)  # torchrun's ranks are sessions of their own, and outlive it
     work(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
     leave(0)

@@ -132,7 +132,7 @@ def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
     """Change a byte of a member, as a bad disk would: sizes and times stay."""
     path = Path(index.shards[index.shard_of(sample)].name)
     before = path.stat()
-    position = index.span(sample, member)[0] + at
+    position = index.member_span(sample, member)[0] + at
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]

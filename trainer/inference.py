@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint
 from gigabatch.trainer.checkpoints.format import checkpoint_at, latest_checkpoint
-from gigabatch.trainer.config import ObjectiveSettings, Single, SumSettings
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.ema import stored_weights
 from gigabatch.trainer.objective_state import TABLE
@@ -35,24 +36,12 @@ def load_newest_towers(
     return checkpoint.step, towers.eval()
 
 
-def load_objective(run: RunFolder, step: int) -> tuple[Objective, dict[str, Tensor]]:
+def load_objective(run: RunFolder, step: int) -> tuple[Objective[Any], dict[str, Tensor]]:
     """The objective of a sound checkpoint, on the CPU, and its tables: float32 [samples, F], of all
     sources one after the other. Raises GigabatchError where it cannot be read."""
     config = run.config()
     state = checkpoint_at(run, step).tensors("objective")
-    settings = _on_any_device(config.objective)
+    settings = config.objective.for_any_device()
     objective = build_objective(settings, "cpu", config.data.group, config.towers.width)
     objective.load_state_dict({name: state[name] for name in objective.state_dict()})
     return objective, {name: state[TABLE + name] for name in objective.needs.tables}
-
-
-def _on_any_device(settings: Single | SumSettings) -> Single | SumSettings:
-    if isinstance(settings, SumSettings):
-        return settings.model_copy(update={"terms": tuple(map(_tiled, settings.terms))})
-    return _tiled(settings)
-
-
-def _tiled(settings: Single) -> Single:
-    if isinstance(settings, ObjectiveSettings):
-        return settings.model_copy(update={"backend": "tiled"})
-    return settings

@@ -13,19 +13,19 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gigabatch.data import glyphs
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
-from gigabatch.data.order.groups import Grouped
-from gigabatch.data.order.mixture import Mixture, Phase, Walk
+from gigabatch.data.order.epoch_order import ShuffledOrder
+from gigabatch.data.order.groups import GroupedOrder
+from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
 from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
-from gigabatch.data.shards.sources import SOURCE, UNKNOWN, indexed_codes
+from gigabatch.data.shards.sources import SOURCE_COLUMN, UNKNOWN_CODE, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config, what_is_read
@@ -66,22 +66,22 @@ class TrainData:
         data, seed = self.config.data, self.config.run.seed
         phases = [Phase(0, tuple(source.weight for source in data.train))]
         phases += [Phase(each.from_sample, each.weights) for each in data.curriculum]
-        walks = tuple(self._walk(i, index) for i, index in enumerate(self.indexes))
+        orders = tuple(self._walk(i, index) for i, index in enumerate(self.indexes))
         unit = self.config.batch.global_size if data.group else 1
-        return Mixture(walks, tuple(phases), seed, unit)
+        return Mixture(orders, tuple(phases), seed, unit)
 
-    def _walk(self, number: int, index: Index) -> Walk:
+    def _walk(self, number: int, index: Index) -> SampleOrder:
         data, seed = self.config.data, self.config.run.seed
         own = key(seed, "source", number) if number else seed
-        if data.group and data.group != SOURCE:
+        if data.group and data.group != SOURCE_COLUMN:
             codes = indexed_codes(index, data.group)
-            if (codes == UNKNOWN).all():
+            if (codes == UNKNOWN_CODE).all():
                 raise GigabatchError(
                     f"data.group: no sample of {index.source} has a field {data.group!r} in its "
                     "json. Name one that they have, or `source`."
                 )
-            return Grouped(codes, self.config.batch.global_size, own)
-        return Order(index.shard_sizes, own, data.window)
+            return GroupedOrder(codes, self.config.batch.global_size, own)
+        return ShuffledOrder(index.shard_sizes, own, data.window)
 
 
 def data_root(config: Config) -> str:
@@ -98,7 +98,7 @@ def data_root(config: Config) -> str:
 
 def open_train(config: Config, progress: Progress | None = None) -> TrainData:
     """Raises GigabatchError for whatever is wrong with a source."""
-    columns = [config.data.group] if config.data.group not in (None, SOURCE) else []
+    columns = [config.data.group] if config.data.group not in (None, SOURCE_COLUMN) else []
     opened = [
         open_index(_place(config, source.path), progress, columns=columns, cache=cache_of(config))
         for source in config.data.train
@@ -138,7 +138,7 @@ def fields_of(
         columns=tuple(columns),
         numbers=tuple(numbers),
         vectors=vectors or {},
-        partial=data.missing == "mask",
+        allow_missing=data.missing == "mask",
     )
 
 
@@ -146,7 +146,7 @@ def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
     """What an evaluation reads: whole pairs, the first caption of each."""
     whole = fields_of(config, columns)
     first = whole.text and whole.text.model_copy(update={"choose": "first"})
-    return replace(whole, text=first, partial=False)
+    return replace(whole, text=first, allow_missing=False)
 
 
 def cache_of(config: Config) -> ShardCache:
@@ -199,7 +199,7 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)
     log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
-    found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS, cache_of(config))
+    found = captions_for_tokenizer(data.indexes, fields_of(config), BPE_CAPTIONS, cache_of(config))
     first = next(found, None)
     if first is None:
         raise GigabatchError(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.stream import MicroBatch, by_step
+from gigabatch.data.stream import MicroBatch, group_by_step
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint, agree_on_data
 from gigabatch.trainer.checkpoints.format import Checkpoint, Tensors
@@ -165,7 +165,7 @@ class _Trainer:
                 return self._stopped()
             for batch in self._batches():
                 self._one_step(batch)
-                bad = [each for micro in batch if micro.real for each in micro.bad]
+                bad = [each for micro in batch if micro.real for each in micro.substitutions]
                 stopping, save_due, some_bad = self._decide(stop, bool(bad))
                 if some_bad:
                     self.reporter.bad_samples(bad)
@@ -216,9 +216,9 @@ class _Trainer:
         needs, on_gpu = self.objective.needs, world.device.type == "cuda"
         tokenizer = self.run.tokenizer
         stream = train_stream(
-            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numbers, needs.vectors
+            self.data, plans, tokenizer, needs.columns, on_gpu, needs.numeric_columns, needs.vectors
         )
-        batches = by_step(stream, plans.per_step)
+        batches = group_by_step(stream, plans.per_step)
         while True:
             began = time.monotonic()
             self.progress.enter("data", self.counts.done + 1)
@@ -259,7 +259,7 @@ class _Trainer:
         settings, done, world = self.config.checkpoint, self.counts.done, self.world
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
-        by_step = save_is_due(done, settings, evaluation_is_due(done, self.config))
+        group_by_step = save_is_due(done, settings, evaluation_is_due(done, self.config))
         # A request stands until a streak of bad steps, which saves nothing, is over.
         asked = self.counts.bad_steps == 0 and world.is_main and self.run.take_save_request()
         timed_here = world.is_main and (asked or bool(by_time))
@@ -269,7 +269,7 @@ class _Trainer:
         if written:
             self.saver.settle()
         # A streak of bad steps must not push the checkpoints before it out.
-        return stopping, (timed or by_step) and self.counts.bad_steps == 0, some_bad
+        return stopping, (timed or group_by_step) and self.counts.bad_steps == 0, some_bad
 
     def _asked(self, stop: Stop) -> bool:
         self.progress.enter(self.progress.phase)  # asked once a step, or a micro-batch measured

@@ -60,7 +60,7 @@ class ObjectiveState:
 
     def save(self) -> dict[str, Tensor]:
         """For a checkpoint: on rank 0 all tables, whole, and the teacher. A collective."""
-        whole = {TABLE + name: table.whole() for name, table in self.tables.items()}
+        whole = {TABLE + name: table.gather() for name, table in self.tables.items()}
         whole[EPOCH] = torch.tensor(self.epoch)
         if self.teacher is not None:
             for name, tensor in self.teacher.state_dict().items():

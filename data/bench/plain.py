@@ -24,8 +24,8 @@ from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.work import Held, Pieces
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings, code_of
-from gigabatch.data.processes import leave_ctrl_c_to_parent
-from gigabatch.data.shards.sources import SOURCE
+from gigabatch.data.processes import ignore_ctrl_c
+from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions
 
 SHUFFLE = 1000
@@ -36,7 +36,7 @@ def unable(setup: Setup) -> str:
     fields = setup.fields
     if setup.remote:
         return "its remote shards need a shell command"
-    if fields.more or fields.arrays or fields.partial:
+    if fields.more or fields.arrays or fields.allow_missing:
         return "it is put together for images and captions that every sample has"
     if fields.text is not None and fields.text.choose == "all":
         return "it is put together for one caption a sample"
@@ -122,9 +122,9 @@ def _preprocess(setup: Setup, sources: dict[str, int], sample: Sample) -> Sample
         out["image"] = fit(sample[member], fields.image)
     if fields.text is not None:
         out["text"] = read_captions(sample[fields.text.member], fields.text, sample["__key__"])[0]
-    tree = json.loads(sample["json"]) if set(fields.columns) - {SOURCE} else {}
+    tree = json.loads(sample["json"]) if set(fields.columns) - {SOURCE_COLUMN} else {}
     for name in fields.columns:
-        out[name] = sources[sample["__url__"]] if name == SOURCE else code_of(tree[name])
+        out[name] = sources[sample["__url__"]] if name == SOURCE_COLUMN else code_of(tree[name])
     return out
 
 
@@ -148,4 +148,4 @@ def _collate(
 
 
 def _start(worker: int) -> None:
-    leave_ctrl_c_to_parent()
+    ignore_ctrl_c()

@@ -14,7 +14,7 @@ import torch
 from gigabatch.data.augment import Augmentation
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import Plan
+from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.shards.index import Index
@@ -33,7 +33,7 @@ class Setup:
     """
 
     indexes: Sequence[Index]
-    plans: Iterable[Plan]
+    plans: Iterable[MicroBatchPlan]
     fields: Fields
     tokenizer: Path | None
     seed: int
@@ -49,7 +49,7 @@ class Setup:
             raise GigabatchError(
                 f"workers are {list(self.workers)}: name numbers of loader processes, such as 0,2."
             )
-        if self.fields.texts.modalities and self.tokenizer is None:
+        if self.fields.texts_only.modalities and self.tokenizer is None:
             raise GigabatchError("there is text to be read, but no tokeniser: give its file.")
         if not self.fields.modalities:
             raise GigabatchError("nothing of the samples is to be read: name an image or a text.")

@@ -22,14 +22,14 @@ from gigabatch.data.decode.collate import Collate
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged
-from gigabatch.data.shards.scan import IndexSettings, scan
+from gigabatch.data.shards.reader import DamagedMember
+from gigabatch.data.shards.scan import IndexSettings, scan_shard
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.stream import MicroBatch, MicroBatchSource, open_stream
 from gigabatch.data.text.tokenizer import encode, load_tokenizer
 
 HELD_SAMPLES, HELD_BYTES = 2048, 256 << 20
-Raw = dict[str, bytes | Damaged]
+Raw = dict[str, bytes | DamagedMember]
 Pieces = Generator[tuple[int, int], None, None]
 
 
@@ -61,7 +61,7 @@ class Held:
     def raws(self) -> list[Raw]:
         """The samples that can be decoded."""
         pairs = [pair for raws, rows in self._read for pair in zip(raws, rows, strict=True)]
-        return [raw for raw, row in pairs if "__bad__" not in row]
+        return [raw for raw, row in pairs if "__substitution__" not in row]
 
     @cached_property
     def decoded(self) -> list[list[Sample]]:
@@ -154,7 +154,7 @@ def index(of: Index, shard: int, checksums: bool) -> Pieces:
     file = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     try:
         while True:
-            scan(file, name, settings)
+            scan_shard(file, name, settings)
             yield of.shards[shard].samples, of.shards[shard].bytes
     finally:
         os.close(file)

@@ -13,10 +13,10 @@ import numpy as np
 
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.processes import ctrl_c_held, worker_pool
+from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 from gigabatch.data.remote.places import is_remote
 from gigabatch.data.shards.index import I64, Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 
 PIECE = 64
 """Samples checked at a time."""
@@ -85,14 +85,14 @@ def _run(
         return
     pool = worker_pool(processes)
     try:
-        with ctrl_c_held():
+        with ctrl_c_deferred():
             found = pool.map(work, pieces)
         yield from found
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _open_all(raw: Mapping[str, bytes | Damaged], fields: Fields, where: str) -> None:
+def _open_all(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str) -> None:
     fields.decode(raw, where, None)
     if isinstance(told := raw.get("json"), bytes) and fields.modalities:
         try:
@@ -120,7 +120,7 @@ def _check_piece(index: Index, fields: Fields, samples: I64) -> Report | str:
     for sample, raw in zip(samples.tolist(), raws, strict=True):
         report.samples += 1
         report.bytes += sum(len(data) for data in raw.values() if isinstance(data, bytes))
-        damaged = [data.why for data in raw.values() if isinstance(data, Damaged)]
+        damaged = [data.why for data in raw.values() if isinstance(data, DamagedMember)]
         if not damaged:
             try:
                 _open_all(raw, fields, index.where(sample))

@@ -17,10 +17,10 @@ from PIL import Image, ImageDraw, ImageFont
 from gigabatch.data.decode.members import IMAGE_MEMBERS
 from gigabatch.data.describe.opened import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.files import replacing
+from gigabatch.data.files import atomic_replace
 from gigabatch.data.rng import key, uniforms
 from gigabatch.data.shards.index import I64, Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 from gigabatch.data.text.captions import CaptionSettings, read_captions
 
 CELL, GAP, LINE, TITLE = 128, 12, 18, 30
@@ -55,7 +55,7 @@ def contact_sheet(
     """
     if not out.name or out.is_dir():
         raise GigabatchError(f"{out}: is a folder. Name a file for the contact sheet.")
-    kinds = index.require(*IMAGE_MEMBERS, partial=True)
+    kinds = index.require_members(*IMAGE_MEMBERS, allow_missing=True)
     texts = (captions.member,) if captions.member in index.members else ()
     chosen = _choose(len(index), columns * rows, seed)
     columns = min(columns, len(chosen))
@@ -72,7 +72,7 @@ def contact_sheet(
             _paint(sheet, GAP + column * (CELL + GAP), TITLE + row * (CELL + LINE + GAP), cell)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as fresh:
+        with atomic_replace(out) as fresh:
             sheet.save(fresh, "PNG")
     except OSError as error:
         raise GigabatchError(
@@ -90,7 +90,9 @@ def _choose(size: int, cells: int, seed: int) -> I64:
 
 
 def _cell(
-    raw: Mapping[str, bytes | Damaged], kinds: tuple[str, ...], captions: CaptionSettings | None
+    raw: Mapping[str, bytes | DamagedMember],
+    kinds: tuple[str, ...],
+    captions: CaptionSettings | None,
 ) -> _Cell:
     """`captions`: None where the set has none."""
     member = next((name for name in kinds if name in raw), None)
@@ -99,9 +101,9 @@ def _cell(
     return _Cell(image, one_line(why), one_line(caption), readable)
 
 
-def _picture(data: bytes | Damaged) -> tuple[Image.Image | None, str]:
+def _picture(data: bytes | DamagedMember) -> tuple[Image.Image | None, str]:
     """The image, scaled to fit a cell, or why there is none."""
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedMember):
         return None, data.why[data.why.find("at byte ") :]  # without the shard, a long path
     try:
         with open_image(data) as image:
@@ -125,11 +127,11 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _caption(data: bytes | Damaged | None, settings: CaptionSettings) -> tuple[str, bool]:
+def _caption(data: bytes | DamagedMember | None, settings: CaptionSettings) -> tuple[str, bool]:
     """The first caption, or what is wrong with it."""
     if data is None:
         return "no caption", False
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedMember):
         return "damaged caption", False
     try:
         return read_captions(data, settings, "")[0], True

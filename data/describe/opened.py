@@ -19,8 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from gigabatch.data.decode.members import FORMATS
 from gigabatch.data.describe.rowstats import TOP, Frequencies, Spread, Tally, runs, spread_of_counts
 from gigabatch.data.errors import BadSample
-from gigabatch.data.shards.reader import Damaged, Reader
-from gigabatch.data.text.captions import CaptionSettings, NoCaption, read_captions, value_at
+from gigabatch.data.shards.reader import DamagedMember, Reader
+from gigabatch.data.text.captions import CaptionSettings, MissingCaption, read_captions, value_at
 
 SMALL = (64, 224)
 """Pixels: images with a shorter side are counted."""
@@ -159,7 +159,7 @@ class Captions:
         try:
             captions = read_captions(data, self.settings, "")
         except BadSample as error:
-            self.empty += isinstance(error, NoCaption)
+            self.empty += isinstance(error, MissingCaption)
             raise BadSample(str(error).removeprefix(": ")) from error
         self.each[len(captions)] += 1
         for caption in captions:
@@ -217,7 +217,7 @@ class Captions:
 def attempt(
     counted: Images | Captions,
     choices: Sequence[str],
-    raw: Mapping[str, bytes | Damaged],
+    raw: Mapping[str, bytes | DamagedMember],
     sample: int,
     where: Callable[[], str],
 ) -> str | None:
@@ -227,7 +227,7 @@ def attempt(
         counted.lacking += 1
         return None
     data = raw[member]
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedMember):
         return data.why
     try:
         counted.add(sample, data)

@@ -176,7 +176,7 @@ def pieces(index: Index) -> Iterator[I64]:
 
 
 def member_of(index: Index, name: str) -> Member:
-    held = dict(index.members_held)[name]
+    held = dict(index.member_counts)[name]
     sizes = np.empty(held, np.int64)
     done, lacking = 0, None
     for rows in pieces(index):

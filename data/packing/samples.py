@@ -36,7 +36,7 @@ from gigabatch.data.packing.members import (
 from gigabatch.data.packing.tables import HEAVY, PIECE, Held, Row, Table
 from gigabatch.data.rng import key, permute
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""
@@ -281,7 +281,7 @@ class ShardSamples:
                 found = reader.read_batch(np.array(group), self.index.members)
                 for row, members in zip(group, found, strict=True):
                     for member in members.values():
-                        if isinstance(member, Damaged):
+                        if isinstance(member, DamagedMember):
                             raise GigabatchError(member.why)
                     yield {"__key__": self.index.key(row)} | members
 

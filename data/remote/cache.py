@@ -26,7 +26,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.ranges import Retry, ShardState, copy
-from gigabatch.data.shards.index import cache_home
+from gigabatch.data.shards.index import cache_folder
 
 log = logging.getLogger(__name__)
 FETCHERS = 2
@@ -40,7 +40,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def node_cache(gib: float = 64.0) -> ShardCache:
     """This node's cache, in $GIGABATCH_CACHE; one object a process for the same limit."""
-    return _cache_at(cache_home() / "shards", int(gib * GIB))
+    return _cache_at(cache_folder() / "shards", int(gib * GIB))
 
 
 @lru_cache

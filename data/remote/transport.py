@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.files import place_new, replacing
+from gigabatch.data.files import atomic_create, atomic_replace
 
 SCHEMES = {
     "s3": "s3fs",
@@ -151,7 +151,7 @@ def put(path: Path, url: str, new: bool, timeout: float) -> None:
 
 def _put_locally(path: Path, to: Path, new: bool) -> None:
     to.parent.mkdir(parents=True, exist_ok=True)
-    with (place_new if new else replacing)(to) as fresh:
+    with (atomic_create if new else atomic_replace)(to) as fresh:
         shutil.copyfile(path, fresh)
 
 

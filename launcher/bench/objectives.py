@@ -12,82 +12,42 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.bench.machine import environment
-from gigabatch.trainer.config import AnyObjective
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objective_state import ObjectiveState
-from gigabatch.trainer.objectives import Context, Needs, build_objective
+from gigabatch.trainer.objectives import (
+    OBJECTIVES,
+    Context,
+    Needs,
+    build_objective,
+    parse_settings,
+)
+from gigabatch.trainer.objectives.reference import Benchmark
 from gigabatch.trainer.taps import TEACHER, parse_tap
 
-BAR = 1.25
+MAX_QUOTIENT = 1.25
 CPU = torch.device("cpu")
 TOKENS = 16
-"""Of an item, for late interaction: its tokens are as many as the others' rows."""
+"""Tokens per item for late interaction: its tokens are as many as the other objectives' rows."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """An objective as it stands in a config. `share`: of the rows that are its samples, so that
-    all its rows together are as many as InfoNCE's. `captions`: of a sample."""
-
-    settings: Mapping[str, Any]
-    share: float = 1.0
-    captions: int = 1
-
-
-VIEWS = ("image", "image@1")
-CASES: dict[str, Case] = {
-    "infonce": Case({"name": "infonce"}),
-    "infonce, positives": Case({"name": "infonce", "positives": "concept"}),
-    "infonce, same_id=exclude": Case(
-        {"name": "infonce", "positives": "concept", "same_id": "exclude"}
-    ),
-    "infonce, within": Case({"name": "infonce", "within": "lang"}),
-    "infonce, teacher": Case(
-        {"name": "infonce", "teacher": {"fields": ["embedding"], "size": 64, "threshold": 0.2}}
-    ),
-    "infonce, label_smoothing": Case({"name": "infonce", "label_smoothing": 0.1}),
-    "siglip": Case({"name": "siglip"}),
-    "siglip, positives": Case({"name": "siglip", "positives": "concept"}),
-    "supcon": Case({"name": "supcon", "taps": ("image",), "positives": "concept"}),
-    "supcon, two views": Case({"name": "supcon", "taps": VIEWS}, share=0.5),
-    "sogclr": Case({"name": "sogclr"}),
-    "sogclr, individual": Case({"name": "sogclr", "temperatures": "individual"}),
-    "sogclr, two views": Case({"name": "sogclr", "taps": VIEWS}, share=0.5),
-    "late_interaction": Case({"name": "late_interaction"}, share=1 / TOKENS),
-    "queue": Case({"name": "queue", "size": 4096}),
-    "queue, within": Case({"name": "queue", "size": 4096, "within": "lang"}),
-    "noisy": Case({"name": "noisy"}),
-    "symile": Case({"name": "symile", "taps": ("image", "text", "image@1")}),
-    "hard_negatives, both weights": Case(
-        {"name": "hard_negatives", "pair": "pair", "changed": "changed", "own_weight": 2.0,
-         "other_weight": 0.5}
-    ),
-    "hard_negatives, two captions": Case(
-        {"name": "hard_negatives", "own_weight": 2.0}, share=0.5**0.5, captions=2
-    ),
-    "label_distance": Case({"name": "label_distance", "label": "age", "taps": VIEWS}, share=0.5),
-    "label_distance, mixtures": Case(
-        {"name": "label_distance", "label": "age", "taps": VIEWS, "mixed_negatives": True,
-         "mixed_positives": 2},
-        share=0.5,
-    ),
-    "barlow": Case({"name": "barlow"}),
-    "byol": Case({"name": "byol"}),
-    "swav": Case({"name": "swav", "prototypes": 4096}),
-    "swav, among texts": Case({"name": "swav", "taps": ["image", "image@1", "text"]}),
-}  # fmt: skip
+def benchmark_cases() -> dict[str, tuple[str, Benchmark]]:
+    """Return the benchmark cases of all objectives: label -> (objective, case)."""
+    return {
+        f"{name}, {label}" if label else name: (name, case)
+        for name, kind in OBJECTIVES.items()
+        for label, case in kind.benchmarks.items()
+    }
 
 
 @dataclass
@@ -106,28 +66,31 @@ def bench(
 ) -> dict[str, Any]:
     """Every case whose objective is among `only`, or all. Raises GigabatchError for a name that
     there is not."""
-    known = {case.settings["name"] for case in CASES.values()}
+    cases = benchmark_cases()
+    known = {objective for objective, _ in cases.values()}
     if unknown := set(only) - known:
         raise GigabatchError(
             f"there is no objective {', '.join(sorted(unknown))} here; there are "
             f"{', '.join(sorted(known))}."
         )
-    chosen = {n: c for n, c in CASES.items() if not only or c.settings["name"] in only}
+    chosen = {label: case for label, case in cases.items() if not only or case[0] in only}
     found = []
     say(f"{'objective':30} {'samples':>7} {'passes':>7} {'seconds':>8} {'quotient':>8}")
-    for name, case in chosen.items():
-        found.append({"objective": name, **_measure(case, size, width, rounds)})
+    for name, (objective, case) in chosen.items():
+        found.append({"objective": name, **_measure(objective, case, size, width, rounds)})
         told = found[-1]
         say(
             f"{name:30} {told['samples']:7,} {told['passes']:7.4g} {told['seconds']:8.3g} "
-            f"{told['quotient']:8.2f}" + (f"  above {BAR}" if told["quotient"] > BAR else "")
+            f"{told['quotient']:8.2f}"
+            + (f"  above {MAX_QUOTIENT}" if told["quotient"] > MAX_QUOTIENT else "")
         )
     return {"size": size, "width": width, **environment(CPU), "objectives": found}
 
 
-def _measure(case: Case, size: int, width: int, rounds: int) -> dict[str, Any]:
+def _measure(objective: str, case: Benchmark, size: int, width: int, rounds: int) -> dict[str, Any]:
     """`quotient` by the wall clock, `processor_quotient` by the time on processors."""
-    base, mine = _subject(CASES["infonce"], size, width), _subject(case, size, width)
+    base = _subject("infonce", Benchmark(), size, width)
+    mine = _subject(objective, case, size, width)
     for subject in (base, mine):
         subject.step()  # buffers are found, a queue is filled
     for _ in range(rounds):
@@ -142,18 +105,18 @@ def _measure(case: Case, size: int, width: int, rounds: int) -> dict[str, Any]:
     ]
     wall, processor = (median(column) for column in zip(*pairs, strict=True))
     return {
-        "settings": dict(case.settings), "samples": mine.samples, "passes": mine.passes,
+        "settings": {"name": objective, **case.settings}, "samples": mine.samples,
+        "passes": mine.passes,
         "seconds": median(t for t, _ in mine.times),
         "infonce_seconds": median(t for t, _ in base.times),
         "quotient": wall, "processor_quotient": processor,
     }  # fmt: skip
 
 
-def _subject(case: Case, size: int, width: int) -> Subject:
+def _subject(name: str, case: Benchmark, size: int, width: int) -> Subject:
     torch.manual_seed(0)  # of parameters
     n = max(2, int(size * case.share))
-    settings = TypeAdapter(AnyObjective).validate_python(case.settings)
-    objective = build_objective(settings, width=width)
+    objective = build_objective(parse_settings({"name": name, **case.settings}), width=width)
     state = ObjectiveState(objective, [n], None, World(0, 1, CPU, None))
     rows, teacher, meta = make_inputs(objective.needs, n, width, case)
     passes = objective.passes(rows)
@@ -171,7 +134,7 @@ def _subject(case: Case, size: int, width: int) -> Subject:
 
 
 def make_inputs(
-    needs: Needs, n: int, width: int, case: Case
+    needs: Needs, n: int, width: int, case: Benchmark
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
     """Of n samples: vectors of each tap, with gradients; a teacher's, without; columns. Two samples
     share a `concept` on average, a quarter has each `lang`, an eightieth each `age`."""

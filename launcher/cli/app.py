@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.processes import ctrl_c_held
+from gigabatch.data.processes import ctrl_c_deferred
 from gigabatch.launcher.cli.bench import bench
 from gigabatch.launcher.cli.data import data
 from gigabatch.launcher.cli.eval import EvalCommand, evaluate
@@ -59,7 +59,9 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
     `gigabatch resume` goes on from it. Exit codes: 0 finished, 2 something to put right, 75 stopped
     by one of those signals (start it again), 130 stopped by Ctrl-C.
     """
-    with ctrl_c_held():  # an import cut off is swallowed by some libraries, leaves others broken
+    with (
+        ctrl_c_deferred()
+    ):  # an import cut off is swallowed by some libraries, leaves others broken
         from gigabatch.launcher.start import start_run
 
     return start_run(config, overrides or [])
@@ -85,7 +87,7 @@ def resume(
     From the URL of its copies (checkpoint.copy_to/NAME) a run whose folder is gone, or has lost its
     newest checkpoints, is fetched into run.dir first.
     """
-    with ctrl_c_held():
+    with ctrl_c_deferred():
         from gigabatch.launcher.start import resume_copy, resume_run
         from gigabatch.trainer.checkpoints.download import is_copy
         from gigabatch.trainer.run.create import open_run

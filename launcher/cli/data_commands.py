@@ -13,11 +13,11 @@ from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.epoch_order import deal
-from gigabatch.data.order.mixture import batch_numbers
+from gigabatch.data.order.epoch_order import micro_batch_range
+from gigabatch.data.order.mixture import batch_sample_numbers
 from gigabatch.data.shards.index import Index, read_manifest
-from gigabatch.data.shards.indexing import home_of, open_index, stored_index
-from gigabatch.data.shards.json_columns import is_json, refuse_columns
+from gigabatch.data.shards.indexing import index_folder, open_index, stored_index
+from gigabatch.data.shards.json_columns import check_column_names, holds_json
 from gigabatch.data.shards.scan import IndexSettings
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import CaptionSettings
@@ -40,14 +40,14 @@ def index_source(
 ) -> int:
     """Build or extend an index, say what it holds; 2 where samples lack members. Columns that it
     has stay."""
-    refuse_columns(columns)
+    check_column_names(columns)
     settings = IndexSettings(
         checksums=not headers_only, columns=_columns_held(source), dotted=dotted
     )
     columns = tuple(dict.fromkeys(columns))
     with progress_bar("indexing shards") as progress:
         index = open_index(source, progress, settings, columns=columns, processes=processes)
-    held = ", ".join(f"{name} {count:,}" for name, count in index.members_held)
+    held = ", ".join(f"{name} {count:,}" for name, count in index.member_counts)
     size = sum(shard.bytes for shard in index.shards)
     sums = "CRC-32C of every member" if index.settings.checksums else "no checksums"
     print(f"{source}: {len(index):,} samples in {len(index.shards):,} shards, {size / 1e6:,.1f} MB")
@@ -65,13 +65,13 @@ def index_source(
 
 def _columns_held(source: str) -> tuple[str, ...]:
     """The columns of the index that a set has already."""
-    settings = read_manifest(home_of(source)).get("settings", {})
+    settings = read_manifest(index_folder(source)).get("settings", {})
     return IndexSettings.model_validate(settings).columns
 
 
 def _column(index: Index, name: str) -> str:
     column = index.table[name]
-    kind = "JSON text" if is_json(index.table.schema.field(name)) else column.type
+    kind = "JSON text" if holds_json(index.table.schema.field(name)) else column.type
     nulls = f", {column.null_count:,} without" if column.null_count else ""
     return f"{name} ({kind}{nulls})"
 
@@ -83,10 +83,10 @@ def _lacking(index: Index) -> list[str]:
     kinds += [(member,) for member in index.members if member not in known]
     lines = []
     for kind in kinds:
-        missing = index.lacking(*kind)
+        missing = index.samples_without(*kind)
         if kind and len(missing):
             first = int(missing[0])
-            begin = min(offset for m in index.members if (offset := index.span(first, m)[0]))
+            begin = min(offset for m in index.members if (offset := index.member_span(first, m)[0]))
             shard = index.shards[index.shard_of(first)].name
             lines.append(
                 f"{len(missing):,} samples have no .{' or .'.join(kind)}; the first is "
@@ -105,7 +105,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
         text=CaptionSettings() if "txt" in index.members else None,
         more={"audio": AudioSettings()} if set(AUDIO_MEMBERS) & set(index.members) else {},
         arrays=("npy",) if "npy" in index.members else (),
-        partial=True,
+        allow_missing=True,
     )
     with progress_bar("checking samples") as progress:
         report = check(
@@ -136,14 +136,14 @@ def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def filter_source(source: str, condition: str, out: Path | None) -> None:
-    from gigabatch.data.shards.filtered_view import count_where, make_view
+    from gigabatch.data.shards.filtered_view import count_matches, create_view
 
     index = open_source(source)
     if out is None:
-        count = count_where(index, condition)
+        count = count_matches(index, condition)
         print(f"{count:,} of {len(index):,} samples ({count / len(index):.1%})")
         return
-    view = make_view(index, condition, out)
+    view = create_view(index, condition, out)
     print(
         f"{out}: a view of {len(view):,} of {len(index):,} samples ({len(view) / len(index):.1%})"
     )
@@ -165,15 +165,15 @@ def print_batch(
         )
     with progress_bar("indexing shards") as progress:
         data = open_train(config, progress)
-    numbers = batch_numbers(data.mixture, step, config.batch.global_size)
+    numbers = batch_sample_numbers(data.mixture, step, config.batch.global_size)
     micro = config.batch.micro_size
     ranks = range(world) if rank is None else [rank]
     with Sources(data.indexes) as sources:
         for each in ranks:
-            for j in deal(len(numbers) // micro, world, each):
+            for j in micro_batch_range(len(numbers) // micro, world, each):
                 rows = numbers[j * micro : (j + 1) * micro]
                 for number, key in zip(rows.tolist(), sources.keys(rows), strict=True):
-                    source, sample = sources.place(number)
+                    source, sample = sources.source_and_row(number)
                     name = data.names[source]
                     shard = sources.shard_name(number)
                     print(f"{each}\t{j}\t{name}\t{shard}\t{sample}\t{key}" if long else key)

@@ -42,27 +42,27 @@ def describe(name: str) -> dict[str, Any]:
     """What the code says of an objective; its keys with their defaults and help."""
     from dataclasses import asdict
 
-    from gigabatch.trainer.objectives import OBJECTIVES, settings_class
+    from gigabatch.trainer.objectives import OBJECTIVES
 
-    kind = settings_class(name)
+    kind = OBJECTIVES[name].Settings
     keys = {
         key: {"default": _default(field), "help": " ".join((field.description or "").split())}
         for key, field in kind.model_fields.items() if key != "name"
     }  # fmt: skip
-    return {**asdict(OBJECTIVES[name].about), "needs": _needs(name), "keys": keys}
+    return {**asdict(OBJECTIVES[name].card), "needs": _needs(name), "keys": keys}
 
 
 def _needs(name: str) -> dict[str, Any]:
     """By its default settings; examples stand for what has no default."""
-    from gigabatch.trainer.objectives import build_objective, settings_class
+    from gigabatch.trainer.objectives import OBJECTIVES, build_objective, parse_settings
 
-    kind = settings_class(name)
-    examples = {"taps": ("image", "text", "audio"), "label": "LABEL"}
-    given = {k: v for k, v in examples.items() if k in kind.model_fields}
-    given = {k: v for k, v in given.items() if kind.model_fields[k].is_required()}
-    needs = build_objective(kind.model_validate({"name": name, **given}), width=WIDTH).needs
+    fields = OBJECTIVES[name].Settings.model_fields
+    required = {key for key, field in fields.items() if field.is_required()} - {"name"}
+    example = next(iter(OBJECTIVES[name].examples.values())).settings
+    settings = {"name": name, **{key: example[key] for key in required}}
+    needs = build_objective(parse_settings(settings), width=WIDTH).needs
     return {
-        "taps": list(needs.taps), "columns": [*needs.columns, *needs.numbers],
+        "taps": list(needs.taps), "columns": [*needs.columns, *needs.numeric_columns],
         "vectors": {name: each.size for name, each in needs.vectors.items()},
         "teacher": list(needs.teacher),
         "tables": {table: len(row) for table, row in needs.tables.items()},

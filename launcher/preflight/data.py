@@ -50,7 +50,7 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
     for path in config.data.stages:
         load_stage(path)
     data = open_train(config, progress)
-    data.mixture.drawn(0)  # raises where weights or groups do not fit
+    data.mixture.samples_before(0)  # raises where weights or groups do not fit
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
     vectors = vectors_of(config.objective)
     fields_of(config, vectors=vectors).members(data.indexes)
@@ -75,6 +75,6 @@ def _check_column(index: Index, column: str, cache: ShardCache) -> None:
     """Whether the first sample has the field: a misspelt one is found before workers start."""
     if column in index.columns:
         return
-    index.require("json")
+    index.require_members("json")
     with Reader(index, cache) as reader:
         decode_column(reader.read(0, "json"), column, index.where(0))

@@ -24,8 +24,8 @@ from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.remote.writes import check_writable
-from gigabatch.data.shards.index import cache_home
-from gigabatch.data.text.captions import OneText
+from gigabatch.data.shards.index import cache_folder
+from gigabatch.data.text.captions import ExtraText
 from gigabatch.launcher.cluster.connection import in_ray_job
 from gigabatch.trainer.config import Config, what_is_read
 
@@ -181,7 +181,7 @@ def _sample_bytes(config: Config) -> int:
     }
     for name, tower in config.towers.more.items():
         read = what_is_read(tower)
-        if isinstance(read, OneText):
+        if isinstance(read, ExtraText):
             sizes[name] = 16 * config.text_length(name)
         elif isinstance(read, VectorSettings):
             sizes[name] = 4 * read.size * getattr(read, "length", 1)
@@ -199,7 +199,7 @@ def _open_files() -> Finding:
 
 
 def _disks(config: Config | None) -> Iterator[Finding]:
-    places = {"cache": cache_home(), "run folder": config.run.dir if config else Path("runs")}
+    places = {"cache": cache_folder(), "run folder": config.run.dir if config else Path("runs")}
     for about, folder in places.items():
         there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
         free = shutil.disk_usage(there).free

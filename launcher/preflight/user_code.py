@@ -43,6 +43,8 @@ def named_code(config: Config) -> Iterator[tuple[str, str]]:
     for name, tower in towers.items():
         if isinstance(tower, ModuleTower | OtherModuleTower):
             yield f"towers.{name}.module", tower.module
+    for module in config.objective.user_modules():
+        yield "objective.module", module
     for stage in config.data.stages:
         yield "data.stages", stage
 

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from gigabatch.data.augment import Augmentation, augment
-from gigabatch.data.image_ops import Changes, apply_changes
+from gigabatch.data.image_ops import ImageTransforms, apply_transforms
 
 FIRST = {
     "zoom": 0.9, "aspect": 0.9, "rotate": 45, "shear": 20, "shift": 0.3, "flip": 1.0,
@@ -104,17 +104,17 @@ def test_each_row_is_changed_as_if_alone() -> None:
     batch = 100
     generator = torch.Generator().manual_seed(1)
     data = images(batch, 3, 64, 64)
-    changes = Changes(
+    changes = ImageTransforms(
         affine=torch.randn(batch, 2, 3, generator=generator),
-        kernel=torch.full((batch, 5), 0.2),
-        matrix=torch.randn(batch, 3, 3, generator=generator),
-        offset=torch.randn(batch, 1, 1, generator=generator),
+        blur_kernel=torch.full((batch, 5), 0.2),
+        color_matrix=torch.randn(batch, 3, 3, generator=generator),
+        color_offset=torch.randn(batch, 1, 1, generator=generator),
         noise=torch.randn(batch, 3, 64, 64, generator=generator),
-        hole=torch.rand(batch, 4, generator=generator),
+        erase_box=torch.rand(batch, 4, generator=generator),
     )
     alone = [slice(row, row + 1) for row in range(batch)]
-    expected = torch.cat([apply_changes(data[row], changes.rows(row)) for row in alone])
-    torch.testing.assert_close(apply_changes(data, changes), expected, atol=1e-5, rtol=0)
+    expected = torch.cat([apply_transforms(data[row], changes.rows(row)) for row in alone])
+    torch.testing.assert_close(apply_transforms(data, changes), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("stream", [0, 1, 2**63, 2**64 - 1])

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigabatch.data.rng import VERSION, key, permute, permute_each, uniforms
+from gigabatch.data.rng import VERSION, key, permute, permute_elementwise, uniforms
 
 STREAMS = st.integers(0, (1 << 64) - 1)
 
@@ -109,7 +109,7 @@ def test_many_permutations_at_once_equal_each_by_the_book(
     index, sizes = (np.array([row[0][i] for row in rows], np.int64) for i in (0, 1))
     streams = np.array([stream for _, stream in rows], np.uint64)
     book = [place(i, size, stream) for (i, size), stream in rows]
-    assert permute_each(index, sizes, streams).tolist() == book
+    assert permute_elementwise(index, sizes, streams).tolist() == book
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 16, 17, 255, 256, 257, 4096, 4097])

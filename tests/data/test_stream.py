@@ -11,16 +11,16 @@ import pytest
 import torch
 from tarfiles import write_tar
 
-from gigabatch.data.decode.fields import Fields, Sample, some_captions
+from gigabatch.data.decode.fields import Fields, Sample, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import EvalPlans, Plan, TrainPlans
-from gigabatch.data.order.epoch_order import Order
-from gigabatch.data.order.mixture import Mixture, Phase, batch_numbers
+from gigabatch.data.order.assignment import EvalPlans, MicroBatchPlan, TrainPlans
+from gigabatch.data.order.epoch_order import ShuffledOrder
+from gigabatch.data.order.mixture import Mixture, Phase, batch_sample_numbers
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.stream import MicroBatch, by_step, open_stream
+from gigabatch.data.stream import MicroBatch, group_by_step, open_stream
 from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
@@ -38,9 +38,9 @@ def index(shards: Path) -> Index:
 @pytest.fixture(scope="module")
 def tokenizer(index: Index, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    train_bpe(some_captions([index], FIELDS, 1000), TextSettings(vocab_size=300, length=12)).save(
-        str(path)
-    )
+    train_bpe(
+        captions_for_tokenizer([index], FIELDS, 1000), TextSettings(vocab_size=300, length=12)
+    ).save(str(path))
     return path
 
 
@@ -62,7 +62,7 @@ def stream(index: Index, tokenizer: Path) -> Iterator[Callable[..., list[MicroBa
 def plans(
     index: Index, world_size: int = 1, rank: int = 0, first: int = 1, last: int = 3
 ) -> TrainPlans:
-    order = Order(index.shard_sizes, seed=5, window=2)
+    order = ShuffledOrder(index.shard_sizes, seed=5, window=2)
     mixture = Mixture((order,), (Phase(0, (1.0,)),), seed=5)
     return TrainPlans(mixture, GLOBAL, MICRO, world_size, rank, first, last)
 
@@ -83,7 +83,7 @@ def test_micro_batches_hold_what_the_shards_hold(
     assert [(b.step, b.number) for b in batches] == [(s, j) for s in (1, 2, 3) for j in range(6)]
     for step in (1, 2, 3):
         rows = torch.cat([b.tensors["sample"] for b in batches if b.step == step])
-        assert rows.tolist() == batch_numbers(plans(index).mixture, step, GLOBAL).tolist()
+        assert rows.tolist() == batch_sample_numbers(plans(index).mixture, step, GLOBAL).tolist()
     for batch in batches:
         assert batch.real
         tensors, samples = batch.tensors, batch.tensors["sample"].tolist()
@@ -135,7 +135,7 @@ def test_starting_at_a_later_step_equals_skipping(
 
 def test_by_step_groups(index: Index, stream: Callable[..., list[MicroBatch]]) -> None:
     mine = plans(index, world_size=4, rank=1)
-    steps = list(by_step(stream(mine), mine.per_step))
+    steps = list(group_by_step(stream(mine), mine.per_step))
     assert [[b.step for b in step] for step in steps] == [[1, 1], [2, 2], [3, 3]]
 
 
@@ -259,7 +259,7 @@ def test_evaluation_covers_each_sample_once(count: int, world_size: int) -> None
     assert len({len(rank) for rank in ranks}) == 1
     real = [sample for rank in ranks for plan in rank if plan.real for sample in plan.samples]
     assert real == list(range(count))
-    assert all(plan == Plan(0, -(-count // 8), False, (0,))
+    assert all(plan == MicroBatchPlan(0, -(-count // 8), False, (0,))
                for rank in ranks for plan in rank if not plan.real)  # fmt: skip
 
 
@@ -274,5 +274,5 @@ def test_the_last_micro_batch_of_an_evaluation_may_be_short(
 
 @pytest.mark.parametrize(("limit", "count"), [(1000, 200), (200, 200), (50, 50), (60, 50), (1, 1)])
 def test_captions_are_evenly_spaced(limit: int, count: int, index: Index) -> None:
-    found = list(some_captions([index], FIELDS, limit))
+    found = list(captions_for_tokenizer([index], FIELDS, limit))
     assert len(found) == count <= limit

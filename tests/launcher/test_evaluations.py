@@ -182,7 +182,7 @@ def write_named(folder: Path) -> None:
         (["--on", "train", "--task", "probe", "label=concept"], "also the training set"),
         (["--on", "val", "--task", "zero-shot", "label=colour", "templates=a"], "has no {}"),
         (["--on", "val", "--task", "geometry", "--slice", "concept"], "no metric of single"),
-        (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: is not there"),
+        (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: does not exist"),
         (["--on", "val", "--task", "order", "against=wrong"], "wrong"),
         (["--on", "train", "--task", "sample-state"], "keeps no state of samples"),
         (["--on", "val", "label=concept"], "label: unknown key of retrieval"),

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gigabatch.data.rng import key
-from gigabatch.data.stream import MicroBatch, by_step
+from gigabatch.data.stream import MicroBatch, group_by_step
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
@@ -53,7 +53,7 @@ def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[M
     data = open_train(config)
     plans = plans_of(data, world_size, rank, 1, 1)
     stream = train_stream(data, plans, tokenizer, objective_of(config).needs.columns)
-    return next(by_step(stream, plans.per_step))
+    return next(group_by_step(stream, plans.per_step))
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import losses
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.checkpoints.format import checkpoint_at
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World
@@ -21,11 +21,11 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 
 def test_rows_are_found_by_the_numbers_of_samples() -> None:
     table = SampleTable([3, 2], [0.5, -torch.inf], ALONE)
-    numbers = torch.tensor([2, 1 << NUMBER_BITS, 0])
+    numbers = torch.tensor([2, 1 << SAMPLE_BITS, 0])
     assert table.read(numbers).tolist() == [[0.5, -torch.inf]] * 3
     table.write(numbers, torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
-    assert table.whole()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
-    assert table.read(torch.tensor([1 << NUMBER_BITS | 1, 2])).tolist() == [
+    assert table.gather()[:, 0].tolist() == [5.0, 0.5, 1.0, 3.0, 0.5]
+    assert table.read(torch.tensor([1 << SAMPLE_BITS | 1, 2])).tolist() == [
         [0.5, -torch.inf], [1.0, 2.0],
     ]  # fmt: skip
 
@@ -34,7 +34,7 @@ def test_of_a_sample_that_comes_twice_the_last_row_counts() -> None:
     table = SampleTable([4], [0.0], ALONE)
     numbers = torch.tensor([1, 3, 1, 3, 1])
     table.write(numbers, torch.arange(5.0).unsqueeze(1))
-    assert table.whole().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
+    assert table.gather().flatten().tolist() == [0.0, 4.0, 0.0, 3.0]
 
 
 def test_a_whole_table_is_dealt_to_any_number_of_ranks() -> None:

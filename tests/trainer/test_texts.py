@@ -12,7 +12,7 @@ import webdataset as wds
 from support import losses, run_ranks
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.text.tokenizer import encode, load_tokenizer, of_length
+from gigabatch.data.text.tokenizer import encode, load_tokenizer, with_length
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, load_config, parse_config
@@ -104,7 +104,7 @@ def test_each_text_has_its_prefix_and_its_length(pairs: Path, tmp_path: Path) ->
     right = [f"passage: {each['passages'][0]}" for each in asked]
     assert torch.equal(seen["text"][::3], encode(tokenizer, right)[0])
     queries = [f"query: {each['ask']['first']}" for each in asked]
-    tokens, mask = encode(of_length(tokenizer, 12), queries)
+    tokens, mask = encode(with_length(tokenizer, 12), queries)
     assert torch.equal(seen["query"], tokens)
     assert torch.equal(seen["query_mask"], mask)
     assert tokens.shape == (4, 12)

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.decode.audio import AudioSettings
-from gigabatch.data.decode.fields import Other
+from gigabatch.data.decode.fields import ExtraModality
 from gigabatch.data.decode.vectors import VectorSettings, VectorsSettings
-from gigabatch.data.text.captions import OneText
+from gigabatch.data.text.captions import ExtraText
 from gigabatch.trainer.config.tower import (
     HuggingFaceTower,
     ModuleTower,
@@ -113,7 +113,7 @@ OfText = Annotated[
 ]
 
 
-class OtherText(OneText):
+class OtherText(ExtraText):
     kind: Literal["text"]
     """A further text, such as a query beside its passage, by the run's tokeniser."""
     share: Literal["text"] | None = None
@@ -136,8 +136,8 @@ OtherTower = Annotated[
 ]
 
 
-def what_is_read(tower: Tower | OtherText) -> Other:
+def what_is_read(tower: Tower | OtherText) -> ExtraModality:
     """How the samples of a tower are decoded."""
     found = tower.reads if isinstance(tower, OtherModuleTower) else tower
-    assert isinstance(found, Other)
+    assert isinstance(found, ExtraModality)
     return found

@@ -7,7 +7,6 @@ from itertools import combinations
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config, singles, taps_of
-from gigabatch.trainer.evaluation.objective_facts import retrieval_score
 from gigabatch.trainer.evaluation.taps import HEAD, TOKENS
 from gigabatch.trainer.taps import parse_tap
 
@@ -23,7 +22,7 @@ def comparisons(config: Config) -> list[tuple[str, ...]]:
     for objective in singles(config.objective):
         read = {parse_tap(tap).modality for tap in objective.taps}
         modalities = tuple(name for name in config.modalities if name in read)
-        at_once = retrieval_score(objective) == "product" and len(read) > 2
+        at_once = objective.retrieval_score() == "product" and len(read) > 2
         groups += [modalities] if at_once else combinations(modalities, 2)
     return list(dict.fromkeys(groups)) or [tuple(config.modalities[:2])]
 
@@ -33,7 +32,7 @@ def joint_score(config: Config, modalities: Sequence[str]) -> str:
     products = [
         {parse_tap(tap).modality for tap in objective.taps}
         for objective in singles(config.objective)
-        if retrieval_score(objective) == "product"
+        if objective.retrieval_score() == "product"
     ]
     return "product" if any(set(modalities) <= read for read in products) else "sum"
 

@@ -133,7 +133,7 @@ def embed_set(
         [index],
         EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
         fields=fields,
-        tokenizer=run.tokenizer if fields.texts.modalities else None,
+        tokenizer=run.tokenizer if fields.texts_only.modalities else None,
         seed=config.run.seed,
         workers=config.data.workers,
         prefetch=config.data.prefetch,
@@ -146,7 +146,7 @@ def embed_set(
     unusable: list[str] = []
     for micro in stream:
         if micro.real:
-            unusable += [sample.why for sample in micro.bad]
+            unusable += [sample.why for sample in micro.substitutions]
         batch = micro.to(world.device)
         # Ranks with fewer samples embed padding batches, so that collectives stay in step.
         kept = slice(None) if batch.real else slice(0)

@@ -16,7 +16,7 @@ from gigabatch.data.decode.members import code_of
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import value_at
 
@@ -52,7 +52,7 @@ def field_values(
 
 
 def _value(
-    data: bytes | Damaged | None, field: str, index: Index, sample: int, required: bool
+    data: bytes | DamagedMember | None, field: str, index: Index, sample: int, required: bool
 ) -> Any:
     """Return the field of one sample's JSON."""
     record: Any = None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.shards.quarantine import Bad
+from gigabatch.data.shards.quarantine import Substitution
 from gigabatch.trainer.run.files import sync_file
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -66,7 +66,7 @@ class Monitor:
         with open(self.run.samples, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def quarantine(self, bad: Iterable[Bad]) -> None:
+    def quarantine(self, bad: Iterable[Substitution]) -> None:
         """Append samples that others stood in for to quarantine.jsonl, and say the first few."""
         with open(self.run.quarantine, "a", encoding="utf-8") as file:
             for each in bad:

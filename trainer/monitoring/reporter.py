@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gigabatch.data.shards.quarantine import Bad, by_source, refuse_above_rate
+from gigabatch.data.shards.quarantine import Substitution, check_damage_rate, count_by_source
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
@@ -92,21 +92,21 @@ class Reporter:
         if self.monitor:
             self.monitor.samples(self.counts.done, [n for _, numbers in dealt for n in numbers])
 
-    def bad_samples(self, bad: Sequence[Bad]) -> None:
+    def bad_samples(self, bad: Sequence[Substitution]) -> None:
         """Count and record samples that others stood in for. A collective. Raises GigabatchError
         where they are too many."""
         found = [each for rank in self.world.gather(bad) for each in rank]
-        self.counts.bad_samples += by_source(found)
+        self.counts.bad_samples += count_by_source(found)
         if self.monitor:
             self.monitor.quarantine(found)
         names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         most = self.config.data.max_damaged
-        refuse_above_rate(self.counts.bad_samples, drawn, names, most)
+        check_damage_rate(self.counts.bad_samples, drawn, names, most)
 
     def _drawn(self) -> NDArray[np.int64]:
         """[sources] samples read of each so far."""
-        return self.data.mixture.drawn(self.counts.done * self.config.batch.global_size)
+        return self.data.mixture.samples_before(self.counts.done * self.config.batch.global_size)
 
     def _epochs(self) -> dict[str, float]:
         """How often each source was gone through."""

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.files import replacing
+from gigabatch.data.files import atomic_replace
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside, sync, then rename over `path`."""
-    with replacing(path) as fresh:
+    with atomic_replace(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.launcher.experiments.shards import write_set
 
@@ -68,18 +68,18 @@ def drawings(source: Path, name: str) -> list[Drawing]:
     """All samples of a set, in order. Raises GigabatchError, which names the first that lacks
     something."""
     index = open_index(str(source / name))
-    index.require("png")
-    index.require("txt")
-    index.require("json")
+    index.require_members("png")
+    index.require_members("txt")
+    index.require_members("json")
     with Sources([index]) as sources:
         found = sources.read(np.arange(len(index)), MEMBERS)
     return [_drawing(index, number, each) for number, each in enumerate(found)]
 
 
-def _drawing(index: Index, number: int, raw: dict[str, bytes | Damaged]) -> Drawing:
+def _drawing(index: Index, number: int, raw: dict[str, bytes | DamagedMember]) -> Drawing:
     parts: dict[str, bytes] = {}
     for member, data in raw.items():
-        if isinstance(data, Damaged):
+        if isinstance(data, DamagedMember):
             raise GigabatchError(f"{data.why} Restore the shard.")
         parts[member] = data
     try:

@@ -22,10 +22,10 @@ from gigabatch.data.bench.run import bench, run
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.shards import synthesise
 from gigabatch.data.bench.work import micro_batches
-from gigabatch.data.decode.fields import Fields, Sample, some_captions
+from gigabatch.data.decode.fields import Fields, Sample, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import EvalPlans, Plan
+from gigabatch.data.order.assignment import EvalPlans, MicroBatchPlan
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
@@ -42,7 +42,7 @@ def setup(shards: Path, tmp_path: Path) -> Setup:
 def setup_of(folder: Path, tmp_path: Path, fields: Fields = FIELDS) -> Setup:
     index = open_index(folder, columns=["concept"])
     tokenizer = tmp_path / "tokenizer.json"
-    captions = some_captions([index], fields, 1000)
+    captions = captions_for_tokenizer([index], fields, 1000)
     train_bpe(captions, TextSettings(vocab_size=300, length=12)).save(str(tokenizer))
     return Setup(
         indexes=[index], plans=EvalPlans(len(index), BATCH, 1, 0), fields=fields,
@@ -186,7 +186,7 @@ def test_what_fails_in_plain_webdataset_ends_that_contender_alone(
     folder.mkdir()
     shard = folder / "a.tar"
     shard.write_bytes(next((shards / "train").glob("*.tar")).read_bytes())
-    offset = open_index(shards / "train").span(7, "png")[0]
+    offset = open_index(shards / "train").member_span(7, "png")[0]
     overwrite(shard, offset + 40, bytes(64))  # before it is indexed: its checksum is right
     found = bench(setup_of(folder, tmp_path), 30, lambda line: None, repeats=1, longest_s=0.5)
     stream = next(r for r in found["stages"] if r["stage"] == "together, 0 workers")
@@ -200,7 +200,7 @@ def test_what_fails_in_plain_webdataset_ends_that_contender_alone(
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        (replace(FIELDS, partial=True), "every sample has"),
+        (replace(FIELDS, allow_missing=True), "every sample has"),
         (replace(FIELDS, text=CaptionSettings(choose="all")), "one caption a sample"),
     ],
 )
@@ -255,7 +255,7 @@ def test_the_bottleneck_is_the_slowest_stage_of_the_slower_side(
         ({"workers": (2, -1)}, "workers are [2, -1]"),
         ({"tokenizer": None}, "no tokeniser"),
         ({"fields": Fields()}, "nothing of the samples is to be read"),
-        ({"plans": [Plan(1, 0, True, ())]}, "no micro-batch to be read"),
+        ({"plans": [MicroBatchPlan(1, 0, True, ())]}, "no micro-batch to be read"),
         ({"fields": replace(FIELDS, arrays=("npy",))}, "no sample has a .npy member"),
     ],
 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from gigabatch.data.decode.audio import AudioSettings, decode_audio
-from gigabatch.data.decode.audio_headers import is_cut, told_frames
+from gigabatch.data.decode.audio_headers import expected_samples, is_truncated
 from gigabatch.data.errors import BadSample
 
 WHERE = "/data/s.tar: sample 'dog'"
@@ -255,17 +255,17 @@ def test_the_frames_of_an_mp3_are_counted(rate: int) -> None:
         read = len(file.read())
     tag = b"ID3\x04\0\0\0\0\0\x14" + bytes(20)
     for frames in (bare, tag + bare):
-        assert told_frames(frames, "MP3", -1, 10**9) == read
-        assert 1000 <= told_frames(frames, "MP3", -1, 1000) < 1000 + 1152
-    assert told_frames(bare + b"junk" + bare, "MP3", -1, 10**9) == read
+        assert expected_samples(frames, "MP3", -1, 10**9) == read
+        assert 1000 <= expected_samples(frames, "MP3", -1, 1000) < 1000 + 1152
+    assert expected_samples(bare + b"junk" + bare, "MP3", -1, 10**9) == read
 
 
 def test_an_mp3_is_as_long_as_its_tag_says_if_it_says() -> None:
     for name, mode in ((b"Xing", "VARIABLE"), (b"Info", "CONSTANT")):
         data = bytearray(noisy("mp3", bitrate_mode=mode, compression_level=0.5))
-        assert told_frames(bytes(data), "MP3", 123, 10**9) == 123
+        assert expected_samples(bytes(data), "MP3", 123, 10**9) == 123
         data[data.index(name) + 7] &= 0xFE
-        assert told_frames(bytes(data), "MP3", 123, 10**9) > 48000
+        assert expected_samples(bytes(data), "MP3", 123, 10**9) > 48000
 
 
 def test_an_mp3_may_tell_of_a_few_frames_more_than_it_has() -> None:
@@ -285,7 +285,7 @@ def test_an_mp3_may_tell_of_a_few_frames_more_than_it_has() -> None:
      (b"\xff" * 40, "OGG")],
 )  # fmt: skip
 def test_a_file_without_what_ends_it_is_cut(data: bytes, kind: str) -> None:
-    assert is_cut(data, kind)
+    assert is_truncated(data, kind)
 
 
 def outcome(data: bytes) -> str:

@@ -12,7 +12,12 @@ from support import write_modalities
 
 from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.vectors import NoVector, VectorSettings, VectorsSettings, read_vectors
+from gigabatch.data.decode.vectors import (
+    MissingVector,
+    VectorSettings,
+    VectorsSettings,
+    read_vectors,
+)
 from gigabatch.data.errors import BadSample
 from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.shards.indexing import open_index
@@ -84,18 +89,18 @@ def test_fields_that_are_not_numbers_are_refused(value: Any) -> None:
 
 def test_what_is_not_there_is_told_from_what_is_wrong() -> None:
     for record in ({}, {"x": None}):
-        with pytest.raises(NoVector):
+        with pytest.raises(MissingVector):
             of_json(record, THREE, "x")
-    with pytest.raises(NoVector):
+    with pytest.raises(MissingVector):
         of_json({"x": []}, PAIRS, "x")
-    with pytest.raises(NoVector):
+    with pytest.raises(MissingVector):
         read_vectors(npy(np.ones((0, 2))), PAIRS, WHERE)
 
 
 def micro_batches(
     folder: Path, workers: int, vectors: dict[str, VectorSettings] | None = None, **more: Any
 ) -> list[MicroBatch]:
-    fields = Fields(more=more, vectors=vectors or {}, partial=True)
+    fields = Fields(more=more, vectors=vectors or {}, allow_missing=True)
     stream = open_stream(
         [open_index(str(folder))], EvalPlans(12, 6, 1, 0), fields=fields, tokenizer=None, seed=0,
         workers=workers, prefetch=2,

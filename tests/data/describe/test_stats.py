@@ -22,8 +22,8 @@ from tarfiles import listed, write_tar
 from gigabatch.data.describe.opened import one_line, script_of
 from gigabatch.data.describe.rowstats import DISTINCT, Frequencies, Tally, spread, spread_of_counts
 from gigabatch.data.describe.stats import SetStats, collect, render
-from gigabatch.data.shards.filtered_view import make_view
-from gigabatch.data.shards.index import FORMAT, Index, index_of
+from gigabatch.data.shards.filtered_view import create_view
+from gigabatch.data.shards.index import FORMAT, Index, index_from_manifest
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.scan import IndexSettings
@@ -285,7 +285,7 @@ def test_a_set_without_that_caption_member_is_described_all_the_same(tmp_path: P
 def test_a_view_is_described_by_its_own_samples(tmp_path: Path) -> None:
     write_samples(tmp_path / "set", 60, 20, seed=3)
     whole = open_index(tmp_path / "set", columns=("concept",))
-    view = make_view(whole, "concept >= 45", tmp_path / "view")
+    view = create_view(whole, "concept >= 45", tmp_path / "view")
     stats = collect(view, TXT)
     assert (stats.samples, stats.shards, stats.opened) == (5, 1, 5)
     assert stats.columns[0].values.distinct == 5
@@ -327,7 +327,7 @@ def tiled(folder: Path, samples: int) -> Index:
 
     home = folder / "tiled"
     write_index(tables(), table.schema, manifest, home)
-    return index_of("tiled", home, manifest, [real.shards[0].name] * copies)
+    return index_from_manifest("tiled", home, manifest, [real.shards[0].name] * copies)
 
 
 @pytest.mark.slow

@@ -8,20 +8,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigabatch.data.order.epoch_order import Order, deal, rounds
+from gigabatch.data.order.epoch_order import (
+    ShuffledOrder,
+    micro_batch_range,
+    micro_batches_per_rank,
+)
 from gigabatch.data.rng import key, permute
 
 ORDERS = st.builds(
-    Order,
+    ShuffledOrder,
     # An empty shard is legal: it holds no sample and takes a place in the walk.
     st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any).map(tuple),
     st.integers(0, 2**63 - 1),
     st.integers(1, 15),
 )
-SMALL = Order((3, 5, 2, 4), seed=11, window=2)
+SMALL = ShuffledOrder((3, 5, 2, 4), seed=11, window=2)
 
 
-def epoch_of(order: Order, epoch: int) -> np.ndarray:
+def epoch_of(order: ShuffledOrder, epoch: int) -> np.ndarray:
     first = epoch * order.epoch_size
     epochs, samples = order.locate(np.arange(first, first + order.epoch_size))
     assert (epochs == epoch).all()
@@ -29,7 +33,7 @@ def epoch_of(order: Order, epoch: int) -> np.ndarray:
 
 
 @given(order=ORDERS, epoch=st.integers(0, 10**6))
-def test_each_sample_comes_once_an_epoch(order: Order, epoch: int) -> None:
+def test_each_sample_comes_once_an_epoch(order: ShuffledOrder, epoch: int) -> None:
     assert np.array_equal(np.sort(epoch_of(order, epoch)), np.arange(order.epoch_size))
 
 
@@ -42,7 +46,7 @@ def test_golden_positions() -> None:
 
 
 def test_seeking_to_position_a_billion_equals_the_walk_and_is_fast() -> None:
-    order = Order((1000,) * 10_000, seed=3, window=8)
+    order = ShuffledOrder((1000,) * 10_000, seed=3, window=8)
     began = time.perf_counter()
     epochs, samples = order.locate(np.array([10**9, 10**9 + 1, 10**9 + 7 * 10**6]))
     assert time.perf_counter() - began < 0.5
@@ -50,7 +54,7 @@ def test_seeking_to_position_a_billion_equals_the_walk_and_is_fast() -> None:
     assert samples.tolist() == [walk_to(order, 100, offset) for offset in (0, 1, 7 * 10**6)]
 
 
-def walk_to(order: Order, epoch: int, offset: int) -> int:
+def walk_to(order: ShuffledOrder, epoch: int, offset: int) -> int:
     """The sample at `offset`, by visiting shards and windows one after the other."""
     sizes = order.shard_sizes
     starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -69,7 +73,7 @@ def walk_to(order: Order, epoch: int, offset: int) -> int:
 
 
 @given(order=ORDERS, data=st.data())
-def test_a_lookup_equals_the_walk(order: Order, data: st.DataObject) -> None:
+def test_a_lookup_equals_the_walk(order: ShuffledOrder, data: st.DataObject) -> None:
     epoch = data.draw(st.integers(0, 1000))
     offset = data.draw(st.integers(0, order.epoch_size - 1))
     _, samples = order.locate(np.array([epoch * order.epoch_size + offset]))
@@ -77,7 +81,7 @@ def test_a_lookup_equals_the_walk(order: Order, data: st.DataObject) -> None:
 
 
 @given(order=ORDERS, epoch=st.integers(0, 5))
-def test_a_window_draws_from_its_own_shards_only(order: Order, epoch: int) -> None:
+def test_a_window_draws_from_its_own_shards_only(order: ShuffledOrder, epoch: int) -> None:
     sizes, first = np.array(order.shard_sizes), np.cumsum((0, *order.shard_sizes))
     shard = np.searchsorted(first, epoch_of(order, epoch), side="right") - 1
     # Shards in the order of their first appearance must come in groups of `window` that close.
@@ -91,8 +95,8 @@ def test_a_window_draws_from_its_own_shards_only(order: Order, epoch: int) -> No
 
 
 def test_seeds_and_epochs_shuffle_differently() -> None:
-    one = Order((50, 50), seed=1, window=2)
-    two = Order((50, 50), seed=2, window=2)
+    one = ShuffledOrder((50, 50), seed=1, window=2)
+    two = ShuffledOrder((50, 50), seed=2, window=2)
     assert not np.array_equal(epoch_of(one, 0), epoch_of(two, 0))
     assert not np.array_equal(epoch_of(one, 0), epoch_of(one, 1))
     assert not np.array_equal(epoch_of(one, 0), np.arange(100))
@@ -100,16 +104,20 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
 
 def test_an_order_is_a_value() -> None:
     arguments = [(3, 5, 2, 4), [3, 5, 2, 4], np.array([3, 5, 2, 4], np.int32)]
-    assert all(Order(sizes, 11, 2) == SMALL for sizes in arguments)
-    assert len({Order(sizes, 11, 2) for sizes in arguments}) == 1
-    others = [Order((3, 5, 4, 2), 11, 2), Order((3, 5, 2, 4), 12, 2), Order((3, 5, 2, 4), 11, 3)]
+    assert all(ShuffledOrder(sizes, 11, 2) == SMALL for sizes in arguments)
+    assert len({ShuffledOrder(sizes, 11, 2) for sizes in arguments}) == 1
+    others = [
+        ShuffledOrder((3, 5, 4, 2), 11, 2),
+        ShuffledOrder((3, 5, 2, 4), 12, 2),
+        ShuffledOrder((3, 5, 2, 4), 11, 3),
+    ]
     assert all(other != SMALL for other in others)
     assert SMALL != (3, 5, 2, 4)
 
 
 def test_its_sizes_are_its_own() -> None:
     sizes = np.array([3, 5, 2, 4])
-    order = Order(sizes, seed=11, window=2)
+    order = ShuffledOrder(sizes, seed=11, window=2)
     sizes[0] = 100
     assert order == SMALL
     with pytest.raises(ValueError, match="read-only"):
@@ -117,7 +125,7 @@ def test_its_sizes_are_its_own() -> None:
 
 
 @given(order=ORDERS)
-def test_pickling_keeps_the_order_and_leaves_the_walks(order: Order) -> None:
+def test_pickling_keeps_the_order_and_leaves_the_walks(order: ShuffledOrder) -> None:
     fresh = len(pickle.dumps(order))
     epochs = np.arange(3) * order.epoch_size
     _, samples = order.locate(epochs)
@@ -128,10 +136,12 @@ def test_pickling_keeps_the_order_and_leaves_the_walks(order: Order) -> None:
 
 
 @given(order=ORDERS, epochs=st.lists(st.integers(0, 6), min_size=1, max_size=12))
-def test_epochs_may_be_asked_for_in_any_order(order: Order, epochs: list[int]) -> None:
+def test_epochs_may_be_asked_for_in_any_order(order: ShuffledOrder, epochs: list[int]) -> None:
     sizes, seed, window = order.shard_sizes, order.seed, order.window
     for epoch in epochs:
-        assert np.array_equal(epoch_of(order, epoch), epoch_of(Order(sizes, seed, window), epoch))
+        assert np.array_equal(
+            epoch_of(order, epoch), epoch_of(ShuffledOrder(sizes, seed, window), epoch)
+        )
 
 
 def test_a_cold_seek_over_a_million_shards_costs_a_few_shuffles_of_them() -> None:
@@ -141,7 +151,7 @@ def test_a_cold_seek_over_a_million_shards_costs_a_few_shuffles_of_them() -> Non
     for seed in range(5):
         # Of this process only, and beside numpy: machines differ, and are at work on other things.
         began = time.process_time()
-        _, samples = Order(sizes, seed, window=64).locate(batch)
+        _, samples = ShuffledOrder(sizes, seed, window=64).locate(batch)
         located = time.process_time()
         np.random.default_rng(seed).permutation(10**6)
         seeks.append(located - began)
@@ -157,8 +167,8 @@ def test_a_cold_seek_over_a_million_shards_costs_a_few_shuffles_of_them() -> Non
 def test_deal_covers_every_micro_batch_once_in_even_runs(
     micro_batches: int, world_size: int
 ) -> None:
-    runs = [deal(micro_batches, world_size, rank) for rank in range(world_size)]
+    runs = [micro_batch_range(micro_batches, world_size, rank) for rank in range(world_size)]
     assert [j for run in runs for j in run] == list(range(micro_batches))
     lengths = [len(run) for run in runs]
     assert max(lengths) - min(lengths) <= 1
-    assert rounds(micro_batches, world_size) == max(lengths)
+    assert micro_batches_per_rank(micro_batches, world_size) == max(lengths)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gigabatch.data.order.groups import Grouped
+from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.rng import I64, key, permute
 
 CODES = st.lists(st.sampled_from([-1, 0, 3, 4, 2**62, -(2**63)]), min_size=1, max_size=60)
@@ -17,11 +17,11 @@ BATCHES = st.integers(1, 70)
 SEEDS = st.integers(0, 2**63 - 1)
 
 
-def made(codes: list[int], batch: int, seed: int = 7) -> Grouped:
-    return Grouped(np.array(codes, np.int64), batch, seed)
+def made(codes: list[int], batch: int, seed: int = 7) -> GroupedOrder:
+    return GroupedOrder(np.array(codes, np.int64), batch, seed)
 
 
-def located(grouped: Grouped, batches: int) -> tuple[I64, I64]:
+def located(grouped: GroupedOrder, batches: int) -> tuple[I64, I64]:
     """(epochs, samples) of the first batches, [batches, batch]."""
     epochs, samples = grouped.locate(np.arange(batches * grouped.batch))
     assert epochs.dtype == samples.dtype == np.int64
@@ -135,7 +135,7 @@ def test_a_batch_may_exceed_the_source(batch: int) -> None:
 
 def test_other_samples_are_left_over_each_epoch_and_other_groups_cut() -> None:
     codes = np.repeat([0, 1, 2], [130, 90, 80])
-    grouped = Grouped(codes, 100, seed=1)
+    grouped = GroupedOrder(codes, 100, seed=1)
     epoch, sample = located(grouped, 3 * 100)
     group = codes[sample]
     mixed = (group != group[:, :1]).any(1)
@@ -164,7 +164,7 @@ def test_seeds_and_epochs_shuffle_differently() -> None:
 def test_seeking_to_position_a_billion_is_fast_and_goes_on_where_the_walk_would() -> None:
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 200, 10**6) * rng.integers(0, 2, 10**6) - 1
-    grouped = Grouped(codes, 32_768, seed=3)
+    grouped = GroupedOrder(codes, 32_768, seed=3)
     positions = 10**9 // 32_768 * 32_768 + np.arange(32_768)
     took = []
     for batch in range(5):
@@ -215,11 +215,11 @@ def test_it_is_a_value() -> None:
 
 def test_small_and_large_codes_give_the_same_order() -> None:
     codes = [3, 1, 2, 1, 1, 3] * 9
-    narrow, wide = (Grouped(np.array(codes, kind), 4, 1) for kind in (np.int32, np.int64))
+    narrow, wide = (GroupedOrder(np.array(codes, kind), 4, 1) for kind in (np.int32, np.int64))
     assert narrow == wide
     assert np.array_equal(*(each.locate(np.arange(200))[1] for each in (narrow, wide)))
 
 
 def test_it_holds_one_small_number_a_sample() -> None:
     codes = np.random.default_rng(0).integers(0, 50, 100_000)
-    assert len(pickle.dumps(Grouped(codes, 1000, 1))) < 4 * 100_000 + 10_000
+    assert len(pickle.dumps(GroupedOrder(codes, 1000, 1))) < 4 * 100_000 + 10_000

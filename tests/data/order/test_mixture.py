@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.epoch_order import Order, deal
-from gigabatch.data.order.groups import Grouped
+from gigabatch.data.order.epoch_order import ShuffledOrder, micro_batch_range
+from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import (
     BATCH_BLOCK,
     SAMPLE_BLOCK,
     Mixture,
     Phase,
-    Walk,
+    SampleOrder,
     apportion,
-    batch_numbers,
-    number_of,
-    split_number,
+    batch_sample_numbers,
+    from_sample_number,
+    to_sample_number,
 )
 from gigabatch.data.rng import I64, key, permute
 
 EVEN = (Phase(0, (1.0,)),)
-SMALL = Order((3, 5, 2, 4), seed=11, window=2)
+SMALL = ShuffledOrder((3, 5, 2, 4), seed=11, window=2)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def width(mixture: Mixture) -> int:
 
 def walked(mixture: Mixture, blocks: int) -> tuple[I64, I64]:
     """(source, position in it) of all positions of the first blocks, by walking them."""
-    counters = [0] * len(mixture.walks)
+    counters = [0] * len(mixture.orders)
     sources, own = [], []
     for block in range(blocks):
         weights = [p.weights for p in mixture.phases if p.start <= block * width(mixture)][-1]
@@ -87,18 +87,18 @@ def test_a_look_up_equals_the_walk(mixture: Mixture, data: st.DataObject) -> Non
     located = mixture.locate(positions)
     assert all(part.dtype == np.int64 for part in located)
     assert np.array_equal(located.source, source[positions])
-    assert np.array_equal(located.sample, own[positions])
+    assert np.array_equal(located.row, own[positions])
     whole = mixture.locate(np.arange(len(own)))
     assert np.array_equal(whole.source, source)
-    assert np.array_equal(whole.sample, own)
+    assert np.array_equal(whole.row, own)
 
 
 @settings(max_examples=30)
 @given(mixture=mixtures())
 def test_each_source_advances_by_one_without_gaps(mixture: Mixture) -> None:
     located = mixture.locate(np.arange(5 * width(mixture)))
-    for source in range(len(mixture.walks)):
-        own = located.sample[located.source == source]
+    for source in range(len(mixture.orders)):
+        own = located.row[located.source == source]
         assert np.array_equal(own, np.arange(len(own)))
 
 
@@ -119,8 +119,8 @@ def test_every_block_holds_each_source_in_exact_proportion(mixture: Mixture, blo
 def test_drawn_equals_counting(mixture: Mixture, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, 5 * width(mixture)))
     source = mixture.locate(np.arange(position)).source
-    counted = np.bincount(source, minlength=len(mixture.walks))
-    drawn = mixture.drawn(position)
+    counted = np.bincount(source, minlength=len(mixture.orders))
+    drawn = mixture.samples_before(position)
     assert drawn.dtype == np.int64
     assert drawn.tolist() == counted.tolist()
 
@@ -131,11 +131,11 @@ def test_seeking_to_position_a_billion_goes_on_where_the_count_says(unit: int) -
     began = time.process_time()
     mixture = lines(phases, unit=unit)
     positions = 10**9 + np.arange(50_000)
-    located, drawn = mixture.locate(positions), mixture.drawn(10**9)
+    located, drawn = mixture.locate(positions), mixture.samples_before(10**9)
     assert time.process_time() - began < 0.2
     assert drawn.sum() == 10**9
     for source in range(3):
-        own = located.sample[located.source == source]
+        own = located.row[located.source == source]
         assert np.array_equal(own, drawn[source] + np.arange(len(own)))
     # By hand: whole blocks before each edge, in sixths or so of a block.
     block = width(mixture)
@@ -158,8 +158,8 @@ def test_weights_switch_at_the_first_block_edge_from_the_start_on(unit: int) -> 
 
 def test_of_two_phases_in_a_block_the_later_holds() -> None:
     mixture = lines((Phase(0, (1, 0)), Phase(5, (0, 1)), Phase(6, (1, 3))))
-    assert mixture.drawn(SAMPLE_BLOCK).tolist() == [10_000, 0]
-    assert mixture.drawn(2 * SAMPLE_BLOCK).tolist() == [12_500, 7500]
+    assert mixture.samples_before(SAMPLE_BLOCK).tolist() == [10_000, 0]
+    assert mixture.samples_before(2 * SAMPLE_BLOCK).tolist() == [12_500, 7500]
 
 
 @pytest.mark.parametrize("unit", [1, 5])
@@ -169,24 +169,24 @@ def test_the_positions_of_one_source_are_its_own(unit: int) -> None:
     located = Mixture((SMALL,), EVEN, seed=3, unit=unit).locate(positions)
     assert not located.source.any()
     assert np.array_equal(located.epoch, epochs)
-    assert np.array_equal(located.sample, samples)
-    assert Mixture((SMALL,), EVEN, seed=3, unit=unit).drawn(12_345).tolist() == [12_345]
+    assert np.array_equal(located.row, samples)
+    assert Mixture((SMALL,), EVEN, seed=3, unit=unit).samples_before(12_345).tolist() == [12_345]
 
 
 def test_a_source_that_is_never_drawn_changes_nothing() -> None:
     """The general case, of which a single source is one."""
-    order = Order((900, 1100), seed=1, window=2)
+    order = ShuffledOrder((900, 1100), seed=1, window=2)
     beside = Mixture((Line(), order), (Phase(0, (0, 1)),), seed=3)
     alone = Mixture((order,), EVEN, seed=3)
     positions = np.arange(25_000)
-    assert np.array_equal(beside.locate(positions).sample, alone.locate(positions).sample)
-    assert beside.drawn(25_000).tolist() == [0, 25_000]
+    assert np.array_equal(beside.locate(positions).row, alone.locate(positions).row)
+    assert beside.samples_before(25_000).tolist() == [0, 25_000]
 
 
 def test_a_unit_is_a_batch_of_one_source() -> None:
     mixture = lines((Phase(0, (2, 1, 1)),), unit=16)
     located = mixture.locate(np.arange(16 * 300))
-    source, own = located.source.reshape(-1, 16), located.sample.reshape(-1, 16)
+    source, own = located.source.reshape(-1, 16), located.row.reshape(-1, 16)
     assert (source == source[:, :1]).all()
     assert (own[:, 0] % 16 == 0).all()
     assert (np.diff(own) == 1).all()
@@ -209,7 +209,7 @@ def test_seeds_and_blocks_mix_differently() -> None:
 
 
 GOLDEN = Mixture(
-    (SMALL, Order((30, 20), 5, 1), Order((9,), 2, 1)),
+    (SMALL, ShuffledOrder((30, 20), 5, 1), ShuffledOrder((9,), 2, 1)),
     (Phase(0, (5, 3, 2)), Phase(25_000, (1, 0, 1))),
     seed=42,
 )
@@ -220,18 +220,18 @@ def test_golden_mixture() -> None:
     start = GOLDEN.locate(np.arange(16))
     assert start.source.tolist() == [0, 1, 2, 1, 0, 0, 2, 2, 0, 0, 1, 0, 1, 0, 0, 2]
     assert start.epoch.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert start.sample.tolist() == [13, 11, 2, 12, 10, 6, 4, 8, 4, 12, 17, 3, 7, 7, 11, 5]
+    assert start.row.tolist() == [13, 11, 2, 12, 10, 6, 4, 8, 4, 12, 17, 3, 7, 7, 11, 5]
     far = GOLDEN.locate(10**9 + np.arange(6))
     assert far.source.tolist() == [0, 0, 2, 0, 0, 2]
     assert far.epoch.tolist() == [35714285, 35714285, 55554555, 35714285, 35714285, 55554555]
-    assert far.sample.tolist() == [7, 6, 6, 1, 0, 8]
-    assert GOLDEN.drawn(10**9 + 6).tolist() == [500000004, 9000, 499991002]
+    assert far.row.tolist() == [7, 6, 6, 1, 0, 8]
+    assert GOLDEN.samples_before(10**9 + 6).tolist() == [500000004, 9000, 499991002]
 
 
 def test_golden_mixture_of_batches() -> None:
     located = replace(GOLDEN, unit=4).locate(4 * np.arange(12) + 1)
     assert located.source.tolist() == [0, 0, 0, 0, 2, 0, 0, 2, 0, 0, 0, 0]
-    assert located.sample.tolist() == [10, 3, 8, 1, 4, 0, 13, 6, 5, 1, 10, 5]
+    assert located.row.tolist() == [10, 3, 8, 1, 4, 0, 13, 6, 5, 1, 10, 5]
 
 
 @given(mixture=mixtures())
@@ -239,7 +239,7 @@ def test_a_mixture_is_a_value(mixture: Mixture) -> None:
     again = pickle.loads(pickle.dumps(mixture))
     assert again == mixture
     positions = np.arange(0, 3 * width(mixture), 997)
-    assert np.array_equal(again.locate(positions).sample, mixture.locate(positions).sample)
+    assert np.array_equal(again.locate(positions).row, mixture.locate(positions).row)
     assert replace(mixture, seed=mixture.seed + 1) != mixture
 
 
@@ -270,7 +270,7 @@ def test_shares_by_hand(weights: tuple[float, ...], seats: int, counts: list[int
 
 
 @pytest.mark.parametrize(
-    ("walks", "phases", "unit", "message"),
+    ("orders", "phases", "unit", "message"),
     [
         (2, (Phase(0, (1, 1e-5)),), 1, r"train\[1\]: weight 1e-05 of .* none of the 10000 samples"),
         (2, (Phase(0, (1, 1e-3)),), 64, r"none of the 100 batches of a block.* at least 0.01001"),
@@ -287,14 +287,16 @@ def test_shares_by_hand(weights: tuple[float, ...], seats: int, counts: list[int
     ],
 )
 def test_weights_that_cannot_hold_are_refused(
-    walks: int, phases: tuple[Phase, ...], unit: int, message: str
+    orders: int, phases: tuple[Phase, ...], unit: int, message: str
 ) -> None:
     with pytest.raises(GigabatchError, match=message):
-        Mixture((Line(),) * walks, phases, seed=1, unit=unit)
+        Mixture((Line(),) * orders, phases, seed=1, unit=unit)
 
 
-@pytest.mark.parametrize("empty", [Order((0, 0), 1, 1), Grouped(np.array([], np.int64), 4, 1)])
-def test_an_empty_source_is_refused(empty: Walk) -> None:
+@pytest.mark.parametrize(
+    "empty", [ShuffledOrder((0, 0), 1, 1), GroupedOrder(np.array([], np.int64), 4, 1)]
+)
+def test_an_empty_source_is_refused(empty: SampleOrder) -> None:
     with pytest.raises(GigabatchError, match=r"data.train\[1\]: it has no sample"):
         Mixture((SMALL, empty), (Phase(0, (1, 1)),), seed=1)
 
@@ -308,24 +310,25 @@ def test_numbers_are_unique_and_go_back_to_source_and_sample(
     places: list[tuple[int, int]],
 ) -> None:
     source, sample = (np.array([place[i] for place in places], np.int64) for i in (0, 1))
-    numbers = number_of(source, sample)
+    numbers = to_sample_number(source, sample)
     assert numbers.dtype == np.int64
     assert [
-        tuple(pair) for pair in zip(*map(np.ndarray.tolist, split_number(numbers)), strict=True)
+        tuple(pair)
+        for pair in zip(*map(np.ndarray.tolist, from_sample_number(numbers)), strict=True)
     ] == places
     assert [places[i] for i in np.argsort(numbers)] == sorted(places)
 
 
 @given(step=st.integers(1, 10**6), size=st.integers(1, 64))
 def test_a_batch_is_its_positions_sorted(step: int, size: int) -> None:
-    batch = batch_numbers(GOLDEN, step, size)
+    batch = batch_sample_numbers(GOLDEN, step, size)
     assert (np.diff(batch) >= 0).all()
     located = GOLDEN.locate(np.arange((step - 1) * size, step * size))
-    assert np.array_equal(batch, np.sort(number_of(located.source, located.sample)))
+    assert np.array_equal(batch, np.sort(to_sample_number(located.source, located.row)))
 
 
 def test_a_batch_may_straddle_two_epochs() -> None:
-    batch = batch_numbers(Mixture((SMALL,), EVEN, seed=3), 2, 10)
+    batch = batch_sample_numbers(Mixture((SMALL,), EVEN, seed=3), 2, 10)
     assert batch.tolist() == [0, 0, 1, 1, 2, 2, 6, 8, 9, 9]
     assert batch.tolist() == sorted(SMALL.locate(np.arange(10, 20))[1].tolist())
 
@@ -333,14 +336,18 @@ def test_a_batch_may_straddle_two_epochs() -> None:
 def test_batches_of_one_source_and_one_group() -> None:
     """Sources with groups of their own, mixed by whole batches."""
     codes = np.random.default_rng(0).integers(0, 3, 500)
-    walks = (Grouped(codes, 16, 1), Order((200, 100), 2, 2), Grouped(codes[:90], 16, 3))
-    mixture = Mixture(walks, (Phase(0, (3, 2, 1)),), seed=5, unit=16)
+    orders = (
+        GroupedOrder(codes, 16, 1),
+        ShuffledOrder((200, 100), 2, 2),
+        GroupedOrder(codes[:90], 16, 3),
+    )
+    mixture = Mixture(orders, (Phase(0, (3, 2, 1)),), seed=5, unit=16)
     pure = 0
     for step in range(1, 301):
-        source, sample = split_number(batch_numbers(mixture, step, 16))
+        source, sample = from_sample_number(batch_sample_numbers(mixture, step, 16))
         assert (source == source[0]).all()
         pure += source[0] != 1 and len(np.unique(codes[sample])) == 1
-    of_groups = 300 - int(mixture.drawn(16 * 300)[1]) // 16
+    of_groups = 300 - int(mixture.samples_before(16 * 300)[1]) // 16
     assert 0.85 * of_groups < pure < of_groups
 
 
@@ -358,8 +365,8 @@ def run(mixture: Mixture, worlds: list[int]) -> dict[tuple[int, int], list[int]]
         if worlds[step - 2 : step - 1] != [world]:
             mixture = pickle.loads(pickle.dumps(mixture))
         for rank in range(world):
-            batch = batch_numbers(mixture, step, GLOBAL)
-            for j in deal(GLOBAL // MICRO, world, rank):
+            batch = batch_sample_numbers(mixture, step, GLOBAL)
+            for j in micro_batch_range(GLOBAL // MICRO, world, rank):
                 assert (step, j) not in held
                 held[step, j] = batch[j * MICRO : (j + 1) * MICRO].tolist()
     return held
@@ -378,16 +385,16 @@ def run(mixture: Mixture, worlds: list[int]) -> dict[tuple[int, int], list[int]]
 def test_any_world_sizes_hold_the_same_batches_and_each_sample_once_an_epoch(
     stretches: list[tuple[int, int]], weights: list[float], later: int, unit: int, seed: int
 ) -> None:
-    walks = tuple(Order((n // 2, 0, n - n // 2), seed, 2) for n in SIZES)
-    mixture = Mixture(walks, (Phase(0, tuple(weights)), Phase(later, (1, 2, 1))), seed, unit)
+    orders = tuple(ShuffledOrder((n // 2, 0, n - n // 2), seed, 2) for n in SIZES)
+    mixture = Mixture(orders, (Phase(0, tuple(weights)), Phase(later, (1, 2, 1))), seed, unit)
     worlds = [world for world, steps in stretches for _ in range(steps)]
     held = run(mixture, worlds)
     assert held == run(mixture, [1] * len(worlds))
     for step in range(1, len(worlds) + 1):
         batch = [number for j in range(GLOBAL // MICRO) for number in held[step, j]]
-        assert batch == batch_numbers(mixture, step, GLOBAL).tolist()
-    source, sample = split_number(np.array([n for batch in held.values() for n in batch]))
-    for s, (size, drawn) in enumerate(zip(SIZES, mixture.drawn(len(source)), strict=True)):
+        assert batch == batch_sample_numbers(mixture, step, GLOBAL).tolist()
+    source, sample = from_sample_number(np.array([n for batch in held.values() for n in batch]))
+    for s, (size, drawn) in enumerate(zip(SIZES, mixture.samples_before(len(source)), strict=True)):
         epochs, more = divmod(int(drawn), size)
         times = np.bincount(sample[source == s], minlength=size)
         assert sorted(times.tolist()) == [epochs] * (size - more) + [epochs + 1] * more

@@ -29,7 +29,7 @@ from tarfiles import contents, write_tar
 
 from gigabatch.data.packing import tables
 from gigabatch.data.packing.pack import PackSettings, pack
-from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.filtered_view import create_view
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.reader import Reader
 
@@ -252,7 +252,7 @@ def test_a_shuffle_is_a_permutation_named_by_its_seed(tmp_path: Path) -> None:
 def test_a_view_is_packed_as_any_set(tmp_path: Path) -> None:
     rows = album(tmp_path, 12)
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "set", PackSettings(per_shard=5))
-    make_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
+    create_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
     pack(tmp_path / "view", tmp_path / "out")
     whole = members(tmp_path / "set")
     kept = [f"{i:06d}" for i, row in enumerate(rows) if row["width"] == 3]

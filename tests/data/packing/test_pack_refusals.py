@@ -241,7 +241,7 @@ def test_members_of_other_types_are_not_packed(tmp_path: Path) -> None:
 def test_a_damaged_shard_is_not_packed(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "in" / "s.tar", {f"{i}.txt": b"x" * 99 for i in range(9)})
     index = open_index(tmp_path / "in")
-    offset, _ = index.span(5, "txt")
+    offset, _ = index.member_span(5, "txt")
     times = shard.stat()
     with open(shard, "r+b") as file:
         file.seek(offset)

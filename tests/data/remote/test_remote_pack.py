@@ -9,7 +9,7 @@ from servers import upload
 from tarfiles import contents, write_tar
 
 from gigabatch.data.packing.pack import pack
-from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.filtered_view import create_view
 from gigabatch.data.shards.indexing import open_index
 
 
@@ -22,7 +22,7 @@ def test_a_folder_of_a_bucket_and_a_view_of_it_are_packed(s3: Far, tmp_path: Pat
     url = f"s3://{bucket}/words"
     pack(url, tmp_path / "all")
     assert contents(tmp_path / "all" / "all-000000.tar") == {"a.txt": b"a", "b.txt": b"b"}
-    make_view(open_index(url), "key == 'b'", tmp_path / "view")
+    create_view(open_index(url), "key == 'b'", tmp_path / "view")
     made = json.loads((tmp_path / "view" / "manifest.json").read_text())["view"]
     assert made == {"source": url, "where": "key == 'b'"}
     pack(tmp_path / "view", tmp_path / "some")

@@ -15,10 +15,10 @@ from tarfiles import overwrite
 from test_quarantine import FIELDS
 from test_stream import assert_equal
 
-from gigabatch.data.decode.fields import some_captions
+from gigabatch.data.decode.fields import captions_for_tokenizer
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.ranges import Retry
@@ -55,13 +55,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 @pytest.fixture
 def tokenizer(shards: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tokenizer.json"
-    captions = some_captions([open_index(shards / "train")], FIELDS, 99)
+    captions = captions_for_tokenizer([open_index(shards / "train")], FIELDS, 99)
     train_bpe(captions, TextSettings(vocab_size=300, length=8)).save(str(path))
     return path
 
 
 def read(index: Index, tokenizer: Path, cache: ShardCache, workers: int) -> list[MicroBatch]:
-    mixture = Mixture((Order(index.shard_sizes, 5, 2),), (Phase(0, (1.0,)),), 5)
+    mixture = Mixture((ShuffledOrder(index.shard_sizes, 5, 2),), (Phase(0, (1.0,)),), 5)
     plans = TrainPlans(mixture, 40, 5, 1, 0, 1, 6)
     return list(
         open_stream(
@@ -142,7 +142,7 @@ def test_a_copy_that_went_bad_here_is_fetched_again(shards: Path, tmp_path: Path
         with Reader(index, cache) as reader:
             whole = reader.read(7, "png")
         (copy,) = cache.folder.glob("*.tar")
-        overwrite(copy, index.span(7, "png")[0] + 60, b"\0\1\2")
+        overwrite(copy, index.member_span(7, "png")[0] + 60, b"\0\1\2")
         with Reader(index, cache) as reader:
             assert reader.read(7, "png") == whole
 

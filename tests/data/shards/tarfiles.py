@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support import write_samples
 
-from gigabatch.data.shards.tar_members import walk
+from gigabatch.data.shards.tar_members import read_members
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -42,7 +42,7 @@ def walked(path: Path, checksums: bool = True) -> list[tuple[str, int, int]]:
     """(name, offset of the data, size) of each file, according to us."""
     file = os.open(path, os.O_RDONLY)
     try:
-        members = walk(file, str(path), checksums)
+        members = read_members(file, str(path), checksums)
     finally:
         os.close(file)
     assert len(members.checksums) == (len(members.names) if checksums else 0)

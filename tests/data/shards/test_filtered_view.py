@@ -13,9 +13,9 @@ from tarfiles import write_tar
 from test_indexing import jsons, keys
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.files import replacing
-from gigabatch.data.shards.filter_expression import parse_where
-from gigabatch.data.shards.filtered_view import count_where, make_view
+from gigabatch.data.files import atomic_replace
+from gigabatch.data.shards.filter_expression import parse_filter
+from gigabatch.data.shards.filtered_view import count_matches, create_view
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
@@ -63,10 +63,10 @@ def index(tmp_path: Path) -> Index:
 def test_conditions_keep_what_they_say(
     condition: str, kept: list[int], index: Index, tmp_path: Path
 ) -> None:
-    assert count_where(index, condition) == len(kept)
-    view = make_view(index, condition, tmp_path / "view")
+    assert count_matches(index, condition) == len(kept)
+    view = create_view(index, condition, tmp_path / "view")
     assert keys(view) == [f"s{i:03d}" for i in kept]
-    assert view.values("n", view.first_sample[:1]) == [ROWS[kept[0]]["n"]]
+    assert view.values("n", view.shard_starts[:1]) == [ROWS[kept[0]]["n"]]
     with Reader(view) as reader:
         assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(kept)
 
@@ -88,7 +88,7 @@ def test_anything_else_is_refused_and_nothing_is_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GigabatchError) as caught:
-        make_view(index, condition, tmp_path / "view")
+        create_view(index, condition, tmp_path / "view")
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
 
@@ -96,17 +96,17 @@ def test_anything_else_is_refused_and_nothing_is_run(
 @given(text=st.text("lang scoren()[]<>=!'\"0.9+-*/,:andornti", max_size=30))
 def test_no_text_is_more_than_a_condition(text: str) -> None:
     try:
-        parse_where(text, COLUMNS)
+        parse_filter(text, COLUMNS)
     except GigabatchError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
 
 def test_a_long_condition_is_as_good_as_a_short_one(index: Index) -> None:
-    assert count_where(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
-    assert count_where(index, f"n in {list(range(3, 9_000))}") == 2
+    assert count_matches(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
+    assert count_matches(index, f"n in {list(range(3, 9_000))}") == 2
     for many in (" or ".join(["n == 1"] * 5_000), "0" + " < n" * 9_000, "n < 1" + " < 2" * 9_000):
         with pytest.raises(GigabatchError, match="more than 1,000 terms"):
-            count_where(index, many)
+            count_matches(index, many)
 
 
 def test_a_column_of_several_types_is_compared_by_value(tmp_path: Path) -> None:
@@ -115,20 +115,20 @@ def test_a_column_of_several_types_is_compared_by_value(tmp_path: Path) -> None:
     index = open_index(tmp_path, columns=["v", "row"])
     for value in values:
         if value is not None:
-            assert count_where(index, f"v == {value!r}") == 1
-    assert count_where(index, "v is None") == 1
-    assert count_where(index, "v in [1, 'en', 'de']") == 2
-    assert count_where(index, "v != '1'") == 5
-    assert keys(make_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
-    assert keys(make_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
+            assert count_matches(index, f"v == {value!r}") == 1
+    assert count_matches(index, "v is None") == 1
+    assert count_matches(index, "v in [1, 'en', 'de']") == 2
+    assert count_matches(index, "v != '1'") == 5
+    assert keys(create_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
+    assert keys(create_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
 
 
 def test_a_view_made_by_a_relative_path_opens_from_any_folder(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_view(open_index("set"), "n > 1", Path("view"))
-    make_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
+    create_view(open_index("set"), "n > 1", Path("view"))
+    create_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
     monkeypatch.chdir("/")
     for name in ("view", "other"):
         view = open_index(tmp_path / name)
@@ -138,22 +138,24 @@ def test_a_view_made_by_a_relative_path_opens_from_any_folder(
 
 
 def test_a_view_is_a_set_with_a_fingerprint_of_its_own(index: Index, tmp_path: Path) -> None:
-    one = make_view(index, "n > 1", tmp_path / "one")
+    one = create_view(index, "n > 1", tmp_path / "one")
     assert open_index(tmp_path / "one") == one
     assert one.shard_sizes.tolist() == [1, 2]
-    assert len({index.digest, one.digest, make_view(index, "n > 2", tmp_path / "two").digest}) == 3
-    again = make_view(one, 'lang == "en"', tmp_path / "three")  # a view of a view
+    assert (
+        len({index.digest, one.digest, create_view(index, "n > 2", tmp_path / "two").digest}) == 3
+    )
+    again = create_view(one, 'lang == "en"', tmp_path / "three")  # a view of a view
     assert keys(again) == ["s003"]
 
 
 def test_a_view_may_be_made_again_but_replaces_nothing_else(index: Index, tmp_path: Path) -> None:
-    make_view(index, "n > 1", tmp_path / "view")
-    assert len(make_view(index, "n > 3", tmp_path / "view")) == 1
+    create_view(index, "n > 1", tmp_path / "view")
+    assert len(create_view(index, "n > 3", tmp_path / "view")) == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x")
     for place in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
         with pytest.raises(GigabatchError, match="is not a view"):
-            make_view(index, "n > 1", place)
+            create_view(index, "n > 1", place)
 
 
 def write_and_die(index: Index, home: Path, renames: int) -> None:
@@ -185,8 +187,8 @@ def test_a_writer_that_is_killed_leaves_nothing_for_good(
     for home in (tmp_path / "view", index.folder):
         write_and_die(index, home, renames)
     other = tmp_path / "view" / "samples-0123456789abcdef.arrow"
-    with replacing(other) as living:  # its writer is alive
-        assert len(make_view(index, "n > 1", tmp_path / "view")) == 3
+    with atomic_replace(other) as living:  # its writer is alive
+        assert len(create_view(index, "n > 1", tmp_path / "view")) == 3
         assert list((tmp_path / "view").glob(".*")) == [living]
     other.unlink()
     names = sorted(path.name for path in (tmp_path / "view").iterdir())
@@ -200,17 +202,17 @@ def test_a_table_that_is_called_as_ours_is_no_view(index: Index, tmp_path: Path)
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
     with pytest.raises(GigabatchError, match="is not a view"):
-        make_view(index, "n > 1", mine.parent)
+        create_view(index, "n > 1", mine.parent)
     assert mine.read_bytes() == b"precious"
 
 
 def test_a_view_that_keeps_nothing_is_refused(index: Index, tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match="no sample meets"):
-        make_view(index, "n > 100", tmp_path / "view")
+        create_view(index, "n > 100", tmp_path / "view")
 
 
 def test_a_view_notices_that_its_shards_changed(index: Index, tmp_path: Path) -> None:
-    make_view(index, "n > 3", tmp_path / "view")  # of b.tar alone
+    create_view(index, "n > 3", tmp_path / "view")  # of b.tar alone
     os.utime(tmp_path / "set" / "a.tar", ns=(1, 1))
     open_index(tmp_path / "view")
     os.utime(tmp_path / "set" / "b.tar", ns=(1, 1))

@@ -54,7 +54,7 @@ def test_every_member_is_found_where_tarfile_finds_it(shards: Path) -> None:
         for _ in range(50):
             assert index.shard_of(sample) == number
             for member in index.members:
-                assert index.span(sample, member) == found[f"{index.key(sample)}.{member}"]
+                assert index.member_span(sample, member) == found[f"{index.key(sample)}.{member}"]
             sample += 1
 
 
@@ -64,7 +64,7 @@ def test_keys_keep_their_folder_and_extensions_their_dots(tmp_path: Path) -> Non
     index = open_index(tmp_path)
     assert [index.key(i) for i in range(len(index))] == ["a/1", "b/1"]
     assert index.members == ("seg.png", "txt")
-    assert [index.span(1, m)[1] for m in index.members] == [0, 3]
+    assert [index.member_span(1, m)[1] for m in index.members] == [0, 3]
 
 
 def test_a_member_without_a_name_is_refused(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_ambiguous_extensions_are_refused(tmp_path: Path, names: list[str], faul
     assert f"{shard}: at byte {listed(shard)[fault][1]}: member {names[fault]!r}" in message
     assert "--dotted" in message
     index = open_index(tmp_path, settings=IndexSettings(dotted=True))
-    assert sum(count for _, count in index.members_held) == len(names)
+    assert sum(count for _, count in index.member_counts) == len(names)
     assert open_index(tmp_path) == index  # what an index was told, it keeps
 
 
@@ -347,23 +347,23 @@ def test_an_empty_shard_among_others(tmp_path: Path) -> None:
 def test_require_takes_members_of_which_each_sample_has_one(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", {"a.jpg": b"1", "a.txt": b"1", "b.png": b"1"})
     index = open_index(tmp_path)
-    assert index.require("png", "jpg", "webp") == ("png", "jpg")
+    assert index.require_members("png", "jpg", "webp") == ("png", "jpg")
     with pytest.raises(GigabatchError, match=r"s\.tar: sample 'b' has no \.txt.*\(1 of 2"):
-        index.require("txt")
-    assert index.require("txt", partial=True) == ("txt",)
+        index.require_members("txt")
+    assert index.require_members("txt", allow_missing=True) == ("txt",)
     with pytest.raises(GigabatchError, match=r"no sample has a \.webp or \.gif.*\.jpg, \.png"):
-        index.require("webp", "gif", partial=True)
+        index.require_members("webp", "gif", allow_missing=True)
 
 
 def test_an_index_pickles_without_its_table(shards: Path) -> None:
     index = open_index(shards / "train")
-    key, first = index.key(150), index.first_sample
+    key, first = index.key(150), index.shard_starts
     data = pickle.dumps(index)
     assert len(data) < 2000
     copy = pickle.loads(data)
     assert copy == index
     assert copy.key(150) == key
-    assert (copy.first_sample == first).all()
+    assert (copy.shard_starts == first).all()
 
 
 def open_all(barrier: Barrier, roots: list[Path], results: Any) -> None:
@@ -403,7 +403,7 @@ def test_processes_that_index_the_same_set_at_once_all_succeed(tmp_path: Path) -
 def test_sizes_add_up_to_the_bytes_of_the_members(tmp_path: Path) -> None:
     shard = shard_of(tmp_path)
     index = open_index(tmp_path)
-    total = sum(index.span(i, m)[1] for i in range(len(index)) for m in index.members)
+    total = sum(index.member_span(i, m)[1] for i in range(len(index)) for m in index.members)
     assert total == sum(map(len, contents(shard).values()))
 
 

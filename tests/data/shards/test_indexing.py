@@ -277,15 +277,15 @@ def test_an_index_of_several_record_batches(tmp_path: Path) -> None:
     settings = json.loads(IndexSettings(checksums=False).model_dump_json())
     manifest = {"format": 2, "settings": settings, "shards": shards, "digest": "d" * 64}
     write_index(tables, tables[0].schema, manifest, tmp_path)
-    from gigabatch.data.shards.index import index_of, read_manifest
+    from gigabatch.data.shards.index import index_from_manifest, read_manifest
 
-    index = index_of("x", tmp_path, read_manifest(tmp_path), ["a", "b", "c"])
+    index = index_from_manifest("x", tmp_path, read_manifest(tmp_path), ["a", "b", "c"])
     rows = np.array([total - 1, 0, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 5, 3])
     assert index.take("txt.offset", rows).tolist() == (rows + 1).tolist()
     assert index.values("key", rows) == [f"{row:x}" for row in rows]
     assert index.table["key"].num_chunks == 4
-    assert len(index.lacking("txt")) == 0
-    assert dict(index.members_held) == {"txt": total}
+    assert len(index.samples_without("txt")) == 0
+    assert dict(index.member_counts) == {"txt": total}
 
 
 def test_a_pattern_may_be_longer_than_a_file_name(tmp_path: Path) -> None:

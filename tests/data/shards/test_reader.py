@@ -38,7 +38,7 @@ def test_every_dialect(dialect: str, tmp_path: Path) -> None:
 def test_a_shard_cut_after_indexing(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "train-000.tar").write_bytes((shards / "train" / "train-000.tar").read_bytes())
     index = open_index(tmp_path)
-    offset, size = index.span(30, "png")
+    offset, size = index.member_span(30, "png")
     os.truncate(tmp_path / "train-000.tar", offset + 5)
     with Reader(index) as reader, pytest.raises(GigabatchError) as caught:
         reader.read(30, "png")

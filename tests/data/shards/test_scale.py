@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 from support import write_samples
 
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase
-from gigabatch.data.shards.index import FORMAT, ROWS, Index, index_of, read_manifest
+from gigabatch.data.shards.index import FORMAT, ROWS, Index, index_from_manifest, read_manifest
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.stream import open_stream
@@ -51,7 +51,7 @@ def repeated(small: Index, folder: Path) -> Index:
         "format": FORMAT, "settings": settings, "shards": [shard] * SHARDS, "digest": "d" * 64,
     }  # fmt: skip
     write_index(map(rows, pieces()), rows(range(1)).schema, manifest, folder)
-    return index_of("large", folder, read_manifest(folder), [name] * SHARDS)
+    return index_from_manifest("large", folder, read_manifest(folder), [name] * SHARDS)
 
 
 @pytest.mark.slow
@@ -59,12 +59,12 @@ def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
     write_samples(tmp_path / "small", 100, 100, seed=1)
     small = open_index(tmp_path / "small")
     tokenizer = tmp_path / "tokenizer.json"
-    captions = some_captions([small], FIELDS, 100)
+    captions = captions_for_tokenizer([small], FIELDS, 100)
     train_bpe(captions, TextSettings(vocab_size=300, length=8)).save(str(tokenizer))
     index = repeated(small, tmp_path / "large")
     assert len(index) == 10**7
 
-    mixture = Mixture((Order(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
+    mixture = Mixture((ShuffledOrder(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
     every = 10**7 // 256 // 200  # 200 batches, from all over an epoch
 
     class Scattered:

@@ -14,7 +14,7 @@ from tarfiles import FORMATS, contents, listed, overwrite, shard_of, walked, wri
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.shards import tar_members as tarwalk
-from gigabatch.data.shards.tar_members import BLOCK, walk
+from gigabatch.data.shards.tar_members import BLOCK, read_members
 
 
 def refusal(path: Path) -> str:
@@ -45,9 +45,9 @@ def test_webdataset_shards_hold_what_tarfile_says(shard: Path) -> None:
 def test_checksums_are_those_of_the_contents(
     shard: Path, large: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tarwalk, "LARGE", large)  # members above it are read in pieces
+    monkeypatch.setattr(tarwalk, "PIECE", large)  # members above it are read in pieces
     file = os.open(shard, os.O_RDONLY)
-    members = walk(file, str(shard), checksums=True)
+    members = read_members(file, str(shard), checksums=True)
     os.close(file)
     expected = [google_crc32c.value(data) for data in contents(shard).values()]
     assert members.checksums == expected

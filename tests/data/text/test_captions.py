@@ -12,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.errors import BadSample
 from gigabatch.data.rng import key
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.text.captions import CaptionSettings, NoCaption, choose_caption, read_captions
+from gigabatch.data.text.captions import (
+    CaptionSettings,
+    MissingCaption,
+    choose_caption,
+    read_captions,
+)
 
 WHERE = "/data/s.tar: sample 'cat'"
 TXT = CaptionSettings()
@@ -87,7 +92,7 @@ def test_a_path_leads_into_mappings() -> None:
 @pytest.mark.parametrize("data", [b"", b" \n\t", "\ufeff".encode()])
 @pytest.mark.parametrize("settings", [TXT, LINES])
 def test_an_empty_text_is_no_caption(data: bytes, settings: CaptionSettings) -> None:
-    assert why_refused(data, settings, NoCaption).endswith("is empty.")
+    assert why_refused(data, settings, MissingCaption).endswith("is empty.")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +101,7 @@ def test_an_empty_text_is_no_caption(data: bytes, settings: CaptionSettings) -> 
 )  # fmt: skip
 def test_a_field_that_is_not_there_or_empty_is_no_caption(record: Any) -> None:
     settings = CaptionSettings(member="json", field="a.b")
-    assert why_refused(json.dumps(record).encode(), settings, NoCaption).endswith("is empty.")
+    assert why_refused(json.dumps(record).encode(), settings, MissingCaption).endswith("is empty.")
 
 
 @pytest.mark.parametrize(
@@ -175,4 +180,4 @@ def test_a_tokeniser_learns_from_every_caption_that_a_run_may_take(
         for number, sample in enumerate(samples):
             writer.write({"__key__": f"{number}", "json": sample})
     fields = Fields(text=CaptionSettings(member="json", field="c", **settings))
-    assert list(some_captions([open_index(tmp_path)], fields, 10)) == found
+    assert list(captions_for_tokenizer([open_index(tmp_path)], fields, 10)) == found

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.text.corpora import Tuple, open_collection, read_tuples
+from gigabatch.data.text.corpora import TextTuple, open_collection, read_text_tuples
 
 
 def write_lines(path: Path, *records: object) -> Path:
@@ -39,8 +39,8 @@ def test_a_beir_folder(tmp_path: Path) -> None:
     assert found.name == "animals"
     assert found.queries == ("what do cats do", "do birds sing")
     assert found.documents == ("Cats sleep all day", "dogs bark", "do birds sing")
-    assert found.judged == ((0, 0, 2.0), (0, 1, 0.0), (1, 1, 1.0))
-    assert found.same == (-1, 2)
+    assert found.judgments == ((0, 0, 2.0), (0, 1, 0.0), (1, 1, 1.0))
+    assert found.own_documents == (-1, 2)
 
 
 def test_pairs_and_triples(tmp_path: Path) -> None:
@@ -51,12 +51,12 @@ def test_pairs_and_triples(tmp_path: Path) -> None:
         {"anchor": "b", "positives": ["B", "β"], "negatives": ["A", "C"]},
         {"anchor": " a ", "positive": "ä", "negative": "C"},
     )
-    assert list(read_tuples(path))[1] == Tuple("b", ("B", "β"), ("A", "C"))
+    assert list(read_text_tuples(path))[1] == TextTuple("b", ("B", "β"), ("A", "C"))
     found = open_collection(path)
     assert (found.name, found.queries) == ("pairs", ("a", "b"))
     assert found.documents == ("A", "B", "β", "C", "ä")
-    assert found.judged == ((0, 0, 1.0), (1, 1, 1.0), (1, 2, 1.0), (0, 4, 1.0))
-    assert found.orders == ((1, 1, (0, 3)), (1, 2, (0, 3)), (0, 4, (3,)))
+    assert found.judgments == ((0, 0, 1.0), (1, 1, 1.0), (1, 2, 1.0), (0, 4, 1.0))
+    assert found.triples == ((1, 1, (0, 3)), (1, 2, (0, 3)), (0, 4, (3,)))
 
 
 @pytest.mark.parametrize(

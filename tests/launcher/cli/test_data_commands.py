@@ -62,7 +62,7 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
     assert (code, "columns: concept (int64)" in out) == (0, True)
     code, _, err = run("data", "index", tmp_path / "view", "--columns", "concept,colour")
     assert code == 2
-    assert "the view has no column colour. Index the set that it was made of" in err
+    assert "the view has no column colour. Run `gigabatch data index" in err
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
         (["index", "{}/set", "--columns", "key"], "--columns: 'key' cannot be"),
         (["check", "{}/set", "--every", "9" * 20], "--every"),
         (["batch", "{}/c.yaml", "--world", "9" * 20], "--world"),
-        (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic goes with a column"),
+        (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic needs a column"),
         (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 letters"),
     ],
 )  # fmt: skip
@@ -116,7 +116,7 @@ def test_check_finds_what_went_bad(run: Run, folder: Path) -> None:
     code, out, _ = run("data", "check", folder)
     assert code == 2
     for sample, member in ((7, "png"), (33, "json")):
-        offset = index.span(sample, member)[0]
+        offset = index.member_span(sample, member)[0]
         shard = folder / f"set-{sample // 20:03d}.tar"
         assert f"{shard}: at byte {offset}: member .{member} of sample 's{sample:05d}'" in out
     assert "40 samples, 0.0 MB read: 2 bad" in out

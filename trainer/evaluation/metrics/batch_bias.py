@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.data.rng import key, permute
-from gigabatch.trainer.objectives import Context, Objective, build_objective, settings_class
+from gigabatch.trainer.objectives import Context, Objective, build_objective, parse_settings
 
 MISSING_VARIANCE = 0.01
 """Share of u's final variance that is still missing when averaging begins."""
@@ -124,16 +125,13 @@ def _half_means(
     return halves * share / counts
 
 
-def _objective(temperature: float, gamma: float) -> Objective:
+def _objective(temperature: float, gamma: float) -> Objective[Any]:
     """Build `sogclr` with a fixed temperature."""
-    settings = settings_class("sogclr").model_validate(
-        {
-            "name": "sogclr", "taps": ("image", "text"), "positives": "id", "gamma": gamma,
-            "temperature": temperature, "temperature_min": temperature,
-            "temperature_max": temperature,
-        }
-    )  # fmt: skip
-    return build_objective(settings)
+    settings = {
+        "name": "sogclr", "taps": ("image", "text"), "positives": "id", "gamma": gamma,
+        "temperature": temperature, "temperature_min": temperature, "temperature_max": temperature,
+    }  # fmt: skip
+    return build_objective(parse_settings(settings))
 
 
 def _initial_state(pairs: Pairs) -> Tensor:
@@ -142,7 +140,7 @@ def _initial_state(pairs: Pairs) -> Tensor:
     return torch.tensor(row, device=pairs.q.device).repeat(len(pairs.q), 1)
 
 
-def _gradient(objective: Objective, pairs: Pairs, state: Tensor) -> tuple[Tensor, Tensor]:
+def _gradient(objective: Objective[Any], pairs: Pairs, state: Tensor) -> tuple[Tensor, Tensor]:
     """Return (gradients float64 [2, n, D] of both sides, the new table rows)."""
     sides = [side.clone().requires_grad_() for side in (pairs.q, pairs.k)]
     with torch.enable_grad():
@@ -153,7 +151,7 @@ def _gradient(objective: Objective, pairs: Pairs, state: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def _updated_state(objective: Objective, pairs: Pairs, state: Tensor) -> Tensor:
+def _updated_state(objective: Objective[Any], pairs: Pairs, state: Tensor) -> Tensor:
     """Return the new table rows."""
     loss = objective({"image": pairs.q, "text": pairs.k}, _meta(pairs, state), CONTEXT)
     return loss.updates()["state"]

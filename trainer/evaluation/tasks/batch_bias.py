@@ -96,16 +96,13 @@ class BatchBias(SetTask):
 
 def _run_temperature(context: EvalContext) -> float:
     """Return the current temperature of the run's objective, a mean if samples have their own."""
-    import torch
-
-    from gigabatch.trainer.evaluation.objective_facts import temperature
     from gigabatch.trainer.inference import load_objective
 
-    with torch.no_grad():
-        value = temperature(*load_objective(context.run, context.step))
-    if value is None:
+    objective, tables = load_objective(context.run, context.step)
+    temperature = objective.mean_temperature(tables)
+    if temperature is None:
         raise GigabatchError(
             "batch-bias: the run's objective does not have exactly one temperature. Set "
             "temperature=."
         )
-    return value
+    return temperature

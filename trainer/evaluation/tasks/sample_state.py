@@ -91,7 +91,7 @@ def _sample_state(context: EvalContext) -> dict[str, Tensor]:
     # Tables hold all sources, one after the other.
     first = sum(data.sizes[:source])
     rows = {name: table[first : first + data.sizes[source]] for name, table in tables.items()}
-    state = objective.of_samples(rows)
+    state = objective.sample_values(rows)
     if not state:
         raise GigabatchError(
             "sample-state: the run's objective keeps no state of samples; sogclr and noisy do."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from gigabatch.trainer.evaluation.registry import register
 from gigabatch.trainer.evaluation.task import SetTask
@@ -12,7 +12,7 @@ from gigabatch.trainer.evaluation.task import SetTask
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gigabatch.data.text.corpora import Collection
+    from gigabatch.data.text.corpora import RetrievalCollection
     from gigabatch.trainer.evaluation.context import EvalContext
     from gigabatch.trainer.evaluation.metrics.ranking import Relevance
     from gigabatch.trainer.evaluation.metrics.score_rows import Rows, Scorer
@@ -67,11 +67,11 @@ class TextRetrieval(SetTask):
             "documents": float(len(collection.documents)),
             "queries": float(len(collection.queries)),
         }
-        if collection.orders:
-            metrics["order_accuracy"] = _order_accuracy(queries, documents, collection.orders)
+        if collection.triples:
+            metrics["order_accuracy"] = _order_accuracy(queries, documents, collection.triples)
         return TaskResult(collection.name, values, set_metrics=metrics)
 
-    def _embed(self, context: EvalContext, collection: Collection) -> tuple[Rows, Rows]:
+    def _embed(self, context: EvalContext, collection: RetrievalCollection) -> tuple[Rows, Rows]:
         """Embed all queries and documents, on every rank."""
         from gigabatch.trainer.evaluation.comparisons import choose_output
         from gigabatch.trainer.evaluation.embedding import embed_texts
@@ -88,23 +88,23 @@ class TextRetrieval(SetTask):
         return query_rows, document_rows
 
 
-def _relevance(collection: Collection) -> Relevance:
+def _relevance(collection: RetrievalCollection) -> Relevance:
     import torch
 
     from gigabatch.trainer.evaluation.metrics.ranking import Relevance
 
-    rows, keys, grades = zip(*collection.judged, strict=True)
+    rows, keys, grades = zip(*collection.judgments, strict=True)
     return Relevance.by_pairs(
         torch.tensor(rows),
         torch.tensor(keys),
         torch.tensor(grades, dtype=torch.float64),
         len(collection.queries),
-        torch.tensor(collection.same),
+        torch.tensor(collection.own_documents),
     )
 
 
 def _rank_share(
-    context: EvalContext, score: Scorer, relevance: Relevance, collection: Collection
+    context: EvalContext, score: Scorer, relevance: Relevance, collection: RetrievalCollection
 ) -> dict[str, Tensor]:
     """Rank this rank's share of the queries; return the values of all, float64 [N]."""
     from gigabatch.kernels import gather_rows
@@ -122,7 +122,9 @@ def _rank_share(
     return {name: gather_rows(ranked[name], world.group) for name in REPORTED}
 
 
-def _order_accuracy(queries: Rows, documents: Rows, orders: Sequence[Any]) -> float:
+def _order_accuracy(
+    queries: Rows, documents: Rows, triples: Sequence[tuple[int, int, Sequence[int]]]
+) -> float:
     """Return the share of (anchor, positive) that score above all negatives of their line."""
     import torch
 
@@ -130,7 +132,7 @@ def _order_accuracy(queries: Rows, documents: Rows, orders: Sequence[Any]) -> fl
     from gigabatch.trainer.evaluation.metrics.statistics import order_accuracy
 
     correct = []
-    for query, positive, negatives in orders:
+    for query, positive, negatives in triples:
         score = score_rows(queries.take([query]), documents.take([positive, *negatives]))
         scores = score(slice(0, 1))
         correct.append(order_accuracy(scores[0, :1], scores[:, 1:]))

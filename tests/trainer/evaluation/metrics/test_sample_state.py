@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from gigabatch.trainer.config import Config
 from gigabatch.trainer.evaluation.metrics.sample_state import (
     group_by_value,
     summarize_distribution,
 )
 from gigabatch.trainer.evaluation.metrics.statistics import MAX_SLICES
-from gigabatch.trainer.objectives import Objective, build_objective
+from gigabatch.trainer.objectives import Objective, build_objective, parse_settings
 
 LOW = -math.inf
 
 
-def objective(name: str, **settings: Any) -> Objective:
-    config = Config.model_validate({"objective": {"name": name, **settings}})
-    return build_objective(config.objective)
+def objective(name: str, **settings: Any) -> Objective[Any]:
+    return build_objective(parse_settings({"name": name, **settings}))
 
 
 def test_distribution_matches_sorted_values() -> None:
@@ -68,7 +66,7 @@ def test_group_by_value_omits_constant_correlations_and_long_lists() -> None:
 
 def test_sogclr_reports_estimates_and_temperatures_of_samples() -> None:
     rows = torch.tensor([[0.1, 0.3, 0.05, 0.07, 0, 0], [LOW, LOW, 0.5, 0.5, 0, 0]])
-    state = objective("sogclr", temperatures="individual").of_samples({"state": rows})
+    state = objective("sogclr", temperatures="individual").sample_values({"state": rows})
     assert {name: value[0].item() for name, value in state.items()} == pytest.approx(
         {
             "image_log_u": 0.1, "text_log_u": 0.3, "log_u": 0.2,
@@ -76,16 +74,16 @@ def test_sogclr_reports_estimates_and_temperatures_of_samples() -> None:
         }
     )  # fmt: skip
     assert all(value[1].isnan() for value in state.values())  # not seen yet
-    assert "temperature" not in objective("sogclr").of_samples({"state": rows[:, :2]})
+    assert "temperature" not in objective("sogclr").sample_values({"state": rows[:, :2]})
 
 
 def test_noisy_reports_losses_and_clean_probabilities_of_samples() -> None:
     losses = torch.tensor([[0.1], [3.0], [math.nan]])
     noisy = objective("noisy")
-    assert noisy.of_samples({"loss": losses}).keys() == {"loss"}  # before the first split
+    assert noisy.sample_values({"loss": losses}).keys() == {"loss"}  # before the first split
     split = torch.tensor([[0.2, 0.1, 0.5], [2.5, 0.3, 0.5]])
     noisy.get_buffer("split").copy_(split)
-    clean = noisy.of_samples({"loss": losses})["clean_probability"]
+    clean = noisy.sample_values({"loss": losses})["clean_probability"]
     density = [
         share * math.exp(-((0.2 - mean) ** 2) / 2 / variance) / math.sqrt(variance)
         for mean, variance, share in split.tolist()
@@ -98,5 +96,5 @@ def test_noisy_reports_losses_and_clean_probabilities_of_samples() -> None:
 def test_sum_prefixes_sample_state_with_the_objective() -> None:
     losses, state = torch.tensor([[0.1], [3.0], [math.nan]]), torch.zeros(3, 2)
     both = objective("sum", terms=[{"name": "noisy"}, {"name": "sogclr"}])
-    names = both.of_samples({"terms.0.loss": losses, "terms.1.state": state}).keys()
+    names = both.sample_values({"terms.0.loss": losses, "terms.1.state": state}).keys()
     assert names == {"noisy/loss", "sogclr/image_log_u", "sogclr/text_log_u", "sogclr/log_u"}

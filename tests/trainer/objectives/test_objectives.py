@@ -6,15 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gigabatch.trainer.config import InfoNCESettings
-from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.objectives import Context, build_objective, parse_settings
 from gigabatch.trainer.objectives.common import clamp_inward
 
 
 def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
     torch.manual_seed(0)
     rows = {t: F.normalize(torch.randn(7, 5), dim=1).requires_grad_() for t in ("image", "text")}
-    objective = build_objective(InfoNCESettings(init_logit_scale=10.0))
+    objective = build_objective(parse_settings({"init_logit_scale": 10.0}))
     loss = objective(rows, {"sample": torch.arange(7)}, Context(None, 1))
     logits, target = 10.0 * rows["image"] @ rows["text"].T, torch.arange(7)
     expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -23,7 +22,7 @@ def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
 
 
 def test_the_asked_for_column_decides_what_is_positive() -> None:
-    objective = build_objective(InfoNCESettings(positives="concept"))
+    objective = build_objective(parse_settings({"positives": "concept"}))
     assert objective.needs.columns == ("concept",)
     rows = {t: torch.eye(4).requires_grad_() for t in ("image", "text")}
     own = objective(rows, {"concept": torch.arange(4)}, Context(None, 1)).value
@@ -43,7 +42,7 @@ def test_the_clamp_lets_gradients_inward_only(at: float, slope: float, passes: b
 
 
 def test_a_scale_above_its_limit_comes_back_down() -> None:
-    objective = build_objective(InfoNCESettings(init_logit_scale=100.0))
+    objective = build_objective(parse_settings({"init_logit_scale": 100.0}))
     torch.manual_seed(1)
     wrong = F.normalize(torch.randn(8, 4), dim=1)
     rows = {"image": wrong, "text": -wrong}
