@@ -1,6 +1,6 @@
 """Registry of the tasks of `gigabatch eval`, and parsing of their settings.
 
-A task is a class in a module of its own in `trainer/evaluation/tasks`, decorated with `register`.
+A task is a class in a separate module of `trainer/evaluation/tasks`, decorated with `register`.
 The command line, the settings and the dispatch come from that class; nothing else names it.
 """
 
