@@ -77,6 +77,7 @@ def _measure(
     """Measure a set; rank 0 prints and writes the metrics."""
     context = open_context(run, str(request.on), world, request.weights)
     result = task.measure(context)
+    # Every rank reads labels and groups, because reading them is collective.
     fields = request.slice_fields if result.sample_indices is not None else ()
     labels = {field: context.field_values(field, required=False) for field in fields}
     groups = context.query_groups(request.intervals_by, result)

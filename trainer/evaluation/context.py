@@ -127,6 +127,7 @@ class EvalContext:
             GigabatchError: on every rank, if a sample lacks the field and `required` is true.
         """
         index = index or self.index
+        # An error on rank 0 is shared as text: raised there only, it would leave others waiting.
         values: list[Any] | str = []
         if self.world.is_main:
             try:

@@ -114,7 +114,7 @@ def embed_set(
     spec: EmbedSpec,
     stop: Callable[[], bool] = lambda: False,
 ) -> Embedded | None:
-    """Embed this rank's share of an indexed set; called on every rank alike.
+    """Embed this rank's share of an indexed set; every rank must call this.
 
     Args:
         embed: Reads the towers.

@@ -38,7 +38,7 @@ def evaluate_sets(
     world: World,
     stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Measure retrieval on every set of `eval.sets`; called on every rank alike.
+    """Measure retrieval on every set of `eval.sets`; every rank must call this.
 
     Args:
         towers: Called as `Towers` are, in evaluation mode.
@@ -95,7 +95,7 @@ def evaluate_retrieval(
         index: The set.
         config: Config of the run.
         run: Folder of the run.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
         positives: JSON field that relevant items share; None pairs samples with themselves.
         stop: Called after each micro-batch, with the same answer on every rank; true stops.
 

@@ -83,6 +83,7 @@ def numbers_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
         GigabatchError: naming the first sample whose value is not a finite number.
     """
     for sample, value in enumerate(values):
+        # bool is a subclass of int, so it is excluded first.
         if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise GigabatchError(
                 f"{index.where(sample)}: json field {field!r} is {value!r}, not a finite number. "

@@ -44,6 +44,7 @@ def register(task: TaskClass) -> TaskClass:
 
 def all_tasks() -> dict[str, type[EvalTask]]:
     """Import every module of `trainer/evaluation/tasks`; return its tasks by name, sorted."""
+    # Modules are looked up at every call: a folder added to the package's path is found.
     for module in pkgutil.iter_modules(tasks.__path__):
         importlib.import_module(f"{tasks.__name__}.{module.name}")
     return {name: TASKS[name] for name in sorted(TASKS) if TASKS[name].name == name}

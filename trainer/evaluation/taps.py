@@ -58,6 +58,7 @@ def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) ->
     roots = {"head": head, "encoder": encoder}
     if (second := further_head(owner, "projection")) in towers.heads:
         roots["projection"] = towers.heads[second]
+    # A hook reads any inner module without a change to the tower's forward pass.
     outputs: list[Any] = []
     module = _module(roots, tap, name)
     hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))

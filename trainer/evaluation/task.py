@@ -51,7 +51,7 @@ class SetTask(EvalTask):
 
     @abstractmethod
     def measure(self, context: EvalContext) -> TaskResult:
-        """Measure the set; called on every rank alike.
+        """Measure the set; every rank must call this.
 
         Raises:
             GigabatchError: if the set or the run lacks what the task reads.

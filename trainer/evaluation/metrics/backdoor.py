@@ -53,7 +53,7 @@ def collapse(x: Tensor, triggered: Tensor, world: World) -> dict[str, float]:
     Args:
         x: This rank's rows [n, D].
         triggered: bool [n].
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Returns:
         `triggered_cosine` and `clean_cosine`.

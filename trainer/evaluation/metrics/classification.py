@@ -42,7 +42,7 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor, world: World) -> 
         images: This rank's samples [n, D].
         labels: int64 [n], rows of `classes`.
         classes: [C, D], the same on every rank.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Returns:
         `top1`, `top5` and `label` of every sample, float64 [N], on every rank.
@@ -80,7 +80,7 @@ def nearest_neighbors(
         labels: int64 [n].
         bank: This rank's rows [m, D].
         bank_labels: int64 [m].
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
         k: Neighbors a query.
         temperature: Of the votes.
         leave_out: The queries are the bank, and a query is not its own neighbor.
@@ -98,7 +98,7 @@ def nearest_neighbors(
     cosines, neighbors = top_keys(dot_rows(unit, bank), len(queries), len(bank), k, excluded)
     known, classes = bank_labels.unique(return_inverse=True)
     label_class = torch.searchsorted(known, labels).clamp(max=max(len(known) - 1, 0))
-    # Relative to the nearest neighbor, so that exp does not overflow; votes keep their order.
+    # Relative to the nearest neighbor, so that exp does not overflow; the ranking stays the same.
     weights = torch.exp((cosines - cosines[:, :1]).double() / temperature)
     weights = torch.where(neighbors >= 0, weights, 0.0)
     tops = {f"top{t}": torch.zeros(len(queries)).double().to(queries.device) for t in TOP_KS}
@@ -108,7 +108,7 @@ def nearest_neighbors(
         correct = votes.gather(1, label_class[part].unsqueeze(1))
         is_known = known[label_class[part]].unsqueeze(1) == labels[part].unsqueeze(1)
         correct = torch.where(is_known, correct, 0)
-        before = (votes >= correct).sum(1) - 1
+        before = (votes >= correct).sum(1) - 1  # without the class itself
         for top in TOP_KS:
             tops[f"top{top}"][part] = ((correct.squeeze(1) > 0) & (before < top)).double()
     return _gather(tops, labels, world)

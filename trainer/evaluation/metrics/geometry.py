@@ -1,6 +1,6 @@
 """Geometry of embeddings: uniformity, alignment, tolerance, isotropy, rank, modality gap.
 
-Every function takes this rank's rows and is called on every rank alike. Sums are float64. Only
+Every function takes this rank's rows and is every rank must call this. Sums are float64. Only
 uniformity compares pairs; the others need one reduction over ranks. Rows are normalized first,
 except for `effective_rank` and the classifier of `domain_auc`.
 """
@@ -101,6 +101,7 @@ def effective_rank(z: Tensor, world: World) -> float:
     rounding hides those below about 1e-8 of the largest.
     """
     z = z.double()
+    # Rounding may leave an eigenvalue of 0 slightly negative.
     values = torch.linalg.eigvalsh(world.sum(z.T @ z)).clamp(min=0).sqrt()
     share = values / values.sum()
     return float(torch.exp(-torch.special.xlogy(share, share).sum()))

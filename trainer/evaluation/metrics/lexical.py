@@ -45,6 +45,7 @@ class TfIdf:
     def scores(self, query: str) -> np.ndarray:
         """Return the cosine of a query with every document, float64 [documents]."""
         counts = Counter(word for word in words_of(query) if word in self.columns)
+        # Sorted words make equal bags of words add up in one order, so that their scores tie.
         weights = {
             self.columns[word]: n * self.idf[self.columns[word]]
             for word, n in sorted(counts.items())

@@ -45,6 +45,7 @@ class Standardization:
         count = world.sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
         mean = world.sum(x.double().sum(0)) / count
         variance = world.sum((x.double() - mean).square().sum(0)) / count
+        # Rounding leaves a constant feature a tiny variance; dividing by it would add noise.
         constant = variance <= 1e-12 * mean.square().clamp(min=1e-12)
         return Standardization(mean, torch.where(constant, 1.0, variance.sqrt()))
 
@@ -102,6 +103,7 @@ def choose_l2(
     penalties = sorted(grid, reverse=True)
     models = fit(x[~held], y[~held], penalties)
     errors = torch.stack([error(model, x[held], y[held]) for model in models])
+    # One reduction for all penalties. They fall, so the first of equal ones is the largest.
     least, chosen = float("inf"), penalties[0]
     for l2, total in zip(penalties, world.sum(errors).tolist(), strict=True):
         if total < least * (1 - 1e-9):

@@ -54,7 +54,7 @@ def fit_logistic(
         y: This rank's classes, int64 [n], below `classes`.
         penalties: Values of l2, above 0.
         classes: C.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Raises:
         GigabatchError: if a feature is not finite.
@@ -67,7 +67,7 @@ def fit_logistic(
     for l2 in penalties:
         solution = _minimize(x, y, start, l2, standardize, total, world)
         models.append(Logistic(standardize, solution[:, :-1].clone(), solution[:, -1].clone()))
-        start = solution
+        start = solution  # near the minimum of the next penalty, which saves iterations
     return models
 
 
@@ -114,7 +114,7 @@ def linear_probe(
     Args:
         train: This rank's features [n, D] and labels int64 [n], of any values.
         test: This rank's features and labels; a label that was not trained on is always wrong.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
         seed: Seed of the held-out choice of l2.
 
     Returns:

@@ -55,7 +55,7 @@ def retrieval_values(embedded: Embedded, positives: str | None, world: World) ->
         embedded: This rank's rows of two modalities.
         positives: Column of `embedded` that relevant items share; None pairs samples with
             themselves.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Returns:
         `A2B_METRIC` -> float64 [N], one value a query, on every rank.
@@ -84,11 +84,12 @@ def joint_retrieval_values(
         target: Modality that is retrieved.
         score: `product` for sum_d a_d c_d b_d (Symile), `sum` for a . b + c . b.
         positives: See `retrieval_values`.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Returns:
         `A+C2B_METRIC` -> float64 [N], one value a query, on every rank.
     """
+    # In float64, rounded once by the scorer, equal tuples have equal scores.
     parts = [embedded.outputs[name].double() for name in sources]
     queries = math.prod(parts[1:], start=parts[0]) if score == "product" else sum(parts)
     assert isinstance(queries, Tensor)

@@ -57,7 +57,7 @@ def fit_ridge(x: Tensor, y: Tensor, penalties: Sequence[float], world: World) ->
         x: This rank's features [n, D].
         y: This rank's labels, float64 [n].
         penalties: Values of l2.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
 
     Raises:
         GigabatchError: if a feature is not finite, or there are no rows.
@@ -68,6 +68,7 @@ def fit_ridge(x: Tensor, y: Tensor, penalties: Sequence[float], world: World) ->
         raise GigabatchError("a linear probe needs training samples; there are none.")
     standardize, mean = Standardization.of(x, world), total / count
     width = x.shape[1]
+    # Standardized features have mean zero, so the best bias is the mean label for every l2.
     sums = torch.zeros(width, width + 1, dtype=torch.float64, device=x.device)
     for part in blocks(len(x), width):
         rows = standardize(x[part])
@@ -93,7 +94,7 @@ def regression_probe(
     Args:
         train: This rank's features [n, D] and labels float64 [n].
         test: This rank's features and labels.
-        world: The ranks; called on each alike.
+        world: The ranks; every rank must call this function.
         seed: Seed of the held-out choice of l2.
 
     Returns:

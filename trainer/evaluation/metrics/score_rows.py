@@ -143,6 +143,7 @@ def top_keys(
     values, indices = [], []
     kept = min(k, num_keys)
     for part in blocks(num_queries, num_keys):
+        # Adding 0.0 turns -0.0 into 0.0: they are equal, but their bits below are not.
         scores = score(part).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
         if excluded is not None:
             _fill_at(scores, excluded[part], -torch.inf)

@@ -111,6 +111,7 @@ def _rank_share(
     from gigabatch.trainer.evaluation.metrics.ranking import rank_queries
 
     world, total = context.world, len(collection.queries)
+    # Shares are contiguous, so gathering them keeps the order of the queries.
     first, last = (total * rank // world.size for rank in (world.rank, world.rank + 1))
 
     def score_share(part: slice) -> Tensor:

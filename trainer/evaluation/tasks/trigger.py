@@ -48,6 +48,7 @@ class Trigger(NearestNeighbors):
         target, labels, train_labels = code_of(self.target), test.classes(), train.classes()
         triggered, world = test.rows(flags), context.world
         self._require_samples(context, bool(world.sum((train_labels == target).sum())), flags)
+        # top1 of a triggered sample then means that it was classified as the target.
         expected = torch.where(triggered, target, labels)
         neighbors = nearest_neighbors(
             test.features, expected, train.features, train_labels, world, self.k, self.temperature,
