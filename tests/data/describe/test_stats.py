@@ -270,7 +270,7 @@ def test_damaged_samples_are_counted_and_named(tmp_path: Path) -> None:
     assert three == f"{shard}sample 's03': the image cannot be read: not a PNG, JPEG or WebP file."
     assert five.startswith(f"{shard}sample 's05': its caption (txt) cannot be read: ")
     assert eight.startswith(f"{shard}sample 's08': the image cannot be read: ")
-    assert ten.startswith(f"{shard}at byte {index.span(10, 'png')[0]}: member .png of sample 's10'")
+    assert ten.startswith(f"{shard}at byte {index.member_span(10, 'png')[0]}: member .png of sample 's10'")
     assert "Unusable: 4 (33.3%) of the opened samples" in render(stats)
 
 
