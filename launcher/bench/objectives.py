@@ -173,7 +173,7 @@ def make_inputs(
     g = torch.Generator().manual_seed(n)
 
     def vectors(tap: str) -> Tensor:
-        shape = (n, TOKENS, width) if parse_tap(tap).place == "tokens" else (n, width)
+        shape = (n, TOKENS, width) if parse_tap(tap).output == "tokens" else (n, width)
         if parse_tap(tap).modality == "text" and case.captions > 1:
             shape = (n * case.captions, width)
         return F.normalize(torch.randn(shape, generator=g), dim=-1)

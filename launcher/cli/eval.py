@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from gigabatch.launcher.cli.arguments import RunPath
+
 
 class Weights(StrEnum):
     ema = "ema"
@@ -14,7 +16,7 @@ class Weights(StrEnum):
 
 
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")],
+    run: RunPath,
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the task, see above."),

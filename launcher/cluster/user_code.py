@@ -9,7 +9,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, ModuleTower, OtherModuleTower, OtherText
+from gigabatch.trainer.config import Config
 
 _INSTALLED = ("site-packages", "dist-packages")
 
@@ -42,15 +42,9 @@ def check_user_code(config: Config, sent: Sequence[Path]) -> None:
 
 def named_code(config: Config) -> Iterator[tuple[str, str]]:
     """Yield (key, `package.mod:name`) for all user code that a config names."""
-    towers: dict[str, object] = {"image": config.towers.image, "text": config.towers.text}
-    for name, other in config.towers.more.items():
-        if isinstance(other, OtherText):
-            towers[f"more.{name}.tower"] = other.tower
-        else:
-            towers[f"more.{name}"] = other
-    for name, tower in towers.items():
-        if isinstance(tower, ModuleTower | OtherModuleTower):
-            yield f"towers.{name}.module", tower.module
+    for key, tower in config.towers.kinds().items():
+        for module in tower.user_modules():
+            yield f"{key}.module", module
     for module in config.objective.user_modules():
         yield "objective.module", module
     for stage in config.data.stages:

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sets import POLYNOMIAL, TXT, captioned, damaged_set, picture, pictured
 from support import write_samples
-from tarfiles import listed, write_tar
+from tarfiles import stdlib_members, write_tar
 
 from gigabatch.data.describe.content_stats import one_line, script_of
 from gigabatch.data.describe.index_stats import (
@@ -44,7 +44,9 @@ def test_counts_and_sizes_match_the_tar_files(tmp_path: Path) -> None:
     assert stats.shard_bytes == sum(shard.stat().st_size for shard in shards)
     assert stats.per_shard is not None
     assert (stats.per_shard.min, stats.per_shard.median, stats.per_shard.max) == (2, 5, 5)
-    sizes = sorted(s for shard in shards for name, _, s in listed(shard) if name.endswith(".png"))
+    sizes = sorted(
+        s for shard in shards for name, _, s in stdlib_members(shard) if name.endswith(".png")
+    )
     png = next(member for member in stats.members if member.name == "png")
     assert (png.samples, png.missing, png.first_missing) == (12, 0, None)
     assert png.bytes is not None
@@ -270,7 +272,9 @@ def test_damaged_samples_are_counted_and_named(tmp_path: Path) -> None:
     assert three == f"{shard}sample 's03': the image cannot be read: not a PNG, JPEG or WebP file."
     assert five.startswith(f"{shard}sample 's05': its caption (txt) cannot be read: ")
     assert eight.startswith(f"{shard}sample 's08': the image cannot be read: ")
-    assert ten.startswith(f"{shard}at byte {index.member_span(10, 'png')[0]}: member .png of sample 's10'")
+    assert ten.startswith(
+        f"{shard}at byte {index.member_span(10, 'png')[0]}: member .png of sample 's10'"
+    )
     assert "Unusable: 4 (33.3%) of the opened samples" in render(stats)
 
 
