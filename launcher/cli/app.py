@@ -26,7 +26,7 @@ from gigabatch.launcher.cli.arguments import (
 from gigabatch.launcher.cli.bench import bench
 from gigabatch.launcher.cli.config import config
 from gigabatch.launcher.cli.data import data
-from gigabatch.launcher.cli.eval import evaluate
+from gigabatch.launcher.cli.eval import EvalCommand, evaluate
 from gigabatch.launcher.cli.jobs import jobs, submit
 from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
@@ -130,7 +130,7 @@ def resume(
 
 
 app.command()(config)
-app.command("eval")(evaluate)
+app.command("eval", cls=EvalCommand)(evaluate)
 
 
 @app.command()
