@@ -36,7 +36,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.group=lagn"], "data.group: no sample of"),
         (
             ["data.train=mute", "data.missing=mask", "objective.positives=null"],
-            "no caption was found. Set data.captions",
+            "there are no captions. Set data.captions",
         ),
         (["data.text.tokenizer=no/such"], "text.tokenizer: 'no/such'"),
         (["run.name=taken"], "taken exists and is not a run"),
