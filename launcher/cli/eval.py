@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from gigabatch.launcher.cli.arguments import RunPath
+from gigabatch.launcher.cli.arguments import RunPath, check_set
 
 
 class Weights(StrEnum):
@@ -25,6 +25,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="SET",
+            callback=check_set,
             help="A folder of shards (it is indexed on first use), or the name of one of the "
             "run's sets; for text-retrieval a .jsonl file or a BEIR folder.",
         ),
