@@ -66,6 +66,19 @@ def _table_or_shards(source: str) -> str:
     return check_exists(source)
 
 
+def check_set(name: str | None) -> str | None:
+    """Return the name of an evaluation set; an absolute path must exist.
+
+    A relative path may be inside the run's `data.root`, which is not known here.
+
+    Raises:
+        GigabatchError: if the path does not exist.
+    """
+    if name is not None and os.path.isabs(os.path.expanduser(name)):
+        check_exists(os.path.expanduser(name))
+    return name
+
+
 def _many_shards(sources: list[str]) -> list[str]:
     return [check_shards(source) for source in sources]
 
