@@ -1,8 +1,8 @@
-"""The stream of micro-batches: a `webdataset.DataPipeline` with a source stage of its own.
+"""The stream of micro-batches, as a `webdataset.DataPipeline`.
 
-The source yields the decoded samples of this rank's micro-batches in order. The user's webdataset
-stages follow, one sample in, one sample out. The last stage tokenizes and collates. The only state
-is the step at which the stream starts.
+The source stage yields the decoded samples of this rank's micro-batches in order. The user's
+webdataset stages follow, one sample in, one sample out. The last stage tokenizes and collates. The
+only state is the step at which the stream starts.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ from gigabatch.trainer.config.load import (
     resolve,
 )
 from gigabatch.trainer.distributed import join_world, leave
-from gigabatch.trainer.init_from import pin_initial
+from gigabatch.trainer.init_from import pin_init_from
 from gigabatch.trainer.inputs import (
     make_tokenizer,
 )
@@ -75,7 +75,7 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
     @contextmanager
     def new_run() -> Iterator[RunFolder]:
         run = prepare_run(config, config_path.stem)
-        with run.held():
+        with run.lock():
             yield run
 
     return _start(new_run, config)
@@ -88,7 +88,7 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
 
     @contextmanager
     def old_run() -> Iterator[RunFolder]:
-        with run.held():  # first of all: nothing of a run that is being trained may be touched
+        with run.lock():  # first of all: nothing of a run that is being trained may be touched
             reopen_run(run, config, allow)
             yield run
 
@@ -108,7 +108,7 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
         is_here = (run.path / "config.yaml").exists()
         if not is_here:
             fetch_run(place, run)
-        with run.held():
+        with run.lock():
             if is_here:
                 fetch_newer(place, run)
             reopen_run(run, config, allow)
@@ -166,7 +166,7 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
     refuse_taken_name(config)
     refuse_unfit(config, log.warning)
     refuse_taken(config)
-    config = pin_initial(config)
+    config = pin_init_from(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     tokenizer = make_tokenizer(config, data)

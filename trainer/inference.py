@@ -1,4 +1,4 @@
-"""A run's towers and objective for use after training: no DeepSpeed."""
+"""A run's towers and objective for use after training, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,19 @@ from gigabatch.trainer.towers import Towers, build_towers
 def load_newest_towers(
     run: RunFolder, world: World | None = None, weights: str | None = None
 ) -> tuple[int, Towers]:
-    """(step, towers in evaluation mode, on the CPU) of the newest sound checkpoint, the same on
-    every rank of `world`; without one this process is alone. `weights`: ema, their average over
-    steps (`train.ema`), or last; None: ema where the run has one.
+    """Load the towers of the newest valid checkpoint.
 
-    Raises GigabatchError where there is none.
+    Args:
+        run: The run.
+        world: Ranks that must load the same checkpoint; None for a single process.
+        weights: `ema`, the average over steps (`train.ema`); `last`, those of the last step; None,
+            the average if the run has one.
+
+    Returns:
+        (step, towers in evaluation mode on the CPU).
+
+    Raises:
+        GigabatchError: if there is no valid checkpoint.
     """
     checkpoint = agree_on_checkpoint(run, world) if world else latest_checkpoint(run)
     if checkpoint is None:
@@ -37,8 +45,14 @@ def load_newest_towers(
 
 
 def load_objective(run: RunFolder, step: int) -> tuple[Objective[Any], dict[str, Tensor]]:
-    """The objective of a sound checkpoint, on the CPU, and its tables: float32 [samples, F], of all
-    sources one after the other. Raises GigabatchError where it cannot be read."""
+    """Load the objective of a verified checkpoint.
+
+    Returns:
+        (objective on the CPU, table name -> float32 [samples, F] of all sources in order).
+
+    Raises:
+        GigabatchError: if the checkpoint cannot be read.
+    """
     config = run.config()
     state = checkpoint_at(run, step).tensors("objective")
     settings = config.objective.for_any_device()

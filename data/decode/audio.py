@@ -91,7 +91,7 @@ def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
         why = error.error_string.removeprefix("Error : ").rstrip(" .")
         raise _error(where, why) from error
     if is_truncated(data, kind):
-        raise _error(where, f"the {kind} file is cut short")
+        raise _error(where, f"the {kind} file is truncated")
     expected = min(wanted, expected)
     if len(frames) < expected - _MISSING_SAMPLES:
         problem = f"only {len(frames)} of at least {expected} samples can be read"

@@ -74,11 +74,12 @@ class GroupedOrder:
         first = epoch * self.epoch_size // self.batch
         count = (epoch + 1) * self.epoch_size // self.batch - first
         rng_key = key(self.seed, "batches", epoch)
-        place = int(permute(np.array([number - first]), count, rng_key)[0])
+        # The epoch's full batches come first, then its mixed batches, before this permutation.
+        batch = int(permute(np.array([number - first]), count, rng_key)[0])
         full_batches = int(self._full_offsets[-1])
-        if place < full_batches:
-            return self._locate_in_full_batch(epoch, place, offsets)
-        mixed = epoch * int(self._pool_offsets[-1]) // self.batch + place - full_batches
+        if batch < full_batches:
+            return self._locate_in_full_batch(epoch, batch, offsets)
+        mixed = epoch * int(self._pool_offsets[-1]) // self.batch + batch - full_batches
         return self._locate_in_pools(mixed * self.batch + offsets)
 
     def _locate_in_full_batch(self, epoch: int, batch: int, offsets: I64) -> tuple[I64, I64]:

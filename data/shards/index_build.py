@@ -1,7 +1,7 @@
 """Building of an index: shards scanned by several processes, their rows joined and written.
 
-The rows of a scanned shard wait in a file of their own in `parts`. So an interrupted build resumes,
-and shards added later cost no more than themselves.
+The rows of each scanned shard are stored in a file in `parts` until all are joined. So an
+interrupted build resumes, and adding shards costs only the scan of the new ones.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def _wanted_settings(
 def _is_current(
     manifest: dict[str, Any], states: Sequence[ShardState], wanted: IndexSettings, source: str
 ) -> bool:
-    """Return whether an index holds what is wanted of the shards as they are now."""
+    """Return whether an index covers the current shards with the wanted settings."""
     if not manifest or IndexSettings.model_validate(manifest["settings"]) != wanted:
         return False
     indexed = {s["name"]: (s["bytes"], s["version"]) for s in manifest["shards"]}

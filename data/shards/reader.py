@@ -152,7 +152,7 @@ class Reader:
         """Say what is wrong with the bytes `part` of a member."""
         offset, size = self.index.member_span(row, member)
         if len(part) < size:
-            what = f"is cut short ({len(part)} of {size} bytes)"
+            what = f"is truncated ({len(part)} of {size} bytes)"
         else:
             what = "is not what was indexed (its CRC-32C differs)"
         return (

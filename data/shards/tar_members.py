@@ -117,7 +117,7 @@ def _parse(parser: _Parser, checksums: bool) -> None:
             length = LARGE_WINDOW if position - start - len(window) < NEAR else SMALL_WINDOW
             window, start, at = os.pread(file, length, position), position, 0
             if len(window) < BLOCK:
-                what = "the file ends without an end mark: it was cut short"
+                what = "the file ends without an end mark: it was truncated"
                 raise _damage(parser.where, position, what)
             if len(headers) >= VERIFY_AT_ONCE:
                 _verify_headers(parser)
@@ -132,7 +132,7 @@ def _parse(parser: _Parser, checksums: bool) -> None:
             size = extended.size
         next_header = position + BLOCK + ((size + BLOCK - 1) & -BLOCK)
         if size < 0 or next_header > total:
-            what = f"a member of {size} bytes is cut short: the file was truncated"
+            what = f"the file ends inside a member of {size} bytes: it was truncated"
             raise _damage(parser.where, position + BLOCK, what)
         if window[at + 156] not in _FILE_TYPES:
             header = window[at : at + BLOCK]

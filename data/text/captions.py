@@ -22,7 +22,7 @@ class TextLocation(Settings):
     """Field of the json member that holds the text: a name, or a path such as `names.en`, of a
     text, a list of texts, or a mapping whose values are texts."""
     lines: bool = False
-    """Treat every line of a text as a text of its own."""
+    """Treat every line of a text as a separate text."""
     prefix: str = ""
     """Text to put before every text, such as `query: `."""
 

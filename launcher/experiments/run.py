@@ -34,7 +34,7 @@ from gigabatch.launcher.experiments.study import (
 from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import differences, parse_config, resolve
-from gigabatch.trainer.distributed import alone
+from gigabatch.trainer.distributed import single_process
 from gigabatch.trainer.evaluation.command import kept_name, open_subject
 from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.settings import task_settings
@@ -182,7 +182,7 @@ def _train(
     start_time = time.monotonic()
     if not exists:
         run = prepare_run(config, study.name)
-    with run.held():
+    with run.lock():
         if exists:
             reopen_run(run, config, [])
         if not run_training(run, stop):
@@ -223,7 +223,7 @@ def _evaluate(run: RunFolder, metric: Metric, dataset: Path, field: str | None) 
     task, settings = metric.task, metric.settings
     file = run.measurement(kept_name(dataset.name, task, settings), run.steps_saved()[-1])
     if not file.exists():
-        step, subject = open_subject(run, str(dataset), alone())
+        step, subject = open_subject(run, str(dataset), single_process())
         measured = measure_task(task, subject, task_settings(task, settings))
         seed = None if field is None else subject.config.run.seed
         values = tags(task, measured, seed, subject.groups(field, measured))

@@ -14,7 +14,7 @@ from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import Reader
 from gigabatch.data.stream import load_stage
-from gigabatch.launcher.cluster.connection import in_ray_job
+from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.trainer.config import Config, columns_of, positives_of, vectors_of
 from gigabatch.trainer.inputs import (

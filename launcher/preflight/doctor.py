@@ -26,8 +26,8 @@ from gigabatch.data.remote.places import writable_folder
 from gigabatch.data.remote.writes import check_writable
 from gigabatch.data.shards.index import cache_folder
 from gigabatch.data.text.captions import ExtraText
-from gigabatch.launcher.cluster.connection import in_ray_job
-from gigabatch.trainer.config import Config, what_is_read
+from gigabatch.launcher.environment import in_ray_job
+from gigabatch.trainer.config import Config
 
 FILES = 4096
 """Open files that a rank may come to: its shards, and its loaders' pipes and shared memory."""
@@ -180,7 +180,7 @@ def _sample_bytes(config: Config) -> int:
         "text": 16 * data.text.length * data.captions.most,
     }
     for name, tower in config.towers.more.items():
-        read = what_is_read(tower)
+        read = tower.decode_settings()
         if isinstance(read, ExtraText):
             sizes[name] = 16 * config.text_length(name)
         elif isinstance(read, VectorSettings):

@@ -50,7 +50,7 @@ def test_a_run_replaces_bad_samples_and_records_each(
         assert f"train-{line['sample'] // 50:03d}.tar: at byte " in line["why"]
         assert line["key"] == f"s{line['sample']:05d}"
         assert line["attempt"] == 1
-    assert "replaced a sample that cannot be used" in (run / "train.log").read_text()
+    assert "replaced an unreadable sample" in (run / "train.log").read_text()
     last = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line][-1]
     assert last["data/bad_samples"] == len(lines)
 

@@ -33,7 +33,7 @@ def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
     (run / "checkpoints" / "step-00000012" / "state.json").write_text("{")
     done = gigabatch("resume", run)
     assert done.returncode == 0, done.stderr
-    assert "going on after step 9" in done.stdout
+    assert "resuming after step 9" in done.stdout
     assert sorted(p.name for p in (run / "eval").iterdir()) == names
     lines = read_metrics(run / "metrics.jsonl")
     assert {line["step"] for line in lines if "train/loss" not in line} == {3, 6, 9, 12}
@@ -70,7 +70,7 @@ def test_steps_that_are_not_finite_push_no_checkpoint_out(
     ]
     done = gigabatch("train", tiny, *settings, "checkpoint.every_steps=1", "train.max_bad_steps=4")
     assert done.returncode == 2
-    assert "4 steps in a row" in done.stderr
+    assert "4 consecutive steps" in done.stderr
     saved = [p.name for p in (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")]
     assert saved == ["step-00000001"]
     assert "the last checkpoint: step 1" in done.stderr
@@ -100,7 +100,7 @@ def test_a_run_that_is_being_trained_is_left_alone(
     as_rank = gigabatch("resume", run, "monitor.every_steps=7")
     for refused in (plain, as_rank):
         assert refused.returncode == 2
-        assert "being trained now" in refused.stderr
+        assert "being trained" in refused.stderr
     assert (run / "config.yaml").read_text() == before
     assert command.process.poll() is None
 
@@ -330,6 +330,6 @@ def test_a_cut_off_process_that_lives_on_leaves_the_run_untouched(
     first.signal(signal.SIGCONT)
     done = first.wait()
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "attempt 1 was cut off, and a later one trains this run" in done.stderr
+    assert "attempt 1 was superseded: a later one trains this run" in done.stderr
     assert contents(run, *files) == before
     assert {line["attempt"] for line in read_metrics(run / "metrics.jsonl")} == {1, 2}

@@ -55,7 +55,7 @@ def test_a_process_that_is_stuck_ends_with_its_stack(
         "towers.image={kind: module, module: 'support_towers:Stuck'}", timeout=240,
     )  # fmt: skip
     assert done.returncode == 1
-    assert "is in step 13, phase embed, since" in done.stderr
+    assert "is in step 13, phase embed, for" in done.stderr
     stacks = (tmp_path / "runs" / "a" / "hangs" / "attempt-000001-rank-0.txt").read_text()
     assert "support_towers.py" in stacks
     assert (tmp_path / "runs" / "a" / "checkpoints" / "LATEST").exists()
@@ -75,7 +75,7 @@ def test_a_hang_is_ended_also_where_nothing_can_be_written(
         (run / name).symlink_to("/dev/full")
     done = command.wait(240)
     assert done.returncode == 1
-    assert "is in step 13, phase embed, since" in done.stderr
+    assert "is in step 13, phase embed, for" in done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["inline", "torchrun"])

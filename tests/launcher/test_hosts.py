@@ -95,8 +95,8 @@ def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
     undisturbed = start("train", tiny, *settings, "run.name=whole")
     done = submitted.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"node {all_three[2]} will be taken away" in done.stdout
-    assert done.stdout.count(f"going on after step {saved}\n") == 2
+    assert f"node {all_three[2]} will be removed" in done.stdout
+    assert done.stdout.count(f"resuming after step {saved}\n") == 2
     assert "attempt 3: 1 worker " in done.stdout
     assert undisturbed.wait().returncode == 0
     assert samples(run) == samples(whole)

@@ -92,7 +92,7 @@ def test_workers_without_room_wait_for_it_and_no_restart_is_used_up(tmp_path: Pa
     run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c", overrides), "run")
     command = [sys.executable, "-c", NO_ROOM, str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    said = "the cluster has no room for 2 workers: waiting"
+    said = "the cluster has no capacity for 2 workers; waiting"
     assert done.stdout.splitlines()[-1:] == [f"{[said, said]} None True"], done.stdout + done.stderr
 
 

@@ -11,16 +11,7 @@ from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
-from gigabatch.trainer.config.more import (
-    AudioTower,
-    OtherModuleTower,
-    OtherText,
-    VectorsTower,
-    VectorTower,
-    what_is_read,
-)
-from gigabatch.trainer.config.tower import HuggingFaceTower, ModuleTower, TextTower, Tower
-from gigabatch.trainer.config.towers import ConvTower, TowersSettings
+from gigabatch.trainer.config.towers import ExtraTextTower, TowersSettings
 from gigabatch.trainer.config.training import (
     CheckpointSettings,
     EvalSettings,
@@ -32,37 +23,29 @@ from gigabatch.trainer.config.training import (
 from gigabatch.trainer.objectives import AnyObjective, ObjectiveSettings, default_settings
 from gigabatch.trainer.objectives.settings import SingleSettings, unique
 from gigabatch.trainer.taps import parse_tap
+from gigabatch.trainer.towers.base import TowerKind
 
 __all__ = [
     "AnyObjective",
-    "AudioTower",
     "BatchSettings",
     "CheckpointSettings",
     "ClusterSettings",
     "Config",
-    "ConvTower",
     "DataSettings",
     "EvalSettings",
-    "HuggingFaceTower",
-    "ModuleTower",
+    "ExtraTextTower",
     "MonitorSettings",
     "ObjectiveSettings",
     "OptimizerSettings",
-    "OtherModuleTower",
-    "OtherText",
     "RunSettings",
     "ScheduleSettings",
-    "TextTower",
     "TowersSettings",
     "TrainSettings",
-    "VectorTower",
-    "VectorsTower",
     "columns_of",
     "positives_of",
     "singles",
     "taps_of",
     "vectors_of",
-    "what_is_read",
 ]  # fmt: skip
 
 
@@ -108,7 +91,7 @@ class Config(Settings):
     @property
     def texts(self) -> tuple[str, ...]:
         """Those of them that are texts."""
-        others = {name for name, t in self.towers.more.items() if isinstance(t, OtherText)}
+        others = {name for name, t in self.towers.more.items() if isinstance(t, ExtraTextTower)}
         return tuple(name for name in self.modalities if name in {"text", *others})
 
     @property
@@ -121,14 +104,14 @@ class Config(Settings):
     def places(self) -> set[tuple[str, str]]:
         """(modality whose tower it is, place) of all that the objective reads."""
         read, shared = map(parse_tap, taps_of(self.objective)), self.shared
-        return {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
+        return {(shared.get(tap.modality, tap.modality), tap.output) for tap in read}
 
-    def tower(self, modality: str) -> Tower:
+    def tower(self, modality: str) -> TowerKind:
         """The description of a modality's tower."""
         modality = self.shared.get(modality, modality)
         found = self.towers.more.get(modality) or getattr(self.towers, modality)
-        own = found.tower if isinstance(found, OtherText) else found
-        assert isinstance(own, Tower)
+        own = found.tower if isinstance(found, ExtraTextTower) else found
+        assert isinstance(own, TowerKind)
         return own
 
     def text_length(self, modality: str) -> int:

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import is_remote
-from gigabatch.trainer.config import Config, HuggingFaceTower, OtherText
+from gigabatch.trainer.config import Config
 
 ANY = "NAME"
 """Stands in known keys where the user chooses a name."""
@@ -78,38 +78,21 @@ def resolve(config: Config) -> Config:
     elsewhere = root.startswith("demo:") or is_remote(root)
     data = root if elsewhere else str(Path(root).expanduser().absolute())
     sets = tuple(name if "/" not in name else _absolute_if_there(name) for name in config.eval.sets)
-    more = {
-        name: tower.model_copy(update={"tower": _at_its_place(tower.tower)})
-        for name, tower in config.towers.more.items()
-        if isinstance(tower, OtherText)
-    }
-    towers = {
-        "image": _at_its_place(config.towers.image),
-        "text": _at_its_place(config.towers.text),
-        "more": {**config.towers.more, **more},
-    }
     cores = len(os.sched_getaffinity(0))
     threads = config.cluster.threads or max(1, cores // config.cluster.most)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
             "data": config.data.model_copy(update={"root": data}),
-            "towers": config.towers.model_copy(update=towers),
+            "towers": config.towers.with_absolute_paths(),
             "eval": config.eval.model_copy(update={"sets": sets}),
             "cluster": config.cluster.model_copy(update={"threads": threads}),
         }
     )
 
 
-def _at_its_place(tower: Any) -> Any:
-    """A description of a tower, whose pretrained model may be a folder."""
-    if isinstance(tower, HuggingFaceTower) and tower.name:
-        return tower.model_copy(update={"name": _absolute_if_there(tower.name)})
-    return tower
-
-
 def _absolute_if_there(name: str) -> str:
-    """Workers have working directories of their own; what is no folder may be a name on a hub."""
+    """Return the absolute path of a folder; another name may be one inside `data.root`."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.is_dir() else name
 

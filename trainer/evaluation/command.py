@@ -13,7 +13,7 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.distributed import World, alone, join_world, leave
+from gigabatch.trainer.distributed import World, join_world, leave, single_process
 from gigabatch.trainer.evaluation.history import best_and_last
 from gigabatch.trainer.evaluation.retrieval import describe
 from gigabatch.trainer.evaluation.settings import task_settings
@@ -68,7 +68,7 @@ def _joined() -> AbstractContextManager[World]:
     """torchrun's ranks, with as many threads as it gave them; else this process alone."""
     if "RANK" in os.environ:
         return join_world(torch.get_num_threads())
-    return nullcontext(alone())
+    return nullcontext(single_process())
 
 
 def _measure(

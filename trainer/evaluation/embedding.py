@@ -121,7 +121,7 @@ def embed_set(
             bad += [each.why for each in micro.substitutions]
         batch = micro.to(world.device)
         kept = slice(None) if batch.real else slice(0)
-        for tap, vectors in embed(tower_inputs(batch, config.data, stream=None)).items():
+        for tap, vectors in embed(tower_inputs(batch, config.data, rng_key=None)).items():
             rows = vectors[kept].float()
             rows = rows if reading.width is None else first_coordinates(rows, reading.width)
             taps.setdefault(tap, []).append(rows)

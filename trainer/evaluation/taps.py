@@ -28,7 +28,7 @@ def place_compared(config: Config, modalities: Sequence[str], wanted: str | None
     """`head` or `tokens`: where modalities are read that are compared with each other. Unless
     `wanted`, tokens where the objective reads those of all, and not the pooled vectors of all,
     which are then not trained. Raises GigabatchError for tokens that the run has not."""
-    read = {(tap.modality, tap.place) for tap in map(parse_tap, taps_of(config.objective))}
+    read = {(tap.modality, tap.output) for tap in map(parse_tap, taps_of(config.objective))}
     pooled, tokens = ({m for m in modalities if (m, place) in read} for place in (HEAD, TOKENS))
     if wanted == TOKENS and (without := [m for m in modalities if m not in tokens]):
         raise GigabatchError(

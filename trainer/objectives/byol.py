@@ -49,7 +49,7 @@ class BYOL(Objective[BYOLSettings]):
     def __init__(self, settings: BYOLSettings, width: int) -> None:
         super().__init__(settings)
         # The teacher augments again: its view is never that of the tap it is compared with.
-        self.teacher_taps = [parse_tap(tap).plain for tap in settings.taps]
+        self.teacher_taps = [parse_tap(tap).base for tap in settings.taps]
         teacher = unique(self.teacher_taps)
         self.needs = Needs(settings.taps, teacher=teacher, momentum=settings.momentum)
         # Layer norm, because statistics of a batch norm would differ from rank to rank.

@@ -205,9 +205,11 @@ def _two_gaussians(values: list[float]) -> tuple[Any, Any, Any]:
         density = shares * torch.exp(-distance / (2 * variances)) / variances**0.5
         p = density / density.sum(1, keepdim=True)
         shares = p.mean(0)
-        means = (p * x[:, None]).sum(0) / p.sum(0)
+        previous, means = means, (p * x[:, None]).sum(0) / p.sum(0)
         variances = ((p * (x[:, None] - means) ** 2).sum(0) / p.sum(0)).clamp(
             min=1e-3 * deviation**2
         )
+        if torch.equal(previous, means):
+            break
     order = means.argsort()
     return means[order], variances[order], shares[order]

@@ -162,7 +162,7 @@ class WidthsSettings(SingleSettings):
                 f"objective.widths: the last must be towers.width={config.towers.width}, not "
                 f"{self.widths[-1]}; coordinates beyond it would never be trained"
             )
-        inner = [tap for tap in self.taps if parse_tap(tap).place == "encoder"]
+        inner = [tap for tap in self.taps if parse_tap(tap).output == "encoder"]
         if self.widths and inner:
             raise ValueError(
                 f"objective.widths: {inner[0]} is read before the head and does not have "

@@ -121,7 +121,7 @@ class SogCLR(Objective[SogCLRSettings]):
 
     def __init__(self, settings: SogCLRSettings) -> None:
         super().__init__(settings)
-        one, other = (parse_tap(tap).plain for tap in settings.taps)
+        one, other = (parse_tap(tap).base for tap in settings.taps)
         self.sides = 1 if one == other else 2
         row, tau = [-math.inf] * self.sides, settings.temperature
         if settings.temperatures == "individual":

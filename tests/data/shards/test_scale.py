@@ -1,4 +1,4 @@
-"""Ten million samples: memory stays small."""
+"""Memory use of a stream over ten million samples."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 SHARDS, PER_SHARD = 1000, 10_000
-LIMIT = 600e6  # bytes of proportional memory a process
+LIMIT = 600e6  # bytes of proportional set size a process
 FIELDS = Fields(ImageSettings(size=16), CaptionSettings(), columns=("concept",))
 
 
 def repeated(small: Index, folder: Path) -> Index:
-    """An index of 10^7 samples whose members are those of a small set, again and again."""
+    """Write an index of 10^7 samples that repeats the members of a small set."""
     table = small.table.drop_columns(["key"])
 
     def pieces() -> list[range]:
@@ -55,7 +55,7 @@ def repeated(small: Index, folder: Path) -> Index:
 
 
 @pytest.mark.slow
-def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
+def test_stream_over_ten_million_samples_uses_little_memory(tmp_path: Path) -> None:
     write_samples(tmp_path / "small", 100, 100, seed=1)
     small = open_index(tmp_path / "small")
     tokenizer = tmp_path / "tokenizer.json"
@@ -65,11 +65,11 @@ def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
     assert len(index) == 10**7
 
     mixture = Mixture((ShuffledOrder(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
-    every = 10**7 // 256 // 200  # 200 batches, from all over an epoch
+    stride = 10**7 // 256 // 200  # 200 batches, spread over an epoch
 
     class Scattered:
         def __iter__(self):  # type: ignore[no-untyped-def]
-            for step in range(1, 200 * every, every):
+            for step in range(1, 200 * stride, stride):
                 yield from TrainPlans(mixture, 256, 64, 1, 0, step, step)
 
     stream = open_stream(
@@ -79,7 +79,7 @@ def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
     for number, batch in enumerate(stream):
         assert len(batch.keys) == 64
         if number % 50 == 49:
-            # Not psutil's children: those include the resource tracker of other tests.
+            # Not psutil's children: they include the resource tracker of other tests.
             for pid in [os.getpid(), *(child.pid or 0 for child in active_children())]:
                 pss = psutil.Process(pid).memory_full_info().pss
                 largest[pid] = max(largest.get(pid, 0), pss)

@@ -70,13 +70,13 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
     [
         (["pack", "{}/t.csv", "{}/out", "--shard-mib", "nan"], "--shard-mib nan: is no size"),
         (["pack", "{}/t.csv", "{}/out", "--shard-mib", "inf"], "--shard-mib inf: is no size"),
-        (["stats", "{}/set", "--sheet", "/"], "/: is a folder. Name a file"),
+        (["stats", "{}/set", "--sheet", "/"], "/: this is a folder. Specify a file name"),
         (["index", "{}/set", "--columns", "concept,,colour"], "--columns: '' cannot be"),
         (["index", "{}/set", "--columns", "key"], "--columns: 'key' cannot be"),
         (["check", "{}/set", "--every", "9" * 20], "--every"),
         (["batch", "{}/c.yaml", "--world", "9" * 20], "--world"),
         (["filter", "{}/set", "'a' * 99999999999999 == key"], "arithmetic needs a column"),
-        (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 letters"),
+        (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 characters"),
     ],
 )  # fmt: skip
 def test_odd_arguments_are_refused_in_a_line(
@@ -109,7 +109,7 @@ def test_files_of_a_shell_pattern_are_their_folder(run: Run, folder: Path) -> No
 
 
 def test_check_finds_what_went_bad(run: Run, folder: Path) -> None:
-    assert run("data", "check", folder)[:2] == (0, "40 samples, 0.0 MB read: all sound\n")
+    assert run("data", "check", folder)[:2] == (0, "40 samples, 0.0 MB read: all valid\n")
     index = open_index(folder)
     spoil(index, 7, "png")
     spoil(index, 33, "json", at=2)
@@ -133,7 +133,7 @@ def test_check_compares_with_what_was_indexed_even_where_a_shard_was_written_ane
     assert "member .txt of sample 's00007' is not what was indexed" in out
     with open(shard, "ab") as file:
         file.write(bytes(1024))
-    assert f"{shard}: has " in run("data", "check", folder)[1]
+    assert f"{shard}: size is " in run("data", "check", folder)[1]
 
 
 def test_check_reads_json_members(run: Run, tmp_path: Path) -> None:

@@ -67,4 +67,4 @@ def test_steps_are_timed_by_the_passes_that_objectives_declare(
     ]
     code, _, error = told("--only", "no-such")
     assert code == 2
-    assert "there is no objective no-such here; there are barlow, " in error
+    assert "unknown objective no-such; choose from barlow, " in error

@@ -76,7 +76,7 @@ def test_killed_in_a_copy_its_folder_removed_a_run_goes_on_from_the_copy_before(
     done = gigabatch("resume", url, f"run.dir={tmp_path / 'other'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "fetched checkpoint step-00000003" in done.stderr
-    assert "going on after step 3" in done.stdout
+    assert "resuming after step 3" in done.stdout
     run = RunFolder(tmp_path / "other" / "a")
     assert losses(run.path) == whole
     assert run.steps_saved() == [6, 9, 12]
@@ -112,7 +112,7 @@ def test_a_run_that_lost_its_newest_says_so_and_gets_them_back_by_the_url(
     done = gigabatch("resume", run.path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{url} holds a newer checkpoint, of step 12; this goes on from step 6" in done.stderr
-    assert "going on after step 6" in done.stdout
+    assert "resuming after step 6" in done.stdout
     assert losses(run.path) == whole
     state = RemoteRun(url).read("checkpoints/step-00000012/state.json")
     assert json.loads(state or "")["attempt"] == 2  # made again, copied again

@@ -28,7 +28,7 @@ from gigabatch.trainer.checkpoints.saver import Saver
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import deepspeed_config
-from gigabatch.trainer.init_from import load_initial
+from gigabatch.trainer.init_from import load_init_weights
 from gigabatch.trainer.inputs import (
     cache_of,
     make_tokenizer,
@@ -69,7 +69,7 @@ def see_batch(config: Config, folder: Path) -> Any:
 
 def see_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
-    return digest(*tower_inputs(micro, config.data, stream=7)["image"])
+    return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
 
 
 def see_loaders(config: Config, folder: Path) -> Any:
@@ -90,7 +90,7 @@ def embed(config: Config, folder: Path) -> tuple[Any, Any]:
     micro = next(iter(micro_batches(config, folder)))
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
     towers = build_towers(config, vocab)
-    return towers, towers(tower_inputs(micro, config.data, stream=7), 7)
+    return towers, towers(tower_inputs(micro, config.data, rng_key=7), 7)
 
 
 def see_towers(config: Config, folder: Path) -> Any:
@@ -174,7 +174,7 @@ def see_initial(config: Config, folder: Path) -> Any:
     if config.train.init_from:
         place = folder / "checkpoints" / "step-00000001"
         train = config.train.model_copy(update={"init_from": place})
-        load_initial(towers, config.model_copy(update={"train": train}), ALONE)
+        load_init_weights(towers, config.model_copy(update={"train": train}), ALONE)
     return digest(*towers.state_dict().values())
 
 
@@ -197,7 +197,7 @@ def see_copies(config: Config, folder: Path) -> Any:
         path.touch()
     with Saver(run, ALONE, run.take_attempt(), settings, lambda step, tags: None) as saver:
         saver.save(1, lambda: ({"towers": {"w": torch.zeros(10)}}, {"step": 1}))
-        saver.settle()
+        saver.finish_write()
         saver.await_copies(1, lambda: None)
     return [RemoteRun(f"{to}/{run.path.name}").steps(), saver.metrics().keys()]
 

@@ -120,6 +120,6 @@ def test_best_and_last_of_a_run(tmp_path: Path) -> None:
     assert told["eval/val/t2i_recall@1/last"] == 0.4
     assert told["eval/val/t2i_median_rank/best_step"] == 6
     assert told["eval/val/t2i_median_rank/last_step"] == 8
-    run.forget_evaluations_after(6)
+    run.remove_evaluations_after(6)
     assert run.steps_evaluated() == [2, 4, 6]
     assert [p.name for p in (tmp_path / "eval").glob("val-*")] == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -33,6 +34,7 @@ ROWS, WIDTH, TOKENS, SEED = 12, 6, 4, 5
 Result = dict[str, Tensor]
 
 
+@cache
 def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
     """Return the examples of all registered objectives, by `NAME: LABEL`. The environment variable
     OBJECTIVES limits them to the objectives that it names, with spaces between."""

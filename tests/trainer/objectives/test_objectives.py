@@ -1,3 +1,5 @@
+"""InfoNCE on small inputs, and the clamp of the logit scale."""
+
 from __future__ import annotations
 
 import math
@@ -10,7 +12,7 @@ from gigabatch.trainer.objectives import Context, build_objective, parse_setting
 from gigabatch.trainer.objectives.common import clamp_inward
 
 
-def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
+def test_infonce_with_distinct_samples_equals_cross_entropy() -> None:
     torch.manual_seed(0)
     rows = {t: F.normalize(torch.randn(7, 5), dim=1).requires_grad_() for t in ("image", "text")}
     objective = build_objective(parse_settings({"init_logit_scale": 10.0}))
@@ -21,19 +23,19 @@ def test_infonce_equals_cross_entropy_where_each_sample_is_its_own() -> None:
     assert loss.metrics["logit_scale"] == pytest.approx(10.0)
 
 
-def test_the_asked_for_column_decides_what_is_positive() -> None:
+def test_positives_column_defines_the_positives() -> None:
     objective = build_objective(parse_settings({"positives": "concept"}))
     assert objective.needs.columns == ("concept",)
     rows = {t: torch.eye(4).requires_grad_() for t in ("image", "text")}
-    own = objective(rows, {"concept": torch.arange(4)}, Context(None, 1)).value
-    shared = objective(rows, {"concept": torch.zeros(4, dtype=torch.int64)}, Context(None, 1)).value
-    assert shared > own
+    distinct = objective(rows, {"concept": torch.arange(4)}, Context(None, 1)).value
+    equal = objective(rows, {"concept": torch.zeros(4, dtype=torch.int64)}, Context(None, 1)).value
+    assert equal > distinct
 
 
 @pytest.mark.parametrize(("at", "slope", "passes"), [
     (1.0, -1.0, True), (1.0, 1.0, True), (3.0, 1.0, True), (3.0, -1.0, False), (2.0, -1.0, False),
 ])  # fmt: skip
-def test_the_clamp_lets_gradients_inward_only(at: float, slope: float, passes: bool) -> None:
+def test_clamp_passes_inward_gradients_only(at: float, slope: float, passes: bool) -> None:
     x = torch.tensor(at, requires_grad=True)
     y = clamp_inward(x, ceiling=2.0)
     assert y.item() == min(at, 2.0)
@@ -41,7 +43,7 @@ def test_the_clamp_lets_gradients_inward_only(at: float, slope: float, passes: b
     assert float(x.grad) == (slope if passes else 0.0)
 
 
-def test_a_scale_above_its_limit_comes_back_down() -> None:
+def test_logit_scale_above_its_limit_decreases_again() -> None:
     objective = build_objective(parse_settings({"init_logit_scale": 100.0}))
     torch.manual_seed(1)
     wrong = F.normalize(torch.randn(8, 4), dim=1)

@@ -1,5 +1,7 @@
-"""On torchrun ranks: what tasks find of a run. Arguments: the run, then a set and a task's words,
-as one json list of lists."""
+"""Script for torchrun ranks: run evaluation tasks and print their metrics as JSON.
+
+Arguments: the run, and a JSON list of [set, task, option, ...] lists.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ with join_world(1) as world:
     run = open_run(sys.argv[1])
     step, towers = load_newest_towers(run, world)
     report = []
-    for on, task, *given in json.loads(sys.argv[2]):
+    for on, task, *options in json.loads(sys.argv[2]):
         subject = Subject(run, run.config(), towers, world, on, step)
-        report.append(measure(task, subject, task_settings(task, given)).metrics())
+        report.append(measure(task, subject, task_settings(task, options)).metrics())
     if world.is_main:
         print(json.dumps(report))
 leave(0)

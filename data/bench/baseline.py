@@ -1,7 +1,8 @@
-"""The other contender: webdataset and PIL, put together as its users do.
+"""Baseline: a pipeline of webdataset and PIL, as their users typically build it.
 
-The same shards, sizes, tokeniser, columns, stages, workers and batches as ours; but its own order
-(shards drawn at random, a shuffle buffer), no checksums, and JPEGs decoded at full scale.
+It uses the same shards, sizes, tokenizer, columns, stages, workers and batches as gigabatch. It
+differs in order (random shards, a shuffle buffer), verifies no checksums, and decodes JPEGs at full
+scale.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from gigabatch.data.bench.setup import Setup
-from gigabatch.data.bench.work import Held, Pieces
+from gigabatch.data.bench.workloads import HeldBatches, Pieces
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings, code_of
 from gigabatch.data.processes import ignore_ctrl_c
@@ -29,29 +30,30 @@ from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions
 
 SHUFFLE = 1000
+"""Samples in the shuffle buffer."""
 
 
-def unable(setup: Setup) -> str:
-    """Why plain webdataset cannot do the same; empty where it can."""
+def unsupported(setup: Setup) -> str:
+    """Return why the baseline cannot read this data; empty if it can."""
     fields = setup.fields
     if setup.remote:
-        return "its remote shards need a shell command"
+        return "webdataset reads remote shards by shell commands only"
     if fields.more or fields.arrays or fields.allow_missing:
-        return "it is put together for images and captions that every sample has"
+        return "this pipeline supports only images and captions that every sample has"
     if fields.text is not None and fields.text.choose == "all":
-        return "it is put together for one caption a sample"
+        return "this pipeline supports only one caption per sample"
     return ""
 
 
 def describe(setup: Setup) -> str:
-    """The pipeline, in a line."""
+    """Describe the pipeline in one line."""
     image = setup.fields.image
     steps = [f"WebDataset(resampled=True).shuffle({SHUFFLE}, initial={SHUFFLE})"]
     if image is not None:
-        steps.append(f"decode({_mode(image)!r}), bicubic resize and centre crop to {image.size}")
-    steps += [f"{len(setup.stages)} stages of your own"] if setup.stages else []
+        steps.append(f"decode({_mode(image)!r}), bicubic resize and center crop to {image.size}")
+    steps += [f"{len(setup.stages)} user stages"] if setup.stages else []
     steps.append(f"batched({setup.batch_size}) with torch.stack and encode_batch")
-    return f"{', '.join(steps)}, WebLoader of the same workers and prefetch; no checksums"
+    return f"{', '.join(steps)}, WebLoader with the same workers and prefetch; no checksums"
 
 
 def _mode(image: ImageSettings) -> str:
@@ -59,14 +61,18 @@ def _mode(image: ImageSettings) -> str:
 
 
 def raw_samples(setup: Setup) -> Iterator[Sample]:
-    """Undecoded samples of all shards in turn, without end."""
+    """Yield undecoded samples of all shards in order, endlessly."""
     while True:
         yield from wds.WebDataset(setup.shards, shardshuffle=False)
 
 
 def batches(setup: Setup, workers: int) -> Iterator[dict[str, Any]]:
-    """Micro-batches without end: `image` uint8 [B, C, S, S], `text` int64 [B, L] with `text_mask`,
-    the columns int64 [B], and `keys`."""
+    """Yield micro-batches endlessly.
+
+    Yields:
+        `image` uint8 [B, C, S, S], `text` int64 [B, L] with `text_mask` bool [B, L], columns
+        int64 [B], and `keys`, a list of B sample keys.
+    """
     image = setup.fields.image
     source = wds.WebDataset(setup.shards, resampled=True, shardshuffle=False, seed=setup.seed)
     pipeline = source.shuffle(SHUFFLE, initial=SHUFFLE)
@@ -84,12 +90,12 @@ def batches(setup: Setup, workers: int) -> Iterator[dict[str, Any]]:
         num_workers=workers,
         prefetch_factor=setup.prefetch if workers else None,
         pin_memory=setup.device.type == "cuda",
-        worker_init_fn=_start,
+        worker_init_fn=_init_worker,
     )
 
 
-def decode(held: Held) -> Pieces:
-    """Images alone, at full scale."""
+def decode(held: HeldBatches) -> Pieces:
+    """Decode images with PIL at full scale."""
     image = held.setup.fields.image
     assert image is not None
     for raw in cycle(held.raws):
@@ -101,7 +107,7 @@ def decode(held: Held) -> Pieces:
 
 
 def fit(image: Image.Image, settings: ImageSettings) -> Tensor:
-    """The short side resized, the centre cut out."""
+    """Resize the shorter side and crop the center; returns uint8 [C, S, S]."""
     size = settings.size
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
@@ -116,16 +122,17 @@ def fit(image: Image.Image, settings: ImageSettings) -> Tensor:
 
 def _preprocess(setup: Setup, sources: dict[str, int], sample: Sample) -> Sample:
     fields = setup.fields
-    out: Sample = {"__key__": sample["__key__"]}
+    result: Sample = {"__key__": sample["__key__"]}
     if fields.image is not None:
         member = next(member for member in IMAGE_MEMBERS if member in sample)
-        out["image"] = fit(sample[member], fields.image)
+        result["image"] = fit(sample[member], fields.image)
     if fields.text is not None:
-        out["text"] = read_captions(sample[fields.text.member], fields.text, sample["__key__"])[0]
+        data = sample[fields.text.member]
+        result["text"] = read_captions(data, fields.text, sample["__key__"])[0]
     tree = json.loads(sample["json"]) if set(fields.columns) - {SOURCE_COLUMN} else {}
     for name in fields.columns:
-        out[name] = sources[sample["__url__"]] if name == SOURCE_COLUMN else code_of(tree[name])
-    return out
+        result[name] = sources[sample["__url__"]] if name == SOURCE_COLUMN else code_of(tree[name])
+    return result
 
 
 def _sources(setup: Setup) -> dict[str, int]:
@@ -135,17 +142,17 @@ def _sources(setup: Setup) -> dict[str, int]:
 def _collate(
     tokenizer: Tokenizer | None, columns: Sequence[str], rows: Sequence[Sample]
 ) -> dict[str, Any]:
-    out: dict[str, Any] = {"keys": [row["__key__"] for row in rows]}
+    batch: dict[str, Any] = {"keys": [row["__key__"] for row in rows]}
     if "image" in rows[0]:
-        out["image"] = torch.stack([row["image"] for row in rows])
+        batch["image"] = torch.stack([row["image"] for row in rows])
     if tokenizer is not None and "text" in rows[0]:
         encoded = tokenizer.encode_batch([row["text"] for row in rows])
-        out["text"] = torch.tensor([e.ids for e in encoded])
-        out["text_mask"] = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
+        batch["text"] = torch.tensor([e.ids for e in encoded])
+        batch["text_mask"] = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
     for name in columns:
-        out[name] = torch.tensor([row[name] for row in rows])
-    return out
+        batch[name] = torch.tensor([row[name] for row in rows])
+    return batch
 
 
-def _start(worker: int) -> None:
+def _init_worker(worker: int) -> None:
     ignore_ctrl_c()
