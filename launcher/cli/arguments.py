@@ -46,7 +46,7 @@ def check_exists(source: str) -> str:
         GigabatchError: if nothing matches, or a URL's scheme is not supported.
     """
     if not os.path.exists(source):
-        from gigabatch.data.remote.places import expand, is_remote
+        from gigabatch.data.remote.locations import expand, is_remote
 
         if not is_remote(source):
             expand([source])
