@@ -7,7 +7,7 @@ from typing import Any, get_args
 import torch
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.kernels.stats import engine_of
+from gigabatch.kernels.stats import load_backend
 from gigabatch.trainer.config import Single, SumSettings
 from gigabatch.trainer.objectives.barlow import Barlow
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
@@ -74,7 +74,7 @@ def build_objective(
         names = [term.name for term in settings.terms]
         return Sum(terms, names, settings.weights or [1.0] * len(terms))
     try:
-        engine_of(getattr(settings, "backend", None), torch.empty(0, device=device))
+        load_backend(getattr(settings, "backend", None), torch.empty(0, device=device))
     except ValueError as error:
         raise GigabatchError(f"objective.backend: {error}") from None
     return OBJECTIVES[settings.name](settings, group, width).to(device)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.collect import sum_rows
+from gigabatch.kernels.collect import sum_over_ranks
 from gigabatch.trainer.config import BarlowSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.common import paired
@@ -38,12 +38,13 @@ class Barlow(Objective):
         a, b = paired(outputs, meta, self.settings.taps).vectors
         # All that leaves a rank are sums, each of which is differentiated on every rank. Means are
         # constants: what sums of centred products would say of them is the centred rows' sum, 0.
-        count = sum_rows(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
-        means = sum_rows(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
+        count = sum_over_ranks(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
+        sums = torch.stack([a.detach().sum(0), b.detach().sum(0)])
+        means = sum_over_ranks(sums, ctx.group) / count
         a, b = a - means[0], b - means[1]
-        moments = sum_rows(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
+        moments = sum_over_ranks(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
         spread = (moments / count).clamp(min=1e-12).sqrt()
-        c = sum_rows(a.T @ b, ctx.group) / count / (spread[0].unsqueeze(1) * spread[1])
+        c = sum_over_ranks(a.T @ b, ctx.group) / count / (spread[0].unsqueeze(1) * spread[1])
         diagonal = c.diagonal()
         off = c.square().sum() - diagonal.square().sum()
         value = (diagonal - 1).square().sum() + self.settings.off_diagonal * off

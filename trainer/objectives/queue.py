@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gigabatch.kernels import Eq, Local, Lse, Ne, gather_rows, key_source, lse_stats
 from gigabatch.kernels.loss_terms import cross_entropy
-from gigabatch.kernels.rules import joined
+from gigabatch.kernels.rules import combine_ids
 from gigabatch.trainer.config import QueueSettings
 from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Updates
 from gigabatch.trainer.objectives.common import Scaled, paired, rounded, weighted_mean
@@ -56,7 +56,7 @@ class Queue(Scaled):
         ids = rows.columns[settings.positives or "sample"]
         groups = rows.columns[self.within] if self.within else torch.zeros_like(ids)
         within = (Eq(groups, "group"),) if self.within else ()
-        ids = joined(ids, groups) if self.within else ids
+        ids = combine_ids(ids, groups) if self.within else ids
         keys = key_source(k, {"id": ids, "group": groups}, ctx.group, settings.gather_mode)
         lses = [Lse("rows", scale, None, within), Lse("columns", scale, None, within)]
         stats = lse_stats(

@@ -92,7 +92,7 @@ class Symile(Scaled):
                 torch.from_numpy(permute(np.arange(n), n, key(stream, i))).to(mine.device)
                 for i in range(len(factors))
             ]
-            pairings, rule = [shuffles], [Ne(numbers, "number"), Ne(numbers, "tuple")]
+            pairings, rule = [shuffles], [Ne(numbers, "index"), Ne(numbers, "tuple")]
         lse = Lse("rows", scale, None, rule)
         (z,) = lse_stats(mine, Products(factors, pairings), [lse], backend=self.settings.backend).z
         return torch.logaddexp(z, positive) - positive
