@@ -1,6 +1,7 @@
 """Contrastive engine: exact losses over all pairs of a global batch, in linear memory.
 
-It needs only torch. See docs/engine.md.
+It needs only torch. `ContrastiveLoss` and `SigmoidLoss` replace open_clip's losses in your own
+loop; see docs/engine.md.
 """
 
 from gigabatch.kernels.collect import gather_rows, row_top, take
@@ -13,6 +14,7 @@ from gigabatch.kernels.losses import (
     sigmoid_loss,
 )
 from gigabatch.kernels.maxsim import MaxSim, maxsim, token_keys
+from gigabatch.kernels.modules import ContrastiveLoss, SigmoidLoss
 from gigabatch.kernels.rules import (
     AbsDiff,
     AtLeast,
@@ -29,9 +31,9 @@ from gigabatch.kernels.sources import Gather, KeyBlock, KeySource, Local, Ring
 from gigabatch.kernels.stats import Axis, Lse, Stats, lse_stats, pair_sum
 
 __all__ = [
-    "AbsDiff", "AtLeast", "Axis", "Clause", "Concat", "Dot", "Either", "Eq",
+    "AbsDiff", "AtLeast", "Axis", "Clause", "Concat", "ContrastiveLoss", "Dot", "Either", "Eq",
     "GatedCosine", "Gather", "GatherMode", "KeyBlock", "KeySource", "Local", "Lse", "MaxSim", "Ne",
-    "Products", "Ragged", "Ring", "Rule", "Score", "SecondScore", "Stats", "Table",
+    "Products", "Ragged", "Ring", "Rule", "Score", "SecondScore", "SigmoidLoss", "Stats", "Table",
     "all_pairings", "contrastive_loss", "gather_rows", "key_source", "late_interaction_loss",
     "lse_stats", "maxsim", "pair_sum", "row_top", "sigmoid_loss", "take", "token_keys",
 ]  # fmt: skip
