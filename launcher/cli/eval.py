@@ -43,8 +43,8 @@ def evaluate(
         typer.Option(
             metavar="SET",
             callback=check_set,
-            help="Folder of shards, indexed on first use, or the name of one of the run's sets; for "
-            "text-retrieval a .jsonl file or a BEIR folder.",
+            help="Folder of shards, indexed on first use, or the name of one of the run's sets; "
+            "for text-retrieval a .jsonl file or a BEIR folder.",
         ),
     ] = None,
     task: Annotated[

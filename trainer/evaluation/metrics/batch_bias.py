@@ -154,7 +154,8 @@ def _gradient(objective: Objective[Any], pairs: Pairs, state: Tensor) -> tuple[T
 def _updated_state(objective: Objective[Any], pairs: Pairs, state: Tensor) -> Tensor:
     """Return the new table rows."""
     loss = objective({"image": pairs.q, "text": pairs.k}, _meta(pairs, state), CONTEXT)
-    return loss.updates()["state"]
+    new_state: Tensor = loss.updates()["state"]
+    return new_state
 
 
 def _meta(pairs: Pairs, state: Tensor) -> dict[str, Tensor]:
