@@ -1,11 +1,12 @@
-"""`gigabatch bench objectives`: the step of each objective beside InfoNCE's, by matrix passes.
+"""Command `gigabatch bench objectives`: step time of each objective relative to its declared cost.
 
-Forward and backward of the real objective on random unit vectors, in one process without towers:
+Each objective runs forward and backward on random unit vectors, in one process without towers. Its
+time relative to InfoNCE is divided by its number of matrix products relative to InfoNCE:
 
     quotient = (seconds / InfoNCE's seconds) / (its matrix products / InfoNCE's)
 
-is what an objective takes over what it declares. Each step is timed right after one of InfoNCE's,
-and the quotient is the median over such pairs: a busy machine slows both.
+Each step is timed right after one of InfoNCE, and the quotient is the median over such pairs, so
+that other load on the machine affects both.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from gigabatch.trainer.taps import TEACHER, parse_tap
 MAX_QUOTIENT = 1.25
 CPU = torch.device("cpu")
 TOKENS = 16
-"""Tokens per item for late interaction: its tokens are as many as the other objectives' rows."""
+"""Tokens of an item in late interaction; items times tokens equals the rows of other objectives."""
 
 
 def benchmark_cases() -> dict[str, tuple[str, Benchmark]]:
@@ -52,69 +53,90 @@ def benchmark_cases() -> dict[str, tuple[str, Benchmark]]:
 
 @dataclass
 class Subject:
-    """One objective with its inputs. `work`: its matrix products, in numbers multiplied."""
+    """One objective with its inputs.
+
+    Attributes:
+        step: Runs forward and backward.
+        samples: Number of samples in a step.
+        passes: Number of matrix passes that the objective declares.
+        work: Number of multiplications in these passes.
+        times: Wall-clock and processor seconds of each step.
+    """
 
     step: Callable[[], None]
     samples: int
     passes: float
     work: float
-    times: list[tuple[float, float]] = field(default_factory=list)  # wall clock, processor
+    times: list[tuple[float, float]] = field(default_factory=list)
 
 
 def bench(
     size: int, width: int, rounds: int, only: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Every case whose objective is among `only`, or all. Raises GigabatchError for a name that
-    there is not."""
+    """Time the objectives.
+
+    Args:
+        size: Number of rows of InfoNCE.
+        width: Embedding dimension.
+        rounds: Number of timed steps of each objective.
+        only: Names of objectives to time; empty times all.
+        say: Called with a line of results after each objective.
+
+    Returns:
+        Results as JSON values.
+
+    Raises:
+        GigabatchError: if `only` contains an unknown name.
+    """
     cases = benchmark_cases()
     known = {objective for objective, _ in cases.values()}
     if unknown := set(only) - known:
         raise GigabatchError(
-            f"there is no objective {', '.join(sorted(unknown))} here; there are "
+            f"unknown objective {', '.join(sorted(unknown))}; choose from "
             f"{', '.join(sorted(known))}."
         )
     chosen = {label: case for label, case in cases.items() if not only or case[0] in only}
-    found = []
+    results = []
     say(f"{'objective':30} {'samples':>7} {'passes':>7} {'seconds':>8} {'quotient':>8}")
     for name, (objective, case) in chosen.items():
-        found.append({"objective": name, **_measure(objective, case, size, width, rounds)})
-        told = found[-1]
+        result = {"objective": name, **_measure(objective, case, size, width, rounds)}
+        results.append(result)
+        above = f"  above {MAX_QUOTIENT}" if result["quotient"] > MAX_QUOTIENT else ""
         say(
-            f"{name:30} {told['samples']:7,} {told['passes']:7.4g} {told['seconds']:8.3g} "
-            f"{told['quotient']:8.2f}"
-            + (f"  above {MAX_QUOTIENT}" if told["quotient"] > MAX_QUOTIENT else "")
+            f"{name:30} {result['samples']:7,} {result['passes']:7.4g} {result['seconds']:8.3g} "
+            f"{result['quotient']:8.2f}{above}"
         )
-    return {"size": size, "width": width, **environment(CPU), "objectives": found}
+    return {"size": size, "width": width, **environment(CPU), "objectives": results}
 
 
 def _measure(objective: str, case: Benchmark, size: int, width: int, rounds: int) -> dict[str, Any]:
-    """`quotient` by the wall clock, `processor_quotient` by the time on processors."""
+    """Return JSON values; `quotient` is by wall clock, `processor_quotient` by processor time."""
     base = _subject("infonce", Benchmark(), size, width)
-    mine = _subject(objective, case, size, width)
-    for subject in (base, mine):
-        subject.step()  # buffers are found, a queue is filled
+    tested = _subject(objective, case, size, width)
+    for subject in (base, tested):
+        subject.step()  # Warm-up: allocates buffers and fills queues.
     for _ in range(rounds):
-        for subject in (base, mine):
-            began = time.perf_counter(), time.process_time()
+        for subject in (base, tested):
+            wall, cpu = time.perf_counter(), time.process_time()
             subject.step()
-            subject.times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    fair = mine.work / base.work
+            subject.times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    declared = tested.work / base.work
     pairs = [
-        [a / b / fair for a, b in zip(own, other, strict=True)]
-        for own, other in zip(mine.times, base.times, strict=True)
+        [seconds / base_seconds / declared for seconds, base_seconds in zip(*pair, strict=True)]
+        for pair in zip(tested.times, base.times, strict=True)
     ]
-    wall, processor = (median(column) for column in zip(*pairs, strict=True))
+    quotient, processor_quotient = (median(column) for column in zip(*pairs, strict=True))
     return {
-        "settings": {"name": objective, **case.settings}, "samples": mine.samples,
-        "passes": mine.passes,
-        "seconds": median(t for t, _ in mine.times),
+        "settings": {"name": objective, **case.settings}, "samples": tested.samples,
+        "passes": tested.passes,
+        "seconds": median(t for t, _ in tested.times),
         "infonce_seconds": median(t for t, _ in base.times),
-        "quotient": wall, "processor_quotient": processor,
+        "quotient": quotient, "processor_quotient": processor_quotient,
     }  # fmt: skip
 
 
 def _subject(name: str, case: Benchmark, size: int, width: int) -> Subject:
-    torch.manual_seed(0)  # of parameters
+    torch.manual_seed(0)  # Initial values of the objective's parameters.
     n = max(2, int(size * case.share))
     objective = build_objective(parse_settings({"name": name, **case.settings}), width=width)
     state = ObjectiveState(objective, [n], None, World(0, 1, CPU, None))
@@ -123,8 +145,8 @@ def _subject(name: str, case: Benchmark, size: int, width: int) -> Subject:
 
     def step() -> None:
         objective.zero_grad()
-        for each in rows.values():
-            each.grad = None
+        for vectors in rows.values():
+            vectors.grad = None
         ctx = Context(None, 1)
         loss = objective({**rows, **teacher}, meta | state.read(meta["sample"]), ctx)
         loss.value.backward()
@@ -136,8 +158,18 @@ def _subject(name: str, case: Benchmark, size: int, width: int) -> Subject:
 def make_inputs(
     needs: Needs, n: int, width: int, case: Benchmark
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Of n samples: vectors of each tap, with gradients; a teacher's, without; columns. Two samples
-    share a `concept` on average, a quarter has each `lang`, an eightieth each `age`."""
+    """Create random inputs of n samples.
+
+    Args:
+        needs: Inputs that the objective needs.
+        n: Number of samples.
+        width: Embedding dimension.
+        case: The objective.
+
+    Returns:
+        Unit vectors float32 [rows, width] of each tap, with gradients; those of teachers, without;
+        columns [n]. On average two samples share a `concept`; `lang` has 4 values, `age` 80.
+    """
     g = torch.Generator().manual_seed(n)
 
     def vectors(tap: str) -> Tensor:
@@ -146,17 +178,17 @@ def make_inputs(
             shape = (n * case.captions, width)
         return F.normalize(torch.randn(shape, generator=g), dim=-1)
 
-    number = torch.arange(n)
+    samples = torch.arange(n)
     meta = {
-        "sample": number,
+        "sample": samples,
         "concept": torch.randint(0, math.ceil(n / 2), (n,), generator=g),
         "lang": torch.randint(0, 4, (n,), generator=g),
-        "pair": number // 2,
-        "changed": number % 2,
+        "pair": samples // 2,
+        "changed": samples % 2,
         "age": torch.randint(0, 80, (n,), generator=g).float(),
         "text_mask": torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (n, 1), generator=g),
     }
-    for name, each in needs.vectors.items():
-        meta[name] = torch.randn(n, each.size, generator=g)
+    for name, vector in needs.vectors.items():
+        meta[name] = torch.randn(n, vector.size, generator=g)
     rows = {tap: vectors(tap).requires_grad_() for tap in needs.taps}
     return rows, {TEACHER + tap: vectors(tap) for tap in needs.teacher}, meta

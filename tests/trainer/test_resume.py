@@ -14,13 +14,13 @@ import pytest
 from support import Command, losses, wait_for_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gigabatch.launcher.bench.rank_processes import everything_below, ranks_below
+from gigabatch.launcher.bench.rank_processes import process_tree, rank_processes
 from gigabatch.trainer.monitoring.metrics import read_metrics, read_samples
 
 
 def kill_all(command: Command) -> None:
     """Send SIGKILL to the launcher and all its descendants at once."""
-    processes = everything_below(command.process.pid)
+    processes = process_tree(command.process.pid)
     for process in processes:
         with suppress(psutil.NoSuchProcess):
             process.send_signal(signal.SIGKILL)
@@ -51,7 +51,7 @@ def test_killed_and_resumed_run_has_equal_losses(
     command = start("resume", killed)
     wait_for_step(killed, kill_times.randint(8, 10), command)
     # Kill a single rank: torchrun restarts both.
-    victim = ranks_below(command.process.pid)[kill_times.randint(0, 1)]
+    victim = rank_processes(command.process.pid)[kill_times.randint(0, 1)]
     victim.send_signal(signal.SIGKILL)
     done = command.wait()
     assert done.returncode == 0, done.stdout + done.stderr

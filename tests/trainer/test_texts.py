@@ -161,7 +161,7 @@ def test_exact_step_with_two_texts_equals_one_graph(
     assert report["gap"] < 1e-5, report
 
 
-def test_invalid_further_texts_raise(pairs: Path) -> None:
+def test_invalid_extra_texts_raise(pairs: Path) -> None:
     more = "towers.more={query: {kind: text, %s}}"
     for settings, message in (
         ([more % "field: a"], "set either `share: text`"),
