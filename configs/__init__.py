@@ -1,1 +1,1 @@
-"""Recipes: ready configurations, every key explained where it is set."""
+"""Recipes: configs for common tasks, with a comment for each key."""

@@ -1,1 +1,1 @@
-"""What a run reads: index, order, reader, decoding, tokens, stream, and the demo set."""
+"""Training data: shards and their index, sample order, decoding, tokens, stream, demo set."""

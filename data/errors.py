@@ -1,13 +1,13 @@
-"""The exception types for what a user can put right."""
+"""Exception types for errors that a user can fix."""
 
 
 class GigabatchError(Exception):
-    """A fault in the configuration, the data or the run folder.
+    """An error in the configuration, the data or the run folder.
 
-    The message says what is wrong, where, why, and which key to set; the command line prints it
-    without a traceback and exits with code 2.
+    The message says what is wrong, where, why, and which key or command fixes it. The command line
+    prints it without a traceback and exits with code 2.
     """
 
 
 class BadSample(GigabatchError):
-    """One sample whose bytes cannot be used: a run puts another in its place, and counts it."""
+    """One sample whose bytes cannot be used. A run substitutes another sample and records it."""

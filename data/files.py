@@ -1,4 +1,4 @@
-"""Files that take the place of others whole, and last."""
+"""Atomic file writes: a file appears complete and synced, or not at all."""
 
 from __future__ import annotations
 
@@ -10,53 +10,70 @@ from pathlib import Path
 
 
 @contextmanager
-def replacing(path: Path, place: Callable[[Path, Path], object] | None = None) -> Iterator[Path]:
-    """A temporary file that, synced, takes the place of `path` at the end, unless there was an
-    error."""
-    fresh = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(fresh, "wb") as held:
-        with suppress(OSError):  # a file system without locks: see `remove_left`
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def atomic_replace(
+    path: Path, install: Callable[[Path, Path], object] | None = None
+) -> Iterator[Path]:
+    """Yield a temporary file, then sync it and move it to `path`.
+
+    If the block raises, `path` stays as it was and the temporary file is removed.
+
+    Args:
+        path: The file to write; its folder must exist.
+        install: Moves the temporary file to `path`; None is `os.replace`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as lock:
+        with suppress(OSError):  # a file system without locks: see `remove_stale_temporaries`
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            yield fresh
-            with open(fresh, "rb") as file:
+            yield temporary
+            with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
-            (place or os.replace)(fresh, path)
+            (install or os.replace)(temporary, path)
         finally:
-            fresh.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def place_new(path: Path) -> AbstractContextManager[Path]:
-    """As `replacing`, but FileExistsError is raised where `path` is there by then."""
-    return replacing(path, _link)
+def atomic_create(path: Path) -> AbstractContextManager[Path]:
+    """Yield a temporary file as `atomic_replace` does, but never overwrite `path`.
+
+    Raises:
+        FileExistsError: at the end of the block, if `path` exists by then.
+    """
+    return atomic_replace(path, _link)
 
 
-def _link(fresh: Path, path: Path) -> None:
+def _link(temporary: Path, path: Path) -> None:
+    """Move `temporary` to `path`; raise FileExistsError if `path` exists."""
     try:
-        os.link(fresh, path)  # of two writers one wins
+        os.link(temporary, path)  # of two writers only one succeeds
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
         if path.exists():
             raise FileExistsError(path) from None
-        os.replace(fresh, path)
+        os.replace(temporary, path)
 
 
-def remove_left(folder: Path, name: str) -> None:
-    """Remove the temporary files of `name` (a pattern) whose writers were killed.
+def remove_stale_temporaries(folder: Path, pattern: str) -> None:
+    """Remove temporary files in `folder` whose writers were killed.
 
-    A living writer holds a lock on its file, and the system frees that of a dead one. Where it
-    knows no locks, all stay.
+    A live writer holds a lock on its file; the kernel releases the lock of a dead one. On a file
+    system without locks, nothing is removed.
+
+    Args:
+        folder: The folder to clean.
+        pattern: Glob pattern of the files that the temporaries were to become.
     """
-    for path in folder.glob(f".{name}.*.tmp"):
+    for path in folder.glob(f".{pattern}.*.tmp"):
         with suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
 
 
 def sync_folder(path: Path) -> None:
-    """Make renames inside `path` durable."""
+    """Sync a folder to disk, which makes renames inside it durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

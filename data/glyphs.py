@@ -1,9 +1,10 @@
-"""`demo:glyphs`: an image-text set made in seconds from the fonts that matplotlib ships.
+"""`demo:glyphs`: an image-text set rendered in seconds from the fonts that matplotlib ships.
 
-An image is one character of one typeface; its caption is the character's Unicode name.
-`train`: the twelve DejaVu text faces. `val-face`: the same characters in STIXGeneral, a typeface
-never trained on. `val-concept`: 5 % of the characters, in all thirteen faces, seen in no training
-image.
+An image shows one character of one typeface; its caption is the character's Unicode name. Splits:
+
+- `train`: the twelve DejaVu text faces.
+- `val-face`: the same characters in STIXGeneral, a typeface absent from `train`.
+- `val-concept`: 5 % of the characters, in all thirteen faces, absent from `train`.
 """
 
 from __future__ import annotations
@@ -25,73 +26,80 @@ from PIL import Image, ImageDraw, ImageFont
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key, permute
-from gigabatch.data.shards.index import cache_home
+from gigabatch.data.shards.index import cache_folder
 
 log = logging.getLogger(__name__)
 NAME = "demo:glyphs"
 VERSION = 1
-SIZE = 32  # pixels a side
-INK = 26
-HELD_OUT = 0.05  # of the code points
-SHARD = 4096  # samples
+IMAGE_SIZE = 32  # pixels a side
+INK_SIZE = 26  # pixels of the longer side of a character
+HELD_OUT_SHARE = 0.05  # of the code points
+SHARD_SAMPLES = 4096
 UNSEEN_FACE = "STIXGeneral"
 
 
 def glyphs_root() -> Path:
-    """The folder of the demo set, made on first use (a few seconds, about 60 MB)."""
-    root = cache_home() / f"glyphs-v{VERSION}"
+    """Return the folder of the demo set; the first call renders it (a few seconds, 60 MB).
+
+    Raises:
+        GigabatchError: if the cache folder cannot be written.
+    """
+    root = cache_folder() / f"glyphs-v{VERSION}"
     if root.is_dir():
         return root
-    log.info("making the demo set in %s", root)
-    fresh = root.with_name(f"{root.name}.{os.getpid()}.tmp")
+    log.info("rendering the demo set into %s", root)
+    temporary = root.with_name(f"{root.name}.{os.getpid()}.tmp")
     try:
-        _write(fresh)
-        os.rename(fresh, root)
+        _write_set(temporary)
+        os.rename(temporary, root)
     except OSError as error:
-        if not root.is_dir():  # otherwise another process was first
+        if not root.is_dir():  # otherwise another process was faster
             raise GigabatchError(
-                f"{root}: the demo set cannot be written: {error}. Set GIGABATCH_CACHE to a folder "
+                f"{root}: cannot write the demo set: {error}. Set GIGABATCH_CACHE to a folder "
                 "with 100 MB free."
             ) from error
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
     return root
 
 
-def _write(root: Path) -> None:
+def _write_set(root: Path) -> None:
+    """Render all faces and write the three splits."""
     fonts = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     faces = sorted(p for p in fonts.glob("DejaVu*.ttf") if "Display" not in p.stem)
     samples = [s for face in [*faces, fonts / f"{UNSEEN_FACE}.ttf"] for s in _render(face)]
     points = sorted({s["json"]["codepoint"] for s in samples if s["json"]["face"] != UNSEEN_FACE})
     ranks = permute(np.arange(len(points)), len(points), key("glyphs", VERSION, "held out"))
-    held = {p for p, rank in zip(points, ranks, strict=True) if rank < HELD_OUT * len(points)}
-    known = set(points) - held
-    sets: dict[str, list[dict[str, Any]]] = {"train": [], "val-face": [], "val-concept": []}
+    limit = HELD_OUT_SHARE * len(points)
+    held_out = {p for p, rank in zip(points, ranks, strict=True) if rank < limit}
+    in_train = set(points) - held_out
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "val-face": [], "val-concept": []}
     for sample in samples:
-        if sample["json"]["codepoint"] in held:
-            sets["val-concept"].append(sample)
+        if sample["json"]["codepoint"] in held_out:
+            splits["val-concept"].append(sample)
         elif sample["json"]["face"] != UNSEEN_FACE:
-            sets["train"].append(sample)
-        elif sample["json"]["codepoint"] in known:
-            sets["val-face"].append(sample)
-    for name, rows in sets.items():
+            splits["train"].append(sample)
+        elif sample["json"]["codepoint"] in in_train:
+            splits["val-face"].append(sample)
+    for name, rows in splits.items():
         _write_shards(root / name, rows)
 
 
 def _write_shards(folder: Path, rows: list[dict[str, Any]]) -> None:
-    # Shuffled once, so that a shard holds all faces: the run's own window is then a full mix.
+    """Write one split, shuffled."""
+    # Then every shard holds all faces, and a run's window of shards mixes them fully.
     folder.mkdir(parents=True)
     order = np.argsort(permute(np.arange(len(rows)), len(rows), key("glyphs", folder.name)))
-    for shard, first in enumerate(range(0, len(rows), SHARD)):
+    for shard, first in enumerate(range(0, len(rows), SHARD_SAMPLES)):
         with wds.TarWriter(str(folder / f"{folder.name}-{shard:05d}.tar"), mtime=0) as writer:
-            for i in order[first : first + SHARD]:
+            for i in order[first : first + SHARD_SAMPLES]:
                 writer.write(rows[i])
 
 
 def _render(face: Path) -> Iterator[dict[str, Any]]:
-    """Each named character of a face that leaves ink."""
+    """Yield one webdataset sample for each named, visible character of a face."""
     cmap = TTFont(face, lazy=True).getBestCmap()
-    fonts = _Sizes(face)
+    fonts = _FontSizes(face)
     for point in sorted(cmap):
         name = unicodedata.name(chr(point), "")
         image = _draw(chr(point), fonts) if name else None
@@ -112,26 +120,26 @@ def _render(face: Path) -> Iterator[dict[str, Any]]:
         }
 
 
-class _Sizes(dict[int, ImageFont.FreeTypeFont]):
-    """One face, each size opened once. (The default layout engine refuses some code points.)"""
+class _FontSizes(dict[int, ImageFont.FreeTypeFont]):
+    """Fonts of one face by size, each opened on first use."""
 
     def __init__(self, face: Path) -> None:
         self.face = str(face)
 
     def __missing__(self, size: int) -> ImageFont.FreeTypeFont:
-        engine = ImageFont.Layout.BASIC
+        engine = ImageFont.Layout.BASIC  # the default engine rejects some code points
         self[size] = ImageFont.truetype(self.face, size, layout_engine=engine)
         return self[size]
 
 
-def _draw(character: str, fonts: _Sizes) -> Image.Image | None:
-    """Black on white, centred, scaled so that the longer side of its ink is INK pixels."""
+def _draw(character: str, fonts: _FontSizes) -> Image.Image | None:
+    """Draw a character black on white, centered, INK_SIZE long; None if it leaves no ink."""
     left, top, right, bottom = fonts[100].getbbox(character, anchor="ls")
     if right <= left or bottom <= top:
         return None
-    font = fonts[min(max(5, int(100 * INK / max(right - left, bottom - top))), 64)]
+    font = fonts[min(max(5, int(100 * INK_SIZE / max(right - left, bottom - top))), 64)]
     left, top, right, bottom = font.getbbox(character, anchor="ls")
-    at = (round((SIZE - right - left) / 2), round((SIZE - bottom - top) / 2))
-    image = Image.new("L", (SIZE, SIZE), 255)
-    ImageDraw.Draw(image).text(at, character, font=font, fill=0, anchor="ls")
+    origin = (round((IMAGE_SIZE - right - left) / 2), round((IMAGE_SIZE - bottom - top) / 2))
+    image = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 255)
+    ImageDraw.Draw(image).text(origin, character, font=font, fill=0, anchor="ls")
     return None if image.getextrema() == (255, 255) else image

@@ -1,7 +1,7 @@
-"""Changes of a batch of images by numbers given for each image: no chance in here.
+"""Image operations on a batch, with parameters given per image; nothing here is random.
 
-`Changes` says what is to be done, a small tensor a kind; `apply_changes` does it. Every step but
-the colour matrix is elementwise or a `grid_sample`, so a row comes out the same in any batch.
+`ImageTransforms` holds the parameters and `apply_transforms` applies them. Every operation except
+the color matrix is elementwise or a `grid_sample`, so a row's result does not depend on the batch.
 """
 
 from __future__ import annotations
@@ -13,75 +13,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_AT_ONCE = 1 << 19
-"""Floats a thread works on at a time on the CPU: what its cache holds (1.5 to 2 times faster)."""
+_CPU_BLOCK = 1 << 19
+"""Floats that a CPU thread processes at a time. They fit in its cache, which makes it 1.5 to 2
+times faster."""
 
 
-class Changes(NamedTuple):
-    """What is done to each of B images, in this order; None: nothing of the kind."""
+class ImageTransforms(NamedTuple):
+    """Parameters of the operations on B images, in the order applied; None skips an operation."""
 
     affine: Tensor | None = None
-    """[B, 2, 3] maps of output to input coordinates, both in [-1, 1]."""
-    kernel: Tensor | None = None
-    """[B, 2 R + 1] blurs, along both axes."""
-    matrix: Tensor | None = None
-    """[B, C, C] maps of colours, with `offset` [B, 1, 1]: x -> M x + b."""
-    offset: Tensor | None = None
+    """[B, 2, 3]: maps output to input coordinates, both in [-1, 1]."""
+    blur_kernel: Tensor | None = None
+    """[B, 2 R + 1]: weights of a blur along both axes."""
+    color_matrix: Tensor | None = None
+    """[B, C, C]: maps colors, with `color_offset` [B, 1, 1]: x -> M x + b."""
+    color_offset: Tensor | None = None
     noise: Tensor | None = None
-    """[B, C, H, W], added."""
-    hole: Tensor | None = None
-    """[B, 4] boxes made mid-grey: half width, half height, centre (x, y), in [-1, 1]."""
+    """[B, C, H, W]: added to the pixels."""
+    erase_box: Tensor | None = None
+    """[B, 4]: boxes painted mid-gray: half width, half height, center (x, y), in [-1, 1]."""
 
-    def rows(self, part: slice) -> Changes:
-        return Changes(*(None if t is None else t[part] for t in self))
+    def rows(self, part: slice) -> ImageTransforms:
+        """Return the parameters of some of the images."""
+        return ImageTransforms(*(None if t is None else t[part] for t in self))
 
 
-def apply_changes(images: Tensor, changes: Changes) -> Tensor:
-    """float32 [B, C, H, W] in about [0, 1], from uint8 [B, C, H, W].
+def apply_transforms(images: Tensor, transforms: ImageTransforms) -> Tensor:
+    """Apply `transforms` to a batch; pixels from outside an image repeat its border.
 
-    Pixels that move in from outside repeat the border.
+    Args:
+        images: uint8 [B, C, H, W].
+        transforms: Parameters for B images.
+
+    Returns:
+        float32 [B, C, H, W], about in [0, 1].
     """
     batch, size = images.shape[0], math.prod(images.shape[1:])
     rows = max(1, batch)
     if images.device.type == "cpu":
-        rows = max(1, _AT_ONCE * torch.get_num_threads() // size)
+        rows = max(1, _CPU_BLOCK * torch.get_num_threads() // size)
     out = torch.empty(images.shape, device=images.device)
     for start in range(0, batch, rows):
         part = slice(start, start + rows)
-        out[part] = _apply(images[part].float() / 255, changes.rows(part))
+        out[part] = _apply(images[part].float() / 255, transforms.rows(part))
     return out
 
 
-def _apply(pixels: Tensor, c: Changes) -> Tensor:
-    if c.affine is not None:
-        grid = F.affine_grid(c.affine, list(pixels.shape), align_corners=False)
+def _apply(pixels: Tensor, t: ImageTransforms) -> Tensor:
+    """Apply all operations to float32 [B, C, H, W]."""
+    if t.affine is not None:
+        grid = F.affine_grid(t.affine, list(pixels.shape), align_corners=False)
         pixels = F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)
-    if c.kernel is not None:
-        pixels = _blur(_blur(pixels, c.kernel, 2), c.kernel, 3)
-    if c.matrix is not None and c.offset is not None:
-        pixels = _recolour(pixels, c.matrix, c.offset)
-    if c.noise is not None:
-        pixels = pixels + c.noise
-    if c.hole is not None:
-        pixels = _erase(pixels, c.hole)
+    if t.blur_kernel is not None:
+        pixels = _blur(_blur(pixels, t.blur_kernel, 2), t.blur_kernel, 3)
+    if t.color_matrix is not None and t.color_offset is not None:
+        pixels = _map_colors(pixels, t.color_matrix, t.color_offset)
+    if t.noise is not None:
+        pixels = pixels + t.noise
+    if t.erase_box is not None:
+        pixels = _erase(pixels, t.erase_box)
     return pixels
 
 
 def _blur(pixels: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """Along one axis, as a sum of shifted images. (Grouped convolution is as fast at its best, and
-    its rounding depends on the device's choice of algorithm.)"""
+    """Blur along one axis, as a weighted sum of shifted images.
+
+    Grouped convolution is no faster, and its rounding depends on the algorithm a device chooses.
+    """
     radius, length = kernel.shape[1] // 2, pixels.shape[axis]
     pad = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
-    wide = F.pad(pixels, pad, mode="replicate")
+    padded = F.pad(pixels, pad, mode="replicate")
     weights = kernel.view(*kernel.shape, 1, 1, 1).unbind(1)
     total = pixels * weights[radius]
     for shift, weight in enumerate(weights):
         if shift != radius:
-            total.addcmul_(weight, wide.narrow(axis, shift, length))
+            total.addcmul_(weight, padded.narrow(axis, shift, length))
     return total
 
 
-def _recolour(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+def _map_colors(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
+    """Return M x + b for every pixel x."""
     batch, channels = pixels.shape[:2]
     if channels == 1:
         return pixels * matrix.unsqueeze(-1) + offset.unsqueeze(-1)
@@ -90,15 +101,16 @@ def _recolour(pixels: Tensor, matrix: Tensor, offset: Tensor) -> Tensor:
 
 
 def _erase(pixels: Tensor, box: Tensor) -> Tensor:
-    """Mid-grey where a pixel's centre lies in the box."""
+    """Paint mid-gray every pixel whose center lies in the box."""
     height, width = pixels.shape[2:]
-    across, down, x, y = box.view(-1, 4, 1).unbind(1)
-    columns = (_centres(width, box.device) - x).abs() < across
-    lines = (_centres(height, box.device) - y).abs() < down
+    half_width, half_height, x, y = box.view(-1, 4, 1).unbind(1)
+    columns = (_centers(width, box.device) - x).abs() < half_width
+    lines = (_centers(height, box.device) - y).abs() < half_height
     inside = (lines.unsqueeze(2) & columns.unsqueeze(1)).unsqueeze(1)
-    grey = torch.full((), 0.5, device=pixels.device)
-    return torch.lerp(pixels, grey, inside.float())  # exact at 0 and 1; `masked_fill` is slow
+    gray = torch.full((), 0.5, device=pixels.device)
+    return torch.lerp(pixels, gray, inside.float())  # exact at 0 and 1; `masked_fill` is slow
 
 
-def _centres(count: int, device: torch.device) -> Tensor:
+def _centers(count: int, device: torch.device) -> Tensor:
+    """Return the centers of `count` equal parts of [-1, 1], float32 [count]."""
     return (2 * torch.arange(count, device=device) + 1) / count - 1

@@ -1,4 +1,4 @@
-"""Processes that work for another: they end with it, and leave Ctrl-C to it."""
+"""Child processes: they exit with their parent and ignore Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,34 +9,41 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 
+_PR_SET_PDEATHSIG = 1  # from <linux/prctl.h>
+
 
 def worker_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, however that ends. Submit in `ctrl_c_held`."""
-    context = multiprocessing.get_context("spawn")  # the caller may have threads
-    return ProcessPoolExecutor(processes, context, _as_worker)
+    """Return a pool of processes that exit with this one, however it ends.
+
+    Call `submit` inside `ctrl_c_deferred`: the pool starts its processes there.
+    """
+    context = multiprocessing.get_context("spawn")  # fork is unsafe if the caller has threads
+    return ProcessPoolExecutor(processes, context, _init_worker)
 
 
-def _as_worker() -> None:
-    leave_ctrl_c_to_parent()
-    end_with_parent(signal.SIGKILL)
+def _init_worker() -> None:
+    ignore_ctrl_c()
+    exit_with_parent(signal.SIGKILL)
 
 
-def leave_ctrl_c_to_parent() -> None:
+def ignore_ctrl_c() -> None:
+    """Ignore SIGINT in this process; its parent handles Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def end_with_parent(number: signal.Signals) -> None:
-    """The system sends this process `number` when the thread that started it ends."""
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+def exit_with_parent(number: signal.Signals) -> None:
+    """Make the kernel send signal `number` to this process when its parent's thread ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
 
 
 @contextmanager
-def ctrl_c_held() -> Iterator[None]:
-    """Ctrl-C waits for the end of the block; processes started inside never hear of it, not even
-    while they import."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+def ctrl_c_deferred() -> Iterator[None]:
+    """Defer Ctrl-C to the end of the block.
+
+    Processes started inside inherit the block and never receive Ctrl-C, not even while they import.
+    """
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)

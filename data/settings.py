@@ -1,4 +1,4 @@
-"""The base of every settings model: unknown keys refused, values fixed once read."""
+"""Base class of all settings models: unknown keys are errors, instances are immutable."""
 
 from pydantic import BaseModel, ConfigDict
 

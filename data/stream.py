@@ -1,8 +1,8 @@
-"""The stream of micro-batches: a `webdataset.DataPipeline` whose source stage is ours.
+"""The stream of micro-batches, as a `webdataset.DataPipeline`.
 
-The source yields the decoded samples of this rank's micro-batches in order; a user's own
-webdataset stages follow, one sample in, one sample out; the last stage collates and tokenises.
-The only state is the step at which the stream starts.
+The source stage yields the decoded samples of this rank's micro-batches in order. The user's
+webdataset stages follow, one sample in, one sample out. The last stage tokenizes and collates. The
+only state is the step at which the stream starts.
 """
 
 from __future__ import annotations
@@ -25,32 +25,42 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gigabatch.data.decode.collate import Collate
 from gigabatch.data.decode.fields import Fields, Sample
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.order.assignment import Plan
-from gigabatch.data.order.mixture import number_of
+from gigabatch.data.order.assignment import MicroBatchPlan
+from gigabatch.data.order.mixture import to_sample_number
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.quarantine import ATTEMPTS, Bad, substitute
+from gigabatch.data.shards.quarantine import ATTEMPTS, Substitution, substitute_row
 from gigabatch.data.shards.sources import Sources
 
 Stage = Callable[[Iterator[Sample]], Iterator[Sample]]
-AHEAD = 16
+PREFETCH_MICRO_BATCHES = 16
 """Micro-batches whose remote shards are fetched before they are needed."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The unit of everything: rows that pass the towers together.
+    """Samples that pass the towers together: the unit of work and of randomness.
 
-    `step`, `number`: its name in the run; with the run's seed they key all its randomness.
-    `tensors`: `image` uint8 [B, C, H, W]; `text` int64 [B, L] with `text_mask` bool [B, L], of K
-    captions a sample [B * K, L]; of the modalities in `more`, a text like those, a vector float32
-    [B, size], vectors [B, L, size] with `NAME_mask` bool [B, L], audio [B, T] with `NAME_length`
-    int64 [B]; arrays [B, ...]; where modalities may be missing, `image_present` and so on, bool, a
-    row of each; `sample` int64 [B]; a column int64 [B] for each that was asked for, of numbers
-    float32, of vectors float32 [B, size].
-    `keys`: the samples' names. `real`: false on padding, which is run through the towers for the
-    sake of the collectives and counts for nothing. `bad`: the samples that others stand in for.
+    Attributes:
+        step: The training step, from 1; 0 in an evaluation.
+        number: The micro-batch's number in its step. With the run's seed, (step, number) is the
+            RNG key of everything random in it.
+        real: False for padding: it runs through the towers so that collectives match, and counts
+            for nothing.
+        keys: The samples' keys.
+        tensors: B rows each, by name:
+            `image`: uint8 [B, C, H, W].
+            `text`: int64 [B, L], with `text_mask` bool [B, L]; with K captions a sample, B K rows.
+            A modality in `more`: a text like the above; a vector, float32 [B, size]; vectors,
+            float32 [B, L, size] with `NAME_mask` bool [B, L]; audio, float32 [B, T] with
+            `NAME_length` int64 [B].
+            An array member: [B, ...].
+            `NAME_present`: bool, true where the row has that modality; if some may be missing.
+            `sample`: int64 [B], sample numbers.
+            A requested column: int64 [B] codes, float32 [B] numbers or float32 [B, size] vectors.
+        substitutions: The unusable samples of this micro-batch and their substitutes.
+        more: Names of the modalities other than image and text.
     """
 
     step: int
@@ -58,28 +68,30 @@ class MicroBatch:
     real: bool
     keys: tuple[str, ...]
     tensors: dict[str, Tensor] = field(repr=False)
-    bad: tuple[Bad, ...] = ()
+    substitutions: tuple[Substitution, ...] = ()
     more: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
+        """Return a copy whose tensors are on `device`; copies may still be under way."""
         moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
         return replace(self, tensors=moved)
 
     def pin_memory(self) -> MicroBatch:
+        """Return a copy in pinned memory; the data loader calls this."""
         return replace(self, tensors={name: t.pin_memory() for name, t in self.tensors.items()})
 
 
 class MicroBatchSource(IterableDataset[Sample]):
-    """The source stage: decoded samples of this rank's micro-batches, loader workers interleaved.
+    """The source stage: decoded samples of this rank's micro-batches.
 
-    Each micro-batch reseeds torch, numpy and `random`, so that a user's random stage gives the
-    same result on any rank and loader worker.
+    Loader workers take micro-batches in turn. Each micro-batch reseeds torch, numpy and `random`,
+    so that a user's random stage gives the same result on any rank and loader worker.
     """
 
     def __init__(
         self,
         indexes: Sequence[Index],
-        plans: Iterable[Plan],
+        plans: Iterable[MicroBatchPlan],
         fields: Fields,
         seed: int,
         cache: ShardCache | None,
@@ -90,75 +102,83 @@ class MicroBatchSource(IterableDataset[Sample]):
 
     def __iter__(self) -> Iterator[Sample]:
         with Sources(self.indexes, self.cache) as sources:
-            plans = _share(self.plans)
-            for plan in _ahead(plans, sources) if sources.remote else plans:
+            plans = _worker_share(self.plans)
+            for plan in _prefetch_shards(plans, sources) if sources.remote else plans:
                 _seed_all(key(self.seed, "stage", plan.step, plan.number))
                 numbers = np.array(plan.samples, np.int64)
                 raws = sources.read(numbers, self.members)
                 keys = sources.keys(numbers)
-                for place, (number, raw) in enumerate(zip(plan.samples, raws, strict=True)):
-                    sample = self._sample(sources, plan, number, raw, keys[place])
-                    yield sample | {"__place__": (plan.step, plan.number, place)}
+                for row, (number, raw) in enumerate(zip(plan.samples, raws, strict=True)):
+                    sample = self._sample(sources, plan, number, raw, keys[row])
+                    yield sample | {"__position__": (plan.step, plan.number, row)}
 
-    def _sample(self, sources: Sources, plan: Plan, number: int, raw: Sample, name: str) -> Sample:
+    def _sample(
+        self, sources: Sources, plan: MicroBatchPlan, number: int, raw: Sample, name: str
+    ) -> Sample:
+        """Decode one sample, or its substitute."""
         try:
             return self._decode(sources, plan, number, raw, name)
         except BadSample as error:
-            return self._stand_in(sources, plan, number, name, str(error))
+            return self._substitute(sources, plan, number, name, str(error))
 
-    def _decode(self, sources: Sources, plan: Plan, number: int, raw: Sample, name: str) -> Sample:
-        # In evaluation (step 0) there is no choice: metrics must not depend on one.
-        chosen = plan.step and self.fields.text and self.fields.text.choose == "random"
-        stream = key(self.seed, "caption", plan.step, number) if chosen else None
-        source, row = sources.place(number)
+    def _decode(
+        self, sources: Sources, plan: MicroBatchPlan, number: int, raw: Sample, name: str
+    ) -> Sample:
+        # An evaluation (step 0) takes the first caption: metrics must not depend on a draw.
+        draws_caption = plan.step and self.fields.text and self.fields.text.choose == "random"
+        rng_key = key(self.seed, "caption", plan.step, number) if draws_caption else None
+        source, row = sources.source_and_row(number)
         shard = sources.shard_name(number)
         where = f"{shard}: sample {name!r}"
-        sample = self.fields.decode(raw, where, stream)
-        sample |= self.fields.codes(source, self.indexes[source], row, raw, where)
+        sample = self.fields.decode(raw, where, rng_key)
+        sample |= self.fields.column_values(source, self.indexes[source], row, raw, where)
         return sample | {"__key__": name, "__url__": shard, "__sample__": number}
 
-    def _stand_in(self, sources: Sources, plan: Plan, number: int, name: str, why: str) -> Sample:
-        source, row = sources.place(number)
+    def _substitute(
+        self, sources: Sources, plan: MicroBatchPlan, number: int, name: str, why: str
+    ) -> Sample:
+        """Decode a substitute for sample `number`, which is bad for the reason `why`."""
+        source, row = sources.source_and_row(number)
         for attempt in range(ATTEMPTS):
-            other = substitute(self.seed, number, attempt, len(self.indexes[source]))
-            chosen = int(number_of(np.array([source]), np.array([other]))[0])
-            at = np.array([chosen])
+            other = substitute_row(self.seed, number, attempt, len(self.indexes[source]))
+            numbers = to_sample_number(np.array([source]), np.array([other]))
             try:
-                raw = sources.read(at, self.members)[0]
-                sample = self._decode(sources, plan, chosen, raw, sources.keys(at)[0])
+                raw = sources.read(numbers, self.members)[0]
+                key_of_other = sources.keys(numbers)[0]
+                sample = self._decode(sources, plan, int(numbers[0]), raw, key_of_other)
             except BadSample:
                 continue
             shard = sources.shard_name(number)
-            bad = Bad(plan.step, plan.number, source, shard, name, row, other, why)
-            return sample | {"__bad__": bad}
+            record = Substitution(plan.step, plan.number, source, shard, name, row, other, why)
+            return sample | {"__substitution__": record}
         raise GigabatchError(
-            f"{why} And so it is with {ATTEMPTS} others that were tried in its place: the set is "
-            f"not what was indexed. Check it with `gigabatch data check "
-            f"{self.indexes[source].source}`."
+            f"{why} {ATTEMPTS} substitutes are bad too, so the set is not what was indexed. Check "
+            f"it with `gigabatch data check {self.indexes[source].source}`."
         )
 
 
-def _ahead(plans: Iterator[Plan], sources: Sources) -> Iterator[Plan]:
-    """The plans, once the shards of those after them are on their way."""
-    held: deque[Plan] = deque()
+def _prefetch_shards(plans: Iterator[MicroBatchPlan], sources: Sources) -> Iterator[MicroBatchPlan]:
+    """Yield the plans; start fetching the remote shards of those that follow."""
+    ahead: deque[MicroBatchPlan] = deque()
     for plan in plans:
         sources.prefetch(np.array(plan.samples, np.int64))
-        held.append(plan)
-        if len(held) > AHEAD:
-            yield held.popleft()
-    yield from held
+        ahead.append(plan)
+        if len(ahead) > PREFETCH_MICRO_BATCHES:
+            yield ahead.popleft()
+    yield from ahead
 
 
-def _share(plans: Iterable[Plan]) -> Iterator[Plan]:
-    """Every n-th plan, in one of n loader workers; they take turns, so order is kept."""
+def _worker_share(plans: Iterable[MicroBatchPlan]) -> Iterator[MicroBatchPlan]:
+    """Yield every n-th plan in each of n loader workers."""
+    # The loader takes micro-batches from its workers in turn, so this keeps their order.
     worker = get_worker_info()
     offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
     return islice(plans, offset, None, stride)
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """A forked loader would run its parent's handlers: Ctrl-C is the parent's to answer, and
-    SIGTERM is how the parent ends a loader."""
+def _reset_signals(worker: int) -> None:
+    """Stop a forked loader worker from running its parent's signal handlers."""
+    # The parent handles Ctrl-C, and ends its loader workers with SIGTERM.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -170,57 +190,59 @@ def _seed_all(seed: int) -> None:
 
 
 @dataclass(frozen=True)
-class Batches:
-    """The last stage: groups samples into the MicroBatches of `plans`, and collates each."""
+class CollateStage:
+    """The last stage: group samples into the micro-batches of `plans` and collate them."""
 
-    plans: Iterable[Plan]
+    plans: Iterable[MicroBatchPlan]
     collate: Collate
 
     def __call__(self, samples: Iterator[Sample]) -> Iterator[MicroBatch]:
         samples = iter(samples)
-        for plan in _share(self.plans):
+        for plan in _worker_share(self.plans):
             rows = list(islice(samples, len(plan.samples)))
-            # Compared with the plan, so that a stage cannot even lose a whole micro-batch unseen.
-            wanted = [(plan.step, plan.number, place) for place in range(len(plan.samples))]
-            if [row.get("__place__") for row in rows] != wanted:
+            # Checked against the plan, so that a stage cannot even drop a full micro-batch unseen.
+            expected = [(plan.step, plan.number, row) for row in range(len(plan.samples))]
+            if [row.get("__position__") for row in rows] != expected:
                 raise GigabatchError(
-                    "a data stage dropped, repeated or moved samples (micro-batch "
-                    f"{plan.number} of step {plan.step}). Stages must return each sample once, in "
-                    "order; filter with `gigabatch data filter` instead."
+                    "data.stages: a stage dropped, repeated or moved samples (micro-batch "
+                    f"{plan.number} of step {plan.step}). Stages must return every sample once, in "
+                    "order; filter samples with `gigabatch data filter` instead."
                 )
             keys = tuple(row["__key__"] for row in rows)
-            bad = tuple(row["__bad__"] for row in rows if "__bad__" in row)
+            records = tuple(row["__substitution__"] for row in rows if "__substitution__" in row)
             tensors = self.collate(rows)
             more = tuple(self.collate.fields.more)
-            yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, bad, more)
+            yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, records, more)
 
 
 @dataclass(frozen=True)
-class Failure:
-    """What a user must put right, on its way out of a loader worker."""
+class WorkerError:
+    """The message of a GigabatchError, sent from a loader worker to the training process."""
 
     message: str
 
 
-def _catch(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch | Failure]:
-    # Raised in a loader worker, an error would come out with a traceback for its message.
+def _errors_as_values(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch | WorkerError]:
+    """Yield the batches; a GigabatchError becomes the last value."""
+    # Raised in a loader worker, the error would arrive with a traceback in its message.
     try:
         yield from batches
     except GigabatchError as error:
-        yield Failure(str(error))
+        yield WorkerError(str(error))
 
 
-def _release(batches: Iterator[MicroBatch | Failure]) -> Iterator[MicroBatch]:
+def _raise_errors(batches: Iterator[MicroBatch | WorkerError]) -> Iterator[MicroBatch]:
+    """Yield the batches; raise GigabatchError for a WorkerError."""
     for batch in batches:
-        if isinstance(batch, Failure):
-            del batches  # else the traceback would keep the loader's workers alive
+        if isinstance(batch, WorkerError):
+            del batches  # otherwise the traceback would keep the loader's workers alive
             raise GigabatchError(batch.message)
         yield batch
 
 
 def open_stream(
     indexes: Sequence[Index],
-    plans: Iterable[Plan],
+    plans: Iterable[MicroBatchPlan],
     *,
     fields: Fields,
     tokenizer: Path | None,
@@ -231,19 +253,29 @@ def open_stream(
     pin_memory: bool = False,
     cache: ShardCache | None = None,
 ) -> wds.DataPipeline:
-    """The micro-batches of `plans`, in order, read by `workers` processes (0: in this one).
+    """Return the micro-batches of `plans`, in order, as an iterable of `MicroBatch`.
 
-    `indexes`: the sources, in the order of their numbers. `plans` must allow more than one pass.
-    `tokenizer`: its file, where there is text. `prefetch`: micro-batches each loader worker keeps
-    ready. `stages`: ordinary webdataset stages, from decoded sample to decoded sample.
-    Raises GigabatchError where samples lack a modality or field; iterating raises it for what
-    cannot be read.
+    Args:
+        indexes: The sources, in the order of their source numbers.
+        plans: The micro-batches to read; must allow more than one pass.
+        fields: What to decode of every sample.
+        tokenizer: A `tokenizer.json`; required if `fields` has text.
+        seed: The run's seed.
+        workers: Loader processes; 0 reads in this process.
+        prefetch: Micro-batches that a loader worker keeps ready.
+        stages: The user's webdataset stages, from decoded sample to decoded sample.
+        pin_memory: Return tensors in pinned memory.
+        cache: Holds copies of remote shards; None uses this node's cache.
+
+    Raises:
+        GigabatchError: if samples lack a modality or field; iterating raises it for data that
+            cannot be read.
     """
     pipeline = wds.DataPipeline(
         MicroBatchSource(indexes, plans, fields, seed, cache),
         *stages,
-        Batches(plans, Collate(fields, tokenizer.read_text() if tokenizer else None)),
-        _catch,
+        CollateStage(plans, Collate(fields, tokenizer.read_text() if tokenizer else None)),
+        _errors_as_values,
     )
     loader = wds.WebLoader(
         pipeline,
@@ -251,25 +283,33 @@ def open_stream(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_parent,
+        worker_init_fn=_reset_signals,
     )
-    return loader.compose(_release)
+    return loader.compose(_raise_errors)
 
 
 def load_stage(path: str) -> Stage:
-    """The webdataset stage at `package.mod:name`, a function of an iterator of samples."""
+    """Import the webdataset stage at `package.mod:name`, a function of an iterator of samples.
+
+    Raises:
+        GigabatchError: if it cannot be imported or called.
+    """
     module, _, name = path.partition(":")
     try:
         stage = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise GigabatchError(f"data.stages: {path!r} cannot be imported: {error}.") from error
+        raise GigabatchError(
+            f"data.stages: {path!r} cannot be imported: {error}. Name it as package.mod:name."
+        ) from error
     if not callable(stage):
-        raise GigabatchError(f"data.stages: {path!r} is not a function of an iterator of samples.")
+        raise GigabatchError(
+            f"data.stages: {path!r} is not callable. Name a function of an iterator of samples."
+        )
     return stage
 
 
-def by_step(stream: Iterable[MicroBatch], per_step: int) -> Iterator[list[MicroBatch]]:
-    """Group a rank's micro-batches by step."""
+def group_by_step(stream: Iterable[MicroBatch], per_step: int) -> Iterator[list[MicroBatch]]:
+    """Yield a rank's micro-batches in lists of `per_step`, one list a step."""
     iterator = iter(stream)
     for first in iterator:
         rest = (next(iterator) for _ in range(per_step - 1))

@@ -1,7 +1,7 @@
-"""Draw the README's pictures from a run:  python docs/pictures.py runs/quickstart-001
+"""Pictures of the docs, from a run:  python docs/pictures.py runs/quickstart-001
 
-Writes docs/curves.png (loss and throughput) and docs/retrieval.png (captions of `val-face`, a
-typeface never trained on, with the images that the model ranks first).
+Writes docs/curves.png (loss and logit scale) and docs/retrieval.png (captions of `val-face`, a
+typeface that was not in the training set, with the images that the model ranks first).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from matplotlib import pyplot
 
-from gigabatch.data.decode.fields import some_captions
+from gigabatch.data.decode.fields import captions_for_tokenizer
 from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.stream import open_stream
 from gigabatch.trainer.inference import load_newest_towers
@@ -24,11 +24,12 @@ from gigabatch.trainer.run.create import open_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 
-HOME = Path(__file__).parent
+FOLDER = Path(__file__).parent
 QUERIES, SHOWN = 7, 6
 
 
 def draw_curves(run: RunFolder) -> None:
+    """Plot loss and logit scale over the steps."""
     lines = [line for line in read_metrics(run.metrics) if "train/loss" in line]
     steps = [line["step"] for line in lines]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
@@ -39,11 +40,12 @@ def draw_curves(run: RunFolder) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(HOME / "curves.png", dpi=110)
+    figure.savefig(FOLDER / "curves.png", dpi=110)
 
 
 @torch.no_grad()
 def draw_retrieval(run: RunFolder) -> None:
+    """Draw a row per caption: the top images, with a green frame around the correct one."""
     config = run.config()
     index = open_eval(config, "val-face")
     _, towers = load_newest_towers(run)
@@ -55,22 +57,22 @@ def draw_retrieval(run: RunFolder) -> None:
     outputs = [towers(tower_inputs(batch, config.data, None)) for batch in batches]
     image, text = (torch.cat([out[tap] for out in outputs]) for tap in ("image", "text"))
     pixels = torch.cat([batch.tensors["image"] for batch in batches])
-    captions = list(some_captions([index], eval_fields(config), len(index)))
-    chosen = np.random.default_rng(7).choice(len(index), QUERIES, replace=False)
+    captions = list(captions_for_tokenizer([index], eval_fields(config), len(index)))
+    queries = np.random.default_rng(7).choice(len(index), QUERIES, replace=False)
     figure, axes = pyplot.subplots(
         QUERIES, SHOWN + 1, figsize=(9, 0.72 * QUERIES), width_ratios=[4.5] + [1] * SHOWN,
         layout="constrained",
     )  # fmt: skip
-    for row, query in zip(axes, chosen, strict=True):
+    for row, query in zip(axes, queries, strict=True):
         for cell in row:
             cell.set_axis_off()
         row[0].text(1, 0.5, captions[query].lower(), ha="right", va="center", fontsize=8)
-        best = (image @ text[query]).topk(SHOWN).indices.tolist()
-        for cell, found in zip(row[1:], best, strict=True):
-            cell.imshow(pixels[found, 0], cmap="gray", vmin=0, vmax=255)
-            if found == query:
+        top = (image @ text[query]).topk(SHOWN).indices.tolist()
+        for cell, image_index in zip(row[1:], top, strict=True):
+            cell.imshow(pixels[image_index, 0], cmap="gray", vmin=0, vmax=255)
+            if image_index == query:
                 cell.add_patch(pyplot.Rectangle((0, 0), 31, 31, fill=False, ec="tab:green", lw=3))
-    figure.savefig(HOME / "retrieval.png", dpi=110)
+    figure.savefig(FOLDER / "retrieval.png", dpi=110)
 
 
 if __name__ == "__main__":

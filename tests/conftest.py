@@ -1,3 +1,5 @@
+"""Fixtures and settings of all tests: offline, deterministic, without writes to the home folder."""
+
 from __future__ import annotations
 
 import os
@@ -15,19 +17,19 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.internal.conjecture import providers
 from support import TINY, Command, write_samples
 
-# Read when huggingface_hub is imported, which none of the imports above does.
+# huggingface_hub reads this when it is imported, which the imports above do not do.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if not torch.cuda.is_available():  # read when triton is imported; its kernels then run on the CPU
+if not torch.cuda.is_available():  # triton reads this when it is imported, to run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # A shell starts what it puts in the background deaf to Ctrl-C, which all below would inherit.
+    # A shell lets background jobs ignore Ctrl-C, which all processes below would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples on every run, and nothing kept in the repository between runs. (Left alone,
-# Hypothesis reads each imported module of ours for constants to try: seconds a worker, and other
-# examples after every edit.)
+# The same examples in every run, and no files in the repository. By default Hypothesis also reads
+# constants from each imported module of this package: that takes seconds per worker and changes the
+# examples after every edit.
 providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
 settings.load_profile("gigabatch")
@@ -35,13 +37,13 @@ HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
 set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
 
 
-# With tests of minutes each: begun first, so that none of them is left alone at the end.
+# Files with tests of minutes, started first so that none runs alone at the end.
 LONG = ("test_hosts", "test_jobs", "test_compile", "test_resume", "test_faults", "test_memory",
         "test_runs", "test_step")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The same order for every worker."""
+    """Sort long tests first, in the same order on every worker."""
     items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
@@ -49,7 +51,7 @@ ALLOWED_SKIPS = ("needs root", "needs a GPU")
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A skip for any other reason fails the run: a test that never runs protects nothing."""
+    """Fail the test run if a test was skipped for a reason that is not in ALLOWED_SKIPS."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     skipped = reporter.stats.get("skipped", []) if reporter else []
     reasons = [str(report.longrepr) for report in skipped]
@@ -65,7 +67,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `train` (200 samples in 4 shards) and `val` (60 in 1)."""
+    """A folder with sets `train` (200 samples in 4 shards) and `val` (60 samples in 1)."""
     root = tmp_path_factory.mktemp("shards")
     write_samples(root / "train", 200, 50, seed=1)
     write_samples(root / "val", 60, 60, seed=2)
@@ -74,7 +76,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny(shards: Path, tmp_path: Path) -> Path:
-    """A config file of a run that takes a second or two."""
+    """The config file of a run that takes a second or two."""
     path = tmp_path / "tiny.yaml"
     path.write_text(TINY.format(root=shards) + f"run: {{dir: {tmp_path / 'runs'}}}\n")
     return path
@@ -82,20 +84,20 @@ def tiny(shards: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quiet_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Nothing a test starts may write to the user's home, or to the demo set's cache."""
+    """Keep tests and their processes from writing to the user's home and cache."""
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("GIGABATCH_CACHE", str(home / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # Processes that a test starts find `support_towers` there.
+    # For `support_towers` in processes that a test starts.
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 @pytest.fixture
 def start() -> Iterator[Any]:
-    """Start commands; whatever still runs when the test ends is killed."""
+    """Start commands; those still running at the end of the test are killed."""
     started: list[Command] = []
 
     def run(*arguments: str | Path, **options: Any) -> Command:
@@ -111,7 +113,7 @@ def start() -> Iterator[Any]:
 
 @pytest.fixture
 def gigabatch(start: Any) -> Any:
-    """Run a command to its end."""
+    """Run a command until it ends."""
 
     def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         return start(*arguments).wait(timeout)

@@ -1,4 +1,4 @@
-"""Small real shards, a small config, and ways to start the product as its users do."""
+"""Small shards, a small config, and commands started as users start them."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ cluster: {{launcher: inline, workers: 1, threads: 1}}
 
 
 def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
-    """`count` samples of noisy coloured images, each with a caption and a concept (of 50)."""
+    """Write samples of noisy colored images, each with a caption and one of 50 concepts."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for shard, first in enumerate(range(0, count, per_shard)):
@@ -70,7 +70,7 @@ def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
 
 
 def write_rich(folder: Path, count: int, seed: int) -> None:
-    """Samples in three languages with none to four captions each, every fifth without an image."""
+    """Write samples in three languages with 0 to 4 captions, every fifth without an image."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for shard, first in enumerate(range(0, count, 40)):
@@ -78,8 +78,8 @@ def write_rich(folder: Path, count: int, seed: int) -> None:
             for number in range(first, min(first + 40, count)):
                 lang = ("en", "de", "fr")[number % 3]
                 names = [f"{lang} thing {number} {i}" for i in range(random.integers(0, 5))]
-                told = {"concept": number % 50, "lang": lang, "names": names}
-                sample: dict[str, Any] = {"__key__": f"r{number:05d}", "json": told}
+                fields = {"concept": number % 50, "lang": lang, "names": names}
+                sample: dict[str, Any] = {"__key__": f"r{number:05d}", "json": fields}
                 if number % 5:
                     pixels = random.integers(0, 256, (SIDE, SIDE, 3), np.uint8)
                     png = BytesIO()
@@ -91,31 +91,34 @@ def write_rich(folder: Path, count: int, seed: int) -> None:
 def write_modalities(
     folder: Path, count: int, seed: int, *, images: bool = True, lacking: bool = False
 ) -> None:
-    """Samples of twenty concepts as text, as six numbers (npy), as a path of one to five points
-    (json), as a tone (wav), and as images; `lacking`: some have no text,
-    no numbers, no path, no tone or no image."""
+    """Write samples of twenty concepts in several modalities.
+
+    Text, six numbers (npy), a path of one to five points (json), a tone (wav) and images. With
+    `lacking`, some samples lack some of them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for shard, first in enumerate(range(0, count, 40)):
         with wds.TarWriter(str(folder / f"{folder.name}-{shard:03d}.tar"), mtime=0) as writer:
             for number in range(first, min(first + 40, count)):
                 concept = number % 20
-                own = np.random.default_rng(concept)
-                numbers, points = own.normal(0, 1, 6), own.normal(0, 1, (5, 2))
+                of_concept = np.random.default_rng(concept)
+                numbers = of_concept.normal(0, 1, 6)
+                points = of_concept.normal(0, 1, (5, 2))
                 png, wav = BytesIO(), BytesIO()
-                shade = own.integers(0, 256, 3) * np.ones((SIDE, SIDE, 1))
+                shade = of_concept.integers(0, 256, 3) * np.ones((SIDE, SIDE, 1))
                 Image.fromarray(shade.astype(np.uint8)).save(png, "png")
                 tone = np.sin(np.arange(800) * (0.1 + 0.1 * concept)) * random.uniform(0.2, 0.9)
                 soundfile.write(wav, tone[: random.integers(300, 800)], 8000, format="WAV")
                 path = points[: random.integers(1, 6)].tolist()
-                told = {
+                fields = {
                     "concept": concept,
                     "path": path,
                     "age": 20 + 3 * concept,
                     "old": bool(concept % 2),
                 }
                 sample: dict[str, Any] = {
-                    "__key__": f"m{number:05d}", "json": told, "wav": wav.getvalue(),
+                    "__key__": f"m{number:05d}", "json": fields, "wav": wav.getvalue(),
                     "npy": numbers + random.normal(0, 0.1, 6), "txt": f"this is thing {concept}",
                 }  # fmt: skip
                 if images:
@@ -124,15 +127,15 @@ def write_modalities(
                     if lacking and number % every == 1:
                         sample.pop(kind, None)
                 if lacking and number % 3 == 2:
-                    told["path"] = None
+                    fields["path"] = None
                 writer.write(sample)
 
 
 def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
-    """Change a byte of a member, as a bad disk would: sizes and times stay."""
+    """Flip a bit of a member, as a bad disk would; size and modification time stay."""
     path = Path(index.shards[index.shard_of(sample)].name)
     before = path.stat()
-    position = index.span(sample, member)[0] + at
+    position = index.member_span(sample, member)[0] + at
     with open(path, "r+b") as file:
         file.seek(position)
         byte = file.read(1)[0]
@@ -145,7 +148,7 @@ def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
 def outcome(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of a command, in this process."""
+    """Run a command in this process; returns (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["gigabatch", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -155,7 +158,7 @@ def outcome(
 
 
 class Command:
-    """A `gigabatch` process, or another `command`."""
+    """A process of `gigabatch`, or of another `command`."""
 
     def __init__(
         self,
@@ -174,7 +177,7 @@ class Command:
         )
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Its outcome. Everything it started is killed if it takes too long."""
+        """Wait for its end; on a timeout, kill it and everything it started, and fail."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -187,18 +190,18 @@ class Command:
         self.process.send_signal(number)
 
     def kill(self) -> None:
-        """SIGKILL to the process and everything in its session."""
+        """Send SIGKILL to the process and everything in its session."""
         os.killpg(self.process.pid, signal.SIGKILL)
 
 
 def losses(run: Path) -> dict[int, float]:
-    """step -> train/loss of the lines that count."""
+    """Return step -> train/loss of the valid lines."""
     lines = read_metrics(run / "metrics.jsonl")
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
 
 
 def wait_for_step(run: Path, step: int, command: Command) -> None:
-    """Until `step` stands in metrics.jsonl."""
+    """Wait until metrics.jsonl contains `step`."""
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         if (run / "metrics.jsonl").exists() and max(losses(run), default=0) >= step:
@@ -211,7 +214,7 @@ def wait_for_step(run: Path, step: int, command: Command) -> None:
 
 
 def run_ranks(script: Path, world_size: int, *arguments: str | Path, timeout: float = 240) -> Any:
-    """Run `script` on `world_size` torchrun ranks; what rank 0 printed last, as JSON."""
+    """Run `script` on torchrun ranks; returns the last line of output as JSON."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={world_size}", str(script), *map(str, arguments),

@@ -1,4 +1,4 @@
-"""Small run folders, their checkpoints and copies, without a run."""
+"""Small run folders, checkpoints and copies, made without training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Towers and data stages of a user's own."""
+"""Modules and data stages as a user would write them."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ class Tokens(nn.Module):
 
 
 class Sensed(nn.Module):
-    """Of whatever else a tower reads: its size, its numbers and what it is called with beside."""
+    """Encodes audio or vectors by their mean, mean square, size, and mask or lengths."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
         self.width = width
         self.linear = nn.Linear(4, width)
 
-    def forward(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         flat = x.flatten(1)
-        real = flat.new_zeros(len(flat)) if beside is None else beside.reshape(len(x), -1).sum(1)
+        real = flat.new_zeros(len(flat)) if mask is None else mask.reshape(len(x), -1).sum(1)
         size = torch.full_like(real, flat.shape[1])
-        told = [flat.mean(1), flat.square().mean(1), size, real]
-        return self.linear(torch.stack([torch.tanh(each / 1000) for each in told], 1))
+        features = [flat.mean(1), flat.square().mean(1), size, real]
+        return self.linear(torch.stack([torch.tanh(f / 1000) for f in features], 1))
 
 
 class Broken(Pixels):
-    """Its output is never finite."""
+    """Returns NaN always."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * torch.nan
 
 
 class BrokenBackward(Pixels):
-    """Sound forwards; its gradient is not finite on the rank that BROKEN_RANK names."""
+    """Returns finite vectors; its gradient is NaN while `_NanGradient.broken` is true."""
 
     def forward(self, images: Tensor) -> Tensor:
         return _NanGradient.apply(super().forward(images))
@@ -81,7 +81,7 @@ class _NanGradient(torch.autograd.Function):
 
 
 class Crashing(Pixels):
-    """Fails at its first image, as a programming error would."""
+    """Raises at its first batch, as a programming error would."""
 
     def forward(self, images: Tensor) -> Tensor:
         raise RuntimeError("this tower cannot see")
@@ -106,7 +106,7 @@ class Scaled(Pixels):
 
 
 class Heavy(Pixels):
-    """A light step and 120 MB to save."""
+    """Fast steps, but 120 MB to save."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width)
@@ -114,7 +114,7 @@ class Heavy(Pixels):
 
 
 class Stuck(Pixels):
-    """Never comes back from its hundredth batch."""
+    """Never returns from its hundredth batch."""
 
     calls = 0
 
@@ -126,16 +126,16 @@ class Stuck(Pixels):
 
 
 class SlowOnRankOne(Pixels):
-    """Takes long on rank 1."""
+    """Slow on rank 1, as a slow device would be."""
 
     def forward(self, images: Tensor) -> Tensor:
         if os.environ.get("RANK") == "1":
-            time.sleep(0.1)  # what is measured: a device that computes slowly
+            time.sleep(0.1)
         return super().forward(images)
 
 
 class BadSpell(Pixels):
-    """Not finite from its 41st batch to its 52nd."""
+    """Returns NaN from its 41st batch to its 52nd."""
 
     calls = 0
 
@@ -146,7 +146,7 @@ class BadSpell(Pixels):
 
 
 class CrashingOnRankOne(Pixels):
-    """Fails on rank 1 alone, at its twentieth batch; the others then lose their peer."""
+    """Raises on rank 1 only, at its twentieth batch; the other ranks then lose their peer."""
 
     calls = 0
 
@@ -158,7 +158,7 @@ class CrashingOnRankOne(Pixels):
 
 
 class Slow(Pixels):
-    """Takes its time until the file `hurry` is there."""
+    """Slow until the file `hurry` exists."""
 
     def __init__(self, hurry: str, width: int = 4) -> None:
         super().__init__(width)
@@ -171,7 +171,7 @@ class Slow(Pixels):
 
 
 class Tiring(Pixels):
-    """Fails after so many batches of a process."""
+    """Raises after `batches` batches of a process."""
 
     def __init__(self, batches: int, width: int = 4) -> None:
         super().__init__(width)

@@ -1,1 +1,1 @@
-"""What a run does: config, towers, objectives, the exact step, checkpoints, evaluation."""
+"""Training: config, towers, objectives, the exact step, checkpoints, evaluation."""

@@ -1,8 +1,6 @@
-"""What all ranks must agree on before the first step: the data, and the checkpoint to resume."""
+"""Checks before the first step: all ranks use the same data and resume the same checkpoint."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoints.format import Checkpoint, checkpoint_at, latest_checkpoint
@@ -12,32 +10,43 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 def agree_on_data(run: RunFolder, world: World, data: TrainData) -> None:
-    """Another order of samples on one rank, or shards changed since the start, would lose samples
-    in silence. Raises GigabatchError on every rank."""
+    """Compare every rank's shards with those that the run started with. A collective.
+
+    A different sample order on one rank, or shards that changed, would lose samples silently.
+
+    Raises:
+        GigabatchError: on every rank, if a fingerprint differs.
+    """
     digests = world.gather(data.digest)
-    known = world.share(run.data_digest()) or digests[0]
-    others = [str(rank) for rank, digest in enumerate(digests) if digest != known]
+    expected = world.share(run.data_digest()) or digests[0]
+    others = [str(rank) for rank, digest in enumerate(digests) if digest != expected]
     if others:
         raise GigabatchError(
-            f"{run.path}: rank {', '.join(others)} finds other shards in "
-            f"{', '.join(i.source for i in data.indexes)} than the run began with, or the "
-            "same in another order. If shards were changed, restore them. If each node keeps "
-            "an index of its own (remote or read-only shards), remove those in "
-            "$GIGABATCH_CACHE/index, so that all are made alike."
+            f"{run.path}: on rank {', '.join(others)} the shards of "
+            f"{', '.join(i.source for i in data.indexes)} differ from those that the run started "
+            "with, or are in another order. If shards were changed, restore them. If nodes keep "
+            "separate indexes (of remote or read-only shards), delete them in "
+            "$GIGABATCH_CACHE/index on every node; they are rebuilt."
         )
 
 
 def agree_on_checkpoint(run: RunFolder, world: World) -> Checkpoint | None:
-    """The newest sound one: rank 0 verifies, the others read the one it chose. Raises
-    GigabatchError on every rank where all are damaged."""
-    found: Any = None
+    """Return the newest valid checkpoint, or None before the first. A collective.
+
+    Rank 0 verifies checksums; the other ranks load the checkpoint that it chose.
+
+    Raises:
+        GigabatchError: on every rank, if all checkpoints are damaged.
+    """
+    step: int | None = None
+    problem = ""
     if world.is_main:
         try:
             newest = latest_checkpoint(run)
-            found = newest.step if newest else None
+            step = newest.step if newest else None
         except GigabatchError as error:
-            found = str(error)
-    found = world.share(found)
-    if isinstance(found, str):
-        raise GigabatchError(found)
-    return None if found is None else checkpoint_at(run, found)
+            problem = str(error)
+    step, problem = world.share((step, problem))
+    if problem:
+        raise GigabatchError(problem)
+    return None if step is None else checkpoint_at(run, step)

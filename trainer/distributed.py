@@ -1,4 +1,4 @@
-"""Process group, device and threads of a rank. The same for Ray, torchrun and a single process."""
+"""Process group, device and threads of a rank, under Ray, torchrun and in a single process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,22 @@ import torch.distributed as dist
 from torch import Tensor
 
 TIMEOUT = timedelta(minutes=30)
-"""Of a collective. Longer than `train.hang_timeout_s` may be: the watchdog's word comes first."""
+"""Timeout of a collective. It exceeds the largest `train.hang_timeout_s`, so that the watchdog's
+report comes first."""
 JOIN_TIMEOUT = timedelta(minutes=10)
+"""Time for all ranks to join the process group."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks of a run. `group` is None when it is the only one."""
+    """This process and the ranks of its run.
+
+    Attributes:
+        rank: Number of this process, from 0.
+        size: Number of processes.
+        device: Device of this process.
+        group: Process group; None for a single process.
+    """
 
     rank: int
     size: int
@@ -31,25 +40,29 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes the run folder."""
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """`value` added over ranks, in place."""
+        """Add `value` over ranks, in place. A collective."""
         if self.group is not None:
             dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is set on any rank: one small collective."""
+        """Return for each flag whether it is set on any rank. A single small collective."""
         if self.group is None:
             return list(flags)
-        held = torch.tensor(flags, dtype=torch.int32, device=self.device)
-        dist.all_reduce(held, dist.ReduceOp.MAX, group=self.group)
-        return [bool(flag) for flag in held]
+        reduced = torch.tensor(flags, dtype=torch.int32, device=self.device)
+        dist.all_reduce(reduced, dist.ReduceOp.MAX, group=self.group)
+        return [bool(flag) for flag in reduced]
 
     def concat(self, rows: Tensor) -> tuple[Tensor, int]:
-        """All ranks' rows [n, ...], n of each its own, in rank order; and where this rank's
-        begin."""
+        """Concatenate all ranks' rows [n, ...] in rank order; n may differ. A collective.
+
+        Returns:
+            (rows of all ranks, index of this rank's first row).
+        """
         if self.group is None:
             return rows, 0
         sizes = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -63,15 +76,15 @@ class World:
         return joined, sum(counts[: self.rank])
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, on every rank."""
+        """Return every rank's `value`, in rank order, on every rank. A collective."""
         if self.group is None:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
 
     def share(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
+        """Return rank 0's `value` on every rank. A collective."""
         if self.group is None:
             return value
         box = [value]
@@ -79,18 +92,21 @@ class World:
         return box[0]
 
 
-def alone() -> World:
-    """This process by itself, without a process group."""
+def single_process() -> World:
+    """Return a world of this process only, without a process group."""
     return World(0, 1, device_of_this_process(), None)
 
 
 @contextmanager
 def join_world(threads: int) -> Iterator[World]:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT), or one that is already there; with no RANK set, be the only process.
+    """Join the process group of the environment, and leave it at the end.
 
-    A group of several is taken down at the end; a group of one stays, for DeepSpeed holds on to
-    the first that it sees in a process.
+    The environment sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. An existing group is used
+    as it is. Without RANK, this is the only process; its group stays, because DeepSpeed keeps a
+    reference to the first group of a process.
+
+    Args:
+        threads: CPU threads of this process.
     """
     torch.set_num_threads(threads)
     device = device_of_this_process()
@@ -110,31 +126,32 @@ def join_world(threads: int) -> Iterator[World]:
 
 
 def leave(code: int) -> NoReturn:
-    """End a rank's process here and now, its output flushed.
+    """Exit this process at once, after flushing its output.
 
-    gloo's threads outlive `destroy_process_group` wherever something (DeepSpeed's globals) still
-    holds a group, and abort an interpreter that takes itself down: a finished rank would count as
-    crashed. Seen with torch 2.13, three ranks, busy cores: one time in four.
+    gloo's threads outlive `destroy_process_group` as long as something (DeepSpeed's globals) holds
+    a group, and abort the interpreter while it shuts down: a finished rank would count as crashed.
+    With torch 2.13, three ranks and busy cores this happened one time in four.
     """
     logging.shutdown()
     for output in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # its reader has gone
+        with suppress(OSError, ValueError):  # The reader has exited.
             output.flush()
     os._exit(code)
 
 
 def _join_from_environment(backend: str) -> None:
     store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-    # torchrun keeps its store when it starts workers again, with the addresses of the dead in it.
+    # torchrun keeps its store when it restarts workers, with the addresses of the dead ones.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"start-{start}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
 
 
 def device_of_this_process() -> torch.device:
+    """Return this process's GPU, made current, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Ray shows a worker only its own device; torchrun shows all and numbers the workers.
+    # Ray shows a worker its device only; torchrun shows all devices and sets LOCAL_RANK.
     local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)

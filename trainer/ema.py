@@ -1,4 +1,4 @@
-"""Averages of the towers over steps: a teacher's weights, and those that are evaluated."""
+"""Averages of the towers' weights over steps: momentum towers, and weights for evaluation."""
 
 from __future__ import annotations
 
@@ -13,68 +13,90 @@ from gigabatch.trainer.checkpoints.format import Checkpoint
 from gigabatch.trainer.towers import Towers
 
 EMA = "ema"
-"""The file of a checkpoint that holds the averaged weights."""
+"""Name of the checkpoint file that holds the averaged weights."""
 
 
-def average_of(towers: Towers) -> Towers:
-    """A copy, whole on every rank, in evaluation mode, that `follow` moves; `towers` not yet in an
-    engine."""
+def frozen_copy(towers: Towers) -> Towers:
+    """Copy towers that are not yet in an engine: complete on every rank, in evaluation mode."""
     return copy.deepcopy(towers).eval().requires_grad_(False)
 
 
 def open_ema(towers: Towers, momentum: float, checkpoint: Checkpoint | None) -> Towers | None:
-    """The averaged weights as they stand in a checkpoint, or at the start; None where `train.ema`
-    is 0. Raises GigabatchError where the checkpoint has none: they cannot be made afterwards."""
+    """Return the averaged weights of a checkpoint, or a copy of the initial weights.
+
+    Args:
+        towers: The towers, not yet in an engine.
+        momentum: `train.ema`; 0 returns None.
+        checkpoint: Checkpoint to resume, if any.
+
+    Raises:
+        GigabatchError: if the checkpoint has no averaged weights.
+    """
     if not momentum:
         return None
-    ema = average_of(towers)
+    ema = frozen_copy(towers)
     if checkpoint:
         if not checkpoint.has(EMA):
             raise GigabatchError(
-                f"train.ema: {checkpoint.path} holds no averaged weights, since the run began "
-                "without them. Go on with train.ema=0, or start a new run from its weights with "
-                "train.init_from."
+                f"train.ema: {checkpoint.path} has no averaged weights, because the run started "
+                "without train.ema. Resume with train.ema=0, or start a new run from its weights "
+                "with train.init_from."
             )
         ema.load_state_dict(checkpoint.tensors(EMA))
     return ema
 
 
-def stored_weights(checkpoint: Checkpoint, wanted: str | None) -> dict[str, Tensor]:
-    """A checkpoint's towers as of the `last` step, or their average over steps, `ema`; None: the
-    average where it holds one. Raises GigabatchError where it has none, or cannot be read."""
-    averaged = checkpoint.has(EMA)
-    if wanted == EMA and not averaged:
+def stored_weights(checkpoint: Checkpoint, weights: str | None) -> dict[str, Tensor]:
+    """Return the towers' weights of a checkpoint.
+
+    Args:
+        checkpoint: A verified checkpoint.
+        weights: `last`, the weights of the last step; `ema`, their average over steps; None, the
+            average if the checkpoint has one.
+
+    Raises:
+        GigabatchError: if the checkpoint has no average, or cannot be read.
+    """
+    has_average = checkpoint.has(EMA)
+    if weights == EMA and not has_average:
         raise GigabatchError(
-            f"{checkpoint.path}: there are no averaged weights, since its run trains without "
-            "train.ema. Take the last step's: --weights last, or train.init_weights=last."
+            f"{checkpoint.path}: there are no averaged weights, because the run trains without "
+            "train.ema. Use the last step's weights: --weights last, or train.init_weights=last."
         )
-    return checkpoint.tensors(EMA if averaged and wanted != "last" else "towers")
+    return checkpoint.tensors(EMA if has_average and weights != "last" else "towers")
 
 
 @torch.no_grad()
-def follow(
+def update_averages(
     weights: Iterator[tuple[str, Tensor]], averages: Sequence[tuple[nn.Module, float]]
 ) -> None:
-    """Move each average, given with its momentum m, to the current `weights` w, by the names of
-    its state: a <- m a + (1 - m) w; what is no float is copied. Without averages no weight is asked
-    for, which would gather it."""
+    """Move each average a towards the weights w in place: a <- m a + (1 - m) w.
+
+    Args:
+        weights: (state name, tensor) of the current weights. Not consumed without averages: under
+            ZeRO 3 each item is a gather.
+        averages: (module, momentum m). Integer buffers are copied.
+    """
     if not averages:
         return
     states = [(average.state_dict(), momentum) for average, momentum in averages]
-    moved: set[int] = set()
+    updated: set[int] = set()
     for name, weight in weights:
         for state, momentum in states:
-            own = state[name]
-            if own.data_ptr() in moved:
-                continue  # tied to one before it, under another name
-            moved.add(own.data_ptr())
-            if own.is_floating_point():
-                own.lerp_(weight.to(own.device), 1 - momentum)
+            average = state[name]
+            if average.data_ptr() in updated:
+                continue  # The same tensor under another name: tied weights.
+            updated.add(average.data_ptr())
+            if average.is_floating_point():
+                average.lerp_(weight.to(average.device), 1 - momentum)
             else:
-                own.copy_(weight)
+                average.copy_(weight)
 
 
-def warmed(momentum: float, steps: int) -> float:
-    """The momentum after so many steps: small at first, so that the average soon forgets the
-    weights that it began with (as in TensorFlow's moving averages)."""
+def warmup_momentum(momentum: float, steps: int) -> float:
+    """Return the momentum after `steps` applied steps, at most (1 + steps) / (10 + steps).
+
+    A small early momentum lets the average forget the initial weights, as in TensorFlow's moving
+    averages.
+    """
     return min(momentum, (1 + steps) / (10 + steps))

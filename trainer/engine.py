@@ -1,12 +1,12 @@
-"""DeepSpeed behind a small interface: embed, backward, one reduction, step; full state out and in.
+"""DeepSpeed behind a small interface: embed, backward, one reduction, step; save and load.
 
-Everything that depends on how DeepSpeed's ZeRO stages differ is in this file.
+This file holds everything that differs between DeepSpeed's ZeRO stages.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -19,14 +19,15 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.optim import adamw, tower_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state per weight; also the suffixes of its names in a checkpoint."""
 State = dict[str, Tensor]
 
 
 class Engine:
-    """The towers under DeepSpeed, any ZeRO stage.
+    """The towers under DeepSpeed, at any ZeRO stage.
 
-    A step is: `with engine.accumulating(): engine.backward(...)`, any number of times, then
-    `engine.step(lr)`. Gradients are averaged over ranks, in one reduction however many backwards.
+    A step is any number of `engine.backward(...)` inside `with engine.accumulating():`, then
+    `engine.step(lr)`. Gradients are averaged over ranks in one reduction per step.
     """
 
     def __init__(self, towers: nn.Module, config: Config, world: World) -> None:
@@ -42,24 +43,30 @@ class Engine:
         self.adamw: torch.optim.AdamW = getattr(wrapped, "optimizer", wrapped)
         self.named = dict(towers.named_parameters())
         self.trained = {name: p for name, p in self.named.items() if p.requires_grad}
-        self._norm = 0.0
+        self._grad_norm = 0.0
         if self.stage == 0:
             self.adamw.register_step_pre_hook(
                 partial(self._clip, config.train.max_grad_norm or torch.inf)
             )
-        self._make_moments()
+        self._create_moments()
         self.steps = 0
-        """Optimizer steps applied, which AdamW's bias correction counts."""
+        """Optimizer steps applied; AdamW's bias correction counts them."""
 
     def __call__(self, *args: Any) -> dict[str, Tensor]:
-        return self.ds(*args)
+        """Run `Towers.forward`."""
+        outputs: dict[str, Tensor] = self.ds(*args)
+        return outputs
 
     def train(self, mode: bool) -> None:
+        """Set training or evaluation mode."""
         self.ds.module.train(mode)
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Backwards inside add up locally; on leaving, ZeRO 1 to 3 reduce once. (ZeRO 0 does
-        not know this context: unmanaged accumulation reduces once in `step`.)"""
+        """Accumulate gradients locally inside; ZeRO 1 to 3 reduce once at the end.
+
+        ZeRO 0 does not support DeepSpeed's context: without managed accumulation it reduces once,
+        in `step`.
+        """
         return nullcontext() if self.stage == 0 else self._coalesced()
 
     @contextmanager
@@ -69,8 +76,8 @@ class Engine:
             self._poison_unless_finite()
 
     def _poison_unless_finite(self) -> None:
-        # ZeRO skips a step cleanly only when it finds the fault itself; withholding `step` after
-        # the reduction corrupts the next one. So all ranks plant a NaN and let it find that.
+        # ZeRO skips a step cleanly only if it detects the overflow itself. Omitting `step` after
+        # the reduction would corrupt the next one, so all ranks write NaN for ZeRO to detect.
         if not self._all_finite():
             for parameter in self.trained.values():
                 if parameter.grad is not None:
@@ -82,12 +89,18 @@ class Engine:
         return not self.world.any(not bool(torch.isfinite(norms).all()))[0]
 
     def backward(self, loss: Tensor) -> None:
+        """Backpropagate a scalar; gradients add up until `step`."""
         self.ds.backward(loss)
 
     def step(self, lr: float) -> tuple[bool, float]:
-        """Apply the accumulated gradient; (applied, gradient norm before clipping).
+        """Apply the accumulated gradient. A collective.
 
-        Where a gradient is not finite on any rank: not applied, and nothing changed on any.
+        Args:
+            lr: Learning rate.
+
+        Returns:
+            (applied, gradient norm before clipping). If a gradient is not finite on any rank, no
+            rank applies it, nothing changes, and the norm is NaN.
         """
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -96,32 +109,37 @@ class Engine:
             applied, norm = bool(self.ds.was_step_applied()), self.ds.get_global_grad_norm()
         elif applied := self._all_finite():
             self.ds.step()
-            norm = self._norm
+            norm = self._grad_norm
         else:
             self.ds.zero_grad()
         self.steps += applied
         return applied, float(norm) if applied else float("nan")
 
     def _clip(self, limit: float, *_: Any) -> None:
-        # DeepSpeed clips at ZeRO 0 as well, but does not tell the norm.
+        # DeepSpeed could clip at ZeRO 0 too, but does not return the norm.
         parameters = list(self.trained.values())
-        self._norm = float(nn.utils.clip_grad_norm_(parameters, limit))
+        self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
 
-    def _make_moments(self) -> None:
-        """Zero moments for what AdamW steps: weights, or ZeRO's flat fp32 shards of them. AdamW
-        makes them in its first step, but a checkpoint must find them before that."""
-        zero = self.ds.optimizer
-        stepped = {
-            0: lambda: list(self.trained.values()),
-            1: lambda: zero.single_partition_of_fp32_groups,
-            2: lambda: zero.single_partition_of_fp32_groups,
-            3: lambda: zero.fp32_partitioned_groups_flat,
-        }[self.stage]()
+    def _create_moments(self) -> None:
+        """Create zero moments, which AdamW would create in its first step only.
+
+        A checkpoint may be loaded or saved before that. AdamW steps the weights themselves, or
+        from ZeRO 1 on flat fp32 shards of them.
+        """
+        zero: Any = self.ds.optimizer
+        stepped: Iterable[Tensor]
+        if self.stage == 0:
+            stepped = self.trained.values()
+        elif self.stage in (1, 2):
+            stepped = zero.single_partition_of_fp32_groups
+        else:
+            stepped = zero.fp32_partitioned_groups_flat
         for tensor in stepped:
             moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
             self.adamw.state[tensor] = {"step": torch.zeros(()), **moments}
         if self.stage in (1, 2):
-            # DeepSpeed would link its fragments when only the first parameter group has moments.
+            # DeepSpeed would link its fragments as soon as the first parameter group has moments,
+            # before the second has any.
             zero._lazy_init_hp_params_optimizer_state()
 
     def _count_from(self, steps: int) -> None:
@@ -130,7 +148,10 @@ class Engine:
             state["step"].fill_(steps)
 
     def weights(self) -> State:
-        """All weights and buffers, full, float32, on rank 0; elsewhere nothing. A collective."""
+        """Return all weights and buffers, complete, float32, on rank 0, else nothing.
+
+        A collective.
+        """
         full: State = {}
         for name, tensor in self.live_weights():
             if self.world.is_main:
@@ -138,15 +159,18 @@ class Engine:
         return full
 
     def live_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """All weights and buffers, each whole until the next is asked for. A collective."""
-        # What `load_state_dict` will ask for: not all buffers, but both names of tied weights.
+        """Yield all weights and buffers; a gathered one is valid until the next. A collective."""
+        # The names that `load_state_dict` needs: persistent buffers only, and both names of tied
+        # weights.
         for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
             with _gathered(tensor, self.stage):
                 yield name, tensor.detach()
 
     def moments(self) -> State:
-        """AdamW's moments of every trained weight, as `NAME.exp_avg` and `NAME.exp_avg_sq`, full,
-        on rank 0; elsewhere nothing. A collective."""
+        """Return AdamW's moments of every trained weight on rank 0, else nothing. A collective.
+
+        Names are `NAME.exp_avg` and `NAME.exp_avg_sq`; tensors are complete.
+        """
         full: State = {}
         for name, parameter in self.trained.items():
             for moment in MOMENTS:
@@ -156,15 +180,20 @@ class Engine:
         return full
 
     def _moment(self, parameter: nn.Parameter, moment: str) -> Tensor:
+        value: Tensor
         if self.stage == 0:
-            return self.adamw.state[parameter][moment]
-        from deepspeed.utils import safe_get_full_optimizer_state
+            value = self.adamw.state[parameter][moment]
+        else:
+            from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, moment)
+            value = safe_get_full_optimizer_state(parameter, moment)
+        return value
 
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
-        """Put back what `moments` gave, at any world size and ZeRO stage. The weights themselves
-        are loaded into the module before the Engine is made."""
+        """Restore the result of `moments`, at any world size and ZeRO stage.
+
+        Weights are not restored here: load them into the module before making the Engine.
+        """
         for name, parameter in self.trained.items():
             for moment in MOMENTS:
                 self._set_moment(parameter, moment, moments[f"{name}.{moment}"])
@@ -177,26 +206,28 @@ class Engine:
         if self.stage == 0:
             self.adamw.state[parameter][moment].copy_(value)
         elif self.stage == 3:
-            # `safe_set_full` fails where the world size does not divide the weight: cut it here.
-            share = parameter.ds_tensor.numel()
-            padded = nn.functional.pad(
-                value.flatten(), (0, share * self.world.size - value.numel())
-            )
-            mine = padded.narrow(0, share * self.world.rank, share)
-            safe_set_local_optimizer_state(parameter, mine, moment)
+            # safe_set_full_optimizer_state fails if the world size does not divide the weight, so
+            # split it here.
+            size = parameter.ds_tensor.numel()
+            padded = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
+            shard = padded.narrow(0, size * self.world.rank, size)
+            safe_set_local_optimizer_state(parameter, shard, moment)
         else:
             safe_set_full_optimizer_state(parameter, value, moment)
 
 
 def deepspeed_config(config: Config) -> dict[str, Any]:
-    """The run in DeepSpeed's terms. Mixed precision is the towers' own autocast, so that weights
-    and reductions stay float32 here and an evaluation without DeepSpeed computes the same."""
+    """Return DeepSpeed's configuration of a run.
+
+    Mixed precision is the towers' own autocast: weights and reductions stay float32, and an
+    evaluation without DeepSpeed computes the same values.
+    """
     stage = config.train.zero_stage
     return {
         "train_micro_batch_size_per_gpu": config.batch.micro_size,
         "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": stage},
-        # Its default is 1.0 since mid-2026. Stage 0 is clipped in Engine._clip.
+        # DeepSpeed's default is 1.0 since mid-2026. Engine._clip clips stage 0.
         "gradient_clipping": config.train.max_grad_norm if stage > 0 else 0.0,
         "managed_gradient_accumulation": stage > 0,
         "zero_allow_untested_optimizer": True,
@@ -206,26 +237,28 @@ def deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def cpu_copy(tensor: Tensor) -> Tensor:
-    """In host memory, shared with nothing."""
+    """Return a contiguous copy in host memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _gathered(tensor: Tensor, stage: int) -> AbstractContextManager[Any]:
+    """Make a weight complete inside the context, if ZeRO 3 shards it."""
     if stage < 3 or not isinstance(tensor, nn.Parameter):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
 
-    return GatheredParameters([tensor])
+    context: AbstractContextManager[Any] = GatheredParameters([tensor])
+    return context
 
 
 def _import_deepspeed(device: torch.device) -> Any:
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ.setdefault("DS_LOG_LEVEL", "warning")
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists; a single process has none
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it; a single process has none.
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    # Otherwise the first start compiles this extension, 40 s a worker; gloo serves without it.
+    # Otherwise the first start compiles this extension, 40 s per worker; gloo does without it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

@@ -1,4 +1,4 @@
-"""What the parts of the description share."""
+"""Field types that several settings classes share."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from pydantic import BeforeValidator, Field
 from gigabatch.trainer.taps import PATTERN
 
 Count = Annotated[int, Field(ge=1, strict=True)]
+"""An integer of at least 1."""
 Amount = Annotated[int, Field(ge=0, strict=True)]
+"""An integer of at least 0."""
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+"""A number in [0, 1)."""
 Tap = Annotated[str, Field(pattern=PATTERN)]
+"""The name of a tower output, such as `image.encoder@1`."""
 Pair = tuple[Tap, Tap]
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-ONE_OR_MORE = BeforeValidator(_listed)
-"""Of a tuple of names: one alone may be written without brackets."""
+ONE_OR_MORE = BeforeValidator(_as_list)
+"""For a tuple of strings: accept a single string without brackets."""

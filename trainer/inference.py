@@ -1,6 +1,8 @@
-"""A run's towers and objective for use after training: no DeepSpeed."""
+"""A run's towers and objective for use after training, without DeepSpeed."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
@@ -8,7 +10,6 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.agreement import agree_on_checkpoint
 from gigabatch.trainer.checkpoints.format import checkpoint_at, latest_checkpoint
-from gigabatch.trainer.config import ObjectiveSettings, Single, SumSettings
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.ema import stored_weights
 from gigabatch.trainer.objective_state import TABLE
@@ -20,11 +21,19 @@ from gigabatch.trainer.towers import Towers, build_towers
 def load_newest_towers(
     run: RunFolder, world: World | None = None, weights: str | None = None
 ) -> tuple[int, Towers]:
-    """(step, towers in evaluation mode, on the CPU) of the newest sound checkpoint, the same on
-    every rank of `world`; without one this process is alone. `weights`: ema, their average over
-    steps (`train.ema`), or last; None: ema where the run has one.
+    """Load the towers of the newest valid checkpoint.
 
-    Raises GigabatchError where there is none.
+    Args:
+        run: The run.
+        world: Ranks that must load the same checkpoint; None for a single process.
+        weights: `ema`, the average over steps (`train.ema`); `last`, those of the last step; None,
+            the average if the run has one.
+
+    Returns:
+        (step, towers in evaluation mode on the CPU).
+
+    Raises:
+        GigabatchError: if there is no valid checkpoint.
     """
     checkpoint = agree_on_checkpoint(run, world) if world else latest_checkpoint(run)
     if checkpoint is None:
@@ -35,24 +44,18 @@ def load_newest_towers(
     return checkpoint.step, towers.eval()
 
 
-def load_objective(run: RunFolder, step: int) -> tuple[Objective, dict[str, Tensor]]:
-    """The objective of a sound checkpoint, on the CPU, and its tables: float32 [samples, F], of all
-    sources one after the other. Raises GigabatchError where it cannot be read."""
+def load_objective(run: RunFolder, step: int) -> tuple[Objective[Any], dict[str, Tensor]]:
+    """Load the objective of a verified checkpoint.
+
+    Returns:
+        (objective on the CPU, table name -> float32 [samples, F] of all sources in order).
+
+    Raises:
+        GigabatchError: if the checkpoint cannot be read.
+    """
     config = run.config()
     state = checkpoint_at(run, step).tensors("objective")
-    settings = _on_any_device(config.objective)
+    settings = config.objective.for_any_device()
     objective = build_objective(settings, "cpu", config.data.group, config.towers.width)
     objective.load_state_dict({name: state[name] for name in objective.state_dict()})
     return objective, {name: state[TABLE + name] for name in objective.needs.tables}
-
-
-def _on_any_device(settings: Single | SumSettings) -> Single | SumSettings:
-    if isinstance(settings, SumSettings):
-        return settings.model_copy(update={"terms": tuple(map(_tiled, settings.terms))})
-    return _tiled(settings)
-
-
-def _tiled(settings: Single) -> Single:
-    if isinstance(settings, ObjectiveSettings):
-        return settings.model_copy(update={"backend": "tiled"})
-    return settings

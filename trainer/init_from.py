@@ -1,8 +1,8 @@
-"""Fine-tuning: a new run's towers begin from the weights of another run's checkpoint.
+"""Fine-tuning: a new run's towers start from the weights of another run's checkpoint.
 
-Weights alone: the optimizer, the schedule and the objective begin anew. The checkpoint is pinned
-when the run is made, so that it stands in the run's config, and is read only while the run has no
-checkpoint of its own.
+Only weights are taken: the optimizer, the schedule and the objective start fresh. The run's config
+names the checkpoint, which is fixed when the run is created and read only while the run has no
+checkpoint itself.
 """
 
 from __future__ import annotations
@@ -22,96 +22,109 @@ from gigabatch.trainer.run.create import open_run
 from gigabatch.trainer.towers import Towers
 
 log = logging.getLogger(__name__)
-SHOWN = 5  # names that an error lists of each kind
+MAX_NAMES = 5
+"""Weight names that an error lists per kind of problem."""
 
 
-def pin_initial(config: Config) -> Config:
-    """The config with `train.init_from` made the folder of one sound checkpoint: of a run, its
-    newest. Raises GigabatchError where there is none."""
+def pin_init_from(config: Config) -> Config:
+    """Return the config with `train.init_from` set to the folder of a verified checkpoint.
+
+    A run is replaced by its newest valid checkpoint.
+
+    Raises:
+        GigabatchError: if there is none.
+    """
     if config.train.init_from is None:
         return config
     try:
-        folder = _find(config.train.init_from.expanduser().absolute(), config.run.dir).path
+        folder = _open(config.train.init_from.expanduser().absolute(), config.run.dir).path
     except GigabatchError as error:
         raise GigabatchError(f"train.init_from: {error}") from error
     pinned = config.train.model_copy(update={"init_from": folder})
     return config.model_copy(update={"train": pinned})
 
 
-def _find(path: Path, home: Path) -> Checkpoint:
+def _open(path: Path, runs: Path) -> Checkpoint:
+    """Open a checkpoint folder, or the newest checkpoint of a run in a folder or in `runs`."""
     if (path / "manifest.json").exists():
         return open_checkpoint(path)
-    run = open_run(str(path) if path.exists() else path.name, home)
-    found = latest_checkpoint(run)
-    if found is None:
+    run = open_run(str(path) if path.exists() else path.name, runs)
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
         raise GigabatchError(f"{run.path}: there is no checkpoint yet.")
-    return found
+    return checkpoint
 
 
-def load_initial(towers: Towers, config: Config, world: World) -> None:
-    """Load the parts of `towers` that `train.init_parts` names; a collective.
+def load_init_weights(towers: Towers, config: Config, world: World) -> None:
+    """Load the parts of the towers that `train.init_parts` names. A collective.
 
-    Raises GigabatchError, on every rank, where the checkpoint is damaged or gone, has no weights of
-    the kind asked for, or its names or shapes are not those of the towers; then nothing is loaded.
+    Raises:
+        GigabatchError: on every rank, if the checkpoint is missing or damaged, lacks the weights
+            of `train.init_weights`, or its names or shapes differ from the towers'. Then nothing
+            is loaded.
     """
     folder, parts = config.train.init_from, config.train.init_parts
     assert folder is not None
-    fault = ""
+    problem = ""
     if world.is_main:
         try:
             stored_weights(open_checkpoint(folder), config.train.init_weights)
         except GigabatchError as error:
-            fault = f"train.init_from: {error}"
-    fault = world.share(fault)
-    if fault:
-        raise GigabatchError(fault)
-    given = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
+            problem = f"train.init_from: {error}"
+    problem = world.share(problem)
+    if problem:
+        raise GigabatchError(problem)
+    # Rank 0 has verified the checksums; the other ranks need not read everything twice.
+    stored = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
-    further = {name for name in given.keys() ^ wanted.keys() if "-" in name.split(".")[1]}
-    if fresh := sorted({name.split(".")[1] for name in further & wanted.keys()}):
-        log.info("%s has no head %s: it starts anew", folder, ", ".join(fresh))
-    given, wanted = (_without(state, further) for state in (given, wanted))
-    _refuse_other(given, wanted, folder, parts)
-    towers.load_state_dict(given, strict=False)
-    log.info("weights of %s taken from %s", ", ".join(parts), folder)
+    # Token heads and second heads, named as in `further_head`, may exist on one side only.
+    extra = {name for name in stored.keys() ^ wanted.keys() if "-" in name.split(".")[1]}
+    if fresh := sorted({name.split(".")[1] for name in extra & wanted.keys()}):
+        log.info("%s has no head %s: initializing it randomly", folder, ", ".join(fresh))
+    stored, wanted = (_without(state, extra) for state in (stored, wanted))
+    _refuse_misfit(stored, wanted, folder, parts)
+    towers.load_state_dict(stored, strict=False)
+    log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
 
 
 def _of_parts(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:
-    """Of a state of towers, the weights of `image`, `text`, `image.encoder` or `text.encoder`."""
-    starts: list[str] = []
+    """Select the weights of parts such as `image` (encoder and heads) or `text.encoder`."""
+    prefixes: list[str] = []
     for part in parts:
         modality, _, only_encoder = part.partition(".")
         heads = [] if only_encoder else [f"heads.{modality}.", f"heads.{modality}-"]
-        starts += [f"encoders.{modality}.", *heads]
-    return {name: t for name, t in tensors.items() if name.startswith(tuple(starts))}
+        prefixes += [f"encoders.{modality}.", *heads]
+    return {name: t for name, t in tensors.items() if name.startswith(tuple(prefixes))}
 
 
 def _without(tensors: Mapping[str, Tensor], names: Set[str]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-def _refuse_other(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, parts: Iterable[str]
+def _refuse_misfit(
+    stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, parts: Iterable[str]
 ) -> None:
-    both = [name for name in wanted if name in given]
-    faults = {
-        "missing there": [name for name in wanted if name not in given],
-        "unknown here": [name for name in given if name not in wanted],
+    """Raise if the stored weights and the towers' weights differ in names or shapes."""
+    common = [name for name in wanted if name in stored]
+    misfits = {
+        "missing in the checkpoint": [name for name in wanted if name not in stored],
+        "unknown to this run": [name for name in stored if name not in wanted],
         "of another shape": [
-            f"{name} ({list(given[name].shape)} there, {list(wanted[name].shape)} here)"
-            for name in both
-            if given[name].shape != wanted[name].shape
+            f"{name} ({list(stored[name].shape)} in the checkpoint, {list(wanted[name].shape)} "
+            "in this run)"
+            for name in common
+            if stored[name].shape != wanted[name].shape
         ],
     }
-    told = [_told(kind, names) for kind, names in faults.items() if names]
-    if told:
+    problems = [_listed(kind, names) for kind, names in misfits.items() if names]
+    if problems:
         raise GigabatchError(
-            f"train.init_from: {folder} does not fit the towers ({', '.join(parts)}): "
-            f"{'; '.join(told)}. Set `towers` and `data` as that run has them, or take fewer "
-            "train.init_parts."
+            f"train.init_from: the weights of {folder} do not fit the towers "
+            f"({', '.join(parts)}): {'; '.join(problems)}. Set `towers` and `data` as in that "
+            "run, or name fewer train.init_parts."
         )
 
 
-def _told(kind: str, names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return f"{len(names)} {kind}: {', '.join(names[:SHOWN])}{more}"
+def _listed(kind: str, names: list[str]) -> str:
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return f"{len(names)} {kind}: {', '.join(names[:MAX_NAMES])}{more}"

@@ -1,4 +1,4 @@
-"""Opening a run's data: sources from the config, their indexes, their mixture, the tokeniser."""
+"""A run's data: indexes of its sources, the order of samples, streams, the tokenizer."""
 
 from __future__ import annotations
 
@@ -13,36 +13,39 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from gigabatch.data import glyphs
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
-from gigabatch.data.order.groups import Grouped
-from gigabatch.data.order.mixture import Mixture, Phase, Walk
+from gigabatch.data.order.epoch_order import ShuffledOrder
+from gigabatch.data.order.groups import GroupedOrder
+from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
 from gigabatch.data.remote.cache import ShardCache, node_cache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
-from gigabatch.data.shards.sources import SOURCE, UNKNOWN, indexed_codes
+from gigabatch.data.shards.pack_hint import pack_hint
+from gigabatch.data.shards.sources import SOURCE_COLUMN, UNKNOWN_CODE, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.trainer.config import Config, what_is_read
+from gigabatch.trainer.config import Config
 
 log = logging.getLogger(__name__)
-BPE_CAPTIONS = 1_000_000  # at most this many captions train a tokeniser
+BPE_CAPTIONS = 1_000_000
+"""Most captions that train a tokenizer."""
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """The sources of a run, opened. `names`: of each source, as the config has them."""
+    """The opened training sources of a run."""
 
     indexes: tuple[Index, ...]
     config: Config
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Path of each source, as the config writes it."""
         return tuple(source.path for source in self.config.data.train)
 
     def __len__(self) -> int:
@@ -50,76 +53,90 @@ class TrainData:
 
     @property
     def sizes(self) -> list[int]:
-        """Samples of each source."""
+        """Number of samples per source."""
         return list(map(len, self.indexes))
 
     @property
     def digest(self) -> str:
-        """The fingerprint of all sources, in their order."""
+        """Fingerprint of all sources in their order."""
         if len(self.indexes) == 1:
             return self.indexes[0].digest
         return hashlib.sha256("\n".join(i.digest for i in self.indexes).encode()).hexdigest()
 
     @cached_property
     def mixture(self) -> Mixture:
-        """The order of the run's samples."""
+        """Order of the run's samples over all sources."""
         data, seed = self.config.data, self.config.run.seed
         phases = [Phase(0, tuple(source.weight for source in data.train))]
-        phases += [Phase(each.from_sample, each.weights) for each in data.curriculum]
-        walks = tuple(self._walk(i, index) for i, index in enumerate(self.indexes))
+        phases += [Phase(phase.from_sample, phase.weights) for phase in data.curriculum]
+        orders = tuple(self._source_order(i, index) for i, index in enumerate(self.indexes))
         unit = self.config.batch.global_size if data.group else 1
-        return Mixture(walks, tuple(phases), seed, unit)
+        return Mixture(orders, tuple(phases), seed, unit)
 
-    def _walk(self, number: int, index: Index) -> Walk:
+    def _source_order(self, number: int, index: Index) -> SampleOrder:
         data, seed = self.config.data, self.config.run.seed
-        own = key(seed, "source", number) if number else seed
-        if data.group and data.group != SOURCE:
+        source_seed = key(seed, "source", number) if number else seed
+        if data.group and data.group != SOURCE_COLUMN:
             codes = indexed_codes(index, data.group)
-            if (codes == UNKNOWN).all():
+            if (codes == UNKNOWN_CODE).all():
                 raise GigabatchError(
-                    f"data.group: no sample of {index.source} has a field {data.group!r} in its "
-                    "json. Name one that they have, or `source`."
+                    f"data.group: no sample of {index.source} has the json field {data.group!r}. "
+                    "Set it to an existing field, or to `source`."
                 )
-            return Grouped(codes, self.config.batch.global_size, own)
-        return Order(index.shard_sizes, own, data.window)
+            return GroupedOrder(codes, self.config.batch.global_size, source_seed)
+        return ShuffledOrder(index.shard_sizes, source_seed, data.window)
 
 
 def data_root(config: Config) -> str:
-    """The folder or URL of `data.root`; the demo set is made if it is asked for and not there."""
+    """Return the folder or URL of `data.root`; create the demo set on first use.
+
+    Raises:
+        GigabatchError: if the folder does not exist.
+    """
     root = config.data.root
     if root == glyphs.NAME:
         return str(glyphs.glyphs_root())
     if root.startswith("demo:"):
         raise GigabatchError(f"data.root: {root!r} is not a demo set; there is {glyphs.NAME}.")
-    if not is_remote(root) and not Path(root).is_dir():
-        raise GigabatchError(f"data.root: {root} is not a folder. Set it to the folder of shards.")
+    is_folder = is_remote(root) or Path(root).is_dir()
+    hint = None if Path(root).is_dir() else pack_hint(root)
+    if hint or not is_folder:
+        hint = hint or "Set it to the folder of shards."
+        raise GigabatchError(f"data.root: {root} is not a folder. {hint}")
     return root
 
 
 def open_train(config: Config, progress: Progress | None = None) -> TrainData:
-    """Raises GigabatchError for whatever is wrong with a source."""
-    columns = [config.data.group] if config.data.group not in (None, SOURCE) else []
+    """Open the training sources of a run.
+
+    Raises:
+        GigabatchError: if a source is missing or damaged.
+    """
+    columns = [config.data.group] if config.data.group not in (None, SOURCE_COLUMN) else []
     opened = [
-        open_index(_place(config, source.path), progress, columns=columns, cache=cache_of(config))
+        open_index(_locate(config, source.path), progress, columns=columns, cache=cache_of(config))
         for source in config.data.train
     ]
     return TrainData(tuple(opened), config)
 
 
 def open_eval(config: Config, name: str, progress: Progress | None = None) -> Index:
-    """A set of `eval.sets`, inside `data.root`, or by its path."""
-    inside = _place(config, name)
-    own = Path(name).expanduser()
-    outside = not is_remote(inside) and not Path(inside).is_dir() and own.is_dir()
-    return open_index(str(own) if outside else inside, progress, cache=cache_of(config))
+    """Open an evaluation set by its name inside `data.root`, or by its path."""
+    inside = _locate(config, name)
+    outside = Path(name).expanduser()
+    use_path = not is_remote(inside) and not Path(inside).is_dir() and outside.is_dir()
+    return open_index(str(outside) if use_path else inside, progress, cache=cache_of(config))
 
 
-def _place(config: Config, path: str) -> str:
-    """A path of the config, inside `data.root` unless it says otherwise."""
-    own = Path(path).expanduser()
-    if is_remote(path) or own.is_absolute():
-        return path if is_remote(path) else str(own)
+def _locate(config: Config, path: str) -> str:
+    """Return a config's path or URL, relative to `data.root` unless absolute."""
+    local = Path(path).expanduser()
+    if is_remote(path) or local.is_absolute():
+        return path if is_remote(path) else str(local)
     root = data_root(config)
+    is_missing = not is_remote(root) and not (Path(root) / path).exists()
+    if is_missing and (hint := pack_hint(root)):
+        raise GigabatchError(f"data.root: {root} holds no {path}. {hint}")
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
 
 
@@ -129,35 +146,42 @@ def fields_of(
     numbers: Sequence[str] = (),
     vectors: Mapping[str, VectorSettings] | None = None,
 ) -> Fields:
-    """What a stream of this run yields."""
+    """Return the fields that a training stream of this run yields.
+
+    Args:
+        config: The run.
+        columns: Fields of the samples' json to yield as codes.
+        numbers: Fields of the samples' json to yield as float32.
+        vectors: Further vectors by name.
+    """
     data, read = config.data, config.modalities
     return Fields(
         image=data.image if "image" in read else None,
         text=data.captions if "text" in read else None,
-        more={name: what_is_read(tower) for name, tower in config.towers.more.items()},
+        more={name: tower.decode_settings() for name, tower in config.towers.more.items()},
         columns=tuple(columns),
         numbers=tuple(numbers),
         vectors=vectors or {},
-        partial=data.missing == "mask",
+        allow_missing=data.missing == "mask",
     )
 
 
 def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
-    """What an evaluation reads: whole pairs, the first caption of each."""
-    whole = fields_of(config, columns)
-    first = whole.text and whole.text.model_copy(update={"choose": "first"})
-    return replace(whole, text=first, partial=False)
+    """Return the fields that an evaluation reads: complete pairs, the first caption of each."""
+    fields = fields_of(config, columns)
+    first_caption = fields.text and fields.text.model_copy(update={"choose": "first"})
+    return replace(fields, text=first_caption, allow_missing=False)
 
 
 def cache_of(config: Config) -> ShardCache:
-    """Where this node keeps copies of remote shards."""
+    """Return this node's cache of remote shards."""
     return node_cache(config.data.cache_gib)
 
 
 def plans_of(
     data: TrainData, world_size: int, rank: int, first_step: int, last_step: int
 ) -> TrainPlans:
-    """A rank's micro-batches of some steps of the run."""
+    """Return the sample numbers of a rank's micro-batches, of steps first to last."""
     batch = data.config.batch
     sizes = (batch.global_size, batch.micro_size)
     return TrainPlans(data.mixture, *sizes, world_size, rank, first_step, last_step)
@@ -172,9 +196,19 @@ def train_stream(
     numbers: Sequence[str] = (),
     vectors: Mapping[str, VectorSettings] | None = None,
 ) -> Iterable[MicroBatch]:
-    """The micro-batches of `plans`, read as the config says."""
+    """Return the decoded micro-batches of `plans`.
+
+    Args:
+        data: Opened sources.
+        plans: Samples of this rank's micro-batches.
+        tokenizer: File of the run's tokenizer.
+        columns: Fields of the samples' json to yield as codes int64 [n].
+        pin_memory: Allocate pinned memory, for copies to a GPU.
+        numbers: Fields of the samples' json to yield as float32 [n].
+        vectors: Further vectors by name, float32 [n, size].
+    """
     settings = data.config.data
-    return open_stream(
+    stream: Iterable[MicroBatch] = open_stream(
         data.indexes,
         plans,
         fields=fields_of(data.config, columns, numbers, vectors),
@@ -186,42 +220,52 @@ def train_stream(
         pin_memory=pin_memory,
         cache=cache_of(data.config),
     )
+    return stream
 
 
 def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
-    """The tokeniser that `data.text` asks for (a byte-pair one is trained on the captions), or
-    that of the run whose text tower this one begins with: its weights know no other."""
+    """Make the run's tokenizer.
+
+    With `train.init_from` and a text tower it is the source run's, whose token ids the weights
+    know. Otherwise it is the one of `data.text`; `bpe` trains one on the captions.
+
+    Raises:
+        GigabatchError: if the source run has no tokenizer, or there are no captions.
+    """
     if not config.texts:
-        return train_bpe([], config.data.text)  # of bytes alone: a run's folder always has one
-    parts = {part.partition(".")[0] for part in config.train.init_parts}
-    if config.train.init_from and parts & {*config.texts}:
-        return _initial_tokenizer(config.train.init_from, config.data.text.length)
+        return train_bpe([], config.data.text)  # Bytes only: a run folder always has a tokenizer.
+    init_towers = {part.partition(".")[0] for part in config.train.init_parts}
+    if config.train.init_from and init_towers & {*config.texts}:
+        return _tokenizer_of_run(config.train.init_from, config.data.text.length)
     if config.data.text.tokenizer != "bpe":
         return named_tokenizer(config.data.text)
-    log.info("training a byte-pair tokeniser on the captions of %s", ", ".join(data.names))
-    found = some_captions(data.indexes, fields_of(config), BPE_CAPTIONS, cache_of(config))
-    first = next(found, None)
+    log.info("training a byte-pair tokenizer on the captions of %s", ", ".join(data.names))
+    captions = captions_for_tokenizer(
+        data.indexes, fields_of(config), BPE_CAPTIONS, cache_of(config)
+    )
+    first = next(captions, None)
     if first is None:
         raise GigabatchError(
-            f"{', '.join(data.names)}: no caption was found. Set data.captions to where they are."
+            f"{', '.join(data.names)}: there are no captions. Set data.captions to their member "
+            "and field."
         )
-    return train_bpe(chain([first], found), config.data.text)
+    return train_bpe(chain([first], captions), config.data.text)
 
 
-def _initial_tokenizer(source: Path, length: int) -> Tokenizer:
-    """That of a run, by its folder or one of its checkpoints'."""
-    places = [folder / "tokenizer.json" for folder in (source, source.parent.parent)]
-    found = next((place for place in places if place.exists()), None)
-    if found is None:
+def _tokenizer_of_run(source: Path, length: int) -> Tokenizer:
+    """Load the tokenizer of a run, by its folder or the folder of a checkpoint."""
+    paths = [folder / "tokenizer.json" for folder in (source, source.parent.parent)]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
         raise GigabatchError(
-            f"train.init_from: {source}: a text tower needs its tokeniser, and {places[-1]} is not "
-            "there. Restore it from that run, or set train.init_parts=[image]."
+            f"train.init_from: {source}: the text tower needs its tokenizer, but {paths[-1]} is "
+            "missing. Restore it from that run, or set train.init_parts=[image]."
         )
-    tokenizer = load_tokenizer(found)
+    tokenizer = load_tokenizer(path)
     padding = tokenizer.padding
     if padding and padding["length"] != length:
         raise GigabatchError(
-            f"train.init_from: {found} makes {padding['length']} tokens of a caption, and "
-            f"data.text.length is {length}. Set it to {padding['length']}."
+            f"train.init_from: {path} pads captions to {padding['length']} tokens, but "
+            f"data.text.length is {length}. Set data.text.length={padding['length']}."
         )
     return tokenizer

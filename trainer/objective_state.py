@@ -1,37 +1,37 @@
-"""What an objective keeps beside its parameters: rows of samples, a momentum tower."""
+"""State of an objective besides its parameters: tables of samples and a momentum tower."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.ema import average_of
+from gigabatch.trainer.ema import frozen_copy
 from gigabatch.trainer.objectives.tables import SampleTable
 
 if TYPE_CHECKING:
     from gigabatch.trainer.objectives.base import Context, Objective
     from gigabatch.trainer.towers import Towers
 
-TABLE, TEACHER, EPOCH = (
-    "table.",
-    "teacher.",
-    "state.epoch",
-)  # how their tensors are named in a checkpoint
+# Prefixes and names of these tensors in a checkpoint.
+TABLE, TEACHER, EPOCH = "table.", "teacher.", "state.epoch"
 
 
 class ObjectiveState:
     """The tables and the momentum tower that an objective needs.
 
-    `sizes`: samples of each source, in the order of their numbers. `teacher`: a copy of the towers
-    as they are at the start, in evaluation mode, or None.
+    Args:
+        objective: The objective.
+        sizes: Samples per source, in the order of the sample numbers.
+        teacher: Copy of the initial towers in evaluation mode, or None.
+        world: This process and its group.
     """
 
     def __init__(
-        self, objective: Objective, sizes: Sequence[int], teacher: Towers | None, world: World
+        self, objective: Objective[Any], sizes: Sequence[int], teacher: Towers | None, world: World
     ) -> None:
         self.objective, self.world, self.samples = objective, world, sum(sizes)
         self.teacher, self.epoch = teacher, 0
@@ -40,11 +40,16 @@ class ObjectiveState:
         }
 
     def read(self, numbers: Tensor) -> dict[str, Tensor]:
-        """Each table's rows of these samples; int64 [n] -> float32 [n, F]. A collective."""
+        """Return each table's rows float32 [n, F] of sample numbers int64 [n]. A collective."""
         return {name: table.read(numbers) for name, table in self.tables.items()}
 
     def commit(self, updates: Mapping[str, Tensor], numbers: Tensor) -> None:
-        """Take over what a step, or an epoch, has found. A collective."""
+        """Write a step's new table rows and buffers. A collective.
+
+        Args:
+            updates: Table name -> rows float32 [n, F]; buffer name -> its new value.
+            numbers: Sample numbers int64 [n] of the rows.
+        """
         for name, value in updates.items():
             if name in self.tables:
                 self.tables[name].write(numbers, value)
@@ -52,34 +57,34 @@ class ObjectiveState:
                 self.objective.get_buffer(name).copy_(value)
 
     def begin_epoch(self, ctx: Context) -> None:
-        """Let the objective see its tables, once in every epoch but the first. A collective."""
+        """Run the objective's `on_epoch` once in every epoch but the first. A collective."""
         if ctx.epoch > self.epoch:
             self.epoch = ctx.epoch
             for name, value in self.objective.on_epoch(self.tables, ctx).items():
                 self.objective.get_buffer(name).copy_(value)
 
     def save(self) -> dict[str, Tensor]:
-        """For a checkpoint: on rank 0 all tables, whole, and the teacher. A collective."""
-        whole = {TABLE + name: table.whole() for name, table in self.tables.items()}
-        whole[EPOCH] = torch.tensor(self.epoch)
+        """Return all tables and the momentum tower on rank 0, else nothing. A collective."""
+        tensors = {TABLE + name: table.gather() for name, table in self.tables.items()}
+        tensors[EPOCH] = torch.tensor(self.epoch)
         if self.teacher is not None:
             for name, tensor in self.teacher.state_dict().items():
-                whole[TEACHER + name] = tensor.detach().to("cpu", copy=True).contiguous()
-        return whole if self.world.is_main else {}
+                tensors[TEACHER + name] = tensor.detach().to("cpu", copy=True).contiguous()
+        return tensors if self.world.is_main else {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `save` gave, at any world size."""
+        """Restore the result of `save`, at any world size."""
         self.epoch = int(state.get(EPOCH, 0))
         for name, table in self.tables.items():
             table.load(state[TABLE + name])
         if self.teacher is not None:
-            own = [n for n in state if n.startswith(TEACHER)]
-            self.teacher.load_state_dict({n.removeprefix(TEACHER): state[n] for n in own})
+            names = [name for name in state if name.startswith(TEACHER)]
+            self.teacher.load_state_dict({n.removeprefix(TEACHER): state[n] for n in names})
 
 
 def open_state(
-    objective: Objective, sizes: Sequence[int], towers: Towers, world: World
+    objective: Objective[Any], sizes: Sequence[int], towers: Towers, world: World
 ) -> ObjectiveState:
-    """What the objective needs, as it is before the first step; `towers` not yet in an engine."""
-    teacher = average_of(towers) if objective.needs.teacher else None
+    """Return an objective's state before the first step; `towers` are not yet in an engine."""
+    teacher = frozen_copy(towers) if objective.needs.teacher else None
     return ObjectiveState(objective, sizes, teacher, world)

@@ -14,7 +14,7 @@ from gigabatch.trainer.config import OptimizerSettings, ScheduleSettings
 def tower_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, object]]:
-    """Two groups: matrices, which are decayed, and vectors (norms, biases), which are not."""
+    """Return AdamW's groups: matrices, which are decayed; norms and biases, which are not."""
     trained = [p for _, p in named if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -24,13 +24,20 @@ def tower_groups(
 
 
 def adamw(groups: list[dict[str, object]], settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Return AdamW over these groups."""
     return torch.optim.AdamW(
         groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps
     )
 
 
 def lr_factor(step: int, steps: int, settings: ScheduleSettings) -> float:
-    """The learning rate of `step` (from 1 to `steps`) as a fraction of the peak."""
+    """Return the learning rate of a step as a fraction of the peak.
+
+    Args:
+        step: Number of the step, from 1 to `steps`.
+        steps: Steps of the whole run.
+        settings: Shape of the schedule.
+    """
     if step <= settings.warmup_steps:
         return step / settings.warmup_steps
     floor = settings.floor

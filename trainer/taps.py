@@ -1,12 +1,13 @@
-"""Taps: the named places of the towers whose outputs an objective or an evaluation may read.
+"""Taps: names of the tower outputs that an objective or an evaluation reads.
 
-image              after the head, in the shared space
-image.encoder      before the head
-image.projection   after a second head: a loss between views need not bend the shared space
-text.tokens        a vector of each token, through a head of its own
-image@1            of a second augmented view (text: with other dropout)
-teacher.image      of the momentum tower
-sensor             of a tower of `towers.more`; `sensor.encoder` and so on alike
+image              after the projection head, in the shared space
+image.encoder      before the projection head
+image.projection   after a second projection head: a loss between views need not shape the shared
+                   space
+text.tokens        one vector per token, after a separate token head
+image@1            from a second augmented view (text: with different dropout)
+teacher.image      from the momentum tower
+sensor             from a tower of `towers.more`; also `sensor.encoder` and so on
 """
 
 from __future__ import annotations
@@ -20,38 +21,48 @@ PATTERN = r"^[a-z]+(\.encoder|\.projection|\.tokens)?(@[1-9])?$"
 
 
 class Tap(NamedTuple):
-    """`place`: head, encoder, projection or tokens. `view`: from 0."""
+    """A parsed tap name.
+
+    Attributes:
+        modality: Name of the tower.
+        output: head, encoder, projection or tokens.
+        view: Number of the augmented view, from 0.
+    """
 
     modality: str
-    place: str
+    output: str
     view: int
 
     @property
-    def plain(self) -> str:
-        """Its name in a pass of one view: without the view."""
-        return self.modality if self.place == "head" else f"{self.modality}.{self.place}"
+    def base(self) -> str:
+        """The name without the view, as `Towers.forward` knows it."""
+        return self.modality if self.output == "head" else f"{self.modality}.{self.output}"
 
 
 def parse_tap(name: str) -> Tap:
-    """A tap by its name, which must match PATTERN; of a teacher's, what it is in the teacher."""
+    """Parse a tap name, with or without the prefix `teacher.`.
+
+    Raises:
+        ValueError: if the name does not match `PATTERN`.
+    """
     if not re.match(PATTERN, plain := name.removeprefix(TEACHER)):
         raise ValueError(f"{name!r} is not a tap, such as image, text.tokens or image@1")
     rest, _, view = plain.partition("@")
-    modality, _, place = rest.partition(".")
-    return Tap(modality, place or "head", int(view or 0))
+    modality, _, output = rest.partition(".")
+    return Tap(modality, output or "head", int(view or 0))
 
 
-def in_view(name: str, view: int) -> str:
-    """The name of a plain tap in one of the views."""
-    return f"{name}@{view}" if view else name
+def with_view(base: str, view: int) -> str:
+    """Return the tap name of a base name in a view."""
+    return f"{base}@{view}" if view else base
 
 
-def views_of(taps: Iterable[str]) -> int:
-    """How many views the taps speak of, at least one."""
+def count_views(taps: Iterable[str]) -> int:
+    """Return how many views the taps refer to, at least one."""
     return 1 + max((parse_tap(tap).view for tap in taps), default=0)
 
 
-def plain_of(taps: Iterable[str], view: int) -> tuple[str, ...]:
-    """The plain names of the taps that are of one view."""
-    found = (tap for name in taps if (tap := parse_tap(name)).view == view)
-    return tuple(dict.fromkeys(tap.plain for tap in found))
+def bases_in_view(taps: Iterable[str], view: int) -> tuple[str, ...]:
+    """Return the distinct base names of the taps of one view, in order."""
+    parsed = (parse_tap(name) for name in taps)
+    return tuple(dict.fromkeys(tap.base for tap in parsed if tap.view == view))

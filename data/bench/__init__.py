@@ -1,1 +1,1 @@
-"""Benchmarks of the data: commands, never timed tests."""
+"""Benchmarks of data loading, run by command and not by tests."""

@@ -1,4 +1,7 @@
-"""Contenders timed in turns, so that whatever else the machine does falls on all of them alike."""
+"""Timing of the implementations of a stage.
+
+They take turns, so that other load on the machine affects all of them alike.
+"""
 
 from __future__ import annotations
 
@@ -9,56 +12,79 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from gigabatch.data.bench.arms import OURS, PLAIN, Arm
+from gigabatch.data.bench.stages import BASELINE, GIGABATCH, Variant
 from gigabatch.data.errors import GigabatchError
 
-Record = dict[str, Any]  # of a stage
+Record = dict[str, Any]
+"""JSON values of one stage. Its implementations are in `arms`, their turns in `each`."""
 
 
-def window(arm: Arm, seconds: float) -> tuple[float, float]:
-    """Samples and bytes a second, over at least so long, from when the arm runs evenly."""
+def time_turn(variant: Variant, seconds: float) -> tuple[float, float]:
+    """Time one turn after a warm-up.
+
+    Args:
+        variant: Implementation to time.
+        seconds: Minimum duration.
+
+    Returns:
+        Samples and bytes per second.
+
+    Raises:
+        GigabatchError: if the implementation runs out of samples.
+    """
     samples = size = 0
-    took = 0.0
-    with closing(arm.open()) as pieces:  # closed: its loader workers end
-        for _ in islice(pieces, arm.group):
-            began = time.perf_counter()
-        for count, (more, bytes_more) in enumerate(pieces, 1):
-            samples, size = samples + more, size + bytes_more
-            took = time.perf_counter() - began
-            if took >= seconds and count % arm.group == 0:
+    elapsed = 0.0
+    with closing(variant.open()) as pieces:  # Closing ends its loader workers.
+        for _ in islice(pieces, variant.group):
+            start = time.perf_counter()
+        for count, (piece_samples, piece_bytes) in enumerate(pieces, 1):
+            samples, size = samples + piece_samples, size + piece_bytes
+            elapsed = time.perf_counter() - start
+            if elapsed >= seconds and count % variant.group == 0:
                 break
-    if not took:
-        raise GigabatchError(f"{arm.stage}: {arm.name} came to an end before it could be timed.")
-    return samples / took, size / took
+    if not elapsed:
+        raise GigabatchError(
+            f"{variant.stage}: {variant.name} ended before it could be timed. Use a larger data "
+            "set or a smaller batch.global_size."
+        )
+    return samples / elapsed, size / elapsed
 
 
-def compare(arms: Sequence[Arm], seconds: float, repeats: int, record: Record) -> None:
-    """Fill `record` with each contender's rates, a repeat at a time: Ctrl-C leaves those before.
-    What another package raises ends that contender alone."""
-    record |= {"stage": arms[0].stage, "arms": [{"name": arm.name} for arm in arms]}
+def compare(variants: Sequence[Variant], seconds: float, repeats: int, record: Record) -> None:
+    """Time all implementations of a stage in turns.
+
+    `record` is updated after each round, so Ctrl-C keeps the finished rounds. An exception of
+    another package ends only its implementation.
+
+    Args:
+        variants: Implementations of one stage.
+        seconds: Minimum duration of a turn.
+        repeats: Number of turns of each implementation.
+        record: Filled with the results.
+    """
+    record |= {"stage": variants[0].stage, "arms": [{"name": v.name} for v in variants]}
     for _ in range(repeats):
-        for arm, found in zip(arms, record["arms"], strict=True):
-            if "failed" in found:
+        for variant, result in zip(variants, record["arms"], strict=True):
+            if "failed" in result:
                 continue
             try:
-                rates = window(arm, seconds)
+                rates = time_turn(variant, seconds)
             except Exception as error:
-                if arm.name.startswith(OURS):
+                if variant.name.startswith(GIGABATCH):
                     raise
-                found["failed"] = (str(error).splitlines() or [type(error).__name__])[0]
+                result["failed"] = (str(error).splitlines() or [type(error).__name__])[0]
             else:
-                found.setdefault("each", []).append(rates)
-        summarise(record)
+                result.setdefault("each", []).append(rates)
+        add_medians(record)
 
 
-def summarise(record: Record) -> None:
-    """Medians of samples and bytes a second; and of our rate over plain webdataset's, turn by
-    turn."""
-    each = {found["name"]: found["each"] for found in record["arms"] if "each" in found}
-    for found in record["arms"]:
-        if "each" in found:
-            samples, sizes = zip(*found["each"], strict=True)
-            found["samples_per_s"], found["bytes_per_s"] = median(samples), median(sizes)
-    if OURS in each and PLAIN in each:
-        pairs = zip(each[OURS], each[PLAIN], strict=False)
-        record["ratio"] = median(ours[0] / theirs[0] for ours, theirs in pairs)
+def add_medians(record: Record) -> None:
+    """Add median rates to a record, and the median ratio of gigabatch to webdataset by turn."""
+    turns = {result["name"]: result["each"] for result in record["arms"] if "each" in result}
+    for result in record["arms"]:
+        if "each" in result:
+            samples, sizes = zip(*result["each"], strict=True)
+            result["samples_per_s"], result["bytes_per_s"] = median(samples), median(sizes)
+    if GIGABATCH in turns and BASELINE in turns:
+        pairs = zip(turns[GIGABATCH], turns[BASELINE], strict=False)
+        record["ratio"] = median(gigabatch[0] / baseline[0] for gigabatch, baseline in pairs)

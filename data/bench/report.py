@@ -1,4 +1,4 @@
-"""What was found, in words and tables, and the stage that holds up the rest."""
+"""Report of the benchmark: lines, Markdown tables, JSON, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -7,107 +7,113 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.bench.arms import IN_LOADER, IN_TRAINER, OURS
 from gigabatch.data.bench.measure import Record
+from gigabatch.data.bench.stages import GIGABATCH, IN_LOADER, IN_TRAINER
 
-HEAD = ("stage", "contender", "samples/s", "MB/s", "of webdataset")
+HEADER = ("stage", "implementation", "samples/s", "MB/s", "ratio to webdataset")
 
 
 def bottleneck(rates: Mapping[str, float], workers: int, cores: int) -> str:
-    """`rates`: samples/s of each stage by itself, in one process.
+    """Describe the slowest stage of the slower side, loader or training process.
 
-    A loader worker does its stages one after another, and so does the training process with those
-    that are left to it: all, where there are no workers.
+    A loader worker runs its stages one after another. The training process runs the remaining
+    stages, or all of them if there are no workers.
+
+    Args:
+        rates: Samples/s of each stage when run separately in one process.
+        workers: Number of loader workers.
+        cores: Number of available cores.
     """
     loader = {stage: 1 / rates[stage] for stage in IN_LOADER if stage in rates}
     trainer = {stage: 1 / rates[stage] for stage in IN_TRAINER if stage in rates}
     if workers == 0:
         loader, trainer = {}, loader | trainer
-    at_once = max(1, min(workers, cores))
-    in_loader = sum(loader.values()) / at_once >= sum(trainer.values())
+    parallel = max(1, min(workers, cores))
+    in_loader = sum(loader.values()) / parallel >= sum(trainer.values())
     slow, other = (loader, trainer) if in_loader else (trainer, loader)
     stage = max(slow, key=lambda stage: slow[stage])
-    words = f"{_per_s(1 / slow[stage])}{' a worker' if in_loader else ''}"
+    details = [f"{_per_s(1 / slow[stage])}{' per worker' if in_loader else ''}"]
     rest = sum(slow.values()) - slow[stage]
     if rest:
-        where = "a worker's other stages" if in_loader else "the process's other stages"
-        words += f"; {where} keep up at {1 / rest:,.0f}"
+        process = "a worker" if in_loader else "the training process"
+        details.append(f"other stages of {process}: {1 / rest:,.0f}")
     if other:
-        where = "training process" if in_loader else f"{at_once} loaders"
-        pace = (1 if in_loader else at_once) / sum(other.values())
-        words += f", the {where} at {pace:,.0f}"
+        process = "training process" if in_loader else f"{parallel} loaders"
+        rate = (1 if in_loader else parallel) / sum(other.values())
+        details.append(f"{process}: {rate:,.0f}")
     hint = ""
     if in_loader and workers < cores:
-        hint = f". More data.workers would help: there are {cores} cores"
-    return f"bottleneck: {stage} ({words}){hint}"
+        hint = f". Increase data.workers: there are {cores} cores"
+    return f"bottleneck: {stage} ({'; '.join(details)}){hint}"
 
 
-def alone(stages: list[Record]) -> dict[str, float]:
-    """samples/s of our single stages."""
+def stage_rates(stages: list[Record]) -> dict[str, float]:
+    """Return the samples/s of gigabatch in each measured stage."""
     return {
-        record["stage"]: found["samples_per_s"]
+        record["stage"]: result["samples_per_s"]
         for record in stages
-        for found in record["arms"]
-        if found["name"] == OURS and "samples_per_s" in found
+        for result in record["arms"]
+        if result["name"] == GIGABATCH and "samples_per_s" in result
     }
 
 
 def line(record: Record) -> str:
-    """A stage."""
-    words = [
-        f"{found['name']} {found.get('failed') or _per_s(found['samples_per_s'])}"
-        for found in record["arms"]
-        if "failed" in found or "samples_per_s" in found
+    """Format the results of one stage in a line."""
+    results = [
+        f"{result['name']} {result.get('failed') or _per_s(result['samples_per_s'])}"
+        for result in record["arms"]
+        if "failed" in result or "samples_per_s" in result
     ]
     ratio = f" ({record['ratio']:.2f}x)" if "ratio" in record else ""
-    return f"{record['stage']}: {'; '.join(words)}{ratio}"
+    return f"{record['stage']}: {'; '.join(results)}{ratio}"
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Markdown."""
-    return "\n".join(_lines(found)) + "\n"
+def tables(results: dict[str, Any]) -> str:
+    """Format all results as Markdown."""
+    return "\n".join(_lines(results)) + "\n"
 
 
-def _lines(found: dict[str, Any]) -> Iterator[str]:
-    around = ", ".join(f"{name} {value}" for name, value in found["machine"].items() if value)
-    yield f"{around}"
+def _lines(results: dict[str, Any]) -> Iterator[str]:
+    yield ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value)
     yield ""
-    if found["command"]:
-        yield f"`{found['command']}`"
+    if results["command"]:
+        yield f"`{results['command']}`"
         yield ""
-    for name, value in found["config"].items():
+    for name, value in results["config"].items():
         yield f"- {name}: {value}"
-    for name, how in found["contenders"].items():
-        yield f"- `{name}`: {how}"
+    for name, description in results["contenders"].items():
+        yield f"- `{name}`: {description}"
     yield ""
-    yield _row(HEAD)
+    yield _row(HEADER)
     yield _row(["---", "---", "---:", "---:", "---:"])
-    for record in found["stages"]:
-        for arm in record["arms"]:
-            yield _row(_cells(record, arm))
+    for record in results["stages"]:
+        for result in record["arms"]:
+            yield _row(_cells(record, result))
     yield ""
-    for what in found["left_out"]:
-        yield f"- not begun, for want of time: {what}"
-    if found["stopped"]:
-        yield f"- **stopped early: {found['stopped']}**"
-    if found["bottleneck"]:
-        yield found["bottleneck"]
+    for stage in results["left_out"]:
+        yield f"- skipped, out of time: {stage}"
+    if results["stopped"]:
+        yield f"- **stopped early: {results['stopped']}**"
+    if results["bottleneck"]:
+        yield results["bottleneck"]
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
-    (folder / "data.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "data.md").write_text(tables(found))
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write `data.json` and `data.md` into `folder`."""
+    (folder / "data.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "data.md").write_text(tables(results))
 
 
-def _cells(record: Record, arm: dict[str, Any]) -> list[str]:
-    if "samples_per_s" not in arm:
-        return [record["stage"], arm["name"], arm.get("failed", "not reached"), "", ""]
+def _cells(record: Record, result: dict[str, Any]) -> list[str]:
+    if "samples_per_s" not in result:
+        return [record["stage"], result["name"], result.get("failed", "not reached"), "", ""]
+    has_ratio = result["name"] == GIGABATCH and "ratio" in record
     return [
         record["stage"],
-        arm["name"],
-        f"{arm['samples_per_s']:,.0f}",
-        f"{arm['bytes_per_s'] / 1e6:,.0f}",
-        f"{record['ratio']:.2f}x" if arm["name"] == OURS and "ratio" in record else "",
+        result["name"],
+        f"{result['samples_per_s']:,.0f}",
+        f"{result['bytes_per_s'] / 1e6:,.0f}",
+        f"{record['ratio']:.2f}x" if has_ratio else "",
     ]
 
 

@@ -1,4 +1,4 @@
-"""`gigabatch bench data`: how fast a run's samples can be read here, and what holds them up."""
+"""Benchmark of data loading: speed of each stage, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from gigabatch.data.bench import plain
-from gigabatch.data.bench.arms import IN_LOADER, OURS, PLAIN, arms
-from gigabatch.data.bench.measure import compare
-from gigabatch.data.bench.report import alone, bottleneck, line, tables, write
+from gigabatch.data.bench import baseline
+from gigabatch.data.bench.measure import Record, compare
+from gigabatch.data.bench.report import bottleneck, line, stage_rates, tables, write
 from gigabatch.data.bench.setup import Setup
+from gigabatch.data.bench.stages import BASELINE, GIGABATCH, IN_LOADER, variants_by_stage
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 
 REPEATS = 5
-LONGEST_S = 2.0  # of a turn
-OVERHEAD = 1.5  # what turns take, beginning and end included, over what is timed of them
+MAX_TURN_S = 2.0
+OVERHEAD = 1.5
+"""Estimated duration of a turn with start-up and shutdown, relative to its timed part."""
 CACHED_BYTES = 4 << 30
+"""Shards up to this total size are read once before the benchmark."""
 PACKAGES = ("webdataset", "pillow", "tokenizers", "torch", "numpy", "google-crc32c")
 INTERRUPTED = 130
 Say = Callable[[str], None]
@@ -40,34 +42,48 @@ def run(
     machine: Mapping[str, Any] | None = None,
     command: str = "",
     repeats: int = REPEATS,
-    longest_s: float = LONGEST_S,
+    max_turn_s: float = MAX_TURN_S,
 ) -> int:
-    """Measure, say the tables, write `data.json` and `data.md` into `out`; returns the exit code.
+    """Measure and report; Ctrl-C ends it early with the results so far.
 
-    `minutes`: about how long everything takes; no stage is begun after them. `machine`: what
-    the report says of it, besides versions and cores. Ctrl-C ends it with what there is. Raises
-    GigabatchError for what cannot be read, and where `out` cannot be written.
+    Args:
+        setup: Data to read.
+        minutes: Approximate duration; no stage starts later.
+        out: Folder for `data.json` and `data.md`; None writes no files.
+        say: Prints a line.
+        machine: Facts to report in addition to versions and cores.
+        command: Command line to report.
+        repeats: Number of turns of each implementation.
+        max_turn_s: Maximum duration of a turn in seconds.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        GigabatchError: if the data cannot be read, or `out` cannot be written.
     """
     if not minutes > 0:
-        raise GigabatchError(f"--minutes is {minutes:g}; give a number above 0.")
+        raise GigabatchError(f"--minutes is {minutes:g}; specify a number above 0.")
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "data.json").open("a").close()
         except OSError as error:
-            raise GigabatchError(f"--out {out} cannot be written: {error.strerror}.") from None
-    # A process that a script started in the background has Ctrl-C ignored.
+            raise GigabatchError(
+                f"--out {out} cannot be written: {error.strerror}. Choose another folder."
+            ) from None
+    # A background process of a shell script ignores Ctrl-C by default.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    found = bench(setup, minutes, say, repeats, longest_s) | {"command": command}
-    found["machine"] = {**(machine or {}), **found["machine"]}
+    results = bench(setup, minutes, say, repeats, max_turn_s) | {"command": command}
+    results["machine"] = {**(machine or {}), **results["machine"]}
     if out is not None:
-        write(found, out)
-    say("\n" + tables(found).rstrip())
+        write(results, out)
+    say("\n" + tables(results).rstrip())
     if out is not None:
-        say(f"written: {out}/data.json, data.md")
-    if found["stopped"]:
-        print(f"stopped early: {found['stopped']}", file=sys.stderr)
-    return INTERRUPTED if found["stopped"] else 0
+        say(f"results: {out}/data.json, {out}/data.md")
+    if results["stopped"]:
+        print(f"stopped early: {results['stopped']}", file=sys.stderr)
+    return INTERRUPTED if results["stopped"] else 0
 
 
 def bench(
@@ -75,43 +91,53 @@ def bench(
     minutes: float,
     say: Say,
     repeats: int = REPEATS,
-    longest_s: float = LONGEST_S,
+    max_turn_s: float = MAX_TURN_S,
 ) -> dict[str, Any]:
-    """All figures; `say` gets a line as each stage is found.
+    """Measure all stages.
 
-    Each contender has `repeats` turns, of at most about `longest_s` seconds.
+    Args:
+        setup: Data to read.
+        minutes: Approximate duration; no stage starts later.
+        say: Called with a line of results after each stage.
+        repeats: Number of turns of each implementation.
+        max_turn_s: Maximum duration of a turn in seconds.
+
+    Returns:
+        Results as JSON values.
     """
     deadline = time.monotonic() + 60 * minutes
     cores = len(os.sched_getaffinity(0))
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "machine": _machine(cores),
         "config": setup.describe(),
-        "contenders": _contenders(setup),
+        "contenders": _implementations(setup),
         "stages": [],
         "left_out": [],
         "stopped": None,
         "bottleneck": "",
     }
     try:
-        with _one_thread_of_tokenisers():
-            found["config"]["cached"] = _read_once(setup)
-            listed = list(arms(setup))
-            turns = repeats * sum(map(len, listed))
-            seconds = min(longest_s, 60 * minutes / turns / OVERHEAD)
-            for stage in listed:
+        with _single_threaded_tokenizers():
+            results["config"]["cached"] = _warm_page_cache(setup)
+            stages = list(variants_by_stage(setup))
+            turns = repeats * sum(map(len, stages))
+            seconds = min(max_turn_s, 60 * minutes / turns / OVERHEAD)
+            for variants in stages:
+                stage = variants[0].stage
                 if time.monotonic() > deadline:
-                    found["left_out"].append(stage[0].stage)
+                    results["left_out"].append(stage)
                     continue
-                found["stages"].append({})
-                with _one_thread(stage[0].stage in IN_LOADER):
-                    compare(stage, seconds, repeats, found["stages"][-1])
-                say(line(found["stages"][-1]))
+                record: Record = {}
+                results["stages"].append(record)
+                with _torch_threads(1 if stage in IN_LOADER else None):
+                    compare(variants, seconds, repeats, record)
+                say(line(record))
     except KeyboardInterrupt:
-        found["stopped"] = "interrupted"
-    rates = alone(found["stages"])
+        results["stopped"] = "interrupted"
+    rates = stage_rates(results["stages"])
     if rates:
-        found["bottleneck"] = bottleneck(rates, setup.workers[-1], cores)
-    return found
+        results["bottleneck"] = bottleneck(rates, setup.workers[-1], cores)
+    return results
 
 
 def _machine(cores: int) -> dict[str, Any]:
@@ -124,17 +150,17 @@ def _machine(cores: int) -> dict[str, Any]:
     }
 
 
-def _contenders(setup: Setup) -> dict[str, str]:
-    """How each is put together."""
+def _implementations(setup: Setup) -> dict[str, str]:
+    """Describe the implementations that are compared."""
     return {
-        OURS: "open_stream over the index, in the order of the run; every member's checksum "
-        "verified, if the index has them; large JPEGs decoded at a reduced scale",
-        PLAIN: plain.unable(setup) or plain.describe(setup),
+        GIGABATCH: "open_stream over the index, in the order of the run; verifies every member's "
+        "checksum if the index has checksums; decodes large JPEGs at a reduced scale",
+        BASELINE: baseline.unsupported(setup) or baseline.describe(setup),
     }
 
 
-def _read_once(setup: Setup) -> bool:
-    """Bring the local shards into the system's cache, if they are not too large for it."""
+def _warm_page_cache(setup: Setup) -> bool:
+    """Read local shards once if they fit the system's page cache; returns whether they do."""
     local = [name for name in setup.shards if not is_remote(name)]
     if sum(map(os.path.getsize, local)) > CACHED_BYTES:
         return False
@@ -146,10 +172,10 @@ def _read_once(setup: Setup) -> bool:
 
 
 @contextmanager
-def _one_thread(wanted: bool) -> Iterator[None]:
-    """As loader workers have; the training process has more."""
+def _torch_threads(threads: int | None) -> Iterator[None]:
+    """Set the number of torch threads, as loader workers have one; None keeps it."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
+    torch.set_num_threads(threads or before)
     try:
         yield
     finally:
@@ -157,8 +183,8 @@ def _one_thread(wanted: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread_of_tokenisers() -> Iterator[None]:
-    """`tokenizers` would take every core for itself, or, in loader workers, warn and take one."""
+def _single_threaded_tokenizers() -> Iterator[None]:
+    """Limit `tokenizers` to one thread; it would use all cores, or print a warning in workers."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

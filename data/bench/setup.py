@@ -1,4 +1,4 @@
-"""What is measured: a run's data, as its config has it."""
+"""Input of the benchmark: the data of a run, as its config describes it."""
 
 from __future__ import annotations
 
@@ -14,26 +14,33 @@ import torch
 from gigabatch.data.augment import Augmentation
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import Plan
+from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import Index
 from gigabatch.data.stream import Stage
 
-LOOKED_AT = 8  # micro-batches, from which the usual size is told
+SIZE_SAMPLE = 8
+"""Number of micro-batches from which the usual size is determined."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """`indexes`, `plans`, `fields`, `tokenizer`, `seed`, `prefetch`, `stages`, `cache`: see
-    `open_stream`; few plans are read again and again. `augmentation`: None for none. `workers`:
-    the numbers of loader processes to try; the bottleneck is that of the last.
+    """Data of a run and how to load it.
 
-    Raises GigabatchError where there is nothing to measure.
+    Attributes:
+        indexes: Sets to read; this and the attributes not listed here are those of `open_stream`.
+        plans: Micro-batches to read, repeated endlessly.
+        workers: Numbers of loader processes to try; the bottleneck is reported for the last.
+        device: Device to which batches are moved.
+        augmentation: Augmentation of images; None for none.
+
+    Raises:
+        GigabatchError: if there is nothing to measure.
     """
 
     indexes: Sequence[Index]
-    plans: Iterable[Plan]
+    plans: Iterable[MicroBatchPlan]
     fields: Fields
     tokenizer: Path | None
     seed: int
@@ -47,36 +54,42 @@ class Setup:
     def __post_init__(self) -> None:
         if not self.workers or min(self.workers) < 0:
             raise GigabatchError(
-                f"workers are {list(self.workers)}: name numbers of loader processes, such as 0,2."
+                f"workers are {list(self.workers)}: specify numbers of loader processes, such as "
+                "0,2."
             )
-        if self.fields.texts.modalities and self.tokenizer is None:
-            raise GigabatchError("there is text to be read, but no tokeniser: give its file.")
+        if self.fields.texts_only.modalities and self.tokenizer is None:
+            raise GigabatchError(
+                "the fields contain text, but there is no tokenizer: specify its file."
+            )
         if not self.fields.modalities:
-            raise GigabatchError("nothing of the samples is to be read: name an image or a text.")
+            raise GigabatchError("there are no fields to read: specify an image or a text.")
         if not self.batch_size:
-            raise GigabatchError("there is no micro-batch to be read: plan at least one step.")
-        self.fields.members(self.indexes)  # raises for what the samples lack
+            raise GigabatchError("there are no micro-batches to read: plan at least one step.")
+        self.fields.members(self.indexes)  # Raises GigabatchError if the sets lack a member.
 
     @cached_property
     def batch_size(self) -> int:
-        """Samples in a micro-batch."""
-        sizes = [len(plan.samples) for plan in islice(iter(self.plans), LOOKED_AT)]
+        """Number of samples in a micro-batch."""
+        sizes = [len(plan.samples) for plan in islice(iter(self.plans), SIZE_SAMPLE)]
         return max(sizes, default=0)
 
     @cached_property
     def shards(self) -> list[str]:
+        """Names of all shards that hold samples."""
         return [shard.name for index in self.indexes for shard in index.shards if shard.samples]
 
     @property
     def remote(self) -> bool:
+        """Whether any shard is remote."""
         return any(map(is_remote, self.shards))
 
     @property
     def augments(self) -> bool:
+        """Whether images are augmented."""
         return self.augmentation is not None and self.fields.image is not None
 
     def describe(self) -> dict[str, Any]:
-        """What both contenders are given."""
+        """Return the facts of the report that all implementations share, as JSON values."""
         image = self.fields.image
         return {
             "shards": len(self.shards),

@@ -1,7 +1,7 @@
-"""Shards of made-up photographs, so that a benchmark needs no data.
+"""Shards of synthetic photographs, so that a benchmark needs no data.
 
-An image is a few shapes under noise whose spectrum falls as 1/f, as that of photographs does: its
-JPEG has the size of a photograph's, and costs the same decoding.
+An image is a few shapes under noise with a 1/f spectrum, which photographs have too. Its JPEG
+therefore has the size and the decoding cost of a photograph's.
 """
 
 from __future__ import annotations
@@ -27,43 +27,58 @@ a the small old red blue bright empty wooden quiet house river garden street win
 horse child boat bridge market mountain field with under beside over near and two three many flowers
 people clouds lamps books stones in at before morning night rain snow
 """
-_SIDE, _SHEETS = 1024, 6  # of noise, from which pieces are cut
+_SIDE, _SHEETS = 1024, 6
+"""Side in pixels and number of the noise images from which crops are taken."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """`roughness`: from and to, the standard deviation of an image's noise, of 255. `samples`: how
-    many, unless told."""
+    """A kind of synthetic image.
+
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        noise: Range of the noise's standard deviation; pixel values go up to 255.
+        samples: Default number of samples.
+    """
 
     width: int
     height: int
-    roughness: tuple[float, float]
+    noise: tuple[float, float]
     samples: int
 
 
 KINDS = {"8k": Kind(224, 160, (16, 24), 8192), "200k": Kind(1000, 750, (24, 36), 1024)}
 
 
-def synthesise(folder: Path, kind: str, samples: int | None = None) -> None:
-    """Write shards into `folder`, the same ones each time: JPEGs of about 8 KB ("8k") or 200 KB
-    ("200k"), each with a caption and a json member."""
+def synthesize(folder: Path, kind: str, samples: int | None = None) -> None:
+    """Write shards of JPEGs with captions and json members; the same call writes the same bytes.
+
+    Args:
+        folder: Output folder; created if needed.
+        kind: "8k" or "200k", for JPEGs of about 8 KB or 200 KB.
+        samples: Number of samples; None uses the default of the kind.
+
+    Raises:
+        GigabatchError: if the kind is unknown, or `samples` is less than 1.
+    """
     if kind not in KINDS:
-        raise GigabatchError(f"there are no images of kind {kind!r}; choose {' or '.join(KINDS)}.")
+        raise GigabatchError(f"unknown kind of images {kind!r}; choose {' or '.join(KINDS)}.")
     count = KINDS[kind].samples if samples is None else samples
     if count < 1:
-        raise GigabatchError(f"{count} samples make no shard; ask for 1 or more.")
+        raise GigabatchError(f"cannot write {count} samples; specify 1 or more.")
     folder.mkdir(parents=True, exist_ok=True)
-    made = _samples(KINDS[kind], count)
-    each = math.ceil(count / SHARDS)
-    for shard in range(math.ceil(count / each)):
+    generator = _samples(KINDS[kind], count)
+    per_shard = math.ceil(count / SHARDS)
+    for shard in range(math.ceil(count / per_shard)):
         with wds.TarWriter(str(folder / f"{kind}-{shard:03d}.tar"), mtime=0) as writer:
-            for sample in islice(made, each):
+            for sample in islice(generator, per_shard):
                 writer.write(sample)
 
 
 def _samples(kind: Kind, count: int) -> Iterator[dict[str, Any]]:
     random = np.random.default_rng(0)
-    sheets = np.stack([_sheet(random) for _ in range(_SHEETS)])
+    sheets = np.stack([_noise_sheet(random) for _ in range(_SHEETS)])
     for number in range(count):
         jpeg = BytesIO()
         _image(random, sheets, kind).save(jpeg, "JPEG", quality=QUALITY)
@@ -76,8 +91,8 @@ def _samples(kind: Kind, count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-def _sheet(random: np.random.Generator) -> NDArray[np.float32]:
-    """[_SIDE, _SIDE] noise with a spectrum of 1/f, of mean 0 and standard deviation 1."""
+def _noise_sheet(random: np.random.Generator) -> NDArray[np.float32]:
+    """Generate 1/f noise [_SIDE, _SIDE] with mean 0 and standard deviation 1."""
     frequency = np.fft.fftfreq(_SIDE)
     radius = np.hypot(frequency[:, None], frequency)
     radius[0, 0] = np.inf
@@ -87,30 +102,30 @@ def _sheet(random: np.random.Generator) -> NDArray[np.float32]:
 
 def _image(random: np.random.Generator, sheets: NDArray[np.float32], kind: Kind) -> Image.Image:
     width, height = kind.width, kind.height
-    image = Image.new("RGB", (width, height), _colour(random))
+    image = Image.new("RGB", (width, height), _color(random))
     draw = ImageDraw.Draw(image)
     for _ in range(random.integers(3, 9)):
         x, y = random.integers(width), random.integers(height)
         across, down = random.integers(width // 20, width // 4, 2)
         shape = draw.ellipse if random.random() < 0.5 else draw.rectangle
-        shape((x - across, y - down, x + across, y + down), fill=_colour(random))
+        shape((x - across, y - down, x + across, y + down), fill=_color(random))
     pixels = np.array(image, np.float32)
-    light, red, blue = (_piece(random, sheets, width, height) for _ in range(3))
-    rough = random.uniform(*kind.roughness)
-    pixels += rough * light[..., None]
-    pixels[..., 0] += rough / 5 * red
-    pixels[..., 2] += rough / 5 * blue
+    light, red, blue = (_noise_crop(random, sheets, width, height) for _ in range(3))
+    deviation = random.uniform(*kind.noise)
+    pixels += deviation * light[..., None]
+    pixels[..., 0] += deviation / 5 * red
+    pixels[..., 2] += deviation / 5 * blue
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def _piece(
+def _noise_crop(
     random: np.random.Generator, sheets: NDArray[np.float32], width: int, height: int
 ) -> NDArray[np.float32]:
-    """[height, width] cut from one of the sheets."""
+    """Crop [height, width] from a random sheet at a random position."""
     top, left = random.integers(_SIDE - height), random.integers(_SIDE - width)
     return sheets[random.integers(_SHEETS), top : top + height, left : left + width]
 
 
-def _colour(random: np.random.Generator) -> tuple[int, int, int]:
+def _color(random: np.random.Generator) -> tuple[int, int, int]:
     red, green, blue = random.integers(30, 226, 3).tolist()
     return red, green, blue

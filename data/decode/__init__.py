@@ -1,1 +1,1 @@
-"""Decoding of sample members to tensors, and their collation."""
+"""Decoding: bytes of a sample's members -> tensors, and their collation into micro-batches."""

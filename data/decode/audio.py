@@ -1,4 +1,4 @@
-"""Bytes of audio to a waveform of fixed length: mono, one rate, cut or filled up with silence."""
+"""Decoding of audio to a mono waveform of fixed rate and length, truncated or zero-padded."""
 
 from __future__ import annotations
 
@@ -12,97 +12,110 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from gigabatch.data.decode.audio_headers import is_cut, told_frames
+from gigabatch.data.decode.audio_headers import expected_samples, is_truncated
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
 AUDIO_MEMBERS = ("wav", "flac", "ogg", "mp3")
 _FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 _RATES = (1_000, 1_000_000)
-_CHANNELS = 64
-_MARGIN = 0.1
-"""Seconds read beyond what is kept: the resampling filter's reach, so that a cut leaves no mark."""
-_SLACK = 3 * 1152
+_MAX_CHANNELS = 64
+_MARGIN_S = 0.1
+"""Seconds read beyond the kept part: the reach of the resampling filter, so that the end of the
+kept part is the same as in the full file."""
+_MISSING_SAMPLES = 3 * 1152
 """Samples that may be missing: codecs drop up to three of their frames at the ends."""
 
 F32 = NDArray[np.float32]
 
 
 class AudioSettings(Settings):
-    """The rate and length of audio. It is mixed down to one channel."""
+    """Rate and length of audio; all channels are averaged to one."""
 
     rate: int = Field(16000, ge=1_000, le=192_000)
-    """Samples a second: others are resampled to it."""
+    """Samples per second; audio of another rate is resampled."""
     seconds: float = Field(10.0, ge=0.01, le=3600)
-    """Longer audio is cut after them; shorter is filled up with silence."""
+    """Length in seconds; longer audio is truncated, shorter audio padded with silence."""
 
     @property
     def samples(self) -> int:
+        """Length in samples."""
         return round(self.rate * self.seconds)
 
 
 def decode_audio(data: bytes, settings: AudioSettings, where: str) -> tuple[Tensor, int]:
-    """(waveform float32 [rate * seconds], its real samples) from WAV, FLAC, OGG or MP3.
+    """Decode a WAV, FLAC, OGG or MP3 file.
 
-    `where` names the sample in errors. Raises BadSample for what is not such audio, is cut short
-    before its kept part ends, or holds no samples.
+    Args:
+        data: Contents of the file.
+        settings: Rate and length of the result.
+        where: Names the sample, for errors.
+
+    Returns:
+        The waveform, float32 [settings.samples], and the number of samples before the padding.
+
+    Raises:
+        BadSample: if the file is not such audio, is truncated inside the kept part, or has no
+            samples.
     """
     import soxr
 
-    wave, rate = _read(data, settings.seconds + _MARGIN, where)
+    wave, rate = _read_start(data, settings.seconds + _MARGIN_S, where)
     if rate != settings.rate:
         wave = soxr.resample(wave, rate, settings.rate)
     wave = wave[: settings.samples]
     if not len(wave):
-        raise _bad(where, "it holds no samples")
+        raise _error(where, "it has no samples")
     if not np.isfinite(wave).all():
-        raise _bad(where, "it holds values that are not numbers")
+        raise _error(where, "it has values that are not finite")
     out = np.zeros(settings.samples, np.float32)
     out[: len(wave)] = wave
     return torch.from_numpy(out), len(wave)
 
 
-def _read(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
-    """(mono samples, rate) of the first seconds. What a header claims is never allocated."""
+def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
+    """Read the first seconds as mono; returns float32 [T] and the rate."""
     import soundfile
 
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
-            _refuse_absurd(file, where)
+            _check_header(file, where)
             wanted = math.ceil(seconds * file.samplerate)
-            told = told_frames(data, file.format, file.frames, wanted)
-            # Whole numbers are several times as fast to read from a WAV.
+            expected = expected_samples(data, file.format, file.frames, wanted)
+            # Integers are several times as fast to read from a WAV file as floats.
             dtype = "int16" if file.subtype == "PCM_16" else "float32"
+            # At most `wanted`: memory must not depend on the length that a header claims.
             frames = file.read(min(wanted, file.frames), dtype=dtype, always_2d=True)
             kind, rate = file.format, file.samplerate
-    except soundfile.LibsndfileError as error:  # its own text names an address in memory
+    except soundfile.LibsndfileError as error:  # its str() contains a memory address
         why = error.error_string.removeprefix("Error : ").rstrip(" .")
-        raise _bad(where, why) from error
-    if is_cut(data, kind):
-        raise _bad(where, f"the {kind} file is cut short")
-    least = min(wanted, told)
-    if len(frames) < least - _SLACK:
-        lack = f"only {len(frames)} of at least {least} samples can be read"
-        raise _bad(where, f"{lack} (an MP3 of varying bit rate needs a Xing header)")
+        raise _error(where, why) from error
+    if is_truncated(data, kind):
+        raise _error(where, f"the {kind} file is truncated")
+    expected = min(wanted, expected)
+    if len(frames) < expected - _MISSING_SAMPLES:
+        problem = f"only {len(frames)} of at least {expected} samples can be read"
+        raise _error(where, f"{problem} (an MP3 of varying bit rate needs a Xing header)")
     scale = 32768 if dtype == "int16" else 1
-    return _mixed(frames) / np.float32(scale * frames.shape[1]), rate
+    return _sum_channels(frames) / np.float32(scale * frames.shape[1]), rate
 
 
-def _refuse_absurd(file: Any, where: str) -> None:
+def _check_header(file: Any, where: str) -> None:
+    """Raise BadSample for a format that is not supported or a header with absurd values."""
     if file.format not in _FORMATS:
-        raise _bad(where, f"{file.format} is not one of {', '.join(AUDIO_MEMBERS)}")
-    if not _RATES[0] <= file.samplerate <= _RATES[1] or file.channels > _CHANNELS:
-        claim = f"{file.samplerate} samples a second on {file.channels} channels"
-        raise _bad(where, f"its header claims {claim}")
+        raise _error(where, f"{file.format} is not one of {', '.join(AUDIO_MEMBERS)}")
+    if not _RATES[0] <= file.samplerate <= _RATES[1] or file.channels > _MAX_CHANNELS:
+        claim = f"{file.samplerate} samples per second on {file.channels} channels"
+        raise _error(where, f"its header claims {claim}")
 
 
-def _mixed(frames: NDArray[Any]) -> F32:
-    """The sum of the channels. (numpy's own is slow along an axis of two.)"""
-    total = frames[:, 0].astype(np.float32)
+def _sum_channels(frames: NDArray[Any]) -> F32:
+    """Return the sum over channels of [T, channels], float32 [T]."""
+    total = frames[:, 0].astype(np.float32)  # `np.sum` is slow along an axis of length two
     for channel in range(1, frames.shape[1]):
         total += frames[:, channel]
     return total
 
 
-def _bad(where: str, why: str) -> BadSample:
+def _error(where: str, why: str) -> BadSample:
     return BadSample(f"{where}: the audio cannot be decoded: {why}. Restore or remove the sample.")

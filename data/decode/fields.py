@@ -1,4 +1,4 @@
-"""What the members of a sample become: which are read, and how one sample is decoded."""
+"""What a stream decodes of every sample: members, modalities, json columns."""
 
 from __future__ import annotations
 
@@ -19,184 +19,222 @@ from gigabatch.data.decode.members import (
     decode_image,
     decode_number,
 )
-from gigabatch.data.decode.vectors import NoVector, VectorSettings, read_vectors
+from gigabatch.data.decode.vectors import MissingVector, VectorSettings, read_vectors
 from gigabatch.data.errors import BadSample
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged
-from gigabatch.data.shards.sources import SOURCE, Sources, indexed_codes, renumber
+from gigabatch.data.shards.reader import DamagedMember
+from gigabatch.data.shards.sources import (
+    SOURCE_COLUMN,
+    Sources,
+    indexed_codes,
+    source_sample_numbers,
+)
 from gigabatch.data.text.captions import (
     CaptionSettings,
-    NoCaption,
-    OneText,
+    ExtraText,
+    MissingCaption,
     choose_caption,
     read_captions,
 )
 
 Sample = dict[str, Any]
-Other = AudioSettings | VectorSettings | OneText
-"""How a modality beyond image and text is read."""
+RawMembers = Mapping[str, bytes | DamagedMember]
+"""Extension -> bytes of one sample's members."""
+ExtraModality = AudioSettings | VectorSettings | ExtraText
+"""Settings of a modality other than image and caption."""
 
 
 @dataclass(frozen=True)
 class Fields:
-    """What a stream yields of each sample.
+    """What a stream yields of every sample.
 
-    `image`, `text`: how that modality is read; None leaves it out. `more`: other modalities, by
-    names of the user's. `arrays`: extensions of .npy members to bring along, each of one shape.
-    `columns`: fields of the json member, as codes; `numbers`: as they are; `vectors`: of no tower,
-    by names of the caller's. `partial`: samples may lack a modality or a vector, which is then
-    masked.
+    Attributes:
+        image: How images are decoded; None leaves them out.
+        text: How captions are read; None leaves them out.
+        more: Further modalities, by names of the user's.
+        arrays: Extensions of .npy members to yield as they are; every array has the same shape.
+        columns: Fields of the json member to yield as integer codes.
+        numbers: Fields of the json member to yield as numbers.
+        vectors: Vectors that no tower reads, by name.
+        allow_missing: Samples may lack a modality or vector, which is then masked.
     """
 
     image: ImageSettings | None = None
     text: CaptionSettings | None = None
-    more: Mapping[str, Other] = field(default_factory=dict)
+    more: Mapping[str, ExtraModality] = field(default_factory=dict)
     arrays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
     numbers: tuple[str, ...] = ()
     vectors: Mapping[str, VectorSettings] = field(default_factory=dict)
-    partial: bool = False
+    allow_missing: bool = False
 
     @cached_property
     def modalities(self) -> dict[str, tuple[str, ...]]:
-        """Modality -> the extensions that it may have."""
-        named: dict[str, tuple[str, ...]] = {name: (name,) for name in self.arrays}
+        """Modality -> its possible extensions."""
+        extensions: dict[str, tuple[str, ...]] = {name: (name,) for name in self.arrays}
         if self.image is not None:
-            named["image"] = IMAGE_MEMBERS
+            extensions["image"] = IMAGE_MEMBERS
         if self.text is not None:
-            named["text"] = (self.text.member,)
-        for name, settings in self.beside.items():
-            named[name] = _members_of(settings)
-        return named
+            extensions["text"] = (self.text.member,)
+        for name, settings in self.more_and_vectors.items():
+            extensions[name] = _extensions(settings)
+        return extensions
 
     @property
-    def texts(self) -> Fields:
-        """The texts alone."""
-        more = {name: s for name, s in self.more.items() if isinstance(s, OneText)}
-        return Fields(text=self.text, more=more, partial=self.partial)
+    def texts_only(self) -> Fields:
+        """The same fields without everything that is not text."""
+        more = {name: s for name, s in self.more.items() if isinstance(s, ExtraText)}
+        return Fields(text=self.text, more=more, allow_missing=self.allow_missing)
 
     @property
-    def beside(self) -> Mapping[str, Other | VectorSettings]:
-        """What is neither image nor text nor an array: `more` and `vectors`."""
+    def more_and_vectors(self) -> Mapping[str, ExtraModality]:
+        """The modalities that are neither image nor caption nor array."""
         return {**self.more, **self.vectors}
 
     def members(self, indexes: Sequence[Index]) -> tuple[str, ...]:
-        """The extensions to be read. Raises GigabatchError where samples lack one."""
-        found: dict[str, None] = {}
+        """Return the extensions to read.
+
+        Raises:
+            GigabatchError: if samples lack a member that they must have.
+        """
+        extensions: dict[str, None] = {}
         for index in indexes:
             for choices in self.modalities.values():
-                found |= dict.fromkeys(index.require(*choices, partial=self.partial))
-            if self.loose_columns(index):
-                found |= dict.fromkeys(index.require("json"))
-        return tuple(found)
+                present = index.require_members(*choices, allow_missing=self.allow_missing)
+                extensions |= dict.fromkeys(present)
+            if self.unindexed_columns(index):
+                extensions |= dict.fromkeys(index.require_members("json"))
+        return tuple(extensions)
 
-    def loose_columns(self, index: Index) -> list[str]:
-        """The columns that the index does not hold, so that each sample's json is parsed."""
-        codes = [c for c in self.columns if c != SOURCE and c not in index.columns]
+    def unindexed_columns(self, index: Index) -> list[str]:
+        """Return the columns that the index lacks: they are parsed from every sample's json."""
+        codes = [c for c in self.columns if c != SOURCE_COLUMN and c not in index.columns]
         return [*codes, *self.numbers]
 
-    def decode(self, raw: Mapping[str, bytes | Damaged], where: str, stream: int | None) -> Sample:
-        """`image` uint8 [C, S, S], `text` (a string, or all captions), further texts, audio
-        (float32 [T], samples), vectors (see `read_vectors`), the arrays. `stream` keys the choice
-        of a caption; None takes the first.
+    def decode(self, raw: RawMembers, where: str, rng_key: int | None) -> Sample:
+        """Decode the modalities of one sample.
 
-        Raises BadSample for what cannot be used.
+        Args:
+            raw: The sample's members.
+            where: Names the sample, for errors.
+            rng_key: Key of the choice of a caption; None takes the first.
+
+        Returns:
+            By modality: `image` uint8 [C, S, S]; `text` a string or a list of captions; further
+            texts as strings; audio (float32 [T], samples); vectors as from `read_vectors`; arrays.
+            A missing modality has no entry.
+
+        Raises:
+            BadSample: if a member is damaged or cannot be decoded.
         """
         out: Sample = {}
         for name, choices in self.modalities.items():
             member = next((m for m in choices if m in raw), None)
             if member is None:
-                continue  # allowed, or `members` would have refused the set
-            data = raw[member]
-            if isinstance(data, Damaged):
-                raise BadSample(data.why)
+                continue  # allowed: otherwise `members` would have rejected the set
+            data = _intact(raw[member])
             try:
-                out[name] = self._decode_one(name, data, where, stream)
-            except (NoCaption, NoVector):
-                if not self.partial:
+                out[name] = self._decode_modality(name, data, where, rng_key)
+            except (MissingCaption, MissingVector):
+                if not self.allow_missing:
                     raise
         return out
 
-    def _decode_one(self, name: str, data: bytes, where: str, stream: int | None) -> Any:
+    def _decode_modality(self, name: str, data: bytes, where: str, rng_key: int | None) -> Any:
         if name == "image" and self.image is not None:
             return decode_image(data, self.image, where)
         if name == "text" and self.text is not None:
-            found = read_captions(data, self.text, where)
+            captions = read_captions(data, self.text, where)
             if self.text.choose == "all":
-                return found[: self.text.most]
-            if self.text.choose == "random" and stream is not None:
-                return choose_caption(found, stream)
-            return found[0]
-        match self.beside.get(name):
+                return captions[: self.text.most]
+            if self.text.choose == "random" and rng_key is not None:
+                return choose_caption(captions, rng_key)
+            return captions[0]
+        match self.more_and_vectors.get(name):
             case AudioSettings() as settings:
                 return decode_audio(data, settings, where)
             case VectorSettings() as settings:
                 return read_vectors(data, settings, where)
-            case OneText() as settings:
+            case ExtraText() as settings:
                 return read_captions(data, settings, where)[0]
         return decode_array(data, where)
 
-    def codes(
-        self,
-        source: int,
-        index: Index,
-        sample: int,
-        raw: Mapping[str, bytes | Damaged],
-        where: str,
+    def column_values(
+        self, source: int, index: Index, row: int, raw: RawMembers, where: str
     ) -> dict[str, int | float]:
-        """The asked-for columns of one sample, from the index where it holds their codes."""
+        """Return the columns of one sample, from the index if it holds them, else from the json.
+
+        Args:
+            source: Number of the source.
+            index: Index of the source.
+            row: The sample's row in it.
+            raw: The sample's members.
+            where: Names the sample, for errors.
+
+        Raises:
+            BadSample: if the json is damaged or lacks a column.
+        """
         out: dict[str, int | float] = {}
         for column in self.columns:
-            if column == SOURCE:
+            if column == SOURCE_COLUMN:
                 out[column] = source
             elif column in index.columns:
-                out[column] = int(indexed_codes(index, column, np.array([sample]))[0])
+                out[column] = int(indexed_codes(index, column, np.array([row]))[0])
             else:
-                data = raw["json"]
-                if isinstance(data, Damaged):
-                    raise BadSample(data.why)
-                out[column] = decode_column(data, column, where)
+                out[column] = decode_column(_intact(raw["json"]), column, where)
         for column in self.numbers:
-            data = raw["json"]
-            if isinstance(data, Damaged):
-                raise BadSample(data.why)
-            out[column] = decode_number(data, column, where)
+            out[column] = decode_number(_intact(raw["json"]), column, where)
         return out
 
 
-def _members_of(settings: Other) -> tuple[str, ...]:
-    """The extensions that a modality may have."""
+def _intact(data: bytes | DamagedMember) -> bytes:
+    """Return the bytes of a member; raise BadSample if it is damaged."""
+    if isinstance(data, DamagedMember):
+        raise BadSample(data.why)
+    return data
+
+
+def _extensions(settings: ExtraModality) -> tuple[str, ...]:
+    """Return the possible extensions of a modality."""
     if isinstance(settings, AudioSettings):
         return AUDIO_MEMBERS
     return (settings.extension if isinstance(settings, VectorSettings) else settings.member,)
 
 
-def some_captions(
+def captions_for_tokenizer(
     indexes: Sequence[Index], fields: Fields, limit: int, cache: ShardCache | None = None
 ) -> Iterator[str]:
-    """The texts of at most `limit` samples, evenly spaced: what a tokeniser is trained on. All of a
-    sample's that a run may take, so of `choose: random` every one."""
+    """Yield the texts to train a tokenizer on.
+
+    With `choose: random`, all captions of a sample are yielded, since a run may draw any of them.
+
+    Args:
+        indexes: The sources.
+        fields: What the run decodes; only its texts are read.
+        limit: Most samples to read; they are evenly spaced.
+        cache: Holds copies of remote shards; None uses this node's cache.
+    """
     step = -(-sum(map(len, indexes)) // limit)
-    text = fields.texts
-    if text.text is not None and text.text.choose == "random":
-        every = text.text.model_copy(update={"choose": "all", "most": sys.maxsize})
-        text = replace(text, text=every)
-    members = text.members(indexes)
+    texts = fields.texts_only
+    if texts.text is not None and texts.text.choose == "random":
+        all_captions = texts.text.model_copy(update={"choose": "all", "most": sys.maxsize})
+        texts = replace(texts, text=all_captions)
+    members = texts.members(indexes)
     with Sources(indexes, cache) as sources:
         for source, index in enumerate(indexes):
             for first in range(0, len(index), step << 10):
                 rows = np.arange(first, min(first + (step << 10), len(index)), step)
-                numbers = renumber(source, rows)
-                for number, raw in zip(
-                    numbers.tolist(), sources.read(numbers, members), strict=True
-                ):
-                    yield from _captions_of(text, raw, sources.where(number))
+                numbers = source_sample_numbers(source, rows)
+                raws = sources.read(numbers, members)
+                for number, raw in zip(numbers.tolist(), raws, strict=True):
+                    yield from _texts(texts, raw, sources.where(number))
 
 
-def _captions_of(fields: Fields, raw: Mapping[str, bytes | Damaged], where: str) -> list[str]:
+def _texts(fields: Fields, raw: RawMembers, where: str) -> list[str]:
+    """Return all texts of a sample; none if it is bad."""
     try:
-        found = fields.decode(raw, where, None)
+        values = fields.decode(raw, where, None).values()
     except BadSample:
-        return []  # the run itself will tell
-    return [t for text in found.values() for t in ([text] if isinstance(text, str) else text)]
+        return []  # the run reports bad samples itself
+    return [t for value in values for t in ([value] if isinstance(value, str) else value)]

@@ -1,4 +1,4 @@
-"""Bytes of members to tensors and values. Nothing here unpickles, and nothing runs a shell."""
+"""Decoding of image, array and json members. Nothing here unpickles or starts a program."""
 
 from __future__ import annotations
 
@@ -23,29 +23,39 @@ Array = np.ndarray[Any, Any]
 
 
 class ImageSettings(Settings):
-    """The size and form of images."""
+    """Size, channels and normalization of images."""
 
     size: int = Field(224, ge=8)
-    """Pixels a side: the short side is resized to it, then the centre is cut out."""
+    """Pixels a side: the shorter side is resized to it, then the center is cropped."""
     channels: Literal[1, 3] = 3
-    """3: RGB. 1: grey."""
+    """Color channels: 3 for RGB, 1 for gray."""
     mean: float = 0.5
-    """Subtracted from pixels in [0, 1], all channels alike."""
+    """Value subtracted from pixels in [0, 1], the same for all channels."""
     std: float = Field(0.5, gt=0)
-    """Divides what remains."""
+    """Value that pixels are divided by after `mean` is subtracted."""
 
 
 def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
-    """uint8 [C, S, S], a view of [S, S, C]. `where` names the sample in errors.
+    """Decode a PNG, JPEG or WebP image; transparent pixels become white.
 
-    Transparency is laid on white."""
+    Args:
+        data: Contents of the file.
+        settings: Size and channels.
+        where: Names the sample, for errors.
+
+    Returns:
+        uint8 [C, S, S], a view of memory laid out as [S, S, C].
+
+    Raises:
+        BadSample: if the image cannot be decoded.
+    """
     size = settings.size
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            file.draft("RGB", (size, size))  # JPEG: decode at a reduced scale; else no effect
+            file.draft("RGB", (size, size))  # decodes a JPEG at a reduced scale; else no effect
             if file.has_transparency_data:
-                back = Image.new("RGBA", file.size, (255, 255, 255, 255))
-                image: Image.Image = Image.alpha_composite(back, file.convert("RGBA"))
+                white = Image.new("RGBA", file.size, (255, 255, 255, 255))
+                image: Image.Image = Image.alpha_composite(white, file.convert("RGBA"))
             else:
                 image = file
             if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
@@ -53,8 +63,8 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
             mode = "L" if settings.channels == 1 else "RGB"
             image.load()
             image = image if image.mode == mode else image.convert(mode)
-            image = _fit(image, size)
-    except Exception as error:  # Pillow answers odd files with whatever comes up, asserts too
+            image = _resize_and_crop(image, size)
+    except Exception as error:  # Pillow raises all kinds of errors for odd files, even asserts
         raise BadSample(
             f"{where}: the image cannot be decoded: {error or type(error).__name__}. Restore or "
             "remove the sample."
@@ -63,8 +73,8 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    """The short side resized to `size`, the centre cut out."""
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` and crop the center."""
     if image.size == (size, size):
         return image
     box = []
@@ -73,13 +83,13 @@ def _fit(image: Image.Image, size: int) -> Image.Image:
         first = (resized - size) // 2
         box.append((first * length / resized, min(length, (first + size) * length / resized)))
     (left, right), (top, bottom) = box
-    # The square alone, not the whole image: one of 1 x 60,000 pixels would take gigabytes.
+    # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes.
     area = (left, top, right, bottom)
     return image.resize((size, size), Image.Resampling.BICUBIC, box=area)
 
 
 def decode_array(data: bytes, where: str) -> Tensor:
-    """A .npy member, of numbers or truth values. (A pickled one is refused, never opened.)"""
+    """Decode a .npy member of numbers or booleans; raises BadSample. Never unpickles."""
     try:
         return torch.from_numpy(load_array(data, where))
     except TypeError as error:
@@ -87,27 +97,36 @@ def decode_array(data: bytes, where: str) -> Tensor:
 
 
 def load_array(data: bytes, where: str) -> Array:
-    """The array of a .npy member, in this machine's byte order."""
+    """Return the array of a .npy member in this machine's byte order; raises BadSample."""
     try:
-        found = np.load(io.BytesIO(data), allow_pickle=False)
-        return found.astype(found.dtype.newbyteorder("="), copy=False)
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+        return array.astype(array.dtype.newbyteorder("="), copy=False)
     except (ValueError, OSError, EOFError, TypeError, SyntaxError, MemoryError) as error:
         raise BadSample(f"{where}: the .npy member cannot be read: {error}.") from error
 
 
-def _field(data: bytes, column: str, where: str) -> Any:
-    """What stands under `column` of a json member; None where there is nothing."""
+def _json_field(data: bytes, name: str, where: str) -> Any:
+    """Return a field of a json member; None if it is missing."""
     try:
-        tree: Any = json.loads(data)
+        record: Any = json.loads(data)
     except ValueError as error:
         raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
-    return tree.get(column) if isinstance(tree, dict) else None
+    return record.get(name) if isinstance(record, dict) else None
 
 
 def decode_column(data: bytes, column: str, where: str) -> int:
-    """The integer under `column` of a json member; any other value by its 63-bit hash."""
-    value = _field(data, column, where)
-    if value is None:  # unknown is not the same as equal
+    """Return the integer code of a field of a json member; see `code_of`.
+
+    Args:
+        data: Contents of the json member.
+        column: Name of the field.
+        where: Names the sample, for errors.
+
+    Raises:
+        BadSample: if the json cannot be read or lacks the field.
+    """
+    value = _json_field(data, column, where)
+    if value is None:  # an error: samples of unknown value are not equal to each other
         raise BadSample(
             f"{where}: its json member has no {column!r}. Set objective.positives "
             "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
@@ -116,15 +135,24 @@ def decode_column(data: bytes, column: str, where: str) -> int:
 
 
 def decode_number(data: bytes, column: str, where: str) -> float:
-    """The finite number under `column` of a json member."""
-    value = _field(data, column, where)
+    """Return a finite number from a json member.
+
+    Args:
+        data: Contents of the json member.
+        column: Name of the field.
+        where: Names the sample, for errors.
+
+    Raises:
+        BadSample: if the json cannot be read or the field is not a finite number.
+    """
+    value = _json_field(data, column, where)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadSample(f"{where}: {column!r} of its json member is no number: {value!r}.")
+        raise BadSample(f"{where}: {column!r} of its json member is not a number: {value!r}.")
     return float(value)
 
 
 def code_of(value: Any) -> int:
-    """An integer as it is; any other value by its 63-bit hash."""
+    """Return an integer up to 62 bits unchanged, and a 63-bit hash of any other json value."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62:
         return value
     return key("column", json.dumps(value, sort_keys=True)) >> 1

@@ -1,5 +1,7 @@
-"""Vectors of numbers, from a .npy member or from fields of the json: one a sample (an embedding, a
-row of a table), or several (a set, a sequence)."""
+"""Vectors of numbers from a .npy member or from json fields.
+
+A sample has one vector (an embedding, a row of a table) or several (a set, a sequence).
+"""
 
 from __future__ import annotations
 
@@ -18,87 +20,90 @@ from gigabatch.data.text.captions import value_at
 
 
 class VectorSettings(Settings):
-    """Where a sample's vector is, and how long it is."""
+    """Location and size of a sample's vector."""
 
     size: int = Field(ge=1, strict=True)
     """Numbers in a vector."""
     member: str = "npy"
-    """The extension of the .npy file that holds it, such as `npy` or `gaze.npy`."""
+    """Extension of the .npy member that holds the vector, such as `npy` or `gaze.npy`."""
     fields: tuple[str, ...] = ()
-    """Or fields of the json, or paths such as `sensor.gaze`: numbers and lists of them, put end to
-    end, as from the columns of a table."""
+    """Read the vector from these json fields instead: names, or paths such as `sensor.gaze`, of
+    numbers and lists of numbers, which are concatenated."""
 
     @property
     def extension(self) -> str:
-        """That of the member that is read."""
+        """Extension of the member that is read."""
         return "json" if self.fields else self.member
 
 
 class VectorsSettings(VectorSettings):
-    """Where a sample's set or sequence of vectors is."""
+    """Location and size of a sample's set or sequence of vectors."""
 
     length: int = Field(ge=1, strict=True)
-    """Vectors a sample at most; what comes after them is cut off."""
+    """Most vectors kept of a sample; further ones are dropped."""
 
 
-class NoVector(BadSample):
-    """A sample without a vector; where modalities may be missing, no fault."""
+class MissingVector(BadSample):
+    """A sample has no vector; allowed if modalities may be missing."""
 
 
 def read_vectors(data: bytes, settings: VectorSettings, where: str) -> Tensor:
-    """float32 [size]; of VectorsSettings [n, size], n from 1 to `length`.
+    """Read the vector or vectors of a sample.
 
-    Raises BadSample for what is no such array of finite numbers, NoVector where there is none.
+    Args:
+        data: Contents of the member `settings.extension`.
+        settings: Size of the vectors; `VectorsSettings` reads several.
+        where: Names the sample, for errors.
+
+    Returns:
+        float32 [size]; with `VectorsSettings`, float32 [n, size], n from 1 to `length`.
+
+    Raises:
+        BadSample: if there is no such array of finite numbers; MissingVector if there is none.
     """
-    found = _of_json(data, settings, where) if settings.fields else load_array(data, where)
-    if found.dtype.kind not in "biuf":
-        what = "complex numbers" if found.dtype.kind == "c" else f"no numbers ({found.dtype})"
-        raise BadSample(f"{_told(settings, where)} holds {what}.")
-    if found.dtype != np.float32:
-        with np.errstate(over="ignore"):  # infinite then, which is refused below
-            found = found.astype(np.float32)
+    array = _from_json(data, settings, where) if settings.fields else load_array(data, where)
+    subject = f"{where}: its vector ({', '.join(settings.fields) or settings.member})"
+    if array.dtype.kind not in "biuf":
+        kind = "complex numbers" if array.dtype.kind == "c" else f"no numbers ({array.dtype})"
+        raise BadSample(f"{subject} holds {kind}.")
+    if array.dtype != np.float32:
+        with np.errstate(over="ignore"):  # overflow gives infinity, which is rejected below
+            array = array.astype(np.float32)
     if isinstance(settings, VectorsSettings):
-        if not found.size:
-            raise NoVector(f"{_told(settings, where)} is empty.")
-        if found.ndim != 2 or found.shape[1] != settings.size:
+        if not array.size:
+            raise MissingVector(f"{subject} is empty.")
+        if array.ndim != 2 or array.shape[1] != settings.size:
             raise BadSample(
-                f"{_told(settings, where)} is of shape {list(found.shape)}, not [any, "
-                f"{settings.size}] (`size`)."
+                f"{subject} has shape {list(array.shape)}, not [any, {settings.size}] (`size`)."
             )
-        found = found[: settings.length]
-    elif found.size != settings.size:
-        raise BadSample(
-            f"{_told(settings, where)} holds {found.size} numbers, not {settings.size} (`size`)."
-        )
+        array = array[: settings.length]
+    elif array.size != settings.size:
+        raise BadSample(f"{subject} holds {array.size} numbers, not {settings.size} (`size`).")
     else:
-        found = found.reshape(-1)
-    if not np.isfinite(found).all():
-        raise BadSample(f"{_told(settings, where)} holds values that are not finite.")
-    return torch.from_numpy(found)
+        array = array.reshape(-1)
+    if not np.isfinite(array).all():
+        raise BadSample(f"{subject} holds values that are not finite.")
+    return torch.from_numpy(array)
 
 
-def _told(settings: VectorSettings, where: str) -> str:
-    return f"{where}: its vector ({', '.join(settings.fields) or settings.member})"
-
-
-def _of_json(data: bytes, settings: VectorSettings, where: str) -> Array:
-    """The fields' numbers side by side, along the last axis."""
+def _from_json(data: bytes, settings: VectorSettings, where: str) -> Array:
+    """Return the numbers of all fields, concatenated along the last axis."""
     parts = []
     try:
         record = json.loads(data)
         for name in settings.fields:
             value = value_at(record, name)
             if value is None:
-                raise NoVector(f"{where}: its json has no {name}.")
-            parts.append(_numbers(value, name))
+                raise MissingVector(f"{where}: its json has no {name}.")
+            parts.append(_to_array(value, name))
         return np.concatenate(parts, axis=-1)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"{where}: its json cannot be read: {error}.") from error
 
 
-def _numbers(value: Any, name: str) -> Array:
-    """At least one axis. Raises ValueError for what is not numbers, texts of them too."""
-    found = np.asarray(value)
-    if found.dtype.kind not in "biuf":
-        raise ValueError(f"{name} is not numbers: {value!r:.60}")
-    return np.atleast_1d(found.astype(np.float64))
+def _to_array(value: Any, name: str) -> Array:
+    """Convert a json value to float64 [...] of at least one axis; ValueError if not numbers."""
+    array = np.asarray(value)
+    if array.dtype.kind not in "biuf":  # also rejects numbers written as text
+        raise ValueError(f"{name} holds no numbers: {value!r:.60}")
+    return np.atleast_1d(array.astype(np.float64))

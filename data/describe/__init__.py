@@ -1,1 +1,1 @@
-"""`gigabatch data check` and `stats`: what a set holds, and whether it is sound."""
+"""`gigabatch data check` and `gigabatch data stats`: validity and content of a data set."""

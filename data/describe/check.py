@@ -1,4 +1,4 @@
-"""`gigabatch data check`: read every member again, compare its checksum, decode it; a report."""
+"""Check of a data set: rereads members, compares checksums, and decodes samples."""
 
 from __future__ import annotations
 
@@ -13,20 +13,28 @@ import numpy as np
 
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.processes import ctrl_c_held, worker_pool
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.processes import ctrl_c_deferred, worker_pool
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import I64, Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 
-PIECE = 64
+CHUNK = 64
 """Samples checked at a time."""
-SHOWN = 20
+LISTED = 20
+"""Maximum number of bad samples, and of shards, that a report lists."""
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class Report:
-    """What a check found. `bad`: why each unusable sample is so; `by_shard`: how many in each."""
+    """Result of a check.
+
+    Attributes:
+        samples: Number of samples read.
+        bytes: Size of their members in bytes.
+        bad: Problem of each bad sample.
+        by_shard: Number of bad samples in each shard.
+    """
 
     samples: int = 0
     bytes: int = 0
@@ -34,21 +42,22 @@ class Report:
     by_shard: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Report) -> None:
+        """Add the counts and problems of another part of the set."""
         self.samples += other.samples
         self.bytes += other.bytes
         self.bad += other.bad
         self.by_shard += other.by_shard
 
     def lines(self) -> Iterator[str]:
-        """The report, as text."""
-        yield from self.bad[:SHOWN]
-        if len(self.bad) > SHOWN:
-            yield f"... and {len(self.bad) - SHOWN:,} more"
-        for shard, count in self.by_shard.most_common(SHOWN if len(self.by_shard) > 1 else 0):
+        """Yield the report as lines of text."""
+        yield from self.bad[:LISTED]
+        if len(self.bad) > LISTED:
+            yield f"... and {len(self.bad) - LISTED:,} more"
+        for shard, count in self.by_shard.most_common(LISTED if len(self.by_shard) > 1 else 0):
             yield f"{shard}: {count:,} bad samples"
         yield (
             f"{self.samples:,} samples, {self.bytes / 1e6:,.1f} MB read: "
-            + (f"{len(self.bad):,} bad" if self.bad else "all sound")
+            + (f"{len(self.bad):,} bad" if self.bad else "all valid")
         )
 
 
@@ -61,56 +70,67 @@ def check(
     processes: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Read every `every`-th sample: all members' checksums and, with `decode`, all that `fields`
-    reads. Raises GigabatchError where a shard cannot be read at all."""
+    """Read samples and compare the checksums of all their members.
+
+    Args:
+        index: Set to check.
+        fields: Fields to decode.
+        every: Check every n-th sample.
+        decode: Decode `fields`; false compares checksums only.
+        processes: Number of processes; None uses all available cores.
+        progress: Called with the number of samples done and their total.
+
+    Raises:
+        GigabatchError: if a shard cannot be read at all.
+    """
     chosen = np.arange(0, len(index), every)
-    pieces = [chosen[i : i + PIECE] for i in range(0, len(chosen), PIECE)]
-    work = partial(_check_piece, index, fields if decode else Fields())
-    processes = min(processes or len(os.sched_getaffinity(0)), len(pieces))
-    whole = Report(bad=list(_resized(index)))
-    for report in _run(work, pieces, processes):
+    chunks = [chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK)]
+    work = partial(_check_chunk, index, fields if decode else Fields())
+    processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
+    total = Report(bad=list(_resized_shards(index)))
+    for report in _map(work, chunks, processes):
         if isinstance(report, str):
             raise GigabatchError(report)
-        whole.add(report)
+        total.add(report)
         if progress:
-            progress(whole.samples, len(chosen))
-    return whole
+            progress(total.samples, len(chosen))
+    return total
 
 
-def _run(
-    work: Callable[[I64], Report | str], pieces: list[I64], processes: int
+def _map(
+    work: Callable[[I64], Report | str], chunks: list[I64], processes: int
 ) -> Iterator[Report | str]:
-    if processes == 1 or len(pieces) < 8:
-        yield from map(work, pieces)
+    if processes == 1 or len(chunks) < 8:
+        yield from map(work, chunks)
         return
     pool = worker_pool(processes)
     try:
-        with ctrl_c_held():
-            found = pool.map(work, pieces)
-        yield from found
+        with ctrl_c_deferred():
+            reports = pool.map(work, chunks)
+        yield from reports
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _open_all(raw: Mapping[str, bytes | Damaged], fields: Fields, where: str) -> None:
+def _decode(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str) -> None:
     fields.decode(raw, where, None)
-    if isinstance(told := raw.get("json"), bytes) and fields.modalities:
+    if isinstance(text := raw.get("json"), bytes) and fields.modalities:
         try:
-            json.loads(told)
+            json.loads(text)
         except ValueError as error:
             raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
 
 
-def _resized(index: Index) -> Iterator[str]:
-    """Local shards whose size is not what it was."""
+def _resized_shards(index: Index) -> Iterator[str]:
+    """Describe local shards whose size has changed since indexing."""
     for shard in index.shards:
         if not is_remote(shard.name) and os.path.exists(shard.name):
-            now = os.stat(shard.name).st_size
-            if now != shard.bytes:
-                yield f"{shard.name}: has {now:,} bytes, and had {shard.bytes:,} when indexed"
+            size = os.stat(shard.name).st_size
+            if size != shard.bytes:
+                yield f"{shard.name}: size is {size:,} bytes, but was {shard.bytes:,} when indexed"
 
 
-def _check_piece(index: Index, fields: Fields, samples: I64) -> Report | str:
+def _check_chunk(index: Index, fields: Fields, samples: I64) -> Report | str:
     report = Report()
     try:
         with Reader(index) as reader:
@@ -120,13 +140,13 @@ def _check_piece(index: Index, fields: Fields, samples: I64) -> Report | str:
     for sample, raw in zip(samples.tolist(), raws, strict=True):
         report.samples += 1
         report.bytes += sum(len(data) for data in raw.values() if isinstance(data, bytes))
-        damaged = [data.why for data in raw.values() if isinstance(data, Damaged)]
-        if not damaged:
+        problems = [data.why for data in raw.values() if isinstance(data, DamagedMember)]
+        if not problems:
             try:
-                _open_all(raw, fields, index.where(sample))
+                _decode(raw, fields, index.where(sample))
             except BadSample as error:
-                damaged = [str(error)]
-        if damaged:
-            report.bad += damaged[:1]
+                problems = [str(error)]
+        if problems:
+            report.bad += problems[:1]
             report.by_shard[index.shards[index.shard_of(sample)].name] += 1
     return report

@@ -1,7 +1,7 @@
-"""A contact sheet: some samples of a set on one picture, each image with its caption below.
+"""Contact sheet: one picture that shows samples of a set, images with captions below.
 
-The set is cut into as many equal runs as the sheet has cells, and each cell shows one sample of
-its run, chosen by the seed. What cannot be shown is a crossed box that says why.
+The set is split into as many equal ranges as the sheet has cells; each cell shows a random sample
+of its range. A crossed box with the reason replaces an image that cannot be shown.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from gigabatch.data.decode.members import IMAGE_MEMBERS
-from gigabatch.data.describe.opened import IMAGE_ERRORS, one_line, open_image, reason
+from gigabatch.data.describe.content_stats import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.files import replacing
+from gigabatch.data.files import atomic_replace
 from gigabatch.data.rng import key, uniforms
 from gigabatch.data.shards.index import I64, Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 from gigabatch.data.text.captions import CaptionSettings, read_captions
 
 CELL, GAP, LINE, TITLE = 128, 12, 18, 30
-"""Pixels: an image's side, what is between two, a caption's height, the heading's."""
+"""Pixels: maximum side of an image, gap between cells, height of a caption and of the title."""
 WRAP = 21
-"""Letters a line in a crossed box."""
-PAPER, FRAME, INK, WRONG = "#ffffff", "#d0d0d0", "#202020", "#c02020"
+"""Characters in a line of a crossed box."""
+PAPER, FRAME, INK, ERROR = "#ffffff", "#d0d0d0", "#202020", "#c02020"
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """`image` RGB, at most CELL a side; None with `why` where there is none."""
+    """An RGB image with sides of at most CELL pixels, or None and the reason in `why`."""
 
     image: Image.Image | None
     why: str
@@ -48,14 +48,24 @@ def contact_sheet(
     rows: int = 6,
     seed: int = 0,
 ) -> None:
-    """Write `columns` x `rows` samples of a set into the PNG `out`, fewer where it has fewer.
+    """Write a contact sheet as PNG.
 
-    Captions in scripts that DejaVu Sans lacks, such as Han, show as boxes. Raises GigabatchError
-    where the set has no images, or `out` cannot be written.
+    Captions in scripts that DejaVu Sans lacks, such as Han, appear as boxes.
+
+    Args:
+        index: Set to show.
+        captions: Caption to show below an image.
+        out: File to write.
+        columns: Cells in a row; fewer if the set has fewer samples.
+        rows: Number of rows.
+        seed: Seed for the choice of samples.
+
+    Raises:
+        GigabatchError: if the set has no images, or `out` cannot be written.
     """
     if not out.name or out.is_dir():
-        raise GigabatchError(f"{out}: is a folder. Name a file for the contact sheet.")
-    kinds = index.require(*IMAGE_MEMBERS, partial=True)
+        raise GigabatchError(f"{out}: this is a folder. Specify a file name for the contact sheet.")
+    kinds = index.require_members(*IMAGE_MEMBERS, allow_missing=True)
     texts = (captions.member,) if captions.member in index.members else ()
     chosen = _choose(len(index), columns * rows, seed)
     columns = min(columns, len(chosen))
@@ -65,44 +75,46 @@ def contact_sheet(
     title = f"{index.name}: {len(chosen)} of {len(index):,} samples, seed {seed}"
     draw.text((GAP, TITLE / 2), _fit(title, sheet.width - 2 * GAP, 13), INK, _font(13), "lm")
     with Reader(index) as reader:
-        for place, sample in enumerate(chosen.tolist()):
+        for position, sample in enumerate(chosen.tolist()):
             raw = reader.read_batch(np.array([sample]), [*kinds, *texts])[0]
             cell = _cell(raw, kinds, captions if texts else None)
-            row, column = divmod(place, columns)
+            row, column = divmod(position, columns)
             _paint(sheet, GAP + column * (CELL + GAP), TITLE + row * (CELL + LINE + GAP), cell)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(out) as fresh:
-            sheet.save(fresh, "PNG")
+        with atomic_replace(out) as temporary:
+            sheet.save(temporary, "PNG")
     except OSError as error:
         raise GigabatchError(
-            f"{out}: the contact sheet cannot be written: {error.strerror or error}. Name another "
-            "file."
+            f"{out}: the contact sheet cannot be written: {error.strerror or error}. Choose "
+            "another file."
         ) from error
 
 
 def _choose(size: int, cells: int, seed: int) -> I64:
-    """One sample of each of `cells` equal runs of `size`, in order."""
+    """Choose one sample from each of `cells` equal ranges of `size` samples, in order."""
     cells = min(cells, size)
     begin = np.arange(cells + 1) * size // cells
-    chance = uniforms(key(seed, "contact sheet"), 1, cells)[0]
-    return begin[:-1] + (chance * np.diff(begin)).astype(np.int64)
+    fraction = uniforms(key(seed, "contact sheet"), 1, cells)[0]
+    return begin[:-1] + (fraction * np.diff(begin)).astype(np.int64)
 
 
 def _cell(
-    raw: Mapping[str, bytes | Damaged], kinds: tuple[str, ...], captions: CaptionSettings | None
+    raw: Mapping[str, bytes | DamagedMember],
+    kinds: tuple[str, ...],
+    captions: CaptionSettings | None,
 ) -> _Cell:
-    """`captions`: None where the set has none."""
+    """Build the cell of a sample; `captions` is None if the set has no captions."""
     member = next((name for name in kinds if name in raw), None)
     image, why = _picture(raw[member]) if member else (None, "no image")
     caption, readable = _caption(raw.get(captions.member), captions) if captions else ("", True)
     return _Cell(image, one_line(why), one_line(caption), readable)
 
 
-def _picture(data: bytes | Damaged) -> tuple[Image.Image | None, str]:
-    """The image, scaled to fit a cell, or why there is none."""
-    if isinstance(data, Damaged):
-        return None, data.why[data.why.find("at byte ") :]  # without the shard, a long path
+def _picture(data: bytes | DamagedMember) -> tuple[Image.Image | None, str]:
+    """Return the image, scaled to fit a cell, or None and the reason."""
+    if isinstance(data, DamagedMember):
+        return None, data.why[data.why.find("at byte ") :]  # Omit the shard: its path is long.
     try:
         with open_image(data) as image:
             image.draft("RGB", (CELL, CELL))
@@ -116,8 +128,8 @@ def _picture(data: bytes | Damaged) -> tuple[Image.Image | None, str]:
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """RGB of an image of any mode; what is transparent becomes white."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+    """Convert an image of any mode to RGB; transparent pixels become white."""
+    if image.mode.startswith("I"):  # 16-bit pixels, which `convert` would clip.
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -125,16 +137,16 @@ def on_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _caption(data: bytes | Damaged | None, settings: CaptionSettings) -> tuple[str, bool]:
-    """The first caption, or what is wrong with it."""
+def _caption(data: bytes | DamagedMember | None, settings: CaptionSettings) -> tuple[str, bool]:
+    """Return the first caption and True, or the problem and False."""
     if data is None:
         return "no caption", False
-    if isinstance(data, Damaged):
+    if isinstance(data, DamagedMember):
         return "damaged caption", False
     try:
         return read_captions(data, settings, "")[0], True
     except BadSample as error:
-        return str(error).removeprefix(": its "), False
+        return str(error).removeprefix(": ").removeprefix("its "), False
 
 
 def _paint(sheet: Image.Image, left: int, top: int, cell: _Cell) -> None:
@@ -145,19 +157,19 @@ def _paint(sheet: Image.Image, left: int, top: int, cell: _Cell) -> None:
         draw.line((left, bottom - 1, right - 1, top), FRAME)
         lines = "\n".join(textwrap.wrap(cell.why, WRAP, max_lines=6, placeholder="\u2026"))
         middle = (left + CELL / 2, top + CELL / 2)
-        draw.multiline_text(middle, lines, WRONG, _font(10), "mm", align="center")
+        draw.multiline_text(middle, lines, ERROR, _font(10), "mm", align="center")
     else:
         width, height = cell.image.size
         sheet.paste(cell.image, (left + (CELL - width) // 2, top + (CELL - height) // 2))
     draw.rectangle((left - 1, top - 1, right, bottom), outline=FRAME)
-    colour = INK if cell.readable else WRONG
-    draw.text((left, bottom + LINE / 2), _fit(cell.caption, CELL, 11), colour, _font(11), "lm")
+    color = INK if cell.readable else ERROR
+    draw.text((left, bottom + LINE / 2), _fit(cell.caption, CELL, 11), color, _font(11), "lm")
 
 
 def _fit(text: str, width: int, size: int) -> str:
-    """`text`, ellipsised to `width` pixels."""
+    """Shorten `text` to `width` pixels, ending in an ellipsis."""
     font = _font(size)
-    text = text[:width]  # more letters than pixels need not be measured
+    text = text[:width]  # Longer text cannot fit; do not measure it.
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "\u2026") > width:

@@ -1,7 +1,7 @@
-"""`gigabatch data stats`: what a set holds, as numbers and as text.
+"""Description of a data set, as numbers and as text.
 
-Counts, sizes, equal images and indexed fields are of all samples, by the index alone; images'
-headers and captions are of the samples that are opened.
+Counts, sizes, equal images and indexed fields cover all samples and come from the index. Image
+headers and captions cover only the samples that are opened.
 """
 
 from __future__ import annotations
@@ -14,53 +14,67 @@ from typing import Any
 import numpy as np
 
 from gigabatch.data.decode.members import IMAGE_MEMBERS
-from gigabatch.data.describe.opened import (
+from gigabatch.data.describe.content_stats import (
     Captions,
     CaptionStats,
     Images,
     ImageStats,
-    attempt,
+    count_member,
     one_line,
 )
-from gigabatch.data.describe.rowstats import (
+from gigabatch.data.describe.index_stats import (
     Column,
+    Distribution,
     Duplicates,
     Frequencies,
     Member,
-    Spread,
-    column_of,
-    duplicates,
-    member_of,
-    spread,
-    spread_lines,
+    column_stats,
+    distribution,
+    distribution_lines,
+    find_duplicates,
+    member_stats,
 )
 from gigabatch.data.shards.index import I64, Index
 from gigabatch.data.shards.reader import Reader
 from gigabatch.data.text.captions import CaptionSettings
 
-PIECE = 64
+CHUNK = 64
 """Samples read at a time."""
-SHOWN = 10
-WIDE = 76
-"""Letters of a value in the text."""
+LISTED = 10
+"""Maximum number of values or bad samples that the text lists."""
+VALUE_WIDTH = 76
+"""Maximum number of characters of a value in the text."""
 LANGUAGE_COLUMNS = ("lang", "language", "languages", "locale")
 Progress = Callable[[int, int], None]
 
 
 @dataclass
 class SetStats:
-    """What `collect` found.
+    """Description of a set.
 
-    `bad`: opened samples that a run could not use, an empty caption among the reasons;
-    `bad_samples`: the first of them. `images`, `captions`: None where no sample has any.
-    `duplicates`: None without images or, see `checksums`, checksums.
+    Attributes:
+        source: Source of the set, as the user named it.
+        shards: Number of shards with samples.
+        shard_bytes: Size of these shards in bytes.
+        samples: Number of samples.
+        per_shard: Distribution of the number of samples in a shard.
+        members: Statistics of each kind of member.
+        checksums: Whether the index holds checksums.
+        duplicates: Samples with equal images; None without images or checksums.
+        columns: Statistics of each indexed json field.
+        opened: Number of opened samples.
+        bad: Number of opened samples that a run cannot use, for instance without a caption.
+        bad_samples: Problems of the first bad samples.
+        images: Statistics of image headers; None if no sample has an image.
+        captions: Statistics of captions; None if no sample has the caption member.
+        caption_member: Extension of the caption member, and `:FIELD` if it is a json field.
     """
 
     source: str
     shards: int
     shard_bytes: int
     samples: int
-    per_shard: Spread | None
+    per_shard: Distribution | None
     members: list[Member]
     checksums: bool
     duplicates: Duplicates | None
@@ -73,7 +87,7 @@ class SetStats:
     caption_member: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Of plain values, for `json.dumps`."""
+        """Return the statistics as values for `json.dumps`."""
         return asdict(self)
 
 
@@ -83,87 +97,94 @@ def collect(
     sample: int | None = None,
     progress: Progress | None = None,
 ) -> SetStats:
-    """Describe a set. At most `sample` samples are opened, evenly spaced; None or 0: all.
+    """Describe a set.
 
-    Raises GigabatchError where a shard cannot be read at all.
+    Args:
+        index: Set to describe.
+        captions: Captions to count.
+        sample: Number of evenly spaced samples to open; None or 0 opens all.
+        progress: Called with the number of opened samples and their total.
+
+    Raises:
+        GigabatchError: if a shard cannot be read at all.
     """
-    sizes = index.shard_sizes[index.shard_sizes > 0]  # a view may use few of its shards
+    sizes = index.shard_sizes[index.shard_sizes > 0]  # A filtered view may use few shards.
     stats = SetStats(
         source=index.source,
         shards=len(sizes),
         shard_bytes=sum(shard.bytes for shard in index.shards if shard.samples),
         samples=len(index),
-        per_shard=spread(sizes),
-        members=[member_of(index, name) for name in index.members],
+        per_shard=distribution(sizes),
+        members=[member_stats(index, name) for name in index.members],
         checksums=index.settings.checksums,
-        duplicates=duplicates(index, IMAGE_MEMBERS),
-        columns=[column_of(index, name) for name in index.columns],
+        duplicates=find_duplicates(index, IMAGE_MEMBERS),
+        columns=[column_stats(index, name) for name in index.columns],
         caption_member=":".join(filter(None, (captions.member, captions.field))),
     )
     count = min(sample or len(index), len(index))
-    _open(stats, index, captions, np.arange(count) * len(index) // count, progress)
+    _add_content(stats, index, captions, np.arange(count) * len(index) // count, progress)
     return stats
 
 
-def _open(
+def _add_content(
     stats: SetStats,
     index: Index,
     settings: CaptionSettings,
     chosen: I64,
     progress: Progress | None,
 ) -> None:
-    """Fill in what opening the samples `chosen` tells."""
+    """Open the samples `chosen` and add the statistics of their content."""
     kinds = [name for name in IMAGE_MEMBERS if name in index.members]
     texts = [settings.member] if settings.member in index.members else []
     images, captions = Images(), Captions(settings)
     if progress:
         progress(0, len(chosen))
     with Reader(index) as reader:
-        for first in range(0, len(chosen) if kinds or texts else 0, PIECE):
-            rows = chosen[first : first + PIECE]
+        for first in range(0, len(chosen) if kinds or texts else 0, CHUNK):
+            rows = chosen[first : first + CHUNK]
             raws = reader.read_batch(rows, [*kinds, *texts])
             for row, raw in zip(rows.tolist(), raws, strict=True):
                 where = partial(index.where, row)
-                whys = [attempt(images, kinds, raw, row, where)]
-                whys += [attempt(captions, texts, raw, row, where)]
-                _note(stats, [why for why in whys if why])
+                problems = [count_member(images, kinds, raw, row, where)]
+                problems += [count_member(captions, texts, raw, row, where)]
+                _add_bad_sample(stats, [problem for problem in problems if problem])
             stats.opened += len(rows)
             if progress:
                 progress(stats.opened, len(chosen))
-        stats.images = images.found() if kinds else None
-        stats.captions = captions.found(reader) if texts else None
+        stats.images = images.stats() if kinds else None
+        stats.captions = captions.stats(reader) if texts else None
 
 
-def _note(stats: SetStats, whys: list[str]) -> None:
-    stats.bad += bool(whys)
-    if whys and len(stats.bad_samples) < SHOWN:
-        stats.bad_samples.append(whys[0])
+def _add_bad_sample(stats: SetStats, problems: list[str]) -> None:
+    stats.bad += bool(problems)
+    if problems and len(stats.bad_samples) < LISTED:
+        stats.bad_samples.append(problems[0])
 
 
 def render(stats: SetStats) -> str:
-    """The same as text, of at most about 100 columns."""
-    parts = [_whole, _images, _captions, _equals, _columns, _bad]
+    """Format the statistics as text of at most about 100 columns."""
+    parts = [_summary, _images, _captions, _duplicates, _columns, _bad_samples]
     blocks = ["\n".join(part(stats)) for part in parts]
     return "\n\n".join(block for block in blocks if block)
 
 
-def _whole(stats: SetStats) -> Iterator[str]:
+def _summary(stats: SetStats) -> Iterator[str]:
     yield one_line(stats.source)
-    many = stats.shard_bytes
-    size = f"{many / 1e6:,.1f} MB" if many >= 1e5 else f"{many / 1e3:,.1f} kB"
-    yield f"{_many(stats.samples, 'sample')} in {_many(stats.shards, 'shard')}, {size}"
+    size = stats.shard_bytes
+    size_text = f"{size / 1e6:,.1f} MB" if size >= 1e5 else f"{size / 1e3:,.1f} kB"
+    yield f"{_plural(stats.samples, 'sample')} in {_plural(stats.shards, 'shard')}, {size_text}"
     yield ""
-    yield from spread_lines(
+    yield from distribution_lines(
         [
-            ("samples a shard", stats.per_shard, ","),
+            ("samples per shard", stats.per_shard, ","),
             *((f".{member.name}, bytes", member.bytes, ",") for member in stats.members),
         ]
     )
     for member in stats.members:
-        if member.lacking:
+        if member.missing:
             yield (
-                f"  {_part(member.lacking, stats.samples)} without .{member.name}; "
-                f"the first: {one_line(str(member.first_lacking))}"
+                f"  {_part(member.missing, stats.samples)} without .{member.name}; "
+                f"first: {one_line(str(member.first_missing))}"
             )
 
 
@@ -171,11 +192,11 @@ def _images(stats: SetStats) -> Iterator[str]:
     images = stats.images
     if images is None:
         return
-    yield f"Images: the headers of {_opened(images.opened, stats)}"
-    yield from _lacking(images.lacking, "one")
+    yield f"Images: headers of {_opened(images.opened, stats)}"
+    yield from _missing(images.missing, "an image")
     if not images.opened:
         return
-    yield from spread_lines(
+    yield from distribution_lines(
         [
             ("width, pixels", images.width, ","),
             ("height, pixels", images.height, ","),
@@ -193,49 +214,52 @@ def _images(stats: SetStats) -> Iterator[str]:
 def _captions(stats: SetStats) -> Iterator[str]:
     captions = stats.captions
     if captions is None:
-        yield f"Captions: no sample has a .{stats.caption_member.partition(':')[0]}; set --caption"
+        member = stats.caption_member.partition(":")[0]
+        yield f"Captions: no sample has a .{member} member; set --caption"
         return
-    yield f"Captions ({stats.caption_member}): those of {_opened(captions.samples, stats)}"
-    yield from _lacking(captions.lacking, "one")
-    yield from _lacking(captions.empty, "a text in it")
-    if captions.each is None:
+    yield f"Captions ({stats.caption_member}): {_opened(captions.samples, stats)}"
+    yield from _missing(captions.missing, "the member")
+    yield from _missing(captions.empty, "text in the member")
+    if captions.per_sample is None:
         return
-    yield from spread_lines(
+    yield from distribution_lines(
         [
-            ("captions a sample", captions.each, ","),
+            ("captions per sample", captions.per_sample, ","),
             ("characters", captions.characters, ","),
-            ("words, by spaces", captions.words, ","),
+            ("words", captions.words, ","),
         ]
     )
-    yield f"  scripts, by most letters: {_frequent(captions.scripts)}"
+    yield f"  scripts (of most letters): {_frequent(captions.scripts)}"
     if captions.keys:
         yield f"  {stats.caption_member} holds: {_frequent(captions.keys, captions.samples)}"
     yield (
-        f"  {captions.distinct:,} different ones; {_part(captions.repeated, captions.samples)} "
-        "of the samples share one with another"
+        f"  {captions.distinct:,} distinct captions; {_part(captions.repeated, captions.samples)} "
+        "of the samples share one with another sample"
     )
     for text, count in captions.top:
-        yield f"  {count:>9,} x {one_line(text, WIDE)}"
+        yield f"  {count:>9,} x {one_line(text, VALUE_WIDTH)}"
 
 
-def _equals(stats: SetStats) -> Iterator[str]:
+def _duplicates(stats: SetStats) -> Iterator[str]:
     if not stats.checksums:
-        yield "Equal images: not sought, since the index has no checksums (--headers-only)"
-    equal = stats.duplicates
-    if equal is None:
+        yield "Equal images: not searched, because the index has no checksums (--headers-only)"
+    duplicates = stats.duplicates
+    if duplicates is None:
         return
-    if not equal.groups:
-        yield f"Equal images, by CRC-32C and size: none among {equal.samples:,}"
+    if not duplicates.groups:
+        yield f"Equal images (CRC-32C and size): 0 of {duplicates.samples:,}"
         return
     yield (
-        f"Equal images, by CRC-32C and size: {_part(equal.repeated, equal.samples)}, in "
-        f"{_many(equal.groups, 'group')}"
+        f"Equal images (CRC-32C and size): {_part(duplicates.repeated, duplicates.samples)}, in "
+        f"{_plural(duplicates.groups, 'group')}"
     )
-    told = f"{equal.different} differed" if equal.different else "all equal byte by byte"
-    yield f"  {_many(equal.compared, 'group')} compared: {told}"
-    if equal.by_chance >= 0.5:
-        yield f"  (by chance about {equal.by_chance:,.0f} pairs that differ look equal so)"
-    for size, samples in equal.examples:
+    different = duplicates.different
+    outcome = f"{different} differ" if different else "all equal byte by byte"
+    yield f"  {_plural(duplicates.compared, 'group')} compared: {outcome}"
+    if duplicates.chance_pairs >= 0.5:
+        pairs = f"{duplicates.chance_pairs:,.0f}"
+        yield f"  (about {pairs} pairs of different images are expected to match by chance)"
+    for size, samples in duplicates.examples:
         yield f"  {size:>9,} x {one_line(samples[0])}"
         yield from (f"{'':>14}{one_line(where)}" for where in samples[1:])
 
@@ -250,27 +274,27 @@ def _columns(stats: SetStats) -> Iterator[str]:
             else ""
         )
         yield (
-            f"{'Languages, by field' if is_language else 'Field'} {one_line(name)}: "
-            f"{'more than ' if column.values.more else ''}{column.values.distinct:,} different "
+            f"{'Languages, field' if is_language else 'Field'} {one_line(name)}: "
+            f"{'more than ' if column.values.truncated else ''}{column.values.distinct:,} distinct "
             f"values{span}; null in {_part(column.nulls, stats.samples)}"
         )
-        most = max((count for _, count in column.values.top), default=0)
-        for value, count in column.values.top if most > 1 else ():
-            yield f"  {count:>9,} x {one_line(str(value), WIDE)}"
+        highest = max((count for _, count in column.values.top), default=0)
+        for value, count in column.values.top if highest > 1 else ():
+            yield f"  {count:>9,} x {one_line(str(value), VALUE_WIDTH)}"
 
 
-def _bad(stats: SetStats) -> Iterator[str]:
+def _bad_samples(stats: SetStats) -> Iterator[str]:
     if stats.bad:
-        yield f"Not usable: {_part(stats.bad, stats.opened)} of the samples opened"
-        yield from (f"  {one_line(why)}" for why in stats.bad_samples)
+        yield f"Unusable: {_part(stats.bad, stats.opened)} of the opened samples"
+        yield from (f"  {one_line(problem)}" for problem in stats.bad_samples)
         if stats.bad > len(stats.bad_samples):
             yield f"  ... and {stats.bad - len(stats.bad_samples):,} more"
         yield "  (`gigabatch data check` reads and decodes every sample)"
 
 
-def _lacking(count: int, what: str) -> Iterator[str]:
+def _missing(count: int, part: str) -> Iterator[str]:
     if count:
-        yield f"  {_many(count, 'sample')} without {what}"
+        yield f"  {_plural(count, 'sample')} without {part}"
 
 
 def _opened(count: int, stats: SetStats) -> str:
@@ -279,20 +303,21 @@ def _opened(count: int, stats: SetStats) -> str:
     return f"{count:,} of {stats.opened:,} opened samples, evenly spaced"
 
 
-def _frequent(found: Frequencies, of: int | None = None) -> str:
-    shown = [f"{one_line(str(v))} {_share(n, of or found.count)}" for v, n in found.top[:SHOWN]]
-    if rest := found.distinct - len(shown):
-        shown += [f"and {rest:,}{' or more' if found.more else ''} others"]
-    return ", ".join(shown)
+def _frequent(values: Frequencies, total: int | None = None) -> str:
+    total = total or values.count
+    listed = [f"{one_line(str(v))} {_share(n, total)}" for v, n in values.top[:LISTED]]
+    if rest := values.distinct - len(listed):
+        listed += [f"and {rest:,}{' or more' if values.truncated else ''} others"]
+    return ", ".join(listed)
 
 
-def _part(count: int, of: float) -> str:
-    return f"{count:,} ({_share(count, of)})"
+def _part(count: int, total: float) -> str:
+    return f"{count:,} ({_share(count, total)})"
 
 
-def _share(count: float, of: float) -> str:
-    """Never "0.0%" of something, nor "100.0%" of less than all."""
-    share = count / of if of else 0.0
+def _share(count: float, total: float) -> str:
+    """Format a percentage; "0.0%" means none and "100.0%" means all."""
+    share = count / total if total else 0.0
     if 0 < share < 0.0005:
         return "<0.1%"
     return f"{min(share, 0.999) if share < 1 else share:.1%}"
@@ -302,5 +327,5 @@ def _number(value: float | None) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
 
 
-def _many(count: int, what: str) -> str:
-    return f"{count:,} {what}{'s' if count != 1 else ''}"
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"

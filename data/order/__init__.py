@@ -1,1 +1,1 @@
-"""The sample order: position -> (epoch, source, sample), and its assignment to ranks."""
+"""The sample order: position -> (source, epoch, row), and the assignment of samples to ranks."""

@@ -1,4 +1,4 @@
-"""Which samples each micro-batch of a rank holds: the order, cut and dealt."""
+"""Assignment of samples to micro-batches and of micro-batches to ranks."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gigabatch.data.order.epoch_order import deal, rounds
-from gigabatch.data.order.mixture import Mixture, batch_numbers
+from gigabatch.data.order.epoch_order import micro_batch_range, micro_batches_per_rank
+from gigabatch.data.order.mixture import Mixture, batch_sample_numbers
+from gigabatch.data.rng import I64
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One micro-batch to be read: its name, and its sample numbers."""
+class MicroBatchPlan:
+    """One micro-batch to read.
+
+    Attributes:
+        step: The training step, from 1; 0 in an evaluation.
+        number: The micro-batch's number in its step.
+        real: False for padding, which repeats one sample.
+        samples: The sample numbers.
+    """
 
     step: int
     number: int
@@ -23,7 +31,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class TrainPlans:
-    """This rank's micro-batches of steps `first_step` to `last_step`, dummies included."""
+    """This rank's micro-batches of steps `first_step` to `last_step`, padding included."""
 
     mixture: Mixture
     global_size: int
@@ -35,37 +43,41 @@ class TrainPlans:
 
     @property
     def per_step(self) -> int:
-        return rounds(self.global_size // self.micro_size, self.world_size)
+        """Micro-batches of this rank in a step."""
+        return micro_batches_per_rank(self.global_size // self.micro_size, self.world_size)
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[MicroBatchPlan]:
         for step in range(self.first_step, self.last_step + 1):
-            samples = batch_numbers(self.mixture, step, self.global_size)
-            yield from _deal(samples, self.micro_size, self.world_size, self.rank, step)
+            samples = batch_sample_numbers(self.mixture, step, self.global_size)
+            yield from _rank_plans(samples, self.micro_size, self.world_size, self.rank, step)
 
 
 @dataclass(frozen=True)
 class EvalPlans:
-    """This rank's share of samples 0 to `count` - 1, in order, dummies included; the last real
-    micro-batch may be short."""
+    """This rank's share of samples 0 to `count` - 1, in order, padding included.
+
+    The last real micro-batch may be shorter than `micro_size`.
+    """
 
     count: int
     micro_size: int
     world_size: int
     rank: int
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[MicroBatchPlan]:
         samples = np.arange(self.count)
-        return _deal(samples, self.micro_size, self.world_size, self.rank, step=0)
+        return _rank_plans(samples, self.micro_size, self.world_size, self.rank, step=0)
 
 
-def _deal(
-    samples: np.ndarray, micro_size: int, world_size: int, rank: int, step: int
-) -> Iterator[Plan]:
+def _rank_plans(
+    samples: I64, micro_size: int, world_size: int, rank: int, step: int
+) -> Iterator[MicroBatchPlan]:
+    """Yield the micro-batches of one rank, then padding up to the count of every rank."""
     count = -(-len(samples) // micro_size)
-    mine = deal(count, world_size, rank)
-    for j in mine:
-        rows = samples[j * micro_size : (j + 1) * micro_size]
-        yield Plan(step, j, True, tuple(rows.tolist()))
-    for _ in range(rounds(count, world_size) - len(mine)):
-        # One real sample: batches of size zero crash models and ZeRO.
-        yield Plan(step, count, False, (int(samples[0]),))
+    numbers = micro_batch_range(count, world_size, rank)
+    for number in numbers:
+        rows = samples[number * micro_size : (number + 1) * micro_size]
+        yield MicroBatchPlan(step, number, True, tuple(rows.tolist()))
+    for _ in range(micro_batches_per_rank(count, world_size) - len(numbers)):
+        # Padding has one real sample: batches of size zero crash models and ZeRO.
+        yield MicroBatchPlan(step, count, False, (int(samples[0]),))

@@ -1,11 +1,15 @@
-"""The order of a source's samples, and how a global batch is dealt: formulas, no state.
+"""The shuffled order of one source's samples, and the split of a global batch over ranks.
 
-position -> (epoch, sample). The shards are permuted anew each epoch; a window slides over
-`window` consecutive shards of that permutation, and the samples inside a window are permuted.
-Every sample comes once an epoch. A batch is a set of positions of one or several sources
-(mixture.py); sorted by sample number (so by shard), it is cut into numbered micro-batches, and
-whole runs of them are dealt to ranks. None of this depends on the world size except which rank
-holds which micro-batch.
+Both are formulas without state. The order maps position -> (epoch, row):
+
+1. The shards are permuted, differently in every epoch.
+2. The permuted shards are grouped into windows of `window` consecutive shards.
+3. The samples inside a window are permuted.
+
+So every sample occurs once an epoch. A global batch is a range of positions of one or several
+sources (`mixture.py`). Sorted by sample number, and so by shard, it is split into numbered
+micro-batches, and each rank gets a contiguous range of them. The world size only decides which rank
+gets which micro-batch.
 """
 
 from __future__ import annotations
@@ -16,18 +20,22 @@ from functools import cached_property
 
 import numpy as np
 
-from gigabatch.data.rng import I64, key, permute, permute_each
+from gigabatch.data.rng import I64, key, permute, permute_elementwise
 
-WALKS_KEPT = 2
-"""Epochs whose walks an order keeps at hand: a batch may straddle the edge of two."""
+EPOCHS_CACHED = 2
+"""Epochs whose shard order is kept: a batch may lie in two."""
 
 
-class Order:
-    """A shuffled, endless walk over a set of shards.
+class ShuffledOrder:
+    """A shuffled, endless order of a set of shards.
 
-    `shard_sizes`: samples in each shard, in sample-number order; a shard may be empty. `window`:
-    how many shards are mixed at a time (1 shuffles only inside a shard; more than the number of
-    shards is a full shuffle). A value: compared by its arguments, and pickled as them.
+    A value: compared by its arguments, and pickled as them.
+
+    Args:
+        shard_sizes: Samples of every shard, int64 [S]; a shard may be empty.
+        seed: Selects the order.
+        window: Shards whose samples are mixed. 1 shuffles only inside a shard; S or more is a full
+            shuffle.
     """
 
     def __init__(self, shard_sizes: Sequence[int] | I64, seed: int, window: int) -> None:
@@ -35,11 +43,11 @@ class Order:
         self.shard_sizes.setflags(write=False)
         self.seed, self.window = seed, window
         self.epoch_size = int(self.shard_sizes.sum())
-        self._walks: dict[int, _Walk] = {}
+        self._shard_orders: dict[int, _ShardOrder] = {}
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Order)
+            isinstance(other, ShuffledOrder)
             and (self.seed, self.window) == (other.seed, other.window)
             and np.array_equal(self.shard_sizes, other.shard_sizes)
         )
@@ -47,72 +55,74 @@ class Order:
     def __hash__(self) -> int:
         return hash((self.seed, self.window, len(self.shard_sizes), self.epoch_size))
 
-    def __reduce__(self) -> tuple[type[Order], tuple[I64, int, int]]:
-        return Order, (self.shard_sizes, self.seed, self.window)
+    def __reduce__(self) -> tuple[type[ShuffledOrder], tuple[I64, int, int]]:
+        return ShuffledOrder, (self.shard_sizes, self.seed, self.window)
 
     @cached_property
-    def first_sample(self) -> I64:
-        """[S + 1] the sample number at which each shard starts."""
-        return _starts(self.shard_sizes)
+    def shard_starts(self) -> I64:
+        """Row at which every shard starts, then the number of rows; int64 [S + 1]."""
+        return _offsets(self.shard_sizes)
 
     def locate(self, positions: I64) -> tuple[I64, I64]:
-        """(epoch, sample number) of each position; all int64 [n]."""
+        """Return (epoch, row) of positions, int64 [n] each."""
         epochs, offsets = np.divmod(positions, self.epoch_size)
-        samples = np.empty_like(offsets)
+        rows = np.empty_like(offsets)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            samples[here] = self._in_epoch(int(epoch), offsets[here])
-        return epochs, samples
+            rows[here] = self._rows_in_epoch(int(epoch), offsets[here])
+        return epochs, rows
 
-    def _in_epoch(self, epoch: int, offset: I64) -> I64:
-        walk = self._walk(epoch)
-        window = np.searchsorted(walk.window_starts, offset, side="right") - 1
-        start, end = walk.window_starts[window], walk.window_starts[window + 1]
-        used, which = np.unique(window, return_inverse=True)
-        streams = [key(self.seed, "window", epoch, w) for w in used.tolist()]
-        each = np.array(streams, np.uint64)[which]
-        shuffled = start + permute_each(offset - start, end - start, each)
-        slot = np.searchsorted(walk.slot_starts, shuffled, side="right") - 1
-        return self.first_sample[walk.visit[slot]] + shuffled - walk.slot_starts[slot]
+    def _rows_in_epoch(self, epoch: int, offset: I64) -> I64:
+        """Return the rows at offsets in an epoch, int64 [n]."""
+        order = self._shard_order(epoch)
+        window = np.searchsorted(order.window_starts, offset, side="right") - 1
+        start, end = order.window_starts[window], order.window_starts[window + 1]
+        windows, inverse = np.unique(window, return_inverse=True)
+        keys = [key(self.seed, "window", epoch, w) for w in windows.tolist()]
+        rng_keys = np.array(keys, np.uint64)[inverse]
+        shuffled = start + permute_elementwise(offset - start, end - start, rng_keys)
+        slot = np.searchsorted(order.slot_starts, shuffled, side="right") - 1
+        return self.shard_starts[order.shards[slot]] + shuffled - order.slot_starts[slot]
 
-    def _walk(self, epoch: int) -> _Walk:
-        if epoch not in self._walks:
-            while len(self._walks) >= WALKS_KEPT:
-                del self._walks[next(iter(self._walks))]
-            self._walks[epoch] = _walk_of(self, epoch)
-        return self._walks[epoch]
+    def _shard_order(self, epoch: int) -> _ShardOrder:
+        """Return the order of the shards in an epoch, from the cache if possible."""
+        if epoch not in self._shard_orders:
+            while len(self._shard_orders) >= EPOCHS_CACHED:
+                del self._shard_orders[next(iter(self._shard_orders))]
+            self._shard_orders[epoch] = _permute_shards(self, epoch)
+        return self._shard_orders[epoch]
 
 
 @dataclass(frozen=True)
-class _Walk:
-    """One epoch's shards, in the order they are visited."""
+class _ShardOrder:
+    """The order of one epoch's shards."""
 
-    visit: I64  # [S] the shard in each slot
+    shards: I64  # [S] the shard in each slot
     slot_starts: I64  # [S + 1] offset in the epoch at which each slot starts
-    window_starts: I64  # [ceil(S / window) + 1] offsets at which windows start
+    window_starts: I64  # [ceil(S / window) + 1] offset at which each window starts
 
 
-def _walk_of(order: Order, epoch: int) -> _Walk:
+def _permute_shards(order: ShuffledOrder, epoch: int) -> _ShardOrder:
     sizes = order.shard_sizes
-    visit = permute(np.arange(len(sizes)), len(sizes), key(order.seed, "shards", epoch))
-    slot_starts = _starts(sizes.take(visit))
-    edges = np.append(slot_starts[:-1][:: order.window], slot_starts[-1])
-    return _Walk(visit, slot_starts, edges)
+    shards = permute(np.arange(len(sizes)), len(sizes), key(order.seed, "shards", epoch))
+    slot_starts = _offsets(sizes.take(shards))
+    window_starts = np.append(slot_starts[:-1][:: order.window], slot_starts[-1])
+    return _ShardOrder(shards, slot_starts, window_starts)
 
 
-def _starts(sizes: I64) -> I64:
-    """[n + 1] where each of n things of these sizes starts, and where the last ends."""
-    starts = np.zeros(len(sizes) + 1, np.int64)
-    np.cumsum(sizes, out=starts[1:])
-    return starts
+def _offsets(sizes: I64) -> I64:
+    """Return offsets int64 [n + 1]: 0, then cumulative sizes."""
+    offsets = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=offsets[1:])
+    return offsets
 
 
-def deal(micro_batches: int, world_size: int, rank: int) -> range:
-    """The run of micro-batch numbers that `rank` holds; runs differ in length by at most one."""
+def micro_batch_range(micro_batches: int, world_size: int, rank: int) -> range:
+    """Return the micro-batch numbers of `rank`; the ranks' counts differ by at most one."""
     first = rank * micro_batches // world_size
     return range(first, (rank + 1) * micro_batches // world_size)
 
 
-def rounds(micro_batches: int, world_size: int) -> int:
-    """Micro-batches every rank must run, dummies included, so that collectives pair up."""
+def micro_batches_per_rank(micro_batches: int, world_size: int) -> int:
+    """Return the micro-batches of every rank, padding included, so that collectives match."""
     return -(-micro_batches // world_size)

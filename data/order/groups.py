@@ -1,12 +1,12 @@
-"""Batches of one group (a domain, a language): a source's order, made of whole batches.
+"""The order of one source in batches of one group, such as a domain or a language.
 
-Of n samples an epoch cuts each group, shuffled, into full batches; what is left over goes into a
-pool, which epoch after epoch is one stream, cut into mixed batches. By the start of epoch e,
-floor(e * n / batch) batches have come, so seeking is a division. Which samples are left over, and
-how the batches follow each other, changes by epoch. A mixed batch is known by its samples' groups
-alone: the objective masks pairs of different ones.
+In every epoch, each group is shuffled and split into full batches. The samples left over go to a
+pool. The pools of consecutive epochs form one sequence, which is split into mixed batches. By the
+start of epoch e, floor(e * n / batch) batches of the n samples have occurred, so seeking is a
+division. Which samples are left over and the order of the batches change with the epoch. Nothing
+marks a mixed batch but its samples' groups: the objective masks pairs of different groups.
 
-The order is shuffled over the whole source, not over windows of shards: let it be on a local disk.
+The shuffle covers the full source, not a window of shards, so the source should be on a local disk.
 """
 
 from __future__ import annotations
@@ -14,95 +14,107 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from gigabatch.data.rng import I64, key, permute, permute_each
+from gigabatch.data.rng import I64, key, permute, permute_elementwise
 
 
-class Grouped:
-    """A shuffled, endless walk in which every `batch` positions share a group, or are mixed.
+class GroupedOrder:
+    """A shuffled, endless order in which every `batch` positions share a group, or are mixed.
 
-    `codes`: integers [n], the group of each sample, in sample-number order (any value is a group,
-    also that of "unknown"). `batch`: positions of a batch. A value: compared by what it was made
-    of. Memory: 4 bytes a sample (8 above 2^31 samples); while it is made, some 20 more.
+    A value: compared by its contents. It takes 4 bytes a sample (8 from 2^31 samples on), and 20
+    more while it is built.
+
+    Args:
+        codes: Group of every sample, integers [n]. Every value is a group, including the one that
+            means "unknown".
+        batch: Positions of a batch.
+        seed: Selects the order.
     """
 
     def __init__(self, codes: NDArray[np.integer], batch: int, seed: int) -> None:
         self.batch, self.seed, self.epoch_size = batch, seed, len(codes)
-        ordered = np.argsort(codes, kind="stable")
-        of_group = codes[ordered]
-        opens = np.ones(len(codes), bool)
-        opens[1:] = of_group[1:] != of_group[:-1]
-        self._first = np.append(np.flatnonzero(opens), len(codes))
-        self._codes = of_group[opens].astype(np.int64)
+        by_group = np.argsort(codes, kind="stable")
+        sorted_codes = codes[by_group]
+        starts_group = np.ones(len(codes), bool)
+        starts_group[1:] = sorted_codes[1:] != sorted_codes[:-1]
+        # G groups, in ascending order of their codes.
+        self._group_starts = np.append(np.flatnonzero(starts_group), len(codes))  # [G + 1]
+        self._codes = sorted_codes[starts_group].astype(np.int64)  # [G]
         small = len(codes) < 1 << 31
-        self._members = ordered.astype(np.int32) if small else ordered
-        self._sizes = np.diff(self._first)
-        self._full = _ends(self._sizes // batch)
-        self._left = _ends(self._sizes % batch)
+        self._rows = by_group.astype(np.int32) if small else by_group  # [n]
+        self._sizes = np.diff(self._group_starts)  # [G]
+        self._full_offsets = _offsets(self._sizes // batch)  # [G + 1] in full batches
+        self._pool_offsets = _offsets(self._sizes % batch)  # [G + 1] in samples
 
     def __eq__(self, other: object) -> bool:
         return (
-            isinstance(other, Grouped)
+            isinstance(other, GroupedOrder)
             and (self.batch, self.seed) == (other.batch, other.seed)
             and np.array_equal(self._codes, other._codes)
-            and np.array_equal(self._first, other._first)
-            and np.array_equal(self._members, other._members)
+            and np.array_equal(self._group_starts, other._group_starts)
+            and np.array_equal(self._rows, other._rows)
         )
 
     def __hash__(self) -> int:
         return hash((self.batch, self.seed, self.epoch_size, len(self._codes)))
 
     def locate(self, positions: I64) -> tuple[I64, I64]:
-        """(epoch, sample number) of each position; all int64 [n]."""
-        batches, rows = np.divmod(positions, self.batch)
-        epochs, samples = np.empty_like(rows), np.empty_like(rows)
+        """Return (epoch, row) of positions, int64 [n] each."""
+        batches, offsets = np.divmod(positions, self.batch)
+        epochs, rows = np.empty_like(offsets), np.empty_like(offsets)
         for number in np.unique(batches):
             here = batches == number
-            epochs[here], samples[here] = self._in_batch(int(number), rows[here])
-        return epochs, samples
+            epochs[here], rows[here] = self._locate_in_batch(int(number), offsets[here])
+        return epochs, rows
 
-    def _in_batch(self, number: int, rows: I64) -> tuple[I64, I64]:
-        # Batch k is of the epoch in which its last sample lies where an epoch is n in a row.
+    def _locate_in_batch(self, number: int, offsets: I64) -> tuple[I64, I64]:
+        """Return (epoch, row) at offsets in batch `number`."""
+        # A batch belongs to the epoch in which its last sample would lie if epochs of n samples
+        # followed each other.
         epoch = ((number + 1) * self.batch - 1) // self.epoch_size
-        start = epoch * self.epoch_size // self.batch
-        count = (epoch + 1) * self.epoch_size // self.batch - start
-        stream = key(self.seed, "batches", epoch)
-        place = int(permute(np.array([number - start]), count, stream)[0])
-        full = int(self._full[-1])
-        if place < full:
-            return self._in_full(epoch, place, rows)
-        mixed = epoch * int(self._left[-1]) // self.batch + place - full
-        return self._in_pool(mixed * self.batch + rows)
+        first = epoch * self.epoch_size // self.batch
+        count = (epoch + 1) * self.epoch_size // self.batch - first
+        rng_key = key(self.seed, "batches", epoch)
+        # The epoch's full batches come first, then its mixed batches, before this permutation.
+        batch = int(permute(np.array([number - first]), count, rng_key)[0])
+        full_batches = int(self._full_offsets[-1])
+        if batch < full_batches:
+            return self._locate_in_full_batch(epoch, batch, offsets)
+        mixed = epoch * int(self._pool_offsets[-1]) // self.batch + batch - full_batches
+        return self._locate_in_pools(mixed * self.batch + offsets)
 
-    def _in_full(self, epoch: int, place: int, rows: I64) -> tuple[I64, I64]:
-        group = int(np.searchsorted(self._full, place, side="right")) - 1
-        within = (place - int(self._full[group])) * self.batch + rows
-        groups = np.full_like(rows, group)
-        return np.full_like(rows, epoch), self._sample(epoch, groups, within)
+    def _locate_in_full_batch(self, epoch: int, batch: int, offsets: I64) -> tuple[I64, I64]:
+        """Return (epoch, row) at offsets in a full batch of an epoch."""
+        group = int(np.searchsorted(self._full_offsets, batch, side="right")) - 1
+        in_group = (batch - int(self._full_offsets[group])) * self.batch + offsets
+        groups = np.full_like(offsets, group)
+        return np.full_like(offsets, epoch), self._rows_of_groups(epoch, groups, in_group)
 
-    def _in_pool(self, places: I64) -> tuple[I64, I64]:
-        """(epoch, sample) at places of the stream of what is left over."""
-        pool = int(self._left[-1])
-        epochs, offsets = np.divmod(places, pool)
-        samples = np.empty_like(places)
+    def _locate_in_pools(self, positions: I64) -> tuple[I64, I64]:
+        """Return (epoch, row) at positions in the sequence of all epochs' pools."""
+        pool_size = int(self._pool_offsets[-1])
+        epochs, offsets = np.divmod(positions, pool_size)
+        rows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            # Begun at another group each epoch, so that it is not always the same that are cut.
-            begin = self._left[key(self.seed, "pool", epoch) % len(self._codes)]
-            offset = (offsets[here] + begin) % pool
-            groups = np.searchsorted(self._left, offset, side="right") - 1
-            within = self._sizes[groups] // self.batch * self.batch + offset - self._left[groups]
-            samples[here] = self._sample(epoch, groups, within)
-        return epochs, samples
+            # Each epoch starts at another group; otherwise the same groups would always be split
+            # between two mixed batches.
+            begin = self._pool_offsets[key(self.seed, "pool", epoch) % len(self._codes)]
+            offset = (offsets[here] + begin) % pool_size
+            groups = np.searchsorted(self._pool_offsets, offset, side="right") - 1
+            in_full = self._sizes[groups] // self.batch * self.batch
+            in_group = in_full + offset - self._pool_offsets[groups]
+            rows[here] = self._rows_of_groups(epoch, groups, in_group)
+        return epochs, rows
 
-    def _sample(self, epoch: int, groups: I64, within: I64) -> I64:
-        """The sample at a place of its group, each epoch in another order."""
-        used, which = np.unique(groups, return_inverse=True)
-        codes = self._codes[used].tolist()
-        streams = np.array([key(self.seed, "group", epoch, c) for c in codes], np.uint64)[which]
-        shuffled = permute_each(within, self._sizes[groups], streams)
-        return self._members[self._first[groups] + shuffled].astype(np.int64)
+    def _rows_of_groups(self, epoch: int, groups: I64, in_group: I64) -> I64:
+        """Return the rows at positions in their groups, shuffled differently in every epoch."""
+        distinct, inverse = np.unique(groups, return_inverse=True)
+        codes = self._codes[distinct].tolist()
+        rng_keys = np.array([key(self.seed, "group", epoch, c) for c in codes], np.uint64)[inverse]
+        shuffled = permute_elementwise(in_group, self._sizes[groups], rng_keys)
+        return self._rows[self._group_starts[groups] + shuffled].astype(np.int64)
 
 
-def _ends(counts: I64) -> I64:
-    """[n + 1] 0, and how many things there are up to and with each of n."""
+def _offsets(counts: I64) -> I64:
+    """Return offsets int64 [n + 1]: 0, then cumulative counts."""
     return np.concatenate([[0], np.cumsum(counts)])

@@ -1,11 +1,11 @@
-"""Several sources mixed by weight, in a formula: position -> (source, epoch, sample).
+"""A weighted mixture of sources as a formula: position -> (source, epoch, row).
 
-Positions are cut into units (a sample, or a whole batch of one source), and units into blocks.
-In each block every source has exactly its share of the units; a keyed permutation says which.
-Each source is walked in its own order, one position after the other, so where a position lies
-in it follows from whole blocks (a product) and the block it is in (a count). Weights hold for
-whole blocks: then seeking costs the same wherever, and no state is kept. Of a single source the
-positions are just its own.
+Positions are grouped into units (one sample, or a full batch of one source), and units into blocks.
+In each block every source has exactly its share of the units; a random permutation decides which.
+Each source is read in its own order. A position's place in that order follows from the full blocks
+before it (a product) and the block that it is in (a count), so seeking costs the same everywhere
+and no state is kept. To allow this, weights apply to full blocks. A single source is read in its
+own order, without blocks.
 """
 
 from __future__ import annotations
@@ -21,52 +21,58 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import I64, key, permute
 
-NUMBER_BITS = 40
-"""A sample's number is `source << NUMBER_BITS | sample`: one int64 for all sources."""
+SAMPLE_BITS = 40
+"""A sample number is `source << SAMPLE_BITS | row`: one int64, unique over all sources."""
 SAMPLE_BLOCK = 10_000
-"""Samples of a block, where units are samples: weights are exact to 0.01 %."""
+"""Units of a block if a unit is a sample: weights are exact to 0.01 %."""
 BATCH_BLOCK = 100
-"""Units of a block, where units are batches: enough for weights of 1 %, few enough that a source
-of 1 % is never away for 200 steps, and that new weights begin within 100."""
+"""Units of a block if a unit is a batch. Enough for weights of 1 %; few enough that a source of 1 %
+is never absent for 200 steps, and that new weights apply within 100."""
 
 
-class Walk(Protocol):
-    """A source's own endless order, such as an `Order`."""
+class SampleOrder(Protocol):
+    """The endless order of one source, such as a `ShuffledOrder`."""
 
     @property
     def epoch_size(self) -> int: ...
 
     def locate(self, positions: I64) -> tuple[I64, I64]:
-        """(epoch, sample) of each position; all int64 [n]."""
+        """Return (epoch, row) of positions, int64 [n] each."""
         ...
 
 
 class Phase(NamedTuple):
-    """From position `start` on (rounded up to a block's edge) sources have these weights."""
+    """Weights of the sources from position `start` on, rounded up to the start of a block."""
 
     start: int
     weights: tuple[float, ...]
 
 
-class Located(NamedTuple):
-    """Where positions lie; all int64 [n]. `epoch`: of the source."""
+class Locations(NamedTuple):
+    """What lies at n positions: source number, epoch of the source, row; int64 [n] each."""
 
     source: I64
     epoch: I64
-    sample: I64
+    row: I64
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """An endless walk over S sources.
+    """An endless order over S sources.
 
-    `walks`: one for each source. `phases`: the first starts at 0; starts grow. `unit`: consecutive
-    positions that come of one source (1, or the global batch size for batches of one source).
-    Raises GigabatchError where a phase gives a source less than one unit in a block, or a source
-    is empty.
+    Args:
+        orders: The order of every source.
+        phases: Weights; the first phase starts at 0, and starts increase.
+        seed: Selects the order.
+        unit: Consecutive positions that come from one source: 1, or the global batch size for
+            batches of one source.
+
+    Raises:
+        GigabatchError: if a phase gives a source less than one unit in a block, or a source is
+            empty.
     """
 
-    walks: tuple[Walk, ...]
+    orders: tuple[SampleOrder, ...]
     phases: tuple[Phase, ...]
     seed: int
     unit: int = 1
@@ -74,11 +80,14 @@ class Mixture:
     def __post_init__(self) -> None:
         starts = [phase.start for phase in self.phases]
         if starts[:1] != [0] or starts != sorted(set(starts)):
-            raise GigabatchError(f"data.curriculum: phases must start at 0 and grow; got {starts}.")
-        for source, walk in enumerate(self.walks):
-            if not walk.epoch_size:
+            raise GigabatchError(
+                f"data.curriculum: phases must start at 0 and increase; got {starts}. Sort "
+                "from_sample and remove repeats."
+            )
+        for source, order in enumerate(self.orders):
+            if not order.epoch_size:
                 raise GigabatchError(f"data.train[{source}]: it has no sample. Leave it out.")
-        _ = self._counts  # raises where weights do not fit
+        _ = self._counts  # raises if weights are invalid
 
     @property
     def block(self) -> int:
@@ -87,107 +96,109 @@ class Mixture:
 
     @cached_property
     def _first_block(self) -> I64:
-        """[phases] the block at which each begins."""
-        width = self.unit * self.block
-        return np.array([-(-phase.start // width) for phase in self.phases], np.int64)
+        """Block at which every phase starts, int64 [phases]."""
+        block_positions = self.unit * self.block
+        return np.array([-(-phase.start // block_positions) for phase in self.phases], np.int64)
 
     @cached_property
     def _counts(self) -> I64:
-        """[phases, S] units of each source in a block."""
-        counts = [self._shares(phase) for phase in self.phases]
-        return np.array(counts, np.int64).reshape(len(self.phases), len(self.walks))
+        """Units of every source in a block, int64 [phases, S]."""
+        counts = [self._units_of_phase(phase) for phase in self.phases]
+        return np.array(counts, np.int64).reshape(len(self.phases), len(self.orders))
 
-    def _shares(self, phase: Phase) -> list[int]:
-        if len(phase.weights) != len(self.walks):
+    def _units_of_phase(self, phase: Phase) -> list[int]:
+        """Check a phase's weights; return the units of every source in a block."""
+        where = f"from sample {phase.start} on"
+        if len(phase.weights) != len(self.orders):
             raise GigabatchError(
-                f"data.curriculum: {len(phase.weights)} weights for {len(self.walks)} sources from "
-                f"sample {phase.start} on. Give one each."
+                f"data.curriculum: {len(phase.weights)} weights for {len(self.orders)} sources "
+                f"{where}. Give one weight per source."
             )
         total = sum(phase.weights)
         if not 0 < total < inf or min(phase.weights) < 0:
             raise GigabatchError(
-                f"data.curriculum: weights {phase.weights} from sample {phase.start} on. None may "
-                "below 0 or infinite, and one must be above 0."
+                f"data.curriculum: weights {phase.weights} {where}. No weight may be below 0 or "
+                "infinite, and one must be above 0."
             )
         counts = apportion(phase.weights, self.block)
         for source, (weight, count) in enumerate(zip(phase.weights, counts, strict=True)):
             if weight and not count:
                 units = "samples" if self.unit == 1 else "batches"
                 raise GigabatchError(
-                    f"data.train[{source}]: weight {weight:g} of {total:g} (from sample "
-                    f"{phase.start} on) gives it none of the {self.block} {units} of a block, over "
-                    f"which weights are exact. Make it at least {total / self.block:g}, or 0."
+                    f"data.train[{source}]: weight {weight:g} of {total:g} ({where}) gives it none "
+                    f"of the {self.block} {units} of a block, over which weights are exact. Set it "
+                    f"to at least {total / self.block:g}, or to 0."
                 )
         return counts
 
     @cached_property
-    def _before_phase(self) -> I64:
-        """[phases, S] units of each source before each phase."""
+    def _units_before_phase(self) -> I64:
+        """Units of every source before every phase, int64 [phases, S]."""
         blocks = np.diff(self._first_block)
         before = np.zeros_like(self._counts)
         np.cumsum(blocks[:, None] * self._counts[:-1], axis=0, out=before[1:])
         return before
 
-    def locate(self, positions: I64) -> Located:
-        """The source, its epoch and its sample at each position, int64 [n]."""
-        if len(self.walks) == 1:
-            return Located(np.zeros_like(positions), *self.walks[0].locate(positions))
-        units, within = np.divmod(positions, self.unit)
-        source, of_source = self._place(units)
-        own = of_source * self.unit + within
-        epoch, sample = np.empty_like(own), np.empty_like(own)
+    def locate(self, positions: I64) -> Locations:
+        """Return source, epoch and row of positions, int64 [n]."""
+        if len(self.orders) == 1:
+            return Locations(np.zeros_like(positions), *self.orders[0].locate(positions))
+        units, in_unit = np.divmod(positions, self.unit)
+        source, unit_of_source = self._locate_units(units)
+        source_positions = unit_of_source * self.unit + in_unit
+        epoch, row = np.empty_like(source_positions), np.empty_like(source_positions)
         for s in np.unique(source):
             here = source == s
-            epoch[here], sample[here] = self.walks[s].locate(own[here])
-        return Located(source, epoch, sample)
+            epoch[here], row[here] = self.orders[s].locate(source_positions[here])
+        return Locations(source, epoch, row)
 
-    def drawn(self, position: int) -> I64:
-        """[S] samples of each source at all positions before `position`."""
-        if len(self.walks) == 1:
+    def samples_before(self, position: int) -> I64:
+        """Count the samples of every source at positions before `position`, int64 [S]."""
+        if len(self.orders) == 1:
             return np.array([position], np.int64)
-        unit, within = divmod(position, self.unit)
-        block, inside = divmod(unit, self.block)
+        unit, in_unit = divmod(position, self.unit)
+        block, in_block = divmod(unit, self.block)
         phase = self._phase(block)
-        source = self._sources(block, phase)
-        units = self._before(block, phase)
-        units += np.bincount(source[:inside], minlength=len(self.walks))
+        source = self._sources_in_block(block, phase)
+        units = self._units_before_block(block, phase)
+        units += np.bincount(source[:in_block], minlength=len(self.orders))
         samples = units * self.unit
-        samples[source[inside]] += within
+        samples[source[in_block]] += in_unit
         return samples
 
-    def _place(self, units: I64) -> tuple[I64, I64]:
-        """(source, the unit's number among those of its source) of each unit."""
-        blocks, inside = np.divmod(units, self.block)
-        source, of_source = np.empty_like(units), np.empty_like(units)
+    def _locate_units(self, units: I64) -> tuple[I64, I64]:
+        """Return the source of units, and each unit's number within its source; int64 [n]."""
+        blocks, in_block = np.divmod(units, self.block)
+        source, unit_of_source = np.empty_like(units), np.empty_like(units)
         for block in np.unique(blocks):
             here = blocks == block
             phase = self._phase(int(block))
-            all_sources = self._sources(int(block), phase)
-            number = self._before(int(block), phase)[all_sources] + _rank(all_sources)
-            source[here] = all_sources[inside[here]]
-            of_source[here] = number[inside[here]]
-        return source, of_source
+            block_sources = self._sources_in_block(int(block), phase)
+            before = self._units_before_block(int(block), phase)
+            numbers = before[block_sources] + _count_earlier(block_sources)
+            source[here] = block_sources[in_block[here]]
+            unit_of_source[here] = numbers[in_block[here]]
+        return source, unit_of_source
 
     def _phase(self, block: int) -> int:
+        """Return the number of the phase that a block is in."""
         return int(np.searchsorted(self._first_block, block, side="right")) - 1
 
-    def _before(self, block: int, phase: int) -> I64:
-        """[S] units of each source before a block."""
+    def _units_before_block(self, block: int, phase: int) -> I64:
+        """Return the units of every source before a block, int64 [S]."""
         blocks = block - self._first_block[phase]
-        before: I64 = self._before_phase[phase] + blocks * self._counts[phase]
+        before: I64 = self._units_before_phase[phase] + blocks * self._counts[phase]
         return before
 
-    def _sources(self, block: int, phase: int) -> I64:
-        """[block] the source of each unit of a block."""
+    def _sources_in_block(self, block: int, phase: int) -> I64:
+        """Return the source of every unit of a block, int64 [block]."""
         slot = permute(np.arange(self.block), self.block, key(self.seed, "mix", block))
-        return np.repeat(np.arange(len(self.walks)), self._counts[phase])[slot]
+        return np.repeat(np.arange(len(self.orders)), self._counts[phase])[slot]
 
 
 def apportion(weights: tuple[float, ...], seats: int) -> list[int]:
-    """How many of `seats` each weight gets, by largest remainder; of equals, the first.
-
-    In fractions, since a rounded sum could turn out otherwise on another machine.
-    """
+    """Distribute seats in proportion to weights, by largest remainder; the first wins a tie."""
+    # In fractions: a rounded sum could differ between machines.
     total = sum(map(Fraction, weights))
     quotas = [Fraction(weight) * seats / total for weight in weights]
     counts = [int(quota) for quota in quotas]
@@ -197,31 +208,39 @@ def apportion(weights: tuple[float, ...], seats: int) -> list[int]:
     return counts
 
 
-def _rank(source: I64) -> I64:
-    """[n] how many of the same source come before each."""
+def _count_earlier(source: I64) -> I64:
+    """Count earlier entries of the same source; returns int64 [n]."""
     order = np.argsort(source, kind="stable")
     counts = np.bincount(source)
-    rank = np.empty_like(source)
-    rank[order] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
-    return rank
+    earlier = np.empty_like(source)
+    earlier[order] = np.arange(len(source)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return earlier
 
 
-def number_of(source: I64, sample: I64) -> I64:
-    """[n] sample numbers, unique over all sources."""
-    return (source << NUMBER_BITS) | sample
+def to_sample_number(source: I64, row: I64) -> I64:
+    """Combine source numbers and rows to sample numbers, int64 [n]."""
+    return (source << SAMPLE_BITS) | row
 
 
-def split_number(number: I64) -> tuple[I64, I64]:
-    """(source, sample) of sample numbers."""
-    return number >> NUMBER_BITS, number & ((1 << NUMBER_BITS) - 1)
+def from_sample_number(number: I64) -> tuple[I64, I64]:
+    """Split sample numbers into (source, row), int64 [n] each."""
+    return number >> SAMPLE_BITS, number & ((1 << SAMPLE_BITS) - 1)
 
 
-def batch_numbers(mixture: Mixture, step: int, global_size: int) -> I64:
-    """[global_size] sample numbers of step `step` (the first is 1), sorted: by source, then shard.
+def batch_sample_numbers(mixture: Mixture, step: int, global_size: int) -> I64:
+    """Return the sample numbers of a global batch, sorted: by source, then by shard.
 
-    A batch that straddles an epoch's edge may hold a sample twice; both rows carry the same
-    number, which is how the objective knows.
+    A batch that straddles two epochs may hold a sample twice. Both rows then have the same number,
+    by which the objective recognizes them.
+
+    Args:
+        mixture: The order.
+        step: The training step, from 1.
+        global_size: Samples of a global batch.
+
+    Returns:
+        int64 [global_size].
     """
     positions = np.arange((step - 1) * global_size, step * global_size, dtype=np.int64)
-    located = mixture.locate(positions)
-    return np.sort(number_of(located.source, located.sample))
+    locations = mixture.locate(positions)
+    return np.sort(to_sample_number(locations.source, locations.row))

@@ -1,1 +1,1 @@
-"""`gigabatch data pack`: shards written from tables, or from other shards."""
+"""`gigabatch data pack`: write WebDataset shards from tables or from other shards."""

@@ -1,4 +1,4 @@
-"""Which column of a table is the file, which the caption: as set, or told by name and type."""
+"""Roles of a table's columns: file, caption, key, JSON; set by the user or guessed."""
 
 from __future__ import annotations
 
@@ -28,124 +28,144 @@ PREFIX = r"[^/\s.*?{}\[\]][^/*?{}\[\]]*"
 
 
 class PackSettings(Settings):
-    """How a source is packed. The first five are for tables alone."""
+    """Settings of a pack. The first five apply to tables only."""
 
     folder: Path | None = None
-    """Where the files lie that a table names. Default: where the table lies."""
+    """Folder of the files that a table names. Default: the table's folder."""
     file_column: str | None = None
-    """The column of files' names, or of files' bytes; `none` where rows are texts and numbers
-    alone. Default: guessed by name and type."""
+    """Column of file names or of file contents; `none` if rows have no file. Default: guessed from
+    names and types."""
     caption_column: tuple[str, ...] = ()
-    """The column of captions; further ones go to the json member. Default: guessed by name."""
+    """Column of captions; additional ones go into the json member. Default: guessed from names."""
     key_column: str | None = None
-    """The column of samples' keys. Default: the rows' numbers."""
+    """Column of sample keys. Default: row numbers."""
     json_columns: tuple[str, ...] | None = None
-    """What the json member holds. Default: every other column."""
+    """Columns of the json member. Default: all remaining columns."""
     skip_missing: bool = False
-    """Leave out rows that lack a caption or a sound file of a known type; `skipped.jsonl` in the
-    new folder names each. Off: such rows are an error."""
+    """Skip rows without a caption or without a file of a known type, and list them in
+    `skipped.jsonl`; false makes them an error."""
     per_shard: int = Field(10_000, ge=1)
-    """Samples in a shard, at most."""
+    """Maximum number of samples in a shard."""
     shard_bytes: int = Field(512 << 20, ge=1 << 14)
-    """Bytes of a shard, at most; a sample larger than that has one of its own."""
+    """Maximum size of a shard in bytes; a larger sample gets a separate shard."""
     shuffle_seed: int | None = None
-    """Permute the rows, so that a shard holds a mix. Default: the table's order."""
+    """Seed for shuffling the rows, so that each shard holds a mix. Default: the table's order."""
     prefix: str | None = Field(None, pattern=rf"^{PREFIX}$")
-    """What the shards' names begin with. Default: the new folder's name."""
+    """First part of the shards' file names. Default: the output folder's name."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """`file`: None where rows have none. `embedded`: the files' bytes lie in the table. `rest`:
-    what goes to the json member."""
+    """Role of each column.
+
+    Attributes:
+        file: Column of files; None if rows have no file.
+        embedded: Whether that column holds file contents rather than names.
+        captions: Columns of captions; the first becomes the `txt` member.
+        key: Column of sample keys; None numbers the rows.
+        extra: Columns that go into the json member.
+    """
 
     file: str | None
     embedded: bool
     captions: tuple[str, ...]
     key: str | None
-    rest: tuple[str, ...]
+    extra: tuple[str, ...]
 
-    def used(self, files: bool) -> list[str]:
-        """The columns to read, with that of the files or without."""
-        names = [self.file] if files and self.file else []
-        names += [*self.captions, *([self.key] if self.key else []), *self.rest]
+    def to_read(self, include_file: bool) -> list[str]:
+        """Return the columns that packing reads, each once."""
+        names = [self.file] if include_file and self.file else []
+        names += [*self.captions, *([self.key] if self.key else []), *self.extra]
         return list(dict.fromkeys(names))
 
     def in_json(self, row: Row) -> Sequence[str]:
-        """The columns of a row that the json member holds: a list of captions too, since `txt` is
-        but the first."""
-        several = any(isinstance(row.get(name), list) for name in self.captions[:1])
-        more = self.captions if several else self.captions[1:]
-        return [*more, *(name for name in self.rest if name not in more)]
+        """Return the columns of a row that its json member holds.
+
+        A list of captions is included: `txt` holds only the first of them.
+        """
+        caption_is_list = any(isinstance(row.get(name), list) for name in self.captions[:1])
+        captions = self.captions if caption_is_list else self.captions[1:]
+        return [*captions, *(name for name in self.extra if name not in captions)]
 
 
-def choose(table: Table, settings: PackSettings) -> Columns:
-    """The columns' parts. Raises GigabatchError, which lists the columns, where it cannot tell."""
-    binary = [name for name, kind in table.types.items() if _is_file(kind)]
-    guessed = _named(table, CAPTION_NAMES)
+def choose_columns(table: Table, settings: PackSettings) -> Columns:
+    """Assign roles to the columns of a table.
+
+    Raises:
+        GigabatchError: if a column does not exist, or a role fits none or several columns; the
+            message lists the columns.
+    """
+    binary = [name for name, column_type in table.types.items() if _is_file(column_type)]
+    caption_candidates = _matching_columns(table, CAPTION_NAMES)
     if settings.file_column == NO_FILE and NO_FILE not in table.columns:
         file = None
-        captions = settings.caption_column or tuple(guessed[:1] if len(guessed) == 1 else ())
+        captions = settings.caption_column or (
+            tuple(caption_candidates) if len(caption_candidates) == 1 else ()
+        )
     else:
-        named = binary or _named(table, FILE_NAMES)
-        file = _pick(table, "file_column", settings.file_column, named)
-        captions = settings.caption_column or (_pick(table, "caption_column", None, guessed),)
+        file_candidates = binary or _matching_columns(table, FILE_NAMES)
+        file = _resolve(table, "file_column", settings.file_column, file_candidates)
+        captions = settings.caption_column or (
+            _resolve(table, "caption_column", None, caption_candidates),
+        )
     for name in captions:
-        _pick(table, "caption_column", name, ())
+        _resolve(table, "caption_column", name, ())
     if settings.key_column:
-        _pick(table, "key_column", settings.key_column, ())
-    taken = {file, settings.key_column, *captions}
-    rest = settings.json_columns
-    if rest is None:
-        rest = tuple(name for name in table.columns if name not in taken)
-    for name in rest:
-        _pick(table, "json_columns", name, ())
-        if _has_bytes(table.types.get(name)):
+        _resolve(table, "key_column", settings.key_column, ())
+    assigned = {file, settings.key_column, *captions}
+    extra = settings.json_columns
+    if extra is None:
+        extra = tuple(name for name in table.columns if name not in assigned)
+    for name in extra:
+        _resolve(table, "json_columns", name, ())
+        if _contains_bytes(table.types.get(name)):
             raise GigabatchError(
-                f"{table.source}: column {name!r} holds bytes, which the json member cannot. Set "
-                f"json_columns to those it shall hold; the columns are {', '.join(table.columns)}."
+                f"{table.source}: column {name!r} holds bytes, which JSON cannot represent. Set "
+                "json_columns to the columns to include; the columns are "
+                f"{', '.join(table.columns)}."
             )
-    return Columns(file, file in binary, captions, settings.key_column, rest)
+    return Columns(file, file in binary, captions, settings.key_column, extra)
 
 
-def _named(table: Table, names: Collection[str]) -> list[str]:
+def _matching_columns(table: Table, names: Collection[str]) -> list[str]:
     return [column for column in table.columns if column.lower() in names]
 
 
-def _pick(table: Table, setting: str, given: str | None, found: Sequence[str]) -> str:
-    if given in table.columns:
-        return str(given)
-    if given is None and len(found) == 1:
-        return found[0]
-    if given is not None:
-        what = f"has no column {given!r}"
-    elif found:
-        what = f"has more than one column that could be the {setting} ({', '.join(found)})"
+def _resolve(table: Table, setting: str, requested: str | None, candidates: Sequence[str]) -> str:
+    """Return the requested column, or the only candidate if none is requested."""
+    if requested in table.columns:
+        return str(requested)
+    if requested is None and len(candidates) == 1:
+        return candidates[0]
+    if requested is not None:
+        problem = f"there is no column {requested!r}"
+    elif candidates:
+        problem = f"several columns could be the {setting} ({', '.join(candidates)})"
     else:
-        what = f"has no column that is plainly the {setting}"
+        problem = f"no column is clearly the {setting}"
     raise GigabatchError(
-        f"{table.source}: {what}. Set {setting}; the columns are {', '.join(table.columns)}."
+        f"{table.source}: {problem}. Set {setting}; the columns are {', '.join(table.columns)}."
     )
 
 
-def _is_bytes(kind: Any) -> bool:
+def _is_bytes(column_type: Any) -> bool:
     types = pa.types
     return bool(
-        types.is_binary(kind)
-        or types.is_large_binary(kind)
-        or types.is_binary_view(kind)
-        or types.is_fixed_size_binary(kind)
+        types.is_binary(column_type)
+        or types.is_large_binary(column_type)
+        or types.is_binary_view(column_type)
+        or types.is_fixed_size_binary(column_type)
     )
 
 
-def _is_file(kind: Any) -> bool:
-    """Bytes, or a struct of bytes and path, by which `datasets` keeps images and audio."""
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
-    return _is_bytes(kind)
+def _is_file(column_type: Any) -> bool:
+    """Accept bytes, and the struct of bytes and path in which `datasets` stores images."""
+    if pa.types.is_struct(column_type):
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in column_type)
+    return _is_bytes(column_type)
 
 
-def _has_bytes(kind: Any) -> bool:
-    if kind is None or not pa.types.is_nested(kind):
-        return kind is not None and _is_bytes(kind)
-    return any(_has_bytes(kind.field(i).type) for i in range(kind.num_fields))
+def _contains_bytes(column_type: Any) -> bool:
+    if column_type is None or not pa.types.is_nested(column_type):
+        return column_type is not None and _is_bytes(column_type)
+    return any(_contains_bytes(column_type.field(i).type) for i in range(column_type.num_fields))

@@ -1,7 +1,7 @@
-"""A folder that a pack writes into: its lock, what is finished, and files that appear whole.
+"""Output folder of a pack: lock, saved state, and atomic file creation.
 
-`pack.json` says from which source and with which settings the pack was begun, and which shards are
-whole. A shard is written under a temporary name, synced, renamed, and only then recorded there.
+`pack.json` records the source, the settings, and the finished shards. A shard is written under a
+temporary name, synced and renamed before it is recorded there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,14 @@ MANIFEST, SKIPPED, LOCK = "pack.json", "skipped.jsonl", ".pack.lock"
 
 @dataclass(frozen=True)
 class PackReport:
-    """What a pack has written, earlier attempts included. `skipped`: rows left out."""
+    """Totals of a pack, earlier attempts included.
+
+    Attributes:
+        shards: Number of shards.
+        samples: Number of samples in them.
+        bytes: Size of the shards in bytes.
+        skipped: Number of skipped rows.
+    """
 
     shards: int
     samples: int
@@ -38,8 +45,18 @@ class PackReport:
 
 @dataclass
 class State:
-    """What `pack.json` says. `rows`: how many are dealt with; `skipped_bytes`: of `skipped.jsonl`;
-    `shards`: name, samples and bytes of each that is whole."""
+    """Content of `pack.json`.
+
+    Attributes:
+        source: Fingerprint of the source.
+        settings: Settings of the pack, as JSON values.
+        format: Version of this file's layout.
+        complete: Whether all rows are packed.
+        rows: Number of rows packed or skipped.
+        skipped: Number of skipped rows.
+        skipped_bytes: Size of `skipped.jsonl` that belongs to these rows.
+        shards: Name, samples and bytes of each finished shard.
+    """
 
     source: dict[str, Any]
     settings: dict[str, Any]
@@ -51,14 +68,19 @@ class State:
     shards: list[dict[str, Any]] = field(default_factory=list)
 
     def report(self) -> PackReport:
-        samples, size = (sum(shard[what] for shard in self.shards) for what in ("samples", "bytes"))
+        """Return the totals of the finished shards."""
+        samples, size = (sum(shard[key] for shard in self.shards) for key in ("samples", "bytes"))
         return PackReport(len(self.shards), samples, size, self.skipped)
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
-    """One pack at a time in a folder; the system frees it where the holder is killed."""
-    made = not out.exists()
+def locked(out: Path) -> Iterator[None]:
+    """Create `out` if needed and hold its lock; the system releases it if the process is killed.
+
+    Raises:
+        GigabatchError: if another pack holds the lock.
+    """
+    created = not out.exists()
     while True:
         out.mkdir(parents=True, exist_ok=True)
         with open(out / LOCK, "w") as file:
@@ -66,84 +88,102 @@ def alone(out: Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise GigabatchError(
-                    f"{out}: another pack is writing there. Wait for it, or name another folder."
+                    f"{out}: another pack is writing to this folder. Wait for it to finish, or "
+                    "choose another folder."
                 ) from None
             except OSError:
-                log.warning("%s cannot be locked; let no other pack write there", out)
+                log.warning("%s: file locks are not supported; run only one pack here", out)
             if not os.path.exists(out / LOCK) or not os.path.samestat(
                 os.fstat(file.fileno()), os.stat(out / LOCK)
             ):
-                continue  # its last holder removed it just now
+                continue  # The previous holder deleted this lock file after we opened it.
             try:
                 yield
             finally:
                 (out / LOCK).unlink(missing_ok=True)
-                if made and not any(out.iterdir()):
-                    out.rmdir()  # refused before anything was written
+                if created and not any(out.iterdir()):
+                    out.rmdir()  # The pack failed before it wrote anything.
             return
 
 
-def begin(out: Path, samples: Samples) -> State:
-    """The state of an earlier attempt, or a new one. Raises where `out` holds anything else."""
+def open_state(out: Path, samples: Samples) -> State:
+    """Load the state of an earlier attempt, or create a new one.
+
+    Raises:
+        GigabatchError: if `out` holds files of something else, the earlier attempt had another
+            source or other settings, or one of its shards has changed.
+    """
     state = State(samples.fingerprint, samples.settings.model_dump(mode="json"))
     if (out / MANIFEST).exists():
-        state = _taken_up(out, state)
-    names = {shard["name"] for shard in state.shards}
-    # The next one may have been renamed just before the end of the last attempt.
-    names.add(shard_name(samples, len(state.shards)))
+        state = _load_state(out, state)
+    expected = {shard["name"] for shard in state.shards}
+    # The last attempt may have ended between renaming its next shard and recording it.
+    expected.add(shard_name(samples, len(state.shards)))
     if not (out / MANIFEST).exists():
-        names.clear()
-    there = sorted(out.glob("*.tar"))
-    if not names:
-        there += out.glob(SKIPPED)
-    for path in there:
-        if path.name not in names:
+        expected.clear()
+    present = sorted(out.glob("*.tar"))
+    if not expected:
+        present += out.glob(SKIPPED)
+    for path in present:
+        if path.name not in expected:
             raise GigabatchError(
-                f"{path}: is there already, and not by this pack. Name another folder."
+                f"{path}: this file already exists and is not part of this pack. Choose another "
+                "folder."
             )
     for shard in state.shards:
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
             raise GigabatchError(
-                f"{path}: was packed, and is now gone or of another size. Restore it, or pack into "
-                "another folder."
+                f"{path}: this finished shard is now missing or has another size. Restore it, or "
+                "pack into another folder."
             )
     return state
 
 
-def _taken_up(out: Path, fresh: State) -> State:
+def _load_state(out: Path, new: State) -> State:
+    """Read `pack.json` and require the source and settings of `new`."""
     path = out / MANIFEST
     try:
         state = State(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise GigabatchError(f"{path}: is damaged: {error}. Pack into another folder.") from error
-    if state.format != FORMAT:
-        raise GigabatchError(f"{path}: is of another version. Pack into another folder.")
-    if state.source != fresh.source:
         raise GigabatchError(
-            f"{out}: was begun from another source, or the source has changed since. Pack into "
-            "another folder."
+            f"{path}: this file is damaged: {error}. Pack into another folder."
+        ) from error
+    if state.format != FORMAT:
+        raise GigabatchError(
+            f"{path}: format {state.format} is not supported, only {FORMAT}. Pack into another "
+            "folder."
         )
-    differ = [
-        f"{name} {state.settings.get(name)!r} and not {value!r}"
-        for name, value in fresh.settings.items()
+    if state.source != new.source:
+        raise GigabatchError(
+            f"{out}: this folder holds a pack of another source, or the source has changed. Pack "
+            "into another folder."
+        )
+    differences = [
+        f"{name} {state.settings.get(name)!r}, now {value!r}"
+        for name, value in new.settings.items()
         if name != "skip_missing" and state.settings.get(name) != value
     ]
-    if differ:
+    if differences:
         raise GigabatchError(
-            f"{out}: was begun with other settings: {', '.join(differ)}. Set those, or pack into "
-            "another folder."
+            f"{out}: this pack was started with other settings: {', '.join(differences)}. Use the "
+            "first values, or pack into another folder."
         )
     return state
 
 
 def shard_name(samples: Samples, number: int) -> str:
+    """Return the file name of shard `number`, counted from 0."""
     return f"{samples.settings.prefix}-{number:06d}.tar"
 
 
 @contextmanager
-def temporary(final: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A file beside `final`, gone at the end unless it was renamed."""
+def temporary_file(final: Path) -> Iterator[tuple[Path, BinaryIO]]:
+    """Open a new file next to `final`; delete it on exit unless it was renamed.
+
+    Yields:
+        The file's path and the open file.
+    """
     path = final.with_name(f".{final.name}.tmp")
     try:
         with open(path, "wb") as file:
@@ -153,36 +193,43 @@ def temporary(final: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 
 def sync(file: BinaryIO) -> int:
+    """Write a file to disk and return its size in bytes."""
     file.flush()
     os.fsync(file.fileno())
     return os.fstat(file.fileno()).st_size
 
 
-def publish(fresh: Path, final: Path) -> None:
-    """Give a finished file its name. One that has it already must hold the same bytes."""
+def publish(finished: Path, final: Path) -> None:
+    """Rename a finished file to `final`.
+
+    Raises:
+        GigabatchError: if `final` exists with other content.
+    """
     if not final.exists():
-        os.rename(fresh, final)
+        os.rename(finished, final)
         sync_folder(final.parent)
-    elif not filecmp.cmp(fresh, final, shallow=False):
+    elif not filecmp.cmp(finished, final, shallow=False):
         raise GigabatchError(
-            f"{final}: is there already, and not by this pack. Move it away and pack again."
+            f"{final}: this file already exists and is not part of this pack. Move it away and run "
+            "the pack again."
         )
 
 
-def note_skipped(out: Path, state: State, skipped: list[Skipped]) -> None:
-    """Add lines to `skipped.jsonl`, in place of those of an attempt that was cut off."""
+def append_skipped(out: Path, state: State, skipped: list[Skipped]) -> None:
+    """Append lines to `skipped.jsonl`, replacing those of an interrupted attempt."""
     if not skipped and not (out / SKIPPED).exists():
         return
     with open(out / SKIPPED, "ab") as file:
         file.truncate(state.skipped_bytes)
-        for item in skipped:
-            file.write(json.dumps(asdict(item), ensure_ascii=False).encode() + b"\n")
+        for row in skipped:
+            file.write(json.dumps(asdict(row), ensure_ascii=False).encode() + b"\n")
         state.skipped_bytes = sync(file)
     state.skipped += len(skipped)
 
 
-def save(out: Path, state: State) -> None:
-    with temporary(out / MANIFEST) as (path, file):
+def save_state(out: Path, state: State) -> None:
+    """Replace `pack.json` atomically."""
+    with temporary_file(out / MANIFEST) as (path, file):
         file.write(json.dumps(asdict(state), indent=1).encode() + b"\n")
         sync(file)
         os.replace(path, out / MANIFEST)

@@ -1,4 +1,4 @@
-"""Values of a table's row to members of a webdataset sample: file, caption, json."""
+"""Conversion of a table row's values to sample members: file, caption, JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from gigabatch.data.packing.tables import Row
 
 MEMBERS = ("png", "jpg", "jpeg", "webp", "wav", "flac", "ogg", "mp3", "npy", "cls", "txt", "json")
-"""The types of members that are packed. No pickle is among them."""
+"""Member types that may be packed. Pickle is excluded: loading it can run code."""
 FILES = tuple(kind for kind in MEMBERS if kind not in ("txt", "json"))
-"""Those that a row's file may have: the other two are its caption and its other columns."""
+"""Types of a row's file; `txt` is its caption and `json` its other columns."""
 _MAGIC = (
     ("png", 0, b"\x89PNG"), ("jpg", 0, b"\xff\xd8\xff"), ("webp", 8, b"WEBP"), ("wav", 8, b"WAVE"),
     ("flac", 0, b"fLaC"), ("ogg", 0, b"OggS"), ("mp3", 0, b"ID3"), ("mp3", 0, b"\xff\xfb"),
@@ -25,27 +25,31 @@ _MAGIC = (
 )  # fmt: skip
 
 
-class Wrong(Exception):
-    """What is wrong with a row, and is never skipped: the table must be mended."""
+class InvalidRow(Exception):
+    """A row that must be corrected in the table; `skip_missing` does not apply to it."""
 
 
-def file_inside(name: Any) -> str | None:
-    """A file's name as a table has it. Raises Wrong for one that leads out of the folder."""
+def relative_name(name: Any) -> str | None:
+    """Validate a file name from a table.
+
+    Raises:
+        InvalidRow: if it is not text, is a URL, or points outside the folder.
+    """
     if name is None:
         return None
     if not isinstance(name, str):
-        raise Wrong(f"names its file by {name!r}, which is no text")
+        raise InvalidRow(f"file name {name!r} is not text")
     if "://" in name:
-        raise Wrong(f"{name!r} is a URL; fetch the file first")
+        raise InvalidRow(f"{name!r} is a URL; download the file first")
     if name.startswith("/") or ".." in name.split("/"):
-        raise Wrong(f"{name!r} leads out of the folder; name files relative to it")
+        raise InvalidRow(f"{name!r} is outside the folder; use a name relative to the folder")
     return name
 
 
-def look_at_file(folder: Path, name: str | None) -> str | None:
-    """What a row lacks in its file, told without reading it; None where all is well."""
+def file_problem(folder: Path, name: str | None) -> str | None:
+    """Return why a row's file cannot be packed, without reading it; None if it can be."""
     if not name:
-        return "names no file"
+        return "no file name"
     if extension(name) is None:
         return f"{name!r} is not of a known type ({', '.join(FILES)})"
     path = folder / name
@@ -56,14 +60,14 @@ def look_at_file(folder: Path, name: str | None) -> str | None:
     except (OSError, ValueError) as error:
         return f"{name!r} cannot be read: {getattr(error, 'strerror', None) or error}"
     if not stat.S_ISREG(status.st_mode):
-        return f"{name!r} is no file"
+        return f"{name!r} is not a regular file"
     if not status.st_size:
         return f"{name!r} is empty"
-    return None if os.access(path, os.R_OK) else f"{name!r} may not be read"
+    return None if os.access(path, os.R_OK) else f"no permission to read {name!r}"
 
 
 def read_file(folder: Path, name: str) -> bytes | str:
-    """The bytes of a file that was looked at, or what is wrong with it now."""
+    """Return a file's content, or the problem as text if it can no longer be read."""
     try:
         return (folder / name).read_bytes()
     except OSError as error:
@@ -71,46 +75,55 @@ def read_file(folder: Path, name: str) -> bytes | str:
 
 
 def extension(name: str | None) -> str | None:
-    """The type of a file by its name, in lower case; None for one that is not packed."""
+    """Return a file name's extension in lower case; None if that type is not packed."""
     kind = os.path.splitext(name or "")[1][1:].lower()
     return kind if kind in FILES else None
 
 
-def kind_of_bytes(data: bytes) -> str | None:
-    """The type of a file as its bytes begin."""
+def detect_type(data: bytes) -> str | None:
+    """Return a file's type from its first bytes; None if unknown."""
     return next((kind for kind, at, magic in _MAGIC if data.startswith(magic, at)), None)
 
 
 def first_caption(value: Any) -> bytes | None:
-    """The caption, or the first of several that is not empty, as it stands in the table."""
+    """Return the caption, or the first non-empty one of a list, as UTF-8; None if there is none.
+
+    Raises:
+        InvalidRow: if a caption is not text.
+    """
     for caption in value if isinstance(value, list) else [value]:
         if caption is not None and not isinstance(caption, str):
-            raise Wrong(f"its caption is {caption!r}, which is no text")
+            raise InvalidRow(f"caption {caption!r} is not text")
         if caption and caption.strip():
             return _utf8(caption)
     return None
 
 
 def json_member(values: Row) -> bytes:
+    """Return values as JSON in UTF-8.
+
+    Raises:
+        InvalidRow: if JSON cannot represent one of them.
+    """
     try:
-        return _utf8(json.dumps(_plain(values), ensure_ascii=False, allow_nan=False))
+        return _utf8(json.dumps(_to_json(values), ensure_ascii=False, allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise Wrong(f"holds what json cannot: {error}") from error
+        raise InvalidRow(f"a value cannot be written as JSON: {error}") from error
 
 
 def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise Wrong(f"holds text that is not Unicode: {error}") from error
+        raise InvalidRow(f"a text is not valid Unicode: {error}") from error
 
 
-def _plain(value: Any) -> Any:
-    """Values as json has them. NaN, by which tables say "none", becomes null."""
+def _to_json(value: Any) -> Any:
+    """Convert a value to JSON types; NaN, which tables use for a missing value, becomes null."""
     if isinstance(value, dict):
-        return {str(name): _plain(one) for name, one in value.items()}
+        return {str(name): _to_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
+        return [_to_json(item) for item in value]
     if isinstance(value, float) and math.isnan(value):
         return None
     if isinstance(value, date | time):
@@ -118,30 +131,31 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Decimal) else value
 
 
-class Numbers:
-    """The columns of a CSV file where every value is a number: the format itself has no types.
+class NumericColumns:
+    """Detection of a CSV file's columns whose values are all numbers; CSV has no types.
 
-    A number is what json writes as it was read, so that nothing is lost: `007`, `1.10` and a code
-    of a column that also holds `n/a` stay text.
+    Only values that JSON writes exactly as they appear count as numbers, so nothing is lost:
+    `007`, `1.10`, and codes in a column that also holds `n/a` stay text.
     """
 
     def __init__(self, columns: Iterable[str]) -> None:
-        self._could = set(columns)
-        self._some: set[str] = set()
+        self._numeric = set(columns)
+        self._filled: set[str] = set()
 
-    def watch(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
-        """Pass rows through, and learn."""
-        for numbered in rows:
-            for name in tuple(self._could):
-                value = numbered[1].get(name)
+    def observe(self, rows: Iterable[tuple[int, Row]]) -> Iterator[tuple[int, Row]]:
+        """Yield numbered rows unchanged and record which columns hold numbers."""
+        for number, row in rows:
+            for name in tuple(self._numeric):
+                value = row.get(name)
                 if value is not None:
-                    self._some.add(name)
+                    self._filled.add(name)
                     if not _is_number(value):
-                        self._could.remove(name)
-            yield numbered
+                        self._numeric.remove(name)
+            yield number, row
 
-    def found(self) -> frozenset[str]:
-        return frozenset(self._could & self._some)
+    def names(self) -> frozenset[str]:
+        """Return the columns with at least one value and only numbers."""
+        return frozenset(self._numeric & self._filled)
 
 
 def _is_number(text: str) -> bool:

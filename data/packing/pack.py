@@ -1,8 +1,8 @@
-"""`gigabatch data pack`: a table, or shards, to webdataset shards, atomically and resumably.
+"""Packing of a table or of shards into WebDataset shards: atomic and resumable.
 
-What a shard holds is a function of the source and the settings. So a pack that was killed goes on
-with the next shard, and ends with the same bytes as one that was not. Nothing is overwritten that
-is not its own.
+The content of a shard depends only on the source and the settings. A pack that was killed resumes
+with the next shard and produces the same bytes as an uninterrupted one. It never overwrites files
+of another pack.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from typing import BinaryIO
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.packing.columns import PREFIX, PackSettings
 from gigabatch.data.packing.folder import (
+    SKIPPED,
     PackReport,
     State,
-    alone,
-    begin,
-    note_skipped,
+    append_skipped,
+    locked,
+    open_state,
     publish,
-    save,
+    save_state,
     shard_name,
     sync,
-    temporary,
+    temporary_file,
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
 from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import read_manifest
 from gigabatch.data.shards.indexing import open_index
 
 Progress = Callable[[int, int], None]
-TOLD_EVERY = 100
+PROGRESS_EVERY = 100
 """Rows between calls of `progress`."""
 
 
-class _Ahead:
-    """An iterator whose next item can be seen before it is taken."""
+class _Peekable:
+    """An iterator whose next item can be inspected before it is taken."""
 
     def __init__(self, items: Iterator[Sample | Skipped]) -> None:
         self._items = items
@@ -57,42 +58,58 @@ def pack(
     settings: PackSettings | None = None,
     progress: Progress | None = None,
 ) -> PackReport:
-    """Write the shards `out/PREFIX-000000.tar`, ... of `source`: a table (a file, or a folder of
-    files of one kind), or a folder or pattern of webdataset shards.
+    """Write the shards `out/PREFIX-000000.tar`, `out/PREFIX-000001.tar` and so on.
 
-    A table's row gives a sample of its file, its caption (`txt`) and its other columns (`json`);
-    a sample of shards stays as it is. What is there already of the same pack is kept.
-    `progress(done, total)` counts rows. Raises GigabatchError.
+    A table row becomes a sample of its file, its caption (`txt`) and its other columns (`json`).
+    Samples of shards are copied unchanged. Finished shards of the same pack are kept.
+
+    Args:
+        source: A table (a file, or a folder of files of one format), or a folder or pattern of
+            WebDataset shards.
+        out: Output folder; created if needed.
+        settings: Defaults to `PackSettings()`.
+        progress: Called with the number of rows done and their total.
+
+    Returns:
+        Totals, including shards of earlier attempts.
+
+    Raises:
+        GigabatchError: if the source cannot be packed, or `out` belongs to another pack or cannot
+            be written.
     """
     out = Path(os.path.abspath(out))
     samples = _open_source(source, settings or PackSettings())
     prefix = samples.settings.prefix or out.name
     if not re.fullmatch(PREFIX, prefix):
-        raise GigabatchError(f"{out}: shards cannot be called {prefix!r}. Set prefix.")
+        raise GigabatchError(
+            f"{out}: {prefix!r} is not a valid prefix of file names. Set prefix to another name."
+        )
     samples.settings = samples.settings.model_copy(update={"prefix": prefix})
     try:
-        with alone(out):
-            state = begin(out, samples)
+        with locked(out):
+            state = open_state(out, samples)
             if not state.complete:
                 total = samples.check()
                 if not total:
-                    raise GigabatchError(f"{source}: holds no row. Name a filled table.")
-                save(out, state)
-                _write(out, state, samples, _telling(progress, total))
+                    raise GigabatchError(
+                        f"{source}: there are no rows. Choose a source that holds some."
+                    )
+                save_state(out, state)
+                _write_shards(out, state, samples, _throttle(progress, total))
             return state.report()
     except OSError as error:
         raise GigabatchError(
-            f"{error.filename or out}: {error.strerror or error}. Put this right and pack again: "
-            "shards that are finished are kept."
+            f"{error.filename or out}: {error.strerror or error}. Fix this and rerun `gigabatch "
+            "data pack`; finished shards are kept."
         ) from error
 
 
-def _telling(progress: Progress | None, total: int) -> Callable[[int], None]:
-    def tell(done: int) -> None:
-        if progress and (done % TOLD_EVERY == 0 or done == total):
+def _throttle(progress: Progress | None, total: int) -> Callable[[int], None]:
+    def report(done: int) -> None:
+        if progress and (done % PROGRESS_EVERY == 0 or done == total):
             progress(done, total)
 
-    return tell
+    return report
 
 
 def _open_source(source: str | Path, settings: PackSettings) -> Samples:
@@ -100,42 +117,47 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
     if is_remote(str(source)):
         if path.suffix.lower() in SUFFIXES:
             raise GigabatchError(
-                f"{source}: tables are read from local disks alone. Copy it here first."
+                f"{source}: tables must be on a local disk. Copy the table to this machine first."
             )
         return ShardSamples(open_index(str(source)), settings)
     if "view" in read_manifest(path):
         return ShardSamples(open_index(path), settings)
-    is_folder = os.path.isdir(path)  # which says no, where `Path` raises, of a name too long
+    is_folder = os.path.isdir(path)  # Unlike Path.is_dir, returns False for a name too long.
     tables = table_files(path) if is_folder else []
     shards = is_folder and any(path.glob("*.tar"))
     if shards and tables:
         raise GigabatchError(
-            f"{source}: holds both shards and tables ({tables[0].name}). Name the table itself, or "
-            f"the pattern {path / '*.tar'}."
+            f"{source}: the folder holds both shards and tables ({tables[0].name}). Specify the "
+            f"table, or the shards as {path / '*.tar'}."
         )
-    pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
-    if shards or pattern or path.suffix == ".tar":
+    is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
+    if shards or is_pattern or path.suffix == ".tar":
         return ShardSamples(open_index(str(source)), settings)
     return TableSamples(open_table(path), settings)
 
 
-def _write(out: Path, state: State, samples: Samples, tell: Callable[[int], None]) -> None:
-    items = _Ahead(samples.read(state.rows))
+def _write_shards(out: Path, state: State, samples: Samples, report: Callable[[int], None]) -> None:
+    items = _Peekable(samples.read(state.rows))
     while items.next is not None:
         name = shard_name(samples, len(state.shards))
-        with temporary(out / name) as (path, file):
-            shard = _fill(file, items, samples.settings, lambda rows: tell(state.rows + rows))
+        with temporary_file(out / name) as (path, file):
+            shard = _fill_shard(
+                file, items, samples.settings, lambda rows: report(state.rows + rows)
+            )
             size = sync(file)
-            note_skipped(out, state, shard.skipped)
+            append_skipped(out, state, shard.skipped)
             if shard.samples:
                 publish(path, out / name)
                 state.shards.append({"name": name, "samples": shard.samples, "bytes": size})
         state.rows += shard.samples + len(shard.skipped)
-        save(out, state)
+        save_state(out, state)
     if not state.shards:
-        raise GigabatchError(f"{out}: no sample was packed, since every row was skipped.")
+        raise GigabatchError(
+            f"{out}: every row was skipped, so there is no sample to pack. Check the folder and "
+            f"the columns; {SKIPPED} lists the problems."
+        )
     state.complete = True
-    save(out, state)
+    save_state(out, state)
 
 
 @dataclass
@@ -145,10 +167,10 @@ class _Shard:
     skipped: list[Skipped] = field(default_factory=list)
 
 
-def _fill(
-    file: BinaryIO, items: _Ahead, settings: PackSettings, tell: Callable[[int], None]
+def _fill_shard(
+    file: BinaryIO, items: _Peekable, settings: PackSettings, report: Callable[[int], None]
 ) -> _Shard:
-    """Write samples until the shard is full."""
+    """Write samples until the shard is full; `report` gets the number of rows taken."""
     import webdataset as wds
 
     shard = _Shard()
@@ -159,33 +181,33 @@ def _fill(
             else:
                 size = shard.bytes + _tar_bytes(item)
                 if shard.samples == settings.per_shard or (
-                    shard.samples and _whole(size) > settings.shard_bytes
+                    shard.samples and _file_size(size) > settings.shard_bytes
                 ):
                     break
                 writer.write(item)
                 shard.samples += 1
                 shard.bytes = size
             items.take()
-            tell(shard.samples + len(shard.skipped))
+            report(shard.samples + len(shard.skipped))
     return shard
 
 
 def _tar_bytes(sample: Sample) -> int:
-    """Bytes of a sample's members in a tar, each behind its header and padded to blocks."""
+    """Compute the tar size of a sample's members: headers, and data padded to blocks."""
     size = 0
     for extension, data in sample.items():
         if extension != "__key__":
-            size += BLOCKSIZE + _up(len(data), BLOCKSIZE)
+            size += BLOCKSIZE + _round_up(len(data), BLOCKSIZE)
             name = f"{sample['__key__']}.{extension}"
-            if len(name) > 100 or not name.isascii():  # then it has a header of its own
-                size += BLOCKSIZE + _up(len(name.encode()) + len("123 path=\n"), BLOCKSIZE)
+            if len(name) > 100 or not name.isascii():  # The name needs a pax header.
+                size += BLOCKSIZE + _round_up(len(name.encode()) + len("123 path=\n"), BLOCKSIZE)
     return size
 
 
-def _whole(size: int) -> int:
-    """Bytes of a tar with its end mark, padded to records."""
-    return _up(size + 2 * BLOCKSIZE, RECORDSIZE)
+def _file_size(size: int) -> int:
+    """Compute the size of a tar file from its members' size: end mark, padded to records."""
+    return _round_up(size + 2 * BLOCKSIZE, RECORDSIZE)
 
 
-def _up(size: int, step: int) -> int:
+def _round_up(size: int, step: int) -> int:
     return -(-size // step) * step

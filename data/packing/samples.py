@@ -1,7 +1,7 @@
-"""What is packed: the rows of a table, or the samples of shards, one after another.
+"""Sources of packed samples: rows of a table, or samples of other shards.
 
-Both are checked before anything is written, and every fault names its row. The order is a formula,
-so that packing goes on at any place.
+A source is checked completely before anything is written. Its order is a formula, so packing can
+resume at any row.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from typing import Any, Protocol
 import numpy as np
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose
+from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose_columns
 from gigabatch.data.packing.members import (
     FILES,
     MEMBERS,
-    Numbers,
-    Wrong,
+    InvalidRow,
+    NumericColumns,
+    detect_type,
     extension,
-    file_inside,
+    file_problem,
     first_caption,
     json_member,
-    kind_of_bytes,
-    look_at_file,
     read_file,
+    relative_name,
 )
-from gigabatch.data.packing.tables import HEAVY, PIECE, Held, Row, Table
+from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, RowStore, Table
 from gigabatch.data.rng import key, permute
 from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.reader import Damaged, Reader
+from gigabatch.data.shards.reader import DamagedMember, Reader
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""
-SHOWN = 5
-"""Faulty rows that one error lists."""
+LISTED_ROWS = 5
+"""Maximum number of rows listed in an error."""
 THREADS = 32
-"""Files opened at once: a shared file system takes milliseconds to open one."""
+"""Files opened in parallel; on a shared file system, opening one takes milliseconds."""
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A row that lacks its file or its caption."""
+    """A row without a usable file or without a caption; `why` states the problem."""
 
     row: int
     file: str | None
@@ -56,27 +56,36 @@ class Skipped:
 
 
 class Samples(Protocol):
-    """`settings`: with what was guessed. `fingerprint`: what tells this source from another."""
+    """A source of samples.
+
+    Attributes:
+        settings: Settings of the pack, with guessed values filled in.
+        fingerprint: JSON values that change if the source changes.
+    """
 
     settings: PackSettings
     fingerprint: dict[str, Any]
 
     def check(self) -> int:
-        """The number of rows. Raises GigabatchError where they cannot be packed."""
+        """Check all rows and return their number.
+
+        Raises:
+            GigabatchError: if a row cannot be packed.
+        """
 
     def read(self, start: int) -> Iterator[Sample | Skipped]:
-        """What is at each place of the packing order, from `start` on. After `check`."""
+        """Read rows in packing order from position `start`; call `check` first."""
 
 
 @dataclass
-class _Faults:
+class _RowProblems:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
-    def add(self, row: int, why: object) -> None:
+    def add(self, row: int, problem: object) -> None:
         self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append(f"row {row}: {why}")
+        if len(self.first) < LISTED_ROWS:
+            self.first.append(f"row {row}: {problem}")
 
     def __str__(self) -> str:
         more = self.count - len(self.first)
@@ -84,145 +93,154 @@ class _Faults:
 
 
 class TableSamples:
-    """The rows of a table, with their files or the bytes that it holds."""
+    """Samples made from a table's rows, with files on disk or embedded in the table."""
 
     def __init__(self, table: Table, settings: PackSettings) -> None:
         self.table = table
-        self.columns = choose(table, settings)
-        beside = table.source if table.source.is_dir() else table.source.parent
-        self.folder = Path(os.path.abspath(settings.folder or beside))
+        self.columns = choose_columns(table, settings)
+        table_folder = table.source if table.source.is_dir() else table.source.parent
+        self.folder = Path(os.path.abspath(settings.folder or table_folder))
         self.settings = settings.model_copy(
             update={
                 "folder": self.folder if self.columns.file and not self.columns.embedded else None,
                 "file_column": self.columns.file or NO_FILE,
                 "caption_column": self.columns.captions,
-                "json_columns": self.columns.rest,
+                "json_columns": self.columns.extra,
             }
         )
         self.fingerprint = {"table": table.state}
-        self._held: Held | None = None
+        self._store: RowStore | None = None
         self._count = 0
-        self._numbers: frozenset[str] = frozenset()
+        self._numeric: frozenset[str] = frozenset()
 
     def check(self) -> int:
-        """Reads all of the table but the files' bytes, and looks at each file."""
+        """Check all rows and return their number.
+
+        Embedded files are not read, and files on disk are only looked up.
+        """
         if self.settings.shuffle_seed is not None:
-            self._held = Held(self.table)
-        wrong, lacking = _Faults(), _Faults()
-        numbers = Numbers(self.columns.rest if self.table.untyped else ())
-        columns = self.columns.used(files=not self.columns.embedded)
-        rows = numbers.watch(self.table.rows(columns=columns))
-        for number, found in self._each(rows, load=False):
+            self._store = RowStore(self.table)
+        invalid, missing = _RowProblems(), _RowProblems()
+        numeric = NumericColumns(self.columns.extra if self.table.untyped else ())
+        columns = self.columns.to_read(include_file=not self.columns.embedded)
+        rows = numeric.observe(self.table.rows(columns=columns))
+        for number, result in self._convert(rows, load=False):
             self._count = number + 1
-            if isinstance(found, Wrong):
-                wrong.add(number, found)
-            elif isinstance(found, Skipped):
-                lacking.add(number, found.why)
-        self._numbers = numbers.found()
-        if wrong.count:
-            raise GigabatchError(f"{self._told(wrong)}. Mend the table.")
-        if lacking.count and not self.settings.skip_missing:
+            if isinstance(result, InvalidRow):
+                invalid.add(number, result)
+            elif isinstance(result, Skipped):
+                missing.add(number, result.why)
+        self._numeric = numeric.names()
+        if invalid.count:
             raise GigabatchError(
-                f"{self._told(lacking)}. Restore what they lack, or set skip_missing to leave them "
-                "out (skipped.jsonl then names each)."
+                f"{self._summary(invalid)}. Fix the rows and rerun `gigabatch data pack`."
             )
-        self._refuse_repeated_keys()
+        if missing.count and not self.settings.skip_missing:
+            raise GigabatchError(
+                f"{self._summary(missing)}. Restore the missing parts, or set skip_missing to skip "
+                "these rows and list them in skipped.jsonl."
+            )
+        self._reject_repeated_keys()
         return self._count
 
-    def _told(self, faults: _Faults) -> str:
-        rows = f"{faults.count:,} of {self._count:,} rows cannot be packed"
-        return f"{self.table.source}: {rows}: {faults}"
+    def _summary(self, problems: _RowProblems) -> str:
+        rows = f"{problems.count:,} of {self._count:,} rows cannot be packed"
+        return f"{self.table.source}: {rows}: {problems}"
 
-    def _refuse_repeated_keys(self) -> None:
+    def _reject_repeated_keys(self) -> None:
         column = self.columns.key
         if column is None:
             return
-        again = repeated(lambda: (str(row[column]) for _, row in self.table.rows(columns=[column])))
-        if again:
+        problem = find_repeated_key(
+            lambda: (str(row[column]) for _, row in self.table.rows(columns=[column]))
+        )
+        if problem:
             raise GigabatchError(
-                f"{self.table.source}: {again}. A key names one sample: set key_column to a "
-                "column without repeats, or leave it out to number the rows."
+                f"{self.table.source}: {problem}. Set key_column to a column of unique values, or "
+                "omit it to number the rows."
             )
 
     def read(self, start: int) -> Iterator[Sample | Skipped]:
-        for number, found in self._each(self._rows(start), load=True):
+        """Read rows in packing order from position `start`."""
+        for number, result in self._convert(self._rows(start), load=True):
             where = f"{self.table.source}: row {number}"
-            if isinstance(found, Wrong):
-                raise GigabatchError(f"{where}: {found}. Mend the table.")
-            if isinstance(found, Skipped) and not self.settings.skip_missing:
+            if isinstance(result, InvalidRow):
                 raise GigabatchError(
-                    f"{where}: {found.why}. Restore it, or set skip_missing to leave such rows "
-                    "out, and pack again: finished shards are kept."
+                    f"{where}: {result}. Fix the row and rerun `gigabatch data pack`."
                 )
-            yield found
+            if isinstance(result, Skipped) and not self.settings.skip_missing:
+                raise GigabatchError(
+                    f"{where}: {result.why}. Restore it, or set skip_missing to skip such rows, "
+                    "and rerun `gigabatch data pack`; finished shards are kept."
+                )
+            yield result
 
     def _rows(self, start: int) -> Iterator[tuple[int, Row]]:
-        if self._held is None:
-            rows = HEAVY if self.columns.embedded else PIECE
-            yield from self.table.rows(start, self.columns.used(files=True), rows)
+        if self._store is None:
+            rows = FILE_BATCH_ROWS if self.columns.embedded else BATCH_ROWS
+            yield from self.table.rows(start, self.columns.to_read(include_file=True), rows)
         else:
-            for number in walk(start, self._count, self.settings.shuffle_seed):
-                yield number, self._held.row(number)
+            for number in packing_order(start, self._count, self.settings.shuffle_seed):
+                yield number, self._store.row(number)
 
-    def _each(
+    def _convert(
         self, rows: Iterable[tuple[int, Row]], load: bool
-    ) -> Iterator[tuple[int, Sample | Skipped | Wrong]]:
-        """What becomes of each row, in order; without its file if not `load`."""
+    ) -> Iterator[tuple[int, Sample | Skipped | InvalidRow]]:
+        """Convert numbered rows to samples, in order; without their files if not `load`."""
 
-        def work(numbered: tuple[int, Row]) -> tuple[int, Sample | Skipped | Wrong]:
+        def convert(numbered: tuple[int, Row]) -> tuple[int, Sample | Skipped | InvalidRow]:
             try:
                 return numbered[0], self._sample(*numbered, load)
-            except Wrong as wrong:
-                return numbered[0], wrong
+            except InvalidRow as error:
+                return numbered[0], error
 
         if self.columns.embedded:
-            yield from map(work, rows)
+            yield from map(convert, rows)
             return
         rows = iter(rows)
         with ThreadPoolExecutor(THREADS) as pool:
             while group := list(islice(rows, THREADS)):
-                yield from pool.map(work, group)
+                yield from pool.map(convert, group)
 
     def _sample(self, number: int, row: Row, load: bool) -> Sample | Skipped:
         sample: Sample = {"__key__": self._key(number, row)}
         if names := self.columns.in_json(row):
-            sample["json"] = json_member({name: self._value(name, row) for name in names})
-        name, found = self._found(row, load)
+            sample["json"] = json_member({name: self._json_value(name, row) for name in names})
+        file_name, member = self._file_member(row, load)
         if self.columns.captions:
             sample["txt"] = first_caption(row.get(self.columns.captions[0]))
             if sample["txt"] is None:
-                return Skipped(number, name, "has no caption")
-        if isinstance(found, str):
-            return Skipped(number, name, found)
-        return sample | found
+                return Skipped(number, file_name, "no caption")
+        if isinstance(member, str):
+            return Skipped(number, file_name, member)
+        return sample | member
 
-    def _found(self, row: Row, load: bool) -> tuple[str | None, Sample | str]:
-        """The name of a row's file, with the member that it becomes or what is wrong."""
+    def _file_member(self, row: Row, load: bool) -> tuple[str | None, Sample | str]:
+        """Return a file's name, and its member by extension or the problem as text."""
         if self.columns.file is None:
             return None, {}
-        find = self._embedded if self.columns.embedded else self._file
-        return find(row.get(self.columns.file), load)
+        member_of = self._embedded_file if self.columns.embedded else self._file_on_disk
+        return member_of(row.get(self.columns.file), load)
 
-    def _file(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        """The same of a file in the folder."""
-        name = file_inside(value)
-        wrong = look_at_file(self.folder, name)
-        if wrong or not load:
-            return name, wrong or {}
-        found = read_file(self.folder, str(name))
-        return name, found if isinstance(found, str) else {str(extension(name)): found}
+    def _file_on_disk(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
+        name = relative_name(value)
+        problem = file_problem(self.folder, name)
+        if problem or not load:
+            return name, problem or {}
+        data = read_file(self.folder, str(name))
+        return name, data if isinstance(data, str) else {str(extension(name)): data}
 
-    def _embedded(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        """The same of bytes in the table: typed by their name if it tells, else as they begin."""
-        held = value if isinstance(value, dict) else {"bytes": value}
-        name, data = held.get("path"), held["bytes"]
+    def _embedded_file(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
+        """Take the type from the file's name if it has a known one, else from its first bytes."""
+        file = value if isinstance(value, dict) else {"bytes": value}
+        name, data = file.get("path"), file["bytes"]
         if not load:
             return name, {}
         if not data:
-            return name, "holds no bytes"
-        kind = extension(name) or kind_of_bytes(data)
+            return name, "no file content"
+        kind = extension(name) or detect_type(data)
         if kind is None:
-            return name, f"holds bytes of no known type ({', '.join(FILES)})"
+            return name, f"file content is not of a known type ({', '.join(FILES)})"
         return name, {kind: data}
 
     def _key(self, number: int, row: Row) -> str:
@@ -230,20 +248,23 @@ class TableSamples:
             return f"{number:0{max(6, len(str(self._count - 1)))}d}"
         value = row.get(self.columns.key)
         if value is None or value == "":
-            raise Wrong("has no key")
+            raise InvalidRow("no key")
         name = str(value)
-        # A reader ends the key at its first dot, and passes over names that start with __.
+        # Readers end a key at its first dot, and ignore names that start with __.
         if re.search(r"[./\\\s\x00-\x1f\x7f]", name) or name.startswith("__") or len(name) > 200:
-            raise Wrong(f"{name!r} is no key, which has no dot, slash or space")
+            raise InvalidRow(
+                f"{name!r} is not a valid key (no dot, slash or space, no leading __, at most 200 "
+                "characters)"
+            )
         return name
 
-    def _value(self, name: str, row: Row) -> Any:
+    def _json_value(self, name: str, row: Row) -> Any:
         value = row.get(name)
-        return json.loads(value) if name in self._numbers and value is not None else value
+        return json.loads(value) if name in self._numeric and value is not None else value
 
 
 class ShardSamples:
-    """The samples of shards, as they are."""
+    """Samples of existing shards, unchanged."""
 
     def __init__(self, index: Index, settings: PackSettings) -> None:
         self.index, self.settings = index, settings
@@ -251,56 +272,63 @@ class ShardSamples:
         for name in ("folder", "file_column", "caption_column", "key_column", "json_columns"):
             if getattr(settings, name):
                 raise GigabatchError(
-                    f"{index.source}: {name} is for tables, and shards are packed as they are. "
-                    "Leave it out."
+                    f"{index.source}: {name} applies to tables, but this source holds shards. "
+                    f"Remove {name}."
                 )
 
     def check(self) -> int:
+        """Check member types and keys, and return the number of samples."""
         for member in self.index.members:
             if member.rpartition(".")[2] not in MEMBERS:
                 raise GigabatchError(
-                    f"{self.index.source}: members of type .{member} are not packed; those that "
-                    f"are: {', '.join(MEMBERS)}."
+                    f"{self.index.source}: members of type .{member} cannot be packed; supported "
+                    f"types: {', '.join(MEMBERS)}. Remove these members from the shards."
                 )
-        if again := repeated(self._keys):
+        if problem := find_repeated_key(self._keys):
             raise GigabatchError(
-                f"{self.index.source}: {again}. Samples of one set need keys of their own; pack "
-                "the shards apart."
+                f"{self.index.source}: {problem}. Keys must be unique; pack the shards into "
+                "separate folders."
             )
         return len(self.index)
 
     def _keys(self) -> Iterator[str]:
-        for first in range(0, len(self.index), PIECE):
-            rows = np.arange(first, min(first + PIECE, len(self.index)))
+        for first in range(0, len(self.index), BATCH_ROWS):
+            rows = np.arange(first, min(first + BATCH_ROWS, len(self.index)))
             yield from self.index.values("key", rows)
 
     def read(self, start: int) -> Iterator[Sample | Skipped]:
-        rows = walk(start, len(self.index), self.settings.shuffle_seed)
+        """Read samples in packing order from position `start`."""
+        rows = packing_order(start, len(self.index), self.settings.shuffle_seed)
         with Reader(self.index) as reader:
-            while group := list(islice(rows, HEAVY)):
-                found = reader.read_batch(np.array(group), self.index.members)
-                for row, members in zip(group, found, strict=True):
+            while group := list(islice(rows, FILE_BATCH_ROWS)):
+                samples = reader.read_batch(np.array(group), self.index.members)
+                for row, members in zip(group, samples, strict=True):
                     for member in members.values():
-                        if isinstance(member, Damaged):
+                        if isinstance(member, DamagedMember):
                             raise GigabatchError(member.why)
                     yield {"__key__": self.index.key(row)} | members
 
 
-def walk(start: int, count: int, seed: int | None) -> Iterator[int]:
-    """The rows at places `start` to `count` - 1: as they are, or permuted by `seed`."""
-    for first in range(start, count, PIECE):
-        places = np.arange(first, min(first + PIECE, count), dtype=np.int64)
+def packing_order(start: int, count: int, seed: int | None) -> Iterator[int]:
+    """Yield the rows at positions `start` to `count` - 1; `seed` permutes them, None does not."""
+    for first in range(start, count, BATCH_ROWS):
+        positions = np.arange(first, min(first + BATCH_ROWS, count), dtype=np.int64)
         if seed is not None:
-            places = permute(places, count, key(seed, "pack"))
-        yield from places.tolist()
+            positions = permute(positions, count, key(seed, "pack"))
+        yield from positions.tolist()
 
 
-def repeated(keys: Callable[[], Iterator[str]]) -> str | None:
-    """Which key comes twice, and where. Holds eight bytes a key; called again if some may."""
+def find_repeated_key(keys: Callable[[], Iterator[str]]) -> str | None:
+    """Describe the first key that occurs twice; None if all differ.
+
+    Args:
+        keys: Returns an iterator over all keys. Called again if hashes collide, so that only eight
+            bytes per key are held.
+    """
     hashes, counts = np.unique(np.fromiter(map(hash, keys()), np.int64), return_counts=True)
-    suspects = set(hashes[counts > 1].tolist())
-    seen: dict[str, int] = {}
-    for row, name in enumerate(keys() if suspects else ()):
-        if hash(name) in suspects and seen.setdefault(name, row) != row:
-            return f"the key {name!r} comes twice, in rows {seen[name]} and {row}"
+    repeated_hashes = set(hashes[counts > 1].tolist())
+    first_row: dict[str, int] = {}
+    for row, name in enumerate(keys() if repeated_hashes else ()):
+        if hash(name) in repeated_hashes and first_row.setdefault(name, row) != row:
+            return f"rows {first_row[name]} and {row} have the same key {name!r}"
     return None

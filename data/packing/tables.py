@@ -1,8 +1,8 @@
-"""Tables of the common formats, read in pieces: CSV, TSV, JSON lines, Parquet, Arrow.
+"""Tables in common formats, read in batches: CSV, TSV, JSON lines, Parquet, Arrow.
 
-A table is a file, or a folder of files of one format that are read one after another, in the order
-of their names. Rows are numbered from 0; a header is no row. Nothing is loaded whole, except where
-rows are wanted in another order than the table's (`Held`).
+A table is one file, or a folder whose files have one format and are read in the order of their
+names. Rows are numbered from 0, without the header. Only `RowStore`, which serves rows in another
+order, loads a table into memory.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.shards.pack_hint import SUFFIXES
 
 Row = dict[str, Any]
-Piece: TypeAlias = "list[Row] | pa.RecordBatch"
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
-HELD_BYTES = 4 << 30
-"""Memory that the rows of a table may take where they are wanted in another order."""
-PIECE = 1024
+RowBatch: TypeAlias = "list[Row] | pa.RecordBatch"
+STORE_BYTES = 4 << 30
+"""Maximum memory of a `RowStore`."""
+BATCH_ROWS = 1024
 """Rows read at a time."""
-HEAVY = 32
-"""Rows read at a time where they hold whole files."""
+FILE_BATCH_ROWS = 32
+"""Rows read at a time if they contain whole files."""
 CELL_BYTES = 64 << 20
-"""Of one cell of a CSV file, at most: a quote that is never closed takes in all that follows."""
+"""Maximum size of a CSV cell; an unclosed quote would otherwise take in the rest of the file."""
 
 
 class _Read(Protocol):
-    def __call__(self, columns: Sequence[str] | None, rows: int) -> Iterable[Piece]: ...
+    def __call__(self, columns: Sequence[str] | None, rows: int) -> Iterable[RowBatch]: ...
 
 
 @dataclass(frozen=True)
 class _Part:
-    """A file, or a row group of one; `rows` is None where it is not known before reading."""
+    """A file, or a row group of one; `rows` is None if unknown before reading."""
 
     rows: int | None
     read: _Read
@@ -50,8 +50,16 @@ class _Part:
 
 @dataclass(frozen=True)
 class Table:
-    """`types`: of the columns, empty for JSON lines. `untyped`: all cells are text, as in CSV.
-    `state`: the files' names, sizes and times, by which the same table is known again."""
+    """A table that has been opened but not read.
+
+    Attributes:
+        source: File or folder.
+        columns: Column names.
+        types: Arrow type of each column; empty for JSON lines.
+        untyped: Whether all cells are text, as in CSV.
+        parts: Files or row groups, in order.
+        state: Name, size and modification time of each file, to detect a changed table.
+    """
 
     source: Path
     columns: tuple[str, ...]
@@ -60,48 +68,61 @@ class Table:
     parts: tuple[_Part, ...]
     state: list[list[Any]]
 
-    def pieces(
-        self, start: int = 0, columns: Sequence[str] | None = None, rows: int = PIECE
-    ) -> Iterator[Piece]:
-        """The rows from number `start` on, some at a time; `columns` limits what is read (JSON
-        lines come whole)."""
+    def batches(
+        self, start: int = 0, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
+    ) -> Iterator[RowBatch]:
+        """Read from row `start` to the end.
+
+        Args:
+            start: Number of the first row.
+            columns: Columns to read; None reads all. JSON lines are always read completely.
+            rows: Maximum number of rows in a batch.
+        """
         for part in self.parts:
             if part.rows is not None and part.rows <= start:
                 start -= part.rows
                 continue
-            for piece in part.read(columns=columns, rows=rows):
-                skipped = min(start, len(piece))
+            for batch in part.read(columns=columns, rows=rows):
+                skipped = min(start, len(batch))
                 start -= skipped
-                for first in range(skipped, len(piece), rows):
-                    yield _cut(piece, first, rows)
+                for first in range(skipped, len(batch), rows):
+                    yield _slice(batch, first, rows)
 
     def rows(
-        self, start: int = 0, columns: Sequence[str] | None = None, rows: int = PIECE
+        self, start: int = 0, columns: Sequence[str] | None = None, rows: int = BATCH_ROWS
     ) -> Iterator[tuple[int, Row]]:
-        """(number, row) of each row from `start` on."""
-        for piece in self.pieces(start, columns, rows):
-            found = piece if isinstance(piece, list) else piece.to_pylist()
-            yield from enumerate(found, start)
-            start += len(found)
+        """Read like `batches`, and yield (row number, row)."""
+        for batch in self.batches(start, columns, rows):
+            batch_rows = batch if isinstance(batch, list) else batch.to_pylist()
+            yield from enumerate(batch_rows, start)
+            start += len(batch_rows)
 
 
-class Held:
-    """The rows of a table, in memory (an uncompressed Arrow file stays on disk), for any order."""
+class RowStore:
+    """All rows of a table in memory, for reading in any order.
+
+    Uncompressed Arrow files stay on disk, memory-mapped.
+    """
 
     def __init__(self, table: Table) -> None:
-        self._pieces: list[Any] = []
-        before, texts, starts = pa.total_allocated_bytes(), 0, [0]
-        for piece in table.pieces():
-            if isinstance(piece, list):  # as JSON: dictionaries would take several times as much
-                piece = [json.dumps(row).encode() for row in piece]
-                texts += sum(map(len, piece)) + 41 * len(piece)
-            self._pieces.append(piece)
-            starts.append(starts[-1] + len(piece))
-            if pa.total_allocated_bytes() - before + texts > HELD_BYTES:
+        """Read the table.
+
+        Raises:
+            GigabatchError: if its rows take more than `STORE_BYTES`.
+        """
+        self._batches: list[Any] = []
+        before, json_bytes, starts = pa.total_allocated_bytes(), 0, [0]
+        for batch in table.batches():
+            if isinstance(batch, list):  # Dictionaries would take several times as much as JSON.
+                batch = [json.dumps(row).encode() for row in batch]
+                json_bytes += sum(map(len, batch)) + 41 * len(batch)
+            self._batches.append(batch)
+            starts.append(starts[-1] + len(batch))
+            if pa.total_allocated_bytes() - before + json_bytes > STORE_BYTES:
                 raise GigabatchError(
-                    f"{table.source}: cannot be shuffled: its rows take more than "
-                    f"{HELD_BYTES >> 30} GiB of memory. Pack it without shuffle_seed, then pack "
-                    "those shards with it: shards are read in any order."
+                    f"{table.source}: the table cannot be shuffled: its rows take more than "
+                    f"{STORE_BYTES >> 30} GiB of memory. Pack it without shuffle_seed, then pack "
+                    "the resulting shards with shuffle_seed; shards can be read in any order."
                 )
         self._starts = np.array(starts)
 
@@ -109,23 +130,24 @@ class Held:
         return int(self._starts[-1])
 
     def row(self, number: int) -> Row:
-        at = int(np.searchsorted(self._starts, number, side="right")) - 1
-        piece, place = self._pieces[at], number - int(self._starts[at])
-        if isinstance(piece, list):
-            row: Row = json.loads(piece[place])
+        """Return row `number`."""
+        index = int(np.searchsorted(self._starts, number, side="right")) - 1
+        batch, offset = self._batches[index], number - int(self._starts[index])
+        if isinstance(batch, list):
+            row: Row = json.loads(batch[offset])
             return row
-        return dict(piece.slice(place, 1).to_pylist()[0])
+        return dict(batch.slice(offset, 1).to_pylist()[0])
 
 
-def _cut(piece: Piece, first: int, rows: int) -> Piece:
-    return piece[first : first + rows] if isinstance(piece, list) else piece.slice(first, rows)
+def _slice(batch: RowBatch, first: int, rows: int) -> RowBatch:
+    return batch[first : first + rows] if isinstance(batch, list) else batch.slice(first, rows)
 
 
 def table_files(source: Path) -> list[Path]:
-    """The files of a table; none where `source` is a folder without any."""
+    """Return the files of a table in order; empty for a folder that holds none."""
     if not source.is_dir():
         return [source]
-    # `cache-*.arrow` is what `datasets` leaves beside a data set that it has worked on.
+    # `datasets` caches results in `cache-*.arrow` next to a data set.
     return sorted(
         path
         for path in source.iterdir()
@@ -134,88 +156,95 @@ def table_files(source: Path) -> list[Path]:
 
 
 def open_table(source: Path) -> Table:
-    """The table at `source`. Raises GigabatchError for what is none, or files that differ."""
+    """Open the table at `source`.
+
+    Raises:
+        GigabatchError: if it is not a table, cannot be read, or its files differ in format or
+            columns.
+    """
     files = table_files(source)
-    kinds = {path.suffix.lower() for path in files}
-    if len(kinds) != 1 or not kinds <= set(SUFFIXES):
-        found = f" (it has {', '.join(sorted(kinds))})" if len(kinds) > 1 else ""
+    suffixes = {path.suffix.lower() for path in files}
+    if len(suffixes) != 1 or not suffixes <= set(SUFFIXES):
+        several = f"; it holds {', '.join(sorted(suffixes))}" if len(suffixes) > 1 else ""
         raise GigabatchError(
-            f"{source}: is no table. Name a file that ends in {', '.join(SUFFIXES)}, or a folder "
-            f"with files of one of these kinds{found}."
+            f"{source}: not a table{several}. Name a file that ends in {', '.join(SUFFIXES)}, or a "
+            "folder whose files have one of these formats."
         )
     opened = []
     for path in files:
-        with _reading(path):
-            opened.append(_open(path))
+        with _read_errors(path):
+            opened.append(_open_file(path))
     columns, types, _ = opened[0]
-    for path, (own, own_types, _) in zip(files, opened, strict=True):
-        differ = set(own) ^ set(columns) | {c for c in types if types[c] != own_types.get(c)}
-        if differ and types:
+    for path, (file_columns, file_types, _) in zip(files, opened, strict=True):
+        retyped = {name for name in types if types[name] != file_types.get(name)}
+        differences = set(file_columns) ^ set(columns) | retyped
+        if differences and types:
             raise GigabatchError(
-                f"{path}: differs from {files[0].name} in the columns "
-                f"{', '.join(sorted(differ))} or their types. Pack the two apart."
+                f"{path}: columns {', '.join(sorted(differences))} or their types differ from "
+                f"{files[0].name}. Pack the two files separately."
             )
-    # JSON lines have no fixed columns: those of all files.
-    columns = tuple(dict.fromkeys(name for own, _, _ in opened for name in own))
+    # Lines of JSON may differ in their fields: take the union over all files.
+    columns = tuple(dict.fromkeys(name for file_columns, _, _ in opened for name in file_columns))
     parts = tuple(part for _, _, parts in opened for part in parts)
     state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return Table(source, columns, types, kinds <= {".csv", ".tsv"}, parts, state)
+    return Table(source, columns, types, suffixes <= {".csv", ".tsv"}, parts, state)
 
 
 _Opened = tuple[tuple[str, ...], dict[str, pa.DataType], list[_Part]]
 
 
-def _open(path: Path) -> _Opened:
-    kind = path.suffix.lower()
-    if kind in (".csv", ".tsv"):
-        return _open_csv(path, "," if kind == ".csv" else "\t")
-    if kind in (".jsonl", ".ndjson"):
-        # All of its lines: a field may come first in the last one, and none is to be lost.
-        names = dict.fromkeys(name for row in _lines(path) for name in row)
-        return tuple(names), {}, [_Part(None, partial(_gather, partial(_lines, path)))]
-    return _open_parquet(path) if kind == ".parquet" else _open_arrow(path)
+def _open_file(path: Path) -> _Opened:
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        return _open_csv(path, "," if suffix == ".csv" else "\t")
+    if suffix in (".jsonl", ".ndjson"):
+        # Read every line now: a field may first appear in the last one.
+        names = dict.fromkeys(name for row in _json_rows(path) for name in row)
+        return tuple(names), {}, [_Part(None, partial(_batched, partial(_json_rows, path)))]
+    return _open_parquet(path) if suffix == ".parquet" else _open_arrow(path)
 
 
-def _gather(read: Callable[[], Iterator[Row]], columns: object, rows: int) -> Iterator[Piece]:
-    found = read()
-    while piece := list(islice(found, rows)):
-        yield piece
+def _batched(read: Callable[[], Iterator[Row]], columns: object, rows: int) -> Iterator[RowBatch]:
+    remaining = read()
+    while batch := list(islice(remaining, rows)):
+        yield batch
 
 
 def _open_csv(path: Path, delimiter: str) -> _Opened:
     with open(path, newline="", encoding="utf-8-sig") as file:
         names: list[str] = next(_csv_reader(file, delimiter), [])
     if not names or len(set(names)) < len(names) or "" in names:
-        raise ValueError("its first line must name the columns, each once")
+        raise ValueError("the first line must name the columns, each with a different name")
     types = dict.fromkeys(names, pa.string())
-    read = partial(_cells, path, delimiter)
-    return tuple(names), types, [_Part(None, partial(_gather, read))]
+    read = partial(_csv_rows, path, delimiter)
+    return tuple(names), types, [_Part(None, partial(_batched, read))]
 
 
-def _cells(path: Path, delimiter: str) -> Iterator[Row]:
-    """The rows of a CSV file, all cells text, an empty one None."""
-    with _reading(path), open(path, newline="", encoding="utf-8-sig") as file:
+def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
+    """Yield the rows of a CSV file; cells are text, empty ones None."""
+    with _read_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
         reader = _csv_reader(file, delimiter)
         names: list[str] = next(reader, [])
         for cells in reader:
             if not cells:
-                continue  # a blank line is no row
+                continue  # A blank line is not a row.
             if len(cells) != len(names):
                 raise ValueError(
-                    f"the row that ends at line {reader.line_num} has {len(cells)} fields, the "
-                    f"first line {len(names)}"
+                    f"the row that ends at line {reader.line_num} has {len(cells)} fields, but the "
+                    f"first line has {len(names)}"
                 )
             yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
 
 
 def _csv_reader(file: TextIO, delimiter: str) -> Any:
-    csv.field_size_limit(CELL_BYTES)  # of the process; Python's own 128 KiB is less than a caption
+    # Applies to the whole process; Python's default of 128 KiB is too small for long captions.
+    csv.field_size_limit(CELL_BYTES)
     return csv.reader(file, delimiter=delimiter, strict=True)
 
 
-def _lines(path: Path) -> Iterator[Row]:
-    """The rows of a JSON lines file."""
-    with _reading(path), open(path, encoding="utf-8-sig") as file:
+def _json_rows(path: Path) -> Iterator[Row]:
+    """Yield the rows of a JSON lines file."""
+    with _read_errors(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -224,7 +253,7 @@ def _lines(path: Path) -> Iterator[Row]:
             except ValueError as error:
                 raise ValueError(f"line {number}: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"line {number} is no object {{...}}")
+                raise ValueError(f"line {number} is not a JSON object {{...}}")
             yield row
 
 
@@ -235,37 +264,37 @@ def _open_parquet(path: Path) -> _Opened:
         _Part(metadata.row_group(group).num_rows, partial(_read_group, path, metadata, group))
         for group in range(metadata.num_row_groups)
     ]
-    return *_columns(schema), parts
+    return *_schema_columns(schema), parts
 
 
 def _read_group(
     path: Path, metadata: Any, group: int, columns: Sequence[str] | None, rows: int
-) -> Iterator[Piece]:
-    # Buffered: a row group of images may be larger than the memory.
+) -> Iterator[RowBatch]:
+    # Buffered, because a row group of images may be larger than memory.
     with (
-        _reading(path),
+        _read_errors(path),
         pq.ParquetFile(path, metadata=metadata, buffer_size=1 << 20, pre_buffer=False) as file,
     ):
         yield from file.iter_batches(rows, [group], columns, use_threads=False)
 
 
 def _open_arrow(path: Path) -> _Opened:
-    """A file in Arrow's file format or, as `datasets` writes it, its stream format."""
+    """Open an Arrow file; `datasets` writes the stream format, other tools the file format."""
     with pa.memory_map(str(path)) as file:
         try:
             schema = pa.ipc.open_file(file).schema
         except pa.ArrowInvalid:
             file.seek(0)
             schema = pa.ipc.open_stream(file).schema
-    return *_columns(schema), [_Part(None, partial(_read_arrow, path))]
+    return *_schema_columns(schema), [_Part(None, partial(_read_arrow, path))]
 
 
-def _read_arrow(path: Path, columns: Sequence[str] | None, rows: int) -> Iterator[Piece]:
-    with _reading(path):
+def _read_arrow(path: Path, columns: Sequence[str] | None, rows: int) -> Iterator[RowBatch]:
+    with _read_errors(path):
         file = pa.memory_map(str(path))
         try:
-            whole = pa.ipc.open_file(file)
-            batches: Iterable[Any] = map(whole.get_batch, range(whole.num_record_batches))
+            reader = pa.ipc.open_file(file)
+            batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
         except pa.ArrowInvalid:
             file.seek(0)
             batches = pa.ipc.open_stream(file)
@@ -273,17 +302,19 @@ def _read_arrow(path: Path, columns: Sequence[str] | None, rows: int) -> Iterato
             yield batch if columns is None else batch.select(columns)
 
 
-def _columns(schema: pa.Schema) -> tuple[tuple[str, ...], dict[str, pa.DataType]]:
+def _schema_columns(schema: pa.Schema) -> tuple[tuple[str, ...], dict[str, pa.DataType]]:
     if len(set(schema.names)) < len(schema.names):
-        raise ValueError("a column's name comes twice")
+        raise ValueError("two columns have the same name")
     return tuple(schema.names), {field.name: field.type for field in schema}
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """What goes wrong inside, as one line that names the file."""
+def _read_errors(path: Path) -> Iterator[None]:
+    """Convert read errors to a one-line GigabatchError that names the file."""
     try:
         yield
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
-        what = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise GigabatchError(f"{path}: the table cannot be read: {what}.") from error
+        problem = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise GigabatchError(
+            f"{path}: the table cannot be read: {problem}. Check the path, or fix the file."
+        ) from error

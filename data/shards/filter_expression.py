@@ -1,8 +1,8 @@
-"""Conditions on a sample's indexed fields, from text: `lang == "en" and score > 0.3`.
+"""Parser of filter conditions on indexed fields: `lang == "en" and score > 0.3`.
 
-The text is Python's syntax, read by Python's parser and never run: names are columns of the index,
-and only comparisons, `and`, `or`, `not`, `in`, `is None`, numbers, strings, + - * / and a few
-functions are known. It becomes a pyarrow expression.
+The text has Python's syntax and is read by Python's parser, but never run. Names are columns of the
+index. Allowed are comparisons, `and`, `or`, `not`, `in`, `is None`, numbers, strings, + - * / and a
+few functions. The result is a pyarrow expression.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.shards.json_columns import json_text
+from gigabatch.data.shards.json_columns import canonical_json
 
-_COMPARE: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
+_COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], Any]] = {
     ast.Eq: lambda a, b: a == b,
     ast.NotEq: lambda a, b: a != b,
     ast.Lt: lambda a, b: a < b,
@@ -43,51 +43,65 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "starts_with": pc.starts_with,
     "matches": pc.match_substring_regex,
 }
-LONGEST, TERMS = 1 << 16, 1000
-"""Letters of a condition, and comparisons or columns in it; a list of values may be long. Arrow's
-time grows with the square of the terms, and at some thousands its stack ends."""
+MAX_LENGTH = 1 << 16
+"""Characters of a condition; a list of values may be long."""
+MAX_TERMS = 1000
+"""Comparisons, and columns, in a condition. Arrow's time grows with the square of the number of
+terms, and some thousands overflow its stack."""
 HELP = (
-    "Columns, numbers and strings, with == != < <= > >= + - * /, and, or, not, in [...], is None, "
-    f"and {', '.join(f'{name}()' for name in _FUNCTIONS)}"
+    "A condition may have columns, numbers and strings, == != < <= > >= + - * /, and, or, not, "
+    f"in [...], is None, and the functions {', '.join(f'{name}()' for name in _FUNCTIONS)}"
 )
 
 
-def parse_where(
+def parse_filter(
     text: str, columns: Sequence[str], json_columns: Collection[str] = ()
 ) -> pc.Expression:
-    """A condition over `columns`. A member's size in bytes is `size("png")`. Values that
-    `json_columns`, which hold JSON text, are compared with become such text too.
+    """Parse a condition. `size("png")` in it is the size of that member in bytes.
 
-    Raises GigabatchError for anything else, with what is known.
+    Args:
+        text: The condition.
+        columns: The columns that may occur.
+        json_columns: Those that hold JSON text; values compared with them become JSON text too.
+
+    Raises:
+        GigabatchError: if `text` is not a condition; the message says what is allowed.
     """
-    if len(text) > LONGEST:
+    if len(text) > MAX_LENGTH:
         raise GigabatchError(
-            f"{text[:60]!r}...: the condition has {len(text):,} letters, and may have {LONGEST:,}. "
-            "Filter in several steps: a view of a view is a view."
+            f"{text[:60]!r}...: the condition has {len(text):,} characters; the limit is "
+            f"{MAX_LENGTH:,}. Filter in several steps: a view can be filtered again."
         )
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-        _refuse_many(tree)
-        found = _Parser(columns, json_columns).visit(tree)
+        _check_term_count(tree)
+        expression = _Parser(columns, json_columns).visit(tree)
     except SyntaxError as error:
         raise GigabatchError(f"{text!r}: not a condition: {error.msg}. {HELP}.") from None
-    except (RecursionError, MemoryError):  # the latter is the parser's own limit
-        raise GigabatchError(f"{text[:60]!r}...: the condition is nested too deeply.") from None
+    except (RecursionError, MemoryError):  # Python's parser raises MemoryError for deep nesting
+        raise GigabatchError(
+            f"{text[:60]!r}...: the condition is nested too deeply. Write `in [...]` for many "
+            "values, or filter in several steps."
+        ) from None
     except (pa.ArrowException, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise GigabatchError(f"{text!r}: not a condition: {error}. {HELP}.") from None
-    if not isinstance(found, pc.Expression):
-        raise GigabatchError(f"{text!r}: a condition must name a column; there are: {columns}.")
-    return found
+    if not isinstance(expression, pc.Expression):
+        raise GigabatchError(
+            f"{text!r}: not a condition: it names no column. The columns are: {', '.join(columns)}."
+        )
+    return expression
 
 
-def _refuse_many(tree: ast.AST) -> None:
+def _check_term_count(tree: ast.AST) -> None:
     nodes = list(ast.walk(tree))
     for kind in (ast.Name, ast.cmpop):
-        if sum(isinstance(node, kind) for node in nodes) > TERMS:
-            raise SyntaxError(f"more than {TERMS:,} terms; for many values, write `in [...]`")
+        if sum(isinstance(node, kind) for node in nodes) > MAX_TERMS:
+            raise SyntaxError(f"more than {MAX_TERMS:,} terms; for many values, write `in [...]`")
 
 
 class _Parser(ast.NodeVisitor):
+    """Converts a syntax tree to a pyarrow expression; raises SyntaxError for unknown syntax."""
+
     def __init__(self, columns: Sequence[str], json_columns: Collection[str]) -> None:
         self.columns, self.json_columns = columns, json_columns
 
@@ -106,13 +120,13 @@ class _Parser(ast.NodeVisitor):
         return node.value
 
     def visit_List(self, node: ast.List) -> list[Any]:
-        return [self.visit(each) for each in node.elts]
+        return [self.visit(element) for element in node.elts]
 
     visit_Tuple = visit_List  # type: ignore[assignment]
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
-        act = operator.and_ if isinstance(node.op, ast.And) else operator.or_
-        return reduce(act, [self.visit(value) for value in node.values])
+        combine = operator.and_ if isinstance(node.op, ast.And) else operator.or_
+        return reduce(combine, [self.visit(value) for value in node.values])
 
     def visit_UnaryOp(self, node: ast.UnaryOp) -> Any:
         value = self.visit(node.operand)
@@ -123,43 +137,43 @@ class _Parser(ast.NodeVisitor):
         return self.generic_visit(node.op)
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
-        act = _ARITHMETIC.get(type(node.op))
-        if act is None:
+        operation = _ARITHMETIC.get(type(node.op))
+        if operation is None:
             return self.generic_visit(node.op)
         sides = self.visit(node.left), self.visit(node.right)
         if not any(isinstance(side, pc.Expression) for side in sides):
-            raise SyntaxError("arithmetic goes with a column, not with constants alone")
-        return act(*sides)
+            raise SyntaxError("arithmetic needs a column; compute constants beforehand")
+        return operation(*sides)
 
     def visit_Compare(self, node: ast.Compare) -> Any:
-        nodes = [node.left, *node.comparators]
+        operands = [node.left, *node.comparators]
         parts = []
-        for each, (left, right) in zip(node.ops, pairwise(nodes), strict=True):
+        for op, (left, right) in zip(node.ops, pairwise(operands), strict=True):
             values = [self.visit(left), self.visit(right)]
             if any(isinstance(n, ast.Name) and n.id in self.json_columns for n in (left, right)):
-                values = [_as_json(value) for value in values]
-            parts.append(self._compare(each, *values))
+                values = [_to_json(value) for value in values]
+            parts.append(self._compare(op, *values))
         return reduce(operator.and_, parts)
 
-    def _compare(self, how: ast.cmpop, left: Any, right: Any) -> Any:
-        if isinstance(how, ast.Is | ast.IsNot):
+    def _compare(self, op: ast.cmpop, left: Any, right: Any) -> Any:
+        if isinstance(op, ast.Is | ast.IsNot):
             if right is not None:
-                raise SyntaxError("`is` goes with None alone")
-            return left.is_null() if isinstance(how, ast.Is) else left.is_valid()
-        return _COMPARE[type(how)](left, right)
+                raise SyntaxError("`is` requires None, as in `lang is None`")
+            return left.is_null() if isinstance(op, ast.Is) else left.is_valid()
+        return _COMPARISONS[type(op)](left, right)
 
     def visit_Call(self, node: ast.Call) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else ""
-        values = [self.visit(each) for each in node.args]
+        values = [self.visit(argument) for argument in node.args]
         if name == "size" and len(values) == 1 and f"{values[0]}.size" in self.columns:
             return pc.field(f"{values[0]}.size")
         if name not in _FUNCTIONS or node.keywords:
-            raise SyntaxError(f"there is no function {name!r} like this")
+            raise SyntaxError(f"there is no function {name!r} with these arguments")
         return _FUNCTIONS[name](*values)
 
 
-def _as_json(value: Any) -> Any:
-    """A constant, or each of a list of them, as JSON text; a column and None as they are."""
+def _to_json(value: Any) -> Any:
+    """Convert a constant, or the constants in a list, to JSON text; not columns and None."""
     if isinstance(value, list):
-        return [_as_json(each) for each in value]
-    return value if value is None or isinstance(value, pc.Expression) else json_text(value)
+        return [_to_json(element) for element in value]
+    return value if value is None or isinstance(value, pc.Expression) else canonical_json(value)

@@ -1,11 +1,14 @@
-"""The index of a set of shards: one row a sample, mapped into memory at run time.
+"""The index of a set of shards: one row per sample, memory-mapped at run time.
 
-A set is a folder of `*.tar`, a pattern (globs, brace ranges; local or remote), or a view, a folder
-that `gigabatch data filter` made. Its index holds `samples.parquet` for interchange, an Arrow file
-of the same rows (uncompressed, memory-mapped by every process) and `manifest.json`: the shards with
-their sizes, versions and digests. It lies in `FOLDER/.gigabatch`, or in the cache folder where that
-cannot be written or the set is no local folder. The sample number is the row; shards that are
-added later come after all others, so that a sample keeps its number.
+A set is a folder of `*.tar` files, a pattern (globs and brace ranges, local or remote), or a
+filtered view, which is a folder that `gigabatch data filter` wrote. The files of its index are:
+
+- `samples.parquet`: the rows, for your own use.
+- `samples-DIGEST.arrow`: the same rows, uncompressed; every process maps it into memory.
+- `manifest.json`: the shards with their sizes, versions and digests.
+
+They lie in `FOLDER/.gigabatch`, or in the cache folder if that cannot be written or the set is no
+local folder. Shards added later are indexed after all others, so a sample keeps its row.
 """
 
 from __future__ import annotations
@@ -29,17 +32,24 @@ from gigabatch.data.shards.scan import IndexSettings
 FORMAT = 2
 BATCH_BITS = 20
 ROWS = 1 << BATCH_BITS
-"""Rows of a record batch: a row is found by a shift, and an index is written in little memory."""
-FORGET_AFTER = 1 << 9
-"""Look-ups after which the mapped pages are given back, so that memory stays small however large
-the index; the system keeps them cached."""
+"""Rows of a record batch. A shift finds a row's batch, and writing an index needs little memory."""
+LOOKUPS_PER_RELEASE = 1 << 9
+"""Lookups after which the mapped pages are released, so that the process stays small for any size
+of index. The kernel keeps the pages in its cache."""
 I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """`name`: a path or URL. `bytes`, `version`: what it was when it was indexed. `samples`: its
-    rows. `digest`: SHA-256 of its members' names, sizes and checksums."""
+    """One indexed shard.
+
+    Attributes:
+        name: Its path or URL.
+        bytes: Its size when it was indexed.
+        version: Its modification time or ETag when it was indexed.
+        samples: Number of its rows.
+        digest: SHA-256 of its members' names, sizes and checksums.
+    """
 
     name: str
     bytes: int
@@ -52,47 +62,54 @@ class Shard:
 class Index:
     """A memory-mapped index.
 
-    `source`: the folder or pattern as it was given. `folder`: where the index itself lies.
-    `digest`: SHA-256 over the shards' digests, the data's fingerprint.
+    Attributes:
+        source: The folder or pattern that was indexed.
+        folder: Where the index files lie.
+        arrow: Name of the Arrow file.
+        shards: The shards, in the order of their rows.
+        member_counts: (extension, samples that have it) of every kind of member.
+        settings: What the index holds.
+        digest: SHA-256 over the shards' digests, the fingerprint of the data.
     """
 
     source: str
     folder: Path
     arrow: str
     shards: tuple[Shard, ...]
-    members_held: tuple[tuple[str, int], ...]
+    member_counts: tuple[tuple[str, int], ...]
     settings: IndexSettings
     digest: str
 
     def __len__(self) -> int:
-        return int(self.first_sample[-1])
+        return int(self.shard_starts[-1])
 
     @property
     def name(self) -> str:
-        """What the set is called in metrics: the last part of its folder or pattern."""
+        """The set's name in metrics: the last part of its folder or pattern."""
         return os.path.basename(self.source.rstrip("/")) or self.source
 
     @cached_property
     def shard_sizes(self) -> I64:
-        """[shards] samples in each."""
+        """Samples of every shard, int64 [shards]."""
         return np.array([shard.samples for shard in self.shards], np.int64)
 
     @cached_property
-    def first_sample(self) -> I64:
-        """[shards + 1] the sample number at which each shard starts."""
+    def shard_starts(self) -> I64:
+        """Row at which every shard starts, then the number of rows; int64 [shards + 1]."""
         return np.concatenate([[0], np.cumsum(self.shard_sizes)]).astype(np.int64)
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The extensions found, such as ("json", "png", "txt")."""
-        return tuple(name for name, _ in self.members_held)
+        """The extensions that occur, such as ("json", "png", "txt")."""
+        return tuple(name for name, _ in self.member_counts)
 
     @cached_property
-    def _mapped(self) -> _Mapped:
-        return _Mapped(self.folder / self.arrow)
+    def _mapped(self) -> _MappedTable:
+        return _MappedTable(self.folder / self.arrow)
 
     @property
     def table(self) -> pa.Table:
+        """All rows, memory-mapped."""
         return self._mapped.table
 
     @property
@@ -100,71 +117,82 @@ class Index:
         """The fields of the json member that the index holds."""
         return self.settings.columns
 
-    def take(self, column: str, samples: I64) -> NDArray[Any]:
-        """The values of a numeric column, such as `png.offset`, of the given samples."""
-        return self._mapped.take(column, samples)
+    def take(self, column: str, rows: I64) -> NDArray[Any]:
+        """Return a numeric column, such as `png.offset`, at some rows; [len(rows)]."""
+        return self._mapped.take(column, rows)
 
-    def values(self, column: str, samples: I64) -> list[Any]:
-        """The values of any column of the given samples, None for null."""
-        return self._mapped.values(column, samples)
+    def values(self, column: str, rows: I64) -> list[Any]:
+        """Return the values of any column at some rows; None for null."""
+        return self._mapped.values(column, rows)
 
-    def key(self, sample: int) -> str:
-        return str(self.values("key", np.array([sample]))[0])
+    def key(self, row: int) -> str:
+        """Return the key of a sample."""
+        return str(self.values("key", np.array([row]))[0])
 
-    def shard_of(self, sample: int) -> int:
-        return int(np.searchsorted(self.first_sample, sample, side="right")) - 1
+    def shard_of(self, row: int) -> int:
+        """Return the number of the shard that holds a sample."""
+        return int(np.searchsorted(self.shard_starts, row, side="right")) - 1
 
-    def where(self, sample: int) -> str:
-        """Shard and key, for messages."""
-        return f"{self.shards[self.shard_of(sample)].name}: sample {self.key(sample)!r}"
+    def where(self, row: int) -> str:
+        """Return shard and key of a sample, for messages."""
+        return f"{self.shards[self.shard_of(row)].name}: sample {self.key(row)!r}"
 
-    def span(self, sample: int, member: str) -> tuple[int, int]:
-        """(offset, size) of one member in its shard, in bytes; offset 0 means it is missing."""
-        at = np.array([sample])
-        return int(self.take(f"{member}.offset", at)[0]), int(self.take(f"{member}.size", at)[0])
+    def member_span(self, row: int, member: str) -> tuple[int, int]:
+        """Return (offset, size) of a member in its shard, in bytes; offset 0 if it is missing."""
+        rows = np.array([row])
+        return int(self.take(f"{member}.offset", rows)[0]), int(
+            self.take(f"{member}.size", rows)[0]
+        )
 
-    def lacking(self, *choices: str) -> I64:
-        """The samples that have none of `choices` (extensions)."""
-        held = dict(self.members_held)
-        if any(held.get(choice) == len(self) for choice in choices):
+    def samples_without(self, *choices: str) -> I64:
+        """Return the rows of the samples that have none of `choices` (extensions), int64 [n]."""
+        counts = dict(self.member_counts)
+        if any(counts.get(choice) == len(self) for choice in choices):
             return np.empty(0, np.int64)
-        lacking = np.ones(len(self), bool)
+        without = np.ones(len(self), bool)
         for choice in choices:
-            if choice in held:
+            if choice in counts:
                 for first in range(0, len(self), ROWS):
                     rows = np.arange(first, min(first + ROWS, len(self)))
-                    lacking[rows] &= self.take(f"{choice}.offset", rows) == 0
-        return np.flatnonzero(lacking)
+                    without[rows] &= self.take(f"{choice}.offset", rows) == 0
+        return np.flatnonzero(without)
 
-    def require(self, *choices: str, partial: bool = False) -> tuple[str, ...]:
-        """Those of `choices` (extensions) that occur, in their order.
+    def require_members(self, *choices: str, allow_missing: bool = False) -> tuple[str, ...]:
+        """Return those of `choices` (extensions) that occur in the set, in their order.
 
-        Raises GigabatchError where none does, or, unless `partial`, where a sample has none.
+        Args:
+            choices: Alternative extensions of one modality.
+            allow_missing: Accept samples that have none of them.
+
+        Raises:
+            GigabatchError: if no sample has one, or if a sample has none and `allow_missing` is
+                false.
         """
-        found = tuple(choice for choice in choices if choice in self.members)
-        if not found:
+        present = tuple(choice for choice in choices if choice in self.members)
+        if not present:
             raise GigabatchError(
-                f"{self.source}: no sample has a .{' or .'.join(choices)} member; found: "
-                f"{', '.join('.' + m for m in self.members)}. Is data.train the set you meant?"
+                f"{self.source}: no sample has a .{' or .'.join(choices)} member; there are: "
+                f"{', '.join('.' + m for m in self.members)}. Check that data.train names the "
+                "intended set."
             )
-        missing = np.empty(0, np.int64) if partial else self.lacking(*found)
+        missing = np.empty(0, np.int64) if allow_missing else self.samples_without(*present)
         if missing.size:
             raise GigabatchError(
-                f"{self.where(int(missing[0]))} has no .{' or .'.join(found)} member "
-                f"({missing.size} of {len(self)} samples lack one). Write the shards again with "
-                "every member present, or say data.missing=mask."
+                f"{self.where(int(missing[0]))} has no .{' or .'.join(present)} member "
+                f"({missing.size} of {len(self)} samples lack one). Rewrite the shards with "
+                "every member present, or set data.missing=mask."
             )
-        return found
+        return present
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the description, not the mapped table: each process maps it itself."""
-        mapped = ("_mapped", "first_sample", "shard_sizes")
-        return {k: v for k, v in self.__dict__.items() if k not in mapped}
+        """Pickle the description without the mapped table: each process maps it itself."""
+        cached = ("_mapped", "shard_starts", "shard_sizes")
+        return {k: v for k, v in self.__dict__.items() if k not in cached}
 
 
 @dataclass
-class _Mapped:
-    """The Arrow file, in record batches of ROWS rows."""
+class _MappedTable:
+    """The Arrow file of an index, in record batches of ROWS rows."""
 
     path: Path
     table: pa.Table = field(init=False)
@@ -173,72 +201,81 @@ class _Mapped:
         with open(self.path, "rb") as file:
             self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.table = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self.map))).read_all()
-        self.numbers: dict[str, list[NDArray[Any]]] = {}
-        self.looked_up = 0
+        self.arrays: dict[str, list[NDArray[Any]]] = {}
+        self.lookups = 0
 
-    def take(self, column: str, samples: I64) -> NDArray[Any]:
-        batches = self._numbers(column)
-        self._count(len(samples))
+    def take(self, column: str, rows: I64) -> NDArray[Any]:
+        batches = self._arrays(column)
+        self._count_lookups(len(rows))
         if len(batches) == 1:
-            return batches[0][samples]
-        out = np.empty(len(samples), batches[0].dtype)
-        which = samples >> BATCH_BITS
-        for batch in np.unique(which):
-            here = which == batch
-            out[here] = batches[batch][samples[here] & (ROWS - 1)]
+            return batches[0][rows]
+        out = np.empty(len(rows), batches[0].dtype)
+        batch_of_row = rows >> BATCH_BITS
+        for batch in np.unique(batch_of_row):
+            here = batch_of_row == batch
+            out[here] = batches[batch][rows[here] & (ROWS - 1)]
         return out
 
-    def values(self, column: str, samples: I64) -> list[Any]:
+    def values(self, column: str, rows: I64) -> list[Any]:
         chunks = self.table[column].chunks
-        self._count(len(samples))
-        return [chunks[s >> BATCH_BITS][s & (ROWS - 1)].as_py() for s in samples.tolist()]
+        self._count_lookups(len(rows))
+        return [chunks[r >> BATCH_BITS][r & (ROWS - 1)].as_py() for r in rows.tolist()]
 
-    def _numbers(self, column: str) -> list[NDArray[Any]]:
-        """Without a copy. (pyarrow's own `to_numpy` imports pandas, for seconds, and swallows a
-        Ctrl-C meanwhile.)"""
-        if column not in self.numbers:
+    def _arrays(self, column: str) -> list[NDArray[Any]]:
+        """Return a numeric column as one array per record batch, without a copy."""
+        # Not pyarrow's `to_numpy`: it imports pandas, which takes seconds and swallows Ctrl-C.
+        if column not in self.arrays:
             kind = self.table.schema.field(column).type.to_pandas_dtype()
-            wide = np.dtype(kind).itemsize
-            self.numbers[column] = [
-                np.frombuffer(c.buffers()[1], kind, len(c), wide * c.offset)
+            itemsize = np.dtype(kind).itemsize
+            self.arrays[column] = [
+                np.frombuffer(c.buffers()[1], kind, len(c), itemsize * c.offset)
                 for c in self.table[column].chunks
             ]
-        return self.numbers[column]
+        return self.arrays[column]
 
-    def _count(self, look_ups: int) -> None:
-        self.looked_up += look_ups
-        if self.looked_up > FORGET_AFTER:
-            self.looked_up = 0
+    def _count_lookups(self, count: int) -> None:
+        self.lookups += count
+        if self.lookups > LOOKUPS_PER_RELEASE:
+            self.lookups = 0
             self.map.madvise(mmap.MADV_DONTNEED)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a whole index; empty where there is none, or part of one is missing."""
+    """Return the manifest of a complete index; {} if there is none or a file is missing."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         rows = sum(shard["samples"] for shard in manifest["shards"])
-        whole = (
+        complete = (
             manifest["format"] == FORMAT
-            and rows == _Mapped(folder / manifest["arrow"]).table.num_rows
+            and rows == _MappedTable(folder / manifest["arrow"]).table.num_rows
         )
     except (OSError, ValueError, TypeError, KeyError, pa.ArrowInvalid):
         return {}
-    return manifest if whole else {}
+    return manifest if complete else {}
 
 
-def index_of(source: str, folder: Path, manifest: dict[str, Any], names: Sequence[str]) -> Index:
-    """The Index that a manifest describes; `names`: the shards' paths or URLs, in its order."""
+def index_from_manifest(
+    source: str, folder: Path, manifest: dict[str, Any], names: Sequence[str]
+) -> Index:
+    """Return the index that a manifest describes.
+
+    Args:
+        source: The folder or pattern that was indexed.
+        folder: Where the index files lie.
+        manifest: Contents of `manifest.json`.
+        names: Paths or URLs of the shards, in the manifest's order.
+    """
     shards = tuple(
         Shard(name, s["bytes"], s["version"], s["samples"], s["digest"])
         for name, s in zip(names, manifest["shards"], strict=True)
     )
-    held = tuple(manifest["members"].items())
+    counts = tuple(manifest["members"].items())
     settings = IndexSettings.model_validate(manifest["settings"])
-    return Index(source, folder, manifest["arrow"], shards, held, settings, manifest["digest"])
+    return Index(source, folder, manifest["arrow"], shards, counts, settings, manifest["digest"])
 
 
-def cache_home() -> Path:
-    """$GIGABATCH_CACHE, or `gigabatch` in $XDG_CACHE_HOME, or in ~/.cache."""
-    if own := os.environ.get("GIGABATCH_CACHE"):
-        return Path(own)
+def cache_folder() -> Path:
+    """Return $GIGABATCH_CACHE, or else `gigabatch` in $XDG_CACHE_HOME or in ~/.cache."""
+    if folder := os.environ.get("GIGABATCH_CACHE"):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gigabatch"

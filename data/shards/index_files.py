@@ -1,4 +1,4 @@
-"""Rows of shards joined into the files of one index: Arrow, Parquet, manifest."""
+"""Writing of an index's files: the rows of all shards as Arrow and Parquet, and the manifest."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gigabatch.data.files import remove_left, replacing
+from gigabatch.data.files import atomic_replace, remove_stale_temporaries
 from gigabatch.data.shards.index import ROWS
-from gigabatch.data.shards.json_columns import MEMBER, cast, wider
+from gigabatch.data.shards.json_columns import MEMBER_SUFFIXES, cast_column, merge_fields
 
-FILES = ("samples-*.arrow", "samples.parquet", "manifest.json")
-"""What an index consists of."""
+INDEX_FILES = ("samples-*.arrow", "samples.parquet", "manifest.json")
 
 
-def joined_schema(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Every column of any shard: `key`, then members by name, then the lifted fields."""
-    kinds: dict[str, pa.Field] = {}
+def merge_schemas(schemas: Iterable[pa.Schema]) -> pa.Schema:
+    """Return the schema that holds every shard's columns: `key`, members by name, json fields."""
+    merged: dict[str, pa.Field] = {}
     for schema in schemas:
         for field in schema:
-            kinds[field.name] = wider(kinds.get(field.name), field)
-    members = sorted(name for name in kinds if name.endswith(MEMBER))
-    names = [name for name in kinds if name not in members and name != "key"]
-    fields = [kinds[name] for name in ("key", *members, *names)]
+            merged[field.name] = merge_fields(merged.get(field.name), field)
+    members = sorted(name for name in merged if name.endswith(MEMBER_SUFFIXES))
+    json_fields = [name for name in merged if name not in members and name != "key"]
+    fields = [merged[name] for name in ("key", *members, *json_fields)]
     return pa.schema([f.with_type(pa.string()) if pa.types.is_null(f.type) else f for f in fields])
 
 
-def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """`table` with the columns of `schema`: members that it lacks at offset 0, fields null."""
+def conform_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Return a shard's rows with the columns of `schema`; absent members get offset 0."""
     columns = []
     for column in schema:
         if column.name in table.column_names:
-            columns.append(cast(table[column.name], table.schema.field(column.name), column))
-        elif column.name.endswith(MEMBER):
+            old_field = table.schema.field(column.name)
+            columns.append(cast_column(table[column.name], old_field, column))
+        elif column.name.endswith(MEMBER_SUFFIXES):
             zeros = np.zeros(table.num_rows, column.type.to_pandas_dtype())
             columns.append(pa.chunked_array([pa.array(zeros)]))
         else:
@@ -48,63 +48,72 @@ def conform(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 
 def write_index(
-    tables: Iterable[pa.Table], schema: pa.Schema, manifest: dict[str, Any], home: Path
+    tables: Iterable[pa.Table], schema: pa.Schema, manifest: dict[str, Any], folder: Path
 ) -> None:
-    """Write rows and manifest (completed here) into `home`, all or nothing. What writers that were
-    killed have left there is removed."""
-    home.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        remove_left(home, name)
-    told = f"{manifest['digest']} {manifest['settings']}"
-    manifest["arrow"] = f"samples-{hashlib.sha256(told.encode()).hexdigest()[:16]}.arrow"
+    """Write the files of an index, the manifest last, so that a manifest never lies.
+
+    Also removes what killed writers left in the folder.
+
+    Args:
+        tables: Rows of all shards, in order.
+        schema: Schema of every table.
+        manifest: Contents of `manifest.json`; `arrow` and `members` are added here.
+        folder: Where the files go.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in INDEX_FILES:
+        remove_stale_temporaries(folder, name)
+    content = f"{manifest['digest']} {manifest['settings']}"
+    manifest["arrow"] = f"samples-{hashlib.sha256(content.encode()).hexdigest()[:16]}.arrow"
     extensions = [n.removesuffix(".offset") for n in schema.names if n.endswith(".offset")]
-    held = dict.fromkeys(extensions, 0)
+    member_counts = dict.fromkeys(extensions, 0)
     with (
-        replacing(home / manifest["arrow"]) as arrow,
-        replacing(home / "samples.parquet") as parquet,
-        pa.ipc.new_file(str(arrow), schema) as rows,
-        pq.ParquetWriter(parquet, schema) as copy,
+        atomic_replace(folder / manifest["arrow"]) as arrow,
+        atomic_replace(folder / "samples.parquet") as parquet,
+        pa.ipc.new_file(str(arrow), schema) as arrow_writer,
+        pq.ParquetWriter(parquet, schema) as parquet_writer,
     ):
-        for batch in _batches(tables):
+        for batch in _record_batches(tables):
             for extension in extensions:
-                held[extension] += int(np.count_nonzero(_plain(batch[f"{extension}.offset"])))
-            rows.write_batch(batch.to_batches()[0])
-            copy.write_table(batch)
-    manifest["members"] = held
-    with replacing(home / "manifest.json") as fresh:
-        fresh.write_text(json.dumps(manifest, indent=1))
-    for old in home.glob("samples-*.arrow"):
+                offsets = _int64_array(batch[f"{extension}.offset"])
+                member_counts[extension] += int(np.count_nonzero(offsets))
+            arrow_writer.write_batch(batch.to_batches()[0])
+            parquet_writer.write_table(batch)
+    manifest["members"] = member_counts
+    with atomic_replace(folder / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=1))
+    for old in folder.glob("samples-*.arrow"):
         if old.name != manifest["arrow"]:
             old.unlink(missing_ok=True)
 
 
-def _plain(column: pa.ChunkedArray) -> Any:
+def _int64_array(column: pa.ChunkedArray) -> Any:
+    """Return a column of one chunk as int64 [rows], without a copy."""
     chunk = column.chunk(0)
     return np.frombuffer(chunk.buffers()[1], np.int64, len(chunk), 8 * chunk.offset)
 
 
-def _batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Tables cut and joined to one chunk of ROWS rows each, the last one shorter."""
-    held: list[pa.Table] = []
+def _record_batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Split and join tables to one chunk of ROWS rows each; the last one may be shorter."""
+    pending: list[pa.Table] = []
     count = 0
     for table in tables:
         while count + table.num_rows >= ROWS:
             first = table.slice(0, ROWS - count)
-            yield pa.concat_tables([*held, first]).combine_chunks()
-            held, count, table = [], 0, table.slice(ROWS - count)
+            yield pa.concat_tables([*pending, first]).combine_chunks()
+            pending, count, table = [], 0, table.slice(ROWS - count)
         if table.num_rows:
-            held.append(table)
+            pending.append(table)
             count += table.num_rows
     if count:
-        yield pa.concat_tables(held).combine_chunks()
+        yield pa.concat_tables(pending).combine_chunks()
 
 
-def is_unfinished(home: Path) -> bool:
-    """Whether a folder holds nothing but what a writer of an index leaves that is killed."""
-    names = [path.name for path in home.iterdir()]
-    begun = [
-        name for name in names if re.fullmatch(r"\.?samples-[0-9a-f]{16}\.arrow(\.\d+\.tmp)?", name)
-    ]
-    others = [name for name in names if name not in begun]
+def holds_only_partial_index(folder: Path) -> bool:
+    """Return whether a folder holds only what a killed writer of an index leaves behind."""
+    names = [path.name for path in folder.iterdir()]
+    arrow = r"\.?samples-[0-9a-f]{16}\.arrow(\.\d+\.tmp)?"
+    arrow_names = [name for name in names if re.fullmatch(arrow, name)]
+    others = [name for name in names if name not in arrow_names]
     copies = r"samples\.parquet|\.(samples\.parquet|manifest\.json)\.\d+\.tmp"
-    return bool(begun) and all(re.fullmatch(copies, name) for name in others)
+    return bool(arrow_names) and all(re.fullmatch(copies, name) for name in others)

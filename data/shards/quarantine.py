@@ -1,7 +1,7 @@
-"""Samples that cannot be used: another takes the place of each, is told, counted, and limited.
+"""Substitution of unusable samples: recorded, counted, limited by `data.max_damaged`.
 
 The substitute is a function of (seed, sample, attempt), so it is the same on any rank and loader
-worker, and after a resume. Each use of a bad sample is a record in the run's `quarantine.jsonl`.
+worker, and after a resume. Each use of a bad sample is one record in the run's `quarantine.jsonl`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,26 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key
 
 ATTEMPTS = 16
-GRACE = 10_000
-"""Samples over which the allowed rate is taken at least, so that the first does not stop a run."""
+"""Substitutes to try before the stream stops."""
+MIN_SAMPLES = 10_000
+"""The rate of bad samples is taken over at least this many, so that the first does not stop a
+run."""
 
 
 @dataclass(frozen=True)
-class Bad:
-    """One use of a bad sample. `sample`, `substitute`: row numbers in the source `source`."""
+class Substitution:
+    """One use of a bad sample.
+
+    Attributes:
+        step: The training step.
+        micro_batch: Number of the micro-batch in the step.
+        source: Number of the source.
+        shard: Path or URL of the shard.
+        key: The bad sample's key.
+        sample: The bad sample's row in the index of the source.
+        substitute: The row used instead, in the same index.
+        why: What is wrong with the bad sample.
+    """
 
     step: int
     micro_batch: int
@@ -33,26 +46,45 @@ class Bad:
     why: str
 
     def record(self) -> dict[str, Any]:
+        """Return the record of `quarantine.jsonl`."""
         return asdict(self)
 
 
-def substitute(seed: int, number: int, attempt: int, size: int) -> int:
-    """The row, of `size`, to be read in place of sample `number`; `attempt` counts from 0."""
+def substitute_row(seed: int, number: int, attempt: int, size: int) -> int:
+    """Return the row to read instead of a bad sample.
+
+    Args:
+        seed: The run's seed.
+        number: The bad sample's number.
+        attempt: Substitutes tried before.
+        size: Rows in the index.
+    """
     return key(seed, "substitute", number, attempt) % size
 
 
-def refuse_above_rate(
+def check_damage_rate(
     bad: Mapping[int, int], drawn: Mapping[int, int], names: Mapping[int, str], limit: float
 ) -> None:
-    """Raise GigabatchError where more than the share `limit` of a source's samples was bad."""
+    """Check that no source has too many bad samples.
+
+    Args:
+        bad: Source number -> bad samples read.
+        drawn: Source number -> samples read.
+        names: Source number -> folder or pattern.
+        limit: Largest share of bad samples allowed.
+
+    Raises:
+        GigabatchError: if a source has more.
+    """
     for source, count in bad.items():
-        if count > limit * max(drawn[source], GRACE):
+        if count > limit * max(drawn[source], MIN_SAMPLES):
             raise GigabatchError(
                 f"{names[source]}: {count} of {drawn[source]:,} samples read could not be used, "
-                f"more than data.max_damaged={limit:g} allows; quarantine.jsonl in the run folder "
-                f"names each. Check the shards with `gigabatch data check {names[source]}`."
+                f"more than data.max_damaged={limit:g} allows. quarantine.jsonl in the run folder "
+                f"lists them. Check the shards with `gigabatch data check {names[source]}`."
             )
 
 
-def by_source(found: Iterable[Bad]) -> Counter[int]:
-    return Counter(bad.source for bad in found)
+def count_by_source(substitutions: Iterable[Substitution]) -> Counter[int]:
+    """Count bad samples by source number."""
+    return Counter(substitution.source for substitution in substitutions)

@@ -1,9 +1,9 @@
-"""Where the members of a tar file lie, from its headers, and on request the checksum of each.
+"""The members of a tar file: names, offsets, sizes and, on request, checksums.
 
-Standard library `tarfile` is ten times slower and silently ends at the first damaged header. This
-walk reads many small members at once and refuses anything it does not understand, naming the byte
-offset. The headers in what was read are verified together: a damaged size leads the walk astray,
-and then the first header whose own checksum fails is the one to name.
+The standard library's `tarfile` is ten times slower and silently stops at the first damaged header.
+This parser reads many small members at once and rejects everything it does not understand, naming
+the byte offset. Headers are verified in groups after they are parsed. A damaged size field makes
+the parser read file data as headers, so the error names the first header whose checksum is wrong.
 """
 
 from __future__ import annotations
@@ -19,20 +19,27 @@ from numpy.typing import NDArray
 from gigabatch.data.errors import GigabatchError
 
 BLOCK = 512
-RECORD = 20 * BLOCK  # what writers fill up by default; others take a power of two from 32 KiB on
-LARGE = 16 << 20  # bytes of a member read at a time
-WINDOW, WIDE = 4 << 10, 64 << 10  # bytes read at a time: a call costs as much as some KB
-NEAR = 16 << 10  # bytes from one window's end to the next header, within which they are wide
-TOGETHER = 1 << 14  # headers verified at a time: 8 MiB
-_FILES = (0x30, 0)  # types "0" and NUL: regular files
+RECORD = 20 * BLOCK  # writers pad to this by default; some to a power of two, 32 KiB or more
+PIECE = 16 << 20  # bytes of a large member read at a time
+# Bytes read at a time. A call costs as much as some KB, so small members are read many at once.
+SMALL_WINDOW, LARGE_WINDOW = 4 << 10, 64 << 10
+NEAR = 16 << 10  # a header this close to the end of the window means that members are small
+VERIFY_AT_ONCE = 1 << 14  # headers verified at a time: 8 MiB
+_FILE_TYPES = (0x30, 0)  # "0" and NUL: regular files
 _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
 _OCTAL = 8 ** np.arange(5, -1, -1)
 
 
 @dataclass(frozen=True)
 class Members:
-    """The regular files of a tar, in order, a list a field. `offsets`, `sizes`: of the data, in
-    bytes; `checksums`: CRC-32C, or empty where it was not asked for."""
+    """The regular files of a tar file, in order.
+
+    Attributes:
+        names: Their names.
+        offsets: Where the data of each start, in bytes.
+        sizes: Sizes of the data, in bytes.
+        checksums: CRC-32C of the data; empty if not requested.
+    """
 
     names: list[str]
     offsets: list[int]
@@ -41,150 +48,183 @@ class Members:
 
 
 @dataclass
-class _Walk:
-    """What a walk has gathered. `headers`: of files, those not yet verified; `extended`: names
-    from a header before the file's own."""
+class _Parser:
+    """State of a pass over one tar file.
+
+    Attributes:
+        file: File descriptor.
+        where: Name of the shard, for errors.
+        total: Size of the shard, in bytes.
+        names: Names of the files whose headers are verified.
+        headers: Headers of the files after those, not verified yet.
+        starts: Byte offset of the header of every file.
+        sizes: Size of every file, in bytes.
+        checksums: CRC-32C of every file, if requested.
+        long_names: File number -> the name from an extended header.
+    """
 
     file: int
     where: str
     total: int
-    names: list[str] = field(default_factory=list)  # of the files verified
+    names: list[str] = field(default_factory=list)
     headers: list[bytes] = field(default_factory=list)
-    starts: list[int] = field(default_factory=list)  # of headers
+    starts: list[int] = field(default_factory=list)
     sizes: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
-    extended: dict[int, str] = field(default_factory=dict)
+    long_names: dict[int, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class _Extended:
-    """What an extended header says of the file after it."""
+class _ExtendedHeader:
+    """Name and size of the next file, where its own header cannot hold them."""
 
     name: str | None = None
     size: int | None = None
 
 
-def walk(file: int, where: str, checksums: bool = False) -> Members:
-    """The members of the tar open as file descriptor `file`; `where` names it in errors.
+def read_members(file: int, where: str, checksums: bool = False) -> Members:
+    """List the regular files of a tar file.
 
-    Raises GigabatchError, with the byte offset, for a damaged header, a member cut short, a
-    missing end mark, or a member that is neither a file nor a folder (links, devices).
+    Args:
+        file: Descriptor of the open tar file.
+        where: Name of the tar file, for errors.
+        checksums: Also compute the CRC-32C of every file, which reads all data.
+
+    Raises:
+        GigabatchError: names the byte offset of a damaged header, a truncated member, a missing
+            end mark, or a member that is neither a file nor a folder, such as a link.
     """
-    gathered = _Walk(file, where, os.fstat(file).st_size)
+    parser = _Parser(file, where, os.fstat(file).st_size)
     try:
-        _gather(gathered, checksums)
+        _parse(parser, checksums)
     except GigabatchError:
-        _verify(gathered)  # an earlier header may be what led the walk astray
+        _verify_headers(parser)  # an earlier damaged header may be the cause; name that one
         raise
-    _verify(gathered)
-    offsets = [start + BLOCK for start in gathered.starts]
-    return Members(gathered.names, offsets, gathered.sizes, gathered.checksums)
+    _verify_headers(parser)
+    offsets = [start + BLOCK for start in parser.starts]
+    return Members(parser.names, offsets, parser.sizes, parser.checksums)
 
 
-def _gather(walk: _Walk, checksums: bool) -> None:
-    file, total = walk.file, walk.total
-    starts, headers, sizes, sums = walk.starts, walk.headers, walk.sizes, walk.checksums
-    window, start, position = b"", 0, 0  # bytes of the file from `start` on
-    pending: _Extended | None = None
+def _parse(parser: _Parser, checksums: bool) -> None:
+    """Collect headers, sizes and checksums up to the end mark."""
+    file, total = parser.file, parser.total
+    starts, headers, sizes, sums = parser.starts, parser.headers, parser.sizes, parser.checksums
+    window, start, position = b"", 0, 0  # `window`: bytes of the file from `start` on
+    extended: _ExtendedHeader | None = None
     while True:
         at = position - start
         if at + BLOCK > len(window):
-            # Small members come many at a time, of large ones little more than the header.
-            length = WIDE if position - start - len(window) < NEAR else WINDOW
+            length = LARGE_WINDOW if position - start - len(window) < NEAR else SMALL_WINDOW
             window, start, at = os.pread(file, length, position), position, 0
             if len(window) < BLOCK:
-                what = "the file ends without an end mark: it was cut short"
-                raise _damage(walk.where, position, what)
-            if len(headers) >= TOGETHER:
-                _verify(walk)
+                what = "the file ends without an end mark: it was truncated"
+                raise _damage(parser.where, position, what)
+            if len(headers) >= VERIFY_AT_ONCE:
+                _verify_headers(parser)
         try:
             size = int(window[at + 124 : at + 135], 8)
         except ValueError:
             header = window[at : at + BLOCK]
             if not header.strip(b"\x00"):
-                return _end(walk, position)
-            size = _size(header, walk.where, position)
-        if pending and pending.size is not None:
-            size = pending.size
-        follows = position + BLOCK + ((size + BLOCK - 1) & -BLOCK)
-        if size < 0 or follows > total:
-            what = f"a member of {size} bytes is cut short: it was truncated"
-            raise _damage(walk.where, position + BLOCK, what)
-        if window[at + 156] not in _FILES:
-            pending = _special(walk, window[at : at + BLOCK], position, size, pending)
-            position = follows
+                return _check_end(parser, position)
+            size = _unusual_size(header, parser.where, position)
+        if extended and extended.size is not None:
+            size = extended.size
+        next_header = position + BLOCK + ((size + BLOCK - 1) & -BLOCK)
+        if size < 0 or next_header > total:
+            what = f"the file ends inside a member of {size} bytes: it was truncated"
+            raise _damage(parser.where, position + BLOCK, what)
+        if window[at + 156] not in _FILE_TYPES:
+            header = window[at : at + BLOCK]
+            extended = _read_special(parser, header, position, size, extended)
+            position = next_header
             continue
-        if pending:
-            if pending.name:
-                walk.extended[len(starts)] = pending.name
-            pending = None
+        if extended:
+            if extended.name:
+                parser.long_names[len(starts)] = extended.name
+            extended = None
         starts.append(position)
         headers.append(window[at : at + BLOCK])
         sizes.append(size)
         if checksums:
-            if at + BLOCK + size > len(window) and size <= LARGE:
-                length = follows - position + WINDOW
-                window, start, at = os.pread(file, length, position), position, 0
-            if at + BLOCK + size <= len(window):
-                sums.append(google_crc32c.value(window[at + BLOCK : at + BLOCK + size]))
-            else:
-                sums.append(checksum_of(file, position + BLOCK, size))
-        position = follows
+            checksum, window, start = _checksum(file, window, start, position, size)
+            sums.append(checksum)
+        position = next_header
+
+
+def _checksum(
+    file: int, window: bytes, start: int, position: int, size: int
+) -> tuple[int, bytes, int]:
+    """Return the CRC-32C of the file whose header is at `position`, and the window after it."""
+    at = position - start
+    if at + BLOCK + size > len(window) and size <= PIECE:
+        padded = (size + BLOCK - 1) & -BLOCK
+        window = os.pread(file, BLOCK + padded + SMALL_WINDOW, position)
+        start, at = position, 0
+    if at + BLOCK + size <= len(window):
+        return google_crc32c.value(window[at + BLOCK : at + BLOCK + size]), window, start
+    return checksum_of(file, position + BLOCK, size), window, start
 
 
 def checksum_of(file: int, offset: int, size: int) -> int:
-    """CRC-32C of `size` bytes from `offset`, in the memory of one piece."""
-    running = google_crc32c.Checksum()
-    for start in range(0, size, LARGE):
-        running.update(os.pread(file, min(LARGE, size - start), offset + start))
-    return int.from_bytes(running.digest(), "big")
+    """Return the CRC-32C of `size` bytes from `offset`, reading one piece at a time."""
+    checksum = google_crc32c.Checksum()
+    for start in range(0, size, PIECE):
+        checksum.update(os.pread(file, min(PIECE, size - start), offset + start))
+    return int.from_bytes(checksum.digest(), "big")
 
 
-def _special(
-    walk: _Walk, header: bytes, position: int, size: int, before: _Extended | None
-) -> _Extended | None:
-    """Anything but a regular file: what it says of the next one."""
-    _verify_one(header, walk.where, position)
+def _read_special(
+    parser: _Parser, header: bytes, position: int, size: int, extended: _ExtendedHeader | None
+) -> _ExtendedHeader | None:
+    """Read a member that is no regular file; return what applies to the next file."""
+    _verify_header(header, parser.where, position)
     kind, data = header[156:157], position + BLOCK
     if kind == _LONG_NAME:
-        name = os.pread(walk.file, size, data).rstrip(b"\x00")
-        return _Extended(_text(name, walk.where, data), before.size if before else None)
+        name = os.pread(parser.file, size, data).rstrip(b"\x00")
+        text = _decode_name(name, parser.where, data)
+        return _ExtendedHeader(text, extended.size if extended else None)
     if kind == _PAX:
-        fields = _pax(os.pread(walk.file, size, data), walk.where, data)
-        return _Extended(fields.get("path"), int(fields["size"]) if "size" in fields else None)
+        fields = _pax_fields(os.pread(parser.file, size, data), parser.where, data)
+        return _ExtendedHeader(
+            fields.get("path"), int(fields["size"]) if "size" in fields else None
+        )
     if kind == _FOLDER:
         return None
     if kind == _PAX_GLOBAL:
-        return before
-    raise _damage(walk.where, position, f"a member of type {kind!r}; only files may be read")
+        return extended
+    raise _damage(
+        parser.where, position, f"a member has type {kind!r}; only files and folders may occur"
+    )
 
 
-def _end(walk: _Walk, position: int) -> None:
-    """Nothing but zeros may follow the end mark, and no more than writers pad a tar with."""
-    for start in range(position, walk.total, LARGE):
-        if os.pread(walk.file, LARGE, start).strip(b"\x00"):
-            raise _damage(walk.where, position, "a block of zeros is followed by more data")
-    left = walk.total - position
-    records = [RECORD, *(1 << power for power in range(15, 21) if walk.total % (1 << power) == 0)]
-    if left > max(records) + 2 * BLOCK:
-        what = f"zeros up to the end, {left:,} bytes: more than a tar ends with, so data was lost"
-        raise _damage(walk.where, position, what)
+def _check_end(parser: _Parser, position: int) -> None:
+    """Require that only zeros follow the end mark, no more than the padding of a tar writer."""
+    for start in range(position, parser.total, PIECE):
+        if os.pread(parser.file, PIECE, start).strip(b"\x00"):
+            raise _damage(parser.where, position, "a block of zeros is followed by more data")
+    zeros = parser.total - position
+    powers = [1 << power for power in range(15, 21) if parser.total % (1 << power) == 0]
+    if zeros > max([RECORD, *powers]) + 2 * BLOCK:
+        what = f"zeros up to the end, {zeros:,} bytes: more than a tar ends with, so data was lost"
+        raise _damage(parser.where, position, what)
 
 
-def _verify(walk: _Walk) -> None:
-    """The checksums in the headers that are held, all at once; then their names."""
-    first = len(walk.names)
-    headers = np.frombuffer(b"".join(walk.headers), np.uint8).reshape(-1, BLOCK)
+def _verify_headers(parser: _Parser) -> None:
+    """Verify the checksums of the collected headers, all at once, and decode their names."""
+    first = len(parser.names)
+    headers = np.frombuffer(b"".join(parser.headers), np.uint8).reshape(-1, BLOCK)
     sums = headers.sum(axis=1, dtype=np.uint32) - headers[:, 148:156].sum(axis=1, dtype=np.uint32)
     digits = headers[:, 148:154] - np.uint8(0x30)
-    plain = (digits < 8).all(axis=1) & (sums + 8 * 32 == digits @ _OCTAL)
-    for row in np.flatnonzero(~plain).tolist():  # written otherwise, or wrong
-        _verify_one(walk.headers[row], walk.where, walk.starts[first + row])
-    walk.names += _names(walk, headers, first)
-    walk.headers.clear()
+    correct = (digits < 8).all(axis=1) & (sums + 8 * 32 == digits @ _OCTAL)
+    for row in np.flatnonzero(~correct).tolist():  # written in another form, or wrong
+        _verify_header(parser.headers[row], parser.where, parser.starts[first + row])
+    parser.names += _names(parser, headers, first)
+    parser.headers.clear()
 
 
-def _verify_one(header: bytes, where: str, position: int) -> None:
+def _verify_header(header: bytes, where: str, position: int) -> None:
+    """Raise GigabatchError if the checksum in a header is wrong."""
     stored = _number(header[148:156], where, position)
     if stored != sum(header) - sum(header[148:156]) + 8 * 32:
         if position == 0:
@@ -192,14 +232,15 @@ def _verify_one(header: bytes, where: str, position: int) -> None:
         raise _damage(where, position, "the header's checksum is wrong: the block is damaged")
 
 
-def _size(header: bytes, where: str, position: int) -> int:
-    """A size that is not eleven octal digits; of a header that is sound."""
-    _verify_one(header, where, position)
+def _unusual_size(header: bytes, where: str, position: int) -> int:
+    """Return a size that is not eleven octal digits, after verifying the header."""
+    _verify_header(header, where, position)
     return _number(header[124:136], where, position)
 
 
 def _number(digits: bytes, where: str, position: int) -> int:
-    if digits[0] & 0x80:  # GNU base-256, for sizes from 8 GiB
+    """Parse a number of a header: octal, or base 256."""
+    if digits[0] & 0x80:  # GNU base 256, for sizes of 8 GiB and more
         return int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
     try:
         return int(digits.strip(b" \x00") or b"0", 8)
@@ -208,24 +249,24 @@ def _number(digits: bytes, where: str, position: int) -> int:
         raise _damage(where, position, what) from None
 
 
-def _names(walk: _Walk, headers: NDArray[np.uint8], first: int) -> list[str]:
-    """The names in the headers [n, BLOCK], whose first is member number `first`."""
-    raws = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
-    # Only POSIX headers end their mark with a zero byte: GNU's have times where the prefix is.
+def _names(parser: _Parser, headers: NDArray[np.uint8], first: int) -> list[str]:
+    """Decode the names in uint8 headers [n, BLOCK]; row 0 is file number `first`."""
+    raw_names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
+    # Only POSIX headers end their mark with a zero byte: GNU headers hold times at the prefix.
     posix = (headers[:, 257:263] == np.frombuffer(b"ustar\x00", np.uint8)).all(axis=1)
     for row in np.flatnonzero(posix & (headers[:, 345] != 0)).tolist():
         prefix = headers[row, 345:500].tobytes().split(b"\x00", 1)[0]
-        raws[row] = prefix + b"/" + raws[row].split(b"\x00", 1)[0]
+        raw_names[row] = prefix + b"/" + raw_names[row].split(b"\x00", 1)[0]
     names = []
-    for index, raw in enumerate(raws, first):
+    for number, raw in enumerate(raw_names, first):
         try:
-            names.append(walk.extended.get(index) or raw.split(b"\x00", 1)[0].decode())
+            names.append(parser.long_names.get(number) or raw.split(b"\x00", 1)[0].decode())
         except UnicodeDecodeError:
-            raise _not_utf8(raw, walk.where, walk.starts[index]) from None
+            raise _not_utf8(raw, parser.where, parser.starts[number]) from None
     return names
 
 
-def _text(name: bytes, where: str, position: int) -> str:
+def _decode_name(name: bytes, where: str, position: int) -> str:
     try:
         return name.decode()
     except UnicodeDecodeError:
@@ -236,15 +277,17 @@ def _not_utf8(name: bytes, where: str, position: int) -> GigabatchError:
     return _damage(where, position, f"the name {name!r} is not UTF-8")
 
 
-def _pax(records: bytes, where: str, position: int) -> dict[str, str]:
+def _pax_fields(records: bytes, where: str, position: int) -> dict[str, str]:
+    """Return `path` and `size` of a PAX header."""
     fields = {}
     for name, value in _pax_records(records, where, position):
-        if name in (b"path", b"size"):  # others may hold anything, such as binary attributes
-            fields[name.decode()] = _text(value, where, position)
+        if name in (b"path", b"size"):  # other fields may hold anything, such as binary attributes
+            fields[name.decode()] = _decode_name(value, where, position)
     return fields
 
 
 def _pax_records(records: bytes, where: str, position: int) -> Iterator[tuple[bytes, bytes]]:
+    """Yield (name, value) of a PAX header."""
     while records:
         try:
             length = int(records.split(b" ", 1)[0])

@@ -1,4 +1,4 @@
-"""The texts of a sample: one caption, several, or translations; and which of them a step sees."""
+"""The texts of a sample: one caption, several or translations, and which of them a step uses."""
 
 from __future__ import annotations
 
@@ -13,93 +13,107 @@ from gigabatch.data.rng import key
 from gigabatch.data.settings import Settings
 
 
-class TextPlace(Settings):
-    """Where a sample's text is."""
+class TextLocation(Settings):
+    """Location of a sample's text."""
 
     member: str = "txt"
-    """The member's extension: a text, or `json`, which a `field` implies."""
+    """Extension of the member that holds the text; `json` if `field` is set."""
     field: str | None = None
-    """For json: a field, or a path such as `names.en`; a text, a list, or a mapping of texts."""
+    """Field of the json member that holds the text: a name, or a path such as `names.en`, of a
+    text, a list of texts, or a mapping whose values are texts."""
     lines: bool = False
-    """Each line of a text is a text of its own."""
+    """Treat every line of a text as a separate text."""
     prefix: str = ""
-    """Put before each text, such as `query: `."""
+    """Text to put before every text, such as `query: `."""
 
     @model_validator(mode="before")
     @classmethod
-    def _field_of_json(cls, values: Any) -> Any:
+    def _field_implies_json(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("field") is not None:
             return {"member": "json", **values}
         return values
 
 
-class OneText(TextPlace):
-    """A further text of a sample: of several, the first."""
+class ExtraText(TextLocation):
+    """A text of a sample besides its captions; of several texts, the first is used."""
 
     length: int | None = Field(None, ge=2)
-    """Tokens, end mark included; longer texts are cut. Unset: `data.text.length`."""
+    """Tokens of a text, end token included; longer texts are truncated. Unset: the value of
+    `data.text.length`."""
 
 
-class CaptionSettings(TextPlace):
-    """Where captions are, and which of several is taken."""
+class CaptionSettings(TextLocation):
+    """Location of captions, and the choice among several."""
 
     choose: Literal["first", "random", "all"] = "first"
-    """Of several: the first; one by chance at each step; or all, as so many right answers."""
+    """Captions to use: `first`; `random`, redrawn each step; `all`, every caption a positive."""
     most: int = Field(5, ge=1)
-    """all: captions a sample at most."""
+    """Most captions of a sample to use with `choose: all`."""
 
 
-class NoCaption(BadSample):
-    """A sample whose caption is missing or empty; where modalities may be missing, no fault."""
+class MissingCaption(BadSample):
+    """A sample has no caption, or only empty ones; allowed if modalities may be missing."""
 
 
-def read_captions(data: bytes, settings: TextPlace, where: str) -> list[str]:
-    """The texts in a member, stripped, prefixed, at least one; a mapping's in the order of its
-    names.
+def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
+    """Read the texts of a member.
 
-    Raises BadSample for what cannot be read, NoCaption where there is none.
+    Args:
+        data: Contents of the member.
+        settings: Location of the texts in it.
+        where: Names the sample, for errors.
+
+    Returns:
+        One or more texts, stripped and prefixed; those of a mapping sorted by name.
+
+    Raises:
+        BadSample: if the texts cannot be read; MissingCaption if there is none.
     """
-    what = f"{where}: its caption ({settings.field or settings.member})"
+    subject = f"{where}: its caption ({settings.field or settings.member})"
     try:
-        found: Any = data.decode("utf-8-sig")
+        value: Any = data.decode("utf-8-sig")
         if settings.field is not None:
-            found = value_at(json.loads(found), settings.field)
+            value = value_at(json.loads(value), settings.field)
     except (ValueError, RecursionError) as error:
-        raise BadSample(f"{what} cannot be read: {error}.") from error
-    if isinstance(found, dict):
-        found = [found[name] for name in sorted(found)]
-    if isinstance(found, str):
-        found = found.splitlines() if settings.lines else [found]
-    if not isinstance(found, list | None) or not all(
-        isinstance(p, str | None) for p in found or ()
+        raise BadSample(f"{subject} cannot be read: {error}.") from error
+    if isinstance(value, dict):
+        value = [value[name] for name in sorted(value)]
+    if isinstance(value, str):
+        value = value.splitlines() if settings.lines else [value]
+    if not isinstance(value, list | None) or not all(
+        isinstance(text, str | None) for text in value or ()
     ):
-        raise BadSample(f"{what} is not text: {found!r:.60}.")
-    captions = [part.strip() for part in found or () if part and part.strip()]
+        raise BadSample(f"{subject} is not text: {value!r:.60}.")
+    captions = [text.strip() for text in value or () if text and text.strip()]
     if not captions:
-        raise NoCaption(f"{what} is empty.")
+        raise MissingCaption(f"{subject} is empty.")
     if not all(map(_is_unicode, captions)):
-        raise BadSample(f"{what} holds half a surrogate pair, which no tokeniser takes.")
+        raise BadSample(f"{subject} holds half a surrogate pair, which no tokenizer accepts.")
     return [settings.prefix + caption for caption in captions]
 
 
 def value_at(record: Any, path: str) -> Any:
-    """The value of a field, by its name or else by its path; None where there is none."""
+    """Return a field of a json value by name, or else by path; None if it is missing.
+
+    Raises:
+        ValueError: if a part of the path is not a mapping.
+    """
     if isinstance(record, dict) and path in record:
         return record[path]
     for name in path.split("."):
         if record is None:
             return None
         if not isinstance(record, dict):
-            raise ValueError(f"what should hold {name!r} is {record!r:.60}")
+            raise ValueError(f"expected a mapping with {name!r}, got {record!r:.60}")
         record = record.get(name)
     return record
 
 
 def _is_unicode(text: str) -> bool:
-    """False for what only JSON's escapes can spell: a surrogate alone, which UTF-8 cannot hold."""
+    """Return False for text with half a surrogate pair, which json can spell but UTF-8 cannot."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def choose_caption(captions: Sequence[str], stream: int) -> str:
-    """One of them, by the key `stream`, all as likely."""
-    return captions[key(stream, "which") % len(captions)]
+def choose_caption(captions: Sequence[str], rng_key: int) -> str:
+    """Draw one caption, all equally likely."""
+    return captions[key(rng_key, "which") % len(captions)]

@@ -1,9 +1,9 @@
-"""Text corpora: pairs and triples in JSONL, and judged collections in the BEIR layout.
+"""Text corpora for retrieval: pairs and triples in JSONL, and collections in the BEIR layout.
 
-A line of pairs: `{"anchor": TEXT, "positive": TEXT or [TEXT, ...], "negatives": [TEXT, ...]}`, the
-last one optional (`negative` for a single one). A BEIR folder holds `corpus.jsonl` (`_id`, `title`,
-`text`), `queries.jsonl` (`_id`, `text`) and `qrels/SPLIT.tsv` (query-id, corpus-id, score; tabs).
-Every error names the file and the line.
+A line of pairs is `{"anchor": TEXT, "positive": TEXT or [TEXT, ...], "negatives": [TEXT, ...]}`;
+negatives are optional, and a single one may be written as `negative`. A BEIR folder holds
+`corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and `qrels/SPLIT.tsv`
+(query-id, corpus-id and score, separated by tabs). Every error names the file and the line.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from gigabatch.data.errors import GigabatchError
 
 
 @dataclass(frozen=True)
-class Tuple:
-    """An anchor with its right answers, at least one, and its wrong ones."""
+class TextTuple:
+    """An anchor with one or more positives, and its negatives."""
 
     anchor: str
     positives: tuple[str, ...]
@@ -27,143 +27,173 @@ class Tuple:
 
 
 @dataclass(frozen=True)
-class Collection:
-    """Queries judged against documents.
+class RetrievalCollection:
+    """Queries, documents, and which documents are relevant to which query.
 
-    `judged`: (row of a query, row of a document, grade), each pair once; what is not judged is
-    wrong, as is a grade of 0 or less. `same`: for each query the document that is the query
-    itself and left out of its list; -1 for none. `orders`: for each query the rows of its right
-    document and of its wrong ones, where pairs came with negatives.
+    Attributes:
+        name: The collection's name in metrics.
+        queries: Texts of the queries.
+        documents: Texts of the documents.
+        judgments: (query row, document row, grade), each pair once. A document without a judgment
+            is not relevant, nor is one with a grade of 0 or less.
+        own_documents: For every query the row of the document that is the query itself and is
+            left out of its ranking; -1 for none.
+        triples: (query row, row of a relevant document, rows of its negatives), for pairs that
+            come with negatives.
     """
 
     name: str
     queries: tuple[str, ...]
     documents: tuple[str, ...]
-    judged: tuple[tuple[int, int, float], ...]
-    same: tuple[int, ...]
-    orders: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    judgments: tuple[tuple[int, int, float], ...]
+    own_documents: tuple[int, ...]
+    triples: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
 
-def read_tuples(path: Path) -> Iterator[Tuple]:
-    """The lines of a JSONL file of pairs or triples; empty lines are passed over."""
+def read_text_tuples(path: Path) -> Iterator[TextTuple]:
+    """Yield the lines of a JSONL file of pairs or triples; empty lines are skipped.
+
+    Raises:
+        GigabatchError: names the line that cannot be read.
+    """
     for where, line in _lines(path):
-        record = _record(where, line)
-        positives = _texts(where, record, "positive", "positives")
+        record = _parse(where, line)
+        positives = _text_list(where, record, "positive", "positives")
         if not positives:
-            raise _bad(where, "has no `positive`. Give a text, or a list of texts")
-        negatives = _texts(where, record, "negative", "negatives")
-        yield Tuple(_text(where, record, "anchor"), positives, negatives)
+            raise _error(where, "no text in `positive`. Write a text, or a list of texts")
+        negatives = _text_list(where, record, "negative", "negatives")
+        yield TextTuple(_text(where, record, "anchor"), positives, negatives)
 
 
-def open_collection(source: Path, split: str = "test") -> Collection:
-    """A BEIR folder, or a JSONL file of pairs or triples. Raises GigabatchError."""
+def open_collection(source: Path, split: str = "test") -> RetrievalCollection:
+    """Read a BEIR folder, or a JSONL file of pairs or triples.
+
+    Args:
+        source: The folder or file.
+        split: Which file in `qrels` to use; ignored for JSONL.
+
+    Raises:
+        GigabatchError: if `source` does not exist or cannot be read.
+    """
     if source.is_dir():
         return read_beir(source, split)
     if not source.exists():
         raise GigabatchError(
-            f"{source}: is not there. Name a JSONL file of pairs, or a folder with corpus.jsonl, "
+            f"{source}: does not exist. Name a JSONL file of pairs, or a folder with corpus.jsonl, "
             "queries.jsonl and qrels/."
         )
-    return collection_of(source)
+    return collection_from_tuples(source)
 
 
-def collection_of(path: Path) -> Collection:
-    """Pairs and triples as a collection: equal anchors are one query, equal texts one document,
-    and the documents of all lines are the corpus."""
+def collection_from_tuples(path: Path) -> RetrievalCollection:
+    """Read pairs and triples as a collection, which all texts of all lines form.
+
+    Equal anchors become one query, and equal texts one document.
+    """
     queries: dict[str, int] = {}
     documents: dict[str, int] = {}
-    judged: dict[tuple[int, int], float] = {}
-    orders = []
+    judgments: dict[tuple[int, int], float] = {}
+    triples = []
 
-    def row(of: dict[str, int], text: str) -> int:
-        return of.setdefault(text, len(of))
+    def row(rows: dict[str, int], text: str) -> int:
+        return rows.setdefault(text, len(rows))
 
-    for each in read_tuples(path):
-        query = row(queries, each.anchor)
-        right = [row(documents, text) for text in each.positives]
-        wrong = tuple(row(documents, text) for text in each.negatives)
-        judged |= {(query, document): 1.0 for document in right}
-        if wrong:
-            orders += [(query, document, wrong) for document in right]
+    for item in read_text_tuples(path):
+        query = row(queries, item.anchor)
+        positives = [row(documents, text) for text in item.positives]
+        negatives = tuple(row(documents, text) for text in item.negatives)
+        judgments |= {(query, document): 1.0 for document in positives}
+        if negatives:
+            triples += [(query, document, negatives) for document in positives]
     if not queries:
-        raise GigabatchError(f"{path}: holds no pair. Write a line of JSON for each.")
-    pairs = tuple((query, document, grade) for (query, document), grade in judged.items())
-    same = (-1,) * len(queries)
-    return Collection(path.stem, tuple(queries), tuple(documents), pairs, same, tuple(orders))
-
-
-def read_beir(folder: Path, split: str = "test") -> Collection:
-    """A folder in the BEIR layout. Of the queries those that `qrels/SPLIT.tsv` judges are kept; a
-    document is its title and its text; one with the query's own id is left out of its list."""
-    judged_in = folder / "qrels" / f"{split}.tsv"
-    if not judged_in.exists():
-        found = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
-        raise GigabatchError(
-            f"{judged_in}: is not there; splits found: {', '.join(found) or 'none'}. Name one "
-            "with --split, or bring the folder into the BEIR layout."
-        )
-    document_ids, documents = _texts_by_id(folder / "corpus.jsonl", title=True)
-    query_ids, queries = _texts_by_id(folder / "queries.jsonl", title=False)
-    judged: dict[tuple[str, int], float] = {}
-    used: dict[str, int] = {}
-    for where, query, document, grade in _qrels(judged_in):
-        if query not in query_ids:
-            raise _bad(where, f"judges query {query!r}, which {folder / 'queries.jsonl'} lacks")
-        if document not in document_ids:
-            raise _bad(where, f"judges {document!r}, which {folder / 'corpus.jsonl'} lacks")
-        if (query, document_ids[document]) in judged:
-            raise _bad(where, f"judges {document!r} for query {query!r} a second time")
-        judged[query, document_ids[document]] = grade
-        used.setdefault(query, len(used))
-    if not judged:
-        raise GigabatchError(f"{judged_in}: holds no judgement.")
-    return Collection(
-        folder.resolve().name,
-        tuple(queries[query_ids[query]] for query in used),
+        raise GigabatchError(f"{path}: holds no pair. Write one JSON object per line.")
+    return RetrievalCollection(
+        path.stem,
+        tuple(queries),
         tuple(documents),
-        tuple((used[query], document, grade) for (query, document), grade in judged.items()),
-        tuple(document_ids.get(query, -1) for query in used),
+        tuple((query, document, grade) for (query, document), grade in judgments.items()),
+        (-1,) * len(queries),
+        tuple(triples),
+    )
+
+
+def read_beir(folder: Path, split: str = "test") -> RetrievalCollection:
+    """Read a folder in the BEIR layout.
+
+    Only queries in `qrels/SPLIT.tsv` are kept. A document's text is its title and its text. A
+    document with the id of a query is left out of that query's ranking.
+    """
+    qrels = folder / "qrels" / f"{split}.tsv"
+    if not qrels.exists():
+        splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
+        raise GigabatchError(
+            f"{qrels}: does not exist; there are the splits: {', '.join(splits) or 'none'}. Name "
+            "one with --split, or change the folder to the BEIR layout."
+        )
+    document_rows, documents = _texts_by_id(folder / "corpus.jsonl", with_title=True)
+    query_rows, queries = _texts_by_id(folder / "queries.jsonl", with_title=False)
+    grades: dict[tuple[str, int], float] = {}
+    used: dict[str, int] = {}  # query id -> row among the queries that are kept
+    for where, query, document, grade in _qrels(qrels):
+        if query not in query_rows:
+            raise _error(where, f"query {query!r} is not in {folder / 'queries.jsonl'}")
+        if document not in document_rows:
+            raise _error(where, f"document {document!r} is not in {folder / 'corpus.jsonl'}")
+        if (query, document_rows[document]) in grades:
+            raise _error(where, f"query {query!r} and document {document!r} occur a second time")
+        grades[query, document_rows[document]] = grade
+        used.setdefault(query, len(used))
+    if not grades:
+        raise GigabatchError(f"{qrels}: holds no judgment. Name another split with --split.")
+    return RetrievalCollection(
+        folder.resolve().name,
+        tuple(queries[query_rows[query]] for query in used),
+        tuple(documents),
+        tuple((used[query], document, grade) for (query, document), grade in grades.items()),
+        tuple(document_rows.get(query, -1) for query in used),
     )
 
 
 def _qrels(path: Path) -> Iterator[tuple[str, str, str, float]]:
+    """Yield (location, query id, document id, grade) of each line."""
     for number, (where, line) in enumerate(_lines(path)):
         parts = line.rstrip("\r\n").split("\t")
         if number == 0 and parts[:1] == ["query-id"]:
             continue
         if len(parts) != 3:
-            raise _bad(where, f"has {len(parts)} fields between tabs; query-id, corpus-id, score")
+            expected = "query-id, corpus-id and score"
+            raise _error(where, f"{len(parts)} fields separated by tabs, expected {expected}")
         try:
             grade = float(parts[2])
         except ValueError:
-            raise _bad(where, f"has the score {parts[2]!r}, which is no number") from None
+            raise _error(where, f"the score {parts[2]!r} is not a number") from None
         if grade != grade:
-            raise _bad(where, "has the score NaN")
+            raise _error(where, "the score is NaN")
         yield where, parts[0], parts[1], grade
 
 
-def _texts_by_id(path: Path, title: bool) -> tuple[dict[str, int], list[str]]:
-    """id -> row, and the texts."""
+def _texts_by_id(path: Path, with_title: bool) -> tuple[dict[str, int], list[str]]:
+    """Return id -> row, and the texts by row."""
     rows: dict[str, int] = {}
     texts: list[str] = []
     for where, line in _lines(path):
-        record = _record(where, line)
+        record = _parse(where, line)
         name = record.get("_id")
         if not isinstance(name, str | int) or isinstance(name, bool) or name == "":
-            raise _bad(where, f"has the `_id` {name!r}; it must be a text")
+            raise _error(where, f"the `_id` is {name!r}; it must be a text")
         if rows.setdefault(str(name), len(texts)) != len(texts):
-            raise _bad(where, f"has the `_id` {str(name)!r} of an earlier line")
-        heading = record.get("title") or "" if title else ""
-        if not isinstance(heading, str):
-            raise _bad(where, f"has the `title` {heading!r:.60}; it must be a text")
-        texts.append(f"{heading} {_text(where, record, 'text', empty=title)}".strip())
+            raise _error(where, f"the `_id` {str(name)!r} occurs on an earlier line")
+        title = record.get("title") or "" if with_title else ""
+        if not isinstance(title, str):
+            raise _error(where, f"the `title` is {title!r:.60}; it must be a text")
+        texts.append(f"{title} {_text(where, record, 'text', may_be_empty=with_title)}".strip())
     if not texts:
-        raise GigabatchError(f"{path}: holds no line of JSON.")
+        raise GigabatchError(f"{path}: holds no JSON object. Write one per line.")
     return rows, texts
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(FILE, line N; its text) of each line that is not empty."""
+    """Yield (location, line) for each line that is not empty."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
@@ -171,40 +201,42 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                     yield f"{path}, line {number}", line
     except UnicodeDecodeError as error:
         raise GigabatchError(
-            f"{path}: is not UTF-8 text: {error}. Write it again as such."
+            f"{path}: is not UTF-8 text: {error}. Save the file as UTF-8."
         ) from None
     except OSError as error:
         raise GigabatchError(f"{path}: cannot be read: {error.strerror}.") from error
 
 
-def _record(where: str, line: str) -> dict[str, Any]:
+def _parse(where: str, line: str) -> dict[str, Any]:
+    """Parse a line that must hold a JSON object."""
     try:
         record = json.loads(line)
     except ValueError as error:
-        raise _bad(where, f"is not JSON ({error})") from None
+        raise _error(where, f"not JSON ({error})") from None
     if not isinstance(record, dict):
-        raise _bad(where, "is not a JSON object, {...}")
+        raise _error(where, "not a JSON object, {...}")
     return record
 
 
-def _text(where: str, record: dict[str, Any], name: str, empty: bool = False) -> str:
+def _text(where: str, record: dict[str, Any], name: str, may_be_empty: bool = False) -> str:
+    """Return the text in a field, stripped."""
     value = record.get(name)
-    if not isinstance(value, str) or not (value.strip() or empty):
-        known = ", ".join(record) or "nothing"
-        raise _bad(where, f"has no text in `{name}`; it has {known}")
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        fields = ", ".join(record) or "none"
+        raise _error(where, f"no text in `{name}`; the fields are: {fields}")
     return value.strip()
 
 
-def _texts(where: str, record: dict[str, Any], *names: str) -> tuple[str, ...]:
-    """The texts of a field that may hold one or several, under either name."""
-    name = next((each for each in names if record.get(each) is not None), None)
+def _text_list(where: str, record: dict[str, Any], *names: str) -> tuple[str, ...]:
+    """Return the text or texts of the first of several fields that is present, stripped."""
+    name = next((name for name in names if record.get(name) is not None), None)
     if name is None:
         return ()
-    found = record[name] if isinstance(record[name], list) else [record[name]]
-    if not all(isinstance(each, str) and each.strip() for each in found):
-        raise _bad(where, f"has something else than texts in `{name}`")
-    return tuple(each.strip() for each in found)
+    texts = record[name] if isinstance(record[name], list) else [record[name]]
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise _error(where, f"an item of `{name}` is not a text, or is empty")
+    return tuple(text.strip() for text in texts)
 
 
-def _bad(where: str, what: str) -> GigabatchError:
+def _error(where: str, what: str) -> GigabatchError:
     return GigabatchError(f"{where}: {what}.")

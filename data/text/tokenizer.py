@@ -1,7 +1,7 @@
-"""Captions to token numbers: a byte-pair tokeniser trained on the captions, or one by name.
+"""Tokenizers: byte-pair encoding trained on a run's captions, or a Hugging Face tokenizer.
 
-Either is kept as `tokenizer.json` in the run folder, truncation and padding included, so that a
-run, its evaluation and its export read the same tokens with no network.
+Both are stored as `tokenizer.json` in the run folder, with truncation and padding, so that a run,
+its evaluation and its export use the same tokens without a network.
 """
 
 from __future__ import annotations
@@ -30,86 +30,110 @@ PAD, END = "[PAD]", "[END]"
 
 
 class TextSettings(Settings):
-    """How captions become tokens."""
+    """Tokenization of captions."""
 
     tokenizer: str = "bpe"
-    """`bpe`: byte-pair, trained on this run's captions; else a Hugging Face tokeniser's name."""
+    """Tokenizer: `bpe`, byte-pair encoding trained on this run's captions, or the name of a
+    Hugging Face tokenizer."""
     vocab_size: int = Field(4096, ge=300)
-    """Size of the `bpe` vocabulary; a named tokeniser brings its own."""
+    """Size of the `bpe` vocabulary; a Hugging Face tokenizer has its own."""
     length: int = Field(32, ge=2)
-    """Tokens a caption, end mark included; longer captions are cut."""
+    """Tokens of a caption, end token included; longer captions are truncated."""
 
 
 def train_bpe(captions: Iterable[str], settings: TextSettings) -> Tokenizer:
-    """A lower-casing byte-level byte-pair tokeniser; the same captions give the same one."""
+    """Train a lower-casing byte-level BPE tokenizer.
+
+    The result depends on the captions and their counts, not on their order.
+
+    Args:
+        captions: The captions to train on.
+        settings: Vocabulary size and length.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
-    pad_id, end_id = 0, 1  # the special tokens, in their order
+    pad_id, end_id = 0, 1  # the positions in `special_tokens`
     trainer = trainers.BpeTrainer(
         vocab_size=settings.vocab_size,
         special_tokens=[PAD, END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Sorted, each once with its count folded in, so that the order of reading cannot matter.
+    # Sorted, so that the order of reading cannot matter.
     counts = sorted(Counter(captions).items())
     tokenizer.train_from_iterator((t for t, n in counts for _ in range(n)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {END}", special_tokens=[(END, end_id)]
     )
-    return _fit(tokenizer, settings.length, pad_id, PAD)
+    return _set_length(tokenizer, settings.length, pad_id, PAD)
 
 
 def named_tokenizer(settings: TextSettings) -> Tokenizer:
-    """The Hugging Face tokeniser `settings.tokenizer`, from its hub, cache or a local folder."""
+    """Load the Hugging Face tokenizer `settings.tokenizer` from the hub, its cache or a folder.
+
+    Raises:
+        GigabatchError: if it cannot be loaded, or has no padding.
+    """
     from transformers import AutoTokenizer
 
     try:
         loaded = AutoTokenizer.from_pretrained(settings.tokenizer)
     except (OSError, ValueError) as error:
         raise GigabatchError(
-            f"text.tokenizer: {settings.tokenizer!r} cannot be loaded ({_first_line(error)}). Give "
-            "`bpe`, a local folder with tokenizer.json, or a name that the hub or its cache has."
+            f"data.text.tokenizer: {settings.tokenizer!r} cannot be loaded ({_first_line(error)}). "
+            "Set it to `bpe`, a local folder with tokenizer.json, or a name on the Hugging Face "
+            "hub or in its cache."
         ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise GigabatchError(
-            f"text.tokenizer: {settings.tokenizer!r} has no `tokenizers` implementation; choose "
-            "one that comes with a tokenizer.json."
+            f"data.text.tokenizer: {settings.tokenizer!r} has no `tokenizers` implementation. "
+            "Choose one that comes with a tokenizer.json."
         )
     pad = loaded.pad_token or loaded.eos_token
     if pad is None:
         raise GigabatchError(
-            f"text.tokenizer: {settings.tokenizer!r} has neither a padding nor an end token."
+            f"data.text.tokenizer: {settings.tokenizer!r} has neither a padding nor an end token. "
+            "Choose another tokenizer."
         )
-    return _fit(backend, settings.length, loaded.convert_tokens_to_ids(pad), pad)
+    return _set_length(backend, settings.length, loaded.convert_tokens_to_ids(pad), pad)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
+    """Load a `tokenizer.json`.
+
+    Raises:
+        GigabatchError: if the file is missing or is not a tokenizer.
+    """
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust library raises bare Exception
-        raise GigabatchError(f"{path}: not a tokeniser: {_first_line(error)}") from error
+        raise GigabatchError(f"{path}: not a tokenizer: {_first_line(error)}") from error
 
 
 def encode(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
-    """(tokens int64 [B, L], mask bool [B, L], true on real tokens); L is `text.length`."""
-    encoded = tokenizer.encode_batch_fast(captions)  # fast: without offsets
+    """Tokenize B captions.
+
+    Returns:
+        Tokens int64 [B, L], and mask bool [B, L], true on tokens that are not padding. L is the
+        tokenizer's length.
+    """
+    encoded = tokenizer.encode_batch_fast(captions)  # "fast" leaves out offsets
     tokens = torch.tensor([e.ids for e in encoded], dtype=torch.int64)
     mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
     return tokens, mask
 
 
-def of_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
-    """The tokeniser of a run, made to give another number of tokens."""
+def with_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
+    """Make a run's tokenizer return `length` tokens per text, in place, and return it."""
     padding = tokenizer.padding
     assert padding is not None
-    return _fit(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    return _set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
 
 
-def _fit(tokenizer: Tokenizer, length: int, pad_id: int, pad: str) -> Tokenizer:
+def _set_length(tokenizer: Tokenizer, length: int, pad_id: int, pad: str) -> Tokenizer:
     tokenizer.enable_truncation(length)
     tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
     return tokenizer

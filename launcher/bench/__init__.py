@@ -1,1 +1,1 @@
-"""Benchmarks that start runs: faults, objectives, data reading."""
+"""Commands `gigabatch bench data`, `faults` and `objectives`."""

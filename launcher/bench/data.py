@@ -1,4 +1,4 @@
-"""`gigabatch bench data`: a run's data, or images made for it, measured on this machine."""
+"""Command `gigabatch bench data`: measure the loading of a run's data or of synthetic images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from gigabatch.data.bench.run import run
 from gigabatch.data.bench.setup import Setup
-from gigabatch.data.bench.shards import synthesise
+from gigabatch.data.bench.shards import synthesize
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.stream import load_stage
 from gigabatch.kernels.bench.machine import processor
@@ -23,7 +23,7 @@ from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import cache_of, fields_of, make_tokenizer, open_train, plans_of
 
 STEPS = 1000
-"""Steps of the run whose batches are read, again and again."""
+"""Number of steps whose batches are read, repeated endlessly."""
 
 
 def bench_data(
@@ -34,12 +34,27 @@ def bench_data(
     minutes: float,
     out: Path | None,
 ) -> int:
-    """Measure; the exit code. Raises GigabatchError."""
+    """Run the benchmark.
+
+    Args:
+        path: Config of a run.
+        overrides: Config settings as `key=value`.
+        synthetic: Kind of synthetic images to read; None reads the run's data.
+        workers: Numbers of loader processes, comma-separated.
+        minutes: Approximate duration.
+        out: Folder for results; None writes no files.
+
+    Returns:
+        Exit code.
+
+    Raises:
+        GigabatchError: if the config, the options or the data are invalid.
+    """
     with ExitStack() as cleanup:
         if synthetic:
             folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="gigabatch-bench-"))
-            print(f"making images of kind {synthetic}", flush=True)
-            synthesise(Path(folder), synthetic)
+            print(f"generating synthetic images of kind {synthetic}", flush=True)
+            synthesize(Path(folder), synthetic)
             overrides = [*overrides, f"data.root={folder}", "data.train=."]
         work = Path(cleanup.enter_context(tempfile.TemporaryDirectory()))
         setup = _setup(load_config(path, overrides), workers, work)
@@ -57,7 +72,7 @@ def _setup(config: Config, workers: str, work: Path) -> Setup:
     try:
         counts = [int(count) for count in workers.split(",")]
     except ValueError:
-        raise GigabatchError(f"--workers is {workers!r}; give numbers, such as 0,2.") from None
+        raise GigabatchError(f"--workers is {workers!r}; specify numbers, such as 0,2.") from None
     with progress_bar("indexing shards") as progress:
         data = open_train(config, progress)
     tokenizer = work / "tokenizer.json"
@@ -72,6 +87,6 @@ def _setup(config: Config, workers: str, work: Path) -> Setup:
         prefetch=config.data.prefetch,
         device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         augmentation=config.data.augment,
-        stages=[load_stage(each) for each in config.data.stages],
+        stages=[load_stage(stage) for stage in config.data.stages],
         cache=cache_of(config),
     )

@@ -1,7 +1,7 @@
-"""`gigabatch bench faults`: a run whose processes are killed at random, beside an undisturbed one.
+"""Command `gigabatch bench faults`: kill a run's processes at random and compare the result.
 
-Both train the same small towers with two workers under torchrun. What must hold: every loss equal
-to the last bit, and every step trained on the same samples, none lost and none repeated.
+The disturbed run and an undisturbed one train the same small towers with two workers under
+torchrun. They must agree in every loss bit for bit and in the samples of every step.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from typing import Any
 
 import psutil
 
-from gigabatch.data.bench.shards import synthesise
+from gigabatch.data.bench.shards import synthesize
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.bench.machine import processor
-from gigabatch.launcher.bench.rank_processes import everything_below, ranks_below
+from gigabatch.launcher.bench.rank_processes import process_tree, rank_processes
 from gigabatch.trainer.monitoring.metrics import read_metrics, read_samples
 from gigabatch.trainer.run.folder import RunFolder
 
 Say = Callable[[str], None]
-EVERY = 4
+CHECKPOINT_STEPS = 4
 """Steps between checkpoints."""
-PATIENCE_S = 300.0
-"""A run that makes no step for so long is at fault itself."""
-HOW = RANK, EVERYTHING, SAVE = "a rank", "everything", "everything, in a save"
+WAIT_TIMEOUT_S = 300.0
+"""The benchmark fails if the run does not reach the next kill within this time."""
+KILL_KINDS = RANK, EVERYTHING, SAVE = "a rank", "everything", "everything, in a save"
+"""Kill one rank; the launcher and all its descendants; the same during a save."""
 
 CONFIG = """
 data:
@@ -60,196 +61,219 @@ run: {{dir: {runs}}}
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill, `time` in seconds since the epoch."""
+    """One kill: its kind `how`, and its `time` in seconds since the epoch."""
 
     how: str
     time: float
 
 
 def bench_faults(kills: int, seed: int, zero: int, out: Path | None, say: Say) -> int:
-    """Run both, say what was found, write it into `out`; 0 where they agree, else 1.
+    """Train both runs and compare them.
 
-    Raises GigabatchError where a run fails by itself.
+    Args:
+        kills: Number of kills.
+        seed: Seed for kill times and target processes.
+        zero: DeepSpeed ZeRO stage.
+        out: Folder for `faults.json` and `faults.md`; None writes no files.
+        say: Prints a line.
+
+    Returns:
+        0 if the runs agree, else 1.
+
+    Raises:
+        GigabatchError: if a run fails without being killed.
     """
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="gigabatch-faults-") as name:
         folder = Path(name)
-        config = _set_up(folder, steps=2 * EVERY * (kills + 1), zero=zero)
-        whole, disturbed = (RunFolder(folder / "runs" / each) for each in ("whole", "disturbed"))
-        say("training undisturbed")
-        began = time.monotonic()
-        with _started("train", config, "run.name=whole") as run:
-            run.wait_for_end()
-        took = time.monotonic() - began
-        say(f"{whole.config().train.steps} steps in {took:.0f} s; now with {kills} kills")
-        done = _disturb(disturbed, config, kills, random.Random(seed), say)
-        lost = [_cost(disturbed.metrics, kill) for kill in done]
-        agree = {
-            "losses_equal": _losses(whole) == _losses(disturbed),
-            "samples_equal": read_samples(whole.samples) == read_samples(disturbed.samples),
+        config = _write_config(folder, steps=2 * CHECKPOINT_STEPS * (kills + 1), zero=zero)
+        names = ("undisturbed", "disturbed")
+        undisturbed, disturbed = (RunFolder(folder / "runs" / name) for name in names)
+        say("training the undisturbed run")
+        start = time.monotonic()
+        with _start("train", config, "run.name=undisturbed") as command:
+            command.wait_for_end()
+        elapsed = time.monotonic() - start
+        steps = undisturbed.config().train.steps
+        say(f"{steps} steps in {elapsed:.0f} s; training the run with {kills} kills")
+        done = _train_with_kills(disturbed, config, kills, random.Random(seed), say)
+        costs = [_cost(disturbed.metrics, kill) for kill in done]
+        losses, samples = _losses(undisturbed), read_samples(undisturbed.samples)
+        agreement = {
+            "losses_equal": losses == _losses(disturbed),
+            "samples_equal": samples == read_samples(disturbed.samples),
         }
-        steps, samples = len(_losses(whole)), sum(map(len, read_samples(whole.samples).values()))
-    found = {
+    results = {
         "command": f"gigabatch bench faults --kills {kills} --seed {seed} --zero {zero}",
         "processor": processor(), "cores": len(os.sched_getaffinity(0)),
-        "date": date.today().isoformat(), "steps": steps, "samples": samples,
-        "undisturbed_s": round(took, 1), **agree,
-        "kills": [{"how": kill.how} | cost for kill, cost in zip(done, lost, strict=True)],
+        "date": date.today().isoformat(), "steps": len(losses),
+        "samples": sum(map(len, samples.values())), "undisturbed_s": round(elapsed, 1), **agreement,
+        "kills": [{"how": kill.how} | cost for kill, cost in zip(done, costs, strict=True)],
     }  # fmt: skip
-    report = _report(found)
+    report = _report(results)
     say(report)
     if out is not None:
-        (out / "faults.json").write_text(json.dumps(found, indent=1) + "\n")
+        (out / "faults.json").write_text(json.dumps(results, indent=1) + "\n")
         (out / "faults.md").write_text(report + "\n")
-    return 0 if all(agree.values()) else 1
+    return 0 if all(agreement.values()) else 1
 
 
-def _set_up(folder: Path, steps: int, zero: int) -> Path:
-    synthesise(folder / "shards", "8k", samples=512)
+def _write_config(folder: Path, steps: int, zero: int) -> Path:
+    synthesize(folder / "shards", "8k", samples=512)
     path = folder / "faults.yaml"
     settings = {"root": folder / "shards", "runs": folder / "runs"}
-    path.write_text(CONFIG.format(**settings, steps=steps, zero=zero, every=EVERY))
+    path.write_text(CONFIG.format(**settings, steps=steps, zero=zero, every=CHECKPOINT_STEPS))
     return path
 
 
-class _Started:
-    """A `gigabatch` process, its workers and their loaders."""
+class _Command:
+    """A `gigabatch` process with its workers and their loaders."""
 
-    def __init__(self, process: subprocess.Popen[bytes], said: Path) -> None:
-        self.process, self.said = process, said
+    def __init__(self, process: subprocess.Popen[bytes], output: Path) -> None:
+        self.process, self.output = process, output
 
-    def wait(self, true: Callable[[], object], what: str) -> None:
-        """Until something is true. Raises GigabatchError if the process ends before, or nothing
-        comes of it."""
-        deadline = time.monotonic() + PATIENCE_S
-        while not true():
+    def wait_until(self, condition: Callable[[], object], goal: str) -> None:
+        """Wait for a condition; fail if the process ends or the timeout passes before."""
+        deadline = time.monotonic() + WAIT_TIMEOUT_S
+        while not condition():
             if self.process.poll() is not None:
-                raise GigabatchError(f"the run ended before it could {what}:\n{self._tail()}")
+                raise GigabatchError(f"the run ended before it could {goal}:\n{self._tail()}")
             if time.monotonic() > deadline:
                 raise GigabatchError(
-                    f"the run did not {what} within {PATIENCE_S:.0f} s:\n{self._tail()}"
+                    f"the run did not {goal} within {WAIT_TIMEOUT_S:.0f} s:\n{self._tail()}"
                 )
             time.sleep(0.02)
 
     def wait_for_end(self) -> None:
-        """Raises GigabatchError where it fails."""
+        """Wait for the process to end; fail if its exit code is not 0."""
         if self.process.wait() != 0:
-            raise GigabatchError(f"the run failed by itself:\n{self._tail()}")
+            raise GigabatchError(f"the run failed without being killed:\n{self._tail()}")
 
     def _tail(self) -> str:
-        return "\n".join(self.said.read_text(errors="replace").splitlines()[-20:])
+        return "\n".join(self.output.read_text(errors="replace").splitlines()[-20:])
 
 
 @contextmanager
-def _started(*arguments: str | Path) -> Iterator[_Started]:
-    """`gigabatch ARGUMENTS`; nothing of it is left at the end."""
-    with tempfile.NamedTemporaryFile(suffix=".log") as said:
+def _start(*arguments: str | Path) -> Iterator[_Command]:
+    """Run `gigabatch ARGUMENTS`; on exit, kill it and all its descendants."""
+    with tempfile.NamedTemporaryFile(suffix=".log") as output:
         command = [sys.executable, "-m", "gigabatch.launcher", *map(str, arguments)]
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
-        started = _Started(process, Path(said.name))
         try:
-            yield started
+            yield _Command(process, Path(output.name))
         finally:
-            _kill(everything_below(process.pid))
+            _kill(process_tree(process.pid))
             process.wait()
 
 
 def _kill(processes: list[psutil.Process]) -> None:
-    for each in processes:
+    for process in processes:
         with suppress(psutil.NoSuchProcess):
-            each.send_signal(signal.SIGKILL)
+            process.send_signal(signal.SIGKILL)
     psutil.wait_procs(processes, timeout=30)
 
 
-def _disturb(
-    run: RunFolder, config: Path, kills: int, moments: random.Random, say: Say
+def _train_with_kills(
+    run: RunFolder, config: Path, kills: int, rng: random.Random, say: Say
 ) -> list[Kill]:
-    """Train `run` to its end through so many kills."""
-    ways = [HOW[number % len(HOW)] for number in range(kills)]
-    moments.shuffle(ways)
+    """Train `run` to its end, killing processes `kills` times."""
+    kinds = [KILL_KINDS[number % len(KILL_KINDS)] for number in range(kills)]
+    rng.shuffle(kinds)
     done: list[Kill] = []
-    command: tuple[str | Path, ...] = ("train", config, "run.name=disturbed")
+    arguments: tuple[str | Path, ...] = ("train", config, "run.name=disturbed")
     while True:
-        with _started(*command) as process:
+        with _start(*arguments) as command:
             while len(done) < kills:
-                how = ways[len(done)]
-                done.append(_one_kill(process, run, how, moments))
+                how = kinds[len(done)]
+                done.append(_kill_once(command, run, how, rng))
                 say(f"kill {len(done)} of {kills}: {how}, after step {_last_step(run)}")
-                if how != RANK:
+                if how != RANK:  # torchrun restarts the ranks unless it was killed itself.
                     break
             else:
-                process.wait_for_end()
+                command.wait_for_end()
                 return done
-        command = ("resume", run.path)
+        arguments = ("resume", run.path)
 
 
-def _one_kill(process: _Started, run: RunFolder, how: str, moments: random.Random) -> Kill:
-    """Wait for a moment, then kill. (torchrun starts the ranks again where it is left.)"""
-    step = _last_step(run) + moments.randint(1, EVERY + 2)
-    process.wait(lambda: _last_step(run) >= step, f"reach step {step}")
-    time.sleep(moments.random() * 0.2)
+def _kill_once(command: _Command, run: RunFolder, how: str, rng: random.Random) -> Kill:
+    """Wait for a random time, then kill processes."""
+    step = _last_step(run) + rng.randint(1, CHECKPOINT_STEPS + 2)
+    command.wait_until(lambda: _last_step(run) >= step, f"reach step {step}")
+    time.sleep(rng.random() * 0.2)
     if how == SAVE:
-        now = f".step-*.{run.attempts():06d}.tmp"  # others were left by earlier kills
-        process.wait(lambda: any(run.checkpoints.glob(now)), "save")
-    launcher = process.process.pid
-    victims = everything_below(launcher)
+        # Files of this attempt only; earlier kills may have left others.
+        pattern = f".step-*.{run.attempts():06d}.tmp"
+        command.wait_until(lambda: any(run.checkpoints.glob(pattern)), "save")
+    launcher = command.process.pid
+    targets = process_tree(launcher)
     if how == RANK:
-        process.wait(lambda: ranks_below(launcher), "start its ranks")
-        victims = [moments.choice(ranks_below(launcher))]
-    killed = time.time()
-    _kill(victims)
-    return Kill(how, killed)
+        command.wait_until(lambda: rank_processes(launcher), "start its ranks")
+        targets = [rng.choice(rank_processes(launcher))]
+    kill_time = time.time()
+    _kill(targets)
+    return Kill(how, kill_time)
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _loss_lines(path: Path) -> list[dict[str, Any]]:
     return [line for line in read_metrics(path) if "train/loss" in line] if path.exists() else []
 
 
 def _last_step(run: RunFolder) -> int:
-    return max((line["step"] for line in _lines(run.metrics)), default=0)
+    return max((line["step"] for line in _loss_lines(run.metrics)), default=0)
 
 
 def _losses(run: RunFolder) -> dict[int, float]:
-    return {line["step"]: line["train/loss"] for line in _lines(run.metrics)}
+    return {line["step"]: line["train/loss"] for line in _loss_lines(run.metrics)}
 
 
 def _cost(metrics: Path, kill: Kill) -> dict[str, float]:
-    """`to_next_s`: from a kill to the next finished step; `repeated`: steps trained again."""
+    """Compute what a kill cost.
+
+    Args:
+        metrics: `metrics.jsonl` of the disturbed run.
+        kill: The kill.
+
+    Returns:
+        `after_step`, the last step finished before the kill; `to_next_s`, seconds from the kill to
+        the next finished step; `repeated`, number of steps trained again.
+    """
     lines = []
-    for text in metrics.read_text().splitlines():  # voided ones too
+    for text in metrics.read_text().splitlines():  # Includes steps that a resume made void.
         with suppress(ValueError):
-            if "train/loss" in (line := json.loads(text)):  # a checkpoint's come some steps later
+            # Lines about checkpoints appear some steps after the step they name.
+            if "train/loss" in (line := json.loads(text)):
                 lines.append(line)
     before = [line for line in lines if line["time"] <= kill.time]
     after = next(line for line in lines if line["time"] > kill.time)
-    at = before[-1]["step"] if before else 0
+    last_step = before[-1]["step"] if before else 0
     return {
-        "after_step": at,
+        "after_step": last_step,
         "to_next_s": round(after["time"] - kill.time, 1),
-        "repeated": at + 1 - after["step"],
+        "repeated": last_step + 1 - after["step"],
     }
 
 
-def _report(found: dict[str, Any]) -> str:
+def _report(results: dict[str, Any]) -> str:
     lines = [
-        f"`{found['command']}`, {found['processor']}, {found['cores']} cores, {found['date']}: "
-        f"{found['steps']} steps, {found['samples']:,} samples, two workers.",
+        f"`{results['command']}`, {results['processor']}, {results['cores']} cores, "
+        f"{results['date']}: {results['steps']} steps, {results['samples']:,} samples, 2 workers.",
         "",
-        f"- losses equal to the last bit: {'yes' if found['losses_equal'] else 'NO'}",
-        f"- samples of every step equal: {'yes' if found['samples_equal'] else 'NO'}",
+        f"- {'PASS' if results['losses_equal'] else 'FAIL'}  losses equal bit for bit",
+        f"- {'PASS' if results['samples_equal'] else 'FAIL'}  samples of every step equal",
         "",
-        "| killed | times | s to the next step: median, most | steps repeated: mean, most |",
+        "| killed | times | s to the next step: median, max | steps repeated: mean, max |",
         "|---|---|---|---|",
     ]
-    for how in HOW:
-        of = [kill for kill in found["kills"] if kill["how"] == how]
-        if of:
-            waits, again = [k["to_next_s"] for k in of], [k["repeated"] for k in of]
+    for how in KILL_KINDS:
+        kills = [kill for kill in results["kills"] if kill["how"] == how]
+        if kills:
+            waits = [kill["to_next_s"] for kill in kills]
+            repeated = [kill["repeated"] for kill in kills]
             lines.append(
-                f"| {how} | {len(of)} | {median(waits):.1f}, {max(waits):.1f} | "
-                f"{sum(again) / len(again):.1f}, {max(again)} |"
+                f"| {how} | {len(kills)} | {median(waits):.1f}, {max(waits):.1f} | "
+                f"{sum(repeated) / len(repeated):.1f}, {max(repeated)} |"
             )
     return "\n".join(lines)

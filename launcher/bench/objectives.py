@@ -1,167 +1,152 @@
-"""`gigabatch bench objectives`: the step of each objective beside InfoNCE's, by matrix passes.
+"""Command `gigabatch bench objectives`: step time of each objective relative to its declared cost.
 
-Forward and backward of the real objective on random unit vectors, in one process without towers:
+Each objective runs forward and backward on random unit vectors, in one process without towers. Its
+time relative to InfoNCE is divided by its number of matrix products relative to InfoNCE:
 
     quotient = (seconds / InfoNCE's seconds) / (its matrix products / InfoNCE's)
 
-is what an objective takes over what it declares. Each step is timed right after one of InfoNCE's,
-and the quotient is the median over such pairs: a busy machine slows both.
+Each step is timed right after one of InfoNCE, and the quotient is the median over such pairs, so
+that other load on the machine affects both.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.bench.machine import environment
-from gigabatch.trainer.config import AnyObjective
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objective_state import ObjectiveState
-from gigabatch.trainer.objectives import Context, Needs, build_objective
+from gigabatch.trainer.objectives import (
+    OBJECTIVES,
+    Context,
+    Needs,
+    build_objective,
+    parse_settings,
+)
+from gigabatch.trainer.objectives.reference import Benchmark
 from gigabatch.trainer.taps import TEACHER, parse_tap
 
-BAR = 1.25
+MAX_QUOTIENT = 1.25
 CPU = torch.device("cpu")
 TOKENS = 16
-"""Of an item, for late interaction: its tokens are as many as the others' rows."""
+"""Tokens of an item in late interaction; items times tokens equals the rows of other objectives."""
 
 
-@dataclass(frozen=True)
-class Case:
-    """An objective as it stands in a config. `share`: of the rows that are its samples, so that
-    all its rows together are as many as InfoNCE's. `captions`: of a sample."""
-
-    settings: Mapping[str, Any]
-    share: float = 1.0
-    captions: int = 1
-
-
-VIEWS = ("image", "image@1")
-CASES: dict[str, Case] = {
-    "infonce": Case({"name": "infonce"}),
-    "infonce, positives": Case({"name": "infonce", "positives": "concept"}),
-    "infonce, same_id=exclude": Case(
-        {"name": "infonce", "positives": "concept", "same_id": "exclude"}
-    ),
-    "infonce, within": Case({"name": "infonce", "within": "lang"}),
-    "infonce, teacher": Case(
-        {"name": "infonce", "teacher": {"fields": ["embedding"], "size": 64, "threshold": 0.2}}
-    ),
-    "infonce, label_smoothing": Case({"name": "infonce", "label_smoothing": 0.1}),
-    "siglip": Case({"name": "siglip"}),
-    "siglip, positives": Case({"name": "siglip", "positives": "concept"}),
-    "supcon": Case({"name": "supcon", "taps": ("image",), "positives": "concept"}),
-    "supcon, two views": Case({"name": "supcon", "taps": VIEWS}, share=0.5),
-    "sogclr": Case({"name": "sogclr"}),
-    "sogclr, individual": Case({"name": "sogclr", "temperatures": "individual"}),
-    "sogclr, two views": Case({"name": "sogclr", "taps": VIEWS}, share=0.5),
-    "late_interaction": Case({"name": "late_interaction"}, share=1 / TOKENS),
-    "queue": Case({"name": "queue", "size": 4096}),
-    "queue, within": Case({"name": "queue", "size": 4096, "within": "lang"}),
-    "noisy": Case({"name": "noisy"}),
-    "symile": Case({"name": "symile", "taps": ("image", "text", "image@1")}),
-    "hard_negatives, both weights": Case(
-        {"name": "hard_negatives", "pair": "pair", "changed": "changed", "own_weight": 2.0,
-         "other_weight": 0.5}
-    ),
-    "hard_negatives, two captions": Case(
-        {"name": "hard_negatives", "own_weight": 2.0}, share=0.5**0.5, captions=2
-    ),
-    "label_distance": Case({"name": "label_distance", "label": "age", "taps": VIEWS}, share=0.5),
-    "label_distance, mixtures": Case(
-        {"name": "label_distance", "label": "age", "taps": VIEWS, "mixed_negatives": True,
-         "mixed_positives": 2},
-        share=0.5,
-    ),
-    "barlow": Case({"name": "barlow"}),
-    "byol": Case({"name": "byol"}),
-    "swav": Case({"name": "swav", "prototypes": 4096}),
-    "swav, among texts": Case({"name": "swav", "taps": ["image", "image@1", "text"]}),
-}  # fmt: skip
+def benchmark_cases() -> dict[str, tuple[str, Benchmark]]:
+    """Return the benchmark cases of all objectives: label -> (objective, case)."""
+    return {
+        f"{name}, {label}" if label else name: (name, case)
+        for name, kind in OBJECTIVES.items()
+        for label, case in kind.benchmarks.items()
+    }
 
 
 @dataclass
 class Subject:
-    """One objective with its inputs. `work`: its matrix products, in numbers multiplied."""
+    """One objective with its inputs.
+
+    Attributes:
+        step: Runs forward and backward.
+        samples: Number of samples in a step.
+        passes: Number of matrix passes that the objective declares.
+        work: Number of multiplications in these passes.
+        times: Wall-clock and processor seconds of each step.
+    """
 
     step: Callable[[], None]
     samples: int
     passes: float
     work: float
-    times: list[tuple[float, float]] = field(default_factory=list)  # wall clock, processor
+    times: list[tuple[float, float]] = field(default_factory=list)
 
 
 def bench(
     size: int, width: int, rounds: int, only: Sequence[str], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Every case whose objective is among `only`, or all. Raises GigabatchError for a name that
-    there is not."""
-    known = {case.settings["name"] for case in CASES.values()}
+    """Time the objectives.
+
+    Args:
+        size: Number of rows of InfoNCE.
+        width: Embedding dimension.
+        rounds: Number of timed steps of each objective.
+        only: Names of objectives to time; empty times all.
+        say: Called with a line of results after each objective.
+
+    Returns:
+        Results as JSON values.
+
+    Raises:
+        GigabatchError: if `only` contains an unknown name.
+    """
+    cases = benchmark_cases()
+    known = {objective for objective, _ in cases.values()}
     if unknown := set(only) - known:
         raise GigabatchError(
-            f"there is no objective {', '.join(sorted(unknown))} here; there are "
+            f"unknown objective {', '.join(sorted(unknown))}; choose from "
             f"{', '.join(sorted(known))}."
         )
-    chosen = {n: c for n, c in CASES.items() if not only or c.settings["name"] in only}
-    found = []
+    chosen = {label: case for label, case in cases.items() if not only or case[0] in only}
+    results = []
     say(f"{'objective':30} {'samples':>7} {'passes':>7} {'seconds':>8} {'quotient':>8}")
-    for name, case in chosen.items():
-        found.append({"objective": name, **_measure(case, size, width, rounds)})
-        told = found[-1]
+    for name, (objective, case) in chosen.items():
+        result = {"objective": name, **_measure(objective, case, size, width, rounds)}
+        results.append(result)
+        above = f"  above {MAX_QUOTIENT}" if result["quotient"] > MAX_QUOTIENT else ""
         say(
-            f"{name:30} {told['samples']:7,} {told['passes']:7.4g} {told['seconds']:8.3g} "
-            f"{told['quotient']:8.2f}" + (f"  above {BAR}" if told["quotient"] > BAR else "")
+            f"{name:30} {result['samples']:7,} {result['passes']:7.4g} {result['seconds']:8.3g} "
+            f"{result['quotient']:8.2f}{above}"
         )
-    return {"size": size, "width": width, **environment(CPU), "objectives": found}
+    return {"size": size, "width": width, **environment(CPU), "objectives": results}
 
 
-def _measure(case: Case, size: int, width: int, rounds: int) -> dict[str, Any]:
-    """`quotient` by the wall clock, `processor_quotient` by the time on processors."""
-    base, mine = _subject(CASES["infonce"], size, width), _subject(case, size, width)
-    for subject in (base, mine):
-        subject.step()  # buffers are found, a queue is filled
+def _measure(objective: str, case: Benchmark, size: int, width: int, rounds: int) -> dict[str, Any]:
+    """Return JSON values; `quotient` is by wall clock, `processor_quotient` by processor time."""
+    base = _subject("infonce", Benchmark(), size, width)
+    tested = _subject(objective, case, size, width)
+    for subject in (base, tested):
+        subject.step()  # Warm-up: allocates buffers and fills queues.
     for _ in range(rounds):
-        for subject in (base, mine):
-            began = time.perf_counter(), time.process_time()
+        for subject in (base, tested):
+            wall, cpu = time.perf_counter(), time.process_time()
             subject.step()
-            subject.times.append((time.perf_counter() - began[0], time.process_time() - began[1]))
-    fair = mine.work / base.work
+            subject.times.append((time.perf_counter() - wall, time.process_time() - cpu))
+    declared = tested.work / base.work
     pairs = [
-        [a / b / fair for a, b in zip(own, other, strict=True)]
-        for own, other in zip(mine.times, base.times, strict=True)
+        [seconds / base_seconds / declared for seconds, base_seconds in zip(*pair, strict=True)]
+        for pair in zip(tested.times, base.times, strict=True)
     ]
-    wall, processor = (median(column) for column in zip(*pairs, strict=True))
+    quotient, processor_quotient = (median(column) for column in zip(*pairs, strict=True))
     return {
-        "settings": dict(case.settings), "samples": mine.samples, "passes": mine.passes,
-        "seconds": median(t for t, _ in mine.times),
+        "settings": {"name": objective, **case.settings}, "samples": tested.samples,
+        "passes": tested.passes,
+        "seconds": median(t for t, _ in tested.times),
         "infonce_seconds": median(t for t, _ in base.times),
-        "quotient": wall, "processor_quotient": processor,
+        "quotient": quotient, "processor_quotient": processor_quotient,
     }  # fmt: skip
 
 
-def _subject(case: Case, size: int, width: int) -> Subject:
-    torch.manual_seed(0)  # of parameters
+def _subject(name: str, case: Benchmark, size: int, width: int) -> Subject:
+    torch.manual_seed(0)  # Initial values of the objective's parameters.
     n = max(2, int(size * case.share))
-    settings = TypeAdapter(AnyObjective).validate_python(case.settings)
-    objective = build_objective(settings, width=width)
+    objective = build_objective(parse_settings({"name": name, **case.settings}), width=width)
     state = ObjectiveState(objective, [n], None, World(0, 1, CPU, None))
     rows, teacher, meta = make_inputs(objective.needs, n, width, case)
     passes = objective.passes(rows)
 
     def step() -> None:
         objective.zero_grad()
-        for each in rows.values():
-            each.grad = None
+        for vectors in rows.values():
+            vectors.grad = None
         ctx = Context(None, 1)
         loss = objective({**rows, **teacher}, meta | state.read(meta["sample"]), ctx)
         loss.value.backward()
@@ -171,29 +156,39 @@ def _subject(case: Case, size: int, width: int) -> Subject:
 
 
 def make_inputs(
-    needs: Needs, n: int, width: int, case: Case
+    needs: Needs, n: int, width: int, case: Benchmark
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-    """Of n samples: vectors of each tap, with gradients; a teacher's, without; columns. Two samples
-    share a `concept` on average, a quarter has each `lang`, an eightieth each `age`."""
+    """Create random inputs of n samples.
+
+    Args:
+        needs: Inputs that the objective needs.
+        n: Number of samples.
+        width: Embedding dimension.
+        case: The objective.
+
+    Returns:
+        Unit vectors float32 [rows, width] of each tap, with gradients; those of teachers, without;
+        columns [n]. On average two samples share a `concept`; `lang` has 4 values, `age` 80.
+    """
     g = torch.Generator().manual_seed(n)
 
     def vectors(tap: str) -> Tensor:
-        shape = (n, TOKENS, width) if parse_tap(tap).place == "tokens" else (n, width)
+        shape = (n, TOKENS, width) if parse_tap(tap).output == "tokens" else (n, width)
         if parse_tap(tap).modality == "text" and case.captions > 1:
             shape = (n * case.captions, width)
         return F.normalize(torch.randn(shape, generator=g), dim=-1)
 
-    number = torch.arange(n)
+    samples = torch.arange(n)
     meta = {
-        "sample": number,
+        "sample": samples,
         "concept": torch.randint(0, math.ceil(n / 2), (n,), generator=g),
         "lang": torch.randint(0, 4, (n,), generator=g),
-        "pair": number // 2,
-        "changed": number % 2,
+        "pair": samples // 2,
+        "changed": samples % 2,
         "age": torch.randint(0, 80, (n,), generator=g).float(),
         "text_mask": torch.arange(TOKENS) < torch.randint(1, TOKENS + 1, (n, 1), generator=g),
     }
-    for name, each in needs.vectors.items():
-        meta[name] = torch.randn(n, each.size, generator=g)
+    for name, vector in needs.vectors.items():
+        meta[name] = torch.randn(n, vector.size, generator=g)
     rows = {tap: vectors(tap).requires_grad_() for tap in needs.taps}
     return rows, {TEACHER + tap: vectors(tap) for tap in needs.teacher}, meta

@@ -1,4 +1,4 @@
-"""The processes of a run that torchrun trains on this machine, found from its launcher's."""
+"""Processes of a torchrun run on this machine, listed from its launcher's process."""
 
 from __future__ import annotations
 
@@ -7,28 +7,30 @@ from contextlib import suppress
 import psutil
 
 
-def everything_below(launcher: int) -> list[psutil.Process]:
-    """A process by its id, and all below it; none where it has ended."""
+def process_tree(pid: int) -> list[psutil.Process]:
+    """Return a process and all its descendants; empty if it has ended."""
     with suppress(psutil.NoSuchProcess):
-        top = psutil.Process(launcher)
-        return [top, *top.children(recursive=True)]
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
     return []
 
 
-def ranks_below(launcher: int) -> list[psutil.Process]:
-    """The training processes below a `gigabatch` process, in rank order, without their loaders.
-    Those that end while they are looked at are left out."""
-    found: dict[int, tuple[int, psutil.Process]] = {}
-    for each in everything_below(launcher):
+def rank_processes(launcher: int) -> list[psutil.Process]:
+    """Return the training processes of a `gigabatch` process, in rank order, without loaders.
+
+    Processes that end during the call are omitted.
+    """
+    workers: dict[int, tuple[int, psutil.Process]] = {}
+    for process in process_tree(launcher):
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if "gigabatch.launcher.worker" in each.cmdline() and "RANK" in each.environ():
-                found[each.pid] = (int(each.environ()["RANK"]), each)
-    # A loader is a fork of its rank: the same command, below it.
-    ranks = [(rank, each) for rank, each in found.values() if _parent(each) not in found]
-    return [each for _, each in sorted(ranks, key=lambda pair: pair[0])]
+            if "gigabatch.launcher.worker" in process.cmdline() and "RANK" in process.environ():
+                workers[process.pid] = (int(process.environ()["RANK"]), process)
+    # A loader is forked from its rank: it has the same command, and a rank as parent.
+    ranks = [(rank, p) for rank, p in workers.values() if _parent_pid(p) not in workers]
+    return [process for _, process in sorted(ranks, key=lambda pair: pair[0])]
 
 
-def _parent(process: psutil.Process) -> int | None:
+def _parent_pid(process: psutil.Process) -> int | None:
     with suppress(psutil.NoSuchProcess):
         return process.ppid()
     return None

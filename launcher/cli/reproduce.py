@@ -1,4 +1,4 @@
-"""`gigabatch reproduce`: the papers' small experiments."""
+"""`gigabatch reproduce`: small experiments that test papers' claims."""
 
 from __future__ import annotations
 
@@ -19,103 +19,109 @@ if TYPE_CHECKING:
 
 
 def reproduce(
-    what: Annotated[
+    name: Annotated[
         str | None,
-        typer.Argument(metavar="[NUMBER|NAME|all]", help="A paper by its number or an experiment."),
+        typer.Argument(metavar="NAME|all", help="Experiment to run; without one, list them."),
     ] = None,
-    given: Annotated[
+    data: Annotated[
         Path | None,
         typer.Option(
-            "--data",
             metavar="FOLDER",
-            help="Real drawings, for the experiments called emoji-...: a folder with train, "
-            "val-artist and val-concept, laid out as configs/emoji.yaml says.",
+            help="Real drawings for the emoji-... experiments: a folder with train, val-artist "
+            "and val-concept, as configs/emoji.yaml describes.",
         ),
     ] = None,
-    starts: Annotated[int, typer.Option(min=1, help="Random starts of each way.")] = 3,
-    out: Annotated[
-        Path, typer.Option(help="Where its data, its run folders and what it found are kept.")
-    ] = Path("runs/reproduce"),
+    seeds: Annotated[
+        int, typer.Option("--seeds", "--starts", min=1, help="Seeds per variant.")
+    ] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for data, runs and results.")] = Path(
+        "runs/reproduce"
+    ),
     report: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write a verdict for each paper, as Markdown."),
+        typer.Option(metavar="FILE", help="Write the verdict of every paper as Markdown."),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON object for each experiment.")
+        bool, typer.Option("--json", help="Print one JSON object per experiment.")
     ] = False,
 ) -> int:
-    """Repeat a paper's small experiment: baseline and method through the real trainer.
+    """Run a paper's small experiment: baseline and method, with the real trainer.
 
-    Each takes minutes on two cores, those on real drawings (--data) an hour. Every start leaves an
-    ordinary run folder; what is there already is used again, so after Ctrl-C the same command goes
-    on. Without an argument, lists them. Exit codes: 0 the effect shows, 1 it does not, 130 stopped.
+    An experiment takes minutes on two CPU cores; one on real drawings (--data) takes an hour. Every
+    variant and seed has an ordinary run folder. Finished runs are reused: after Ctrl-C, the same
+    command continues. Exit codes: 0 all checks pass, 1 some fail, 2 user error, 130 Ctrl-C.
 
     \b
-    gigabatch reproduce 34
-    gigabatch reproduce symile --starts 5 --json
+    gigabatch reproduce symile
+    gigabatch reproduce queue --seeds 5 --json
     gigabatch reproduce emoji-languages --data emoji
     gigabatch reproduce all --data emoji --report docs/reproductions.md
     """
-    from gigabatch.launcher.experiments.studies import STUDIES, studies_on
+    from gigabatch.launcher.experiments.studies import STUDIES, real_data_studies
 
-    real = studies_on(given)
-    if what is None:
-        write("\n".join(_listed(STUDIES, real)) + "\n")
+    on_real_data = real_data_studies(data)
+    if name is None:
+        write("\n".join(_list_lines(STUDIES, on_real_data)) + "\n")
         return 0
-    from gigabatch.launcher.experiments.session import (
-        run_all,  # seconds, which a list need not wait
-    )
+    # Imported only here: it imports torch, which takes seconds.
+    from gigabatch.launcher.experiments.session import run_studies
 
-    studies, papers = _chosen(what, STUDIES, real, is_given=given is not None)
+    studies, papers = _select(name, STUDIES, on_real_data, has_data=data is not None)
     for paper in papers:
-        _tell_unmeasured(paper, as_json)
-    return run_all(studies, starts, out, report, as_json)
+        _write_unmeasured(paper, as_json)
+    return run_studies(studies, seeds, out, report, as_json)
 
 
-def _listed(made_up: Studies, real: Studies) -> list[str]:
-    width = max(len(study.name) for study in (*made_up, *real))
+def _list_lines(synthetic: Studies, on_real_data: Studies) -> list[str]:
+    width = max(len(study.name) for study in (*synthetic, *on_real_data))
 
     def lines(studies: Studies) -> list[str]:
-        numbers = {study.name: ", ".join(map(str, study.papers)) for study in studies}
-        return [f"{numbers[each.name]:>6}  {each.name:{width}}  {each.claim}" for each in studies]
+        return [
+            f"  {study.name:{width}}  {'; '.join(study.papers)}: {study.claim}" for study in studies
+        ]
 
     return [
-        *lines(made_up), "", "On real drawings, with --data FOLDER:", *lines(real), "",
-        "Run one: gigabatch reproduce NUMBER or NAME; or all.",
+        "On synthetic data:", *lines(synthetic), "",
+        "On real drawings, with --data FOLDER:", *lines(on_real_data), "",
+        "Run one: gigabatch reproduce NAME. Run all: gigabatch reproduce all.",
     ]  # fmt: skip
 
 
-def _chosen(
-    what: str, made_up: Studies, real: Studies, *, is_given: bool
+def _select(
+    name: str, synthetic: Studies, on_real_data: Studies, *, has_data: bool
 ) -> tuple[Studies, tuple[Paper, ...]]:
-    """The studies asked for, and a paper that has none; the `real` ones by a number, or with all,
-    where their data `is_given`. Raises GigabatchError."""
+    """Return the studies that a name or a paper's alias selects, and a paper without a study.
+
+    Studies on real data are part of `all` and of a paper's alias only if `has_data`.
+
+    Raises:
+        GigabatchError: If the name is unknown, or its study needs `--data`.
+    """
     from gigabatch.launcher.experiments.papers import PAPERS
 
-    if not is_given and what in {study.name for study in real}:
+    if not has_data and name in {study.name for study in on_real_data}:
         raise GigabatchError(
-            f"{what} is an experiment on real drawings: say where they are, --data FOLDER, which "
-            "holds train, val-artist and val-concept, laid out as configs/emoji.yaml says."
+            f"{name} needs real drawings: add --data FOLDER, a folder with train, val-artist and "
+            "val-concept, as configs/emoji.yaml describes."
         )
-    studies = (*made_up, *real) if is_given else made_up
-    if what == "all":
+    studies = (*synthetic, *on_real_data) if has_data else synthetic
+    if name == "all":
         return studies, ()
-    named = tuple(s for s in studies if what == s.name or what in map(str, s.papers))
-    if named:
-        return named, ()
-    without = tuple(paper for paper in PAPERS if what == str(paper.number))
-    if without:
-        return (), without
-    raise GigabatchError(
-        f"{what}: neither a paper (1 to {len(PAPERS)}) nor an experiment; there are "
-        f"{', '.join(s.name for s in (*made_up, *real))}, or all."
-    )
+    titles = {paper.title for paper in PAPERS if name == str(paper.alias)}
+    selected = tuple(s for s in studies if name == s.name or titles & set(s.papers))
+    if selected:
+        return selected, ()
+    without_study = tuple(paper for paper in PAPERS if paper.title in titles)
+    if without_study:
+        return (), without_study
+    known = ", ".join(study.name for study in (*synthetic, *on_real_data))
+    raise GigabatchError(f"{name}: no such experiment. Choose one of {known}, or all.")
 
 
-def _tell_unmeasured(paper: Paper, as_json: bool) -> None:
-    from gigabatch.launcher.experiments.report import unmeasured
+def _write_unmeasured(paper: Paper, as_json: bool) -> None:
+    from gigabatch.launcher.experiments.report import unmeasured_json
 
     if as_json:
-        write(json.dumps(unmeasured(paper)) + "\n")
+        write(json.dumps(unmeasured_json(paper)) + "\n")
     else:
-        write(f"{paper.number}, {paper.title}: {paper.verdict}. gigabatch gives: {paper.gives}\n")
+        write(f"{paper.title}: {paper.status_text}. gigabatch offers: {paper.offers}\n")

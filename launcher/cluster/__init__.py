@@ -1,1 +1,1 @@
-"""Ray: connection, workers, jobs, preemption, wheels."""
+"""Ray clusters: connection, jobs, workers, preemption, checks before a job, wheels."""

@@ -1,8 +1,8 @@
-"""Reaching a Ray cluster over HTTP, and whether this process is inside one of its jobs.
+"""HTTP connection to a Ray cluster.
 
-Whoever reaches a cluster's Jobs API runs any code on it (CVE-2023-48022), so a cluster beyond this
-machine is spoken to with its token or not at all. The token goes into the request's header alone:
-never into a message, a log or a job's description.
+Anyone who can reach a cluster's Jobs API can run code on it (CVE-2023-48022). A cluster on another
+machine is therefore accessed only with a token, unless the user opts out. The token appears only in
+request headers, never in a message, a log or a job's description.
 """
 
 from __future__ import annotations
@@ -18,82 +18,96 @@ from urllib.parse import urlsplit
 
 from gigabatch.data.errors import GigabatchError
 
-TIMEOUT = 10.0  # seconds for a cluster's first answer
-_HOW = (
-    "Set RAY_AUTH_MODE=token, and the cluster's token in RAY_AUTH_TOKEN, in a file that "
-    "RAY_AUTH_TOKEN_PATH names, or in ~/.ray/auth_token."
+TIMEOUT = 10.0
+"""Seconds to wait for a cluster's first response."""
+_TOKEN_HELP = (
+    "Set RAY_AUTH_MODE=token, and provide the cluster's token in RAY_AUTH_TOKEN, in the file named "
+    "by RAY_AUTH_TOKEN_PATH, or in ~/.ray/auth_token."
 )
 
 
-def in_ray_job() -> bool:
-    """Whether a cluster started this process as a job's driver."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_ADDRESS" in os.environ
-
-
 def connect(address: str, insecure: bool = False) -> Any:
-    """A `ray.job_submission.JobSubmissionClient` of the cluster whose dashboard is at `address`
-    (`http://HEAD:8265`). Raises GigabatchError where it cannot be reached, wants another token, or
-    lies beyond this machine and no token is set (unless `insecure`)."""
-    url = _checked(address)
+    """Connect to a cluster's Jobs API.
+
+    Args:
+        address: Address of the cluster's dashboard, such as `http://HEAD:8265`.
+        insecure: Allow a cluster on another machine without a token.
+
+    Returns:
+        A `ray.job_submission.JobSubmissionClient`.
+
+    Raises:
+        GigabatchError: if the cluster cannot be reached, rejects the token, or is on another
+            machine and no token is set.
+    """
+    url = _dashboard_url(address)
     token = auth_token()
-    mode = os.environ.get("RAY_AUTH_MODE") == "token"
-    if mode and not token:
-        raise GigabatchError(f"RAY_AUTH_MODE=token is set, but no token was found. {_HOW}")
-    if not (mode or insecure or _is_loopback(url)):
+    use_token = os.environ.get("RAY_AUTH_MODE") == "token"
+    if use_token and not token:
+        raise GigabatchError(f"RAY_AUTH_MODE=token is set, but no token was found. {_TOKEN_HELP}")
+    if not (use_token or insecure or _is_loopback(url)):
         raise GigabatchError(
-            f"{url}: refused without token authentication: an open cluster runs anybody's code. "
-            f"{_HOW} For a cluster without tokens on a network that you trust, say --insecure."
+            f"{url}: this cluster is on another machine, but token authentication is off; without "
+            f"it, anyone can run code on the cluster. {_TOKEN_HELP} If the cluster has no tokens "
+            "and you trust the network, use --insecure."
         )
-    _greet(url, token if mode else None)
+    _check_dashboard(url, token if use_token else None)
     from ray.job_submission import JobSubmissionClient
 
-    for name in ("dashboard_sdk", "job.sdk"):  # whose import sets them to INFO
+    # Importing these Ray modules sets their log level to INFO.
+    for name in ("dashboard_sdk", "job.sdk"):
         logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-    with answers(url):
+    with translate_errors(url):
         return JobSubmissionClient(url)
 
 
 def auth_token() -> str | None:
-    """The token that Ray would send, from the same places in the same order."""
+    """Return the token that Ray would send; None if there is none.
+
+    The sources and their order are Ray's.
+
+    Raises:
+        GigabatchError: if the token file cannot be read.
+    """
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token
-    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
-    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    configured = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(configured) if configured else Path.home() / ".ray" / "auth_token"
     try:
         return path.read_text(encoding="utf-8").strip() or None
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise GigabatchError(f"{path}: the cluster's token cannot be read: {error}.") from error
+        raise GigabatchError(f"{path}: cannot read the cluster's token: {error}.") from error
 
 
 @contextmanager
-def answers(where: str) -> Iterator[None]:
-    """What the Jobs API refuses, or a lost connection, as a GigabatchError."""
+def translate_errors(subject: str) -> Iterator[None]:
+    """Convert errors of the Jobs API and of the connection to a GigabatchError about `subject`."""
     import requests
     from ray.exceptions import RayError
 
     try:
         yield
     except (RuntimeError, ValueError, RayError, ConnectionError) as error:
-        raise GigabatchError(f"{where}: {_first_line(error)}") from error
+        raise GigabatchError(f"{subject}: {_reason(error)}") from error
     except requests.RequestException as error:
-        raise GigabatchError(f"{where}: the connection failed: {_first_line(error)}") from error
+        raise GigabatchError(f"{subject}: the connection failed: {_reason(error)}") from error
 
 
-def _checked(address: str) -> str:
+def _dashboard_url(address: str) -> str:
     url = (address if "://" in address else f"http://{address}").rstrip("/")
     try:
         parts = urlsplit(url)
-        sound = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username
-        parts.port  # noqa: B018  raises where it is no number
+        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and not parts.username
+        parts.port  # noqa: B018  Raises ValueError if the port is not a number.
     except ValueError:
-        sound = False
-    if not sound:
+        valid = False
+    if not valid:
         raise GigabatchError(
-            f"--address {address}: the address of a cluster's dashboard is needed, such as "
-            "http://HEAD:8265 (not ray://, and not the port 6379 of its own traffic)."
+            f"--address {address}: this is not a dashboard address. Use the form http://HEAD:8265 "
+            "(not ray://, and not port 6379, which Ray uses internally)."
         )
     return url
 
@@ -106,34 +120,38 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _greet(url: str, token: str | None) -> None:
-    """Ask for the version, in a few seconds: Ray's own client would wait for ever for a host that
-    does not answer, and says little of a token."""
+def _check_dashboard(url: str, token: str | None) -> None:
+    """Request Ray's version with a timeout.
+
+    Ray's client would wait forever for a host that does not respond, and its messages about tokens
+    are vague.
+    """
     import requests
 
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        reply = requests.get(f"{url}/api/version", headers=headers, timeout=TIMEOUT)
+        response = requests.get(f"{url}/api/version", headers=headers, timeout=TIMEOUT)
     except requests.RequestException as error:
         raise GigabatchError(
-            f"{url}: no cluster answers there ({type(error).__name__}). Is it running, and is this "
-            "the address of its dashboard, with port 8265 unless it was set otherwise?"
+            f"{url}: no cluster responds ({type(error).__name__}). Check that it is running, and "
+            "that this is the address of its dashboard (port 8265 by default)."
         ) from error
-    if reply.status_code == 401:
-        raise GigabatchError(f"{url}: the cluster wants a token (401). {_HOW}")
-    if reply.status_code == 403:
+    if response.status_code == 401:
+        raise GigabatchError(f"{url}: the cluster requires a token (401). {_TOKEN_HELP}")
+    if response.status_code == 403:
         raise GigabatchError(
-            f"{url}: the cluster refuses this token (403). Ask whoever runs it for the right one. "
-            f"{_HOW}"
+            f"{url}: the cluster rejects this token (403). Ask its administrator for a valid one. "
+            f"{_TOKEN_HELP}"
         )
-    if reply.status_code != 200 or "ray_version" not in reply.text:
+    if response.status_code != 200 or "ray_version" not in response.text:
         raise GigabatchError(
-            f"{url}: what answers there is no Ray dashboard (status {reply.status_code})."
+            f"{url}: the server is not a Ray dashboard (status {response.status_code}). Check "
+            "--address."
         )
 
 
-def _first_line(error: Exception) -> str:
-    """Ray puts a server's traceback into its messages; the last line of it is the reason."""
+def _reason(error: Exception) -> str:
+    """Return the line of a message that states the reason: after a traceback, the last one."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):
         return lines[-1].strip()

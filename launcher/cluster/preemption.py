@@ -1,8 +1,8 @@
-"""Nodes that Ray is about to lose, and says so beforehand: preempted by a cloud, or drained.
+"""Preemption notices from Ray: nodes that a cloud will take away or that are being drained.
 
-Ray Train's own word for it (`ray.train.get_preemption_info`) is a barrier of all workers at each
-step. The driver asks Ray instead, as Ray Train's watcher does, and workers hear through the run
-folder: a checkpoint now, and on; when the node is gone, Ray starts the group anew without it.
+`ray.train.get_preemption_info` would need a barrier of all workers at each step. Instead, the
+driver polls Ray, as Ray Train's watcher does, and requests a checkpoint through the run folder.
+Training continues; once the node is gone, Ray restarts the workers without it.
 """
 
 from __future__ import annotations
@@ -15,49 +15,53 @@ import time
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-EVERY_S = 2.0
+POLL_S = 2.0
 
 
-class Drains:
-    """Asks, at most every EVERY_S seconds, for nodes about to be lost. For a new one the run's
-    workers are asked for a checkpoint; where it is this process's own node, for a stop."""
+class PreemptionWatcher:
+    """Reaction to preemption notices.
+
+    A notice about another node requests a checkpoint from the workers; one about this process's
+    node requests a graceful stop.
+    """
 
     def __init__(self, run: RunFolder) -> None:
-        self.run, self.known, self.asked_at, self.failed = run, set[str](), 0.0, False
+        self.run, self.known, self.polled_at, self.failed = run, set[str](), 0.0, False
 
-    def look(self) -> None:
-        if time.monotonic() - self.asked_at < EVERY_S:
+    def poll(self) -> None:
+        """Handle new notices; does nothing if the last poll was less than POLL_S seconds ago."""
+        if time.monotonic() - self.polled_at < POLL_S:
             return
-        self.asked_at = time.monotonic()
+        self.polled_at = time.monotonic()
         try:
-            drained = draining_nodes()
-        except Exception as error:  # Ray is busy, or another version: no reason to end a run
+            draining = draining_nodes()
+        except Exception as error:  # Ray is busy or has another version; the run can continue.
             if not self.failed:
-                log.warning("Ray does not say which nodes it is about to lose: %s", error)
+                log.warning("cannot read preemption notices from Ray: %s", error)
             self.failed = True
             return
-        for node, deadline_ms in drained.items():
+        for node, deadline_ms in draining.items():
             if node not in self.known:
                 self.known.add(node)
-                self._answer(node, deadline_ms)
+                self._handle(node, deadline_ms)
 
-    def _answer(self, node: str, deadline_ms: int) -> None:
+    def _handle(self, node: str, deadline_ms: int) -> None:
         import ray
 
-        left = f"in {deadline_ms / 1000 - time.time():.0f} s" if deadline_ms else "soon"
+        when = f"in {deadline_ms / 1000 - time.time():.0f} s" if deadline_ms else "soon"
         host = next(
             (n["NodeManagerHostname"] for n in ray.nodes() if n["NodeID"] == node), node[:8]
         )
         if node == ray.get_runtime_context().get_node_id():
-            log.warning("this node, %s, will be taken away %s: stopping", host, left)
+            log.warning("this node (%s) will be removed %s; stopping", host, when)
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            log.warning("node %s will be taken away %s: saving a checkpoint", host, left)
+            log.warning("node %s will be removed %s; saving a checkpoint", host, when)
             self.run.request_save()
 
 
 def draining_nodes() -> dict[str, int]:
-    """Node id -> when it will be taken away, in ms since 1970, or 0 where that is not known."""
+    """Return the removal time of each draining node by id, in ms since 1970; 0 if unknown."""
     from ray._private.state import state
 
     return state.get_draining_nodes() or {}

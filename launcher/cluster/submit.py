@@ -1,7 +1,7 @@
-"""Runs as jobs on a Ray cluster: this code, the user's modules and the config travel with them.
+"""Submission of runs as jobs to a Ray cluster, with this code, user modules and the config.
 
-A job's driver is `gigabatch train` or `resume`, started by the cluster on its head node in a folder
-that holds the config. It trains with workers of that same cluster; see `ray_workers`.
+A job's driver is `gigabatch train` or `gigabatch resume`. The cluster starts it on its head node,
+in a folder that holds the config. It trains with workers of the same cluster; see `workers`.
 """
 
 from __future__ import annotations
@@ -19,42 +19,57 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cluster.connection import answers
+from gigabatch.launcher.cluster.connection import translate_errors
 from gigabatch.launcher.cluster.job_status import STOP_S, STOP_WAIT
+from gigabatch.launcher.cluster.user_code import check_user_code
 from gigabatch.launcher.cluster.wheel import build_wheel, wheel_version
-from gigabatch.launcher.preflight.user_code import check_user_code
 from gigabatch.launcher.start import resumed_config
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, parse_config, read_config, resolve
 from gigabatch.trainer.run.folder import RunFolder
 
-LEFT_HERE = shutil.ignore_patterns("__pycache__", ".git", ".env", ".env.*", ".netrc", "*.pem")
-"""What of a folder does not travel with `--with`: no code, or secrets."""
+NOT_SENT = shutil.ignore_patterns("__pycache__", ".git", ".env", ".env.*", ".netrc", "*.pem")
+"""Files of a `--with` folder that are not sent: they are not code, or may hold secrets."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is sent: arguments of `gigabatch`, files of its working folder, modules of the user."""
+    """A job to submit.
+
+    Attributes:
+        arguments: Arguments of `gigabatch`.
+        files: Text of each file in the job's working folder, by name.
+        modules: Files and folders of user modules.
+        label: Name in a list of jobs.
+        stop_s: Seconds between a stop request and the job's end by force.
+    """
 
     arguments: tuple[str, ...]
     files: dict[str, str]
     modules: tuple[Path, ...]
     label: str
-    """What a list of jobs shows."""
     stop_s: int = STOP_S
-    """Seconds that the cluster leaves it, once it is asked to stop, to save and end."""
 
     @property
     def entrypoint(self) -> str:
-        """The command for the cluster's shell, which it replaces, so that a stop reaches it."""
+        """Shell command of the job; `exec` replaces the shell, so that a stop signal reaches it."""
         return "exec " + shlex.join(["python", "-m", "gigabatch.launcher", *self.arguments])
 
 
 def train_job(path: Path, overrides: Sequence[str], modules: Sequence[Path]) -> Job:
-    """A new run. Raises GigabatchError for whatever is wrong with the config or its modules."""
-    config = portable(parse_config(read_config(path), str(path), overrides))
+    """Create the job of a new run.
+
+    Args:
+        path: Config file.
+        overrides: Config settings as `key=value`.
+        modules: Files and folders of user modules to send.
+
+    Raises:
+        GigabatchError: if the config is invalid, or a user module it names is missing.
+    """
+    config = resolve_for_cluster(parse_config(read_config(path), str(path), overrides))
     check_user_code(config, modules)
-    # `train` names the run after the file; its name is free of what a shell or Ray would read.
+    # `train` names the run after the file; replace characters special to shells or Ray.
     stem = re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip(".-") or "run"
     name = f"{stem}.yaml"
     files = {name: dump_config(config)}
@@ -65,15 +80,26 @@ def train_job(path: Path, overrides: Sequence[str], modules: Sequence[Path]) -> 
 def resume_job(
     run: str, overrides: Sequence[str], allow: Sequence[str], modules: Sequence[Path]
 ) -> Job:
-    """Going on with a run; `run` is its folder, as the cluster's nodes name it."""
+    """Create the job that resumes a run.
+
+    Args:
+        run: Absolute path of the run's folder on the cluster.
+        overrides: Config settings as `key=value`.
+        allow: Keys whose change is accepted.
+        modules: Files and folders of user modules to send.
+
+    Raises:
+        GigabatchError: if the path is not absolute, the settings are invalid, or a user module
+            is missing.
+    """
     if not run.startswith("/"):
         raise GigabatchError(
-            f"--resume {run}: give the run's whole path, as the cluster's nodes see it; the job's "
-            "log began with it."
+            f"--resume {run}: the path is not absolute. Specify the run's absolute path on the "
+            "cluster's nodes; the job's log starts with it."
         )
-    here = RunFolder(Path(run))
-    if (here.path / "config.yaml").exists():  # this machine shares the folder
-        config = resumed_config(here, overrides, allow)
+    folder = RunFolder(Path(run))
+    if (folder.path / "config.yaml").exists():  # This machine shares the cluster's folder.
+        config = resumed_config(folder, overrides, allow)
     else:
         config = parse_config("", "the command line", overrides)
     check_user_code(config, modules)
@@ -83,12 +109,12 @@ def resume_job(
 
 
 def _stop_s(config: Config) -> int:
-    """The run's own time for a clean end, and some for its processes to go."""
+    """Compute a job's `stop_s`: the run's grace period, and 30 s for its processes to end."""
     return math.ceil(config.cluster.grace_s) + 30
 
 
-def portable(config: Config) -> Config:
-    """Resolved as far as this machine can: its number of cores says nothing of the cluster's."""
+def resolve_for_cluster(config: Config) -> Config:
+    """Resolve a config except for `cluster.threads`, which depends on the cluster's cores."""
     threads = config.cluster.threads
     resolved = resolve(config)
     cluster = resolved.cluster.model_copy(update={"threads": threads})
@@ -100,7 +126,14 @@ def _absolute(modules: Sequence[Path]) -> tuple[Path, ...]:
 
 
 def submit(client: Any, job: Job) -> str:
-    """Send a job with this very code; its submission id."""
+    """Send a job together with the installed code.
+
+    Returns:
+        Submission id.
+
+    Raises:
+        GigabatchError: if the cluster does not accept the job.
+    """
     with tempfile.TemporaryDirectory(prefix="gigabatch-") as name:
         folder = _working_folder(job, Path(name) / "work")
         wheel = build_wheel(Path(name))
@@ -110,29 +143,29 @@ def submit(client: Any, job: Job) -> str:
             "env_vars": {"PYTHONUNBUFFERED": "1", STOP_WAIT: str(job.stop_s)},
         }
         metadata = {"gigabatch": wheel_version(), "run": job.label}
-        with answers("the job was not taken"), _all_files():
+        with translate_errors("the cluster did not accept the job"), _ignore_gitignore():
             return client.submit_job(
                 entrypoint=job.entrypoint, runtime_env=runtime_env, metadata=metadata
             )
 
 
 def _working_folder(job: Job, folder: Path) -> Path:
-    """What the job's processes find where they start, which is on their Python path."""
+    """Write the folder in which the job's processes start; it is on their Python path."""
     folder.mkdir()
-    (folder / "SUBMITTED").write_text(f"{job.label}\n")  # Ray takes no empty folder
+    (folder / "SUBMITTED").write_text(f"{job.label}\n")  # Ray rejects an empty folder.
     for file, text in job.files.items():
         (folder / file).write_text(text, encoding="utf-8")
     for path in job.modules:
         if path.is_dir():
-            shutil.copytree(path, folder / path.name, ignore=LEFT_HERE)
+            shutil.copytree(path, folder / path.name, ignore=NOT_SENT)
         else:
             shutil.copy(path, folder)
     return folder
 
 
 @contextmanager
-def _all_files() -> Iterator[None]:
-    """Ray would leave out what a .gitignore names: a module that is there must travel."""
+def _ignore_gitignore() -> Iterator[None]:
+    """Make Ray send files that a .gitignore lists: user modules may be ignored by git."""
     name = "RAY_RUNTIME_ENV_IGNORE_GITIGNORE"
     before = os.environ.get(name)
     os.environ[name] = "1"

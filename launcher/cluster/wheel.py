@@ -1,8 +1,8 @@
-"""A wheel of exactly the code that runs here, made without network, build tools or a checkout.
+"""Wheel of the installed code, built without network, build tools or a checkout.
 
-A cluster keeps uploaded wheels by their file name alone, so the name must change when the code
-does: the local part of the version is a digest of every file. No dependencies are declared: the
-cluster's image has them, and nothing may be fetched when a job starts.
+A cluster caches uploaded wheels by file name, so the name must change whenever the code does. The
+local part of the version is therefore a digest of all files. The wheel declares no dependencies:
+the cluster's image contains them, and a job must not download anything when it starts.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from pathlib import Path
 
 from gigabatch.trainer.run.provenance import digest_of, installed_files
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # the same files make the same wheel, byte for byte
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # A fixed time makes equal files give an identical wheel.
 _TAG = "py3-none-any"
 
 
 def build_wheel(folder: Path) -> Path:
-    """Write `gigabatch-VERSION+DIGEST-py3-none-any.whl` into `folder`; its path."""
+    """Write `gigabatch-VERSION+DIGEST-py3-none-any.whl` into `folder` and return its path."""
     version, files = wheel_version(), installed_files()
     info = f"gigabatch-{version}.dist-info"
-    described = {
+    metadata = {
         "METADATA": f"Metadata-Version: 2.1\nName: gigabatch\nVersion: {version}\n",
         "WHEEL": f"Wheel-Version: 1.0\nGenerator: gigabatch\nRoot-Is-Purelib: true\nTag: {_TAG}\n",
     }
-    members = files | {f"{info}/{name}": text.encode() for name, text in described.items()}
+    members = files | {f"{info}/{name}": text.encode() for name, text in metadata.items()}
     record = "".join(f"{name},{_digest(data)},{len(data)}\n" for name, data in members.items())
     members[f"{info}/RECORD"] = f"{record}{info}/RECORD,,\n".encode()
     path = folder / f"gigabatch-{version}-{_TAG}.whl"
@@ -40,11 +40,11 @@ def build_wheel(folder: Path) -> Path:
 
 
 def wheel_version() -> str:
-    """The installed version with a digest of its files, such as `0.1.0+code.1f3870be274f`."""
+    """Return the installed version with a digest of its files, as in `0.1.0+code.1f3870be274f`."""
     public = distribution("gigabatch").version.partition("+")[0]
     return f"{public}+code.{digest_of(installed_files())}"
 
 
 def _digest(data: bytes) -> str:
-    coded = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
-    return "sha256=" + coded.rstrip("=")
+    encoded = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+    return "sha256=" + encoded.rstrip("=")

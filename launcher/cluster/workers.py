@@ -1,8 +1,8 @@
-"""Workers under Ray Train, which places them, sets their ranks and starts them again.
+"""Training under Ray Train, which places workers, assigns their ranks and restarts them.
 
-Ray stores no checkpoint and gets no report; the run folder holds everything. What is known of
-Ray's ways is in this file: its `fit` answers a signal by leaving at once, and workers cannot
-handle signals, so `fit` runs in a thread and a stop travels through the run folder.
+Ray stores no checkpoints and gets no reports; the run folder holds everything. Ray's `fit` exits at
+once on a signal, and its workers cannot handle signals. Therefore `fit` runs in a thread, and stop
+requests reach the workers through the run folder.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cluster.connection import in_ray_job
-from gigabatch.launcher.cluster.preemption import Drains
+from gigabatch.launcher.cluster.preemption import PreemptionWatcher
+from gigabatch.launcher.cluster.shared_folder import check_shared
+from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.output import write
-from gigabatch.launcher.preflight.shared_folder import check_shared
-from gigabatch.launcher.restarts import while_it_gets_on
+from gigabatch.launcher.restarts import retry_while_progressing
 from gigabatch.launcher.signals import STOPPING
 from gigabatch.trainer.config import ClusterSettings
 from gigabatch.trainer.distributed import TIMEOUT
@@ -35,21 +35,23 @@ _PLACEMENT = {
 
 
 def run_ray(run: RunFolder) -> None:
-    """Train with `cluster.workers` Ray workers: of the cluster, where this process is a job's
-    driver, and otherwise on this machine. What goes wrong is left in the run folder."""
+    """Train with `cluster.workers` Ray workers, and record failures in the run folder.
+
+    The workers run on the cluster if this process is a job's driver, else on this machine.
+    """
     cluster = run.config().cluster
     for name, value in start_settings(cluster).items():
         os.environ.setdefault(name, value)
     import ray
 
     handlers = {n: signal.getsignal(n) for n in STOPPING}
-    _join() if in_ray_job() else _start_here(cluster)
-    for number, handler in handlers.items():  # ray.init puts its own in their place
+    _join_cluster() if in_ray_job() else _start_local_ray(cluster)
+    for number, handler in handlers.items():  # ray.init has replaced them.
         signal.signal(number, handler)
     try:
         if in_ray_job():
             _check_cluster(run, cluster)
-        while_it_gets_on(run, cluster.max_restarts, lambda: _fit(run, cluster))
+        retry_while_progressing(run, cluster.max_restarts, lambda: _fit(run, cluster))
     except GigabatchError as error:
         run.record_failure(str(error))
     finally:
@@ -58,8 +60,10 @@ def run_ray(run: RunFolder) -> None:
 
 
 def start_settings(cluster: ClusterSettings) -> dict[str, str]:
-    """Environment variables that Ray reads when it is imported. A failed worker is noticed within
-    a second or so."""
+    """Return the environment variables to set before importing Ray.
+
+    The health-check interval detects a failed worker within about a second.
+    """
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.start_timeout_s),
@@ -69,21 +73,21 @@ def start_settings(cluster: ClusterSettings) -> dict[str, str]:
     }
 
 
-def _start_here(cluster: ClusterSettings) -> None:
+def _start_local_ray(cluster: ClusterSettings) -> None:
     import ray
 
     ray.init(
-        # Never one that a crashed session left written down in /tmp/ray.
+        # The default may be the address that a crashed session left in /tmp/ray.
         address="local",
         num_cpus=math.ceil(cluster.most * cluster.cpus_per_worker),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
-        object_store_memory=100 * 1024 * 1024,  # nothing large passes through it
+        object_store_memory=100 * 1024 * 1024,  # No large objects are shared.
     )
 
 
-def _join() -> None:
+def _join_cluster() -> None:
     import ray
 
     ray.init(os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
@@ -93,16 +97,16 @@ def _check_cluster(run: RunFolder, cluster: ClusterSettings) -> None:
     import ray
 
     check_shared(run.path)
-    each = _per_worker(cluster)
-    room = min(int(ray.cluster_resources().get(kind, 0) // n) for kind, n in each.items() if n)
+    needs = {kind: n for kind, n in _per_worker(cluster).items() if n}
+    capacity = min(int(ray.cluster_resources().get(kind, 0) // n) for kind, n in needs.items())
     nodes = sum(node["Alive"] for node in ray.nodes())
-    needs = " and ".join(f"{n:g} {kind}{'s' * (n != 1)}" for kind, n in each.items() if n)
+    resources = " and ".join(f"{n:g} {kind}{'s' * (n != 1)}" for kind, n in needs.items())
     write(
-        f"the cluster has room for {room} workers, of {needs} each, on {nodes} "
+        f"cluster capacity: {capacity} workers with {resources} each, on {nodes} "
         f"node{'' if nodes == 1 else 's'}\n"
     )
-    if room < cluster.least:
-        write(f"cluster.workers={cluster.least} are wanted: waiting for the cluster to grow\n")
+    if capacity < cluster.least:
+        write(f"cluster.workers={cluster.least} is required; waiting for the cluster to grow\n")
 
 
 def _per_worker(cluster: ClusterSettings) -> dict[str, float]:
@@ -111,7 +115,7 @@ def _per_worker(cluster: ClusterSettings) -> dict[str, float]:
 
 
 def _any_gpu() -> bool:
-    """Of a cluster, all nodes count: its head, where the driver runs, often has no GPU."""
+    """Whether any node has a GPU; the head node, where the driver runs, often has none."""
     import ray
     import torch
 
@@ -121,24 +125,27 @@ def _any_gpu() -> bool:
 def _fit(run: RunFolder, cluster: ClusterSettings) -> None:
     def fit() -> None:
         try:
-            while _finds_no_room(run, cluster):
-                log.warning("the cluster has no room for %d workers: waiting", cluster.least)
+            while _lacks_capacity(run, cluster):
+                log.warning("the cluster has no capacity for %d workers; waiting", cluster.least)
         except Exception as error:
-            # A worker's own fault stands in the run folder already; this one is Ray's.
+            # Workers record their errors in the run folder themselves; this error is Ray's.
             run.record_crash(f"{type(error).__name__}: {error}")
 
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     thread = threading.Thread(target=fit, name="ray-fit", daemon=True)
     thread.start()
-    drains = Drains(run)
+    watcher = PreemptionWatcher(run)
     while thread.is_alive():
-        thread.join(0.2)  # in slices, so that signals are handled
-        drains.look()
+        thread.join(0.2)  # Waits in short intervals, so that signals are handled.
+        watcher.poll()
 
 
-def _finds_no_room(run: RunFolder, cluster: ClusterSettings) -> bool:
-    """Train to the end, or until workers find no place: no fault of theirs, so not one of
-    `cluster.max_restarts`, unless a stop is asked for."""
+def _lacks_capacity(run: RunFolder, cluster: ClusterSettings) -> bool:
+    """Train to the end, or until the cluster has no capacity for the workers.
+
+    Returns True in the second case, unless a stop was requested. Such a wait does not count as one
+    of `cluster.max_restarts`.
+    """
     from ray.train import ControllerError
 
     try:
@@ -148,7 +155,7 @@ def _finds_no_room(run: RunFolder, cluster: ClusterSettings) -> bool:
         if not timed_out:
             raise
         if run.stop_requested():
-            run.record_stop()  # there is no worker to do it; the last checkpoint stands
+            run.record_stop()  # No worker exists to record it; the last checkpoint is valid.
         return not run.stop_requested()
     return False
 
@@ -176,21 +183,21 @@ def _trainer(run: RunFolder, cluster: ClusterSettings) -> Any:
 
 
 def scaling(cluster: ClusterSettings) -> Any:
-    """How many workers, where, and what each takes up: a `ray.train.ScalingConfig`."""
+    """Return the number, placement and resources of workers as a `ray.train.ScalingConfig`."""
     from ray.train import ScalingConfig
 
-    each = _per_worker(cluster)
+    resources = _per_worker(cluster)
     return ScalingConfig(
         num_workers=cluster.workers,
-        use_gpu=bool(each["GPU"]),
-        resources_per_worker={kind: n for kind, n in each.items() if n},
+        use_gpu=bool(resources["GPU"]),
+        resources_per_worker={kind: n for kind, n in resources.items() if n},
         placement_strategy=_PLACEMENT[cluster.placement],
         elastic_resize_monitor_interval_s=cluster.resize_every_s,
     )
 
 
 def worker_settings(cluster: ClusterSettings) -> dict[str, str]:
-    """Environment variables of each worker."""
+    """Return the environment variables of each worker."""
     hidden = {} if _per_worker(cluster)["GPU"] else {"CUDA_VISIBLE_DEVICES": ""}
     return {**hidden, **cluster.worker_env}
 

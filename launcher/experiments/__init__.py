@@ -1,1 +1,1 @@
-"""`gigabatch reproduce`: the papers' small experiments, through the real trainer."""
+"""Small experiments that test the effects papers claim, with the real trainer."""

@@ -1,8 +1,9 @@
-"""What a study found: for the terminal, as JSON, and docs/reproductions.md."""
+"""Results of a study: as text for the terminal, as JSON, and as docs/reproductions.md."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from datetime import date
 from pathlib import Path
@@ -11,155 +12,213 @@ from typing import Any
 from gigabatch.kernels.bench.machine import processor
 from gigabatch.launcher.experiments.papers import PAPERS, Paper
 from gigabatch.launcher.experiments.run import Outcome
-from gigabatch.launcher.experiments.study import Bar, Figure, Study
+from gigabatch.launcher.experiments.study import Check, Estimate, Study
 from gigabatch.trainer.run.files import write_atomically
 
-MANY = 8
-"""Figures: more make lines that no screen holds."""
-HOLDS, FAILS = "holds", "does not hold at this scale"
+MAX_COLUMNS = 8
+"""Metrics; tables of more are transposed, to fit a screen."""
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
-    """One object: `paper` (a list where there are several), `claim`, `figures`, `holds`."""
-    study, numbers = outcome.study, list(outcome.study.papers)
+    """Build the JSON object of a study's outcome."""
+    study = outcome.study
     return {
-        "paper": numbers[0] if len(numbers) == 1 else numbers,
-        "name": study.name,
+        "study": study.name,
+        "papers": list(study.papers),
         "claim": study.claim,
         "setting": study.setting,
-        "figures": {
-            arm: {name: _figure(figure) for name, figure in of.items()}
-            for arm, of in outcome.figures.items()
+        "results": {
+            variant: {name: _estimate_json(estimate) for name, estimate in metrics.items()}
+            for variant, metrics in outcome.results.items()
         },
-        "bars": [_bar(bar, outcome) for bar in study.bars],
-        "holds": outcome.holds,
-        "starts": outcome.starts,
+        "checks": [_check_json(check, outcome) for check in study.checks],
+        "passed": outcome.passed,
+        "seeds": outcome.seeds,
         "seconds": round(outcome.seconds, 1),
         "processor": processor(),
         "date": date.today().isoformat(),
     }
 
 
-def _figure(figure: Figure) -> dict[str, Any]:
-    found = {"mean": figure.mean, "spread": figure.spread, "values": list(figure.values)}
-    if figure.low is None:
-        return found
-    return found | {"low": figure.low, "high": figure.high}
+def _estimate_json(estimate: Estimate) -> dict[str, Any]:
+    values = {"mean": estimate.mean, "std": estimate.std, "values": list(estimate.values)}
+    if estimate.low is None:
+        return values
+    return values | {"low": estimate.low, "high": estimate.high}
 
 
-def _bar(bar: Bar, outcome: Outcome) -> dict[str, Any]:
+def _check_json(check: Check, outcome: Outcome) -> dict[str, Any]:
     return {
-        "what": bar.what,
-        "value": bar.value(outcome.figures),
-        "bound": bar.bound,
-        "baseline": bar.baseline,
-        "holds": bar.holds(outcome.figures),
+        "name": check.name,
+        "value": check.value(outcome.results),
+        "minimum": check.minimum,
+        "maximum": check.maximum,
+        "baseline": check.baseline,
+        "passed": check.passes(outcome.results),
     }
 
 
-def unmeasured(paper: Paper) -> dict[str, Any]:
-    """The object of a paper without a study."""
+def unmeasured_json(paper: Paper) -> dict[str, Any]:
+    """Build the JSON object of a paper without a study."""
     return {
-        "paper": paper.number, "name": paper.title, "claim": None, "figures": {}, "holds": None,
-        "verdict": paper.verdict, "gives": paper.gives,
+        "study": None, "papers": [paper.title], "claim": None, "results": {}, "passed": None,
+        "status": paper.status_text, "offers": paper.offers,
     }  # fmt: skip
 
 
-def table(found: dict[str, Any]) -> list[str]:
-    """The figures, an arm a line; of many figures, a figure a line."""
-    arms: dict[str, dict[str, Any]] = found["figures"]
-    names = list(dict.fromkeys(name for of in arms.values() for name in of))
+def table_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """Format the `results` of `as_json` as a table: one row per variant, or per metric if there
+    are many."""
+    names = list(dict.fromkeys(name for metrics in results.values() for name in metrics))
     rows = [["", *names]]
-    for arm, of in arms.items():
-        rows.append([arm, *(_cell(of[name]) if name in of else "" for name in names)])
-    if len(names) > MANY:
+    for variant, metrics in results.items():
+        rows.append([variant, *(_cell(metrics[n]) if n in metrics else "" for n in names)])
+    if len(names) > MAX_COLUMNS:
         rows = list(map(list, zip(*rows, strict=True)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def _cell(figure: dict[str, Any]) -> str:
-    told = f"{figure['mean']:.3f} ± {figure['spread']:.3f}"
-    if "low" not in figure:
-        return told
-    return f"{told} [{figure['low']:.3f}, {figure['high']:.3f}]"
+def _cell(estimate: dict[str, Any]) -> str:
+    text = f"{estimate['mean']:.3f} ± {estimate['std']:.3f}"
+    if "low" not in estimate:
+        return text
+    return f"{text} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
-def checks(found: dict[str, Any]) -> Iterator[str]:
-    """A line for each thing that must hold."""
-    for bar in found["bars"]:
-        mark = "yes" if bar["holds"] else "NO "
-        about = ", the baseline" if bar["baseline"] else ""
-        yield f"{mark}  {bar['what']}{about}: {bar['value']:.3f} (asked: {bar['bound']})"
+def check_lines(outcome: dict[str, Any]) -> Iterator[str]:
+    """Format a verdict line for every check of `as_json`'s object."""
+    for check in outcome["checks"]:
+        kind = "baseline threshold" if check["baseline"] else "threshold"
+        threshold = _threshold(check["minimum"], check["maximum"])
+        yield f"{verdict(check)}  {check['name']}: {check['value']:.3f} ({kind} {threshold})"
 
 
-def verdict(found: dict[str, Any]) -> str:
-    return HOLDS if found["holds"] else FAILS
+def _threshold(minimum: float | None, maximum: float | None) -> str:
+    if maximum is None:
+        assert minimum is not None
+        return _number(minimum)
+    if minimum is None:
+        return f"at most {_number(maximum)}"
+    return f"{_number(minimum)} to {_number(maximum)}"
 
 
-def kept(out: Path, study: Study) -> Path:
+def _number(value: float) -> str:
+    """Format with two decimals, or with more where two would round."""
+    short = f"{value:.2f}"
+    return short if float(short) == value else f"{value:g}"
+
+
+def verdict(item: dict[str, Any]) -> str:
+    """Return PASS or FAIL for an outcome or a check."""
+    return "PASS" if item["passed"] else "FAIL"
+
+
+def results_file(out: Path, study: Study) -> Path:
     return out / f"{study.name}.json"
 
 
-def keep(out: Path, study: Study, found: dict[str, Any]) -> dict[str, Any]:
-    """Write down what was found, and return it. Where it was only read again, of runs that were
-    there, what it cost to find and when stays as it was."""
-    place = kept(out, study)
-    if place.exists():
-        before: dict[str, Any] = json.loads(place.read_text())
-        if all(before.get(part) == found[part] for part in ("figures", "bars", "starts")):
-            found = found | {part: before[part] for part in ("seconds", "processor", "date")}
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(place, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    return found
+def save(out: Path, study: Study, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Write the outcome to `out` and return it.
+
+    If every number equals the stored outcome's, nothing was trained or measured this time; then
+    the stored duration, processor and date are kept.
+    """
+    path = results_file(out, study)
+    if path.exists():
+        stored = load(path)
+        if all(stored.get(part) == outcome[part] for part in ("results", "checks", "seeds")):
+            outcome = outcome | {part: stored[part] for part in ("seconds", "processor", "date")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(outcome, indent=1, ensure_ascii=False) + "\n")
+    return outcome
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read an outcome that `save` wrote, in this version or in 0.1."""
+    stored: dict[str, Any] = json.loads(path.read_text())
+    return _from_0_1(stored, path.stem) if "figures" in stored else stored
+
+
+def _from_0_1(stored: dict[str, Any], study: str) -> dict[str, Any]:
+    """Convert the outcome format of version 0.1."""
+    aliases = {paper.alias: paper.title for paper in PAPERS}
+    papers = stored["paper"] if isinstance(stored["paper"], list) else [stored["paper"]]
+    results = {
+        variant: {
+            name: {"std" if key == "spread" else key: value for key, value in estimate.items()}
+            for name, estimate in metrics.items()
+        }
+        for variant, metrics in stored["figures"].items()
+    }
+    checks = []
+    for old in stored["bars"]:
+        bounds = dict(re.findall(r"([<>])= (\S+)", old["bound"]))
+        minimum, maximum = (float(bounds[s]) if s in bounds else None for s in "><")
+        checks.append(
+            {"name": old["what"], "value": old["value"], "minimum": minimum, "maximum": maximum,
+             "baseline": old["baseline"], "passed": old["holds"]}
+        )  # fmt: skip
+    kept = {part: stored[part] for part in ("claim", "setting", "seconds", "processor", "date")}
+    return kept | {
+        "study": study, "papers": [aliases[number] for number in papers], "results": results,
+        "checks": checks, "passed": stored["holds"], "seeds": stored["starts"],
+    }  # fmt: skip
 
 
 def write_report(path: Path, out: Path, studies: Sequence[Study]) -> None:
-    """A verdict for each paper, from what `out` has of the studies."""
-    found = {
-        study.name: json.loads(place.read_text())
-        for study in studies
-        if (place := kept(out, study)).exists()
+    """Write the verdict of every paper, from the outcomes stored in `out`, as Markdown."""
+    outcomes = {
+        study.name: load(file) for study in studies if (file := results_file(out, study)).exists()
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, "\n".join(_document(found, studies)) + "\n")
+    write_atomically(path, "\n".join(_document(outcomes, studies)) + "\n")
 
 
-def _document(found: dict[str, Any], studies: Sequence[Study]) -> Iterator[str]:
+def _document(outcomes: dict[str, Any], studies: Sequence[Study]) -> Iterator[str]:
     yield from (
-        "# What of the papers was reproduced",
+        "# Reproductions",
         "",
-        "Written by `gigabatch reproduce all --report docs/reproductions.md`; do not edit. Each",
-        "experiment is small: made-up data, minutes on two CPU cores, the real trainer. It asks",
-        "whether the effect that a paper claims shows at all, and proves nothing about its size at",
-        "scale. Figures are means over random starts, which also draw the data, ± their standard",
-        "deviation. `gigabatch reproduce NUMBER` repeats one; its runs are ordinary run folders.",
-        "Those called emoji-... are of real drawings instead (`--data FOLDER`), and take an hour.",
+        "Small experiments that test whether the effect a paper claims appears. Written by",
+        "`gigabatch reproduce all --report docs/reproductions.md`; do not edit this page.",
         "",
-        "| # | paper | verdict | what gigabatch has of it |",
-        "|---|---|---|---|",
+        "Each experiment trains a baseline and the paper's method with the real trainer, in",
+        "minutes on two CPU cores, mostly on synthetic data. A PASS says that the effect appears;",
+        "it says nothing about the effect's size at scale. Metrics are means over seeds ± their",
+        "standard deviation; a seed sets the initial weights and the synthetic data. Run one with",
+        "`gigabatch reproduce NAME`. The experiments named `emoji-...` use real drawings",
+        "(`--data FOLDER`) and take an hour.",
+        "",
+        "## Measured papers",
+        "",
+        "| Paper | Verdict | What gigabatch offers |",
+        "|---|---|---|",
     )
-    # The first of a paper's experiments has its verdict: those on real data follow.
-    by_paper = {number: study for study in reversed(studies) for number in study.papers}
+    # A paper's verdict is that of its first study; studies on real data come later in the order.
+    first_study = {title: study for study in reversed(studies) for title in study.papers}
+    measured = [paper for paper in PAPERS if paper.title in first_study]
+    for paper in measured:
+        study = first_study[paper.title]
+        text = "not run"
+        if study.name in outcomes:
+            text = f"[{verdict(outcomes[study.name])}](#{study.name})"
+        yield f"| {paper.title} | {text} | {paper.offers} |"
+    yield from ("", "## Other papers", "", "| Paper | Status | What gigabatch offers |")
+    yield "|---|---|---|"
     for paper in PAPERS:
-        told = paper.verdict
-        if study := by_paper.get(paper.number):
-            told = f"[{verdict(found[study.name])}](#{study.name})" if study.name in found else (
-                "not measured here"
-            )  # fmt: skip
-        yield f"| {paper.number} | {paper.title} | {told} | {paper.gives} |"
+        if paper not in measured:
+            yield f"| {paper.title} | {paper.status_text} | {paper.offers} |"
     for study in studies:
-        if study.name in found:
-            yield from _section(study, found[study.name])
+        if study.name in outcomes:
+            yield from _section(study, outcomes[study.name])
 
 
-def _section(study: Study, found: dict[str, Any]) -> Iterator[str]:
-    numbers = ", ".join(map(str, study.papers))
-    yield from ("", f"## {study.name}", "", f"Paper {numbers}. {found['claim']}", "")
-    yield from (found["setting"], "", "```", *table(found), "")
-    yield from checks(found)
+def _section(study: Study, outcome: dict[str, Any]) -> Iterator[str]:
+    yield from ("", f"## {study.name}", "", f"**{'; '.join(study.papers)}.** {outcome['claim']}")
+    yield from ("", outcome["setting"], "", "```", *table_lines(outcome["results"]), "")
+    yield from check_lines(outcome)
     yield from ("```", "")
     yield (
-        f"**{verdict(found).capitalize()}**: {found['starts']} starts, {found['seconds']:.0f} s, "
-        f"{found['processor']}, {found['date']}."
+        f"**{verdict(outcome)}**: {outcome['seeds']} seeds, {outcome['seconds']:.0f} s, "
+        f"{outcome['processor']}, {outcome['date']}."
     )

@@ -1,7 +1,7 @@
-"""Runs a study: for each start its data, a run for each arm, their evaluations, and the figures.
+"""Execution of a study: per seed, its data, one run per variant, and their evaluations.
 
-Everything lies in ordinary folders, and what is there already is used again: after a Ctrl-C or a
-kill the same command goes on, an unfinished run from its last checkpoint.
+All results are in ordinary folders and are reused. After Ctrl-C or a kill, the same command
+continues; an unfinished run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.scan import IndexSettings
 from gigabatch.launcher.experiments.study import (
     DATA,
-    Arm,
-    Figure,
-    Figures,
-    Measure,
+    Estimate,
+    Metric,
+    Results,
     Study,
+    Variant,
 )
 from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import differences, parse_config, resolve
-from gigabatch.trainer.distributed import alone
-from gigabatch.trainer.evaluation.command import kept_name, open_subject
-from gigabatch.trainer.evaluation.history import best_and_last
-from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.tags import tags
-from gigabatch.trainer.evaluation.tasks import measure as measure_task
+from gigabatch.trainer.distributed import single_process
+from gigabatch.trainer.evaluation.command import open_context, result_name
+from gigabatch.trainer.evaluation.registry import parse_task
+from gigabatch.trainer.evaluation.tags import metric_tags
+from gigabatch.trainer.evaluation.task import SetTask
+from gigabatch.trainer.evaluation.tasks.history import best_and_last
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.folder import RunFolder
 
 Say = Callable[[str], None]
 Stop = Callable[[], bool]
-Ends = tuple[float, float | None, float | None]
-"""A figure of one run, and its interval where it has one."""
+Interval = tuple[float, float | None, float | None]
+"""A metric of one run: value, then the ends of its 95 % interval, or None without one."""
 
 BASE = {
     "cluster": {"launcher": "inline", "workers": 1, "threads": 1},
@@ -59,155 +59,176 @@ BASE = {
 
 
 class Stopped(Exception):
-    """A stop was asked for; the run in progress has a checkpoint."""
+    """The user requested a stop; the run in progress has saved a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     study: Study
-    starts: int
-    figures: Figures
+    seeds: int
+    results: Results
     seconds: float
 
     @property
-    def holds(self) -> bool:
-        return all(bar.holds(self.figures) for bar in self.study.bars)
+    def passed(self) -> bool:
+        return all(check.passes(self.results) for check in self.study.checks)
 
 
-def run_study(study: Study, starts: int, out: Path, say: Say, stop: Stop) -> Outcome:
-    """Train and measure every arm from every start, in `out`. Raises GigabatchError, and Stopped
-    where `stop` said to leave off."""
-    began = time.monotonic()
-    found: dict[str, dict[str, list[Ends]]] = {arm.name: {} for arm in study.arms}
-    for start in range(starts):
-        for arm in study.arms:
-            data = _data(study, arm, start, out)
-            run = _trained(study, arm, start, data, out, say, stop)
-            for measure in filter(lambda each: each.is_of(arm), study.measures):
-                told = _figure(run, measure, data / measure.on, study.intervals)
-                found[arm.name].setdefault(measure.figure, []).append(told)
+def run_study(study: Study, seeds: int, out: Path, say: Say, stop: Stop) -> Outcome:
+    """Train and measure every variant with seeds 0 to `seeds` - 1.
+
+    Args:
+        study: The experiment.
+        seeds: Number of seeds.
+        out: Folder for data and runs.
+        say: Receives one line per finished run.
+        stop: Polled in training; True ends it after a checkpoint.
+
+    Raises:
+        GigabatchError: If data or a stored run does not fit the study.
+        Stopped: If `stop` returned True.
+    """
+    start_time = time.monotonic()
+    values: dict[str, dict[str, list[Interval]]] = {v.name: {} for v in study.variants}
+    for seed in range(seeds):
+        for variant in study.variants:
+            data = _prepare_data(study, variant, seed, out)
+            run = _train(study, variant, seed, data, out, say, stop)
+            for metric in study.metrics:
+                if metric.applies_to(variant):
+                    value = _read_metric(run, metric, data / metric.dataset, study.intervals)
+                    values[variant.name].setdefault(metric.name, []).append(value)
             if stop():
                 raise Stopped
-    figures = {
-        arm: {name: _over_starts(each) for name, each in of.items()} for arm, of in found.items()
+    results = {
+        variant: {name: _estimate(over_seeds) for name, over_seeds in metrics.items()}
+        for variant, metrics in values.items()
     }
-    return Outcome(study, starts, figures, time.monotonic() - began)
+    return Outcome(study, seeds, results, time.monotonic() - start_time)
 
 
-def _over_starts(each: list[Ends]) -> Figure:
-    values, lows, highs = zip(*each, strict=True)
+def _estimate(over_seeds: list[Interval]) -> Estimate:
+    values, lows, highs = zip(*over_seeds, strict=True)
     if None in lows or None in highs:
-        return Figure(values)
-    return Figure(values, mean(lows), mean(highs))
+        return Estimate(values)
+    return Estimate(values, mean(lows), mean(highs))
 
 
-def _data(study: Study, arm: Arm, start: int, out: Path) -> Path:
-    """The sets that an arm is trained and measured on, written where they are not there yet."""
-    name = f"{study.name}{'-' * bool(arm.data)}{arm.data}-{start}"
+def _prepare_data(study: Study, variant: Variant, seed: int, out: Path) -> Path:
+    """Return the folder of the sets that a variant uses; write and index them if missing."""
+    name = f"{study.name}{'-' * bool(variant.data_kind)}{variant.data_kind}-{seed}"
     folder = out / "data" / name
     if not folder.exists():
-        fresh = folder.with_name(f".{name}.tmp")
-        shutil.rmtree(fresh, ignore_errors=True)
-        seed = key("reproduce", study.name, arm.data, start) % (1 << 63)
+        incomplete = folder.with_name(f".{name}.tmp")
+        shutil.rmtree(incomplete, ignore_errors=True)
+        data_seed = key("reproduce", study.name, variant.data_kind, seed) % (1 << 63)
         try:
-            study.write(fresh, np.random.default_rng(seed), arm.data)
-            fresh.rename(folder)
+            study.write(incomplete, np.random.default_rng(data_seed), variant.data_kind)
+            incomplete.rename(folder)
         except OSError as error:
             raise GigabatchError(f"{folder} cannot be written: {error.strerror}.") from error
-    for each in sorted({shard.parent for shard in folder.glob("*/*.tar")}):
-        open_index(str(each), settings=IndexSettings(dotted=True))  # members such as `text.npy`
+    for dataset in sorted({shard.parent for shard in folder.glob("*/*.tar")}):
+        # Members such as `text.npy` have two dots in their name.
+        open_index(str(dataset), settings=IndexSettings(dotted=True))
     return folder
 
 
-def config_of(study: Study, arm: Arm, start: int, data: Path, out: Path) -> Config:
-    """The run of an arm from a start."""
+def config_of(study: Study, variant: Variant, seed: int, data: Path, out: Path) -> Config:
+    """Build the config of the run of one variant and seed."""
     tree: dict[str, Any] = json.loads(json.dumps(BASE))
-    for name, value in {**study.config, **arm.config}.items():
-        _set(tree, name, _placed(value, data))
-    _set(tree, "data.root", str(data))
-    _set(tree, "run", {"dir": str(out / "runs"), "name": _name(study, arm, start), "seed": start})
-    where = f"reproduce {study.name}, {arm.name}"
-    if arm.begins_with:
-        (first,) = (each for each in study.arms if each.name == arm.begins_with)
-        parts = parse_config(yaml.safe_dump(tree), where).modalities
-        _set(tree, "train.init_from", str(out / "runs" / _name(study, first, start)))
-        _set(tree, "train.init_parts", list(parts))
-    return resolve(parse_config(yaml.safe_dump(tree), where))
+    for name, value in {**study.config, **variant.config}.items():
+        _set_key(tree, name, _insert_data_path(value, data))
+    _set_key(tree, "data.root", str(data))
+    run_keys = {"dir": str(out / "runs"), "name": _run_name(study, variant, seed), "seed": seed}
+    _set_key(tree, "run", run_keys)
+    source = f"reproduce {study.name}, {variant.name}"
+    if variant.init_from:
+        (first,) = (other for other in study.variants if other.name == variant.init_from)
+        parts = parse_config(yaml.safe_dump(tree), source).modalities
+        _set_key(tree, "train.init_from", str(out / "runs" / _run_name(study, first, seed)))
+        _set_key(tree, "train.init_parts", list(parts))
+    return resolve(parse_config(yaml.safe_dump(tree), source))
 
 
-def _name(study: Study, arm: Arm, start: int) -> str:
-    return f"{study.name}-{arm.name}-{start}"
+def _run_name(study: Study, variant: Variant, seed: int) -> str:
+    return f"{study.name}-{variant.name}-{seed}"
 
 
-def _placed(value: Any, data: Path) -> Any:
-    """A value of a config, with the folder of the data in its texts."""
+def _insert_data_path(value: Any, data: Path) -> Any:
+    """Replace the placeholder `DATA` in the strings of a config value."""
     if isinstance(value, Mapping):
-        return {name: _placed(each, data) for name, each in value.items()}
+        return {name: _insert_data_path(item, data) for name, item in value.items()}
     return value.replace(DATA, str(data)) if isinstance(value, str) else value
 
 
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+def _set_key(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *path, last = dotted.split(".")
     for part in path:
         tree = tree.setdefault(part, {})
     tree[last] = value
 
 
-def _trained(
-    study: Study, arm: Arm, start: int, data: Path, out: Path, say: Say, stop: Stop
+def _train(
+    study: Study, variant: Variant, seed: int, data: Path, out: Path, say: Say, stop: Stop
 ) -> RunFolder:
-    """The finished run of an arm; trained, or trained on, where it is not finished."""
-    config = config_of(study, arm, start, data, out)
+    """Return the finished run of a variant; start or resume its training if necessary."""
+    config = config_of(study, variant, seed, data, out)
     run = RunFolder(out / "runs" / str(config.run.name))
-    is_here = (run.path / "config.yaml").exists()
-    if is_here:
-        _refuse_other(run, config)
-    if is_here and run.is_finished():
+    exists = (run.path / "config.yaml").exists()
+    if exists:
+        _check_same_config(run, config)
+    if exists and run.is_finished():
         return run
-    began = time.monotonic()
-    if not is_here:
+    start_time = time.monotonic()
+    if not exists:
         run = prepare_run(config, study.name)
-    with run.held():
-        if is_here:
+    with run.lock():
+        if exists:
             reopen_run(run, config, [])
         if not run_training(run, stop):
             raise Stopped
-    gc.collect()  # the engine's cycles, before the next one is built
-    say(
-        f"  start {start}, {arm.name}: {config.train.steps} steps, {time.monotonic() - began:.0f} s"
-    )
+    gc.collect()  # the engine has reference cycles; free them before the next engine is built
+    seconds = time.monotonic() - start_time
+    say(f"  seed {seed}, {variant.name}: {config.train.steps} steps, {seconds:.0f} s")
     return run
 
 
-def _refuse_other(run: RunFolder, config: Config) -> None:
+def _check_same_config(run: RunFolder, config: Config) -> None:
+    """Raise GigabatchError if a stored run was trained with another config."""
     changed = differences(run.config(), config)
-    changed.pop("train.init_from", None)  # a run has the checkpoint that it was
+    changed.pop("train.init_from", None)  # the stored run names the checkpoint, not the run
     if changed:
         key_, (old, new) = next(iter(changed.items()))
         raise GigabatchError(
-            f"{run.path} is of another version of this experiment ({key_}: {old!r}, now {new!r}). "
-            "Remove it, or choose another --out."
+            f"{run.path} was trained by another version of this experiment ({key_}: {old!r}, now "
+            f"{new!r}). Remove the folder, or choose another --out."
         )
 
 
-def _figure(run: RunFolder, measure: Measure, on: Path, field: str | None) -> Ends:
-    """Read from the evaluation files of the run; measured first where it is not there."""
-    told = best_and_last(run) if measure.task == "history" else _measured(run, measure, on, field)
-    tag = f"eval/{on.name}/{measure.metric}"
-    if tag not in told:
-        raise GigabatchError(f"{run.path}: {measure.task} tells no {tag}; it tells {list(told)}.")
-    return float(told[tag]), told.get(f"{tag}/low"), told.get(f"{tag}/high")
+def _read_metric(run: RunFolder, metric: Metric, dataset: Path, field: str | None) -> Interval:
+    """Read a metric from the run's evaluation files; evaluate first if they are missing."""
+    results = (
+        best_and_last(run) if metric.task == "history" else _evaluate(run, metric, dataset, field)
+    )
+    tag = f"eval/{dataset.name}/{metric.tag}"
+    if tag not in results:
+        raise GigabatchError(
+            f"{run.path}: task {metric.task} reports no {tag}; it reports {', '.join(results)}."
+        )
+    return float(results[tag]), results.get(f"{tag}/low"), results.get(f"{tag}/high")
 
 
-def _measured(run: RunFolder, measure: Measure, on: Path, field: str | None) -> dict[str, Any]:
-    task, given = measure.task, measure.settings
-    kept = run.measurement(kept_name(on.name, task, given), run.steps_saved()[-1])
-    if not kept.exists():
-        step, subject = open_subject(run, str(on), alone())
-        measured = measure_task(task, subject, task_settings(task, given))
-        seed = None if field is None else subject.config.run.seed
-        told = tags(task, measured, seed, subject.groups(field, measured))
-        told_with = {**told, "settings": list(given)}
-        run.write_measurement(kept_name(on.name, task, given), step, told_with)
-    found: dict[str, Any] = json.loads(kept.read_text())
-    return found
+def _evaluate(run: RunFolder, metric: Metric, dataset: Path, field: str | None) -> dict[str, Any]:
+    """Return the stored results of a metric's task; run the task if there are none."""
+    task, settings = parse_task(metric.task, metric.settings), metric.settings
+    assert isinstance(task, SetTask)
+    name = result_name(dataset.name, task.result_tag(), settings)
+    file = run.measurement(name, run.steps_saved()[-1])
+    if not file.exists():
+        context = open_context(run, str(dataset), single_process())
+        result = task.measure(context)
+        seed = None if field is None else context.config.run.seed
+        values = metric_tags(task, result, seed, context.query_groups(field, result))
+        run.write_measurement(name, context.step, {**values, "settings": list(settings)})
+    results: dict[str, Any] = json.loads(file.read_text())
+    return results

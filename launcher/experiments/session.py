@@ -1,12 +1,13 @@
-"""One call of `gigabatch reproduce`: studies one after the other, told as they come."""
+"""One call of `gigabatch reproduce`: runs the studies in turn and prints their results."""
 
 from __future__ import annotations
 
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.experiments import report
@@ -19,47 +20,66 @@ from gigabatch.trainer.distributed import leave
 GRACE_S = 60.0
 
 
-def run_all(
-    studies: Sequence[Study], starts: int, out: Path, document: Path | None, as_json: bool
+def run_studies(
+    studies: Sequence[Study], seeds: int, out: Path, document: Path | None, as_json: bool
 ) -> int:
-    """Run them, say and keep what was found; the exit code. Raises GigabatchError."""
-    logging.getLogger("gigabatch").setLevel(logging.WARNING)  # train.log has the rest
+    """Run studies, print and save their results.
+
+    Args:
+        studies: Run in this order.
+        seeds: Number of seeds per variant.
+        out: Folder for data, runs and results.
+        document: Markdown file for the verdicts of all papers; None for no file.
+        as_json: Print one JSON object per study on stdout, and progress on stderr.
+
+    Returns:
+        Exit code: 0 if all studies pass, 1 if not, or that of the signal that stopped them.
+
+    Raises:
+        GigabatchError: If `out` cannot be created, or a study raises it.
+    """
+    logging.getLogger("gigabatch").setLevel(logging.WARNING)  # details are in each train.log
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise GigabatchError(f"--out {out} cannot be made: {error.strerror}.") from error
-    hold = True
-    say = complain if as_json else _say
-    with stop_on_signals(GRACE_S, _leave) as stop:
+        raise GigabatchError(f"--out {out} cannot be created: {error.strerror}.") from error
+    all_passed = True
+    say = complain if as_json else _write_line
+    with stop_on_signals(GRACE_S, _abandon_step) as stop:
         for study in studies:
-            say(f"{', '.join(map(str, study.papers))} {study.name}: {study.claim}")
+            say(f"{study.name} ({'; '.join(study.papers)}): {study.claim}")
             try:
-                outcome = run_study(study, starts, out.absolute(), say, stop)
+                outcome = run_study(study, seeds, out.absolute(), say, stop)
             except Stopped:
-                complain("stopped; the same command goes on")
+                complain("stopped; run the same command to continue")
                 return stop.exit_code
-            found = report.keep(out, study, report.as_json(outcome))
-            hold &= outcome.holds
+            saved = report.save(out, study, report.as_json(outcome))
+            all_passed &= outcome.passed
             if as_json:
-                write(json.dumps(found, ensure_ascii=False) + "\n")
+                write(json.dumps(saved, ensure_ascii=False) + "\n")
             else:
-                write("\n".join(f"  {line}" for line in _told(found)) + "\n\n")
+                write("".join(f"  {line}\n" for line in _summary(saved)) + "\n")
     if document is not None:
-        from gigabatch.launcher.experiments.studies import STUDIES, studies_on
+        from gigabatch.launcher.experiments.studies import STUDIES, real_data_studies
 
-        report.write_report(document, out, (*STUDIES, *studies_on(None)))
-    return 0 if hold else 1
+        report.write_report(document, out, (*STUDIES, *real_data_studies(None)))
+    return 0 if all_passed else 1
 
 
-def _say(line: str) -> None:
+def _write_line(line: str) -> None:
     write(line + "\n")
 
 
-def _told(found: dict[str, object]) -> list[str]:
-    return [*report.table(found), *report.checks(found), f"=> {report.verdict(found)}"]
+def _summary(outcome: dict[str, Any]) -> Iterator[str]:
+    yield from report.table_lines(outcome["results"])
+    yield from report.check_lines(outcome)
+    yield f"{report.verdict(outcome)}  {outcome['study']}"
 
 
-def _leave(stop: StopRequest) -> None:
-    complain("gigabatch: the step in progress was not done in time; the same command goes on")
+def _abandon_step(stop: StopRequest) -> None:
+    complain(
+        f"gigabatch: the step in progress did not finish within {GRACE_S:.0f} s; "
+        "run the same command to continue"
+    )
     sys.stdout.flush()
     leave(stop.exit_code)

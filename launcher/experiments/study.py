@@ -1,6 +1,6 @@
-"""What an experiment is: data, ways of training on it, what is measured, and what must hold.
+"""Description of an experiment: its data, variants, metrics and thresholds.
 
-A `Study` is a description; `run.run_study` trains and measures it.
+A `Study` only describes; `run.run_study` trains and measures it.
 """
 
 from __future__ import annotations
@@ -14,43 +14,62 @@ from typing import Any
 import numpy as np
 
 DATA = "{data}"
-"""In a text of a config: the folder of the start's data."""
+"""Placeholder in config strings, replaced by the path of the seed's data folder."""
 
-Write = Callable[[Path, np.random.Generator, str], None]
-"""Writes the sets of one start into a folder: (folder, random, variant of the data)."""
+WriteData = Callable[[Path, np.random.Generator, str], None]
+"""Writes the data sets of one seed: (folder, random generator, `Variant.data_kind`)."""
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way of training. `config`: dotted keys that it sets beyond the study's. `data`: the
-    variant that it is trained on. `begins_with`: the arm whose run its towers start from."""
+class Variant:
+    """One way of training.
+
+    Attributes:
+        name: Label in tables, and part of the run folder's name.
+        config: Dotted config keys that this variant sets beyond the study's.
+        data_kind: Passed to `Study.write`, for studies that train on several kinds of data.
+        init_from: Name of the variant whose run provides the towers' initial weights.
+    """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
-    data: str = ""
-    begins_with: str | None = None
+    data_kind: str = ""
+    init_from: str | None = None
 
 
 @dataclass(frozen=True)
-class Measure:
-    """A figure that is read of a run's evaluation: `metric` is the tag after `eval/SET/`. `arms`:
-    those that are measured so; none: all. `on` names a set of the arm's data."""
+class Metric:
+    """A number read from the evaluation results of a run.
 
-    figure: str
+    Attributes:
+        name: Column heading; checks refer to it.
+        task: Evaluation task, or `history` for the best and final values seen in training.
+        dataset: Set of the variant's data to evaluate on.
+        tag: Tag of the value, after `eval/SET/`.
+        settings: KEY=VALUE settings of the task.
+        variants: Names of the variants to measure; empty for all.
+    """
+
+    name: str
     task: str
-    on: str
-    metric: str
+    dataset: str
+    tag: str
     settings: tuple[str, ...] = ()
-    arms: tuple[str, ...] = ()
+    variants: tuple[str, ...] = ()
 
-    def is_of(self, arm: Arm) -> bool:
-        return not self.arms or arm.name in self.arms
+    def applies_to(self, variant: Variant) -> bool:
+        return not self.variants or variant.name in self.variants
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure over the starts. `low`, `high`: the ends of its 95 % interval over queries, each
-    the mean over the starts; None where it has none."""
+class Estimate:
+    """The values of a metric over seeds.
+
+    Attributes:
+        values: One value per seed.
+        low: Lower end of the 95 % interval over queries, averaged over seeds; None without one.
+        high: Upper end of that interval.
+    """
 
     values: tuple[float, ...]
     low: float | None = None
@@ -61,56 +80,70 @@ class Figure:
         return mean(self.values)
 
     @property
-    def spread(self) -> float:
-        """Standard deviation over the starts, of a sample; 0 of one start."""
+    def std(self) -> float:
+        """Sample standard deviation over seeds; 0 for one seed."""
         return stdev(self.values) if len(self.values) > 1 else 0.0
 
 
-Figures = Mapping[str, Mapping[str, Figure]]
-"""arm -> figure -> its values."""
-Of = Callable[[Callable[[str, str], float]], float]
+Results = Mapping[str, Mapping[str, Estimate]]
+"""Variant name -> metric name -> estimate."""
+MeanOf = Callable[[str, str], float]
+"""Looks up a mean over seeds: (variant name, metric name)."""
+Formula = Callable[[MeanOf], float]
 
 
 @dataclass(frozen=True)
-class Bar:
-    """What must hold of the means over starts: `of(mean)` lies between `least` and `most`, where
-    `mean(arm, figure)` gives one. `baseline`: it asks whether the baseline is as strong as the
-    catalogue's, without which the effect would say nothing."""
+class Check:
+    """A condition on the means over seeds: minimum <= formula <= maximum.
 
-    what: str
-    of: Of
-    least: float | None = None
-    most: float | None = None
+    Attributes:
+        name: Variants compared, then the metric, such as `robust - plain, final R@1`.
+        formula: Computes the value from the means.
+        minimum: Smallest passing value; None for no lower threshold.
+        maximum: Largest passing value; None for no upper threshold.
+        baseline: The check guards against a weak baseline, which any method would beat.
+    """
+
+    name: str
+    formula: Formula
+    minimum: float | None = None
+    maximum: float | None = None
     baseline: bool = False
 
-    def value(self, figures: Figures) -> float:
-        return self.of(lambda arm, figure: figures[arm][figure].mean)
+    def value(self, results: Results) -> float:
+        return self.formula(lambda variant, metric: results[variant][metric].mean)
 
-    def holds(self, figures: Figures) -> bool:
-        value = self.value(figures)
-        above = self.least is None or value >= self.least
-        return above and (self.most is None or value <= self.most)
-
-    @property
-    def bound(self) -> str:
-        parts = [f">= {self.least:g}"] if self.least is not None else []
-        parts += [f"<= {self.most:g}"] if self.most is not None else []
-        return " and ".join(parts)
+    def passes(self, results: Results) -> bool:
+        value = self.value(results)
+        above = self.minimum is None or value >= self.minimum
+        return above and (self.maximum is None or value <= self.maximum)
 
 
 @dataclass(frozen=True)
 class Study:
-    """`papers`: numbers in the catalogue. `setting`: one sentence on the data and the arms.
-    `intervals`: the json field whose values are resampled, with all their queries, for 95 %
-    intervals of the figures; None: no intervals."""
+    """One experiment.
+
+    Attributes:
+        name: Slug on the command line and prefix of the run folders' names.
+        papers: Titles from `papers.PAPERS`.
+        claim: The effect tested, in one sentence.
+        setting: The data, the variants and the metric, in a few sentences.
+        write: Writes the data of one seed.
+        config: Dotted config keys that all variants share.
+        variants: Trained in this order for every seed.
+        metrics: Measured on every finished run.
+        checks: All must pass.
+        intervals: JSON field whose values are resampled, each with all its queries, for 95 %
+            intervals; None for no intervals.
+    """
 
     name: str
-    papers: tuple[int, ...]
+    papers: tuple[str, ...]
     claim: str
     setting: str
-    write: Write
+    write: WriteData
     config: Mapping[str, Any]
-    arms: tuple[Arm, ...]
-    measures: tuple[Measure, ...]
-    bars: tuple[Bar, ...]
+    variants: tuple[Variant, ...]
+    metrics: tuple[Metric, ...]
+    checks: tuple[Check, ...]
     intervals: str | None = None

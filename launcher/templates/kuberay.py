@@ -1,4 +1,4 @@
-"""A KubeRay `RayJob`: a cluster of its own with a token, which ends with the run."""
+"""Template `kuberay`: a KubeRay `RayJob`, whose Ray cluster has a token and ends with the run."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ _WEEK = 7 * 24 * 3600
 
 
 def kuberay(plan: Plan) -> str:
+    """Return a ConfigMap and a RayJob as YAML."""
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -45,7 +46,7 @@ def kuberay(plan: Plan) -> str:
                 "rayVersion": version("ray"),
                 "authOptions": {"mode": "token"},
                 "headGroupSpec": {
-                    # The driver only: no worker is placed here.
+                    # No resources: the head node runs only the driver.
                     "rayStartParams": {"num-cpus": "0", "num-gpus": "0"},
                     "template": _pod(plan, {"cpu": "4", "memory": "16Gi"}),
                 },
@@ -53,15 +54,18 @@ def kuberay(plan: Plan) -> str:
             },
         },
     }
-    head = commented(f"""
-kubectl apply -f FILE. Needs KubeRay 1.5 or later (token authentication), and beforehand
+    header = commented(f"""
+Submit with: kubectl apply -f FILE
+Requirements:
+- KubeRay 1.5 or later, for token authentication
 - persistent volume claims that all nodes mount: {VOLUME} (ReadWriteMany) for runs
   {f"and {DATA_VOLUME} for the data" if plan.data else ""}
-- a secret {SECRETS} with what the run needs, such as HF_TOKEN (may be missing):
+- optionally a secret {SECRETS} with the run's secrets, such as HF_TOKEN:
   kubectl create secret generic {SECRETS} --from-env-file=secrets.env
-The image must hold this version of gigabatch. CPUs and memory of a node are to be adapted. After a
-week, activeDeadlineSeconds, Kubernetes ends the job for good: set it above the run's length.""")
-    return head + to_yaml(config_map, job)
+- an image that contains this version of gigabatch
+Adapt the CPUs and memory to your nodes. After activeDeadlineSeconds (one week), Kubernetes ends the
+job permanently: set it above the duration of the run.""")
+    return header + to_yaml(config_map, job)
 
 
 def _workers(plan: Plan) -> dict[str, Any]:
@@ -72,7 +76,7 @@ def _workers(plan: Plan) -> dict[str, Any]:
     return {
         "groupName": "workers",
         "replicas": plan.nodes,
-        "minReplicas": plan.fewest_nodes,
+        "minReplicas": plan.min_nodes,
         "maxReplicas": plan.nodes,
         "rayStartParams": {},
         "template": _pod(plan, resources),
@@ -100,7 +104,7 @@ def _pod(plan: Plan, resources: dict[str, str]) -> dict[str, Any]:
         "envFrom": [{"secretRef": {"name": SECRETS, "optional": True}}],
         "volumeMounts": mounts,
     }
-    # A pod that is taken away leaves its run the time for a checkpoint.
+    # Leave a removed pod enough time for a checkpoint.
     grace = math.ceil(plan.config.cluster.grace_s) + 30
     return {
         "spec": {

@@ -1,4 +1,4 @@
-"""What every template needs to know of a run: how many workers, where, and how it starts."""
+"""Facts about a run that all templates need: workers, nodes, folders, start command."""
 
 from __future__ import annotations
 
@@ -11,80 +11,98 @@ from typing import Any
 import yaml
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 
 SECRETS = "gigabatch-secrets"
-"""What the cluster's own store calls the secrets (HF_TOKEN and so on); none is written down."""
+"""Name under which the cluster stores secrets such as HF_TOKEN; templates hold no values."""
 VOLUME = "gigabatch-runs"
 DATA_VOLUME = "gigabatch-data"
 
 
 @dataclass(frozen=True)
 class Plan:
+    """A run and the machines it should use.
+
+    Attributes:
+        config: Config, resolved except for `cluster.threads`, which depends on the cluster.
+        path: Absolute path of the config.
+        overrides: Config settings as `key=value`.
+        image: Container image.
+        gpus_per_node: GPUs of a node; 0 trains on CPUs with one worker per node.
+    """
+
     config: Config
-    """Resolved, but for `cluster.threads`, which the machine there pins."""
     path: Path
-    """Of the config, absolute."""
     overrides: tuple[str, ...]
     image: str
     gpus_per_node: int
-    """0: workers on CPUs, one a node."""
 
     @property
     def workers(self) -> int:
-        """As many as there may be: nodes are asked for all of them."""
+        """Maximum number of workers; nodes are requested for all of them."""
         return self.config.cluster.most
 
     @property
     def workers_per_node(self) -> int:
+        """Number of workers on a node: one per GPU, or one on CPUs."""
         return min(self.workers, self.gpus_per_node or 1)
 
     @property
     def nodes(self) -> int:
-        """Raises GigabatchError where the workers do not fill whole nodes."""
+        """Number of nodes.
+
+        Raises:
+            GigabatchError: if the workers do not fill all nodes.
+        """
         if self.workers % self.workers_per_node:
             raise GigabatchError(
-                f"cluster.workers={self.workers} do not fill whole nodes of "
-                f"{self.workers_per_node}. Set --gpus-per-node to a divisor of it."
+                f"cluster.workers={self.workers} is not a multiple of {self.workers_per_node}, the "
+                "workers of a node. Set --gpus-per-node to a divisor of cluster.workers."
             )
         return self.workers // self.workers_per_node
 
     @property
-    def fewest_nodes(self) -> int:
-        """Without which the run would not train."""
+    def min_nodes(self) -> int:
+        """Minimum number of nodes with which the run trains."""
         return -(-self.config.cluster.least // self.workers_per_node)
 
     @property
     def name(self) -> str:
-        """The run's; fixed, so that a job that is started again goes on with the same run."""
+        """Name of the run; fixed, so that a restarted job resumes the same run."""
         stem = re.sub(r"[^A-Za-z0-9._-]", "-", self.path.stem).lstrip(".-") or "run"
         return self.config.run.name or stem
 
     @property
     def label(self) -> str:
-        """The name as Kubernetes and SkyPilot allow it."""
+        """The name with only the characters that Kubernetes and SkyPilot allow."""
         text = re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")
-        # A Kubernetes label has 63 characters, of which RayJob takes some for its own suffixes.
+        # Kubernetes limits labels to 63 characters, and RayJob appends suffixes.
         return (text if text[:1].isalpha() else f"run-{text}")[:40].rstrip("-")
 
     @property
     def run(self) -> Path:
+        """Folder of the run."""
         return self.config.run.dir / self.name
 
     @property
     def data(self) -> str | None:
-        """A local folder of data, which the nodes must see too."""
+        """Local folder of the data, which nodes must mount too; None if the data is remote."""
         root = self.config.data.root
         return None if root.startswith("demo:") or is_remote(root) else root
 
 
 def start_script(plan: Plan, config: str, *settings: str) -> str:
-    """Shell lines that begin the run, or go on with it where it has begun; `config` is the file's
-    path there, `settings` more `key=value`. They replace the shell."""
+    """Return shell lines that start the run, or resume it if it exists; they replace the shell.
+
+    Args:
+        plan: The run.
+        config: Path of the config on the node.
+        settings: Additional settings as `key=value`.
+    """
     python = ["exec", "python", "-m", "gigabatch.launcher"]
-    place = [f"run.name={plan.name}", f"run.dir={plan.config.run.dir}"]
-    train = [*python, "train", config, *settings, *place]
+    location = [f"run.name={plan.name}", f"run.dir={plan.config.run.dir}"]
+    train = [*python, "train", config, *settings, *location]
     resume = [*python, "resume", str(plan.run), *settings]
     return (
         f"if [ -e {shlex.quote(f'{plan.run}/config.yaml')} ]; then\n"
@@ -95,11 +113,12 @@ def start_script(plan: Plan, config: str, *settings: str) -> str:
 
 
 def to_yaml(*documents: dict[str, Any]) -> str:
-    """YAML documents, with texts of several lines as blocks."""
+    """Format YAML documents; multi-line texts become blocks."""
     return yaml.dump_all(documents, Dumper=_Dumper, sort_keys=False, width=1000)
 
 
 def commented(text: str) -> str:
+    """Turn text into comment lines."""
     return "".join(f"# {line}".rstrip() + "\n" for line in text.strip().splitlines())
 
 
@@ -108,9 +127,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
     style = "|" if "\n" in text else None
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
-_Dumper.add_representer(str, _text)
+_Dumper.add_representer(str, _represent_text)

@@ -1,4 +1,4 @@
-"""A cluster for `ray up` on hosts of your own, with a token; runs go there by `submit`."""
+"""Template `ray-cluster`: a cluster on your hosts for `ray up`, with a token."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ _AUTH = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token"
 
 
 def ray_cluster(plan: Plan) -> str:
+    """Return a cluster config as YAML; its header explains how to submit the run."""
     nodes = plan.nodes
     gpus = ["--gpus all"] if plan.gpus_per_node else []
     volumes = [f"-v {shlex.quote(f'{folder}:{folder}')}" for folder in _folders(plan)]
@@ -41,14 +42,15 @@ def ray_cluster(plan: Plan) -> str:
         ],
     }
     config = shlex.join([str(plan.path), *plan.overrides])
-    head = commented(f"""
-Put your hosts for NODE-1 to NODE-{nodes}, and your ssh user. The image must hold gigabatch's
-dependencies. The token is a file, {_TOKEN} on this machine, which is copied to each node:
-  ray get-auth-token --generate        makes one
-  ray up FILE
-  ray dashboard FILE                   a tunnel: http://127.0.0.1:8265, in another terminal
+    header = commented(f"""
+Replace NODE-1 to NODE-{nodes} by your hosts, and set your ssh user. The image must contain
+gigabatch's dependencies. The token is the file {_TOKEN} on this machine; `ray up` copies it
+to each node.
+  ray get-auth-token --generate        create the token
+  ray up FILE                          start the cluster
+  ray dashboard FILE                   in another terminal: tunnel to http://127.0.0.1:8265
   RAY_AUTH_MODE=token gigabatch submit {config} --address http://127.0.0.1:8265""")
-    return head + to_yaml(cluster)
+    return header + to_yaml(cluster)
 
 
 def _folders(plan: Plan) -> list[str]:

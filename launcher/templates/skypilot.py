@@ -1,4 +1,4 @@
-"""A SkyPilot task: torchrun on every node, which SkyPilot places and starts again."""
+"""Template `skypilot`: torchrun on every node, placed and restarted by SkyPilot."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gigabatch.launcher.templates.plan import (
 )
 
 _CONFIG = "/tmp/gigabatch-config.yaml"
-# `start.sh` is what each of torchrun's processes runs: it begins the run, or goes on with it.
+# Each torchrun process runs the start script, which starts or resumes the run.
 _RUN = """\
 cat > /tmp/gigabatch-start.sh <<'GIGABATCH'
 {start}GIGABATCH
@@ -26,6 +26,7 @@ torchrun --nnodes="$SKYPILOT_NUM_NODES" --nproc-per-node={count} \\
 
 
 def skypilot(plan: Plan) -> str:
+    """Return a task as YAML."""
     count = plan.workers_per_node
     resources: dict[str, Any] = {"image_id": f"docker:{plan.image}"}
     if plan.gpus_per_node:
@@ -43,11 +44,14 @@ def skypilot(plan: Plan) -> str:
         "secrets": {"HF_TOKEN": None},
         "run": _RUN.format(start=start_script(plan, _CONFIG, *plan.overrides), count=count),
     }
-    head = commented(f"""
-sky jobs launch FILE --secret HF_TOKEN     (from your environment; leave it out of `secrets:` below
-where the run needs none). Needs the volume {VOLUME}, which all nodes mount{
-        f", and {DATA_VOLUME} with the data" if plan.data else ""
-    } (`sky volumes apply`).
-The image must hold this version of gigabatch. Name your own kind of accelerator. No port is
-opened: torchrun's processes speak among themselves, and there is no Ray cluster to protect.""")
-    return head + to_yaml(task)
+    header = commented(f"""
+Submit with: sky jobs launch FILE --secret HF_TOKEN
+HF_TOKEN comes from your environment; if the run does not need it, remove it from `secrets:` below.
+Requirements:
+- the volume {VOLUME}{
+        f" and, with the data, {DATA_VOLUME}" if plan.data else ""
+    }, mounted by all nodes (`sky volumes apply`)
+- an image that contains this version of gigabatch
+Set the accelerator to your type. No port is opened to the outside: the torchrun processes
+communicate with each other, and no Ray cluster needs protection.""")
+    return header + to_yaml(task)

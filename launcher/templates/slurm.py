@@ -1,4 +1,4 @@
-"""A Slurm batch script: a rank for each task, told of the end of its time, requeued by its code."""
+"""Template `slurm`: a batch script with one rank per task that requeues itself."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASK
 
 
 def slurm(plan: Plan) -> str:
+    """Return a batch script for sbatch."""
     gpus = f"#SBATCH --gpus-per-node={plan.workers_per_node}\n" if plan.gpus_per_node else ""
-    inside = f" --container-image={shlex.quote(plan.image)}" if plan.image else ""
+    container = f" --container-image={shlex.quote(plan.image)}" if plan.image else ""
     rank = _RANKS + start_script(plan, str(plan.path), *plan.overrides)
     restarts = plan.config.cluster.max_restarts
-    head = commented(f"""
-sbatch FILE. Every node must see {plan.config.run.dir} at this path, and `python` must be one that
-has gigabatch: activate its environment where the script says so. Secrets such as HF_TOKEN come
-from the environment in which sbatch is called; none is written here.
-Two minutes before its time is over (and on preemption) each rank saves a checkpoint and leaves
-with code {REQUEUE}; the job then queues anew under its old number and goes on with the run.
-Ranks that fail are started again, up to {restarts} times, from the last checkpoint.""")
+    header = commented(f"""
+Submit with: sbatch FILE
+Requirements:
+- every node mounts {plan.config.run.dir} at this path
+- `python` has gigabatch: activate its environment below
+Secrets such as HF_TOKEN come from the environment of sbatch; this file holds none.
+Two minutes before the time limit, and on preemption, each rank saves a checkpoint and exits with
+code {REQUEUE}; the job is then requeued with the same job id and resumes the run.
+Failed ranks are restarted up to {restarts} times from the last checkpoint.""")
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={plan.label}
@@ -33,7 +36,7 @@ Ranks that fail are started again, up to {restarts} times, from the last checkpo
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@120
 #SBATCH --output={plan.label}-%j.log
-{head}
+{header}
 set -u
 # source /path/to/venv/bin/activate
 
@@ -41,29 +44,29 @@ MASTER_ADDR="$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)"
 MASTER_PORT="$((20000 + SLURM_JOB_ID % 20000))"
 export MASTER_ADDR MASTER_PORT
 
-# Slurm tells this shell; this tells the ranks (and not this shell again).
-told=0
-stop() {{ told=1; scancel --signal=TERM "$SLURM_JOB_ID"; }}
+# Slurm signals only this shell. scancel forwards the signal to the ranks, and not to this shell.
+stopping=0
+stop() {{ stopping=1; scancel --signal=TERM "$SLURM_JOB_ID"; }}
 trap stop USR1 TERM
 
 ranks() {{
-  srun --kill-on-bad-exit=0{inside} bash -c {shlex.quote(rank)} &
+  srun --kill-on-bad-exit=0{container} bash -c {shlex.quote(rank)} &
   step=$!
   code=0
   wait "$step" || code=$?
-  while kill -0 "$step" 2>/dev/null; do  # a signal ended the wait, not the ranks
+  while kill -0 "$step" 2>/dev/null; do  # A signal interrupts wait while the ranks still run.
     code=0
     wait "$step" || code=$?
   done
 }}
 ranks
-for ((again = 0; again < {restarts}; again++)); do
-  case "$told $code" in "1 "* | "0 0" | "0 2" | "0 {REQUEUE}") break ;; esac
-  sleep "$((2 ** (again < 6 ? again : 6)))"
+for ((restart = 0; restart < {restarts}; restart++)); do
+  case "$stopping $code" in "1 "* | "0 0" | "0 2" | "0 {REQUEUE}") break ;; esac
+  sleep "$((2 ** (restart < 6 ? restart : 6)))"
   ranks
 done
-# (Told before it trains, while it still indexes, a rank dies of the signal.)
-case "$told $code" in
+# The signal kills a rank that is still indexing data; requeue in that case too.
+case "$stopping $code" in
   "1 0" | "1 2") ;;
   "1 "* | "0 {REQUEUE}") scontrol requeue "$SLURM_JOB_ID" ;;
 esac

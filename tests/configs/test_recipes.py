@@ -1,4 +1,4 @@
-"""Each recipe runs as it stands but for its size: a few steps, tiny towers, tiny shards."""
+"""Recipes: short training with tiny towers and shards, and a comment for every key."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SMALL = [
     "optimizer.lr=2.0e-3", "monitor.every_steps=1", "eval.every_steps=3",
     "cluster.launcher=inline", "cluster.workers=1", "cluster.threads=1",
 ]  # fmt: skip
-"""What makes any recipe small. (Tiny towers are in fp32, and their learning rate is larger.)"""
+"""Settings that shrink any recipe; tiny towers need fp32 and a larger learning rate."""
 SIZES = "hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2"
 VISION = "{model_type: %s, patch_size: 8, image_size: 16, " + SIZES + "}"
 CLIP_VISION, SIGLIP_VISION = VISION % "clip_vision_model", VISION % "siglip_vision_model"
@@ -53,7 +53,7 @@ SHRUNK: dict[str, list[str]] = {
     "multilingual.yaml": [
         *NO_NAMES, f"towers.image.config={CLIP_VISION}", f"towers.text.config={BERT}",
     ],
-    "noisy.yaml": [*CLIP, "train.steps=10"],  # beyond its first split
+    "noisy.yaml": [*CLIP, "train.steps=10"],  # Past its first split.
     "long-tail.yaml": CLIP,
     "text-pairs.yaml": [
         "towers.text.name=null", f"towers.text.config={BERT}", "towers.more.query.length=8",
@@ -63,7 +63,7 @@ SHRUNK: dict[str, list[str]] = {
     ],
     "small-gpu.yaml": [*CLIP, "objective.size=8", "train.steps=12"],
 }  # fmt: skip
-"""What else one needs. Pretrained models become tiny ones of their kind."""
+"""Additional settings of a recipe; pretrained models become tiny ones of the same type."""
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All that a recipe may ask of its shards: `train` of 48 samples, `val` of 24."""
+    """Shards with every member that a recipe reads: `train` of 48 samples, `val` of 24."""
     root = tmp_path_factory.mktemp("pairs")
     for name, count in (("train", 48), ("val", 24)):
         (root / name).mkdir()
@@ -86,66 +86,68 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sample(number: int) -> dict[str, bytes | str]:
-    colour = np.random.default_rng(number % 12).integers(0, 256, 3)
+    color = np.random.default_rng(number % 12).integers(0, 256, 3)
     png, wav = BytesIO(), BytesIO()
-    Image.fromarray((colour * np.ones((16, 16, 1))).astype(np.uint8)).save(png, "png")
+    Image.fromarray((color * np.ones((16, 16, 1))).astype(np.uint8)).save(png, "png")
     tone = np.sin(np.arange(400) * (0.1 + 0.1 * (number % 12)))
     soundfile.write(wav, tone, 4000, format="WAV")
     names = {lang: f"{lang} thing {number % 12}" for lang in ("de", "en", "fr")}
     passages = [f"passage of {number % 12}", f"no {number % 12}", f"not {number % 12}"]
-    told = {"names": names, "query": f"ask for {number % 12}", "passage": passages[0]}
-    told["passages"] = passages[: 1 + number % 3]
+    fields = {"names": names, "query": f"question {number % 12}", "passage": passages[0]}
+    fields["passages"] = passages[: 1 + number % 3]
     return {
-        "png": png.getvalue(), "wav": wav.getvalue(), "txt": names["en"], "json": json.dumps(told)
+        "png": png.getvalue(), "wav": wav.getvalue(), "txt": names["en"], "json": json.dumps(fields)
     }  # fmt: skip
 
 
-def test_every_recipe_is_tried() -> None:
+def test_every_recipe_is_tested() -> None:
     assert {*SHRUNK, "quickstart.yaml", "emoji.yaml"} == set(RECIPES)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SHRUNK)
-def test_a_recipe_learns(recipe: str, pairs: Path, tmp_path: Path) -> None:
+def test_recipe_reduces_its_loss(recipe: str, pairs: Path, tmp_path: Path) -> None:
     overrides = [f"data.root={pairs}", f"run.dir={tmp_path}", *SMALL, *SHRUNK[recipe]]
     config = load_config(FOLDER / recipe, overrides)
     run = create_run(config, "run")
     make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
     assert run_training(run)
-    told = losses(run.path)
-    assert len(told) == config.train.steps
-    assert all(map(math.isfinite, told.values()))
-    first = 2 if config.objective.name == "queue" else 1  # before, the queue is empty
-    assert min(told[step] for step in told if step > first) < told[first]
+    values = losses(run.path)
+    assert len(values) == config.train.steps
+    assert all(map(math.isfinite, values.values()))
+    first = 2 if config.objective.name == "queue" else 1  # The queue is empty in the first step.
+    assert min(values[step] for step in values if step > first) < values[first]
     assert run.steps_evaluated() == sorted({*range(3, config.train.steps, 3), config.train.steps})
     assert any(name.endswith("recall@10") for name in run.evaluation(config.train.steps))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SHRUNK)
-def test_towers_of_full_size_fit_the_data(recipe: str) -> None:
-    """Those with random weights; pretrained ones would have to be fetched."""
+def test_full_size_towers_match_modalities(recipe: str) -> None:
+    """Covers towers with random weights; pretrained ones would need a download."""
     config = load_config(FOLDER / recipe)
-    described = getattr(config.towers.text, "config", None)
-    if described is not None:
+    model_config = getattr(config.towers.text, "config", None)
+    if model_config is not None:
         with torch.device("meta"):
-            towers = build_towers(config, described["vocab_size"])
+            towers = build_towers(config, model_config["vocab_size"])
         assert set(towers.encoders) == set(config.modalities)
 
 
 @pytest.mark.parametrize("recipe", SHRUNK)
-def test_every_key_is_explained(recipe: str) -> None:
+def test_every_key_has_a_comment(recipe: str) -> None:
     text = (FOLDER / recipe).read_text()
     lines = text.splitlines()
     assert lines[0].startswith("# ")
-    for key, place in keys(yaml.compose(text)):
-        above = lines[place - 1].lstrip() if place else ""
-        assert " # " in lines[place] or above.startswith("# "), f"{recipe}: {key}: {lines[place]}"
+    for key, number in keys(yaml.compose(text)):
+        above = lines[number - 1].lstrip() if number else ""
+        assert " # " in lines[number] or above.startswith("# "), f"{recipe}: {key}: {lines[number]}"
 
 
 def keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Each key that has a value, and its line; what a comment can stand beside: what is inside
-    braces goes with the key that they belong to."""
+    """Yield each key that needs a comment, with its line number.
+
+    Keys of nested blocks need separate comments; keys inside braces share that of the outer key.
+    """
     assert isinstance(node, yaml.MappingNode)
     for name, value in node.value:
         items = [value] if isinstance(value, yaml.MappingNode) else value.value

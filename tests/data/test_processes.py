@@ -1,4 +1,4 @@
-"""Worker processes end with the process that started them, and do not hear Ctrl-C."""
+"""Worker processes exit with their parent and do not receive Ctrl-C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-from gigabatch.data.processes import ctrl_c_held, worker_pool
+from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 
 def wait(folder):
     Path(folder, str(os.getpid())).touch()
@@ -23,15 +23,16 @@ def wait(folder):
 
 if __name__ == "__main__":
     pool = worker_pool(2)
-    with ctrl_c_held():
-        found = [pool.submit(wait, sys.argv[1]) for _ in range(2)]
+    with ctrl_c_deferred():
+        futures = [pool.submit(wait, sys.argv[1]) for _ in range(2)]
         if len(sys.argv) > 2:
             os.killpg(0, signal.SIGINT)
-    [each.result() for each in found]
+    [future.result() for future in futures]
 """
 
 
-def pool_of(folder: Path, *more: str) -> subprocess.Popen[str]:
+def start_pool(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """Start a parent whose two workers write their process ids into `folder`."""
     script = folder.parent / "pool.py"
     script.write_text(SCRIPT)
     folder.mkdir()
@@ -42,31 +43,31 @@ def pool_of(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_workers_end_with_a_parent_that_is_killed(number: signal.Signals, tmp_path: Path) -> None:
-    parent = pool_of(tmp_path / "pids")
+def test_workers_exit_when_parent_is_killed(number: signal.Signals, tmp_path: Path) -> None:
+    parent = start_pool(tmp_path / "pids")
     try:
         while len(list((tmp_path / "pids").iterdir())) < 2:
             assert parent.poll() is None
             time.sleep(0.01)
-        workers = [psutil.Process(int(each.name)) for each in (tmp_path / "pids").iterdir()]
+        workers = [psutil.Process(int(path.name)) for path in (tmp_path / "pids").iterdir()]
         parent.send_signal(number)
-        parent.communicate(timeout=60)  # whoever holds its pipe would keep it open
+        parent.communicate(timeout=60)  # waits until no process holds the pipe
         assert psutil.wait_procs(workers, timeout=60)[1] == []
     finally:
         parent.kill()
 
 
-def test_ctrl_c_while_workers_start_is_the_parent_s_alone(tmp_path: Path) -> None:
-    parent = pool_of(tmp_path / "pids", "interrupt")
+def test_ctrl_c_during_worker_start_reaches_only_parent(tmp_path: Path) -> None:
+    parent = start_pool(tmp_path / "pids", "interrupt")
     try:
-        said = ""
-        while "KeyboardInterrupt" not in said:
+        output = ""
+        while "KeyboardInterrupt" not in output:
             assert parent.stderr is not None
             line = parent.stderr.readline()
             assert line
-            said += line
-        assert said.count("Traceback") == 1
-        assert "spawn_main" not in said
+            output += line
+        assert output.count("Traceback") == 1
+        assert "spawn_main" not in output
     finally:
         os.killpg(parent.pid, signal.SIGKILL)
         parent.communicate()

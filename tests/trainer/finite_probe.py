@@ -1,6 +1,8 @@
-"""On torchrun ranks, each ZeRO stage: a step whose loss, or whose gradient on one rank, is not
-finite, changes nothing anywhere: no weight, moment, parameter or buffer of the objective; the next
-step is sound. Prints JSON on rank 0: by stage, what each rank found."""
+"""Steps with a non-finite loss or gradient on one rank, at each ZeRO stage, on torchrun ranks.
+
+Such a step must change no weight, moment, parameter or buffer of the objective on any rank, and the
+next step must be finite. Prints JSON on rank 0: stage -> report of each rank.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,9 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
+from gigabatch.trainer.monitoring.step_result import StepResult
 from gigabatch.trainer.objectives import Context, InfoNCE, Loss
-from gigabatch.trainer.step import ExactStep, StepResult
+from gigabatch.trainer.step import ExactStep
 from gigabatch.trainer.towers import build_towers
 
 TOWER = "towers.image={kind: module, module: 'support_towers:BrokenBackward'}"
@@ -29,7 +32,7 @@ State = dict[str, dict[str, Tensor]]
 
 
 class Remembering(InfoNCE):
-    """Keeps a queue of the newest rows of this rank, and how many there were, as `updates` do."""
+    """InfoNCE with buffers that change in every applied step: the newest rows and their count."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config.objective, None, config.towers.width)
@@ -46,24 +49,32 @@ class Remembering(InfoNCE):
 
 
 def state(step: ExactStep) -> State:
-    """All that a step may change on this rank, by what it is. (`weights` and `moments` give whole
-    ones on rank 0 alone: what each rank holds of them stands beside.)"""
-    engine, own = step.engine, step.objective
+    """Return copies of all that a step may change on this rank, by kind.
+
+    `engine.weights` and `engine.moments` are complete on rank 0 only, so the tensors that each rank
+    holds are added.
+    """
+    engine, objective = step.engine, step.objective
     live = {n: getattr(p, "ds_tensor", p) for n, p in engine.ds.module.named_parameters()}
     stepped = list(engine.adamw.state.items())
-    found: State = {
+    tensors: State = {
         "weights": engine.weights() | live | {f"{i}": p for i, (p, _) in enumerate(stepped)},
         "moments": engine.moments()
-        | {f"{i}.{name}": t for i, (_, held) in enumerate(stepped) for name, t in held.items()},
-        "objective": dict(own.named_parameters()),
-        "its moments": {name: t for s in step.optimizer.state.values() for name, t in s.items()},
-        "its buffers": dict(own.named_buffers()),
+        | {f"{i}.{name}": t for i, (_, state) in enumerate(stepped) for name, t in state.items()},
+        "objective": dict(objective.named_parameters()),
+        "objective moments": {
+            name: t for state in step.optimizer.state.values() for name, t in state.items()
+        },
+        "objective buffers": dict(objective.named_buffers()),
     }
-    return {kind: {n: t.detach().clone() for n, t in of.items()} for kind, of in found.items()}
+    return {
+        kind: {name: t.detach().clone() for name, t in group.items()}
+        for kind, group in tensors.items()
+    }
 
 
 def changed(before: State, after: State) -> list[str]:
-    """The kinds of which anything has changed."""
+    """Return the kinds in which any tensor changed."""
     return [kind for kind in before if not _same(before[kind], after[kind])]
 
 
@@ -103,7 +114,7 @@ def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str,
         "applied": [result.applied for result in results],
         "changed": [changed(states[i], states[i + 1]) for i in range(3)],
         "finite": all(
-            bool(torch.isfinite(t).all()) for of in states[-1].values() for t in of.values()
+            bool(torch.isfinite(t).all()) for group in states[-1].values() for t in group.values()
         ),
         "steps": engine.steps,
     }

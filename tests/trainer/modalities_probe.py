@@ -1,5 +1,7 @@
-"""On torchrun ranks: the gradients of one exact step of any modalities, beside those of one graph
-over the same micro-batches. Prints JSON on rank 0."""
+"""Gradients of an exact step of any modalities against those of one graph, on torchrun ranks.
+
+Prints JSON on rank 0.
+"""
 
 from __future__ import annotations
 
@@ -18,25 +20,25 @@ from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
-from gigabatch.trainer.taps import in_view, plain_of, views_of
+from gigabatch.trainer.taps import bases_in_view, count_views, with_view
 from gigabatch.trainer.towers import build_towers
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Tensor], int]:
-    """Gradients of the whole global batch in one autograd graph, in this process alone; and how
-    many of its rows lack a modality."""
+    """Return the gradients of the whole global batch in one graph in this process, and the number
+    of missing modalities in it."""
     towers = build_towers(config, vocab)
     objective = build_objective(config.objective, width=config.towers.width)
     outputs: dict[str, list[Tensor]] = {}
     meta: dict[str, list[Tensor]] = {}
     for micro in batch(config, tokenizer, 1, 0):
-        stream = key(config.run.seed, "micro-batch", micro.step, micro.number)
-        for view in range(views_of(objective.needs.taps)):
-            own = key(stream, "view", view) if view else stream
-            inputs = tower_inputs(micro, config.data, own)
-            taps = plain_of(objective.needs.taps, view)
-            for tap, vectors in towers(inputs, own, taps).items():
-                outputs.setdefault(in_view(tap, view), []).append(vectors)
+        first_key = key(config.run.seed, "micro-batch", micro.step, micro.number)
+        for view in range(count_views(objective.needs.taps)):
+            rng_key = key(first_key, "view", view) if view else first_key
+            inputs = tower_inputs(micro, config.data, rng_key)
+            taps = bases_in_view(objective.needs.taps, view)
+            for tap, vectors in towers(inputs, rng_key, taps).items():
+                outputs.setdefault(with_view(tap, view), []).append(vectors)
         for name, column in micro.tensors.items():
             meta.setdefault(name, []).append(column)
     columns = {name: torch.cat(parts) for name, parts in meta.items()}
@@ -51,16 +53,16 @@ def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
     config = load_config(path, [*settings, "train.max_grad_norm=0"])
     with join_world(1) as world:
-        whole, lacking = one_graph(config, tokenizer, vocab)
+        expected, lacking = one_graph(config, tokenizer, vocab)
         engine = ListeningEngine(build_towers(config, vocab), config, world)
         objective = build_objective(config.objective, width=config.towers.width)
         step = ExactStep(engine, objective, config, world)
         assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
         seen = engine.seen
-        # A head that no objective reads: its collectives run all the same, with a gradient of zero.
-        idle = [name for name in seen if name not in whole]
-        assert not any(seen.pop(name).any() for name in idle), idle
-        gap, name = worst(seen, whole)
+        # A head that no objective reads takes part in collectives, with a gradient of zero.
+        unread = [name for name in seen if name not in expected]
+        assert not any(seen.pop(name).any() for name in unread), unread
+        gap, name = worst(seen, expected)
         if world.is_main:
             print(json.dumps({"gap": gap, "name": name, "rows": lacking}))
 

@@ -1,4 +1,4 @@
-"""A new run that begins with another's weights: what is taken, what is refused."""
+"""`train.init_from`: a new run starts from another run's weights."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings, Config
 from gigabatch.trainer.config.load import parse_config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.init_from import load_initial, pin_initial
+from gigabatch.trainer.init_from import load_init_weights, pin_init_from
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import build_towers
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 VOCAB = 300
 
 
@@ -45,17 +45,17 @@ def source(shards: Path, tmp_path: Path) -> RunFolder:
     return run
 
 
-def begun(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The towers' weights without and with `train.init_from`."""
+def initial_weights(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the towers' initial weights without and with `train.init_from`."""
     before = build_towers(config, VOCAB).state_dict()
     towers = build_towers(config, VOCAB)
-    load_initial(towers, pin_initial(config), ALONE)
+    load_init_weights(towers, pin_init_from(config), SINGLE)
     return before, towers.state_dict()
 
 
 @pytest.mark.parametrize("where", ["source", "checkpoints/step-00000002"])
 @pytest.mark.parametrize(
-    ("parts", "taken"),
+    ("parts", "loaded"),
     [
         ("[image, text]", ("encoders.", "heads.")),
         ("image", ("encoders.image.", "heads.image.")),
@@ -63,47 +63,48 @@ def begun(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ("image.encoder", ("encoders.image.",)),
     ],
 )
-def test_the_parts_asked_for_are_taken_and_no_others(
-    where: str, parts: str, taken: tuple[str, ...], source: RunFolder, shards: Path, tmp_path: Path
+def test_only_the_named_parts_are_loaded(
+    where: str, parts: str, loaded: tuple[str, ...], source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
     path = source.path if where == "source" else source.path / where
     config = config_of(shards, tmp_path, f"train.init_from={path}", f"train.init_parts={parts}")
-    before, after = begun(config)
-    there = build_towers(source.config(), VOCAB).state_dict()
+    before, after = initial_weights(config)
+    source_weights = build_towers(source.config(), VOCAB).state_dict()
     for name, tensor in after.items():
-        expected = there[name] + 2 if name.startswith(taken) else before[name]
+        expected = source_weights[name] + 2 if name.startswith(loaded) else before[name]
         assert torch.equal(tensor, expected), name
 
 
 @pytest.mark.parametrize(
-    ("wanted", "factor"), [(None, 3), ("train.init_weights=ema", 3), ("train.init_weights=last", 1)]
+    ("override", "factor"),
+    [([], 3), (["train.init_weights=ema"], 3), (["train.init_weights=last"], 1)],
 )
-def test_averaged_weights_are_taken_where_there_are_any(
-    wanted: str | None, factor: int, source: RunFolder, shards: Path, tmp_path: Path
+def test_init_weights_selects_average_or_last_weights(
+    override: list[str], factor: int, source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    config = config_of(shards, tmp_path, "train.init_from=source", *([wanted] if wanted else []))
+    config = config_of(shards, tmp_path, "train.init_from=source", *override)
     state = build_towers(source.config(), VOCAB).state_dict()
     files = {"towers": state, "ema": {name: 3 * tensor for name, tensor in state.items()}}
     write_checkpoint(source, 1, 3, files, {"step": 3}, CheckpointSettings())
-    after = begun(config)[1]
+    after = initial_weights(config)[1]
     for name, tensor in state.items():
         assert torch.equal(after[name], factor * tensor), name
 
 
-def test_an_average_that_is_not_there_is_refused(
+def test_init_weights_ema_without_an_average_raises(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
     settings = ["train.init_from=source", "train.init_weights=ema"]
     with pytest.raises(GigabatchError, match=r"no averaged weights.*train.init_weights=last"):
-        begun(config_of(shards, tmp_path, *settings))
+        initial_weights(config_of(shards, tmp_path, *settings))
 
 
-def test_a_run_is_found_by_name_and_pinned_to_its_newest_checkpoint(
+def test_run_name_is_pinned_to_its_newest_checkpoint(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    config = pin_initial(config_of(shards, tmp_path, "train.init_from=source"))
+    config = pin_init_from(config_of(shards, tmp_path, "train.init_from=source"))
     assert config.train.init_from == source.checkpoints / "step-00000002"
-    assert pin_initial(config) == config
+    assert pin_init_from(config) == config
 
 
 @pytest.mark.parametrize(
@@ -111,27 +112,27 @@ def test_a_run_is_found_by_name_and_pinned_to_its_newest_checkpoint(
     [
         (
             ["towers.width=8"],
-            r"2 of another shape: heads.image.0.weight \(\[16, 128\] there, \[8,",
+            r"2 of another shape: heads.image.0.weight \(\[16, 128\] in the checkpoint, \[8,",
         ),
-        (["towers.image.depths=[2, 1]"], r"missing there: encoders\.image\.\S+"),
-        (["towers.image.depths=[0, 1]"], r"unknown here: encoders\.image\.\S+"),
+        (["towers.image.depths=[2, 1]"], r"missing in the checkpoint: encoders\.image\.\S+"),
+        (["towers.image.depths=[0, 1]"], r"unknown to this run: encoders\.image\.\S+"),
     ],
 )
-def test_towers_that_do_not_fit_are_named_and_nothing_is_loaded(
+def test_weights_that_do_not_fit_raise_and_load_nothing(
     overrides: list[str], says: str, source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    config = pin_initial(config_of(shards, tmp_path, "train.init_from=source", *overrides))
+    config = pin_init_from(config_of(shards, tmp_path, "train.init_from=source", *overrides))
     towers = build_towers(config, VOCAB)
     before = {name: t.clone() for name, t in towers.state_dict().items()}
     with pytest.raises(GigabatchError, match=says):
-        load_initial(towers, config, ALONE)
+        load_init_weights(towers, config, SINGLE)
     assert all(torch.equal(t, before[name]) for name, t in towers.state_dict().items())
 
 
-def test_an_encoder_goes_under_a_head_of_another_width(
+def test_encoder_is_loaded_under_a_head_of_another_width(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
-    begun(
+    initial_weights(
         config_of(
             shards, tmp_path, "train.init_from=source", "towers.width=8",
             "train.init_parts=[image.encoder, text.encoder]",
@@ -139,61 +140,59 @@ def test_an_encoder_goes_under_a_head_of_another_width(
     )  # fmt: skip
 
 
-def test_damage_is_found_before_the_run_is_made_and_when_it_begins(
+def test_damaged_checkpoint_raises_when_pinned_and_when_loaded(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
     folder = source.checkpoints / "step-00000002"
     config = config_of(shards, tmp_path, f"train.init_from={folder}")
-    pinned = pin_initial(config)
+    pinned = pin_init_from(config)
     path = folder / "towers.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(bytes(data))
-    for refused in (lambda: pin_initial(config), lambda: begun(pinned)):
+    for call in (lambda: pin_init_from(config), lambda: initial_weights(pinned)):
         with pytest.raises(GigabatchError, match=r"train.init_from: .*does not match its checksum"):
-            refused()
-    # Of a run, the newest sound one.
-    newest = pin_initial(config_of(shards, tmp_path, "train.init_from=source")).train.init_from
+            call()
+    # A run is pinned to its newest valid checkpoint.
+    newest = pin_init_from(config_of(shards, tmp_path, "train.init_from=source")).train.init_from
     assert newest == source.checkpoints / "step-00000001"
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "empty"])
-def test_what_is_no_run_or_has_no_checkpoint_is_refused(
-    path: str, shards: Path, tmp_path: Path
-) -> None:
+def test_path_without_a_checkpoint_raises(path: str, shards: Path, tmp_path: Path) -> None:
     create_run(config_of(shards, tmp_path, "run.name=empty"), "run")
     with pytest.raises(GigabatchError, match=r"train.init_from: .*(not a run|no checkpoint yet)"):
-        pin_initial(config_of(shards, tmp_path, f"train.init_from={path}"))
+        pin_init_from(config_of(shards, tmp_path, f"train.init_from={path}"))
 
 
-def test_a_text_tower_brings_its_tokeniser(source: RunFolder, shards: Path, tmp_path: Path) -> None:
+def test_text_tower_brings_its_tokenizer(source: RunFolder, shards: Path, tmp_path: Path) -> None:
     data = open_train(config_of(shards, tmp_path))
     other = config_of(shards, tmp_path, "data.text.vocab_size=310")
     make_tokenizer(other, data).save(str(source.tokenizer))
 
     def tokenizer(*overrides: str) -> str:
-        config = pin_initial(config_of(shards, tmp_path, *overrides))
+        config = pin_init_from(config_of(shards, tmp_path, *overrides))
         return make_tokenizer(config, data).to_str()
 
-    theirs, own = tokenizer("train.init_from=source"), tokenizer()
-    assert theirs != own
-    assert tokenizer("train.init_from=source", "train.init_parts=image") == own
-    with pytest.raises(GigabatchError, match=r"makes 12 tokens .* data.text.length is 9"):
+    of_source, trained = tokenizer("train.init_from=source"), tokenizer()
+    assert of_source != trained
+    assert tokenizer("train.init_from=source", "train.init_parts=image") == trained
+    with pytest.raises(GigabatchError, match=r"pads captions to 12 .* data.text.length is 9"):
         tokenizer("train.init_from=source", "data.text.length=9")
     source.tokenizer.unlink()
-    with pytest.raises(GigabatchError, match="a text tower needs its tokeniser"):
+    with pytest.raises(GigabatchError, match="the text tower needs its tokenizer"):
         tokenizer("train.init_from=source")
 
 
 @pytest.mark.slow
-def test_a_run_that_began_so_goes_on_without_the_other(
+def test_resume_does_not_need_the_source_run(
     source: RunFolder, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     settings = ["train.steps=4", "eval.sets=[]", f"train.init_from={source.path}", "run.name=a"]
     first = gigabatch("train", tiny, *settings)
     assert first.returncode == 0, first.stdout + first.stderr
     pinned = source.checkpoints / "step-00000002"
-    assert f"weights of image, text taken from {pinned}" in first.stdout
+    assert f"loaded the weights of image, text from {pinned}" in first.stdout
     run = RunFolder(tmp_path / "runs" / "a")
     assert run.config().train.init_from == pinned
     with pytest.raises(GigabatchError, match=r"train.init_from: .* -> .*elsewhere"):
@@ -201,24 +200,24 @@ def test_a_run_that_began_so_goes_on_without_the_other(
     shutil.rmtree(source.path)
     done = gigabatch("resume", run.path, "train.steps=6", "--allow", "train.steps")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "taken from" not in done.stdout
+    assert "loaded the weights" not in done.stdout
     assert sorted(losses(run.path)) == list(range(1, 7))
 
 
-def test_a_second_head_is_taken_where_both_have_it_and_starts_anew_where_not(
+def test_second_head_is_loaded_if_the_source_has_one_else_random(
     source: RunFolder, shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     views = "{name: barlow, taps: [image.projection, image.projection@1]}"
     two = f"objective={{name: sum, terms: [{{}}, {views}]}}"
     fresh = config_of(shards, tmp_path, two, f"train.init_from={source.path}")
     with caplog.at_level("INFO", logger="gigabatch"):
-        before, after = begun(fresh)
-    assert "has no head image-projection: it starts anew" in caplog.text
+        before, after = initial_weights(fresh)
+    assert "has no head image-projection: initializing it randomly" in caplog.text
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name for name in before if "projection" in name} == before.keys() - changed
 
     files = {"towers": {name: tensor + 1 for name, tensor in before.items()}}
     write_checkpoint(source, 1, 3, files, {"step": 3}, CheckpointSettings())
     for config in (fresh, config_of(shards, tmp_path, f"train.init_from={source.path}")):
-        before, after = begun(config)
+        before, after = initial_weights(config)
         assert all(torch.equal(after[name], files["towers"][name]) for name in before)

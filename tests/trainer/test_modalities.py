@@ -18,7 +18,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, load_config, parse_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.init_from import load_initial, pin_initial
+from gigabatch.trainer.init_from import load_init_weights, pin_init_from
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.create import create_run
@@ -60,7 +60,7 @@ def threads() -> Iterator[None]:
 
 
 def config_in(folder: Path, **what: Any) -> Path:
-    """A config file, beside sets `train` and `val` of 80 and 40 samples."""
+    """Write sets `train` and `val` of 80 and 40 samples, and a config file beside them."""
     for name, count, seed in (("train", 80, 1), ("val", 40, 2)):
         write_modalities(folder / name, count, seed, **what)
     path = folder / "c.yaml"
@@ -76,45 +76,45 @@ def new_run(path: Path, settings: Sequence[str], name: str = "r") -> RunFolder:
 
 
 def last_evaluation(run: RunFolder) -> dict[str, float]:
-    (found,) = (run.path / "eval").glob("step-*.json")
-    return dict(json.loads(found.read_text()))
+    (path,) = (run.path / "eval").glob("step-*.json")
+    return dict(json.loads(path.read_text()))
 
 
 @pytest.mark.slow
-def test_numbers_and_text_without_images(tmp_path: Path) -> None:
-    """Learnt, and measured both ways; a run cut in two is the same."""
+def test_vectors_and_text_train_without_images(tmp_path: Path) -> None:
+    """The run learns, is evaluated in both directions, and resumes exactly."""
     path = config_in(tmp_path, images=False)
     settings = [NUMBERS, "objective={taps: [numbers, text], positives: concept}", "train.steps=30"]
-    whole, cut = new_run(path, settings), new_run(path, settings, "cut")
-    assert run_training(whole)
-    asked = iter(range(100))
-    assert not run_training(cut, lambda: next(asked) == 9)
-    assert run_training(cut)
-    assert losses(cut.path) == losses(whole.path)
-    assert losses(whole.path)[30] < losses(whole.path)[1] - 1
-    found = last_evaluation(whole)
-    assert found["eval/val/text2numbers_recall@10"] > 0.9
-    assert found["eval/val/numbers2text_mrr"] > 0.5
-    _, towers = load_newest_towers(whole)
+    full, resumed = new_run(path, settings), new_run(path, settings, "resumed")
+    assert run_training(full)
+    calls = iter(range(100))
+    assert not run_training(resumed, lambda: next(calls) == 9)
+    assert run_training(resumed)
+    assert losses(resumed.path) == losses(full.path)
+    assert losses(full.path)[30] < losses(full.path)[1] - 1
+    metrics = last_evaluation(full)
+    assert metrics["eval/val/text2numbers_recall@10"] > 0.9
+    assert metrics["eval/val/numbers2text_mrr"] > 0.5
+    _, towers = load_newest_towers(full)
     assert set(towers.encoders) == {"numbers", "text"}
-    begin = [f"train.init_from={whole.path}", "train.init_parts=[numbers]"]
-    assert_begun_with_numbers(towers, load_config(path, [*settings, *begin]))
+    init = [f"train.init_from={full.path}", "train.init_parts=[numbers]"]
+    assert_numbers_are_initialized(towers, load_config(path, [*settings, *init]))
 
 
 @pytest.mark.slow
-def test_a_teachers_vectors_reach_the_objective(tmp_path: Path) -> None:
-    """Six numbers, alike within a concept; without them its samples are each other's negatives."""
+def test_teacher_vectors_change_the_loss(tmp_path: Path) -> None:
+    """The six numbers are similar within a concept, so a teacher masks its false negatives."""
     path, loss = config_in(tmp_path), {}
     for name, teacher in (
-        ("plain", "null"),
-        ("taught", "{member: npy, size: 6}"),
+        ("baseline", "null"),
+        ("teacher", "{member: npy, size: 6}"),
         ("lenient", "{member: npy, size: 6, threshold: 1.0}"),
     ):
         run = new_run(path, [f"objective.teacher={teacher}", "train.steps=2", "eval.sets=[]"], name)
         assert run_training(run)
         loss[name] = losses(run.path)
-    assert loss["taught"][1] < loss["plain"][1] - 0.01
-    assert loss["lenient"] == loss["plain"]
+    assert loss["teacher"][1] < loss["baseline"][1] - 0.01
+    assert loss["lenient"] == loss["baseline"]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_teachers_vectors_reach_the_objective(tmp_path: Path) -> None:
         ("{member: gaze.npy, size: 7}", r"no sample has a \.gaze\.npy member"),
     ],
 )
-def test_a_teacher_that_is_not_there_is_found_before_workers_start(
+def test_missing_teacher_vectors_raise_before_workers_start(
     tmp_path: Path, teacher: str, says: str
 ) -> None:
     config = load_config(config_in(tmp_path), [f"objective.teacher={teacher}"])
@@ -133,17 +133,17 @@ def test_a_teacher_that_is_not_there_is_found_before_workers_start(
         examine_data(config)
 
 
-def test_a_teacher_and_smoothing_are_refused(tmp_path: Path) -> None:
+def test_teacher_with_label_smoothing_raises(tmp_path: Path) -> None:
     settings = ["objective={teacher: {size: 6}, label_smoothing: 0.1}"]
     with pytest.raises(GigabatchError, match="some of which `teacher` leaves out"):
         load_config(config_in(tmp_path), settings)
 
 
-def assert_begun_with_numbers(towers: Towers, config: Config) -> None:
-    """Another run may begin with one tower of a run."""
-    config = pin_initial(config)
+def assert_numbers_are_initialized(towers: Towers, config: Config) -> None:
+    """Check that a new run takes the weights of the tower `numbers`, and no others."""
+    config = pin_init_from(config)
     fresh = build_towers(config, 300)
-    load_initial(fresh, config, World(0, 1, torch.device("cpu"), None))
+    load_init_weights(fresh, config, World(0, 1, torch.device("cpu"), None))
     for name, value in fresh.state_dict().items():
         same = torch.equal(value, towers.state_dict()[name])
         assert same or ".numbers." not in name
@@ -151,8 +151,7 @@ def assert_begun_with_numbers(towers: Towers, config: Config) -> None:
 
 
 @pytest.mark.slow
-def test_three_modalities_by_symile(tmp_path: Path) -> None:
-    """Without text: the run needs no captions, and has no tower for them."""
+def test_symile_trains_three_modalities_without_text(tmp_path: Path) -> None:
     run = new_run(
         config_in(tmp_path),
         [
@@ -163,18 +162,18 @@ def test_three_modalities_by_symile(tmp_path: Path) -> None:
         ],
     )
     assert run_training(run)
-    told = losses(run.path)
-    assert told[10] < told[1]
+    curve = losses(run.path)
+    assert curve[10] < curve[1]
     _, towers = load_newest_towers(run)
     assert set(towers.encoders) == {"numbers", "path", "tone"}
-    found = run.evaluation(max(told))
-    ways = [f"eval/val/{way}_recall@10" for way in
-            ("path+tone2numbers", "numbers+tone2path", "numbers+path2tone")]  # fmt: skip
-    assert found["eval/val/mean_recall@10"] == pytest.approx(sum(found[way] for way in ways) / 3)
+    metrics = run.evaluation(max(curve))
+    directions = ("path+tone2numbers", "numbers+tone2path", "numbers+path2tone")
+    recalls = [metrics[f"eval/val/{direction}_recall@10"] for direction in directions]
+    assert metrics["eval/val/mean_recall@10"] == pytest.approx(sum(recalls) / 3)
 
 
 @pytest.mark.slow
-def test_missing_modalities_are_masked(tmp_path: Path) -> None:
+def test_missing_modalities_raise_or_are_masked(tmp_path: Path) -> None:
     path = config_in(tmp_path, lacking=True)
     pair = [NUMBERS, "objective.taps=[numbers, image]", "eval.sets=[]", "train.steps=3"]
     with pytest.raises(GigabatchError, match=r"\(12 of 80 samples lack one\).*data.missing=mask"):
@@ -208,19 +207,19 @@ def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> Non
         assert report["rows"] > 0
 
 
-def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+def test_invalid_extra_towers_raise(tmp_path: Path) -> None:
     path = config_in(tmp_path)
     taps = "objective.taps=[numbers, text]"
-    for settings, why in (
+    for settings, message in (
         ([NUMBERS], "towers.more.numbers: the objective does not read it"),
-        ([taps], "there is no tower 'numbers'; there are image, text"),
-        (["towers.more.sample={kind: vector, size: 2}"], "'sample' has a meaning already"),
+        ([taps], "there is no tower 'numbers'; the towers are image, text"),
+        (["towers.more.sample={kind: vector, size: 2}"], "'sample' is a reserved name"),
         (["towers.more.Loud={kind: vector, size: 2}"], "towers.more.Loud"),
         (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: Field required"),
         ([NUMBERS, "towers.more.numbers.siez=4", taps], "towers.more.numbers.siez"),
         ([NUMBERS, "towers.more.numbers.std=[1, 2]", taps], "std: 2 numbers for a vector of size"),
         ([NUMBERS, taps, "objective.positives=numbers"], "rename the tower"),
-        ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "cut into heads"),
+        ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "multiple of heads"),
         (
             ["objective.name=supcon", "eval.every_steps=1", "checkpoint.best=eval/val/x"],
             "image alo",
@@ -228,27 +227,27 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(GigabatchError) as refused:
             load_config(path, settings)
-        assert why in str(refused.value)
+        assert message in str(refused.value)
     config = load_config(path, [NUMBERS, PATH, "objective={name: symile, taps: [numbers, path]}"])
     assert parse_config(dump_config(config), "again") == config
 
 
 @pytest.mark.slow
-def test_eval_of_any_two_modalities(tmp_path: Path, gigabatch: Any) -> None:
+def test_eval_measures_any_two_modalities(tmp_path: Path, gigabatch: Any) -> None:
     objective = "objective={name: sum, terms: [{taps: [numbers, tone]}, {taps: [text, path]}]}"
     run = new_run(config_in(tmp_path), [NUMBERS, TONE, PATH, objective, "train.steps=4"])
     assert run_training(run)
-    found = run.evaluation(4)
-    ways = {name.split("/")[2].removesuffix("_mrr") for name in found if name.endswith("_mrr")}
-    assert ways == {"numbers2tone", "tone2numbers", "text2path", "path2text"}
+    tags = [tag for tag in run.evaluation(4) if tag.endswith("_mrr")]
+    directions = {tag.split("/")[2].removesuffix("_mrr") for tag in tags}
+    assert directions == {"numbers2tone", "tone2numbers", "text2path", "path2text"}
 
     def evaluate(*arguments: str) -> Any:
         return gigabatch("eval", run.path, "--on", "val", *arguments)
 
     done = evaluate("--task", "retrieval", "between=[tone, path]", "positives=concept", "--json")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert {"eval/val/tone2path_recall@1", "eval/val/path2tone_mrr"} < set(found)
+    metrics = json.loads(done.stdout)
+    assert {"eval/val/tone2path_recall@1", "eval/val/path2tone_mrr"} < set(metrics)
     done = evaluate("--task", "knn", "label=concept", "modality=path", "k=5", "--json")
     assert done.returncode == 0, done.stderr
     refused = evaluate("--task", "zero-shot", "label=concept", "modality=image")

@@ -1,3 +1,5 @@
+"""The exact step equals one graph over the whole batch."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -15,7 +17,7 @@ PROBE = Path(__file__).with_name("step_probe.py")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_exact_step_equals_one_graph_on_every_zero_stage(
+def test_exact_step_equals_one_graph_at_every_zero_stage(
     world_size: int, tiny: Path, tmp_path: Path
 ) -> None:
     config = load_config(tiny)
@@ -91,17 +93,15 @@ def merge(tree: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
-    tiny: Path, tmp_path: Path
-) -> None:
+def test_non_finite_step_on_one_rank_changes_no_rank(tiny: Path, tmp_path: Path) -> None:
     config = load_config(tiny)
     tokenizer = tmp_path / "tokenizer.json"
     make_tokenizer(config, open_train(config)).save(str(tokenizer))
     report = run_ranks(PROBE.with_name("finite_probe.py"), 2, tiny, tokenizer)
-    everything = ["weights", "moments", "objective", "its moments", "its buffers"]
+    kinds = ["weights", "moments", "objective", "objective moments", "objective buffers"]
     expected = {
         "applied": [True, False, False, True],
-        "changed": [[], [], everything],
+        "changed": [[], [], kinds],
         "finite": True,
         "steps": 2,
     }

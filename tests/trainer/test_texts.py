@@ -1,10 +1,11 @@
-"""Runs with two texts a sample, by one tower or by two."""
+"""Runs with two texts per sample, in a shared tower or in two towers."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import webdataset as wds
 from support import losses, run_ranks
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.text.tokenizer import encode, load_tokenizer, of_length
+from gigabatch.data.text.tokenizer import encode, load_tokenizer, with_length
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import dump_config, load_config, parse_config
@@ -42,7 +43,7 @@ towers:
   more: {{query: {{kind: text, share: text, field: ask.first, prefix: "query: ", length: 12}}}}
 objective: {{name: hard_negatives, taps: [query, text]}}
 """
-OWN = [
+TWO_TOWERS = [
     "towers.more={left: {kind: text, tower: {width: 16}, field: passages}, right: {kind: text, "
     "tower: {width: 8, head: {layers: 2}}, field: ask.first, length: 5}}",
     "objective={taps: [left, right]}",
@@ -63,18 +64,19 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """A config file, beside sets `train` and `val` of queries and one to three passages."""
+    """Write sets `train` and `val` of a query and one to three passages, and a config file."""
     for name, count in (("train", 40), ("val", 16)):
         (tmp_path / name).mkdir()
         with wds.TarWriter(str(tmp_path / name / "a.tar"), mtime=0) as writer:
             for number in range(count):
-                writer.write({"__key__": f"q{number:03d}", "json": json.dumps(told(number))})
+                writer.write({"__key__": f"q{number:03d}", "json": json.dumps(record(number))})
     path = tmp_path / "c.yaml"
     path.write_text(PAIRS.format(root=tmp_path))
     return path
 
 
-def told(number: int) -> dict[str, object]:
+def record(number: int) -> dict[str, Any]:
+    """Return the json of a sample."""
     passages = [f"here is {number}, and more of it", f"not {number}", f"nor {number}"]
     return {"ask": {"first": f"where is {number}?"}, "passages": passages[: 1 + number % 3]}
 
@@ -96,50 +98,52 @@ def first_batch(config: Config, tokenizer: Path) -> dict[str, torch.Tensor]:
     return micro.tensors
 
 
-def test_each_text_has_its_prefix_and_its_length(pairs: Path, tmp_path: Path) -> None:
+def test_each_text_has_its_prefix_and_length(pairs: Path, tmp_path: Path) -> None:
     file = tmp_path / "tokenizer.json"
-    seen = first_batch(load_config(pairs), file)
+    batch = first_batch(load_config(pairs), file)
     tokenizer = load_tokenizer(file)
-    asked = [told(number) for number in seen["sample"].tolist()]
-    right = [f"passage: {each['passages'][0]}" for each in asked]
-    assert torch.equal(seen["text"][::3], encode(tokenizer, right)[0])
-    queries = [f"query: {each['ask']['first']}" for each in asked]
-    tokens, mask = encode(of_length(tokenizer, 12), queries)
-    assert torch.equal(seen["query"], tokens)
-    assert torch.equal(seen["query_mask"], mask)
+    records = [record(number) for number in batch["sample"].tolist()]
+    first_passages = [f"passage: {record['passages'][0]}" for record in records]
+    assert torch.equal(batch["text"][::3], encode(tokenizer, first_passages)[0])
+    queries = [f"query: {record['ask']['first']}" for record in records]
+    tokens, mask = encode(with_length(tokenizer, 12), queries)
+    assert torch.equal(batch["query"], tokens)
+    assert torch.equal(batch["query_mask"], mask)
     assert tokens.shape == (4, 12)
-    # A passage that is not there has no prefix either.
-    assert seen["text_present"].view(4, 3).sum(1).tolist() == [len(e["passages"]) for e in asked]
+    # The prefix alone does not make a missing passage present.
+    present = batch["text_present"].view(4, 3).sum(1).tolist()
+    assert present == [len(record["passages"]) for record in records]
 
 
-def test_a_tokeniser_is_trained_on_all_texts(pairs: Path, tmp_path: Path) -> None:
-    seen = first_batch(load_config(pairs, [*OWN, "data.text.vocab_size=400"]), tmp_path / "t.json")
-    assert seen["left"].shape == (4, 20)
-    assert seen["right"].shape == (4, 5)
-    known = load_tokenizer(tmp_path / "t.json").get_vocab()
-    assert {"Ġwhere", "Ġhere"} <= known.keys()
+def test_tokenizer_is_trained_on_all_texts(pairs: Path, tmp_path: Path) -> None:
+    batch = first_batch(
+        load_config(pairs, [*TWO_TOWERS, "data.text.vocab_size=400"]), tmp_path / "t.json"
+    )
+    assert batch["left"].shape == (4, 20)
+    assert batch["right"].shape == (4, 5)
+    vocabulary = load_tokenizer(tmp_path / "t.json").get_vocab()
+    assert {"Ġwhere", "Ġhere"} <= vocabulary.keys()
 
 
 @pytest.mark.slow
-def test_a_shared_tower_is_one(pairs: Path) -> None:
-    """Held and saved once, under the captions' name; a run cut in two is the same."""
+def test_shared_tower_is_saved_once_and_resumes(pairs: Path) -> None:
     config = load_config(pairs, ["eval.sets=[val]", "eval.every_steps=4"])
-    whole, cut = (new_run(config, name) for name in ("whole", "cut"))
-    assert run_training(whole)
-    asked = iter(range(100))
-    assert not run_training(cut, lambda: next(asked) == 9)
-    assert run_training(cut)
-    assert losses(cut.path) == losses(whole.path)
-    assert losses(whole.path)[8] < losses(whole.path)[1]
-    assert whole.evaluation(8)["eval/val/query2text_recall@10"] > 0
-    checkpoint = latest_checkpoint(whole)
+    full, resumed = (new_run(config, name) for name in ("full", "resumed"))
+    assert run_training(full)
+    calls = iter(range(100))
+    assert not run_training(resumed, lambda: next(calls) == 9)
+    assert run_training(resumed)
+    assert losses(resumed.path) == losses(full.path)
+    assert losses(full.path)[8] < losses(full.path)[1]
+    assert full.evaluation(8)["eval/val/query2text_recall@10"] > 0
+    checkpoint = latest_checkpoint(full)
     assert checkpoint is not None
     assert {name.split(".")[1] for name in checkpoint.tensors("towers")} == {"text"}
-    _, towers = load_newest_towers(whole)
-    tokens = encode(load_tokenizer(whole.tokenizer), ["query: where is 3?", "passage: here"])
+    _, towers = load_newest_towers(full)
+    tokens = encode(load_tokenizer(full.tokenizer), ["query: where is 3?", "passage: here"])
     with torch.no_grad():
-        found = towers({"query": tokens, "text": tokens})
-    assert torch.equal(found["query"], found["text"])
+        outputs = towers({"query": tokens, "text": tokens})
+    assert torch.equal(outputs["query"], outputs["text"])
 
 
 @pytest.mark.slow
@@ -147,7 +151,7 @@ def test_a_shared_tower_is_one(pairs: Path) -> None:
     ("settings", "zero"),
     [([], 3), ([TOKENS, "data.captions.choose=first"], 0)],
 )
-def test_the_exact_step_of_two_texts(
+def test_exact_step_with_two_texts_equals_one_graph(
     settings: Sequence[str], zero: int, pairs: Path, tmp_path: Path
 ) -> None:
     config = load_config(pairs, settings)
@@ -157,11 +161,11 @@ def test_the_exact_step_of_two_texts(
     assert report["gap"] < 1e-5, report
 
 
-def test_what_does_not_fit_is_refused(pairs: Path) -> None:
+def test_invalid_extra_texts_raise(pairs: Path) -> None:
     more = "towers.more={query: {kind: text, %s}}"
-    for settings, why in (
-        ([more % "field: a"], "give either `share: text`"),
-        ([more % "share: text, tower: {kind: conv}"], "give either `share: text`"),
+    for settings, message in (
+        ([more % "field: a"], "set either `share: text`"),
+        ([more % "share: text, tower: {kind: conv}"], "set either `share: text`"),
         ([more % "share: image"], "towers.more.query.share"),
         ([more % "tower: {kind: conv, widht: 3}"], "towers.more.query.tower.widht"),
         (["towers.more.query.length=21"], "at most data.text.length=20 tokens"),
@@ -170,13 +174,13 @@ def test_what_does_not_fit_is_refused(pairs: Path) -> None:
     ):
         with pytest.raises(GigabatchError) as refused:
             load_config(pairs, settings)
-        assert why in str(refused.value)
-    for settings in ([], OWN):
+        assert message in str(refused.value)
+    for settings in ([], TWO_TOWERS):
         config = load_config(pairs, settings)
         assert parse_config(dump_config(config), "again") == config
 
 
-def test_a_second_head_of_a_shared_tower_is_its_owners(pairs: Path) -> None:
+def test_second_head_of_a_shared_tower_is_shared(pairs: Path) -> None:
     one = "data.captions.choose=random"
     views = "{name: barlow, taps: [query.projection, text.projection]}"
     load_config(pairs, [one, f"objective={{name: sum, terms: [{{taps: [image, text]}}, {views}]}}"])

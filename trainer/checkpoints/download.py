@@ -14,10 +14,10 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import sync_folder
-from gigabatch.data.remote import ranges
-from gigabatch.data.remote.places import writable_folder
-from gigabatch.data.remote.ranges import Retry
-from gigabatch.trainer.checkpoints.format import fault_in, latest_checkpoint
+from gigabatch.data.remote import access
+from gigabatch.data.remote.access import Retry
+from gigabatch.data.remote.locations import writable_folder
+from gigabatch.trainer.checkpoints.format import damage_in, latest_checkpoint
 from gigabatch.trainer.checkpoints.remote import Files, RemoteRun
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -61,7 +61,7 @@ def fetch_run(place: RemoteRun, run: RunFolder) -> None:
     half = RunFolder(run.path.with_name(f".{run.path.name}.fetch"))
     try:
         half.path.mkdir(parents=True, exist_ok=True)  # of a fetch that was killed: written over
-        with half.held():
+        with half.lock():
             if _fetch_newest(place, files, half, 0) is None:
                 raise GigabatchError(
                     f"{place.url}: there is no sound checkpoint to go on from (complete copies: "
@@ -136,7 +136,7 @@ def _fetch_checkpoint(place: RemoteRun, files: Files, run: RunFolder, step: int)
                 there = "missing" if found is None else f"{found.bytes} bytes"
                 return f"{place.url}/{folder}/{name} is {there}, not {size} bytes"
             _fetch(place, files, f"{folder}/{name}", fresh / name)
-        if fault := fault_in(fresh):
+        if fault := damage_in(fresh):
             return fault.replace(str(fresh), f"{place.url}/{folder}")
         shutil.rmtree(final, ignore_errors=True)  # damaged, or it would not be fetched
         fresh.rename(final)
@@ -159,4 +159,4 @@ def _sizes(manifest: Path) -> dict[str, Any]:
 def _fetch(place: RemoteRun, files: Files, name: str, to: Path) -> None:
     to.parent.mkdir(exist_ok=True)
     found = files[name]
-    ranges.fetch(found.url, found.bytes, to, found.version, place.retry)
+    access.fetch(found.url, found.bytes, to, found.version, place.retry)

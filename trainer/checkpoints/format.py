@@ -1,8 +1,9 @@
-"""Checkpoints in our own format: safetensors and json, committed atomically, verified on loading.
+"""The checkpoint format: safetensors and JSON, committed atomically, verified on loading.
 
-A folder is written as `.step-N.ATTEMPT.tmp`, each file synced, given a manifest with sizes and
-SHA-256 sums, renamed to `step-N`, and only then named in LATEST. No pickle is ever read. Weights
-and moments are stored whole, so any world size and ZeRO stage loads them.
+A checkpoint is written to `.step-N.ATTEMPT.tmp`: every file is synced, then a manifest with sizes
+and SHA-256 checksums is added, then the folder is renamed to `step-N` and named in LATEST. No
+pickle is ever read. Weights and moments are stored complete, so any world size and ZeRO stage loads
+them.
 """
 
 from __future__ import annotations
@@ -32,38 +33,46 @@ from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 FORMAT = 1
-PASSING = (
+TRANSIENT_ERRORS = (
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM,
     errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
 )  # fmt: skip
-"""What a disk or a file server may say once, and not again."""
+"""Errors of a disk or file server that a retry may not meet again."""
 Tensors = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. `state`: step, counters and fingerprints."""
+    """A verified checkpoint.
+
+    Attributes:
+        path: Its folder.
+        step: Steps trained before it.
+        state: Contents of state.json: step, counters and fingerprints.
+    """
 
     path: Path
     step: int
     state: Mapping[str, Any]
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file of tensors."""
+        """Return whether the checkpoint has the file NAME.safetensors."""
         return (self.path / f"{name}.safetensors").exists()
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file: `towers`, `moments`, `objective`, or, where there is one, `ema`.
+        """Load one file: `towers`, `moments`, `objective`, or `ema` if the run averages weights.
 
-        Raises GigabatchError where it is anything but safetensors; nothing is ever unpickled.
+        Raises:
+            GigabatchError: if it is not a safetensors file. Nothing is ever unpickled.
         """
         file = self.path / f"{name}.safetensors"
         try:
-            return load_file(file)
+            tensors: dict[str, Tensor] = load_file(file)
+            return tensors
         except (OSError, SafetensorError) as error:
             raise GigabatchError(
-                f"{file}: not a safetensors file ({error}). Restore the checkpoint, or remove its "
-                "folder to go on from the one before."
+                f"{file}: not a safetensors file ({error}). Restore the checkpoint, or delete its "
+                "folder to resume from the one before."
             ) from error
 
 
@@ -76,48 +85,58 @@ def write_checkpoint(
     settings: CheckpointSettings,
     busy: Set[int] = frozenset(),
 ) -> None:
-    """Write, sync, commit, and remove what need not be kept, but for the steps in `busy`. Called
-    on rank 0 alone.
+    """Write, sync and commit a checkpoint, then remove old ones. Called on rank 0 only.
 
-    Where the checkpoint does not stand, earlier ones are untouched. Raises GigabatchError for what
-    only the user can mend, such as a full disk; OSError for what may pass, so that the workers
-    are started again.
+    If it fails, earlier checkpoints are untouched.
+
+    Args:
+        run: The run.
+        attempt: Number of this attempt.
+        step: Steps trained so far.
+        files: File name without suffix -> its tensors.
+        state: Contents of state.json.
+        settings: Which checkpoints to keep.
+        busy: Steps whose checkpoints must stay for now.
+
+    Raises:
+        GigabatchError: for errors that only the user can fix, such as a full disk.
+        OSError: for transient errors, so that the launcher restarts the workers.
     """
     fresh = run.checkpoints / f".step-{step:08d}.{attempt:06d}.tmp"
     try:
-        _remove_left(run, attempt)
+        _remove_leftovers(run, attempt)
         _write(fresh, step, files, state)
         _commit(run, fresh, step, attempt)
     except (OSError, SafetensorError) as error:
         message = (
             f"{run.checkpoints}: the checkpoint of step {step} was not saved: {error}. Earlier "
-            "checkpoints are intact"
+            "checkpoints are intact."
         )
-        if _may_pass(error):
-            raise OSError(message + ".") from error
-        raise GigabatchError(message + "; make room, then resume.") from error
+        if _is_transient(error):
+            raise OSError(message) from error
+        raise GigabatchError(f"{message} Free disk space, then resume.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     try:
-        _retain(run, step, attempt, settings, busy)
-    except (OSError, ValueError) as error:  # a file held open on NFS, a folder that is a link
+        _remove_old(run, step, attempt, settings, busy)
+    except (OSError, ValueError) as error:  # NFS keeps open files; a folder may be a link.
         log.warning("%s: an old checkpoint was not removed: %s", run.checkpoints, error)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether a disk's fault may be gone when the workers are started again: a server's pause, a
-    file handle gone stale; not a full disk or something in the way."""
+def _is_transient(error: Exception) -> bool:
+    """Return whether a restart may succeed: after a server's pause, not after a full disk."""
     if isinstance(error, OSError):
-        return error.errno in PASSING
-    return any(os.strerror(number) in str(error) for number in PASSING)  # safetensors' words
+        return error.errno in TRANSIENT_ERRORS
+    # A SafetensorError has no errno, only the system's message.
+    return any(os.strerror(number) in str(error) for number in TRANSIENT_ERRORS)
 
 
-def _remove_left(run: RunFolder, attempt: int) -> None:
-    """What earlier attempts were killed in. First of all: the write may need its room."""
-    for left in run.checkpoints.glob(".step-*.tmp"):
-        named = re.fullmatch(r"\.step-\d+\.(\d+)\.tmp", left.name)
-        if named and int(named[1]) < attempt:
-            shutil.rmtree(left, ignore_errors=True)
+def _remove_leftovers(run: RunFolder, attempt: int) -> None:
+    """Remove unfinished writes of earlier attempts; the next write may need their space."""
+    for folder in run.checkpoints.glob(".step-*.tmp"):
+        match = re.fullmatch(r"\.step-\d+\.(\d+)\.tmp", folder.name)
+        if match and int(match[1]) < attempt:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
@@ -136,42 +155,49 @@ def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping
 
 
 def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
-    _refuse_cut_off(run, attempt)
+    """Rename a written folder to its final name and point LATEST at it."""
+    _refuse_superseded(run, attempt)
     final = run.checkpoints / f"step-{step:08d}"
-    if final.exists() and fault_in(final):
-        shutil.rmtree(final)  # a damaged one of an earlier attempt, already passed over
-    if final.exists() and _is_other(final, fresh, attempt):
-        final.rename(run.checkpoints / f".{final.name}.{attempt - 1:06d}.tmp")  # swept next time
+    if final.exists() and damage_in(final):
+        shutil.rmtree(final)  # An earlier attempt's, which loading has skipped.
+    if final.exists() and _has_other_weights(final, fresh, attempt):
+        # The name of a leftover, which the next write removes.
+        final.rename(run.checkpoints / f".{final.name}.{attempt - 1:06d}.tmp")
     if not final.exists():
         fresh.rename(final)
         sync_folder(run.checkpoints)
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
-    if not run.owned_by(attempt):  # this process stood still on the way here
-        saved = (run.checkpoints / f"step-{each:08d}" for each in run.steps_saved())
+    if not run.owned_by(attempt):
+        # This process was suspended, and a later attempt started: undo the change of LATEST.
+        saved = (run.checkpoints / f"step-{number:08d}" for number in run.steps_saved())
         newest = max(saved, key=lambda path: (_attempt_of(path), path.name))
         write_atomically(run.checkpoints / "LATEST", newest.name + "\n")
-        _refuse_cut_off(run, attempt)
+        _refuse_superseded(run, attempt)
 
 
-def _refuse_cut_off(run: RunFolder, attempt: int) -> None:
+def _refuse_superseded(run: RunFolder, attempt: int) -> None:
     if not run.owned_by(attempt):
-        raise OSError(f"attempt {attempt} was cut off and a later one has taken over")
+        raise OSError(f"attempt {attempt} was superseded by a later one")
 
 
-def _is_other(final: Path, fresh: Path, attempt: int) -> bool:
-    """Whether a sound checkpoint of an earlier attempt, of the same step, holds other weights: it
-    was passed over, and the run took another course. (Equal ones stay as they are.)"""
+def _has_other_weights(final: Path, fresh: Path, attempt: int) -> bool:
+    """Return whether a checkpoint of an earlier attempt holds other weights for the same step.
+
+    Then the resume has skipped it and trained differently. Equal checkpoints are not replaced.
+    """
     old, new = (json.loads((p / "manifest.json").read_text())["files"] for p in (final, fresh))
     weights = "towers.safetensors"
-    return _attempt_of(final) < attempt and old.get(weights) != new.get(weights)
+    return _attempt_of(final) < attempt and bool(old.get(weights) != new.get(weights))
 
 
-def _retain(
+def _remove_old(
     run: RunFolder, newest: int, attempt: int, settings: CheckpointSettings, busy: Set[int]
 ) -> None:
-    """Remove all that `settings` does not keep up to `newest`; what lies beyond it was found
-    damaged, or is of a later attempt, which is asked for anew each time: this process may have
-    stood still since it committed, or see an older folder."""
+    """Remove the checkpoints that `settings` does not keep.
+
+    Those after `newest` are damaged, or belong to a later attempt. Each removal checks that again,
+    because this process may have been suspended since its commit, or see an older folder.
+    """
     saved = run.steps_saved()
     kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
     for step in sorted(set(saved) - kept - busy):
@@ -182,7 +208,7 @@ def _retain(
 
 
 def _attempt_of(path: Path) -> int:
-    """Which attempt saved it; 0 where that cannot be read."""
+    """Return the number of the attempt that saved a checkpoint; 0 if unreadable."""
     try:
         return int(json.loads((path / "state.json").read_text())["attempt"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -190,51 +216,61 @@ def _attempt_of(path: Path) -> int:
 
 
 def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
-    """The newest sound checkpoint; None where none was ever saved.
+    """Return the newest valid checkpoint, or None if none was ever saved.
 
-    Passes over damaged ones with a warning. Raises GigabatchError where all are damaged: a fresh
-    start must be asked for, never fallen into.
+    Damaged checkpoints are skipped with a warning.
+
+    Raises:
+        GigabatchError: if all are damaged. A run never restarts from step 1 unless requested.
     """
-    faults = []
+    problems = []
     for step in reversed(run.steps_saved()):
         path = run.checkpoints / f"step-{step:08d}"
-        fault = fault_in(path)
-        if not fault:
+        damage = damage_in(path)
+        if not damage:
             state = json.loads((path / "state.json").read_text())
             return Checkpoint(path, step, state)
-        log.warning("checkpoint passed over: %s", fault)
-        faults.append(fault)
-    if faults:
+        log.warning("skipping damaged checkpoint: %s", damage)
+        problems.append(damage)
+    if problems:
         raise GigabatchError(
-            f"{run.checkpoints}: no checkpoint can be loaded: {'; '.join(faults)}. Restore one, or "
-            "start a new run."
+            f"{run.checkpoints}: no checkpoint can be loaded: {'; '.join(problems)}. Restore one, "
+            "or start a new run."
         )
     return None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint in a folder, verified. Raises GigabatchError where it is damaged."""
-    fault = fault_in(path)
-    if fault:
-        raise GigabatchError(f"{fault}. Take another checkpoint.")
+    """Open and verify the checkpoint in a folder.
+
+    Raises:
+        GigabatchError: if it is damaged.
+    """
+    damage = damage_in(path)
+    if damage:
+        raise GigabatchError(f"{damage}. Use another checkpoint.")
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(path, state["step"], state)
 
 
 def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:
-    """The checkpoint of one step, verified by another rank."""
+    """Open the checkpoint of a step that another rank has verified."""
     path = run.checkpoints / f"step-{step:08d}"
     return Checkpoint(path, step, json.loads((path / "state.json").read_text()))
 
 
-def fault_in(path: Path) -> str:
-    """What is wrong with a checkpoint folder; empty if nothing is."""
+def damage_in(path: Path) -> str:
+    """Return what is wrong with a checkpoint folder; empty if it is valid.
+
+    Raises:
+        GigabatchError: if another version of this package wrote it.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if manifest["format"] != FORMAT:
             raise GigabatchError(
-                f"{path}: it has format {manifest['format']}, this version reads {FORMAT}. Go on "
-                "with the version that wrote it."
+                f"{path}: its format is {manifest['format']}, but this version reads {FORMAT}. "
+                "Resume with the version that wrote it."
             )
         for name, entry in manifest["files"].items():
             file = path / name

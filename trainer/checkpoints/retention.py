@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: the last few, every M-th step's, and the best by a metric."""
+"""Which checkpoints a run keeps: the newest, every M-th step, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 def steps_to_keep(run: RunFolder, saved: Iterable[int], settings: CheckpointSettings) -> set[int]:
-    """Of the steps with a sound checkpoint, those that stay."""
+    """Select the steps whose checkpoints `settings` keeps.
+
+    Args:
+        run: The run, whose evaluations decide the best.
+        saved: Steps with a valid checkpoint.
+        settings: Which checkpoints to keep.
+    """
     steps = sorted(saved)
     kept = set(steps[-settings.keep :])
     if settings.keep_every:
@@ -22,14 +28,22 @@ def steps_to_keep(run: RunFolder, saved: Iterable[int], settings: CheckpointSett
 
 
 def best_step(run: RunFolder, steps: Iterable[int], metric: str) -> int | None:
-    """The step with the highest `metric` of its evaluation, the first of equals; None where none
-    of `steps` was evaluated, or to no finite value."""
+    """Return the step whose evaluation has the highest `metric`, the earliest of equal ones.
+
+    None if no step of `steps` has a finite value.
+    """
     values = {step: run.evaluation(step).get(metric, math.nan) for step in sorted(steps)}
     finite = [step for step, value in values.items() if math.isfinite(value)]
     return max(finite, key=values.__getitem__, default=None)
 
 
 def save_is_due(step: int, settings: CheckpointSettings, evaluated: bool) -> bool:
-    """Whether the step itself asks for a checkpoint; `evaluated`: it is measured, too."""
-    every = (settings.every_steps, settings.keep_every)
-    return any(n and step % n == 0 for n in every) or (evaluated and settings.best is not None)
+    """Return whether a checkpoint is due at a step by its number.
+
+    Args:
+        step: Steps trained so far.
+        settings: When to save.
+        evaluated: Whether this step is evaluated, which `best` needs saved.
+    """
+    intervals = (settings.every_steps, settings.keep_every)
+    return any(n and step % n == 0 for n in intervals) or (evaluated and settings.best is not None)

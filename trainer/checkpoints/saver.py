@@ -1,7 +1,7 @@
-"""Saving while the run goes on: a snapshot in host memory, then a thread that writes it.
+"""Saving in the background: a snapshot in host memory, then a thread that writes it.
 
-The step waits for the snapshot alone. At most one write is in flight; each is settled by all ranks
-together, so that a write that failed ends the run on every rank, and with the same words.
+Training waits for the snapshot only. At most one write is in flight. All ranks check its result
+together, so a failed write ends the run on every rank with the same message.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 Snapshot = Callable[[], tuple[Mapping[str, Tensors], Mapping[str, Any]]]
-"""A collective: the tensors of each file, which must share no memory with what trains on, and the
-state, on rank 0."""
+"""Returns the tensors of each file, which share no memory with the training state, and the JSON
+state; complete on rank 0. A collective."""
 Report = Callable[[int, Mapping[str, float]], None]
+"""Receives a step and metrics of its checkpoint."""
 
 
 class NotSaved(Exception):
-    """A write failed for a reason that may pass: the workers end, and are started again."""
+    """A write failed with a transient error; the launcher restarts the workers."""
 
 
 class _Write:
-    """One checkpoint on its way to the disk: on rank 0 a thread, elsewhere nothing."""
+    """One checkpoint being written: a thread on rank 0, nothing on other ranks."""
 
     def __init__(self, step: int) -> None:
-        self.step, self.fault = step, ""
-        self.lasting = True  # whether only the user can mend it
+        self.step, self.problem = step, ""
+        self.needs_user = True  # If it failed, only the user can fix the cause.
         self.blocked_s = self.write_s = 0.0
         self.thread: threading.Thread | None = None
 
@@ -48,19 +49,19 @@ class _Write:
                 write()
                 log.info("saved checkpoint step-%08d", self.step)
             except GigabatchError as error:
-                self.fault = str(error)
-            except BaseException as error:  # a thread must not die unheard
-                self.lasting = False
-                self.fault = str(error) if isinstance(error, OSError) else ""
-                self.fault = self.fault or f"checkpoint {self.step} was not saved: {error!r}."
+                self.problem = str(error)
+            except BaseException as error:  # Nobody sees an exception that ends a thread.
+                self.needs_user = False
+                self.problem = str(error) if isinstance(error, OSError) else ""
+                self.problem = self.problem or f"checkpoint {self.step} was not saved: {error!r}."
             self.write_s = time.monotonic() - began
 
-        # A daemon: a second Ctrl-C, which aborts, does not wait for it.
+        # A daemon, so that a second Ctrl-C aborts without waiting for it.
         self.thread = threading.Thread(target=work, name=f"checkpoint-{self.step}", daemon=True)
         self.thread.start()
 
     @property
-    def over(self) -> bool:
+    def ended(self) -> bool:
         return self.thread is not None and not self.thread.is_alive()
 
     def join(self) -> None:
@@ -69,11 +70,18 @@ class _Write:
 
 
 class Saver:
-    """Saves one attempt's checkpoints. `report` gets a step and the tags `checkpoint/blocked_s`
-    (seconds that training waited) and `checkpoint/write_s` of each that was committed.
+    """Saves one attempt's checkpoints.
 
-    Leaving the context waits for the write in flight, also after an error. Raises GigabatchError
-    there, in place of that error, where the write failed: a full disk explains what came after.
+    Leaving the context waits for the write in flight, also after an error. If that write failed,
+    its error replaces the other one: a full disk explains what followed.
+
+    Args:
+        run: The run.
+        world: This process and its group.
+        attempt: Number of this attempt.
+        settings: When to save, what to keep, where to copy.
+        report: Receives `checkpoint/blocked_s` (seconds that training waited) and
+            `checkpoint/write_s` of each committed checkpoint.
     """
 
     def __init__(
@@ -87,14 +95,20 @@ class Saver:
         self.run, self.world, self.attempt, self.settings = run, world, attempt, settings
         self.report = report
         self.write: _Write | None = None
-        place = remote_run(settings, run.path.name, PATIENCE) if world.is_main else None
-        self.copier = Copier(place, run, attempt, settings) if place else None
+        remote = remote_run(settings, run.path.name, PATIENCE) if world.is_main else None
+        self.copier = Copier(remote, run, attempt, settings) if remote else None
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Take a snapshot and begin to write it; a write before it is awaited first, so that host
-        memory never holds two. A collective. Raises GigabatchError as `settle` does."""
+        """Take a snapshot and start to write it. A collective.
+
+        Waits for the previous write first, so that host memory never holds two snapshots.
+
+        Raises:
+            GigabatchError: as `finish_write`.
+            NotSaved: as `finish_write`.
+        """
         began = time.monotonic()
-        self.settle()
+        self.finish_write()
         files, state = snapshot()
         write = self.write = _Write(step)
         if self.world.is_main:
@@ -103,7 +117,7 @@ class Saver:
             write.join()
         write.blocked_s = time.monotonic() - began
         if not self.settings.asynchronous:
-            self.settle()
+            self.finish_write()
 
     def _write(self, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
         busy = self.copier.busy() if self.copier else set()
@@ -111,40 +125,47 @@ class Saver:
         self.copy(step)
 
     def copy(self, step: int) -> None:
-        """Let the checkpoint of `step`, which is committed, be copied to `checkpoint.copy_to`,
-        unless it is there already."""
+        """Queue a committed checkpoint for `checkpoint.copy_to`, unless it is there already."""
         if self.copier:
             self.copier.offer(step)
 
     def await_copies(self, step: int, alive: Callable[[], None]) -> None:
-        """Until the copy of the last checkpoint, of `step`, has ended, well or not. Not a
-        collective; `alive` is called each second meanwhile."""
+        """Wait until the copy of the last checkpoint has succeeded or failed. Not a collective.
+
+        Args:
+            step: Step of the last checkpoint; 0 for none.
+            alive: Called every second while waiting.
+        """
         if self.copier and step:
-            self.copier.offer(step)  # again: the curves' end, the last evaluation, what failed
+            # Again, for the last metrics and evaluation, or after a failure.
+            self.copier.offer(step)
             self.copier.wait(alive)
             self.report(step, self.copier.metrics())
 
     def metrics(self) -> dict[str, float]:
-        """How copying goes, on rank 0, where anything is copied."""
+        """Return the metrics of copying; empty on other ranks and without `copy_to`."""
         return self.copier.metrics() if self.copier else {}
 
-    def over(self) -> bool:
-        """Whether, on this rank, a write has ended that `settle` has not yet been told of."""
-        return self.write is not None and self.write.over
+    def write_ended(self) -> bool:
+        """Return whether a write has ended on this rank that `finish_write` must still report."""
+        return self.write is not None and self.write.ended
 
-    def settle(self) -> None:
-        """Await the write in flight, if any. A collective.
+    def finish_write(self) -> None:
+        """Wait for the write in flight, if any, and report it. A collective.
 
-        Raises GigabatchError on every rank where it failed and only the user can mend that, and
-        NotSaved where it may pass; earlier checkpoints are untouched.
+        If it failed, earlier checkpoints are untouched.
+
+        Raises:
+            GigabatchError: on every rank, if it failed and only the user can fix the cause.
+            NotSaved: on every rank, if it failed with a transient error.
         """
         write, self.write = self.write, None
         if write is None:
             return
         write.join()
-        fault, lasting = self.world.share((write.fault, write.lasting))
-        if fault:
-            raise _raised(fault, lasting)
+        problem, needs_user = self.world.share((write.problem, write.needs_user))
+        if problem:
+            raise _error(problem, needs_user)
         tags = {"checkpoint/blocked_s": write.blocked_s, "checkpoint/write_s": write.write_s}
         self.report(write.step, tags)
 
@@ -156,10 +177,10 @@ class Saver:
     ) -> None:
         if self.write is None or (kind is not None and not issubclass(kind, Exception)):
             return
-        self.write.join()  # not settled: other ranks may be gone
-        if self.write.fault:
-            raise _raised(self.write.fault, self.write.lasting) from error
+        self.write.join()  # Without a collective: other ranks may have exited.
+        if self.write.problem:
+            raise _error(self.write.problem, self.write.needs_user) from error
 
 
-def _raised(fault: str, lasting: bool) -> Exception:
-    return GigabatchError(fault) if lasting else NotSaved(fault)
+def _error(problem: str, needs_user: bool) -> Exception:
+    return GigabatchError(problem) if needs_user else NotSaved(problem)

@@ -5,44 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
+from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.settings import Settings
-from gigabatch.trainer.config.additions import BarlowSettings, BYOLSettings, SwAVSettings
 from gigabatch.trainer.config.cluster import ClusterSettings, RunSettings
 from gigabatch.trainer.config.data import BatchSettings, DataSettings
-from gigabatch.trainer.config.more import (
-    AudioTower,
-    OtherModuleTower,
-    OtherText,
-    VectorsTower,
-    VectorTower,
-    what_is_read,
-)
-from gigabatch.trainer.config.objective import (
-    AnyObjective,
-    HardNegativesSettings,
-    InfoNCESettings,
-    LabelDistanceSettings,
-    LateInteractionSettings,
-    NoisySettings,
-    ObjectiveSettings,
-    QueueSettings,
-    ScaledSettings,
-    SigLIPSettings,
-    Single,
-    SogCLRSettings,
-    SumSettings,
-    SupConSettings,
-    SymileSettings,
-    columns_of,
-    positives_of,
-    singles,
-    taps_of,
-    vectors_of,
-)
-from gigabatch.trainer.config.tower import HuggingFaceTower, ModuleTower, TextTower, Tower
-from gigabatch.trainer.config.towers import ConvTower, TowersSettings
+from gigabatch.trainer.config.towers import ExtraTextTower, TowersSettings
 from gigabatch.trainer.config.training import (
     CheckpointSettings,
     EvalSettings,
@@ -51,53 +20,32 @@ from gigabatch.trainer.config.training import (
     ScheduleSettings,
     TrainSettings,
 )
+from gigabatch.trainer.objectives import AnyObjective, ObjectiveSettings, default_settings
+from gigabatch.trainer.objectives.settings import SingleSettings, unique
 from gigabatch.trainer.taps import parse_tap
+from gigabatch.trainer.towers.base import TowerKind
 
 __all__ = [
-    "AudioTower",
-    "BYOLSettings",
-    "BarlowSettings",
+    "AnyObjective",
     "BatchSettings",
     "CheckpointSettings",
     "ClusterSettings",
     "Config",
-    "ConvTower",
     "DataSettings",
     "EvalSettings",
-    "HardNegativesSettings",
-    "HuggingFaceTower",
-    "InfoNCESettings",
-    "LabelDistanceSettings",
-    "LateInteractionSettings",
-    "ModuleTower",
+    "ExtraTextTower",
     "MonitorSettings",
-    "NoisySettings",
     "ObjectiveSettings",
     "OptimizerSettings",
-    "OtherModuleTower",
-    "OtherText",
-    "QueueSettings",
     "RunSettings",
-    "ScaledSettings",
     "ScheduleSettings",
-    "SigLIPSettings",
-    "Single",
-    "SogCLRSettings",
-    "SumSettings",
-    "SupConSettings",
-    "SwAVSettings",
-    "SymileSettings",
-    "TextTower",
     "TowersSettings",
     "TrainSettings",
-    "VectorTower",
-    "VectorsTower",
     "columns_of",
     "positives_of",
     "singles",
     "taps_of",
     "vectors_of",
-    "what_is_read",
 ]  # fmt: skip
 
 
@@ -105,17 +53,29 @@ class Config(Settings):
     """A run. The names of these keys are an API."""
 
     run: RunSettings = RunSettings()
+    """Name, folder and seed of the run."""
     data: DataSettings = DataSettings()
+    """Training data: sources, order, decoding, tokens and augmentation."""
     batch: BatchSettings = BatchSettings()
+    """Batch sizes."""
     towers: TowersSettings = TowersSettings()
-    objective: AnyObjective = InfoNCESettings()
+    """Encoders, one for each modality, and their projection heads."""
+    objective: AnyObjective = Field(default_factory=default_settings)
+    """The contrastive objective, or a weighted sum of several."""
     train: TrainSettings = TrainSettings()
+    """Length, precision, memory and error handling of the training."""
     optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW."""
     schedule: ScheduleSettings = ScheduleSettings()
+    """Learning rate over the steps."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    """When checkpoints are saved, which are kept, and where they are copied."""
     monitor: MonitorSettings = MonitorSettings()
+    """Metrics and records."""
     eval: EvalSettings = EvalSettings()
+    """Evaluations during and after training."""
     cluster: ClusterSettings = ClusterSettings()
+    """Workers: launcher, number, placement, environment and restarts."""
 
     @model_validator(mode="after")
     def _batch_is_cut(self) -> Self:
@@ -127,7 +87,8 @@ class Config(Settings):
                 f"batch.micro_size ({micro}); the nearest size that divides it is {near}"
             )
         for objective in singles(self.objective):
-            self._refuse_misfit(objective)
+            self._check_taps(objective)
+        self.objective.check(self)
         self._refuse_idle()
         self._refuse_unmeasured()
         return self
@@ -142,7 +103,7 @@ class Config(Settings):
     @property
     def texts(self) -> tuple[str, ...]:
         """Those of them that are texts."""
-        others = {name for name, t in self.towers.more.items() if isinstance(t, OtherText)}
+        others = {name for name, t in self.towers.more.items() if isinstance(t, ExtraTextTower)}
         return tuple(name for name in self.modalities if name in {"text", *others})
 
     @property
@@ -155,68 +116,28 @@ class Config(Settings):
     def places(self) -> set[tuple[str, str]]:
         """(modality whose tower it is, place) of all that the objective reads."""
         read, shared = map(parse_tap, taps_of(self.objective)), self.shared
-        return {(shared.get(tap.modality, tap.modality), tap.place) for tap in read}
+        return {(shared.get(tap.modality, tap.modality), tap.output) for tap in read}
 
-    def tower(self, modality: str) -> Tower:
+    def tower(self, modality: str) -> TowerKind:
         """The description of a modality's tower."""
         modality = self.shared.get(modality, modality)
         found = self.towers.more.get(modality) or getattr(self.towers, modality)
-        own = found.tower if isinstance(found, OtherText) else found
-        assert isinstance(own, Tower)
+        own = found.tower if isinstance(found, ExtraTextTower) else found
+        assert isinstance(own, TowerKind)
         return own
 
     def text_length(self, modality: str) -> int:
         """Tokens of a text."""
         return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length
 
-    def _refuse_misfit(self, objective: Single) -> None:
-        """What an objective cannot do with this data and these towers."""
+    def _check_taps(self, objective: SingleSettings) -> None:
         modalities = {"image", "text", *self.towers.more}
         for tap in map(parse_tap, objective.taps):
             if tap.modality not in modalities:
                 raise ValueError(
-                    f"objective.taps: there is no tower {tap.modality!r}; there are "
+                    f"objective.taps: there is no tower {tap.modality!r}; the towers are "
                     f"{', '.join(sorted(modalities))}"
                 )
-        if widths := getattr(objective, "widths", ()):
-            self._refuse_widths(widths, objective.taps)
-        several = self.data.captions.choose == "all"
-        if self.data.group and not hasattr(objective, "within"):
-            raise ValueError(
-                f"data.group: objective {objective.name} compares all samples of a mixed batch; "
-                "take infonce or queue, which keep groups apart"
-            )
-        if isinstance(objective, HardNegativesSettings):
-            return
-        if not isinstance(objective, InfoNCESettings):
-            if several and "text" in {parse_tap(tap).modality for tap in objective.taps}:
-                raise ValueError(
-                    f"objective.name={objective.name} takes one caption a sample; set "
-                    "data.captions.choose=random"
-                )
-            return
-        if (objective.within or self.data.group) and objective.label_smoothing:
-            raise ValueError(
-                "objective.label_smoothing spreads the target over all candidates of the batch, "
-                "which data.group or objective.within divides; set one of them to nothing"
-            )
-        if objective.same_id == "exclude" and (several or self.data.missing == "mask"):
-            raise ValueError(
-                "objective.same_id=exclude pairs each image with one caption; it goes with neither "
-                "data.captions.choose=all nor data.missing=mask"
-            )
-
-    def _refuse_widths(self, widths: tuple[int, ...], taps: tuple[str, ...]) -> None:
-        if widths[-1] != self.towers.width:
-            raise ValueError(
-                f"objective.widths: the last must be towers.width={self.towers.width}, not "
-                f"{widths[-1]}, or the coordinates beyond it would never be trained"
-            )
-        if inner := [tap for tap in taps if parse_tap(tap).place == "encoder"]:
-            raise ValueError(
-                f"objective.widths: {inner[0]} is before the head, and has no towers.width "
-                "coordinates; take taps after it"
-            )
 
     def _refuse_idle(self) -> None:
         """Towers and heads that no objective reads, and names that stand for two things."""
@@ -269,3 +190,28 @@ class Config(Settings):
             )
         if metric.endswith("_rank"):
             raise ValueError(f"checkpoint.best: {best} is better when lower; take a recall")
+
+
+def singles(settings: ObjectiveSettings) -> tuple[SingleSettings, ...]:
+    """Return the terms of a sum, or the one objective."""
+    return settings.singles()
+
+
+def taps_of(settings: ObjectiveSettings) -> tuple[str, ...]:
+    """Return all taps that the objectives read, each once."""
+    return unique(tap for single in settings.singles() for tap in single.taps)
+
+
+def positives_of(settings: ObjectiveSettings) -> str | None:
+    """Return the field whose equal values mark positives, by the first objective that has one."""
+    return settings.positives_field()
+
+
+def columns_of(settings: ObjectiveSettings) -> tuple[str, ...]:
+    """Return the fields of the samples' json that the objectives read."""
+    return settings.columns()
+
+
+def vectors_of(settings: ObjectiveSettings) -> dict[str, VectorSettings]:
+    """Return the samples' vectors that the objectives read and no tower does, by name."""
+    return settings.vectors()

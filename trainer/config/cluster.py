@@ -1,4 +1,4 @@
-"""Where a run runs, and what it is called."""
+"""Config sections `run` and `cluster`: name and folder of a run, its seed, and its workers."""
 
 from __future__ import annotations
 
@@ -12,73 +12,90 @@ from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import Amount
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-OURS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+LAUNCHER_VARIABLES = {
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+}
 """Environment variables that the launchers set for each worker."""
 
 
 def _workers(value: Any) -> Any:
-    """A range of one number is that number; all that is neither is refused with one sentence."""
-    listed = list(value) if isinstance(value, list | tuple) else [value]
-    if len(listed) not in (1, 2) or not all(type(each) is int and each >= 1 for each in listed):
-        raise ValueError("a number of workers from 1, or a range [least, most], such as [2, 8]")
-    if listed[0] > listed[-1]:
-        raise ValueError(f"a range is [least, most], and {listed[0]} is more than {listed[-1]}")
-    return listed[0] if listed[0] == listed[-1] else tuple(listed)
+    """Accept a number or a range; a range of a single number becomes that number."""
+    numbers = list(value) if isinstance(value, list | tuple) else [value]
+    if len(numbers) not in (1, 2) or not all(type(n) is int and n >= 1 for n in numbers):
+        raise ValueError(
+            "set a number of workers of at least 1, or a range [least, most] such as [2, 8]"
+        )
+    least, most = numbers[0], numbers[-1]
+    if least > most:
+        raise ValueError(f"set a range as [least, most]; {least} is more than {most}")
+    return least if least == most else (least, most)
 
 
 def _strings(value: Any) -> Any:
-    """YAML reads 1 as a number; an environment holds text."""
+    """Convert numbers to strings: YAML reads 1 as a number, but variables hold strings."""
     if not isinstance(value, dict):
         return value
     return {k: str(v) if type(v) in (int, float) else v for k, v in value.items()}
 
 
 class RunSettings(Settings):
+    """Name, folder and seed of a run."""
+
     name: Annotated[str, Field(pattern=NAME, max_length=100, coerce_numbers_to_str=True)] | None = (
         None
     )
-    """The run's folder inside `run.dir`; unset takes a new one, named after the config file."""
+    """Name of the run's folder inside `run.dir`. Unset: a new name, made from the config file's
+    name and a number."""
     dir: Path = Path("runs")
-    """Where run folders live; on several nodes, a path that all of them share."""
+    """Folder that holds the run folders. On several nodes it must be a path that all nodes
+    share."""
     seed: int = Field(0, ge=0, lt=1 << 62, strict=True)
-    """Keys everything random: initial weights, order, augmentation, dropout."""
+    """Seed for weights, sample order, augmentation and dropout."""
 
 
 class ClusterSettings(Settings):
+    """Launcher and workers of a run."""
+
     launcher: Literal["ray", "torchrun", "inline"] = "ray"
-    """ray: Ray Train starts and restarts the workers. torchrun: torch's own launcher. inline:
-    this process, one worker."""
+    """Program that starts the workers. ray: Ray Train, which also restarts them. torchrun: torch's
+    own launcher. inline: this process, as a single worker."""
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 2
-    """Ranks, one a device. ray: `[least, most]` trains on as many as there is room for, and goes on
-    from the last checkpoint with fewer or more when nodes go or come; the batch and the samples
-    of each step stay the same."""
+    """Number of workers, one per device. With launcher ray also a range [least, most]: training
+    uses as many as the cluster has room for, and resumes from the last checkpoint with fewer or
+    more when nodes leave or join. The samples of each step stay the same."""
     threads: Amount = 0
-    """CPU threads of each worker; 0: this machine's cores shared out. Pinned when the run starts,
-    since gradients differ in the last bit between thread counts."""
+    """CPU threads per worker. 0: this machine's cores divided by the workers. The number is fixed
+    when the run starts, because gradients differ in the last bits between thread counts."""
     cpus_per_worker: float = Field(1.0, gt=0)
-    """ray: CPUs of the cluster that each worker takes up, its loader processes included."""
+    """CPUs that Ray reserves per worker, including its loader processes."""
     gpus_per_worker: Annotated[int, Field(ge=0, le=1, strict=True)] | None = None
-    """ray: 1 or 0; unset: 1 where there are GPUs at all."""
+    """GPUs that Ray reserves per worker, 0 or 1. Unset: 1 if the cluster has GPUs."""
     placement: Literal["pack", "spread", "one_per_node", "one_node"] = "pack"
-    """ray: workers on as few nodes as possible; over as many as possible; never two on one node; or
-    all on one."""
+    """Distribution of Ray's workers over nodes. pack: as few nodes as possible. spread: as many as
+    possible. one_per_node: never two on a node. one_node: all on the same node."""
     env: Annotated[dict[str, str], BeforeValidator(_strings)] = Field(default_factory=dict)
-    """Environment variables of the workers, such as {NCCL_SOCKET_IFNAME: eth0}; for no secrets,
-    since the run folder shows them. (inline: set once Python is up, too late for OMP_*.)"""
+    """Environment variables of the workers, such as {NCCL_SOCKET_IFNAME: eth0}. The run folder
+    shows them, so they must not hold secrets. With launcher inline they are set after Python has
+    started, too late for OMP_*."""
     max_restarts: Amount = 3
-    """ray, torchrun: how often a failed group of workers is started again without a new
-    checkpoint between, after 1, 2, 4, ... seconds; a new checkpoint begins the count anew."""
+    """Restarts of a failed group of workers without a new checkpoint in between, after 1, 2, 4, ...
+    seconds (launcher ray or torchrun). A new checkpoint resets the count."""
     start_timeout_s: float = Field(60.0, gt=0)
-    """ray: how long a group of workers may take to be placed and started. Ray may wait for so long
-    for a node that has just been lost."""
+    """Seconds that Ray may take to place and start a group of workers. Ray may wait this long for a
+    node that was just lost."""
     resize_every_s: float = Field(1800.0, gt=0)
-    """ray, with a range of workers: how often to look whether there is room for more. Growing costs
-    the steps since the last checkpoint, so let there be several between two looks."""
+    """Seconds between two checks for room for more workers, if `workers` is a range. Growing
+    repeats the steps since the last checkpoint, so set it to several checkpoint intervals."""
     grace_s: float = Field(120.0, gt=0)
-    """After SIGTERM, SIGUSR1 or SIGUSR2 (exit code 75: start it again) or Ctrl-C (130), the step in
-    progress and its checkpoint have so many seconds; then the run is left with its last
-    checkpoint. Set it below what the scheduler gives (SIGKILL comes 30 s after SIGTERM from a
-    torchrun of your own, and in Slurm by default)."""
+    """Seconds for the step in progress and its checkpoint after SIGTERM, SIGUSR1 or SIGUSR2 (exit
+    code 75: start again) or Ctrl-C (exit code 130). After them the run ends with its last
+    checkpoint. Set it below the scheduler's limit: Slurm, and a torchrun that you start yourself,
+    send SIGKILL 30 s after SIGTERM by default."""
 
     @property
     def least(self) -> int:
@@ -92,19 +109,20 @@ class ClusterSettings(Settings):
 
     @property
     def worker_env(self) -> dict[str, str]:
-        """What is set for each worker before its Python starts."""
+        """Environment variables of each worker, set before its Python starts."""
         return {"OMP_NUM_THREADS": str(self.threads), **self.env}
 
     @model_validator(mode="after")
     def _launcher_fits(self) -> Self:
         if self.launcher == "inline" and self.workers != 1:
             raise ValueError(
-                "cluster.launcher=inline is one worker; add cluster.workers=1, or take torchrun"
+                "cluster.launcher=inline runs a single worker; set cluster.workers=1, or use "
+                "torchrun"
             )
         if self.launcher != "ray" and self.least < self.most:
             raise ValueError(
-                f"cluster.launcher={self.launcher} trains on a fixed number of workers; give "
-                f"cluster.workers={self.most}, or take cluster.launcher=ray"
+                f"cluster.launcher={self.launcher} needs a fixed number of workers; set "
+                f"cluster.workers={self.most}, or cluster.launcher=ray"
             )
         return self
 
@@ -112,12 +130,12 @@ class ClusterSettings(Settings):
     def _environment_fits(self) -> Self:
         for name in self.env:
             if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-                raise ValueError(f"cluster.env: {name!r} is no name of an environment variable")
-            if name in OURS:
-                raise ValueError(f"cluster.env: {name} is set for each worker by its launcher")
+                raise ValueError(f"cluster.env: {name!r} is not a valid name of a variable")
+            if name in LAUNCHER_VARIABLES:
+                raise ValueError(f"cluster.env: the launcher sets {name} itself; remove it")
             if re.search(r"TOKEN(?!IZERS)|SECRET|PASSWORD|CREDENTIAL|_KEY$", name.upper()):
                 raise ValueError(
-                    f"cluster.env: {name} looks like a secret, and the run folder shows this; set "
-                    "it on the nodes"
+                    f"cluster.env: {name} looks like a secret, and the run folder shows it; set "
+                    "it on the nodes instead"
                 )
         return self

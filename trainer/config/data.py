@@ -1,4 +1,4 @@
-"""What a run reads, and in what portions."""
+"""Config sections `data` and `batch`: what a run reads, and how much per step."""
 
 from __future__ import annotations
 
@@ -15,54 +15,64 @@ from gigabatch.trainer.fields import Amount, Count
 
 
 class SourceSettings(Settings):
+    """One source of training samples."""
+
     path: str
-    """A folder of shards or a view, inside `data.root` or by its path; a pattern with `*`, `?` or
-    `{000..123}`; or a URL of those (s3://, gs://, hf://, https://)."""
+    """Shards of a source: a folder or a filtered view, inside `data.root` or by its path; a pattern
+    with `*`, `?` or `{000..123}`; or the URL of any of these (s3://, gs://, hf://, https://)."""
     weight: float = Field(1.0, ge=0)
-    """Its share of the samples drawn, against the other sources' weights."""
+    """Share of the samples drawn from this source, relative to the other sources' weights."""
 
 
 class CurriculumSettings(Settings):
+    """One phase of a curriculum."""
+
     from_sample: Amount
-    """Samples of the run after which these weights hold."""
+    """Number of samples of the run after which a curriculum phase starts."""
     weights: tuple[Annotated[float, Field(ge=0)], ...]
-    """A weight for each source, in their order."""
+    """Weights of the sources during a curriculum phase, in the order of `data.train`."""
 
 
 def _sources(value: Any) -> Any:
-    listed = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": each} if isinstance(each, str) else each for each in listed)
+    """Accept a path in place of a source, and a single source in place of a list."""
+    sources = value if isinstance(value, list | tuple) else [value]
+    return tuple({"path": source} if isinstance(source, str) else source for source in sources)
 
 
 class DataSettings(Settings):
+    """The samples of a run, their decoding and augmentation."""
+
     root: str = "demo:glyphs"
-    """A folder or URL, or `demo:glyphs` for the demo set, which is made on first use."""
+    """Folder or URL of the data, or `demo:glyphs` for the demo set, which is created on first
+    use."""
     train: Annotated[tuple[SourceSettings, ...], BeforeValidator(_sources)] = Field(
         (SourceSettings(path="train"),), min_length=1
     )
-    """The training shards, inside `data.root`; `.` when the root holds them itself. A list mixes
-    several sources, each a path or {path, weight}."""
+    """Training shards, inside `data.root`; `.` if the root holds them. A list mixes several
+    sources, written as paths or as {path, weight}."""
     curriculum: tuple[CurriculumSettings, ...] = ()
-    """Other weights of the sources, from later positions of the run on."""
+    """Changes of the sources' weights during the run. Default: none."""
     group: str | None = None
-    """A field of the samples' json, or `source`: each batch holds samples of one value alone, and
-    what is left over comes in mixed batches, where only samples of one value are compared."""
+    """Field of the samples' json, or `source`, that groups batches: each batch holds samples of a
+    single value. The rest comes in mixed batches, where only samples of the same value are
+    compared. Unset: no groups."""
     window: Count = 64
-    """Shards mixed at a time by the shuffle."""
+    """Number of shards that the shuffle mixes at a time."""
     workers: Amount = 1
-    """Loader processes of each rank; 0 reads in the training process."""
+    """Loader processes per worker; 0 reads in the training process."""
     prefetch: Count = 2
     """Micro-batches that each loader process keeps ready."""
     cache_gib: float = Field(64.0, gt=0)
-    """Room for copies of remote shards on each node, in $GIGABATCH_CACHE."""
+    """Size in GiB of each node's cache of remote shards, in $GIGABATCH_CACHE."""
     missing: Literal["error", "mask"] = "error"
-    """Samples without an image, a caption, or what a tower of `towers.more` reads: refused, or
-    kept, and left out of the loss where they have nothing to compare."""
+    """Treatment of samples without an image, a caption, or the input of a tower of `towers.more`.
+    error: stop. mask: keep them, and leave them out of the terms that need the missing part."""
     max_damaged: float = Field(0.001, ge=0, le=1)
-    """Share of a source's samples that may be damaged (each is replaced and recorded) before the
-    run stops."""
+    """Largest share of a source's samples that may be unreadable before the run stops. Each is
+    replaced and recorded."""
     stages: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = ()
-    """`package.mod:name` of your own webdataset stages, from decoded sample to decoded sample."""
+    """Your own webdataset stages, as `package.mod:name`; they map decoded samples to decoded
+    samples."""
     image: ImageSettings = ImageSettings()
     captions: CaptionSettings = CaptionSettings()
     text: TextSettings = TextSettings()
@@ -73,22 +83,27 @@ class DataSettings(Settings):
         starts = [phase.from_sample for phase in self.curriculum]
         if starts != sorted(set(starts)) or (starts and starts[0] == 0):
             raise ValueError(
-                "data.curriculum: from_sample must grow from line to line, from above 0"
+                "data.curriculum: from_sample must be above 0 and increase from phase to phase"
             )
         for phase in self.curriculum:
             if len(phase.weights) != len(self.train):
                 raise ValueError(
                     f"data.curriculum: {len(phase.weights)} weights for {len(self.train)} sources "
-                    "of data.train; give one each, 0 for none"
+                    "of data.train; give one weight per source, 0 for none"
                 )
-        given = [[source.weight for source in self.train], *(p.weights for p in self.curriculum)]
-        if not all(map(sum, given)):
-            raise ValueError("data.train, data.curriculum: some source needs a weight above 0")
+        weights = [[source.weight for source in self.train], *(p.weights for p in self.curriculum)]
+        if not all(map(sum, weights)):
+            raise ValueError(
+                "data.train, data.curriculum: at least one source needs a weight above 0"
+            )
         return self
 
 
 class BatchSettings(Settings):
+    """Size of a step."""
+
     global_size: Count = 256
-    """Samples a step, over all workers: the N of the contrastive loss."""
+    """Samples per step over all workers: the N of the contrastive loss."""
     micro_size: Count = 256
-    """Samples that pass the towers together. Part of the run: it may not change on resume."""
+    """Samples that pass through the towers together; must divide `global_size`. It cannot change
+    when a run resumes."""

@@ -1,14 +1,14 @@
-"""How long and with what optimizer a run trains, what it saves and what it measures."""
+"""Config sections `train`, `optimizer`, `schedule`, `checkpoint`, `monitor` and `eval`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import writable_folder
+from gigabatch.data.remote.locations import writable_folder
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import ONE_OR_MORE, Amount, Count, Fraction
 
@@ -16,80 +16,118 @@ Part = Annotated[str, Field(pattern=r"^[a-z]+(\.encoder)?$")]
 
 
 class TrainSettings(Settings):
+    """Length, precision and safety of training."""
+
     steps: Count = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Or give `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in passes over the data instead of in steps; fractions such as 0.5 are
+    allowed. One epoch is as many samples as all sources of `data.train` hold together. When a run
+    is created, this becomes `steps` = epochs * samples / `batch.global_size`, rounded up."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: fp32 weights, towers under bf16 autocast; logits and loss stay fp32."""
+    """Precision of the towers. bf16: bf16 autocast inside the towers; weights, logits and loss stay
+    fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """DeepSpeed ZeRO stage. 1 shards the optimizer over workers, 2 gradients too, 3 weights too."""
+    """DeepSpeed ZeRO stage. 1 shards the optimizer's moments over workers, 2 also gradients, 3 also
+    weights. 0 shards nothing."""
     max_grad_norm: float = Field(1.0, ge=0)
-    """Towers' gradient norm is clipped to this; 0 never clips."""
+    """Largest norm of the towers' gradient; larger gradients are scaled down to it. 0 never
+    clips."""
     ema: Fraction = 0.0
-    """Momentum of an average of the towers' weights over steps, such as 0.9999, which evaluations
-    then use; 0: none. After step t it is at most (1 + t) / (10 + t). A whole copy on each rank."""
+    """Momentum of an average of the towers' weights over steps, such as 0.9999; evaluations then
+    use the average. 0: none. After step t the momentum is at most (1 + t) / (10 + t). Each worker
+    holds a complete copy."""
     max_bad_steps: Count = 10
-    """Steps in a row with a loss or gradient that is not finite, each left out, that are borne."""
+    """Consecutive non-finite steps to skip before `on_bad_steps` applies."""
     on_bad_steps: Literal["stop", "rewind"] = "stop"
-    """What follows them. stop: an error. rewind: back to the weights, moments and objective of the
-    last checkpoint, and on with the step after the bad ones."""
+    """Reaction to `max_bad_steps` consecutive non-finite steps. stop: end with an error. rewind:
+    restore the last checkpoint, and continue with the step after the bad ones."""
     max_rewinds: Count = 3
-    """rewind: after so many of them, stop all the same."""
+    """Rewinds (`on_bad_steps: rewind`) before the run stops with an error."""
     hang_timeout_s: float = Field(600.0, ge=0, le=1500)
-    """Where a rank makes no progress for so many seconds (more than the slowest phase needs, the
-    first step's compilation or a checkpoint's write), its watchdog names the rank that is behind,
-    with its step and phase, leaves stacks in RUN/hangs, and ends the process; the launcher starts
-    the group again. 0: never."""
+    """Seconds without progress of a rank that count as a hang; 0: never. The watchdog then logs
+    which rank is behind, its step and phase, writes stacks to RUN/hangs, and ends the process; the
+    launcher restarts the group. Set it above the slowest phase, such as the compilation in the
+    first step or the write of a checkpoint."""
     init_from: Path | None = None
-    """A run, or one of its checkpoint folders, whose weights a new run's towers begin with; all
-    else begins anew. The config of the run says which checkpoint it was."""
+    """Run, or checkpoint folder of a run, whose weights initialize a new run's towers; everything
+    else starts fresh. The run's config records the checkpoint. Unset: random weights, or those of
+    pretrained towers."""
     init_parts: Annotated[tuple[Part, ...], ONE_OR_MORE] = Field(("image", "text"), min_length=1)
-    """What to take of it: a whole tower, or its encoder without the head. A text tower brings its
-    tokeniser."""
+    """Towers to initialize from `init_from`: a tower such as `text`, or an encoder without its head
+    such as `text.encoder`. A text tower brings its tokenizer."""
     init_weights: Literal["ema", "last"] | None = None
-    """Its weights averaged over steps, or those of its last step. Unset: the average where it has
-    one (`train.ema`)."""
+    """Weights to use of `init_from`. ema: the average over steps. last: those of the last step.
+    Unset: the average if that run has one (`train.ema`)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError("give either `steps` or `epochs`, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_steps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the default of `steps` beside `epochs`, so that the result validates again."""
+        tree: dict[str, Any] = handler(self)
+        if self.epochs is not None:
+            del tree["steps"]
+        return tree
 
 
 class OptimizerSettings(Settings):
+    """AdamW's hyperparameters."""
+
     lr: float = Field(1e-3, gt=0)
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW for the towers."""
     beta1: Fraction = 0.9
+    """AdamW's decay rate of the gradient's running mean."""
     beta2: Fraction = 0.98
+    """AdamW's decay rate of the squared gradient's running mean."""
     eps: float = Field(1e-6, gt=0)
+    """AdamW's term in the denominator against division by zero."""
     weight_decay: float = Field(0.1, ge=0)
-    """On matrices only: norms, biases and scales are never decayed."""
+    """AdamW's weight decay of matrices; norms, biases and scales are never decayed."""
     objective_lr: float | None = Field(None, gt=0)
-    """Peak learning rate of the objective's own parameters (logit scale); unset: `lr`."""
+    """Peak learning rate of the objective's own parameters, such as the logit scale. Unset: the
+    same as `optimizer.lr`."""
 
 
 class ScheduleSettings(Settings):
+    """Learning rate over the steps of a run."""
+
     name: Literal["cosine", "constant", "wsd"] = "cosine"
-    """After the warm-up: cosine to the floor; constant; or constant, then a linear decay."""
+    """Learning rate after the warmup. cosine: a cosine down to the floor. constant: the peak. wsd:
+    the peak, then a linear decay to the floor."""
     warmup_steps: Amount = 100
+    """Steps of the linear warmup to the peak learning rate; 0: none."""
     decay_steps: Count = 100
-    """wsd: length of the final decay."""
+    """Steps of the final linear decay of schedule wsd."""
     floor: Fraction = 0.0
-    """The last learning rate, as a fraction of the peak."""
+    """Learning rate of the last step, as a fraction of the peak."""
 
 
 class CheckpointSettings(Settings):
+    """When to save, what to keep, where to copy."""
+
     every_steps: Amount = 0
-    """0: not by steps."""
+    """Steps between two checkpoints; 0: not by steps. The last step is always saved."""
     every_minutes: float = Field(10.0, ge=0)
-    """0: not by time. The last step is always saved."""
+    """Minutes between two checkpoints; 0: not by time. The last step is always saved."""
     keep: Count = 3
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: Amount = 0
-    """Also save, and keep for good, at each multiple of this many steps; 0: none."""
+    """Multiple of steps at which a checkpoint is also saved and never removed; 0: none."""
     best: Annotated[str, Field(pattern=r"^eval/[^/]+/[^/]+$")] | None = None
-    """A metric of eval/step-*.json, such as `eval/val/mean_recall@10`: also save at each evaluated
-    step, and keep the one where it is highest so far."""
+    """Metric of eval/step-*.json, such as `eval/val/mean_recall@10`, whose best checkpoint is kept:
+    each evaluated step is saved, and the one with the highest value so far stays. Unset: none."""
     asynchronous: bool = True
-    """Write in the background, from a copy in host memory; training waits for the copy alone."""
+    """Write checkpoints in the background; training waits only for a copy to host memory."""
     copy_to: str | None = None
-    """Also copy each checkpoint to this URL (s3://BUCKET/FOLDER, gs://, file:///FOLDER), as
-    URL/RUN_NAME, from where `gigabatch resume URL/RUN_NAME` goes on anywhere. No step waits for it;
-    retention holds there too. Keys are found where the file system looks for them (AWS_*)."""
+    """URL to copy each checkpoint to, as URL/RUN_NAME (s3://BUCKET/FOLDER, gs://, file:///FOLDER).
+    `gigabatch resume URL/RUN_NAME` resumes from it on any machine. No step waits for the copy, and
+    `keep` applies there too. Credentials come from the environment (such as AWS_*). Unset: no
+    copies."""
 
     @model_validator(mode="after")
     def _refuse_secrets(self) -> Self:
@@ -103,22 +141,30 @@ class CheckpointSettings(Settings):
 
 
 class MonitorSettings(Settings):
+    """Metrics while training."""
+
     every_steps: Count = 10
     """Steps between two lines of metrics."""
     record_samples: bool = False
-    """Write the numbers of the samples that each step trained on to samples.jsonl, for audits."""
+    """Write the sample numbers of each step to samples.jsonl, for audits."""
 
 
 class EvalSettings(Settings):
+    """Evaluations while training."""
+
     sets: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
-    """Folders of shards, inside `data.root` or by path; retrieval is measured on each, between all
-    modalities that the objective compares; with symile, of each by all others together."""
+    """Evaluation sets: folders of shards, inside `data.root` or by path. Retrieval is measured on
+    each set, between all modalities that the objective compares; for symile, of each modality by
+    all others together. Default: none."""
     every_steps: Amount = 0
-    """0: only after the last step."""
+    """Steps between two evaluations; 0: only after the last step."""
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:
         names = [Path(name).name for name in self.sets]
         if len(set(names)) < len(names):
-            raise ValueError(f"two sets share a folder name, so a tag: {', '.join(self.sets)}")
+            raise ValueError(
+                "two sets share a folder name, and so their metrics' tags: "
+                f"{', '.join(self.sets)}; rename one"
+            )
         return self

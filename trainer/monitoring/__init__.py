@@ -1,1 +1,1 @@
-"""Metrics, progress, throughput counters, stragglers and the hang watchdog."""
+"""Metrics, progress, counters, slow ranks and the hang watchdog."""

@@ -1,5 +1,7 @@
-"""How far a run has come, and what went wrong on the way. The same on every rank, and saved in each
-checkpoint."""
+"""Counters of a run: steps, skipped steps, rewinds and replaced samples.
+
+They are the same on every rank and part of each checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,15 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Counts:
-    """`done`: steps taken; `skipped`: of these, not applied; `bad_steps`: of these, since the last
-    that was; `rewinds`: to a checkpoint; `bad_samples`: of each source, by its number."""
+    """The counters of a run.
+
+    Attributes:
+        done: Steps taken.
+        skipped: Steps that were not applied.
+        bad_steps: Consecutive steps that were not applied, up to the last one.
+        rewinds: Returns to a checkpoint.
+        bad_samples: Replaced samples per source number.
+    """
 
     done: int = 0
     skipped: int = 0
@@ -24,14 +33,19 @@ class Counts:
     bad_samples: Counter[int] = field(default_factory=Counter)
 
     @classmethod
-    def of(cls, step: int, state: Mapping[str, Any]) -> Counts:
-        """As they stood in the checkpoint of a step."""
+    def from_checkpoint(cls, step: int, state: Mapping[str, Any]) -> Counts:
+        """Return the counters of a checkpoint.
+
+        Args:
+            step: Step of the checkpoint.
+            state: Its state.json.
+        """
         bad = {int(source): count for source, count in state.get("bad_samples", {}).items()}
         rewinds = state.get("rewinds", 0)
         return cls(step, state["skipped"], state["bad_steps"], rewinds, Counter(bad))
 
     def state(self) -> dict[str, Any]:
-        """What `of` reads, for a checkpoint."""
+        """Return the counters for state.json."""
         return {
             "skipped": self.skipped,
             "bad_steps": self.bad_steps,
@@ -40,9 +54,9 @@ class Counts:
         }
 
     def step(self, number: int, applied: bool) -> None:
-        """Step `number` was taken, and its result applied or not."""
+        """Count step `number`, which was applied or skipped."""
         self.done = number
         self.bad_steps = 0 if applied else self.bad_steps + 1
         self.skipped += not applied
         if not applied:
-            log.warning("step %d skipped: a loss or gradient is not finite", number)
+            log.warning("skipped step %d: a loss or gradient is not finite", number)

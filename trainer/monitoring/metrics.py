@@ -1,8 +1,8 @@
-"""What a run shows while it trains: metrics.jsonl, TensorBoard, and one readable line in train.log.
+"""Outputs of a run while it trains: metrics.jsonl, TensorBoard, and progress lines in train.log.
 
-Rank 0 alone writes. A line of metrics.jsonl is one flat object: `step`, `samples_seen`, `time`,
-`attempt`, then tags (null where a value is not finite). The highest attempt wins, and attempt k
-voids earlier attempts' lines from its first step on; `read_metrics` applies that.
+Only rank 0 writes. A line of metrics.jsonl is one flat object: `step`, `samples_seen`, `time`,
+`attempt`, then tags (null for values that are not finite). Attempt k replaces earlier attempts'
+lines from its first step on; `read_metrics` applies this.
 """
 
 from __future__ import annotations
@@ -17,18 +17,26 @@ from pathlib import Path
 from typing import Any
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.shards.quarantine import Bad
+from gigabatch.data.shards.quarantine import Substitution
 from gigabatch.trainer.run.files import sync_file
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-SAID = 5
-"""Bad samples that an attempt says in train.log; all are in quarantine.jsonl."""
-PROGRESS = "step "  # how a progress line begins: a terminal shows only the newest
+MAX_LOGGED = 5
+"""Unreadable samples that an attempt logs in train.log; quarantine.jsonl lists all."""
+PROGRESS = "step "
+"""Start of a progress line; a terminal shows only the newest."""
 
 
 class Monitor:
-    """Opened by rank 0 when an attempt starts after `first_step` - 1 steps."""
+    """Writes the outputs of one attempt, on rank 0.
+
+    Args:
+        run: The run.
+        attempt: Number of the attempt.
+        first_step: First step that the attempt trains.
+        steps: Steps of the whole run.
+    """
 
     def __init__(self, run: RunFolder, attempt: int, first_step: int, steps: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -37,23 +45,27 @@ class Monitor:
         for path in (run.metrics, run.samples):
             _end_last_line(path)
         self.file = open(run.metrics, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        _await_a_later_second(run.tensorboard)
+        _wait_for_next_second(run.tensorboard)
         self.board = SummaryWriter(
             str(run.tensorboard),
-            # Steps that an earlier attempt wrote after its last checkpoint are drawn again.
+            # Hide the steps that an earlier attempt wrote after its last checkpoint.
             purge_step=first_step if attempt > 1 else None,
             flush_secs=10,
         )
-        self.bad = 0
+        self.bad_samples = 0
         self.started, self.first_step = time.monotonic(), first_step
 
     def report(self, step: int, samples_seen: int, metrics: Mapping[str, float]) -> None:
-        """Write one line of metrics and the same scalars to TensorBoard."""
+        """Write one line of metrics, and the same scalars to TensorBoard.
+
+        Raises:
+            GigabatchError: if a later attempt has started.
+        """
         if not self.run.owned_by(self.attempt):
-            raise GigabatchError(f"{self.run.path}: a later attempt has taken this run over.")
+            raise GigabatchError(f"{self.run.path}: a later attempt trains this run.")
         head = {"step": step, "samples_seen": samples_seen, "time": time.time()}
-        known = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
-        line = json.dumps({**head, "attempt": self.attempt, **known}, allow_nan=False)
+        finite = {tag: value if math.isfinite(value) else None for tag, value in metrics.items()}
+        line = json.dumps({**head, "attempt": self.attempt, **finite}, allow_nan=False)
         self.file.write(line + "\n")
         self.file.flush()
         for tag, value in metrics.items():
@@ -61,24 +73,24 @@ class Monitor:
                 self.board.add_scalar(tag, value, step)
 
     def samples(self, step: int, numbers: Sequence[int]) -> None:
-        """Append what a step trained on to samples.jsonl."""
+        """Append the sample numbers of a step to samples.jsonl."""
         line = {"attempt": self.attempt, "step": step, "samples": numbers}
         with open(self.run.samples, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def quarantine(self, bad: Iterable[Bad]) -> None:
-        """Append samples that others stood in for to quarantine.jsonl, and say the first few."""
+    def quarantine(self, bad: Iterable[Substitution]) -> None:
+        """Append replaced samples to quarantine.jsonl, and log the first few."""
         with open(self.run.quarantine, "a", encoding="utf-8") as file:
-            for each in bad:
-                file.write(json.dumps({"attempt": self.attempt, **each.record()}) + "\n")
-                self.bad += 1
-                if self.bad <= SAID:
-                    log.warning("replaced a sample that cannot be used: %s", each.why)
-                if self.bad == SAID:
-                    log.warning("further ones are in %s alone", self.run.quarantine)
+            for sample in bad:
+                file.write(json.dumps({"attempt": self.attempt, **sample.record()}) + "\n")
+                self.bad_samples += 1
+                if self.bad_samples <= MAX_LOGGED:
+                    log.warning("replaced an unreadable sample: %s", sample.why)
+                if self.bad_samples == MAX_LOGGED:
+                    log.warning("further replaced samples are listed in %s", self.run.quarantine)
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One readable line: where the run is, how well, how fast, how much longer."""
+        """Log one readable line: step, remaining time, loss, speed, learning rate."""
         done = step - self.first_step + 1
         left = (self.steps - step) * (time.monotonic() - self.started) / done
         log.info(
@@ -89,8 +101,10 @@ class Monitor:
         )
 
     def flush(self) -> None:
-        """Make everything so far durable; called before a checkpoint is committed, so that a
-        resumed run never misses the lines before it."""
+        """Sync all files to disk.
+
+        Called before a checkpoint is committed: a resumed run then has all lines before it.
+        """
         self.board.flush()
         self.file.flush()
         os.fsync(self.file.fileno())
@@ -99,45 +113,52 @@ class Monitor:
                 sync_file(path)
 
     def close(self) -> None:
+        """Close all files."""
         self.board.close()
         self.file.close()
 
 
 def _end_last_line(path: Path) -> None:
-    """Where a kill has cut it short."""
+    """End the last line if a kill has cut it short."""
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
 
 
-def _await_a_later_second(folder: Path) -> None:
-    """TensorBoard reads event files in the order of their names, which begin with the second they
-    were made in: an attempt's file must not sort before that of the attempt it goes on from."""
+def _wait_for_next_second(folder: Path) -> None:
+    """Wait until a new event file sorts after the existing ones.
+
+    TensorBoard reads event files in the order of their names, which start with the second of their
+    creation.
+    """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")]
     wait = max(seconds, default=0) + 1 - time.time()
     if wait > 5:
         log.warning(
-            f"{folder}: an earlier attempt's events are dated {format_duration(wait)} ahead of "
-            "this machine's clock; TensorBoard will draw steps in the wrong order. "
-            "Set the machines' clocks alike."
+            f"{folder}: an earlier attempt's events are {format_duration(wait)} ahead of this "
+            "machine's clock, so TensorBoard will draw steps in the wrong order. Synchronize the "
+            "machines' clocks."
         )
     elif wait > 0:
         time.sleep(wait)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The valid lines of a metrics.jsonl, in order; a line cut short by a kill is left out."""
-    # An attempt may begin with an evaluation of what it found, which voids nothing.
-    return _valid(path, lambda line: "train/loss" in line)
+    """Return the valid lines of a metrics.jsonl in order, without one cut short by a kill."""
+    # An attempt may start by evaluating the checkpoint that it resumes; that replaces no line.
+    return _valid_lines(path, lambda line: "train/loss" in line)
 
 
 def read_samples(path: Path) -> dict[int, list[int]]:
-    """step -> the numbers of the samples that it trained on, of a samples.jsonl."""
-    return {line["step"]: line["samples"] for line in _valid(path, lambda line: True)}
+    """Return step -> sample numbers that it trained on, from a samples.jsonl."""
+    return {line["step"]: line["samples"] for line in _valid_lines(path, lambda line: True)}
 
 
-def _valid(path: Path, trained: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The lines that no later attempt voids, from its first `trained` line's step on."""
+def _valid_lines(path: Path, trained: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """Return the lines that no later attempt replaces.
+
+    An attempt replaces earlier lines from the step of its first `trained` line on.
+    """
     lines: list[dict[str, Any]] = []
     first_step: dict[int, int] = {}
     with open(path, encoding="utf-8") as file:
@@ -150,18 +171,18 @@ def _valid(path: Path, trained: Callable[[dict[str, Any]], bool]) -> list[dict[s
             if trained(line):
                 first_step.setdefault(line["attempt"], line["step"])
 
-    def voided(line: dict[str, Any]) -> bool:
+    def replaced(line: dict[str, Any]) -> bool:
         later = (first for attempt, first in first_step.items() if attempt > line["attempt"])
         return any(line["step"] >= first for first in later)
 
-    return [line for line in lines if not voided(line)]
+    return [line for line in lines if not replaced(line)]
 
 
 def format_duration(seconds: float) -> str:
-    """Such as 42 s, 3 min 05 s, 2 h 10 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """Return a duration such as 42 s, 3 min 05 s or 2 h 10 min."""
+    total = round(seconds)
+    if total < 60:
+        return f"{total} s"
+    if total < 3600:
+        return f"{total // 60} min {total % 60:02d} s"
+    return f"{total // 3600} h {total % 3600 // 60:02d} min"

@@ -1,4 +1,4 @@
-"""Where a rank is in its run, and how long it computed: its main thread writes, others read."""
+"""A rank's current step and phase, and its computing time. Written by the main thread only."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ import time
 import torch
 
 PHASES = ("data", "embed", "loss", "backward", "step", "save", "evaluate")
-"""In the order in which a step goes through them."""
+"""Phases of a step, in order."""
 BUSY = ("data", "embed", "backward")
-"""Phases that wait for no other rank (under ZeRO 3, which gathers weights in them, they do)."""
+"""Phases that do not wait for other ranks, except under ZeRO 3, which gathers weights in them."""
 
 
 class Progress:
-    """`step`: in progress (while evaluating: done). `since`: monotonic s of the last sign of
-    progress: a phase begun, a micro-batch embedded or measured."""
+    """The progress of one rank.
+
+    Attributes:
+        step: Step in progress; while evaluating, the last step done.
+        phase: Current phase.
+        since: Monotonic time of the last sign of progress, in seconds: a new phase, or another
+            micro-batch embedded or evaluated.
+        wall: Wall-clock time of the same moment.
+    """
 
     def __init__(self, device: torch.device, step: int = 0) -> None:
         self.device, self.step, self.phase = device, step, "data"
@@ -23,10 +30,10 @@ class Progress:
         self.spent = dict.fromkeys(PHASES, 0.0)
 
     def enter(self, phase: str, step: int | None = None) -> None:
-        """A phase begins, or gets on. Ends the one before."""
+        """Enter a phase, or report progress within it."""
         if phase != self.phase:
             if self.device.type == "cuda" and self.phase in ("embed", "backward"):
-                torch.cuda.synchronize(self.device)  # until here kernels were only queued
+                torch.cuda.synchronize(self.device)  # Kernels so far were only queued.
             now = time.monotonic()
             self.spent[self.phase] += now - self.entered
             self.entered = now
@@ -35,7 +42,7 @@ class Progress:
         self.since, self.wall = time.monotonic(), time.time()
 
     def take_busy(self) -> float:
-        """Seconds spent in BUSY phases that have ended since this was last called."""
+        """Return the seconds spent in finished BUSY phases since the last call."""
         busy = sum(self.spent[phase] for phase in BUSY)
         self.spent = dict.fromkeys(PHASES, 0.0)
         return busy

@@ -1,6 +1,6 @@
-"""What a training step reports: its metrics, its samples, and those that could not be used.
+"""Reports of training steps: metrics, sample numbers, and replaced samples.
 
-Every rank calls; rank 0 alone writes.
+Every rank calls these; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -12,27 +12,33 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from gigabatch.data.shards.quarantine import Bad, by_source, refuse_above_rate
+from gigabatch.data.shards.quarantine import Substitution, check_damage_rate, count_by_source
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.inputs import TrainData
 from gigabatch.trainer.monitoring.counters import Counts
 from gigabatch.trainer.monitoring.metrics import Monitor
+from gigabatch.trainer.monitoring.step_result import StepResult
 from gigabatch.trainer.run.folder import RunFolder
-from gigabatch.trainer.step import StepResult
 
 
 @dataclass
 class Clock:
-    """Where the time between two lines of metrics went, in s."""
+    """Time and steps since the last line of metrics.
+
+    Attributes:
+        since: Monotonic time of the last line, in seconds.
+        steps: Steps since then.
+        waited: Seconds since then in which training waited for data.
+    """
 
     since: float = field(default_factory=time.monotonic)
     steps: int = 0
     waited: float = 0.0
 
     def rates(self, global_size: int) -> dict[str, float]:
-        """Of the steps since the last call."""
+        """Return the speed since the last call, and start again."""
         elapsed = max(time.monotonic() - self.since, 1e-9)
         rates = {
             "perf/samples_per_s": self.steps * global_size / elapsed,
@@ -44,7 +50,7 @@ class Clock:
 
 
 class Reporter:
-    """Of one attempt, which begins where `counts` stand. Closed by whoever made it."""
+    """Reports one attempt, which starts after `counts.done` steps."""
 
     def __init__(
         self,
@@ -62,12 +68,18 @@ class Reporter:
             self.monitor = Monitor(run, attempt, counts.done + 1, config.train.steps)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl, and the same in TensorBoard."""
+        """Write one line of metrics.jsonl, and the same to TensorBoard."""
         if self.monitor:
             self.monitor.report(step, step * self.config.batch.global_size, metrics)
 
     def step(self, result: StepResult, lr: float, more: Mapping[str, float]) -> None:
-        """The metrics of the step just done and of the time since the last such line."""
+        """Write and log the metrics of the last step.
+
+        Args:
+            result: Outcome of the step.
+            lr: Learning rate of the towers.
+            more: Further metrics.
+        """
         if self.monitor is None:
             return
         counts = self.counts
@@ -86,30 +98,34 @@ class Reporter:
         self.monitor.progress(counts.done, metrics)
 
     def samples(self, batch: Sequence[MicroBatch]) -> None:
-        """What the step just done trained on. A collective."""
-        own = [(m.number, m.tensors["sample"].tolist()) for m in batch if m.real]
-        dealt = sorted(each for rank in self.world.gather(own) for each in rank)
+        """Record the sample numbers of the last step, in batch order. A collective."""
+        local = [(m.number, m.tensors["sample"].tolist()) for m in batch if m.real]
+        micro_batches = sorted(micro for rank in self.world.gather(local) for micro in rank)
         if self.monitor:
-            self.monitor.samples(self.counts.done, [n for _, numbers in dealt for n in numbers])
+            samples = [n for _, numbers in micro_batches for n in numbers]
+            self.monitor.samples(self.counts.done, samples)
 
-    def bad_samples(self, bad: Sequence[Bad]) -> None:
-        """Count and record samples that others stood in for. A collective. Raises GigabatchError
-        where they are too many."""
-        found = [each for rank in self.world.gather(bad) for each in rank]
-        self.counts.bad_samples += by_source(found)
+    def bad_samples(self, bad: Sequence[Substitution]) -> None:
+        """Count and record replaced samples. A collective.
+
+        Raises:
+            GigabatchError: if they exceed `data.max_damaged`.
+        """
+        replaced = [sample for rank in self.world.gather(bad) for sample in rank]
+        self.counts.bad_samples += count_by_source(replaced)
         if self.monitor:
-            self.monitor.quarantine(found)
+            self.monitor.quarantine(replaced)
         names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         most = self.config.data.max_damaged
-        refuse_above_rate(self.counts.bad_samples, drawn, names, most)
+        check_damage_rate(self.counts.bad_samples, drawn, names, most)
 
     def _drawn(self) -> NDArray[np.int64]:
-        """[sources] samples read of each so far."""
-        return self.data.mixture.drawn(self.counts.done * self.config.batch.global_size)
+        """Return the samples drawn so far, int64 [sources]."""
+        return self.data.mixture.samples_before(self.counts.done * self.config.batch.global_size)
 
     def _epochs(self) -> dict[str, float]:
-        """How often each source was gone through."""
+        """Return how many epochs of each source are done."""
         epochs = [
             n / len(i) for n, i in zip(self._drawn().tolist(), self.data.indexes, strict=True)
         ]
@@ -118,9 +134,11 @@ class Reporter:
         return {f"data/epoch/{name}": e for name, e in zip(self.data.names, epochs, strict=True)}
 
     def flush(self) -> None:
+        """Sync all files to disk."""
         if self.monitor:
             self.monitor.flush()
 
     def close(self) -> None:
+        """Close all files."""
         if self.monitor:
             self.monitor.close()

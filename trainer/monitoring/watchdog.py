@@ -1,9 +1,9 @@
-"""A watchdog against hangs: which rank is behind, in which step and phase, and with what stack.
+"""A watchdog against hangs: reports which rank is behind, its step, phase and stack.
 
-Each rank's thread writes a heartbeat into the run folder. A stopped process beats no more; one
-whose main thread is stuck beats on in the same place. Where a rank makes no progress for
-`train.hang_timeout_s`, its thread compares all heartbeats, leaves stacks and a message, and ends
-the process, so that whoever started the group starts it again.
+A thread of each rank writes heartbeats to the run folder. A stopped process writes none; a process
+whose main thread is stuck keeps writing the same step and phase. If a rank makes no progress for
+`train.hang_timeout_s`, its thread compares all heartbeats, writes stacks and a message, and ends
+the process, so that the launcher restarts the group.
 
 heartbeats/attempt-000001-rank-0.json   hangs/attempt-000001-rank-0.txt
 """
@@ -31,15 +31,26 @@ from gigabatch.trainer.monitoring.progress import PHASES, Progress
 from gigabatch.trainer.run.folder import RunFolder
 
 HUNG = 1
-"""Exit code of a rank that found the run hanging."""
-SLOWEST = 10.0  # seconds between heartbeats, at most
-PATIENCE = 30.0  # seconds that the other ranks leave the one that speaks for all
+"""Exit code of a rank that detected a hang."""
+MAX_INTERVAL_S = 10.0
+"""Longest time between two heartbeats."""
+REPORT_TIME_S = 30.0
+"""Time that the other ranks give the reporting rank before they exit."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """`number` grows with each beat. `progress`: wall time of the last sign of progress.
-    `started`: when the process began, in the kernel's ticks: a pid alone may be another's by now.
+    """The state of one rank, as a file in heartbeats/.
+
+    Attributes:
+        rank: Number of the rank.
+        host: Its host.
+        pid: Its process.
+        started: Start time of the process in kernel ticks: its pid may be reused.
+        number: Number of the heartbeat.
+        step: Step in progress.
+        phase: Phase in progress.
+        progress: Wall-clock time of the last sign of progress.
     """
 
     rank: int
@@ -52,7 +63,8 @@ class Heartbeat:
     progress: float
 
     @property
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
+        """Step and phase in the order of training."""
         return self.step, PHASES.index(self.phase)
 
     def __str__(self) -> str:
@@ -64,13 +76,21 @@ Heartbeats = Mapping[int, Heartbeat]
 
 @contextmanager
 def watching(
-    run: RunFolder, attempt: int, world: World, progress: Progress, hang_after: float
+    run: RunFolder, attempt: int, world: World, progress: Progress, timeout: float
 ) -> Iterator[None]:
-    """Watch this rank and, where it hangs, the others. `hang_after` seconds; 0: not at all."""
-    if not hang_after:
+    """Watch this rank, and if it hangs, the others.
+
+    Args:
+        run: The run.
+        attempt: Number of this attempt.
+        world: This process and its group.
+        progress: Progress of this rank.
+        timeout: Seconds without progress that count as a hang; 0 disables the watchdog.
+    """
+    if not timeout:
         yield
         return
-    watchdog = _Watchdog(run, attempt, world, progress, hang_after)
+    watchdog = _Watchdog(run, attempt, world, progress, timeout)
     watchdog.thread.start()
     try:
         yield
@@ -82,95 +102,102 @@ def watching(
 
 class _Watchdog:
     def __init__(
-        self, run: RunFolder, attempt: int, world: World, progress: Progress, hang_after: float
+        self, run: RunFolder, attempt: int, world: World, progress: Progress, timeout: float
     ) -> None:
         self.run, self.attempt, self.world = run, attempt, world
-        self.progress, self.hang_after = progress, hang_after
-        self.interval = min(max(hang_after / 20, 0.1), SLOWEST)
-        self.number, self.frozen, self.frozen_at = 0, 0.0, 0.0
-        self.me = (world.rank, platform.node(), os.getpid(), _started(os.getpid()))
+        self.progress, self.timeout = progress, timeout
+        self.interval = min(max(timeout / 20, 0.1), MAX_INTERVAL_S)
+        self.number = 0
+        # Seconds for which the whole process was suspended, and the progress time at that moment.
+        self.suspended, self.suspended_at = 0.0, 0.0
+        self.identity = (world.rank, platform.node(), os.getpid(), _started(os.getpid()))
         self.heartbeats, self.hangs = run.path / "heartbeats", run.path / "hangs"
         self.heartbeats.mkdir(exist_ok=True)
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def file(self, rank: int) -> Path:
+        """Return the heartbeat file of a rank."""
         return self.heartbeats / f"attempt-{self.attempt:06d}-rank-{rank}.json"
 
     def _watch(self) -> None:
-        self._forget_earlier_attempts()
+        self._remove_earlier_attempts()
         while self._beat_and_wait():
-            if self._idle() > self.hang_after and self._is_hang():
+            if self._idle() > self.timeout and self._handle_hang():
                 return
 
-    def _forget_earlier_attempts(self) -> None:
+    def _remove_earlier_attempts(self) -> None:
         if self.world.is_main:
             for path in self.heartbeats.glob("attempt-*.json"):
                 if int(path.name.split("-")[1]) < self.attempt:
                     path.unlink(missing_ok=True)
 
     def _beat_and_wait(self) -> bool:
-        """One heartbeat; false once training has ended."""
+        """Write one heartbeat and wait an interval; returns false once training has ended."""
         self.number += 1
         at = self.progress
-        self.own = Heartbeat(*self.me, self.number, at.step, at.phase, at.wall)
+        self.heartbeat = Heartbeat(*self.identity, self.number, at.step, at.phase, at.wall)
         fresh = self.file(self.world.rank).with_suffix(".tmp")
-        with suppress(OSError):  # a full disk is others' to tell; the next beat tries again
-            fresh.write_text(json.dumps(asdict(self.own)))
+        # A full disk is reported elsewhere; the next heartbeat tries again.
+        with suppress(OSError):
+            fresh.write_text(json.dumps(asdict(self.heartbeat)))
             os.replace(fresh, self.file(self.world.rank))
         began = time.monotonic()
         ended = self.ended.wait(self.interval)
         late = time.monotonic() - began - self.interval
-        if late > 2 * self.interval:  # this whole process was stopped, and goes on
-            self.frozen, self.frozen_at = late, self.progress.since
+        if late > 2 * self.interval:  # The whole process was suspended and has resumed.
+            self.suspended, self.suspended_at = late, self.progress.since
         return not ended
 
     def _idle(self) -> float:
-        """Seconds in which this process ran and its main thread made no progress."""
+        """Return the seconds without progress, not counting those of a suspended process."""
         since = self.progress.since
-        frozen = self.frozen if self.frozen and self.frozen_at == since else 0.0
-        return time.monotonic() - since - frozen
+        suspended = self.suspended if self.suspended and self.suspended_at == since else 0.0
+        return time.monotonic() - since - suspended
 
-    def _is_hang(self) -> bool:
-        """Tell and end this process; false where the run went on, or was given up, meanwhile."""
-        since, before = self.progress.since, self._read()
-        mine = self._dump_own_stacks()
+    def _handle_hang(self) -> bool:
+        """Report the hang and end this process.
+
+        Returns true if training has ended meanwhile, false if it continues.
+        """
+        since, before = self.progress.since, self._read_heartbeats()
+        stacks = self._dump_stacks()
         for _ in range(3):
             if not self._beat_and_wait():
                 return True
         if self.progress.since != since:
-            mine.unlink(missing_ok=True)
+            stacks.unlink(missing_ok=True)
             return False
-        after = self._read()
+        after = self._read_heartbeats()
         try:
             if self.run.owned_by(self.attempt):
                 stopped = stopped_ranks(before, after)
-                self._end_of(stopped, after, describe(self.world.size, stopped, after))
-        finally:  # whatever a full or broken disk does to the message
+                self._end_group(stopped, after, describe(self.world.size, stopped, after))
+        finally:  # Also if a full or broken disk prevents the report.
             os._exit(HUNG)
 
-    def _read(self) -> Heartbeats:
-        found = {self.world.rank: self.own}
+    def _read_heartbeats(self) -> Heartbeats:
+        heartbeats = {self.world.rank: self.heartbeat}
         for rank in set(range(self.world.size)) - {self.world.rank}:
             with suppress(OSError, ValueError, TypeError):
-                found[rank] = Heartbeat(**json.loads(self.file(rank).read_text()))
-        return found
+                heartbeats[rank] = Heartbeat(**json.loads(self.file(rank).read_text()))
+        return heartbeats
 
-    def _end_of(self, stopped: set[int], beats: Heartbeats, message: str) -> None:
-        """The first rank that still runs speaks for all, the first of each host cleans up there."""
+    def _end_group(self, stopped: set[int], beats: Heartbeats, message: str) -> None:
+        """Report on the first running rank; kill stopped processes on the first of each host."""
         running = [rank for rank in sorted(beats) if rank not in stopped]
-        here = [rank for rank in running if beats[rank].host == self.me[1]]
+        here = [rank for rank in running if beats[rank].host == self.identity[1]]
         if self.world.rank == running[0]:
-            self._tell(message)
+            self._report(message)
         if self.world.rank == here[0]:
             for rank in stopped:
-                self._bury(beats[rank])
+                self._kill_stopped(beats[rank])
         if self.world.rank != running[0]:
-            # Its exit ends the group; ours would end it before it has told all.
-            time.sleep(PATIENCE)
+            # Any exit ends the group; the reporting rank must finish first.
+            time.sleep(REPORT_TIME_S)
 
-    def _tell(self, message: str) -> None:
-        text = f"no progress for {format_duration(self.hang_after)}: {message}"
+    def _report(self, message: str) -> None:
+        text = f"no progress for {format_duration(self.timeout)}: {message}"
         text += f". Stacks: {self.hangs}"
         with suppress(OSError):
             print(f"gigabatch: {text}", file=sys.stderr, flush=True)
@@ -179,9 +206,10 @@ class _Watchdog:
         with suppress(OSError), open(self.run.log, "a", encoding="utf-8") as file:
             file.write(time.strftime("%Y-%m-%d %H:%M:%S E ") + text + "\n")
 
-    def _dump_own_stacks(self) -> Path:
-        path = self._stacks(self.world.rank)
-        with suppress(OSError):  # nor must a full disk keep the hang from being ended
+    def _dump_stacks(self) -> Path:
+        """Write the stacks of this process to hangs/."""
+        path = self._stacks_file(self.world.rank)
+        with suppress(OSError):  # A full disk must not keep the hung process alive.
             self.hangs.mkdir(exist_ok=True)
             with open(path, "w", encoding="utf-8") as file:
                 file.write(f"step {self.progress.step}, phase {self.progress.phase}\n")
@@ -189,74 +217,84 @@ class _Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         return path
 
-    def _stacks(self, rank: int) -> Path:
+    def _stacks_file(self, rank: int) -> Path:
         return self.hangs / f"attempt-{self.attempt:06d}-rank-{rank}.txt"
 
-    def _bury(self, beat: Heartbeat) -> None:
-        """Leave the stacks of a stopped process of this host, where py-spy can read them, and kill
-        it: SIGTERM, which a launcher would send first, does not reach it."""
-        if beat.host != self.me[1] or beat.started != _started(beat.pid):
+    def _kill_stopped(self, beat: Heartbeat) -> None:
+        """Write the stacks of a stopped process of this host, if py-spy is installed; kill it.
+
+        SIGTERM, which a launcher sends first, does not reach a stopped process.
+        """
+        if beat.host != self.identity[1] or beat.started != _started(beat.pid):
             return
         if spy := shutil.which("py-spy"):
             command = [spy, "dump", "--nonblocking", "--pid", str(beat.pid)]
             with suppress(OSError, subprocess.TimeoutExpired):
-                found = subprocess.run(command, capture_output=True, text=True, timeout=10)
-                self._stacks(beat.rank).write_text(
-                    f"step {beat.step}, phase {beat.phase}\n{found.stdout}{found.stderr}"
+                dump = subprocess.run(command, capture_output=True, text=True, timeout=10)
+                self._stacks_file(beat.rank).write_text(
+                    f"step {beat.step}, phase {beat.phase}\n{dump.stdout}{dump.stderr}"
                 )
         with suppress(ProcessLookupError, PermissionError):
             os.kill(beat.pid, signal.SIGKILL)
 
 
 def stopped_ranks(before: Heartbeats, after: Heartbeats) -> set[int]:
-    """Ranks whose process did not beat between two readings some beats apart. (No clock is
-    compared: hosts' clocks differ.)"""
+    """Return the ranks without a new heartbeat between two readings.
+
+    Numbers are compared, not times: hosts' clocks differ.
+    """
     return {r for r, beat in after.items() if r in before and before[r].number == beat.number}
 
 
 def describe(size: int, stopped: set[int], beats: Heartbeats) -> str:
-    """Which of `size` ranks the others wait for, and where it is."""
+    """Describe which ranks the others wait for.
+
+    Args:
+        size: Number of ranks.
+        stopped: Ranks whose process is stopped.
+        beats: Latest heartbeats.
+    """
     silent = [rank for rank in range(size) if rank not in beats]
     running = [rank for rank in sorted(beats) if rank not in stopped]
-    last = min(beats[rank].place for rank in running)
-    stuck = [rank for rank in running if beats[rank].place == last]
+    last = min(beats[rank].position for rank in running)
+    stuck = [rank for rank in running if beats[rank].position == last]
     if len(stuck) == size:
         who = f"all {size} ranks are" if size > 1 else f"{beats[0]} is"
-        return f"{who} in {_where(beats[0])}, since {_ago(beats[0])}"
+        return f"{who} in {_where(beats[0])}, for {_idle_time(beats[0])}"
     if silent or stopped:
-        stuck = []  # what they are at, they wait in
+        stuck = []  # The running ranks wait for the others.
     parts = [
-        *(f"rank {rank} has left no heartbeat" for rank in silent),
-        *(_standing(beats[rank], "stopped") for rank in sorted(stopped)),
-        *(_standing(beats[rank], "is stuck") for rank in stuck),
+        *(f"rank {rank} wrote no heartbeat" for rank in silent),
+        *(_state(beats[rank], "stopped") for rank in sorted(stopped)),
+        *(_state(beats[rank], "is stuck") for rank in stuck),
     ]
     if waiting := [rank for rank in running if rank not in stuck]:
         parts.append(_waiting(waiting))
     return "; ".join(parts)
 
 
-def _standing(beat: Heartbeat, how: str) -> str:
-    return f"{beat} {how} in {_where(beat)}, {_ago(beat)} ago"
+def _state(beat: Heartbeat, state: str) -> str:
+    return f"{beat} {state} in {_where(beat)}, last progress {_idle_time(beat)} ago"
 
 
 def _where(beat: Heartbeat) -> str:
     return f"step {beat.step}, phase {beat.phase}"
 
 
-def _ago(beat: Heartbeat) -> str:
+def _idle_time(beat: Heartbeat) -> str:
     return format_duration(max(time.time() - beat.progress, 0))
 
 
 def _waiting(ranks: Iterable[int]) -> str:
-    named = sorted(ranks)
-    if len(named) == 1:
-        return f"rank {named[0]} waits for it"
-    shown = ", ".join(map(str, named[:8])) + (", ..." if len(named) > 8 else "")
+    waiting = sorted(ranks)
+    if len(waiting) == 1:
+        return f"rank {waiting[0]} waits for it"
+    shown = ", ".join(map(str, waiting[:8])) + (", ..." if len(waiting) > 8 else "")
     return f"ranks {shown} wait for it"
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine began; empty where it is gone or cannot be asked."""
+    """Return the start time of a local process in kernel ticks; empty if it has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):

@@ -1,80 +1,82 @@
-"""Objectives: what is minimised, over the embeddings of the whole global batch."""
+"""Objectives: losses over the embeddings of the global batch, one file each."""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.kernels.stats import load_backend
-from gigabatch.trainer.config import Single, SumSettings
-from gigabatch.trainer.objectives.barlow import Barlow
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.byol import BYOL
-from gigabatch.trainer.objectives.hard_negatives import HardNegatives
-from gigabatch.trainer.objectives.infonce import InfoNCE
-from gigabatch.trainer.objectives.label_distance import LabelDistance
-from gigabatch.trainer.objectives.late_interaction import LateInteraction
-from gigabatch.trainer.objectives.noisy import Noisy
-from gigabatch.trainer.objectives.queue import Queue
-from gigabatch.trainer.objectives.siglip import SigLIP
-from gigabatch.trainer.objectives.sogclr import SogCLR
-from gigabatch.trainer.objectives.sum import Sum
-from gigabatch.trainer.objectives.supcon import SupCon
-from gigabatch.trainer.objectives.swav import SwAV
-from gigabatch.trainer.objectives.symile import Symile
+from gigabatch.trainer.objectives import registry
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Objective
+from gigabatch.trainer.objectives.registry import OBJECTIVES
+from gigabatch.trainer.objectives.settings import ObjectiveSettings
+
+registry.discover()
+
+if TYPE_CHECKING:
+    AnyObjective = ObjectiveSettings
+else:
+    from gigabatch.trainer.objectives.module import ModuleSettings
+    from gigabatch.trainer.objectives.union import union_of
+
+    AnyObjective = union_of([*(kind.Settings for kind in OBJECTIVES.values()), ModuleSettings])
+
+# Building the schema of the union takes a tenth of a second.
+_ADAPTER: TypeAdapter[ObjectiveSettings] = TypeAdapter(AnyObjective)
 
 __all__ = [
     "OBJECTIVES",
-    "About",
+    "AnyObjective",
+    "Card",
     "Context",
     "Loss",
     "Needs",
     "Objective",
+    "ObjectiveSettings",
     "build_objective",
-    "settings_class",
+    "default_settings",
+    "parse_settings",
 ]
 
-OBJECTIVES: dict[str, Any] = {
-    "infonce": InfoNCE,
-    "siglip": SigLIP,
-    "supcon": SupCon,
-    "sogclr": SogCLR,
-    "late_interaction": LateInteraction,
-    "queue": Queue,
-    "noisy": Noisy,
-    "symile": Symile,
-    "hard_negatives": HardNegatives,
-    "label_distance": LabelDistance,
-    "barlow": Barlow,
-    "byol": BYOL,
-    "swav": SwAV,
-}
-"""By name, as they are shown in order. Called with their settings, `group` and `width`."""
+
+def default_settings() -> ObjectiveSettings:
+    """Return the settings of the default objective."""
+    return OBJECTIVES[registry.DEFAULT].Settings(name=registry.DEFAULT)
 
 
-def settings_class(name: str) -> type[Single]:
-    """The description that an objective of that name has in a config."""
-    kinds: tuple[type[Single], ...] = get_args(Single)
-    return next(kind for kind in kinds if name in get_args(kind.model_fields["name"].annotation))
+def parse_settings(settings: Mapping[str, Any]) -> ObjectiveSettings:
+    """Validate the settings of an objective, as they are written in a config.
+
+    Raises:
+        pydantic.ValidationError: If a key is unknown or a value is invalid.
+    """
+    return _ADAPTER.validate_python(dict(settings))
 
 
 def build_objective(
-    settings: Single | SumSettings,
+    settings: ObjectiveSettings,
     device: torch.device | str = "cpu",
     group: str | None = None,
     width: int = 0,
-) -> Objective:
-    """The objective, on a device. `group`: the column whose values are compared each with itself
-    alone. `width`: of the shared space. Raises GigabatchError where the device cannot run its back
-    end."""
-    if isinstance(settings, SumSettings):
-        terms = [build_objective(term, device, group, width) for term in settings.terms]
-        names = [term.name for term in settings.terms]
-        return Sum(terms, names, settings.weights or [1.0] * len(terms))
-    try:
-        load_backend(getattr(settings, "backend", None), torch.empty(0, device=device))
-    except ValueError as error:
-        raise GigabatchError(f"objective.backend: {error}") from None
-    return OBJECTIVES[settings.name](settings, group, width).to(device)
+) -> Objective[Any]:
+    """Create an objective on a device.
+
+    Args:
+        settings: Its settings.
+        device: Where its parameters and buffers live.
+        group: The column `data.group`: only samples with equal values are compared.
+        width: Embedding dimension of the shared space.
+
+    Raises:
+        GigabatchError: If the device cannot run the objective's back end.
+    """
+    for single in settings.singles():
+        try:
+            load_backend(getattr(single, "backend", None), torch.empty(0, device=device))
+        except ValueError as error:
+            raise GigabatchError(f"objective.backend: {error}") from None
+    return registry.build(settings, group=group, width=width).to(device)

@@ -1,31 +1,49 @@
-"""Barlow Twins (Zbontar et al. 2021), as an addition to CLIP (number 40): no pairs of samples, but
-the D x D correlations of two taps' coordinates over the global batch."""
+"""Barlow Twins (Zbontar et al. 2021): no pairs of samples, but the D x D correlations of two taps'
+coordinates over the global batch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gigabatch.kernels.collect import sum_over_ranks
-from gigabatch.trainer.config import BarlowSettings
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.common import paired
+from gigabatch.trainer.fields import Pair
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Objective
+from gigabatch.trainer.objectives.common import valid_pairs
+from gigabatch.trainer.objectives.reference import Example, ReferenceBatch, Value
+from gigabatch.trainer.objectives.registry import register
+from gigabatch.trainer.objectives.settings import SingleSettings
 
 
-class Barlow(Objective):
-    about = About(
-        "Barlow Twins: the correlations of two views' coordinates shall be the identity",
-        "Barlow Twins, Zbontar et al. 2021; as an addition to CLIP, 40",
+class BarlowSettings(SingleSettings):
+    name: Literal["barlow"]
+    """Barlow Twins: the correlations of two taps' coordinates should be the identity. Use it in a
+    sum, beside another objective."""
+    taps: Pair = ("image", "image@1")
+    """The two tower outputs to correlate."""
+    off_diagonal: float = Field(0.005, ge=0)
+    """Weight of the correlations off the diagonal."""
+
+
+@register
+class Barlow(Objective[BarlowSettings]):
+    Settings = BarlowSettings
+    card = Card(
+        "Barlow Twins: the correlations of two views' coordinates should be the identity",
+        "Barlow Twins, Zbontar et al. 2021",
         "sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2, C the correlations over the batch",
         "3 D / N",
-        "an addition, in a sum: CLIP with it has weight 0.025 there",
+        "an addition in a sum, to CLIP with a weight of 0.025",
+        ("barlow_twins", "vicreg"),
     )
+    examples = {"": Example(missing=True)}
 
-    def __init__(self, settings: BarlowSettings, group: str | None, width: int) -> None:
-        super().__init__()
-        self.settings = settings
+    def __init__(self, settings: BarlowSettings) -> None:
+        super().__init__(settings)
         self.needs = Needs(settings.taps)
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
@@ -35,24 +53,36 @@ class Barlow(Objective):
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
-        a, b = paired(outputs, meta, self.settings.taps).vectors
-        # All that leaves a rank are sums, each of which is differentiated on every rank. Means are
-        # constants: what sums of centred products would say of them is the centred rows' sum, 0.
+        a, b = valid_pairs(outputs, meta, self.settings.taps).vectors
+        # Only sums leave a rank, and each is differentiated on every rank. The means are constants:
+        # the gradient through them would be a sum of centered rows, which is 0.
         count = sum_over_ranks(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
         sums = torch.stack([a.detach().sum(0), b.detach().sum(0)])
         means = sum_over_ranks(sums, ctx.group) / count
         a, b = a - means[0], b - means[1]
         moments = sum_over_ranks(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
-        spread = (moments / count).clamp(min=1e-12).sqrt()
-        c = sum_over_ranks(a.T @ b, ctx.group) / count / (spread[0].unsqueeze(1) * spread[1])
+        deviation = (moments / count).clamp(min=1e-12).sqrt()
+        c = sum_over_ranks(a.T @ b, ctx.group) / count / (deviation[0].unsqueeze(1) * deviation[1])
         diagonal = c.diagonal()
         off = c.square().sum() - diagonal.square().sum()
         value = (diagonal - 1).square().sum() + self.settings.off_diagonal * off
         return Loss(value, {"correlation": diagonal.detach().mean()})
 
+    @staticmethod
+    def reference(settings: BarlowSettings, batch: ReferenceBatch) -> Value:
+        valid = batch.complete(*settings.taps)
+        views = (batch.outputs[tap][valid] for tap in settings.taps)
+        a, b = ((rows - rows.mean(0)) / rows.std(0, correction=0) for rows in views)
+        c = a.T @ b / len(a)
+        on = torch.eye(len(c), dtype=torch.bool)
+        return ((c - 1) ** 2)[on].sum() + settings.off_diagonal * (c**2)[~on].sum(), None
+
 
 def _square_sums(rows: Tensor) -> Tensor:
-    """[D]: sums over rows [n, D] of squares, by norms, whose gradient takes one product where that
-    of squares takes three; of some rows at a time, since a norm adds one row after the other."""
+    """Return [D]: the sums of squares over rows [n, D].
+
+    Norms have a gradient of one product, squares one of three. Parts of 256 rows keep precision: a
+    norm adds one row after another.
+    """
     norms = [torch.linalg.vector_norm(part, dim=0) for part in rows.split(256)]
     return torch.stack(norms).square().sum(0)

@@ -1,41 +1,66 @@
-"""BYOL (Grill et al. 2020), as an addition to CLIP (number 40): a predictor finds in one view what
-a momentum tower sees in another."""
+"""BYOL (Grill et al. 2020): predict from one view what a momentum tower sees in another."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gigabatch.trainer.config import BYOLSettings
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs, Objective
-from gigabatch.trainer.objectives.common import paired, weighted_mean
+from gigabatch.trainer.fields import Count, Fraction, Pair
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Objective
+from gigabatch.trainer.objectives.common import valid_pairs, weighted_mean
+from gigabatch.trainer.objectives.reference import Example, ReferenceBatch, Value
+from gigabatch.trainer.objectives.registry import register
+from gigabatch.trainer.objectives.settings import SingleSettings, unique
 from gigabatch.trainer.taps import TEACHER, parse_tap
 
 
-class BYOL(Objective):
-    about = About(
+class BYOLSettings(SingleSettings):
+    name: Literal["byol"]
+    """BYOL: predict one view's vectors in a momentum tower, without negatives. Use it in a sum,
+    beside another objective."""
+    taps: Pair = ("image", "image@1")
+    """The two views, compared both ways. The momentum tower sees its own view of each modality."""
+    momentum: Fraction = 0.99
+    """Momentum of that tower's weights per step."""
+    hidden: Count = 512
+    """Hidden width of the predictor."""
+
+    def momentum_tower(self) -> float | None:
+        return self.momentum
+
+
+@register
+class BYOL(Objective[BYOLSettings]):
+    Settings = BYOLSettings
+    card = Card(
         "BYOL: predict what a momentum tower sees in another view; no negatives",
-        "BYOL, Grill et al. 2020; as an addition to CLIP, 40",
+        "BYOL, Grill et al. 2020",
         "mean_i [2 - 2 cos(p(a_i), teacher_b_i)], both ways, halved; the teacher without gradient",
         "12 hidden / N, and one more forward pass of the towers",
-        "an addition, in a sum",
+        "an addition in a sum",
+        ("simsiam",),
     )
+    examples = {"": Example({"hidden": 5})}
 
-    def __init__(self, settings: BYOLSettings, group: str | None, width: int) -> None:
-        super().__init__()
-        self.settings = settings
-        # The teacher augments anew: its view is never that of the tap it is compared with.
-        self.seen = [parse_tap(tap).plain for tap in settings.taps]
-        teacher = tuple(dict.fromkeys(self.seen))
+    def __init__(self, settings: BYOLSettings, width: int) -> None:
+        super().__init__(settings)
+        # The teacher augments again: its view is never that of the tap it is compared with.
+        self.teacher_taps = [parse_tap(tap).base for tap in settings.taps]
+        teacher = unique(self.teacher_taps)
         self.needs = Needs(settings.taps, teacher=teacher, momentum=settings.momentum)
-        # No batch norm: its statistics would differ from rank to rank. The vectors are normalised.
+        # Layer norm, because statistics of a batch norm would differ from rank to rank.
         self.predictor = nn.Sequential(
             nn.Linear(width, settings.hidden), nn.LayerNorm(settings.hidden), nn.ReLU(),
             nn.Linear(settings.hidden, width),
         )  # fmt: skip
+
+    @classmethod
+    def build(cls, settings: BYOLSettings, *, group: str | None = None, width: int = 0) -> Self:
+        return cls(settings, width)
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
         return 12 * self.settings.hidden / len(outputs[self.settings.taps[0]])
@@ -43,11 +68,28 @@ class BYOL(Objective):
     def forward(
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
-        taps = (*self.settings.taps, *(TEACHER + tap for tap in self.seen))
-        a, b, of_a, of_b = paired(outputs, meta, taps).vectors
+        taps = (*self.settings.taps, *(TEACHER + tap for tap in self.teacher_taps))
+        a, b, teacher_a, teacher_b = valid_pairs(outputs, meta, taps).vectors
         ways = [
-            2 - 2 * F.cosine_similarity(self.predictor(mine), seen, dim=1)
-            for mine, seen in ((a, of_b), (b, of_a))
+            2 - 2 * F.cosine_similarity(self.predictor(rows), target, dim=1)
+            for rows, target in ((a, teacher_b), (b, teacher_a))
         ]
-        each = torch.stack(ways).mean(0)
-        return Loss(weighted_mean(each, torch.ones_like(each), ctx))
+        losses = torch.stack(ways).mean(0)
+        return Loss(weighted_mean(losses, torch.ones_like(losses), ctx))
+
+    @staticmethod
+    def reference(settings: BYOLSettings, batch: ReferenceBatch) -> Value:
+        p = batch.parameters
+
+        def predict(x: Tensor) -> Tensor:
+            h = x @ p["predictor.0.weight"].T + p["predictor.0.bias"]
+            h = (h - h.mean(1, keepdim=True)) / (h.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+            h = torch.relu(h * p["predictor.1.weight"] + p["predictor.1.bias"])
+            return h @ p["predictor.3.weight"].T + p["predictor.3.bias"]
+
+        losses = []
+        for tap, other in (settings.taps, settings.taps[::-1]):
+            x = predict(batch.outputs[tap])
+            target = batch.outputs[TEACHER + other.partition("@")[0]]
+            losses.append(2 - 2 * (x * target).sum(1) / (x.norm(dim=1) * target.norm(dim=1)))
+        return (losses[0].mean() + losses[1].mean()) / 2, None

@@ -1,4 +1,4 @@
-"""What objectives share: the rows that count, learnt scales, sums over ranks."""
+"""Parts that objectives share: valid rows, logit scales, means over ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import wraps
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,128 +14,162 @@ from torch import Tensor, nn
 
 from gigabatch.kernels import gather_rows
 from gigabatch.kernels.sources import all_sum
-from gigabatch.trainer.config import ObjectiveSettings, ScaledSettings
 from gigabatch.trainer.objectives.base import Context, Loss, Objective
+from gigabatch.trainer.objectives.settings import EngineSettings, ScaledSettings
 from gigabatch.trainer.taps import parse_tap
 
+S = TypeVar("S", bound=ScaledSettings)
 
-class Scaled(Objective):
-    """An objective of logits, with a scale that may be learnt."""
 
-    def __init__(self, settings: ScaledSettings) -> None:
-        super().__init__()
+class Scaled(Objective[S]):
+    """An objective with a logit scale, which may be trained."""
+
+    def __init__(self, settings: S) -> None:
+        super().__init__(settings)
         self.log_scale_max = math.log(settings.scale_max)
         self.log_scale = nn.Parameter(
             torch.tensor(math.log(settings.init_logit_scale)), requires_grad=settings.learn_scale
         )
 
     def scale(self) -> Tensor:
+        """Return the logit scale, 0-dimensional."""
         return clamp_inward(self.log_scale, ceiling=self.log_scale_max).exp()
+
+    def mean_temperature(self, tables: Mapping[str, Tensor]) -> float | None:
+        return float(1 / self.scale().detach())
 
 
 Forward = Callable[[Any, Mapping[str, Tensor], Mapping[str, Tensor], Context], Loss]
 
 
 def over_widths(forward: Forward) -> Forward:
-    """Matryoshka representations (Kusupati et al. 2022), for the forward pass of an objective whose
-    settings have `widths`: the mean over widths d of its loss of the vectors' first d coordinates,
-    of unit length again."""
+    """Decorator of a forward pass: Matryoshka representations (Kusupati et al. 2022).
+
+    Where the settings have `widths`, the loss is the mean over them of the loss of the vectors'
+    first d coordinates, normalized again.
+    """
 
     @wraps(forward)
-    def nested(
+    def nested_forward(
         self: Any, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
         if not self.settings.widths:
             return forward(self, outputs, meta, ctx)
         losses = []
-        for d in self.settings.widths:
-            short = {tap: first_coordinates(rows, d) for tap, rows in outputs.items()}
-            losses.append(forward(self, short, meta, ctx))
-        return replace(losses[-1], value=torch.stack([each.value for each in losses]).mean())
+        for width in self.settings.widths:
+            truncated = {tap: first_coordinates(rows, width) for tap, rows in outputs.items()}
+            losses.append(forward(self, truncated, meta, ctx))
+        return replace(losses[-1], value=torch.stack([loss.value for loss in losses]).mean())
 
-    return nested
+    return nested_forward
 
 
 def first_coordinates(rows: Tensor, width: int) -> Tensor:
-    """The first `width` coordinates of unit vectors [..., D], of unit length again."""
+    """Truncate unit vectors [..., D] to `width` coordinates and normalize them again."""
     return rows if width == rows.shape[-1] else F.normalize(rows[..., :width], dim=-1)
 
 
 @dataclass(frozen=True)
-class Paired:
-    """The samples of this rank that have every tap. `here`: bool [n], which they are; `vectors`:
-    of each tap; `columns`: of the samples, as `meta` has them."""
+class ValidPairs:
+    """This rank's samples that have every tap.
 
-    here: Tensor
+    Attributes:
+        valid: bool [n]; which samples these are.
+        vectors: Rows of each tap.
+        columns: Their columns, named as in `meta`.
+    """
+
+    valid: Tensor
     vectors: tuple[Tensor, ...]
     columns: dict[str, Tensor]
 
 
-def paired(
+def valid_pairs(
     outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], taps: Sequence[str],
-    settings: ObjectiveSettings | None = None, columns: Sequence[str] = (),
-) -> Paired:  # fmt: skip
-    """For objectives whose row i of one tap belongs to row i of another."""
-    here = torch.ones_like(meta["sample"], dtype=torch.bool)
+    settings: EngineSettings | None = None, columns: Sequence[str] = (),
+) -> ValidPairs:  # fmt: skip
+    """Select the samples that have every tap, for losses in which row i of one tap belongs to row i
+    of another. `columns`: the columns to select beside `sample`."""
+    valid = torch.ones_like(meta["sample"], dtype=torch.bool)
     for name in {f"{parse_tap(tap).modality}_present" for tap in taps} & meta.keys():
-        here = here & meta[name]
-    all_here = bool(here.all())  # then nothing is copied, and no gradient put back in its place
-    found = {n: meta[n] if all_here else meta[n][here] for n in ("sample", *columns)}
-    rows = (outputs[tap] if all_here else outputs[tap][here] for tap in taps)
-    return Paired(here, tuple(rounded(each, settings) for each in rows), found)
+        valid = valid & meta[name]
+    # Without a missing row, indexing would copy the rows and scatter their gradients for nothing.
+    all_valid = bool(valid.all())
+    selected = {n: meta[n] if all_valid else meta[n][valid] for n in ("sample", *columns)}
+    vectors = (outputs[tap] if all_valid else outputs[tap][valid] for tap in taps)
+    return ValidPairs(valid, tuple(to_loss_dtype(rows, settings) for rows in vectors), selected)
 
 
-def present(
+def valid_rows(
     outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], tap: str,
-    settings: ObjectiveSettings, columns: Mapping[str, str],
+    settings: EngineSettings, columns: Mapping[str, str],
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The rows of a tap that are there, and their columns, by new names; as `nth`, which of its
-    sample's captions a row is. Captions come K a sample; a modality that a sample lacks has no
-    row."""
-    rows, found = rounded(outputs[tap], settings), {n: meta[c] for n, c in columns.items()}
-    per = len(rows) // max(1, len(next(iter(found.values()))))
-    if per > 1:
-        found = {name: column.repeat_interleave(per, dim=0) for name, column in found.items()}
-    found["nth"] = torch.arange(len(rows), device=rows.device) % max(1, per)
-    here = meta.get(f"{parse_tap(tap).modality}_present")
-    if here is None:
-        return rows, found
-    return rows[here], {name: column[here] for name, column in found.items()}
+    """Select the valid rows of one tap.
+
+    Args:
+        outputs: Tap -> rows; with K captions per sample, K rows each.
+        meta: Columns of the samples.
+        tap: The tap.
+        settings: Set the dtype of the rows.
+        columns: New name -> name in `meta`.
+
+    Returns:
+        The rows, and their columns by the new names. `nth` is a row's position among its sample's
+        captions.
+    """
+    rows = to_loss_dtype(outputs[tap], settings)
+    selected = {new: meta[name] for new, name in columns.items()}
+    per_sample = len(rows) // max(1, len(next(iter(selected.values()))))
+    if per_sample > 1:
+        selected = {n: column.repeat_interleave(per_sample, 0) for n, column in selected.items()}
+    selected["nth"] = torch.arange(len(rows), device=rows.device) % max(1, per_sample)
+    valid = meta.get(f"{parse_tap(tap).modality}_present")
+    if valid is None:
+        return rows, selected
+    return rows[valid], {name: column[valid] for name, column in selected.items()}
 
 
-def rounded(rows: Tensor, settings: ObjectiveSettings | None) -> Tensor:
-    """As precise as the settings want the products; without settings float32."""
+def to_loss_dtype(rows: Tensor, settings: EngineSettings | None) -> Tensor:
+    """Cast rows to `settings.precision`; unchanged without settings."""
     if settings is None:
         return rows
     return rows.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
 
 
 def weighted_mean(values: Tensor, weights: Tensor, ctx: Context) -> Tensor:
-    """World size x (this rank's part of the weighted mean over all ranks' rows)."""
+    """Return world size x (this rank's part of the weighted mean over all ranks' rows [n])."""
     total = all_sum(weights.detach().sum(), ctx.group)
     return ctx.world_size * (weights * values).sum() / total.clamp(min=1e-12)
 
 
 def mean_metric(values: Tensor, ctx: Context) -> Tensor:
-    """The mean over all ranks' rows, the same on every rank, without gradient."""
+    """Return the mean over all ranks' rows [n], the same on every rank, without gradient."""
     sums = torch.stack([values.detach().sum(), values.new_tensor(float(len(values)))])
     total, count = all_sum(sums, ctx.group)
     return total / count.clamp(min=1)
 
 
 def count_same(ids: Tensor, ctx: Context) -> tuple[Tensor, int]:
-    """float [n]: how many of all ranks' rows have each row's id, itself among them; and how many
-    rows there are."""
-    everyone, _ = torch.sort(gather_rows(ids, ctx.group))
-    low, high = (torch.searchsorted(everyone, ids, right=right) for right in (False, True))
-    return (high - low).float(), len(everyone)
+    """Count rows of equal id over all ranks.
+
+    Args:
+        ids: int64 [n].
+        ctx: Holds the process group.
+
+    Returns:
+        float32 [n], how many rows of all ranks have each row's id, itself included; and the number
+        of all rows.
+    """
+    all_ids, _ = torch.sort(gather_rows(ids, ctx.group))
+    low, high = (torch.searchsorted(all_ids, ids, right=right) for right in (False, True))
+    return (high - low).float(), len(all_ids)
 
 
 def clamp_inward(x: Tensor, floor: float = -math.inf, ceiling: float = math.inf) -> Tensor:
-    """x between two bounds, whose gradient passes unless it would push x further out.
+    """Clamp x; its gradient passes unless a descent step would push x further out.
 
-    A plain clamp has no gradient beyond its limit, so the parameter could never come back; a clamp
-    of the parameter itself would be overwritten by an optimizer that keeps its own copy.
+    A plain clamp has no gradient beyond its limit, so the parameter could never return. Clamping
+    the parameter itself fails where the optimizer keeps its own copy.
     """
     return _ClampInward.apply(x, floor, ceiling)
 

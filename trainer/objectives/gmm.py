@@ -1,5 +1,5 @@
-"""Clean or noisy? A mixture of two Gaussians over the samples' losses (DivideMix, Li et al. 2020;
-PC2, number 1), fitted over all ranks' samples without bringing them together."""
+"""A mixture of two Gaussians over the samples' losses, which separates clean from noisy pairs
+(DivideMix, Li et al. 2020; PC2). It is fitted over all ranks' samples without gathering them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ from torch import Tensor
 
 from gigabatch.trainer.distributed import World
 
-ROUNDS = 5000
+ITERATIONS = 5000
 BINS = 8192
-LEAST = 1e-3
-"""Least variance of a component, as a share of that of all values: none may shrink to a point."""
+MIN_VARIANCE = 1e-3
+"""Smallest variance of a component as a share of the total: none may shrink to a point."""
 
 
 def fit_split(values: Tensor, world: World) -> Tensor:
-    """Expectation maximisation; `values` [m], this rank's. A collective; the same on every rank.
+    """Fit the mixture by expectation maximization. A collective; the same on every rank.
 
-    Works on a histogram of all ranks' values, each bin by its mean, so that it costs the same for
-    any number of samples. Returns float64 [2, 3], the component of lower mean first: mean,
-    variance, share. Of values that are all the same, or none, both components are one.
+    It runs on a histogram of all ranks' values, each bin represented by its mean, so that its cost
+    does not grow with the number of samples.
+
+    Args:
+        values: This rank's values [m].
+        world: The ranks.
+
+    Returns:
+        float64 [2, 3]: mean, variance and share of each component, the lower mean first. Both
+        components are equal if all values are, or if there are none.
     """
     x = values.double()
     zero = x.new_zeros(())
@@ -31,39 +38,42 @@ def fit_split(values: Tensor, world: World) -> Tensor:
     if float(variance) <= 1e-12 * float(mean.square()):
         return torch.stack([mean, variance, zero + 0.5]).expand(2, 3).clone()
     place = ((x - mean) / variance.sqrt() / 16 + 0.5).clamp(0, 1 - 1e-9) * BINS
-    counted = [torch.bincount(place.long(), w, BINS) for w in (torch.ones_like(x), x)]
-    bins = torch.stack(counted).double()  # of no value bincount makes another dtype
+    histograms = [torch.bincount(place.long(), w, BINS) for w in (torch.ones_like(x), x)]
+    bins = torch.stack(histograms).double()  # without values, bincount returns another dtype
     weight, sums = world.sum(bins)
     weight, x = weight[weight > 0], (sums / weight)[weight > 0]
-    return _maximise(x, weight / count, mean, variance)
+    return _maximize(x, weight / count, mean, variance)
 
 
-def _maximise(x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    spread = variance.sqrt()
-    means, variances = torch.stack([mean - spread, mean + spread]), variance.expand(2)
+def _maximize(x: Tensor, weight: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    deviation = variance.sqrt()
+    means, variances = torch.stack([mean - deviation, mean + deviation]), variance.expand(2)
     shares = torch.full((2,), 0.5, dtype=x.dtype)
-    for _ in range(ROUNDS):
+    for _ in range(ITERATIONS):
         p = _log_density(x, means, variances, shares).softmax(1) * weight.unsqueeze(1)
         before, shares = means, p.sum(0).clamp(min=1e-12)
         means = p.T @ x / shares
         variances = ((p * (x.unsqueeze(1) - means).square()).sum(0) / shares).clamp(
-            min=LEAST * float(variance)
+            min=MIN_VARIANCE * float(variance)
         )
-        if float((means - before).abs().max()) < 1e-10 * float(spread):
+        if float((means - before).abs().max()) < 1e-10 * float(deviation):
             break
     order = means.argsort()
     return torch.stack([means, variances, shares], 1)[order]
 
 
 def clean_probability(values: Tensor, split: Tensor) -> Tensor:
-    """How likely each value is of the component of lower mean; float32 [m]. Beyond the means the
-    probability is that at the mean: the wider component would else take both tails."""
+    """Return float32 [m]: the probability that each value belongs to the component of lower mean.
+
+    Values beyond the two means count as the mean; otherwise the wider component would take both
+    tails.
+    """
     split = split.to(values.device, torch.float64)
     x = values.double().clamp(split[0, 0], split[1, 0])
     return _log_density(x, *split.unbind(1)).softmax(1)[:, 0].float()
 
 
 def _log_density(x: Tensor, means: Tensor, variances: Tensor, shares: Tensor) -> Tensor:
-    """[m, 2], up to a constant."""
+    """Return [m, 2], up to a constant."""
     distance = (x.unsqueeze(1) - means).square() / variances
     return shares.log() - 0.5 * (distance + variances.log() + math.log(2 * math.pi))

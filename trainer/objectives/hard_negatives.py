@@ -1,44 +1,101 @@
 """InfoNCE with structured hard negatives: further captions that are wrong, or pairs of an original
-and a changed sample, each relation with its own weight (TestOfTime's TACT, Bagad et al. 2023;
-TeminAL, number 36; generated hard negatives, number 39)."""
+and a changed sample, each relation with its own weight (TACT, Bagad et al. 2023; TeminAL)."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal, Self
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Lse, Table, key_source, lse_stats
 from gigabatch.kernels.loss_terms import cross_entropy
-from gigabatch.trainer.config import HardNegativesSettings
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.common import Scaled, over_widths, present, weighted_mean
+from gigabatch.trainer.fields import Pair
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs
+from gigabatch.trainer.objectives.common import Scaled, over_widths, valid_rows, weighted_mean
+from gigabatch.trainer.objectives.reference import Benchmark, Example, ReferenceBatch, Value
+from gigabatch.trainer.objectives.registry import register
+from gigabatch.trainer.objectives.settings import (
+    CachedSettings,
+    ScaledSettings,
+    WidthsSettings,
+    named_fields,
+)
 
-NOTHING = 1e-30  # a weight of 0: its logarithm can be added and taken off again
+ZERO_WEIGHT = 1e-30
+"""Stands in for a weight of 0: its logarithm can be added and subtracted again."""
 
 
-class HardNegatives(Scaled):
-    about = About(
-        "InfoNCE with hard negatives made for the purpose, weighted by relation",
-        "TACT, Bagad et al. 2023; TeminAL, 36; generated negatives, 39; mined ones, as in E5",
+class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
+    takes_several_captions = True
+
+    name: Literal["hard_negatives"]
+    """InfoNCE with purpose-made hard negatives, weighted by their relation to the row. With
+    data.captions.choose=all, a sample's first caption is its positive and its others are such
+    negatives. Or samples come in pairs of an original and a changed one (reversed in time, say)."""
+    taps: Pair = ("image", "text")
+    """The two tower outputs to compare."""
+    pair: str | None = None
+    """A json field that an original and its changed sample share. Requires `changed`."""
+    changed: str | None = None
+    """A json field: 0 for an original, 1 for a changed sample. Requires `pair`."""
+    own_weight: float = Field(1.0, ge=0)
+    """Weight of a row's own changed counterpart among its negatives."""
+    other_weight: float = Field(1.0, ge=0)
+    """Weight of other rows' changed counterparts; 0 leaves them out."""
+    changed_weight: float = Field(1.0, ge=0)
+    """Weight of a changed sample's row in the mean; an original's is 1."""
+
+    def columns(self) -> tuple[str, ...]:
+        return named_fields(self.pair, self.changed)
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> Self:
+        if (self.pair is None) != (self.changed is None):
+            raise ValueError("set both `pair` and `changed`, or neither")
+        return self
+
+
+@register
+class HardNegatives(Scaled[HardNegativesSettings]):
+    Settings = HardNegativesSettings
+    card = Card(
+        "InfoNCE with purpose-made hard negatives, weighted by relation",
+        "TACT, Bagad et al. 2023; TeminAL; mined negatives, as in E5",
         "mean_i [log sum_j w_ij exp(l_ij) - l_ii], both ways, halved; w_ij = own_weight for i's "
         "own changed counterpart, other_weight for others', else 1",
         "4 K for K captions",
-        "order and negation, which plain contrast is blind to; mined negatives. Keep old pairs in "
-        "the mix, or what was learnt before is lost",
+        "order and negation, to which a plain contrastive loss is blind; mined negatives. Keep old "
+        "pairs in the mix, or the model forgets them",
+        ("triplet", "negclip", "hard_negative", "tact"),
     )
+    examples = {
+        "captions": Example({"own_weight": 2.0, "other_weight": 0.5}, captions=3),
+        "captions, nested": Example(
+            {"own_weight": 2.0, "other_weight": 0.5, "widths": [3, 6]}, captions=3
+        ),
+        "pairs": Example(
+            {"pair": "concept", "changed": "lang", "own_weight": 3.0, "other_weight": 0.0,
+             "changed_weight": 0.4}
+        ),
+    }  # fmt: skip
+    benchmarks = {
+        "both weights": Benchmark(
+            {"pair": "pair", "changed": "changed", "own_weight": 2.0, "other_weight": 0.5}
+        ),
+        "two captions": Benchmark({"own_weight": 2.0}, share=0.5**0.5, captions=2),
+    }
 
-    def __init__(self, settings: HardNegativesSettings, group: str | None, width: int) -> None:
+    def __init__(self, settings: HardNegativesSettings) -> None:
         super().__init__(settings)
-        self.settings = settings
-        columns = (settings.pair, settings.changed) if settings.pair and settings.changed else ()
-        self.needs = Needs(settings.taps, columns)
+        self.needs = Needs(settings.taps, settings.columns())
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
-        of_q, of_k = (len(outputs[tap]) for tap in self.settings.taps)
-        return 4 * max(of_q, of_k) / min(of_q, of_k)
+        rows_q, rows_k = (len(outputs[tap]) for tap in self.settings.taps)
+        return 4 * max(rows_q, rows_k) / min(rows_q, rows_k)
 
     @over_widths
     def forward(
@@ -48,35 +105,63 @@ class HardNegatives(Scaled):
         names = {"id": "sample", "pair": settings.pair or "sample"}
         if settings.changed:
             names["changed"] = settings.changed
-        q, of_q = present(outputs, meta, settings.taps[0], settings, names)
-        k, of_k = present(outputs, meta, settings.taps[1], settings, names)
-        changed_q, changed_k = _changed(of_q), _changed(of_k)
-        right = torch.where(of_k["nth"] == 0, of_k["id"], -1)
-        columns = {"id": right, "pair": of_k["pair"], "changed": changed_k}
+        q, columns_q = valid_rows(outputs, meta, settings.taps[0], settings, names)
+        k, columns_k = valid_rows(outputs, meta, settings.taps[1], settings, names)
+        changed_q, changed_k = _changed(columns_q), _changed(columns_k)
+        positive_ids = torch.where(columns_k["nth"] == 0, columns_k["id"], -1)
+        columns = {"id": positive_ids, "pair": columns_k["pair"], "changed": changed_k}
         keys = key_source(k, columns, ctx.group, settings.gather_mode)
-        other, own = math.log(settings.other_weight or NOTHING), settings.own_weight or NOTHING
-        rule = [Table(changed_q, "changed", _apart(other, q))] if other else []
-        if math.log(own) != other:
-            table = _apart(math.log(own) - other, q)
-            rule.append(Table(changed_q, "changed", table, Eq(of_q["pair"], "pair")))
+        own = settings.own_weight or ZERO_WEIGHT
+        log_other = math.log(settings.other_weight or ZERO_WEIGHT)
+        rule = [Table(changed_q, "changed", _between(log_other, q))] if log_other else []
+        if math.log(own) != log_other:
+            table = _between(math.log(own) - log_other, q)
+            rule.append(Table(changed_q, "changed", table, Eq(columns_q["pair"], "pair")))
         stats = lse_stats(
             q, keys, [Lse("rows", scale, None, rule), Lse("columns", scale, None, rule)],
-            Eq(of_q["id"], "id"), settings.backend, 2**20 * settings.cache_mib,
+            Eq(columns_q["id"], "id"), settings.backend, 2**20 * settings.cache_mib,
         )  # fmt: skip
         losses = []
         for side, changed in enumerate((changed_q, changed_k)):
             z, positive, weight = stats.z[side], stats.positive[side], stats.weight[side]
-            counts = torch.where(changed == 1, settings.changed_weight, 1.0) * (weight > 0)
-            losses.append(weighted_mean(cross_entropy(z, positive, weight), counts, ctx))
+            row_weight = torch.where(changed == 1, settings.changed_weight, 1.0) * (weight > 0)
+            losses.append(weighted_mean(cross_entropy(z, positive, weight), row_weight, ctx))
         return Loss(torch.stack(losses).mean(), {"logit_scale": scale.detach()})
+
+    @staticmethod
+    def reference(settings: HardNegativesSettings, batch: ReferenceBatch) -> Value:
+        image, text = (batch.outputs[tap] for tap in settings.taps)
+        meta, per, n = batch.meta, len(text) // len(image), len(image)
+        sample_of_text, nth = torch.arange(len(text)) // per, torch.arange(len(text)) % per
+        changed_q = torch.zeros(n, dtype=torch.bool)
+        if settings.changed:
+            changed_q = meta[settings.changed] != 0
+        changed_k = changed_q[sample_of_text] | (nth > 0)
+        pair = meta[settings.pair or "sample"]
+        same_pair = pair[:, None] == pair[sample_of_text][None]
+        negative = torch.where(same_pair, settings.own_weight, settings.other_weight)
+        weight = torch.where(changed_q[:, None] != changed_k[None], negative, 1.0).double()
+        same = meta["sample"][:, None] == meta["sample"][sample_of_text][None]
+        positive = same & (nth == 0)[None]
+        logits = batch.scale * image @ text.T
+        mass = weight * torch.exp(logits)
+        halves = []
+        for m, x, right, changed in (
+            (mass, logits, positive, changed_q), (mass.T, logits.T, positive.T, changed_k),
+        ):  # fmt: skip
+            count = right.sum(1)
+            losses = m.sum(1).log() - (x * right).sum(1) / count.clamp(min=1)
+            rated = torch.where(changed, settings.changed_weight, 1.0).double() * (count > 0)
+            halves.append((torch.where(count > 0, losses, 0) * rated).sum() / rated.sum())
+        return (halves[0] + halves[1]) / 2, None
 
 
 def _changed(columns: Mapping[str, Tensor]) -> Tensor:
-    """1 for what was changed: by its sample's column, or since it is no first caption."""
-    made = columns["nth"] > 0
-    return (made if "changed" not in columns else made | (columns["changed"] != 0)).long()
+    """Return int64 [n]: 1 for a changed row, by its sample's column or as a further caption."""
+    further = columns["nth"] > 0
+    return (further if "changed" not in columns else further | (columns["changed"] != 0)).long()
 
 
-def _apart(log_weight: float, like: Tensor) -> Tensor:
-    """The log-weights [2, 2] of what is changed against what is not, and the other way round."""
+def _between(log_weight: float, like: Tensor) -> Tensor:
+    """Return log-weights [2, 2] that apply between a changed and an unchanged row."""
     return torch.tensor([[0.0, log_weight], [log_weight, 0.0]], device=like.device)

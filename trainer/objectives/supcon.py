@@ -1,34 +1,71 @@
-"""Supervised contrast (SupCon, Khosla et al. 2020, eq. 2), and without labels NT-Xent between
+"""Supervised contrastive loss (SupCon, Khosla et al. 2020, eq. 2); without labels NT-Xent between
 views (SimCLR, Chen et al. 2020)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from gigabatch.kernels import Eq, Lse, Ne, Rule, key_source, lse_stats
 from gigabatch.kernels.loss_terms import cross_entropy
 from gigabatch.kernels.sources import global_row_indices
-from gigabatch.trainer.config import ScaledSettings, SupConSettings
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.common import Scaled, over_widths, present, weighted_mean
+from gigabatch.trainer.fields import Tap
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs
+from gigabatch.trainer.objectives.common import Scaled, over_widths, valid_rows, weighted_mean
+from gigabatch.trainer.objectives.reference import Benchmark, Example, ReferenceBatch, Value
+from gigabatch.trainer.objectives.registry import register
+from gigabatch.trainer.objectives.settings import (
+    CachedSettings,
+    ScaledSettings,
+    WidthsSettings,
+    named_fields,
+)
 
 
-class SupCon(Scaled):
-    about = About(
-        "SupCon: all samples of a label attract each other; without labels SimCLR",
-        "SupCon, Khosla et al. 2020; SimCLR, Chen et al. 2020; with any metadata column: 27",
+class SupConSettings(ScaledSettings, CachedSettings, WidthsSettings):
+    name: Literal["supcon"]
+    """Samples of one label are positives of each other, over one tap or several; without a label,
+    views of one sample are (SimCLR)."""
+    taps: tuple[Tap, ...] = Field(("image", "image@1"), min_length=1)
+    """Tower outputs whose vectors are pooled: views, modalities."""
+    positives: str | None = None
+    """The json field that is the label. Unset: the sample itself."""
+
+    def columns(self) -> tuple[str, ...]:
+        return named_fields(self.positives)
+
+    def positives_field(self) -> str | None:
+        return self.positives
+
+
+@register
+class SupCon(Scaled[SupConSettings]):
+    Settings = SupConSettings
+    card = Card(
+        "SupCon: samples of one label are positives; without labels SimCLR",
+        "SupCon, Khosla et al. 2020; SimCLR, Chen et al. 2020",
         "mean_i [log sum_{j != i} exp(l_ij) - mean_{p != i, y_p = y_i} l_ip], over all taps' rows",
         "4 T^2 for T taps",
-        "labelled data of one modality; two views of unlabelled images; several modalities at once",
+        "labeled data of one modality; two views of unlabeled images; several modalities at once",
+        ("simclr", "nt_xent", "supervised_contrastive", "ntxent"),
     )
+    examples = {
+        "labels": Example({"taps": ["image"], "positives": "concept"}),
+        "simclr": Example(),
+        "nested": Example({"widths": [1, 6]}),
+    }
+    benchmarks = {
+        "": Benchmark({"taps": ("image",), "positives": "concept"}),
+        "two views": Benchmark({"taps": ("image", "image@1")}, share=0.5),
+    }
 
-    def __init__(self, settings: SupConSettings, group: str | None, width: int) -> None:
+    def __init__(self, settings: SupConSettings) -> None:
         super().__init__(settings)
-        self.settings = settings
-        self.needs = Needs(settings.taps, (settings.positives,) if settings.positives else ())
+        self.needs = Needs(settings.taps, settings.columns())
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
         return 4 * len(self.settings.taps) ** 2
@@ -39,24 +76,46 @@ class SupCon(Scaled):
     ) -> Loss:
         scale, settings = self.scale(), self.settings
         label = {"id": settings.positives or "sample"}
-        found = [present(outputs, meta, tap, settings, label) for tap in settings.taps]
-        z, ids = torch.cat([rows for rows, _ in found]), torch.cat([c["id"] for _, c in found])
-        total, positive, weight = among(z, ids, (), scale, settings, ctx)
-        each = cross_entropy(total, positive, weight)
-        value = weighted_mean(each, (weight > 0).float(), ctx)
+        rows = [valid_rows(outputs, meta, tap, settings, label) for tap in settings.taps]
+        z, ids = torch.cat([z for z, _ in rows]), torch.cat([columns["id"] for _, columns in rows])
+        lse, positive, weight = supcon_stats(z, ids, (), scale, settings, ctx)
+        losses = cross_entropy(lse, positive, weight)
+        value = weighted_mean(losses, (weight > 0).float(), ctx)
         return Loss(value, {"logit_scale": scale.detach()})
 
+    @staticmethod
+    def reference(settings: SupConSettings, batch: ReferenceBatch) -> Value:
+        z = torch.cat([batch.outputs[tap] for tap in settings.taps])
+        ids = torch.cat([batch.meta[settings.positives or "sample"]] * len(settings.taps))
+        diagonal = torch.eye(len(z), dtype=torch.bool)
+        logits = (batch.scale * z @ z.T).masked_fill(diagonal, -torch.inf)
+        positive = (ids[:, None] == ids[None]) & ~diagonal
+        count = positive.sum(1)
+        losses = -torch.where(positive, logits.log_softmax(1), 0).sum(1) / count.clamp(min=1)
+        return losses[count > 0].mean(), None
 
-def among(
-    z: Tensor, ids: Tensor, rule: Rule, scale: Tensor, settings: ScaledSettings, ctx: Context
+
+def supcon_stats(
+    z: Tensor, ids: Tensor, rule: Rule, scale: Tensor, settings: CachedSettings, ctx: Context
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of SupCon's loss [n]: the log-sum-exp of each row's logits with all others, the sum over
-    those of its id, and how many these are. `rule`: how the others weigh, by the columns `id` and
-    `number`."""
+    """Compute the statistics of SupCon's loss for this rank's rows.
+
+    Args:
+        z: float [n, D], unit vectors.
+        ids: [n]; rows of equal id are positives.
+        rule: Weights of the other rows, by the columns `id` and `number`.
+        scale: The logit scale, 0-dimensional.
+        settings: Back end, cache and gather mode.
+        ctx: Holds the process group.
+
+    Returns:
+        [n] each: the log-sum-exp of a row's logits with all other rows, the sum of its positives'
+        logits, and the number of its positives.
+    """
     numbers = global_row_indices(len(z), z.device, ctx.group)
     keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.gather_mode)
-    # A lone equality costs nothing a tile: each row is among its own positives, and then taken
-    # off again.
+    # A single equality costs nothing per tile. So a row counts among its own positives here, and
+    # is subtracted below.
     stats = lse_stats(
         z, keys, [Lse("rows", scale, None, (*rule, Ne(numbers, "number")))], Eq(ids, "id"),
         settings.backend, 2**20 * settings.cache_mib,

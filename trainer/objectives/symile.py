@@ -1,14 +1,17 @@
-"""Contrast of three modalities or more at once (Symile, Saporta et al. 2024, number 34): the score
-of a tuple is the multilinear product sum_d a_d b_d c_d ..., so that what only all of them together
-tell is learnt too."""
+"""A contrastive loss over three or more modalities at once (Symile, Saporta et al. 2024). The score
+of a tuple is the multilinear product sum_d a_d b_d c_d ..., which also captures what only all
+modalities together predict."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
 from gigabatch.data.rng import key, permute
@@ -24,24 +27,57 @@ from gigabatch.kernels import (
 )
 from gigabatch.kernels.loss_terms import cross_entropy
 from gigabatch.kernels.sources import global_row_indices
-from gigabatch.trainer.config import SymileSettings
-from gigabatch.trainer.objectives.base import About, Context, Loss, Needs
-from gigabatch.trainer.objectives.common import Scaled, paired, weighted_mean
+from gigabatch.trainer.fields import Tap
+from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs
+from gigabatch.trainer.objectives.common import Scaled, valid_pairs, weighted_mean
+from gigabatch.trainer.objectives.reference import Benchmark, Example, ReferenceBatch, Value
+from gigabatch.trainer.objectives.registry import register
+from gigabatch.trainer.objectives.settings import CachedSettings, ScaledSettings
+
+TRIPLE = ["image", "text", "image@1"]
 
 
-class Symile(Scaled):
-    about = About(
-        "Symile: three modalities or more, with what only all of them together tell",
-        "Symile, Saporta et al. 2024, 34",
+class SymileSettings(ScaledSettings, CachedSettings):
+    name: Literal["symile"]
+    """Three or more taps at once, scored by the sum over coordinates of the product of all vectors,
+    which also captures what no two of them show."""
+    taps: tuple[Tap, ...] = Field(min_length=2, max_length=8)
+    """The modalities; each is the query in turn."""
+    keys: Literal["paired", "shuffled", "all"] = "paired"
+    """What a tap's vectors are compared with. paired: the other samples' products. shuffled:
+    products of the other taps' vectors, each tap shuffled separately. all: every combination,
+    N^(taps - 1) of them."""
+    init_logit_scale: float = Field(14.3, gt=0)
+    """Initial logit scale; products of several unit vectors are small, so larger values help."""
+    scale_max: float = Field(10_000.0, gt=0)
+    """Largest logit scale in the forward pass."""
+
+    def retrieval_score(self) -> Literal["pair", "product"]:
+        return "product"
+
+
+@register
+class Symile(Scaled[SymileSettings]):
+    Settings = SymileSettings
+    card = Card(
+        "Symile: three or more modalities, including what only all of them together predict",
+        "Symile, Saporta et al. 2024",
         "mean over taps a, mean_i [log sum_j exp(scale <a_i, b_j * c_j>) - scale <a_i, b_i * c_i>];"
-        " keys of the batch's own tuples (paired), of shuffled ones, or of all combinations",
+        " keys are the batch's own tuples (paired), shuffled ones, or all combinations",
         "4 M for M taps; all: 4 M N^(M - 2)",
-        "image, text and audio; clinical or sensor data, where pairs alone do not tell enough",
+        "image, text and audio; clinical or sensor data, where pairs alone do not suffice",
+        ("multilinear", "trimodal"),
     )
+    examples = {
+        keys: Example(
+            {"taps": TRIPLE, "keys": keys, "init_logit_scale": 5.0}, missing=keys == "shuffled"
+        )
+        for keys in ("paired", "shuffled", "all")
+    }
+    benchmarks = {"": Benchmark({"taps": TRIPLE})}
 
-    def __init__(self, settings: SymileSettings, group: str | None, width: int) -> None:
+    def __init__(self, settings: SymileSettings) -> None:
         super().__init__(settings)
-        self.settings = settings
         self.needs = Needs(settings.taps)
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
@@ -52,47 +88,83 @@ class Symile(Scaled):
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
         scale = self.scale()
-        vectors = paired(outputs, meta, self.settings.taps, self.settings).vectors
+        vectors = valid_pairs(outputs, meta, self.settings.taps, self.settings).vectors
         numbers = global_row_indices(len(vectors[0]), vectors[0].device, ctx.group)
-        whole = [] if self.settings.keys == "paired" else [
-            gather_rows(each, ctx.group) for each in vectors
-        ]  # fmt: skip
+        paired = self.settings.keys == "paired"
+        global_vectors = [] if paired else [gather_rows(rows, ctx.group) for rows in vectors]
         losses = []
-        for anchor, mine in enumerate(vectors):
-            if self.settings.keys == "paired":
+        for anchor, rows in enumerate(vectors):
+            if paired:
                 others = [v.float() for i, v in enumerate(vectors) if i != anchor]
-                each = self._paired(mine, math.prod(others[1:], start=others[0]), numbers, ctx)
+                loss = self._paired(rows, math.prod(others[1:], start=others[0]), numbers, ctx)
             else:
-                factors = [v for i, v in enumerate(whole) if i != anchor]
-                each = self._made(mine, factors, numbers, key(ctx.seed, "symile", ctx.step, anchor))
-            losses.append(weighted_mean(each, torch.ones_like(each), ctx))
+                factors = [v for i, v in enumerate(global_vectors) if i != anchor]
+                rng_key = key(ctx.seed, "symile", ctx.step, anchor)
+                loss = self._combined(rows, factors, numbers, rng_key)
+            losses.append(weighted_mean(loss, torch.ones_like(loss), ctx))
         return Loss(torch.stack(losses).mean(), {"logit_scale": scale.detach()})
 
-    def _paired(self, mine: Tensor, product: Tensor, numbers: Tensor, ctx: Context) -> Tensor:
-        """Only the product travels."""
+    def _paired(self, rows: Tensor, product: Tensor, numbers: Tensor, ctx: Context) -> Tensor:
+        """Return the losses [n] against all ranks' products; only the products are exchanged."""
         keys = key_source(
-            product.to(mine.dtype), {"number": numbers}, ctx.group, self.settings.gather_mode
+            product.to(rows.dtype), {"number": numbers}, ctx.group, self.settings.gather_mode
         )
         stats = lse_stats(
-            mine, keys, [Lse("rows", self.scale())], Eq(numbers, "number"), self.settings.backend,
+            rows, keys, [Lse("rows", self.scale())], Eq(numbers, "number"), self.settings.backend,
             2**20 * self.settings.cache_mib,
         )  # fmt: skip
         return cross_entropy(stats.z[0], stats.positive[0], stats.weight[0])
 
-    def _made(self, mine: Tensor, factors: list[Tensor], numbers: Tensor, stream: int) -> Tensor:
-        """Products of other rows' vectors. A row's own tuple stands in the place of its own key;
-        one that a shuffle happens to make again does not count twice."""
+    def _combined(
+        self, rows: Tensor, factors: list[Tensor], numbers: Tensor, rng_key: int
+    ) -> Tensor:
+        """Return the losses [n] against products of different rows' vectors. A row's own tuple
+        replaces its own key, and is not counted again where a shuffle reproduces it."""
         scale, n = self.scale(), len(factors[0])
         own = [factor[numbers].float() for factor in factors]
-        positive = scale * (mine.float() * math.prod(own[1:], start=own[0])).sum(1)
+        positive = scale * (rows.float() * math.prod(own[1:], start=own[0])).sum(1)
         if self.settings.keys == "all":
             pairings, rule = all_pairings(n, len(factors)), [Ne(numbers, "tuple")]
         else:
             shuffles = [
-                torch.from_numpy(permute(np.arange(n), n, key(stream, i))).to(mine.device)
+                torch.from_numpy(permute(np.arange(n), n, key(rng_key, i))).to(rows.device)
                 for i in range(len(factors))
             ]
             pairings, rule = [shuffles], [Ne(numbers, "index"), Ne(numbers, "tuple")]
         lse = Lse("rows", scale, None, rule)
-        (z,) = lse_stats(mine, Products(factors, pairings), [lse], backend=self.settings.backend).z
+        (z,) = lse_stats(rows, Products(factors, pairings), [lse], backend=self.settings.backend).z
         return torch.logaddexp(z, positive) - positive
+
+    @staticmethod
+    def reference(settings: SymileSettings, batch: ReferenceBatch) -> Value:
+        valid = batch.complete(*settings.taps)
+        vectors = [batch.outputs[tap][valid] for tap in settings.taps]
+        n, losses = len(vectors[0]), []
+        for anchor, rows in enumerate(vectors):
+            others = vectors[:anchor] + vectors[anchor + 1 :]
+            if settings.keys == "paired":
+                logits = batch.scale * rows @ math.prod(others[1:], start=others[0]).T
+                losses.append(F.cross_entropy(logits, torch.arange(n)))
+            elif settings.keys == "all":
+                logits = batch.scale * torch.einsum("id,jd,ld->ijl", rows, *others).flatten(1)
+                losses.append(F.cross_entropy(logits, torch.arange(n) * (n + 1)))
+            else:
+                rng_key = key(batch.seed, "symile", batch.step, anchor)
+                losses.append(_shuffled_reference(rows, others, batch.scale, rng_key))
+        return torch.stack(losses).mean(), None
+
+
+def _shuffled_reference(rows: Tensor, others: list[Tensor], scale: Tensor, rng_key: int) -> Tensor:
+    """Return the mean loss against shuffled products. The permutations are those of `forward`."""
+    n, losses = len(rows), []
+    shuffles = [permute(np.arange(n), n, key(rng_key, i)) for i in range(len(others))]
+    positive = scale * (rows * math.prod(others[1:], start=others[0])).sum(1)
+    for i in range(n):
+        logits = [positive[i]]
+        for j in range(n):
+            chosen = [int(shuffle[j]) for shuffle in shuffles]
+            if j != i and set(chosen) != {i}:
+                product = math.prod(o[at] for o, at in zip(others, chosen, strict=True))
+                logits.append(scale * (rows[i] * product).sum())
+        losses.append(torch.stack(logits).logsumexp(0) - positive[i])
+    return torch.stack(losses).mean()

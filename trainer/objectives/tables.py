@@ -1,4 +1,4 @@
-"""A row of numbers for each sample of the data set, on the host, dealt out over the ranks."""
+"""Tables with a row for each sample of the data set, in host memory, sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -8,47 +8,58 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gigabatch.data.order.mixture import NUMBER_BITS
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.trainer.distributed import World
 
 
 class SampleTable:
-    """float32 [samples, F], of which rank r of W holds every row whose place is r modulo W.
+    """float32 [samples, F], of which rank r of W holds the rows whose index is r modulo W.
 
-    Rows are found by the stable number of a sample, `source << NUMBER_BITS | place`. `sizes`:
-    samples of each source. `initial`: a row as it is before anything is written.
+    A row is found by the stable number of its sample, `source << SAMPLE_BITS | index`.
+
+    Args:
+        sizes: Samples of each source.
+        initial: The initial row [F].
+        world: The ranks.
     """
 
     def __init__(self, sizes: Sequence[int], initial: Sequence[float], world: World) -> None:
         self.world, self.width = world, len(initial)
         ends = torch.tensor([0, *sizes]).cumsum(0)
         self.first, self.count = ends[:-1], int(ends[-1])
-        held = len(range(world.rank, self.count, world.size))
-        self.shard = torch.tensor(initial, dtype=torch.float32).repeat(held, 1)
+        local_rows = len(range(world.rank, self.count, world.size))
+        self.shard = torch.tensor(initial, dtype=torch.float32).repeat(local_rows, 1)
 
     def read(self, numbers: Tensor) -> Tensor:
-        """float32 [n, F], on the numbers' device. A collective: each rank asks for its own."""
-        places, start = self.world.concat(self._places(numbers))
-        mine = places % self.world.size == self.world.rank
-        found = torch.zeros(len(places), self.width, device=numbers.device)
-        rows = self.shard[(places[mine] // self.world.size).cpu()]
-        found[mine] = rows.to(found.device)
-        return self.world.sum(found)[start : start + len(numbers)]
+        """Return the rows of this rank's samples. A collective.
+
+        Args:
+            numbers: int64 [n].
+
+        Returns:
+            float32 [n, F], on the numbers' device.
+        """
+        indices, start = self.world.concat(self._indices(numbers))
+        local = indices % self.world.size == self.world.rank
+        values = torch.zeros(len(indices), self.width, device=numbers.device)
+        rows = self.shard[(indices[local] // self.world.size).cpu()]
+        values[local] = rows.to(values.device)
+        return self.world.sum(values)[start : start + len(numbers)]
 
     def write(self, numbers: Tensor, values: Tensor) -> None:
-        """Put float32 [n, F] in their places. Of a sample that the batch holds twice the last
-        counts, in the order of the global batch. A collective."""
-        places, _ = self.world.concat(self._places(numbers))
+        """Write float32 [n, F]. If a batch holds a sample twice, the last row in the order of the
+        global batch wins. A collective."""
+        indices, _ = self.world.concat(self._indices(numbers))
         rows, _ = self.world.concat(values.detach().float())
-        places, rows = places.cpu(), rows.cpu()
-        ordered, order = torch.sort(places, stable=True)
+        indices, rows = indices.cpu(), rows.cpu()
+        ordered, order = torch.sort(indices, stable=True)
         last = torch.ones_like(ordered, dtype=torch.bool)
         last[:-1] = ordered[1:] != ordered[:-1]
         keep = last & (ordered % self.world.size == self.world.rank)
         self.shard[ordered[keep] // self.world.size] = rows[order[keep]]
 
-    def whole(self) -> Tensor:
-        """On rank 0 all rows, in the order of their places; elsewhere [0, F]. A collective."""
+    def gather(self) -> Tensor:
+        """Return all rows in order on rank 0, and [0, F] elsewhere. A collective."""
         size, rank = self.world.size, self.world.rank
         if self.world.group is None:
             return self.shard.clone()
@@ -59,13 +70,13 @@ class SampleTable:
         dist.gather(padded, parts, dst=0, group=self.world.group)
         if parts is None:
             return self.shard[:0]
-        dealt = torch.stack([part.cpu() for part in parts], 1)
-        return dealt.flatten(0, 1)[: self.count].clone()
+        interleaved = torch.stack([part.cpu() for part in parts], 1)
+        return interleaved.flatten(0, 1)[: self.count].clone()
 
-    def load(self, whole: Tensor) -> None:
-        """Take this rank's part of all rows."""
-        self.shard = whole[self.world.rank :: self.world.size].clone()
+    def load(self, rows: Tensor) -> None:
+        """Keep this rank's share of all rows."""
+        self.shard = rows[self.world.rank :: self.world.size].clone()
 
-    def _places(self, numbers: Tensor) -> Tensor:
+    def _indices(self, numbers: Tensor) -> Tensor:
         first = self.first.to(numbers.device)
-        return first[numbers >> NUMBER_BITS] + (numbers & ((1 << NUMBER_BITS) - 1))
+        return first[numbers >> SAMPLE_BITS] + (numbers & ((1 << SAMPLE_BITS) - 1))

@@ -1,1 +1,1 @@
-"""The run folder: creation, attempts, log, provenance."""
+"""The run folder: creation, contents, attempts, log, provenance."""

@@ -1,4 +1,4 @@
-"""What is known of each start of the workers: where they ran, and under which settings.
+"""Records of attempts: one per start of the workers, with their hosts and environment variables.
 
 attempts/000001.json  time, config, `saved` (the newest checkpoint then), workers, environment
 """
@@ -20,12 +20,15 @@ log = logging.getLogger(__name__)
 RECORDED = (
     "NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "OMP_", "MKL_", "CUDA_", "PYTORCH_", "TRITON_",
 )  # fmt: skip
-"""How the environment variables begin that can change a run's speed or success, or its last bit."""
-OWN_TO_A_RANK = ("CUDA_VISIBLE_DEVICES",)
+"""Prefixes of environment variables that can change a run's speed, success or last bits."""
+PER_RANK = ("CUDA_VISIBLE_DEVICES",)
+"""Environment variables that differ between ranks by design."""
 
 
 @dataclass(frozen=True)
 class Worker:
+    """Where one rank runs, and its environment variables that start as in `RECORDED`."""
+
     rank: int
     host: str
     device: str
@@ -33,12 +36,12 @@ class Worker:
 
 
 def begin_attempt(run: RunFolder, world: World) -> int:
-    """Number this start of the workers and record it. A collective; the number, on every rank."""
-    workers = [Worker(**each) for each in world.gather(asdict(_this_worker(world)))]
+    """Record this start of the workers; returns its number on every rank. A collective."""
+    workers = [Worker(**fields) for fields in world.gather(asdict(_this_worker(world)))]
     number = None
     if world.is_main:
-        for line in unlike(workers):
-            log.warning("%s", line)
+        for warning in environment_differences(workers):
+            log.warning("%s", warning)
         shown = [{"rank": w.rank, "host": w.host, "device": w.device} for w in workers]
         number = run.take_attempt(workers=shown, environment=workers[0].environment)
     return int(world.share(number))
@@ -47,23 +50,23 @@ def begin_attempt(run: RunFolder, world: World) -> int:
 def _this_worker(world: World) -> Worker:
     on_gpu = world.device.type == "cuda"
     device = torch.cuda.get_device_name(world.device) if on_gpu else world.device.type
-    seen = {k: v for k, v in sorted(os.environ.items()) if k.startswith(RECORDED)}
-    return Worker(world.rank, platform.node(), device, seen)
+    recorded = {k: v for k, v in sorted(os.environ.items()) if k.startswith(RECORDED)}
+    return Worker(world.rank, platform.node(), device, recorded)
 
 
-def unlike(workers: Sequence[Worker]) -> list[str]:
-    """A sentence for each setting in which workers differ from rank 0's: seldom meant so."""
-    told = []
+def environment_differences(workers: Sequence[Worker]) -> list[str]:
+    """Return a warning for each environment variable that differs from rank 0's."""
+    warnings = []
     first = workers[0].environment
-    names = {name for w in workers for name in w.environment if name not in OWN_TO_A_RANK}
+    names = {name for w in workers for name in w.environment if name not in PER_RANK}
     for name in sorted(names):
         others = [w for w in workers if w.environment.get(name) != first.get(name)]
         if others:
             w = others[0]
             more = f" (and {len(others) - 1} more ranks)" if len(others) > 1 else ""
-            told.append(
+            warnings.append(
                 f"{name} is {w.environment.get(name, 'unset')} for rank {w.rank} on {w.host}{more} "
-                f"and {first.get(name, 'unset')} for rank 0 on {workers[0].host}. cluster.env "
-                "sets it for all alike."
+                f"but {first.get(name, 'unset')} for rank 0 on {workers[0].host}. Set it for all "
+                "ranks with cluster.env."
             )
-    return told
+    return warnings

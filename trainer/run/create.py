@@ -1,28 +1,42 @@
-"""Where runs begin and are found: a folder with a name of its own inside `run.dir`."""
+"""Creating and opening runs: folders with unique names inside `run.dir`."""
 
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.run.files import to_json, write_atomically
+from gigabatch.trainer.run.find import HOME, find_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.run.provenance import environment
+
+log = logging.getLogger(__name__)
 
 
 def create_run(
     config: Config, stem: str, taken: Callable[[str], bool] = lambda name: False
 ) -> RunFolder:
-    """Make the folder of a new run, which keeps the config with the name filled in.
+    """Create the folder of a new run, with its config and environment.
 
-    `stem` begins the name where `run.name` is unset; names that are `taken` are passed over.
-    Raises GigabatchError where the folder exists; nothing in it is touched.
+    Args:
+        config: The run; an unset `run.name` is filled in.
+        stem: Start of the name if `run.name` is unset.
+        taken: Returns whether a name is in use elsewhere; such names are skipped.
+
+    Raises:
+        GigabatchError: if the folder exists and is not empty (nothing in it is changed), or
+            cannot be written.
     """
+    if config.train.epochs is not None:
+        raise ValueError("call resolve_epochs first: a run keeps its length in steps")
     home = config.run.dir
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -38,6 +52,7 @@ def create_run(
 
 
 def _take_name(home: Path, name: str | None, stem: str, taken: Callable[[str], bool]) -> Path:
+    """Create the run's folder and return it."""
     if name is None:
         for number in itertools.count(1):
             path = home / f"{stem}-{number:03d}"
@@ -55,12 +70,33 @@ def _take_name(home: Path, name: str | None, stem: str, taken: Callable[[str], b
 
 
 def _is_empty(path: Path) -> bool:
-    """A folder that a kill left before anything was in it may be taken."""
+    """Return whether a folder is empty, as a kill may leave it; it can then be used."""
     return path.is_dir() and not any(path.iterdir())
 
 
+def resolve_epochs(config: Config, samples: int) -> Config:
+    """Return a config whose length is in steps: `train.epochs` replaced by `train.steps`.
+
+    Args:
+        config: A config of a new run; one without `train.epochs` is returned as it is.
+        samples: Samples of all training sources together, one epoch.
+    """
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # Of the decimal digits: 0.07 * 100 is above 7 in floating point, and would round up to 8.
+    exact = Fraction(str(epochs)) * samples / config.batch.global_size
+    steps = max(1, math.ceil(exact))
+    log.info(
+        "train.epochs=%g: %s steps of %s samples; an epoch is %s samples",
+        epochs, f"{steps:,}", f"{config.batch.global_size:,}", f"{samples:,}",
+    )  # fmt: skip
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"train": train})
+
+
 def refuse_taken_name(config: Config) -> None:
-    """Early, before the data is read, say that `run.name` is taken."""
+    """Raise GigabatchError if `run.name` is in use; called before the data is read."""
     path = config.run.dir / (config.run.name or "")
     if config.run.name and path.exists() and not _is_empty(path):
         raise _name_taken(path)
@@ -68,22 +104,17 @@ def refuse_taken_name(config: Config) -> None:
 
 def _name_taken(path: Path) -> GigabatchError:
     if not (path / "config.yaml").exists():
-        return GigabatchError(f"run.name: {path} exists and is not a run. Choose another name.")
+        return GigabatchError(f"run.name: {path} exists and is not a run. Set another name.")
     if RunFolder(path).is_finished():
         return GigabatchError(
-            f"run.name: {path} holds a finished run. Choose another name, or leave it unset."
+            f"run.name: {path} holds a finished run. Set another name, or leave it unset."
         )
     return GigabatchError(
-        f"run.name: {path} holds an unfinished run. `gigabatch resume {path}` goes on with it; or "
-        "choose another name."
+        f"run.name: {path} holds an unfinished run. Resume it with `gigabatch resume {path}`, or "
+        "set another name."
     )
 
 
-def open_run(where: str, home: Path = Path("runs")) -> RunFolder:
+def open_run(where: str, home: Path = HOME) -> RunFolder:
     """The run at a path, or by its name inside `home`. Raises GigabatchError."""
-    for path in (Path(where), home / where):
-        if (path / "config.yaml").exists():
-            return RunFolder(path.absolute())
-    known = sorted(p.parent.name for p in home.glob("*/config.yaml"))
-    hint = f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
-    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
+    return RunFolder(find_run(where, home))

@@ -1,4 +1,4 @@
-"""Writing files so that a crash leaves the old one or the new one, never half of one."""
+"""Atomic file writes: a crash leaves the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from gigabatch.data.files import replacing
+from gigabatch.data.files import atomic_replace
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, sync, then rename over `path`."""
-    with replacing(path) as fresh:
+    """Write a temporary file, sync it, then rename it over `path`."""
+    with atomic_replace(path) as fresh:
         fresh.write_text(text, encoding="utf-8")
 
 
 def sync_file(path: Path) -> None:
+    """Flush a file to its disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
 def to_json(value: Any) -> str:
+    """Return indented JSON; values of other types become strings."""
     return json.dumps(value, indent=1, default=str) + "\n"
 
 
 def create_numbered(folder: Path, name: Callable[[int], str], text: str) -> int:
-    """Create the first of `name(1)`, `name(2)`, ... that does not exist; its number. Exclusive:
-    no two callers get the same one."""
+    """Create the first file of `name(1)`, `name(2)`, ... that does not exist.
+
+    Returns its number. The creation is exclusive: no two callers get the same number.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     number = 1
     while True:

@@ -1,12 +1,12 @@
-"""The run folder: everything a run leaves, and everything it needs to go on.
+"""The run folder: everything that a run writes and needs to resume.
 
 config.yaml  environment.json  tokenizer.json  data.digest  train.log
 metrics.jsonl  quarantine.jsonl  samples.jsonl
-attempts/     one file for each start of the workers; the highest number owns the folder
+attempts/     one file per start of the workers; the highest number owns the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
-eval/         step-00001200.json; of `gigabatch eval`, SET-TASK-[SETTINGS-]step-00001200.json
-heartbeats/   where each rank is, while workers run; hangs/ keeps their stacks where they hung
+eval/         step-00001200.json; from `gigabatch eval`, SET-TASK-[SETTINGS-]step-00001200.json
+heartbeats/   the progress of each rank while workers run; hangs/ keeps stacks of hung ranks
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ log = logging.getLogger(__name__)
 
 
 class Superseded(GigabatchError):
-    """A later attempt trains the run: whatever this one has met is nobody's concern any more, and
-    must leave no word in the run folder."""
+    """A later attempt trains the run; this attempt's errors must not be recorded in the folder."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """Paths, records and requests of one run."""
+
     path: Path
 
     @property
     def environment(self) -> Path:
-        """What the run was begun with and when: it tells runs of one name apart."""
+        """How and when the run was created; distinguishes runs of the same name."""
         return self.path / "environment.json"
 
     @property
@@ -78,56 +79,67 @@ class RunFolder:
         return self.path / "tb"
 
     def config(self) -> Config:
+        """Read the run's config."""
         path = self.path / "config.yaml"
         return parse_config(read_config(path), str(path))
 
     def write_config(self, config: Config) -> None:
+        """Write the run's config."""
         write_atomically(self.path / "config.yaml", dump_config(config))
 
     def write_data_digest(self, digest: str) -> None:
-        """The fingerprint of the shards that the run is trained on."""
+        """Write the fingerprint of the shards that the run trains on."""
         write_atomically(self.path / "data.digest", digest + "\n")
 
     def data_digest(self) -> str | None:
-        found = _read_if_there(self.path / "data.digest")
-        return found.strip() if found else None
+        """Return the fingerprint of the shards, or None before it is written."""
+        text = _read_if_exists(self.path / "data.digest")
+        return text.strip() if text else None
 
     def write_evaluation(self, step: int, metrics: dict[str, float]) -> None:
+        """Write the metrics of a step that was evaluated while training."""
         folder = self.path / "eval"
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"step-{step:08d}.json", to_json(metrics))
 
     def evaluation(self, step: int) -> dict[str, float]:
-        """The metrics of a step, by tag; empty where it was not evaluated."""
-        text = _read_if_there(self.path / "eval" / f"step-{step:08d}.json")
-        return {} if text is None else json.loads(text)
+        """Return a step's metrics by tag; empty if it was not evaluated."""
+        text = _read_if_exists(self.path / "eval" / f"step-{step:08d}.json")
+        metrics: dict[str, float] = {} if text is None else json.loads(text)
+        return metrics
 
     def evaluated(self, step: int) -> bool:
+        """Return whether a step was evaluated while training."""
         return (self.path / "eval" / f"step-{step:08d}.json").exists()
 
     def steps_evaluated(self) -> list[int]:
-        """Steps that were evaluated while training, oldest first."""
+        """Return the steps that were evaluated while training, in order."""
         return sorted(step for path, step in self._evaluations() if path.stem.startswith("step-"))
 
     def write_measurement(self, name: str, step: int, metrics: dict[str, Any]) -> Path:
-        """What `gigabatch eval` found: eval/NAME-step-00001200.json."""
+        """Write the results of `gigabatch eval` to eval/NAME-step-00001200.json."""
         path = self.measurement(name, step)
         path.parent.mkdir(exist_ok=True)
         write_atomically(path, to_json(metrics))
         return path
 
     def measurement(self, name: str, step: int) -> Path:
-        """Where it is kept. `name`: the set, the task, and its settings where it was given any."""
+        """Return the file of `write_measurement`.
+
+        Args:
+            name: Set, task, and the task's settings if any.
+            step: Step of the checkpoint.
+        """
         safe = re.sub(r"[^\w.=-]+", "_", name) or "set"
         if len(safe) > 150:  # file names may have 255 bytes
             safe = f"{safe[:133]}-{sha256(name.encode()).hexdigest()[:16]}"
-        # Its own name for a set that is called `step`: those of training begin so.
+        # A set named `step` gets a prefix: evaluations while training start with `step`.
         return self.path / "eval" / f"{'set_' * safe.startswith('step')}{safe}-step-{step:08d}.json"
 
-    def forget_evaluations_after(self, step: int) -> None:
-        """Those of steps that are about to be trained again."""
-        for path, of in self._evaluations():
-            if of > step:
+    def remove_evaluations_after(self, step: int) -> None:
+        """Remove the evaluations of later steps, which will be trained again."""
+        for path, evaluated_step in self._evaluations():
+            if evaluated_step > step:
                 path.unlink()
 
     def _evaluations(self) -> Iterator[tuple[Path, int]]:
@@ -136,90 +148,106 @@ class RunFolder:
                 yield path, int(match[1])
 
     def steps_saved(self) -> list[int]:
-        """Steps with a checkpoint folder, oldest first; whether they are sound is not asked."""
+        """Return the steps with a checkpoint folder, in order, without verifying them."""
         names = (p.name for p in self.checkpoints.glob("step-*") if p.is_dir())
-        found = (re.fullmatch(r"step-(\d{8})", name) for name in names)
-        return sorted(int(match[1]) for match in found if match)
+        matches = (re.fullmatch(r"step-(\d{8})", name) for name in names)
+        return sorted(int(match[1]) for match in matches if match)
 
     def is_finished(self) -> bool:
+        """Return whether the last step is saved and evaluated."""
         config = self.config()
         steps = self.steps_saved()
         last = config.train.steps
         return bool(steps) and steps[-1] >= last and (self.evaluated(last) or not config.eval.sets)
 
-    def take_attempt(self, **about: Any) -> int:
-        """A number for this start of the workers, higher than all before. An exclusive create;
-        `about` is recorded with it."""
+    def take_attempt(self, **details: Any) -> int:
+        """Record a start of the workers; returns its number, higher than all before.
+
+        The file is created exclusively, so no two starts get the same number.
+
+        Args:
+            details: Recorded with it.
+        """
         for name in ("crash.txt", "stopped"):
             (self.path / name).unlink(missing_ok=True)
-        made = {
+        record = {
             "time": time.time(),
             "host": platform.node(),
             "saved": (self.steps_saved() or [0])[-1],
-            **about,
+            **details,
             **provenance(),
             "config": dump_config(self.config()),
         }
-        text = to_json(made)
+        text = to_json(record)
         number = create_numbered(self.path / "attempts", "{:06d}.json".format, text)
-        self._tell_changes(number)
+        self._warn_of_changes(number)
         return number
 
-    def _tell_changes(self, number: int) -> None:
-        """Warn where this attempt runs other code than the last one that told its own."""
+    def _warn_of_changes(self, number: int) -> None:
+        """Warn if this attempt runs other code than the last attempt that recorded its code."""
         for earlier in range(number - 1, 0, -1):
             if "code" in (old := self.attempt(earlier)):
-                if found := changes(old, self.attempt(number)):
+                if differences := changes(old, self.attempt(number)):
                     log.warning(
-                        "attempt %d runs other code than attempt %d: %s. From here on losses need "
-                        "not equal an undisturbed run's to the last bit.",
-                        number, earlier, ", ".join(found),
+                        "attempt %d runs other code than attempt %d: %s. From this step on, losses "
+                        "may differ in the last bits from an uninterrupted run.",
+                        number, earlier, ", ".join(differences),
                     )  # fmt: skip
                 return
 
     def attempt(self, number: int) -> dict[str, Any]:
-        """What an attempt left of itself; nothing where a kill cut that off."""
-        text = _read_if_there(self.path / "attempts" / f"{number:06d}.json")
+        """Return an attempt's record; empty if a kill left it incomplete."""
+        text = _read_if_exists(self.path / "attempts" / f"{number:06d}.json")
         try:
-            return json.loads(text or "{}")
+            record: dict[str, Any] = json.loads(text or "{}")
         except ValueError:
             return {}
+        return record
 
     def attempts(self) -> int:
-        """The number of the last attempt; 0 before the first."""
+        """Return the number of the last attempt; 0 before the first."""
         return max((int(p.stem) for p in (self.path / "attempts").glob("*.json")), default=0)
 
     def attempt_file(self, number: int) -> Path:
+        """Return the file of an attempt's record."""
         return self.path / "attempts" / f"{number:06d}.json"
 
     def reserve_attempts(self, newest: int, where: str) -> None:
-        """Let the next attempt's number be higher than `newest`, the last that is known `where`."""
+        """Make the next attempt's number higher than `newest`.
+
+        Args:
+            newest: Number of the last attempt in another copy of the run.
+            where: URL of that copy.
+        """
         self.attempt_file(newest).parent.mkdir(exist_ok=True)
         for number in range(1, newest + 1):
-            _write_first(self.attempt_file(number), to_json({"known": where}))
+            _write_if_new(self.attempt_file(number), to_json({"known": where}))
 
     def owned_by(self, attempt: int) -> bool:
-        """Whether no later attempt has started: a cut-off worker must not write any more."""
+        """Return whether no later attempt has started; else this attempt must not write."""
         return not self.attempt_file(attempt + 1).exists()
 
     @contextmanager
     def fenced(self, attempt: int) -> Iterator[None]:
-        """What goes wrong inside is `Superseded` where a later attempt has started meanwhile."""
+        """Turn errors inside into `Superseded` if a later attempt has started meanwhile."""
         try:
             yield
         except Exception as error:
             if self.owned_by(attempt):
                 raise
             raise Superseded(
-                f"{self.path}: attempt {attempt} was cut off, and a later one trains this run."
+                f"{self.path}: attempt {attempt} was superseded: a later one trains this run."
             ) from error
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the run while its workers train. Raises GigabatchError where another process does.
+    def lock(self) -> Iterator[None]:
+        """Lock the run while its workers train.
 
-        A POSIX lock: it ends with the process, however that ends, and children do not inherit it.
-        (Where a file system has no locks, attempts still fence each other off.)
+        A POSIX lock ends with its process, however that ends, and children do not inherit it. On a
+        file system without locks, a newer attempt still stops the older one from writing.
+
+        Raises:
+            GigabatchError: if another process holds the lock.
         """
         with open(self.path / "lock", "a+", encoding="utf-8") as file:
             try:
@@ -227,8 +255,8 @@ class RunFolder:
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 raise GigabatchError(
-                    f"{self.path}: this run is being trained now (by {file.read().strip()}). Stop "
-                    f"that first, or wait for its end; if its machine is gone, remove {file.name}."
+                    f"{self.path}: this run is being trained (by {file.read().strip()}). Stop it "
+                    f"or wait until it ends. If that machine no longer exists, delete {file.name}."
                 ) from None
             except OSError as error:
                 log.warning("%s cannot be locked (%s)", self.path, error)
@@ -237,32 +265,35 @@ class RunFolder:
             file.flush()
             yield
 
-    # Requests and failures travel as files: workers and their starter share this folder, and
-    # under Ray nothing else reaches a worker that is inside a step.
+    # Requests and failures are files: the launcher and the workers share this folder, and under
+    # Ray nothing else reaches a worker during a step.
 
     def request_stop(self) -> None:
+        """Request a stop after the step in progress."""
         (self.path / "stop").touch()
 
     def stop_requested(self) -> bool:
+        """Return whether a stop was requested."""
         return (self.path / "stop").exists()
 
     def record_stop(self) -> None:
-        """The workers have stopped as asked, with a checkpoint."""
+        """Record that the workers stopped as requested, with a checkpoint."""
         (self.path / "stopped").touch()
 
     def stopped(self) -> bool:
+        """Return whether the workers stopped as requested."""
         return (self.path / "stopped").exists()
 
     def is_over(self) -> bool:
-        """Whether nothing is left for workers to do: finished, stopped as asked, or refused."""
+        """Return whether workers have nothing left to do: finished, stopped, or failed for good."""
         return self.failure() is not None or self.stopped() or self.is_finished()
 
     def request_save(self) -> None:
-        """Ask for a checkpoint after the step in progress."""
+        """Request a checkpoint after the step in progress."""
         (self.path / "save").touch()
 
     def take_save_request(self) -> bool:
-        """Whether a checkpoint was asked for since this was last called."""
+        """Return whether a checkpoint was requested since the last call."""
         try:
             (self.path / "save").unlink()
         except FileNotFoundError:
@@ -270,31 +301,34 @@ class RunFolder:
         return True
 
     def record_failure(self, message: str) -> None:
-        """Keep the first fault that only the user can put right: restarting would not help."""
-        _write_first(self.path / "failure.txt", message)
+        """Record the first error that only the user can fix; a restart would not help."""
+        _write_if_new(self.path / "failure.txt", message)
 
     def failure(self) -> str | None:
-        found = _read_if_there(self.path / "failure.txt")
-        # A full disk makes the file and takes no word of it.
-        return f"{self.log} may say what went wrong; is its disk full?" if found == "" else found
+        """Return the recorded error, or None."""
+        text = _read_if_exists(self.path / "failure.txt")
+        # On a full disk the file is created but stays empty.
+        return f"{self.log} may show what went wrong; is its disk full?" if text == "" else text
 
     def record_crash(self, traceback: str) -> None:
-        """Keep the first traceback of an attempt: those of other ranks follow from it."""
-        _write_first(self.path / "crash.txt", traceback)
+        """Record the first traceback of an attempt; it causes those of other ranks."""
+        _write_if_new(self.path / "crash.txt", traceback)
 
     def crash(self) -> str | None:
-        return _read_if_there(self.path / "crash.txt")
+        """Return the recorded traceback, or None."""
+        return _read_if_exists(self.path / "crash.txt")
 
     def clear_requests(self) -> None:
+        """Remove requests and failures of earlier starts."""
         for name in ("stop", "stopped", "save", "failure.txt", "crash.txt"):
             (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.path / ".ray", ignore_errors=True)  # Ray's own, of a killed start
+        shutil.rmtree(self.path / ".ray", ignore_errors=True)  # Ray's files after a kill.
 
 
-def _write_first(path: Path, text: str) -> None:
+def _write_if_new(path: Path, text: str) -> None:
     with suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
         file.write(text)
 
 
-def _read_if_there(path: Path) -> str | None:
+def _read_if_exists(path: Path) -> str | None:
     return path.read_text() if path.exists() else None

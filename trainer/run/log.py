@@ -1,4 +1,4 @@
-"""train.log: what a run says, from whichever process it is started."""
+"""The log file of a run, train.log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from gigabatch.trainer.run.folder import RunFolder
 
 @contextmanager
 def log_to(run: RunFolder, world: World) -> Iterator[None]:
-    """Rank 0's messages go to train.log, from where whoever started the run shows them."""
+    """Write rank 0's log messages to train.log only.
+
+    The process that started the run follows that file and shows it.
+    """
     logger = logging.getLogger("gigabatch")
     handler = logging.FileHandler(run.log) if world.is_main else logging.NullHandler()
     line = "%(asctime)s %(levelname).1s %(message)s"

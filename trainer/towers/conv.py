@@ -1,22 +1,67 @@
-"""The built-in encoders: small convolutional networks that train well on two CPU cores.
+"""Tower kind `conv`: small convolutional encoders of images and of tokens.
 
-Both are pre-activation residual networks (He et al. 2016) with one-group GroupNorm, whose
-statistics are per sample, so that a sample's embedding does not depend on its micro-batch.
+Both are pre-activation residual networks (He et al. 2016). Their norms use statistics of one
+sample only, so a sample's embedding does not depend on its micro-batch.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Encoded = Tensor | tuple[Tensor, Tensor]
+from gigabatch.trainer.fields import Amount, Count, Fraction
+from gigabatch.trainer.towers.base import (
+    Encoded,
+    StageSettings,
+    TowerInput,
+    TowerKind,
+    tower_kind,
+)
+
+
+@tower_kind("image")
+class ConvTower(TowerKind, StageSettings):
+    """A small residual convolutional network over images."""
+
+    kind: Literal["conv"] = "conv"
+    """Kind of image tower; conv: a small residual convolutional network that trains well on a
+    CPU."""
+    dropout: Fraction = 0.0
+    """Dropout rate of the convolutional encoder's pooled features while training."""
+
+    def build(self, data: TowerInput) -> nn.Module:
+        channels, side = data.image.channels, data.image.size
+        return ConvEncoder(channels, side, self.widths, self.depths, self.dropout)
+
+
+@tower_kind("text")
+class ConvTextTower(TowerKind):
+    """A small residual convolutional network over tokens."""
+
+    kind: Literal["conv"] = "conv"
+    """Kind of text tower; conv: a small residual convolutional network over the tokens."""
+    width: Count = 128
+    """Width of the token embeddings and of the convolutions."""
+    layers: Amount = 1
+    """Convolutions over three neighboring tokens; 0 pools the token and position embeddings."""
+    dropout: Fraction = 0.0
+    """Dropout rate of the convolutional encoder's pooled features while training."""
+
+    def build(self, data: TowerInput) -> nn.Module:
+        return TokenEncoder(
+            data.vocab_size, data.text_length, self.width, self.layers, self.dropout
+        )
 
 
 class ConvEncoder(nn.Module):
-    """images [B, C, S, S] -> [B, width]. Each stage halves the side; the last map is flattened,
-    since at this size positions matter more than their average. Its places are the tokens
-    [B, T, token_width], asked for with `tokens`."""
+    """Encode images float32 [B, C, S, S] to [B, width].
+
+    Each stage halves the side. The last feature map is flattened, not averaged: at this size
+    positions matter more than their mean. Its positions are the tokens [B, T, token_width].
+    """
 
     def __init__(
         self, channels: int, size: int, widths: tuple[int, ...], depths: tuple[int, ...],
@@ -33,22 +78,22 @@ class ConvEncoder(nn.Module):
         self.width, self.token_width = widths[-1] * side * side, widths[-1]
 
     def forward(self, images: Tensor, tokens: bool = False) -> Encoded:
-        # The maps run channels-last, which is fastest on a CPU; the weights stay as they are, since
-        # DeepSpeed broadcasts them as bytes.
+        # Feature maps run channels-last, the fastest layout on a CPU. The weights stay contiguous,
+        # because DeepSpeed broadcasts them as bytes.
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
         x = F.relu(self.norm(x))
-        pooled = self.dropout(x.flatten(1))
+        pooled: Tensor = self.dropout(x.flatten(1))
         return (pooled, x.flatten(2).mT) if tokens else pooled
 
 
 def residual_stages(widths: tuple[int, ...], depths: tuple[int, ...]) -> nn.ModuleList:
-    """The residual blocks of each stage, and between two stages what halves the sides."""
+    """Build the residual blocks of each stage, with a halving convolution between two stages."""
     blocks = nn.ModuleList()
     for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
         if stage:
-            blocks.append(_Shrink(widths[stage - 1], width))
+            blocks.append(_Downsample(widths[stage - 1], width))
         blocks.extend(_Residual(width) for _ in range(depth))
     return blocks
 
@@ -57,27 +102,31 @@ class _Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, width)
-        self.conv = _he(nn.Conv2d(width, width, 3, padding=1, bias=False), gain=0.5)
+        self.conv = _he_init(nn.Conv2d(width, width, 3, padding=1, bias=False), gain=0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(F.relu(self.norm(x)))
+        update: Tensor = self.conv(F.relu(self.norm(x)))
+        return x + update
 
 
-class _Shrink(nn.Module):
-    """Halve the side, change the width."""
+class _Downsample(nn.Module):
+    """Halve the side and change the width."""
 
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, inner)
-        self.conv = _he(nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), gain=1.0)
+        self.conv = _he_init(nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), gain=1.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.relu(self.norm(x)))
+        out: Tensor = self.conv(F.relu(self.norm(x)))
+        return out
 
 
-def _he(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
-    """He et al.'s (2015) initial weights times `gain`: below 1 on a residual branch, so that the
-    sum over blocks does not grow."""
+def _he_init(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
+    """Initialize as He et al. (2015), times `gain`.
+
+    A gain below 1 on residual branches keeps the sum over blocks from growing.
+    """
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     with torch.no_grad():
         conv.weight.mul_(gain)
@@ -85,9 +134,11 @@ def _he(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
 
 
 class TokenEncoder(nn.Module):
-    """text int64 [B, L], L up to `length`, mask bool [B, L] -> [B, width]: residual convolutions
-    of width 3 over the caption, then the mean and the maximum over its real tokens; with `tokens`,
-    those too, [B, L, token_width]."""
+    """Encode token ids int64 [B, L] with a mask bool [B, L] to [B, width].
+
+    Residual convolutions over three neighboring tokens, then the mean and the maximum over the
+    real tokens. L is at most `length`. Tokens: [B, L, token_width].
+    """
 
     def __init__(
         self, vocab_size: int, length: int, width: int, layers: int, dropout: float
@@ -108,7 +159,7 @@ class TokenEncoder(nn.Module):
             x = block(x, real)
         mean = (x * real).sum(1) / real.sum(1).clamp(min=1)
         top = x.masked_fill(~real, torch.finfo(x.dtype).min).amax(1)
-        pooled = self.dropout(self.norm(torch.cat([mean, top], dim=-1)))
+        pooled: Tensor = self.dropout(self.norm(torch.cat([mean, top], dim=-1)))
         return (pooled, x) if tokens else pooled
 
 
@@ -119,7 +170,7 @@ class _TokenResidual(nn.Module):
         self.linear = nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        # A convolution as one matrix product over each token and its neighbours: on short
-        # captions several times faster than conv1d on a CPU.
+        # The convolution is one matrix product over each token and its two neighbors: on short
+        # captions this is several times faster than conv1d on a CPU.
         y = F.pad(self.norm(x) * real, (0, 0, 1, 1))
         return x + F.relu(self.linear(torch.cat([y[:, :-2], y[:, 1:-1], y[:, 2:]], dim=-1)))

@@ -1,5 +1,4 @@
-"""The experiments, a file each; `STUDIES` holds those on made-up data, in the order of their
-papers."""
+"""The experiments, one file per study. `STUDIES`: those on synthetic data."""
 
 from __future__ import annotations
 
@@ -32,9 +31,15 @@ _MODULES = (
 STUDIES = tuple(module.STUDY for module in _MODULES)
 
 
-def studies_on(source: Path | None) -> tuple[Study, ...]:
-    """The experiments on the drawings in a folder; without one they are descriptions, to be told
-    and not to be run. Raises GigabatchError for a folder that lacks a set."""
-    of = emoji.fingerprint(source) if source else ""
+def real_data_studies(source: Path | None) -> tuple[Study, ...]:
+    """Build the studies on real drawings.
+
+    Args:
+        source: Folder of the drawings; None for studies that can be listed but not run.
+
+    Raises:
+        GigabatchError: If a set is missing in the folder.
+    """
+    fingerprint = emoji.fingerprint(source) if source else ""
     modules = (emoji_noisy, emoji_languages)
-    return tuple(each.study((source or Path()).absolute(), of) for each in modules)
+    return tuple(m.study((source or Path()).absolute(), fingerprint) for m in modules)

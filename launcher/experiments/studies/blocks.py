@@ -1,4 +1,4 @@
-"""What several experiments share: pairs of vectors, and the towers that read them."""
+"""Parts that several studies share: synthetic pairs of vectors, and towers that read them."""
 
 from __future__ import annotations
 
@@ -9,60 +9,88 @@ from typing import Any
 import numpy as np
 
 from gigabatch.launcher.experiments.shards import Array, unit, write_set
-from gigabatch.launcher.experiments.study import Write
+from gigabatch.launcher.experiments.study import WriteData
 
-Sides = Callable[[Array], tuple[Array, Array]]
+ViewPair = Callable[[Array], tuple[Array, Array]]
+"""Computes two noisy views [n, size] of latent vectors [n, latent]."""
 
 
-def two_sides(random: np.random.Generator, latent: int, size: int, noise: float = 0.1) -> Sides:
-    """[n, latent] -> two views [n, size] of it: each through a random layer of its own, with
-    noise."""
-    maps = random.standard_normal((2, latent, size)) / np.sqrt(latent)
+def random_view_pair(
+    random: np.random.Generator, latent: int, size: int, noise: float = 0.1
+) -> ViewPair:
+    """Draw two random one-layer networks; each computes one view of a latent vector, plus noise."""
+    weights = random.standard_normal((2, latent, size)) / np.sqrt(latent)
 
-    def see(codes: Array) -> tuple[Array, Array]:
+    def views(latents: Array) -> tuple[Array, Array]:
         one, two = (
-            np.tanh(codes @ each) + noise * random.standard_normal((len(codes), size))
-            for each in maps
+            np.tanh(latents @ layer) + noise * random.standard_normal((len(latents), size))
+            for layer in weights
         )
         return one, two
 
-    return see
+    return views
 
 
 def pairs_of_views(
     members: tuple[str, str], latent: int, size: int, train: int, test: int, noise: float = 0.1
-) -> Write:
-    """Writes so many pairs of views of standard normal latents into the sets train and test."""
+) -> WriteData:
+    """Return a writer of pairs of views of standard normal latents.
 
-    def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-        sides = two_sides(random, latent, size, noise)
+    Args:
+        members: File extensions of the two views, such as `image.npy`.
+        latent: Dimension of the latent vectors.
+        size: Dimension of the views.
+        train: Number of training pairs.
+        test: Number of test pairs.
+        noise: Standard deviation of the noise on each view.
+    """
+
+    def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+        view_pair = random_view_pair(random, latent, size, noise)
         for name, count in (("train", train), ("test", test)):
-            views = sides(random.standard_normal((count, latent)))
+            views = view_pair(random.standard_normal((count, latent)))
             write_set(folder / name, dict(zip(members, views, strict=True)))
 
     return write
 
 
-def around(random: np.random.Generator, centres: Array, spread: float) -> Array:
-    """Unit vectors about unit centres [n, D], their noise of length `spread`."""
-    width = centres.shape[1]
-    return unit(centres + spread / np.sqrt(width) * random.standard_normal(centres.shape))
+def noisy_units(random: np.random.Generator, centers: Array, noise: float) -> Array:
+    """Draw a unit vector near each unit center [n, D]; the noise has an expected length `noise`."""
+    dim = centers.shape[1]
+    return unit(centers + noise / np.sqrt(dim) * random.standard_normal(centers.shape))
 
 
 def vector_tower(member: str, size: int, width: int = 128, layers: int = 1) -> dict[str, Any]:
+    """Return the config of a tower that reads vectors of a given size."""
     return {"kind": "vector", "member": member, "size": size, "width": width, "layers": layers}
 
 
-def pair_of_vectors(
-    first: str, its: str, second: str, seconds: str, size: int, width: int = 128, layers: int = 1
+def two_vector_towers(
+    first: str,
+    first_member: str,
+    second: str,
+    second_member: str,
+    size: int,
+    width: int = 128,
+    layers: int = 1,
 ) -> dict[str, Any]:
-    """Towers of two modalities and the members that they read; both of one size."""
+    """Return the config of two towers that read vectors of the same size.
+
+    Args:
+        first: Name of the first tower.
+        first_member: File extension that it reads.
+        second: Name of the second tower.
+        second_member: File extension that it reads.
+        size: Dimension of the vectors.
+        width: Width of the hidden layers.
+        layers: Number of hidden layers.
+    """
     return {
         "towers": {
             "width": 64,
             "more": {
-                first: vector_tower(its, size, width, layers),
-                second: vector_tower(seconds, size, width, layers),
+                first: vector_tower(first_member, size, width, layers),
+                second: vector_tower(second_member, size, width, layers),
             },
         }
     }

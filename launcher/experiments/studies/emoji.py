@@ -1,7 +1,7 @@
-"""What the experiments on real drawings share: reading a folder of them, and towers that fit.
+"""Parts shared by the studies on real drawings: reading the drawings, and small towers.
 
-The folder holds `train`, `val-artist` and `val-concept`, each with WebDataset shards of png, txt
-(the English name) and json, whose `concept` is the same for all drawings of one thing and whose
+The data folder holds `train`, `val-artist` and `val-concept`. Each has WebDataset shards of png,
+txt (the English name) and json; drawings of one thing share the json field `concept`, and the field
 `names` maps languages to names.
 """
 
@@ -18,7 +18,7 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.shards.reader import Damaged
+from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.launcher.experiments.shards import write_set
 
@@ -37,67 +37,74 @@ CONFIG: dict[str, Any] = {
     },
     "optimizer": {"lr": 2e-3, "weight_decay": 0.1},
 }  # fmt: skip
-"""As in configs/emoji.yaml, with half of its batch: more steps in the same time. Augmentation and
-dropout are each experiment's own matter."""
+"""As in configs/emoji.yaml, with half its batch, for more steps in the same time. Augmentation and
+dropout differ by study."""
 
 
 @dataclass(frozen=True)
 class Drawing:
     png: bytes
     caption: str
-    about: dict[str, Any]
+    fields: dict[str, Any]
+    """The sample's json."""
 
 
 def fingerprint(source: Path) -> str:
-    """What tells the shards of a folder from others, of their names and sizes. Raises
-    GigabatchError where it lacks a set."""
-    told = hashlib.sha256()
+    """Hash the names and sizes of a data folder's shards, to tell data folders apart.
+
+    Raises:
+        GigabatchError: If a set is missing.
+    """
+    digest = hashlib.sha256()
     for name in SETS:
         shards = sorted((source / name).glob("*.tar"))
         if not shards:
             raise GigabatchError(
-                f"--data {source}: there is no {name} with shards (*.tar) in it. Name a folder "
-                f"that holds {', '.join(SETS)}, laid out as configs/emoji.yaml says."
+                f"--data {source}: it has no folder {name} with shards (*.tar). Name a folder that "
+                f"holds {', '.join(SETS)}, as configs/emoji.yaml describes."
             )
         for shard in shards:
-            told.update(f"{name}/{shard.name} {shard.stat().st_size}\n".encode())
-    return told.hexdigest()[:8]
+            digest.update(f"{name}/{shard.name} {shard.stat().st_size}\n".encode())
+    return digest.hexdigest()[:8]
 
 
-def drawings(source: Path, name: str) -> list[Drawing]:
-    """All samples of a set, in order. Raises GigabatchError, which names the first that lacks
-    something."""
+def read_drawings(source: Path, name: str) -> list[Drawing]:
+    """Read all samples of a set, in order.
+
+    Raises:
+        GigabatchError: If a sample is damaged or lacks a member; names the first such sample.
+    """
     index = open_index(str(source / name))
-    index.require("png")
-    index.require("txt")
-    index.require("json")
+    index.require_members("png")
+    index.require_members("txt")
+    index.require_members("json")
     with Sources([index]) as sources:
-        found = sources.read(np.arange(len(index)), MEMBERS)
-    return [_drawing(index, number, each) for number, each in enumerate(found)]
+        samples = sources.read(np.arange(len(index)), MEMBERS)
+    return [_drawing(index, number, members) for number, members in enumerate(samples)]
 
 
-def _drawing(index: Index, number: int, raw: dict[str, bytes | Damaged]) -> Drawing:
+def _drawing(index: Index, number: int, members: dict[str, bytes | DamagedMember]) -> Drawing:
     parts: dict[str, bytes] = {}
-    for member, data in raw.items():
-        if isinstance(data, Damaged):
+    for member, data in members.items():
+        if isinstance(data, DamagedMember):
             raise GigabatchError(f"{data.why} Restore the shard.")
         parts[member] = data
     try:
-        about = json.loads(parts["json"])
+        fields = json.loads(parts["json"])
         caption = parts["txt"].decode()
     except ValueError as error:
         raise GigabatchError(f"{index.where(number)} cannot be read: {error}.") from error
-    if not isinstance(about, dict) or "concept" not in about:
+    if not isinstance(fields, dict) or "concept" not in fields:
         raise GigabatchError(
-            f"{index.where(number)}: its json has no `concept`, which says what drawings are of "
-            "one thing. Add it."
+            f"{index.where(number)}: its json has no field `concept`. Add it; drawings of one "
+            "thing share its value."
         )
-    return Drawing(parts["png"], caption, about)
+    return Drawing(parts["png"], caption, fields)
 
 
 def write_drawings(
-    folder: Path, drawn: list[Drawing], about: list[dict[str, Any]], captions: list[str] | None
+    folder: Path, drawings: list[Drawing], fields: list[dict[str, Any]], captions: list[str] | None
 ) -> None:
-    """One set: their pixels as they are, with another json, and captions where there are any."""
-    members: dict[str, Any] = {"png": [each.png for each in drawn], "json": about}
+    """Write one set: the drawings' original pixels with new json and, if any, new captions."""
+    members: dict[str, Any] = {"png": [drawing.png for drawing in drawings], "json": fields}
     write_set(folder, members | ({"txt": captions} if captions is not None else {}))

@@ -1,4 +1,4 @@
-"""Noisy correspondence (1) on real drawings: some names exchanged, and how they are memorised."""
+"""Noisy correspondence on real drawings: shuffled names, and how models memorize them."""
 
 from __future__ import annotations
 
@@ -10,46 +10,45 @@ import numpy as np
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.experiments.studies import emoji
 from gigabatch.launcher.experiments.studies.emoji import ARTIST, CONCEPT, SETS, TRAIN
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
 NOISE = 0.4
 STEPS, EPOCH = 960, 32
 
 
 def study(source: Path, fingerprint: str = "") -> Study:
-    """On the sets in `source`, whose shards are those of the `fingerprint`."""
+    """Build the study on the sets in `source`; `fingerprint` identifies their shards."""
 
-    def write(folder: Path, random: np.random.Generator, variant: str) -> None:
+    def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
         for name in SETS:
-            drawn = emoji.drawings(source, name)
-            concepts = [each.about["concept"] for each in drawn]
-            captions = [each.caption for each in drawn]
-            clean = np.ones(len(drawn), int)
+            drawings = emoji.read_drawings(source, name)
+            concepts = [drawing.fields["concept"] for drawing in drawings]
+            captions = [drawing.caption for drawing in drawings]
+            clean = np.ones(len(drawings), int)
             if name == TRAIN:
-                wrong, instead = exchanged(concepts, random, source / name)
-                clean[wrong] = 0
-                theirs = [captions[other] for other in instead]
-                for here, caption in zip(wrong, theirs, strict=True):
-                    captions[here] = caption
-            about = [
+                noisy, donors = shuffled_captions(concepts, random, source / name)
+                clean[noisy] = 0
+                new_captions = [captions[donor] for donor in donors]
+                for sample, caption in zip(noisy, new_captions, strict=True):
+                    captions[sample] = caption
+            fields = [
                 {"concept": concept, "clean": flag}
                 for concept, flag in zip(concepts, clean, strict=True)
             ]
-            emoji.write_drawings(folder / name, drawn, about, captions)
+            emoji.write_drawings(folder / name, drawings, fields, captions)
 
     return Study(
         name="emoji-noisy",
-        papers=(1,),
-        claim="On real drawings too, training that finds out which names do not belong to their "
-        "drawing withstands wrong ones, where plain contrast memorises them.",
-        setting=f"Emoji of three artists, {NOISE:.0%} of them with the name of another concept; "
-        "text to image, among the drawings of an artist (val-artist) and of concepts (val-concept) "
-        f"never seen, whose names are right. {STEPS} steps, {STEPS // EPOCH} epochs at one "
-        "learning rate, flips and small moves as the only augmentation and no dropout: "
-        "time to memorise. "
-        "Both take the pair alone as right in training, since wrong names would spread over a "
-        "concept. In brackets 95 % intervals over resampled concepts, of what was measured after "
-        "the last step.",
+        papers=("PC2, noisy correspondence",),
+        claim="On real drawings too, training that detects mismatched pairs resists wrong names, "
+        "which plain contrastive training memorizes.",
+        setting=f"Emoji by three artists; {NOISE:.0%} have the name of another concept. "
+        "Text-to-image retrieval among the drawings of an unseen artist (val-artist) and of unseen "
+        f"concepts (val-concept), with correct names. {STEPS} steps, {STEPS // EPOCH} epochs at a "
+        "constant learning rate, with flips and small shifts as the only augmentation and no "
+        "dropout, which leaves time to memorize. In training, both variants take only the pair "
+        "itself as a positive; otherwise a wrong name would spread to its whole concept. In "
+        "brackets: 95 % intervals over resampled concepts, for metrics after the last step.",
         write=write,
         config={
             **emoji.CONFIG,
@@ -59,63 +58,74 @@ def study(source: Path, fingerprint: str = "") -> Study:
             "schedule.name": "constant",
             "eval": {"sets": [ARTIST], "every_steps": 3 * EPOCH},
         },
-        arms=(
-            Arm("plain", {"objective": {"name": "infonce"}}, fingerprint),
-            Arm("robust", {"objective": {"name": "noisy", "warmup_epochs": 5}}, fingerprint),
+        variants=(
+            Variant("plain", {"objective": {"name": "infonce"}}, fingerprint),
+            Variant("robust", {"objective": {"name": "noisy", "warmup_epochs": 5}}, fingerprint),
         ),
-        measures=(
-            Measure("artist R@10, best", "history", ARTIST, "t2i_recall@10/best"),
-            _last("artist R@10, last", ARTIST, 10),
-            _last("artist R@1, last", ARTIST, 1),
-            _last("concept R@10, last", CONCEPT, 10),
-            Measure(
+        metrics=(
+            Metric("best artist R@10", "history", ARTIST, "t2i_recall@10/best"),
+            _final("final artist R@10", ARTIST, 10),
+            _final("final artist R@1", ARTIST, 1),
+            _final("final concept R@10", CONCEPT, 10),
+            Metric(
                 "AUC of the split", "table", TRAIN, "table/clean_probability/auc", ("auc=clean",),
-                arms=("robust",),
+                variants=("robust",),
             ),
         ),
-        bars=BARS,
+        checks=CHECKS,
         intervals="concept",
     )  # fmt: skip
 
 
-def _last(figure: str, on: str, k: int) -> Measure:
-    return Measure(figure, "retrieval", on, f"t2i_recall@{k}", ("positives=concept",))
+def _final(name: str, dataset: str, k: int) -> Metric:
+    return Metric(name, "retrieval", dataset, f"t2i_recall@{k}", ("positives=concept",))
 
 
-def exchanged(
-    concepts: list[Any], random: np.random.Generator, where: Path
+def shuffled_captions(
+    concepts: list[Any], random: np.random.Generator, path: Path
 ) -> tuple[list[int], list[int]]:
-    """(samples, whose caption each gets instead): a share NOISE of all, by a permutation of these
-    that leaves none with a caption of its own concept. Raises GigabatchError where there is none.
+    """Permute the captions of a random share NOISE of the samples, always to another concept.
+
+    Args:
+        concepts: The concept of each sample.
+        random: Source of the choice.
+        path: Named in errors.
+
+    Returns:
+        The samples chosen, and for each the sample whose caption it receives.
+
+    Raises:
+        GigabatchError: If there are too few concepts for such a permutation.
     """
-    wrong = random.permutation(len(concepts))[: int(NOISE * len(concepts))]
-    names, of = np.unique([str(concepts[i]) for i in wrong], return_inverse=True)
-    # By concepts, in an order of chance, then moved on by the size of the largest: out of its own.
-    order = np.argsort(random.permutation(len(names))[of], kind="stable")
-    most = int(np.bincount(of).max(initial=0))
-    if not len(wrong) or 2 * most > len(wrong):
+    chosen = random.permutation(len(concepts))[: int(NOISE * len(concepts))]
+    names, concept_of = np.unique([str(concepts[i]) for i in chosen], return_inverse=True)
+    # Sort the samples by concept, in random order of concepts. A rotation by the size of the
+    # largest concept then moves every caption out of its concept.
+    order = np.argsort(random.permutation(len(names))[concept_of], kind="stable")
+    largest = int(np.bincount(concept_of).max(initial=0))
+    if not len(chosen) or 2 * largest > len(chosen):
         raise GigabatchError(
-            f"{where}: its {len(concepts)} samples are of too few concepts for {NOISE:.0%} of the "
-            "captions to be exchanged among others. Name a larger set."
+            f"{path}: its {len(concepts)} samples have too few concepts to exchange {NOISE:.0%} of "
+            "the captions between concepts. Name a larger set."
         )
-    here, instead = wrong[order], np.roll(wrong[order], -most)
-    return here.tolist(), instead.tolist()
+    samples, donors = chosen[order], np.roll(chosen[order], -largest)
+    return samples.tolist(), donors.tolist()
 
 
-BARS = (
-    Bar(
-        "robust less plain, artist R@10 of the last step",
-        lambda mean: mean("robust", "artist R@10, last") - mean("plain", "artist R@10, last"), 0.02,
+CHECKS = (
+    Check(
+        "robust - plain, final artist R@10",
+        lambda mean: mean("robust", "final artist R@10") - mean("plain", "final artist R@10"), 0.02,
     ),
-    Bar(
-        "robust less plain, concept R@10 of the last step",
-        lambda mean: mean("robust", "concept R@10, last") - mean("plain", "concept R@10, last"),
+    Check(
+        "robust - plain, final concept R@10",
+        lambda mean: mean("robust", "final concept R@10") - mean("plain", "final concept R@10"),
         0.0,
     ),
-    Bar("AUC of the split", lambda mean: mean("robust", "AUC of the split"), 0.7),
-    Bar(
-        "plain artist R@10, best less last",
-        lambda mean: mean("plain", "artist R@10, best") - mean("plain", "artist R@10, last"),
+    Check("robust, AUC of the split", lambda mean: mean("robust", "AUC of the split"), 0.7),
+    Check(
+        "plain, best - final artist R@10",
+        lambda mean: mean("plain", "best artist R@10") - mean("plain", "final artist R@10"),
         0.02, baseline=True,
     ),
 )  # fmt: skip

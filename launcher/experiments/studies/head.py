@@ -1,4 +1,4 @@
-"""The projection head (18): what augmentation hides is lost behind it, and kept before it."""
+"""The projection head: information that augmentation changes is lost after it, not before it."""
 
 from __future__ import annotations
 
@@ -10,49 +10,48 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from gigabatch.launcher.experiments.shards import write_set
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
-COLOURS, SIDE = 8, 16
+HUES, SIDE = 8, 16
 
 
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """A blob of some hue at some place, which is what tells images apart once hue is hidden."""
+def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+    """Write images of rectangles of one hue; only their places tell images apart without hue."""
     for name, count in (("train", 1024), ("test", 512)):
-        hues = random.integers(0, COLOURS, count)
+        hues = random.integers(0, HUES, count)
         write_set(
             folder / name,
             {
-                "png": [_image(random, hue / COLOURS) for hue in hues],
-                "json": [{"hue": each} for each in hues],
+                "png": [_image(random, hue / HUES) for hue in hues],
+                "json": [{"hue": hue} for hue in hues],
             },
         )
 
 
 def _image(random: np.random.Generator, hue: float) -> bytes:
-    colour = tuple(int(255 * each) for each in colorsys.hsv_to_rgb(hue, 0.9, 0.9))
+    color = tuple(int(255 * channel) for channel in colorsys.hsv_to_rgb(hue, 0.9, 0.9))
     image = Image.new("RGB", (SIDE, SIDE), (60, 60, 60))
     draw = ImageDraw.Draw(image)
     for _ in range(3):
         x, y = random.integers(1, SIDE - 4, 2).tolist()
-        wide, high = random.integers(2, 6, 2).tolist()
-        draw.rectangle((x, y, x + wide, y + high), fill=colour)
-    held = io.BytesIO()
-    image.save(held, "PNG")
-    return held.getvalue()
+        width, height = random.integers(2, 6, 2).tolist()
+        draw.rectangle((x, y, x + width, y + height), fill=color)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
-def _probe(figure: str, tap: str) -> Measure:
+def _probe(name: str, tap: str) -> Metric:
     settings = ("label=hue", "train=train", "modality=image", f"tap={tap}")
-    return Measure(figure, "probe", "test", "probe/top1", settings)
+    return Metric(name, "probe", "test", "probe/top1", settings)
 
 
 STUDY = Study(
     name="projection-head",
-    papers=(18,),
-    claim="What augmentation hides is thrown away behind the projection head, and is still there "
-    "before it.",
-    setting=f"Pictures of rectangles of {COLOURS} hues, whose hue is turned at random in each "
-    "view; a linear probe is to tell the hue (by chance 0.125).",
+    papers=("Projection head",),
+    claim="The projection head discards what augmentation changes; the layer before it keeps it.",
+    setting=f"Images of rectangles of {HUES} hues; augmentation rotates the hue at random in each "
+    "view. Accuracy of a linear probe for the hue, before and after the head (chance 0.125).",
     write=write,
     config={
         "data.image": {"size": SIDE},
@@ -66,16 +65,19 @@ STUDY = Study(
         "train.steps": 150,
         "optimizer": {"lr": 2e-3},
     },
-    arms=(Arm("linear"), Arm("two-layers", {"towers.image.head": {"layers": 2, "hidden": 128}})),
-    measures=(_probe("before", "encoder"), _probe("behind", "head")),
-    bars=(
-        Bar(
-            "linear head: accuracy before less behind",
-            lambda mean: mean("linear", "before") - mean("linear", "behind"), 0.3,
+    variants=(
+        Variant("linear"),
+        Variant("two-layers", {"towers.image.head": {"layers": 2, "hidden": 128}}),
+    ),
+    metrics=(_probe("before", "encoder"), _probe("after", "head")),
+    checks=(
+        Check(
+            "linear, accuracy before - after",
+            lambda mean: mean("linear", "before") - mean("linear", "after"), 0.3,
         ),
-        Bar(
-            "two-layer head: accuracy before less behind",
-            lambda mean: mean("two-layers", "before") - mean("two-layers", "behind"), 0.3,
+        Check(
+            "two-layers, accuracy before - after",
+            lambda mean: mean("two-layers", "before") - mean("two-layers", "after"), 0.3,
         ),
     ),
 )  # fmt: skip

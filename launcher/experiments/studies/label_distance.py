@@ -1,4 +1,4 @@
-"""SupReMix (42): continuous labels, of which near ones are nearer."""
+"""SupReMix: continuous labels, where a negative counts more the farther its label."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ import numpy as np
 
 from gigabatch.launcher.experiments.shards import write_set
 from gigabatch.launcher.experiments.studies.blocks import vector_tower
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
 LABELS, SIZE = 60, 32
 
 
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """A label on a curve in 8 dimensions, mixed with 8 that say nothing, through a random layer."""
+def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+    """Write labels as points of a curve in 8 dimensions, next to 8 of noise, through a layer."""
     waves = random.uniform(0.5, 2.5, 8), random.uniform(0, 2 * np.pi, 8)
     layer = random.standard_normal((16, SIZE)) / 4
     for name, count in (("train", 3000), ("test", 1000)):
         labels = random.integers(0, LABELS, count)
         curve = np.sin(labels[:, None] / LABELS * 2 * np.pi * waves[0] + waves[1])
-        inner = np.concatenate([curve, random.standard_normal((count, 8))], 1)
-        seen = np.tanh(inner @ layer) + 0.1 * random.standard_normal((count, SIZE))
-        write_set(folder / name, {"npy": seen, "json": [{"label": each} for each in labels]})
+        latents = np.concatenate([curve, random.standard_normal((count, 8))], 1)
+        vectors = np.tanh(latents @ layer) + 0.1 * random.standard_normal((count, SIZE))
+        write_set(folder / name, {"npy": vectors, "json": [{"label": label} for label in labels]})
 
 
 SHARED = {"taps": ["vector", "vector@1"], "init_logit_scale": 3.3, "learn_scale": False}
 
 STUDY = Study(
     name="label-distance",
-    papers=(42,),
-    claim="Negatives that weigh more the farther their label is make an embedding that a linear "
-    "regression reads better than SupCon's.",
+    papers=("SupReMix",),
+    claim="If negatives count more the farther their label, a linear regression reads the "
+    "embedding better than SupCon's.",
     setting=f"Vectors of {LABELS} integer labels on a curve; mean absolute error of a ridge "
     "regression on the frozen embedding.",
     write=write,
@@ -44,21 +44,21 @@ STUDY = Study(
         "train.steps": 300,
         "optimizer": {"lr": 2e-3},
     },
-    arms=(
-        Arm("simclr", {"objective": {"name": "supcon", **SHARED}}),
-        Arm("supcon", {"objective": {"name": "supcon", "positives": "label", **SHARED}}),
-        Arm("weighted", {"objective": {"name": "label_distance", "label": "label", **SHARED}}),
+    variants=(
+        Variant("simclr", {"objective": {"name": "supcon", **SHARED}}),
+        Variant("supcon", {"objective": {"name": "supcon", "positives": "label", **SHARED}}),
+        Variant("weighted", {"objective": {"name": "label_distance", "label": "label", **SHARED}}),
     ),
-    measures=(
-        Measure(
+    metrics=(
+        Metric(
             "MAE", "probe", "test", "probe/mae",
             ("label=label", "kind=regression", "train=train", "modality=vector"),
         ),
     ),
-    bars=(
-        Bar(
-            "weighted MAE, of SupCon's",
-            lambda mean: mean("weighted", "MAE") / mean("supcon", "MAE"), most=0.65,
+    checks=(
+        Check(
+            "weighted / supcon, MAE",
+            lambda mean: mean("weighted", "MAE") / mean("supcon", "MAE"), maximum=0.65,
         ),
     ),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Same-language negatives (46): what a source has in common must not be what is learnt."""
+"""Same-language negatives: a model must not learn to tell sources apart instead of meanings."""
 
 from __future__ import annotations
 
@@ -7,60 +7,66 @@ from pathlib import Path
 import numpy as np
 
 from gigabatch.launcher.experiments.shards import Array, unit, write_set
-from gigabatch.launcher.experiments.studies.blocks import pair_of_vectors
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.studies.blocks import two_vector_towers
+from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
-LANGUAGES, CONCEPT, SIZE = 3, 24, 64
-STRENGTH = 3.0
-"""Of what a language adds to every sentence, against the length 1 of what it means."""
+LANGUAGES, LATENT, SIZE = 3, 24, 64
+LANGUAGE_NORM = 3.0
+"""Length of the vector that a language adds to each sentence; the meaning has length 1."""
 
 
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """A sentence is what it means plus its language. Training pairs neighbouring sentences of one
-    language; the test asks for a translation among sentences of all languages."""
-    meaning = random.standard_normal((CONCEPT, SIZE)) / np.sqrt(CONCEPT)
-    language = STRENGTH * unit(random.standard_normal((LANGUAGES, SIZE)))
+def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+    """Write sentences as meaning plus language.
 
-    def say(codes: Array, tongue: Array) -> Array:
-        heard: Array = codes @ meaning / np.sqrt(SIZE) + language[tongue]
-        return heard + 0.02 * random.standard_normal(heard.shape)
+    Training pairs have similar meanings in one language; test pairs are translations.
+    """
+    meaning_map = random.standard_normal((LATENT, SIZE)) / np.sqrt(LATENT)
+    language_vectors = LANGUAGE_NORM * unit(random.standard_normal((LANGUAGES, SIZE)))
 
-    codes, tongue = random.standard_normal((6000, CONCEPT)), random.integers(0, LANGUAGES, 6000)
-    near = codes + 1.4 * random.standard_normal(codes.shape)
-    of = [{"language": each} for each in tongue]
+    def sentences(meanings: Array, language: Array) -> Array:
+        vectors: Array = meanings @ meaning_map / np.sqrt(SIZE) + language_vectors[language]
+        return vectors + 0.02 * random.standard_normal(vectors.shape)
+
+    meanings, language = random.standard_normal((6000, LATENT)), random.integers(0, LANGUAGES, 6000)
+    similar = meanings + 1.4 * random.standard_normal(meanings.shape)
     write_set(
         folder / "train",
-        {"anchor.npy": say(codes, tongue), "near.npy": say(near, tongue), "json": of},
+        {
+            "anchor.npy": sentences(meanings, language),
+            "near.npy": sentences(similar, language),
+            "json": [{"language": number} for number in language],
+        },
     )
-    codes, tongue = random.standard_normal((600, CONCEPT)), random.integers(0, LANGUAGES, 600)
-    other = (tongue + random.integers(1, LANGUAGES, 600)) % LANGUAGES
-    write_set(folder / "test", {"anchor.npy": say(codes, tongue), "near.npy": say(codes, other)})
+    meanings, language = random.standard_normal((600, LATENT)), random.integers(0, LANGUAGES, 600)
+    other = (language + random.integers(1, LANGUAGES, 600)) % LANGUAGES
+    pairs = {"anchor.npy": sentences(meanings, language), "near.npy": sentences(meanings, other)}
+    write_set(folder / "test", pairs)
 
 
 TAPS = ["anchor", "near"]
 
 STUDY = Study(
     name="same-language",
-    papers=(46,),
-    claim="With negatives of all languages a model learns to tell languages apart; with those of "
-    "the same language alone it learns what sentences mean, across languages too.",
-    setting=f"Sentences of {LANGUAGES} languages, paired within a language; then 600 sentences are "
-    "to find their translation among sentences of all languages.",
+    papers=("CCP, multilingual retrieval",),
+    claim="With negatives from all languages, a model learns to tell languages apart; with "
+    "negatives from the same language only, it learns meanings, across languages too.",
+    setting=f"Sentences of {LANGUAGES} languages, paired within a language. R@1 across: retrieval "
+    "of the translations of 600 sentences among sentences of all languages.",
     write=write,
     config={
-        **pair_of_vectors("anchor", "anchor.npy", "near", "near.npy", size=SIZE, layers=0),
+        **two_vector_towers("anchor", "anchor.npy", "near", "near.npy", size=SIZE, layers=0),
         "batch": {"global_size": 256, "micro_size": 256},
         "train.steps": 400,
         "optimizer": {"lr": 3e-3},
     },
-    arms=(
-        Arm("mixed", {"objective": {"name": "infonce", "taps": TAPS}}),
-        Arm("same", {"objective": {"name": "infonce", "taps": TAPS, "within": "language"}}),
+    variants=(
+        Variant("mixed", {"objective": {"name": "infonce", "taps": TAPS}}),
+        Variant("same", {"objective": {"name": "infonce", "taps": TAPS, "within": "language"}}),
     ),
-    measures=(Measure("R@1 across", "retrieval", "test", "anchor2near_recall@1"),),
-    bars=(
-        Bar("same-language negatives, R@1", lambda mean: mean("same", "R@1 across"), 0.9),
-        Bar("mixed negatives, R@1", lambda mean: mean("mixed", "R@1 across"), most=0.3),
-        Bar("mixed negatives, R@1", lambda mean: mean("mixed", "R@1 across"), 0.066, baseline=True),
+    metrics=(Metric("R@1 across", "retrieval", "test", "anchor2near_recall@1"),),
+    checks=(
+        Check("same, R@1 across", lambda mean: mean("same", "R@1 across"), 0.9),
+        Check("mixed, R@1 across", lambda mean: mean("mixed", "R@1 across"), maximum=0.3),
+        Check("mixed, R@1 across", lambda mean: mean("mixed", "R@1 across"), 0.066, baseline=True),
     ),
 )

@@ -1,4 +1,4 @@
-"""Order (36): post-training with reversed captions as hard negatives, with and without replay."""
+"""TeminAL: post-training with reversed captions as hard negatives, with and without replay."""
 
 from __future__ import annotations
 
@@ -8,39 +8,41 @@ from typing import Any
 import numpy as np
 
 from gigabatch.launcher.experiments.shards import Array, unit, write_set
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
 EVENTS, SIZE = 40, 32
-CONSONANTS = "bdfgklmnprst"
 
 
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """Old: three events in some order, whose caption lists them in any. New: two events, with
-    `right` and `wrong`, which changes the order."""
-    heard = unit(random.standard_normal((EVENTS, SIZE)))
+def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+    """Write old and new pairs of event sequences and captions.
+
+    Old: three events; the caption lists them in random order. New: two events, with captions
+    `right` and `wrong`, which reverses their order.
+    """
+    event_vectors = unit(random.standard_normal((EVENTS, SIZE)))
 
     def sounds(events: Array) -> Array:
-        return heard[events] + 0.1 * random.standard_normal((*events.shape, SIZE))
+        return event_vectors[events] + 0.1 * random.standard_normal((*events.shape, SIZE))
 
     for name, count in (("old", 6000), ("old-test", 500)):
         events = np.argsort(random.random((count, EVENTS)), 1)[:, :3]
         listed = random.permuted(events, axis=1)
-        captions = [{"captions": [" and ".join(map(_name, each))]} for each in listed]
+        captions = [{"captions": [" and ".join(map(_word, row))]} for row in listed]
         write_set(folder / name, {"npy": sounds(events), "json": captions})
     for name, count in (("new", 6000), ("new-test", 500)):
         events = np.argsort(random.random((count, EVENTS)), 1)[:, :2]
         write_set(folder / name, {"npy": sounds(events), "json": list(map(_ordered, events))})
 
 
-def _name(event: int) -> str:
-    """A word of its own, of two syllables."""
+def _word(event: int) -> str:
+    """Spell a unique word of two syllables."""
     return "".join(
         "bdfgklmnprst"[i] + vowel for i, vowel in zip(divmod(event, 12), "ao", strict=True)
     )
 
 
 def _ordered(events: Array) -> dict[str, Any]:
-    first, second = map(_name, events)
+    first, second = map(_word, events)
     right, wrong = f"{first} before {second}", f"{second} before {first}"
     return {"captions": [right, wrong], "right": right, "wrong": wrong}
 
@@ -55,11 +57,12 @@ NEGATIVES = {
 
 STUDY = Study(
     name="order",
-    papers=(36,),
-    claim="Post-training with reversed captions as negatives teaches the order of events; what was "
-    "learnt before is kept where old pairs are mixed in.",
-    setting=f"Sequences of {EVENTS} kinds of event. Order: a caption against the reversed one. Old "
-    "captions list three events in any order; 500 are searched.",
+    papers=("TeminAL",),
+    claim="Post-training with reversed captions as negatives teaches the order of events; mixing "
+    "in old pairs preserves what the model had learned.",
+    setting=f"Sequences of {EVENTS} kinds of event. Order accuracy: a caption against its reverse. "
+    "Old R@1: captions that list three events in any order, retrieval among 500. replay mixes in "
+    "old pairs.",
     write=write,
     config={
         "data.train": "old",
@@ -78,24 +81,24 @@ STUDY = Study(
         "train.steps": 500,
         "optimizer": {"lr": 2e-3},
     },
-    arms=(
-        Arm("before", {"objective": {"name": "infonce", "taps": ["sound", "text"]}}),
-        Arm("no-replay", {**NEGATIVES, "data.train": "new"}, begins_with="before"),
-        Arm("replay", {**NEGATIVES, "data.train": ["old", "new"]}, begins_with="before"),
+    variants=(
+        Variant("before", {"objective": {"name": "infonce", "taps": ["sound", "text"]}}),
+        Variant("no-replay", {**NEGATIVES, "data.train": "new"}, init_from="before"),
+        Variant("replay", {**NEGATIVES, "data.train": ["old", "new"]}, init_from="before"),
     ),
-    measures=(
-        Measure(
+    metrics=(
+        Metric(
             "order accuracy", "order", "new-test", "order/order_accuracy",
             ("captions=right", "against=wrong", "modality=sound"),
         ),
-        Measure("old R@1", "retrieval", "old-test", "text2sound_recall@1"),
+        Metric("old R@1", "retrieval", "old-test", "text2sound_recall@1"),
     ),
-    bars=(
-        Bar("order accuracy with replay", lambda mean: mean("replay", "order accuracy"), 0.95),
-        Bar(
-            "old-caption R@1 with replay, of what it was",
+    checks=(
+        Check("replay, order accuracy", lambda mean: mean("replay", "order accuracy"), 0.95),
+        Check(
+            "replay / before, old R@1",
             lambda mean: mean("replay", "old R@1") / mean("before", "old R@1"), 0.9,
         ),
-        Bar("old-caption R@1 before", lambda mean: mean("before", "old R@1"), 0.813, baseline=True),
+        Check("before, old R@1", lambda mean: mean("before", "old R@1"), 0.813, baseline=True),
     ),
 )  # fmt: skip

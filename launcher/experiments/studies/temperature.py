@@ -1,4 +1,4 @@
-"""Temperature (5): the smaller, the more uniform and the less tolerant of what is alike."""
+"""Temperature: the lower, the more uniform the embedding, and the less tolerant of similarity."""
 
 from __future__ import annotations
 
@@ -7,50 +7,48 @@ from pathlib import Path
 import numpy as np
 
 from gigabatch.launcher.experiments.shards import unit, write_set
-from gigabatch.launcher.experiments.studies.blocks import around, vector_tower
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Of, Study
+from gigabatch.launcher.experiments.studies.blocks import noisy_units, vector_tower
+from gigabatch.launcher.experiments.study import Check, Formula, MeanOf, Metric, Study, Variant
 
 TEMPERATURES = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 CLASSES, SIZE = 20, 32
 DROPOUT = 0.6
 
 
-def write(folder: Path, random: np.random.Generator, variant: str) -> None:
-    """Classes that overlap."""
-    centres = unit(random.standard_normal((CLASSES, SIZE)))
+def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
+    """Write vectors of overlapping classes."""
+    centers = unit(random.standard_normal((CLASSES, SIZE)))
     for name, count in (("train", 2000), ("test", 1000)):
-        of = random.integers(0, CLASSES, count)
-        vectors = around(random, centres[of], 1.0)
-        write_set(folder / name, {"npy": vectors, "json": [{"label": each} for each in of]})
+        labels = random.integers(0, CLASSES, count)
+        vectors = noisy_units(random, centers[labels], 1.0)
+        write_set(folder / name, {"npy": vectors, "json": [{"label": label} for label in labels]})
 
 
-def _arm(temperature: float) -> Arm:
+def _variant(temperature: float) -> Variant:
     scale = {"init_logit_scale": 1 / temperature, "learn_scale": False}
     objective = {"name": "supcon", "taps": ["vector", "vector@1"], **scale}
-    return Arm(f"t-{temperature:g}", {"objective": objective})
+    return Variant(f"t-{temperature:g}", {"objective": objective})
 
 
-def _rank_correlation(figure: str) -> Of:
-    """Spearman's, of the temperature and the mean of a figure. (No two values are equal.)"""
+def _rank_correlation(metric: str) -> Formula:
+    """Return Spearman's correlation of temperature and a metric's mean; assumes no ties."""
 
-    def of(mean: object) -> float:
-        assert callable(mean)
-        values = np.array([mean(f"t-{each:g}", figure) for each in TEMPERATURES])
+    def correlation(mean: MeanOf) -> float:
+        values = np.array([mean(f"t-{t:g}", metric) for t in TEMPERATURES])
         ranks = values.argsort().argsort()
         return float(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1])
 
-    return of
+    return correlation
 
 
 STUDY = Study(
     name="temperature",
-    papers=(5,),
-    claim="A smaller temperature spreads embeddings evenly and tolerates less that samples of one "
-    "class are alike.",
+    papers=("Behaviour of contrastive loss",),
+    claim="A lower temperature spreads embeddings more evenly, and keeps samples of one class less "
+    "similar.",
     setting=f"{CLASSES} overlapping classes, two views by a dropout of {DROPOUT}, no labels in "
-    "training; tolerance is the mean cosine within a class. (Views that differ less are told from "
-    "all others at once, and at the lowest temperature nothing is left to learn: "
-    "docs/engineering-log.md.)",
+    "training. Tolerance: mean cosine within a class. (With views that differ less, every sample "
+    "is soon told apart from all others, and the lowest temperature has no gradient left.)",
     write=write,
     config={
         "towers": {
@@ -61,10 +59,16 @@ STUDY = Study(
         "train.steps": 250,
         "optimizer": {"lr": 4e-3},
     },
-    arms=tuple(map(_arm, TEMPERATURES)),
-    measures=(
-        Measure("tolerance", "geometry", "test", "geometry/vector_tolerance", ("label=label",)),
-        Measure("uniformity", "geometry", "test", "geometry/vector_uniformity", ("label=label",)),
+    variants=tuple(map(_variant, TEMPERATURES)),
+    metrics=(
+        Metric("tolerance", "geometry", "test", "geometry/vector_tolerance", ("label=label",)),
+        Metric("uniformity", "geometry", "test", "geometry/vector_uniformity", ("label=label",)),
     ),
-    bars=(Bar("Spearman of temperature and tolerance", _rank_correlation("tolerance"), 0.95),),
+    checks=(
+        Check(
+            "all variants, Spearman correlation of temperature and tolerance",
+            _rank_correlation("tolerance"),
+            0.95,
+        ),
+    ),
 )

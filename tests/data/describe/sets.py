@@ -1,4 +1,4 @@
-"""Sets whose contents are known."""
+"""Data sets with known content."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.text.captions import CaptionSettings
 
 TXT = CaptionSettings()
-# The CRC-32C of a message does not change when its generator polynomial is added to it.
+# XOR with the generator polynomial leaves the CRC-32C of a message unchanged.
 POLYNOMIAL = (0x82F63B78 << 1 | 1).to_bytes(5, "little")
 
 
 def picture(
-    colour: Any, mode: str = "RGB", size: tuple[int, int] = (16, 16), kind: str = "PNG"
+    color: Any, mode: str = "RGB", size: tuple[int, int] = (16, 16), kind: str = "PNG"
 ) -> bytes:
     file = io.BytesIO()
-    Image.new(mode, size, colour).save(file, kind)
+    Image.new(mode, size, color).save(file, kind)
     return file.getvalue()
 
 
 def captioned(folder: Path, captions: Sequence[str | dict[str, Any]]) -> Index:
-    """A set of captions alone; a mapping becomes a json member."""
+    """Write a set of captions only; a mapping becomes a json member."""
     members = [
         (f"s{i}.txt", c.encode()) if isinstance(c, str) else (f"s{i}.json", json.dumps(c).encode())
         for i, c in enumerate(captions)
@@ -45,8 +45,11 @@ def pictured(folder: Path, images: dict[str, bytes]) -> Index:
 
 
 def damaged_set(folder: Path) -> Index:
-    """Twelve samples: one with a spoilt image, one that is no image, one caption that is no text,
-    and one sample wrong in both."""
+    """Write twelve samples, four of them bad.
+
+    Sample 3 has an invalid image, sample 5 an invalid caption, sample 8 both, and sample 10 an
+    image whose checksum does not match.
+    """
     members = [
         (f"s{i:02d}.{kind}", data)
         for i in range(12)

@@ -1,4 +1,4 @@
-"""The contact sheet of a set."""
+"""Contact sheets: layout, image modes, error boxes."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
 
 
-def cell(sheet: Image.Image, place: int, columns: int) -> Image.Image:
-    """The image in the cell number `place` of a sheet."""
-    row, column = divmod(place, columns)
+def cell(sheet: Image.Image, position: int, columns: int) -> Image.Image:
+    """Return the image in a cell of a sheet; cells are numbered by rows."""
+    row, column = divmod(position, columns)
     left, top = GAP + column * (CELL + GAP), TITLE + row * (CELL + LINE + GAP)
     return sheet.crop((left, top, left + CELL, top + CELL))
 
 
-def centre(image: Image.Image) -> tuple[int, ...]:
+def center_pixel(image: Image.Image) -> tuple[int, ...]:
     pixel = image.getpixel((CELL // 2, CELL // 2))
     assert isinstance(pixel, tuple)
     return pixel
@@ -40,28 +40,28 @@ def sheet_of(index: Index, out: Path, **options: Any) -> Image.Image:
         return file.convert("RGB")
 
 
-def test_a_contact_sheet_shows_the_images_in_order(tmp_path: Path) -> None:
+def test_contact_sheet_shows_images_in_order(tmp_path: Path) -> None:
     index = damaged_set(tmp_path)
     sheet = sheet_of(index, tmp_path / "new" / "sheet.png", columns=5, rows=3)
     assert sheet.size == (GAP + 5 * (CELL + GAP), TITLE + 3 * (CELL + LINE + GAP))
-    for place in (0, 1, 2, 4, 5, 6, 7, 9, 11):
-        assert cell(sheet, place, 5).getcolors() == [(CELL * CELL, (20 * place, 0, 0))]
+    for position in (0, 1, 2, 4, 5, 6, 7, 9, 11):
+        assert cell(sheet, position, 5).getcolors() == [(CELL * CELL, (20 * position, 0, 0))]
     white = cell(sheet, 12, 5).getcolors()
     assert white == [(CELL * CELL, (255, 255, 255))]
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
 
-def test_a_damaged_image_is_a_crossed_box_with_the_reason(tmp_path: Path) -> None:
+def test_damaged_image_becomes_crossed_box_with_reason(tmp_path: Path) -> None:
     sheet = sheet_of(damaged_set(tmp_path), tmp_path / "sheet.png", columns=5, rows=3)
-    for place in (3, 8, 10):
-        box = cell(sheet, place, 5)
-        colours = {colour for _, colour in box.getcolors(1 << 14) or ()}
-        assert (192, 32, 32) in colours  # the reason
-        for at in (0, 9, CELL - 1):
-            assert box.getpixel((at, at)) == box.getpixel((CELL - 1 - at, at)) == (208, 208, 208)
+    for position in (3, 8, 10):
+        box = cell(sheet, position, 5)
+        colors = {color for _, color in box.getcolors(1 << 14) or ()}
+        assert (192, 32, 32) in colors  # Text of the reason.
+        for x in (0, 9, CELL - 1):
+            assert box.getpixel((x, x)) == box.getpixel((CELL - 1 - x, x)) == (208, 208, 208)
 
 
-def test_a_caption_stands_below_its_image(tmp_path: Path) -> None:
+def test_caption_is_below_its_image_and_fits_the_cell(tmp_path: Path) -> None:
     images = {
         "a.png": picture("red"),
         "a.txt": b"mmmm " * 40,
@@ -75,12 +75,12 @@ def test_a_caption_stands_below_its_image(tmp_path: Path) -> None:
         left = GAP + column * (CELL + GAP)
         strip = sheet.crop((left, top, left + CELL + GAP // 2, top + LINE)).convert("L")
         ink.append(np.flatnonzero((np.asarray(strip) < 128).any(axis=0)))
-    assert CELL * 0.9 < ink[0].max() < CELL  # ellipsised to the cell
+    assert CELL * 0.9 < ink[0].max() < CELL  # Shortened to the cell.
     assert ink[1].max() < 6
 
 
 @pytest.mark.parametrize(
-    ("colour", "mode", "kind", "shown"),
+    ("color", "mode", "kind", "shown"),
     [
         ((0, 0, 255, 0), "RGBA", "PNG", (255, 255, 255)),
         ((0, 255), "LA", "PNG", (0, 0, 0)),
@@ -91,50 +91,50 @@ def test_a_caption_stands_below_its_image(tmp_path: Path) -> None:
         ((0, 0, 255, 128), "RGBA", "WEBP", (127, 127, 255)),
     ],
 )
-def test_images_of_every_mode_are_shown_as_they_look(
-    tmp_path: Path, colour: Any, mode: str, kind: str, shown: tuple[int, ...]
+def test_images_of_every_mode_keep_their_color(
+    tmp_path: Path, color: Any, mode: str, kind: str, shown: tuple[int, ...]
 ) -> None:
     name = f"a.{kind.lower()}".replace("jpeg", "jpg")
-    index = pictured(tmp_path, {name: picture(colour, mode, kind=kind)})
-    pixel = centre(cell(sheet_of(index, tmp_path / "sheet.png"), 0, 1))
+    index = pictured(tmp_path, {name: picture(color, mode, kind=kind)})
+    pixel = center_pixel(cell(sheet_of(index, tmp_path / "sheet.png"), 0, 1))
     assert np.abs(np.subtract(pixel, shown)).max() <= 2
 
 
-def test_a_palette_with_a_transparent_colour_is_laid_on_white(tmp_path: Path) -> None:
+def test_transparent_palette_color_becomes_white(tmp_path: Path) -> None:
     image = Image.new("P", (16, 16), 1)
     image.putpalette([255, 0, 0, 0, 0, 255])
     file = io.BytesIO()
     image.save(file, "PNG", transparency=1)
     index = pictured(tmp_path, {"a.png": file.getvalue()})
     sheet = sheet_of(index, tmp_path / "sheet.png")
-    assert centre(cell(sheet, 0, 1)) == (255, 255, 255)
+    assert center_pixel(cell(sheet, 0, 1)) == (255, 255, 255)
 
 
-def test_the_shape_of_an_image_is_kept(tmp_path: Path) -> None:
+def test_aspect_ratio_of_images_is_kept(tmp_path: Path) -> None:
     index = pictured(
         tmp_path, {"a.png": picture("red", size=(2000, 1)), "b.png": picture("red", size=(50, 100))}
     )
     sheet = sheet_of(index, tmp_path / "sheet.png")
-    thin, tall = (np.asarray(cell(sheet, place, 2))[..., 1] == 0 for place in range(2))
+    thin, tall = (np.asarray(cell(sheet, i, 2))[..., 1] == 0 for i in range(2))
     assert (thin.any(axis=1).sum(), thin.any(axis=0).sum()) == (1, CELL)
     assert (tall.any(axis=1).sum(), tall.any(axis=0).sum()) == (CELL, CELL // 2)
     assert np.flatnonzero(thin.any(axis=1)) == [(CELL - 1) // 2]
     assert np.flatnonzero(tall.any(axis=0))[0] == CELL // 4
 
 
-def test_a_seed_chooses_samples_of_the_whole_set(tmp_path: Path) -> None:
+def test_seed_chooses_samples_from_all_parts_of_the_set(tmp_path: Path) -> None:
     shades = {f"{i:03d}.png": picture((i, i, i)) for i in range(200)}
     index = pictured(tmp_path, shades)
     seen = []
     for seed in (0, 0, 1):
         sheet = sheet_of(index, tmp_path / "sheet.png", columns=4, rows=5, seed=seed)
-        seen.append([centre(cell(sheet, place, 4))[0] for place in range(20)])
+        seen.append([center_pixel(cell(sheet, i, 4))[0] for i in range(20)])
     assert seen[0] == seen[1] != seen[2]
-    assert [shade // 10 for shade in seen[0]] == list(range(20))  # one of each ten, in order
+    assert [shade // 10 for shade in seen[0]] == list(range(20))  # One of every ten.
     assert len({shade % 10 for shade in seen[0]}) > 3
 
 
-def test_a_sheet_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path) -> None:
+def test_unwritable_sheet_or_set_without_images_is_reported(tmp_path: Path) -> None:
     index = pictured(tmp_path, {"a.png": picture("red")})
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(
@@ -142,18 +142,18 @@ def test_a_sheet_that_cannot_be_written_is_an_error_that_names_it(tmp_path: Path
     ):
         contact_sheet(index, TXT, tmp_path / "file" / "sheet.png")
     for folder in (Path("/"), Path(), tmp_path):
-        with pytest.raises(GigabatchError, match=r"is a folder\. Name a file"):
+        with pytest.raises(GigabatchError, match=r"this is a folder\. Specify a file name"):
             contact_sheet(index, TXT, folder)
     with pytest.raises(GigabatchError, match=r"no sample has a \.png"):
         contact_sheet(captioned(tmp_path / "text", ["a"]), TXT, tmp_path / "sheet.png")
 
 
-def test_captions_of_the_shards_are_read_as_they_lie_there(tmp_path: Path) -> None:
+def test_captions_match_the_shard_content(tmp_path: Path) -> None:
     write_samples(tmp_path, 30, 30, seed=1)
     texts = [
         d.decode() for n, d in contents(next(tmp_path.glob("*.tar"))).items() if n.endswith("txt")
     ]
-    found = collect(open_index(tmp_path), TXT).captions
-    assert found is not None
-    assert found.characters is not None
-    assert found.characters.total == sum(map(len, texts))
+    captions = collect(open_index(tmp_path), TXT).captions
+    assert captions is not None
+    assert captions.characters is not None
+    assert captions.characters.total == sum(map(len, texts))

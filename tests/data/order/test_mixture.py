@@ -10,28 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.epoch_order import Order, deal
-from gigabatch.data.order.groups import Grouped
+from gigabatch.data.order.epoch_order import ShuffledOrder, micro_batch_range
+from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import (
     BATCH_BLOCK,
     SAMPLE_BLOCK,
     Mixture,
     Phase,
-    Walk,
+    SampleOrder,
     apportion,
-    batch_numbers,
-    number_of,
-    split_number,
+    batch_sample_numbers,
+    from_sample_number,
+    to_sample_number,
 )
 from gigabatch.data.rng import I64, key, permute
 
 EVEN = (Phase(0, (1.0,)),)
-SMALL = Order((3, 5, 2, 4), seed=11, window=2)
+SMALL = ShuffledOrder((3, 5, 2, 4), seed=11, window=2)
 
 
 @dataclass(frozen=True)
 class Line:
-    """A source whose sample is its position: what it is asked for can be read off."""
+    """A source whose row is its position, so that rows show the positions requested."""
 
     epoch_size: int = 10**15
 
@@ -39,13 +39,13 @@ class Line:
         return positions // self.epoch_size, positions % self.epoch_size
 
 
-def lines(phases: tuple[Phase, ...], seed: int = 7, unit: int = 1) -> Mixture:
+def line_mixture(phases: tuple[Phase, ...], seed: int = 7, unit: int = 1) -> Mixture:
     return Mixture(tuple(Line() for _ in phases[0].weights), phases, seed, unit)
 
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> Mixture:
-    """One to four sources, up to three phases, of samples or of small batches."""
+    """Draw mixtures of one to four sources and up to three phases, of samples or small batches."""
     unit = draw(st.sampled_from([1, 2, 7]))
     count = draw(st.integers(1, 4))
     weights = st.lists(
@@ -54,57 +54,58 @@ def mixtures(draw: st.DrawFn) -> Mixture:
     width = unit * (SAMPLE_BLOCK if unit == 1 else BATCH_BLOCK)
     starts = draw(st.lists(st.integers(1, 4 * width), max_size=2, unique=True))
     phases = [Phase(start, tuple(draw(weights))) for start in [0, *sorted(starts)]]
-    return lines(tuple(phases), draw(st.integers(0, 2**63 - 1)), unit)
+    return line_mixture(tuple(phases), draw(st.integers(0, 2**63 - 1)), unit)
 
 
 def width(mixture: Mixture) -> int:
-    """Positions of a block."""
+    """Return the positions of a block."""
     return mixture.block * mixture.unit
 
 
-def walked(mixture: Mixture, blocks: int) -> tuple[I64, I64]:
-    """(source, position in it) of all positions of the first blocks, by walking them."""
-    counters = [0] * len(mixture.walks)
-    sources, own = [], []
+def sequential_order(mixture: Mixture, blocks: int) -> tuple[I64, I64]:
+    """Return source and position in it of the first blocks' positions, one after the other."""
+    counters = [0] * len(mixture.orders)
+    sources, source_positions = [], []
     for block in range(blocks):
         weights = [p.weights for p in mixture.phases if p.start <= block * width(mixture)][-1]
         slots = np.repeat(range(len(weights)), apportion(weights, mixture.block)).tolist()
-        stream = key(mixture.seed, "mix", block)
-        for slot in permute(np.arange(mixture.block), mixture.block, stream).tolist():
+        rng_key = key(mixture.seed, "mix", block)
+        for slot in permute(np.arange(mixture.block), mixture.block, rng_key).tolist():
             for _ in range(mixture.unit):
                 sources.append(slots[slot])
-                own.append(counters[slots[slot]])
+                source_positions.append(counters[slots[slot]])
                 counters[slots[slot]] += 1
-    return np.array(sources), np.array(own)
+    return np.array(sources), np.array(source_positions)
 
 
 @settings(max_examples=30)
 @given(mixture=mixtures(), data=st.data())
-def test_a_look_up_equals_the_walk(mixture: Mixture, data: st.DataObject) -> None:
-    """Also where phases switch, and in any order."""
-    source, own = walked(mixture, blocks=5)
-    positions = np.array(data.draw(st.lists(st.integers(0, len(own) - 1), max_size=50)), np.int64)
+def test_locate_matches_sequential_order(mixture: Mixture, data: st.DataObject) -> None:
+    """For positions in any order, across changes of phase."""
+    source, expected = sequential_order(mixture, blocks=5)
+    indices = st.lists(st.integers(0, len(expected) - 1), max_size=50)
+    positions = np.array(data.draw(indices), np.int64)
     located = mixture.locate(positions)
     assert all(part.dtype == np.int64 for part in located)
     assert np.array_equal(located.source, source[positions])
-    assert np.array_equal(located.sample, own[positions])
-    whole = mixture.locate(np.arange(len(own)))
-    assert np.array_equal(whole.source, source)
-    assert np.array_equal(whole.sample, own)
+    assert np.array_equal(located.row, expected[positions])
+    all_positions = mixture.locate(np.arange(len(expected)))
+    assert np.array_equal(all_positions.source, source)
+    assert np.array_equal(all_positions.row, expected)
 
 
 @settings(max_examples=30)
 @given(mixture=mixtures())
-def test_each_source_advances_by_one_without_gaps(mixture: Mixture) -> None:
+def test_every_source_advances_without_gaps(mixture: Mixture) -> None:
     located = mixture.locate(np.arange(5 * width(mixture)))
-    for source in range(len(mixture.walks)):
-        own = located.sample[located.source == source]
-        assert np.array_equal(own, np.arange(len(own)))
+    for source in range(len(mixture.orders)):
+        rows = located.row[located.source == source]
+        assert np.array_equal(rows, np.arange(len(rows)))
 
 
 @settings(max_examples=30)
 @given(mixture=mixtures(), block=st.integers(0, 10**6))
-def test_every_block_holds_each_source_in_exact_proportion(mixture: Mixture, block: int) -> None:
+def test_every_block_has_exact_share_of_every_source(mixture: Mixture, block: int) -> None:
     start = block * width(mixture)
     weights = [phase.weights for phase in mixture.phases if phase.start <= start][-1]
     source = mixture.locate(start + np.arange(width(mixture))).source
@@ -116,130 +117,131 @@ def test_every_block_holds_each_source_in_exact_proportion(mixture: Mixture, blo
 
 @settings(max_examples=50)
 @given(mixture=mixtures(), data=st.data())
-def test_drawn_equals_counting(mixture: Mixture, data: st.DataObject) -> None:
+def test_samples_before_matches_counting(mixture: Mixture, data: st.DataObject) -> None:
     position = data.draw(st.integers(0, 5 * width(mixture)))
     source = mixture.locate(np.arange(position)).source
-    counted = np.bincount(source, minlength=len(mixture.walks))
-    drawn = mixture.drawn(position)
-    assert drawn.dtype == np.int64
-    assert drawn.tolist() == counted.tolist()
+    counted = np.bincount(source, minlength=len(mixture.orders))
+    before = mixture.samples_before(position)
+    assert before.dtype == np.int64
+    assert before.tolist() == counted.tolist()
 
 
 @pytest.mark.parametrize("unit", [1, 32_768])
-def test_seeking_to_position_a_billion_goes_on_where_the_count_says(unit: int) -> None:
+def test_seek_to_position_1e9_is_correct_and_fast(unit: int) -> None:
     phases = (Phase(0, (0.7, 0.2, 0.1)), Phase(10**8, (1, 1, 2)), Phase(10**9 // 2, (0.3, 0, 0.7)))
     began = time.process_time()
-    mixture = lines(phases, unit=unit)
+    mixture = line_mixture(phases, unit=unit)
     positions = 10**9 + np.arange(50_000)
-    located, drawn = mixture.locate(positions), mixture.drawn(10**9)
+    located, before = mixture.locate(positions), mixture.samples_before(10**9)
     assert time.process_time() - began < 0.2
-    assert drawn.sum() == 10**9
+    assert before.sum() == 10**9
     for source in range(3):
-        own = located.sample[located.source == source]
-        assert np.array_equal(own, drawn[source] + np.arange(len(own)))
-    # By hand: whole blocks before each edge, in sixths or so of a block.
+        rows = located.row[located.source == source]
+        assert np.array_equal(rows, before[source] + np.arange(len(rows)))
+    # By hand: full blocks between the starts of phases, times shares.
     block = width(mixture)
     edges = [0, *(-(-start // block) for start in (10**8, 10**9 // 2)), 10**9 // block]
     shares = [(0.7, 0.2, 0.1), (0.25, 0.25, 0.5), (0.3, 0, 0.7)]
-    whole = sum(
+    expected = sum(
         n * block * np.array(share) for n, share in zip(np.diff(edges), shares, strict=True)
     )
-    assert np.abs(drawn - whole).max() <= block
+    assert np.abs(before - expected).max() <= block
 
 
 @pytest.mark.parametrize("unit", [1, 8])
-def test_weights_switch_at_the_first_block_edge_from_the_start_on(unit: int) -> None:
+def test_weights_switch_at_next_block_start(unit: int) -> None:
     block = unit * (SAMPLE_BLOCK if unit == 1 else BATCH_BLOCK)
     for start, edge in [(1, 1), (block - 1, 1), (block, 1), (block + 1, 2), (3 * block, 3)]:
-        mixture = lines((Phase(0, (1, 0)), Phase(start, (0, 1))), unit=unit)
+        mixture = line_mixture((Phase(0, (1, 0)), Phase(start, (0, 1))), unit=unit)
         source = mixture.locate(np.arange(5 * block)).source
         assert source.tolist() == [0] * edge * block + [1] * (5 - edge) * block
 
 
-def test_of_two_phases_in_a_block_the_later_holds() -> None:
-    mixture = lines((Phase(0, (1, 0)), Phase(5, (0, 1)), Phase(6, (1, 3))))
-    assert mixture.drawn(SAMPLE_BLOCK).tolist() == [10_000, 0]
-    assert mixture.drawn(2 * SAMPLE_BLOCK).tolist() == [12_500, 7500]
+def test_last_curriculum_phase_in_block_wins() -> None:
+    mixture = line_mixture((Phase(0, (1, 0)), Phase(5, (0, 1)), Phase(6, (1, 3))))
+    assert mixture.samples_before(SAMPLE_BLOCK).tolist() == [10_000, 0]
+    assert mixture.samples_before(2 * SAMPLE_BLOCK).tolist() == [12_500, 7500]
 
 
 @pytest.mark.parametrize("unit", [1, 5])
-def test_the_positions_of_one_source_are_its_own(unit: int) -> None:
+def test_single_source_keeps_its_order(unit: int) -> None:
     positions = 10**9 + np.arange(100)
     epochs, samples = SMALL.locate(positions)
     located = Mixture((SMALL,), EVEN, seed=3, unit=unit).locate(positions)
     assert not located.source.any()
     assert np.array_equal(located.epoch, epochs)
-    assert np.array_equal(located.sample, samples)
-    assert Mixture((SMALL,), EVEN, seed=3, unit=unit).drawn(12_345).tolist() == [12_345]
+    assert np.array_equal(located.row, samples)
+    assert Mixture((SMALL,), EVEN, seed=3, unit=unit).samples_before(12_345).tolist() == [12_345]
 
 
-def test_a_source_that_is_never_drawn_changes_nothing() -> None:
-    """The general case, of which a single source is one."""
-    order = Order((900, 1100), seed=1, window=2)
-    beside = Mixture((Line(), order), (Phase(0, (0, 1)),), seed=3)
-    alone = Mixture((order,), EVEN, seed=3)
+def test_source_of_weight_zero_changes_nothing() -> None:
+    order = ShuffledOrder((900, 1100), seed=1, window=2)
+    with_unused = Mixture((Line(), order), (Phase(0, (0, 1)),), seed=3)
+    single = Mixture((order,), EVEN, seed=3)
     positions = np.arange(25_000)
-    assert np.array_equal(beside.locate(positions).sample, alone.locate(positions).sample)
-    assert beside.drawn(25_000).tolist() == [0, 25_000]
+    assert np.array_equal(with_unused.locate(positions).row, single.locate(positions).row)
+    assert with_unused.samples_before(25_000).tolist() == [0, 25_000]
 
 
-def test_a_unit_is_a_batch_of_one_source() -> None:
-    mixture = lines((Phase(0, (2, 1, 1)),), unit=16)
+def test_unit_is_a_batch_of_one_source() -> None:
+    mixture = line_mixture((Phase(0, (2, 1, 1)),), unit=16)
     located = mixture.locate(np.arange(16 * 300))
-    source, own = located.source.reshape(-1, 16), located.sample.reshape(-1, 16)
+    source, rows = located.source.reshape(-1, 16), located.row.reshape(-1, 16)
     assert (source == source[:, :1]).all()
-    assert (own[:, 0] % 16 == 0).all()
-    assert (np.diff(own) == 1).all()
+    assert (rows[:, 0] % 16 == 0).all()
+    assert (np.diff(rows) == 1).all()
     assert np.bincount(source[:, 0]).tolist() == [150, 75, 75]
 
 
-def test_sources_are_well_mixed_inside_a_block() -> None:
-    source = lines((Phase(0, (0.8, 0.2)),)).locate(np.arange(SAMPLE_BLOCK)).source
+def test_sources_are_well_mixed_in_a_block() -> None:
+    source = line_mixture((Phase(0, (0.8, 0.2)),)).locate(np.arange(SAMPLE_BLOCK)).source
     in_hundreds = source.reshape(-1, 100).sum(1)
-    # Of a hundred, 20 and a standard deviation of 4; five of it are beyond chance.
+    # 20 of a hundred are expected, with standard deviation 4; allow five deviations.
     assert np.abs(in_hundreds - 20).max() < 5 * 4
     assert in_hundreds.std() == pytest.approx(4, rel=0.3)
 
 
 def test_seeds_and_blocks_mix_differently() -> None:
     phases = (Phase(0, (1, 1)),)
-    one, two = (lines(phases, seed).locate(np.arange(2 * SAMPLE_BLOCK)).source for seed in (1, 2))
+    one, two = (
+        line_mixture(phases, seed).locate(np.arange(2 * SAMPLE_BLOCK)).source for seed in (1, 2)
+    )
     assert not np.array_equal(one, two)
     assert not np.array_equal(one[:SAMPLE_BLOCK], one[SAMPLE_BLOCK:])
 
 
 GOLDEN = Mixture(
-    (SMALL, Order((30, 20), 5, 1), Order((9,), 2, 1)),
+    (SMALL, ShuffledOrder((30, 20), 5, 1), ShuffledOrder((9,), 2, 1)),
     (Phase(0, (5, 3, 2)), Phase(25_000, (1, 0, 1))),
     seed=42,
 )
 
 
 def test_golden_mixture() -> None:
-    """The mixture is a versioned format: a resumed run must see the samples that it began with."""
+    """The mixture is a versioned format: a resumed run must see the order it started with."""
     start = GOLDEN.locate(np.arange(16))
     assert start.source.tolist() == [0, 1, 2, 1, 0, 0, 2, 2, 0, 0, 1, 0, 1, 0, 0, 2]
     assert start.epoch.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]
-    assert start.sample.tolist() == [13, 11, 2, 12, 10, 6, 4, 8, 4, 12, 17, 3, 7, 7, 11, 5]
+    assert start.row.tolist() == [13, 11, 2, 12, 10, 6, 4, 8, 4, 12, 17, 3, 7, 7, 11, 5]
     far = GOLDEN.locate(10**9 + np.arange(6))
     assert far.source.tolist() == [0, 0, 2, 0, 0, 2]
     assert far.epoch.tolist() == [35714285, 35714285, 55554555, 35714285, 35714285, 55554555]
-    assert far.sample.tolist() == [7, 6, 6, 1, 0, 8]
-    assert GOLDEN.drawn(10**9 + 6).tolist() == [500000004, 9000, 499991002]
+    assert far.row.tolist() == [7, 6, 6, 1, 0, 8]
+    assert GOLDEN.samples_before(10**9 + 6).tolist() == [500000004, 9000, 499991002]
 
 
 def test_golden_mixture_of_batches() -> None:
     located = replace(GOLDEN, unit=4).locate(4 * np.arange(12) + 1)
     assert located.source.tolist() == [0, 0, 0, 0, 2, 0, 0, 2, 0, 0, 0, 0]
-    assert located.sample.tolist() == [10, 3, 8, 1, 4, 0, 13, 6, 5, 1, 10, 5]
+    assert located.row.tolist() == [10, 3, 8, 1, 4, 0, 13, 6, 5, 1, 10, 5]
 
 
 @given(mixture=mixtures())
-def test_a_mixture_is_a_value(mixture: Mixture) -> None:
+def test_mixtures_with_equal_arguments_are_equal(mixture: Mixture) -> None:
     again = pickle.loads(pickle.dumps(mixture))
     assert again == mixture
     positions = np.arange(0, 3 * width(mixture), 997)
-    assert np.array_equal(again.locate(positions).sample, mixture.locate(positions).sample)
+    assert np.array_equal(again.locate(positions).row, mixture.locate(positions).row)
     assert replace(mixture, seed=mixture.seed + 1) != mixture
 
 
@@ -247,11 +249,11 @@ def test_a_mixture_is_a_value(mixture: Mixture) -> None:
     weights=st.lists(st.floats(0, 1e6), min_size=1, max_size=8).filter(any),
     seats=st.integers(1, 20_000),
 )
-def test_seats_go_by_largest_remainder(weights: list[float], seats: int) -> None:
+def test_apportion_follows_largest_remainder(weights: list[float], seats: int) -> None:
     counts = np.array(apportion(tuple(weights), seats))
     quotas = np.array(weights) / sum(weights) * seats
     assert counts.sum() == seats
-    # An excess of one over another's lack would have been given to the other.
+    # Otherwise a seat would have gone to a source with a larger remainder.
     assert np.ptp(counts - quotas) < 1 + 1e-6
 
 
@@ -265,12 +267,14 @@ def test_seats_go_by_largest_remainder(weights: list[float], seats: int) -> None
         ((1e-5, 1), 10_000, [0, 10_000]),
     ],
 )
-def test_shares_by_hand(weights: tuple[float, ...], seats: int, counts: list[int]) -> None:
+def test_apportion_matches_hand_computed_counts(
+    weights: tuple[float, ...], seats: int, counts: list[int]
+) -> None:
     assert apportion(weights, seats) == counts
 
 
 @pytest.mark.parametrize(
-    ("walks", "phases", "unit", "message"),
+    ("sources", "phases", "unit", "message"),
     [
         (2, (Phase(0, (1, 1e-5)),), 1, r"train\[1\]: weight 1e-05 of .* none of the 10000 samples"),
         (2, (Phase(0, (1, 1e-3)),), 64, r"none of the 100 batches of a block.* at least 0.01001"),
@@ -281,88 +285,94 @@ def test_shares_by_hand(weights: tuple[float, ...], seats: int, counts: list[int
         (2, (Phase(0, (0, 0)),), 1, "one must be above 0"),
         (2, (Phase(0, (1, float("nan"))),), 1, "weights"),
         (2, (Phase(0, (1, float("inf"))),), 1, "infinite"),
-        (1, (Phase(1, (1,)),), 1, r"start at 0 and grow; got \[1\]"),
+        (1, (Phase(1, (1,)),), 1, r"start at 0 and increase; got \[1\]"),
         (1, (Phase(0, (1,)), Phase(5, (1,)), Phase(5, (1,))), 1, r"got \[0, 5, 5\]"),
         (1, (), 1, r"got \[\]"),
     ],
 )
-def test_weights_that_cannot_hold_are_refused(
-    walks: int, phases: tuple[Phase, ...], unit: int, message: str
+def test_invalid_weights_raise(
+    sources: int, phases: tuple[Phase, ...], unit: int, message: str
 ) -> None:
     with pytest.raises(GigabatchError, match=message):
-        Mixture((Line(),) * walks, phases, seed=1, unit=unit)
+        Mixture((Line(),) * sources, phases, seed=1, unit=unit)
 
 
-@pytest.mark.parametrize("empty", [Order((0, 0), 1, 1), Grouped(np.array([], np.int64), 4, 1)])
-def test_an_empty_source_is_refused(empty: Walk) -> None:
+@pytest.mark.parametrize(
+    "empty", [ShuffledOrder((0, 0), 1, 1), GroupedOrder(np.array([], np.int64), 4, 1)]
+)
+def test_empty_source_raises(empty: SampleOrder) -> None:
     with pytest.raises(GigabatchError, match=r"data.train\[1\]: it has no sample"):
         Mixture((SMALL, empty), (Phase(0, (1, 1)),), seed=1)
 
 
 @given(
-    places=st.lists(
+    locations=st.lists(
         st.tuples(st.integers(0, 2**22), st.integers(0, 2**40 - 1)), max_size=20, unique=True
     )
 )
-def test_numbers_are_unique_and_go_back_to_source_and_sample(
-    places: list[tuple[int, int]],
+def test_sample_numbers_are_unique_and_invertible(
+    locations: list[tuple[int, int]],
 ) -> None:
-    source, sample = (np.array([place[i] for place in places], np.int64) for i in (0, 1))
-    numbers = number_of(source, sample)
+    source, sample = (np.array([location[i] for location in locations], np.int64) for i in (0, 1))
+    numbers = to_sample_number(source, sample)
     assert numbers.dtype == np.int64
     assert [
-        tuple(pair) for pair in zip(*map(np.ndarray.tolist, split_number(numbers)), strict=True)
-    ] == places
-    assert [places[i] for i in np.argsort(numbers)] == sorted(places)
+        tuple(pair)
+        for pair in zip(*map(np.ndarray.tolist, from_sample_number(numbers)), strict=True)
+    ] == locations
+    assert [locations[i] for i in np.argsort(numbers)] == sorted(locations)
 
 
 @given(step=st.integers(1, 10**6), size=st.integers(1, 64))
-def test_a_batch_is_its_positions_sorted(step: int, size: int) -> None:
-    batch = batch_numbers(GOLDEN, step, size)
+def test_batch_sample_numbers_are_sorted_positions(step: int, size: int) -> None:
+    batch = batch_sample_numbers(GOLDEN, step, size)
     assert (np.diff(batch) >= 0).all()
     located = GOLDEN.locate(np.arange((step - 1) * size, step * size))
-    assert np.array_equal(batch, np.sort(number_of(located.source, located.sample)))
+    assert np.array_equal(batch, np.sort(to_sample_number(located.source, located.row)))
 
 
-def test_a_batch_may_straddle_two_epochs() -> None:
-    batch = batch_numbers(Mixture((SMALL,), EVEN, seed=3), 2, 10)
+def test_batch_may_straddle_two_epochs() -> None:
+    batch = batch_sample_numbers(Mixture((SMALL,), EVEN, seed=3), 2, 10)
     assert batch.tolist() == [0, 0, 1, 1, 2, 2, 6, 8, 9, 9]
     assert batch.tolist() == sorted(SMALL.locate(np.arange(10, 20))[1].tolist())
 
 
-def test_batches_of_one_source_and_one_group() -> None:
-    """Sources with groups of their own, mixed by whole batches."""
+def test_grouped_sources_give_batches_of_one_source_and_group() -> None:
     codes = np.random.default_rng(0).integers(0, 3, 500)
-    walks = (Grouped(codes, 16, 1), Order((200, 100), 2, 2), Grouped(codes[:90], 16, 3))
-    mixture = Mixture(walks, (Phase(0, (3, 2, 1)),), seed=5, unit=16)
-    pure = 0
+    orders = (
+        GroupedOrder(codes, 16, 1),
+        ShuffledOrder((200, 100), 2, 2),
+        GroupedOrder(codes[:90], 16, 3),
+    )
+    mixture = Mixture(orders, (Phase(0, (3, 2, 1)),), seed=5, unit=16)
+    single_group = 0
     for step in range(1, 301):
-        source, sample = split_number(batch_numbers(mixture, step, 16))
+        source, sample = from_sample_number(batch_sample_numbers(mixture, step, 16))
         assert (source == source[0]).all()
-        pure += source[0] != 1 and len(np.unique(codes[sample])) == 1
-    of_groups = 300 - int(mixture.drawn(16 * 300)[1]) // 16
-    assert 0.85 * of_groups < pure < of_groups
+        single_group += source[0] != 1 and len(np.unique(codes[sample])) == 1
+    of_groups = 300 - int(mixture.samples_before(16 * 300)[1]) // 16
+    assert 0.85 * of_groups < single_group < of_groups
 
 
-# "World sizes 1, 2, 3, 5, 8, changes in mid-run, mixes of three sources: identical global batches;
-# each sample once an epoch."
 GLOBAL, MICRO = 48, 4
 SIZES = (700, 130, 41)
 
 
 def run(mixture: Mixture, worlds: list[int]) -> dict[tuple[int, int], list[int]]:
-    """(step, micro-batch) -> its samples, as the ranks hold them. `worlds`: the size at each step;
-    where it changes, the run is resumed."""
-    held: dict[tuple[int, int], list[int]] = {}
+    """Return (step, micro-batch) -> samples, collected from the ranks.
+
+    `worlds` is the world size at every step; where it changes, the run is resumed.
+    """
+    batches: dict[tuple[int, int], list[int]] = {}
     for step, world in enumerate(worlds, start=1):
         if worlds[step - 2 : step - 1] != [world]:
             mixture = pickle.loads(pickle.dumps(mixture))
         for rank in range(world):
-            batch = batch_numbers(mixture, step, GLOBAL)
-            for j in deal(GLOBAL // MICRO, world, rank):
-                assert (step, j) not in held
-                held[step, j] = batch[j * MICRO : (j + 1) * MICRO].tolist()
-    return held
+            batch = batch_sample_numbers(mixture, step, GLOBAL)
+            for j in micro_batch_range(GLOBAL // MICRO, world, rank):
+                assert (step, j) not in batches
+                batches[step, j] = batch[j * MICRO : (j + 1) * MICRO].tolist()
+    return batches
 
 
 @settings(max_examples=15)
@@ -375,19 +385,19 @@ def run(mixture: Mixture, worlds: list[int]) -> dict[tuple[int, int], list[int]]
     unit=st.sampled_from([1, GLOBAL]),
     seed=st.integers(0, 2**63 - 1),
 )
-def test_any_world_sizes_hold_the_same_batches_and_each_sample_once_an_epoch(
+def test_batches_are_equal_for_any_world_sizes(
     stretches: list[tuple[int, int]], weights: list[float], later: int, unit: int, seed: int
 ) -> None:
-    walks = tuple(Order((n // 2, 0, n - n // 2), seed, 2) for n in SIZES)
-    mixture = Mixture(walks, (Phase(0, tuple(weights)), Phase(later, (1, 2, 1))), seed, unit)
+    orders = tuple(ShuffledOrder((n // 2, 0, n - n // 2), seed, 2) for n in SIZES)
+    mixture = Mixture(orders, (Phase(0, tuple(weights)), Phase(later, (1, 2, 1))), seed, unit)
     worlds = [world for world, steps in stretches for _ in range(steps)]
-    held = run(mixture, worlds)
-    assert held == run(mixture, [1] * len(worlds))
+    batches = run(mixture, worlds)
+    assert batches == run(mixture, [1] * len(worlds))
     for step in range(1, len(worlds) + 1):
-        batch = [number for j in range(GLOBAL // MICRO) for number in held[step, j]]
-        assert batch == batch_numbers(mixture, step, GLOBAL).tolist()
-    source, sample = split_number(np.array([n for batch in held.values() for n in batch]))
-    for s, (size, drawn) in enumerate(zip(SIZES, mixture.drawn(len(source)), strict=True)):
-        epochs, more = divmod(int(drawn), size)
+        batch = [number for j in range(GLOBAL // MICRO) for number in batches[step, j]]
+        assert batch == batch_sample_numbers(mixture, step, GLOBAL).tolist()
+    source, sample = from_sample_number(np.array([n for batch in batches.values() for n in batch]))
+    for s, (size, count) in enumerate(zip(SIZES, mixture.samples_before(len(source)), strict=True)):
+        epochs, more = divmod(int(count), size)
         times = np.bincount(sample[source == s], minlength=size)
         assert sorted(times.tolist()) == [epochs] * (size - more) + [epochs + 1] * more

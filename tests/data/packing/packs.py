@@ -1,4 +1,4 @@
-"""Sources for `gigabatch data pack`, and what is found in the shards that it writes."""
+"""Sources for `gigabatch data pack`, and readers of the shards that it writes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Rows = list[dict[str, Any]]
 
 
 def album(folder: Path, count: int) -> Rows:
-    """`count` files that begin as images do, and the rows of a table of them."""
+    """Write `count` files that start like images, and return table rows that name them."""
     random = np.random.default_rng(count)
     rows = []
     for i in range(count):
@@ -58,7 +58,7 @@ def write_arrow(path: Path, table: pa.Table, rows: int = 40) -> Path:
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=rows)
     else:
-        # `datasets` writes the stream format, others the file format, both as .arrow.
+        # `datasets` writes the stream format, other tools the file format, both as .arrow.
         new = pa.ipc.new_file if path.suffix == ".feather" else pa.ipc.new_stream
         with new(str(path), table.schema) as writer:
             writer.write_table(table, max_chunksize=rows)
@@ -66,7 +66,7 @@ def write_arrow(path: Path, table: pa.Table, rows: int = 40) -> Path:
 
 
 def embedded(folder: Path, rows: Rows) -> pa.Table:
-    """The same rows with their bytes in the table, as `datasets` keeps images."""
+    """Return the same rows with file contents in the table, as `datasets` stores images."""
     images = [
         {"bytes": (folder / row["file"]).read_bytes(), "path": Path(row["file"]).name}
         for row in rows
@@ -76,31 +76,34 @@ def embedded(folder: Path, rows: Rows) -> pa.Table:
 
 
 def shard_files(folder: Path) -> dict[str, str]:
-    """Every file of a packed set, by its digest."""
+    """Return the digest of every file in a packed set, by name."""
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
 def members(folder: Path) -> dict[str, bytes]:
-    found: dict[str, bytes] = {}
+    """Return the members of all shards, by name; no name may occur twice."""
+    result: dict[str, bytes] = {}
     for path in sorted(folder.glob("*.tar")):
-        one = contents(path)
-        assert not set(one) & set(found)
-        found |= one
-    return found
+        shard = contents(path)
+        assert not set(shard) & set(result)
+        result |= shard
+    return result
 
 
 def expected(folder: Path, rows: Rows) -> dict[str, bytes]:
-    found = {}
+    """Return the members that the rows of an `album` should become."""
+    result = {}
     for i, row in enumerate(rows):
         kind = row["file"].rpartition(".")[2].lower()
-        found[f"{i:06d}.{kind}"] = (folder / row["file"]).read_bytes()
-        found[f"{i:06d}.txt"] = row["caption"].encode()
+        result[f"{i:06d}.{kind}"] = (folder / row["file"]).read_bytes()
+        result[f"{i:06d}.txt"] = row["caption"].encode()
         rest = {k: v for k, v in row.items() if k not in ("file", "caption")}
-        found[f"{i:06d}.json"] = json.dumps(rest, ensure_ascii=False).encode()
-    return found
+        result[f"{i:06d}.json"] = json.dumps(rest, ensure_ascii=False).encode()
+    return result
 
 
-def refusal(source: Path, out: Path, **settings: Any) -> str:
+def pack_error(source: Path, out: Path, **settings: Any) -> str:
+    """Pack, and return the message of the GigabatchError it must raise."""
     with pytest.raises(GigabatchError) as caught:
         pack(source, out, PackSettings(**settings))
     message = str(caught.value)
@@ -108,8 +111,8 @@ def refusal(source: Path, out: Path, **settings: Any) -> str:
     return message
 
 
-def make(kind: str, folder: Path, count: int) -> Path:
-    """A source of `count` samples: a table and files, one that holds bytes, or shards."""
+def make_source(kind: str, folder: Path, count: int) -> Path:
+    """Create a source of `count` samples: `files`, `parquet` or `arrow` (embedded), or `shards`."""
     rows = album(folder, count)
     if kind == "files":
         return write_table(folder / "t.csv", rows)
@@ -119,8 +122,8 @@ def make(kind: str, folder: Path, count: int) -> Path:
     return folder / "in"
 
 
-def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a process of its own."""
+def run_in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a forked process and return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=work, daemon=True)
     process.start()
     process.join(60)
@@ -129,12 +132,12 @@ def in_child(work: Callable[[], object]) -> int:
 
 
 def pack_until(source: Path, out: Path, settings: PackSettings, calls: int) -> None:
-    """Pack, and be killed at the given call of `progress`."""
-    left = iter(range(calls))
+    """Pack in a process that kills itself after `calls` calls of `progress`."""
+    remaining = iter(range(calls))
 
     def die(done: int, total: int) -> None:
-        if next(left, None) is None:
+        if next(remaining, None) is None:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    code = in_child(lambda: pack(source, out, settings, die))
+    code = run_in_child(lambda: pack(source, out, settings, die))
     assert code == -signal.SIGKILL

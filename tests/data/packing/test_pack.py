@@ -1,3 +1,5 @@
+"""Sources, formats and column choices that `data pack` accepts, and the samples it writes."""
+
 from __future__ import annotations
 
 import json
@@ -18,9 +20,9 @@ from packs import (
     album,
     embedded,
     expected,
-    make,
+    make_source,
     members,
-    refusal,
+    pack_error,
     shard_files,
     write_arrow,
     write_table,
@@ -29,56 +31,55 @@ from tarfiles import contents, write_tar
 
 from gigabatch.data.packing import tables
 from gigabatch.data.packing.pack import PackSettings, pack
-from gigabatch.data.shards.filtered_view import make_view
+from gigabatch.data.shards.filtered_view import create_view
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.reader import Reader
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet", "arrow", "feather"])
-def test_a_table_and_its_files_become_samples(kind: str, tmp_path: Path) -> None:
+def test_table_rows_with_files_become_samples(kind: str, tmp_path: Path) -> None:
     rows = album(tmp_path, 100)
     table = write_table(tmp_path / f"t.{kind}", rows)
-    told: list[tuple[int, int]] = []
-    report = pack(table, tmp_path / "out", PackSettings(per_shard=40), lambda *n: told.append(n))
+    calls: list[tuple[int, int]] = []
+    report = pack(table, tmp_path / "out", PackSettings(per_shard=40), lambda *n: calls.append(n))
     assert members(tmp_path / "out") == expected(tmp_path, rows)
     names = ["out-000000.tar", "out-000001.tar", "out-000002.tar"]
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [*names, "pack.json"]
     sizes = [(tmp_path / "out" / name).stat().st_size for name in names]
     assert (report.shards, report.samples, report.bytes, report.skipped) == (3, 100, sum(sizes), 0)
-    assert told[-1] == (100, 100)
+    assert calls[-1] == (100, 100)
 
 
-def test_rows_of_texts_need_no_file(tmp_path: Path) -> None:
-    """As pairs for text towers are; a caption is told as elsewhere, if there is one."""
+def test_rows_pack_without_a_file_column(tmp_path: Path) -> None:
     rows = [{"query": f"q {i}", "passages": [f"yes {i}", "no"]} for i in range(5)]
     table = write_table(tmp_path / "t.jsonl", rows)
     pack(table, tmp_path / "out", PackSettings(file_column="none"))
-    found = members(tmp_path / "out")
-    assert found.keys() == {f"00000{i}.json" for i in range(5)}
-    assert [json.loads(found[name]) for name in sorted(found)] == rows
+    packed = members(tmp_path / "out")
+    assert packed.keys() == {f"00000{i}.json" for i in range(5)}
+    assert [json.loads(packed[name]) for name in sorted(packed)] == rows
     captioned = write_table(tmp_path / "c.jsonl", [row | {"text": "t"} for row in rows])
     pack(captioned, tmp_path / "with", PackSettings(file_column="none"))
     assert members(tmp_path / "with")["000003.txt"] == b"t"
 
 
-def test_a_field_that_comes_first_in_a_late_line_is_kept(tmp_path: Path) -> None:
+def test_json_field_first_seen_in_a_late_line_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     rows = [{"file": "a.png", "caption": "x"}] * 1100
     table = write_table(tmp_path / "t.jsonl", [*rows, {**rows[0], "licence": "CC0"}])
     pack(table, tmp_path / "out")
-    found = members(tmp_path / "out")
-    assert json.loads(found["001100.json"]) == {"licence": "CC0"}
-    assert json.loads(found["000000.json"]) == {"licence": None}
+    packed = members(tmp_path / "out")
+    assert json.loads(packed["001100.json"]) == {"licence": "CC0"}
+    assert json.loads(packed["000000.json"]) == {"licence": None}
 
 
-def test_a_long_caption_of_a_csv_file_is_kept(tmp_path: Path) -> None:
+def test_long_csv_caption_is_kept(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(PNG)
     caption = "word " * 40_000
     pack(write_table(tmp_path / "t.csv", [{"file": "a.png", "caption": caption}]), tmp_path / "out")
     assert members(tmp_path / "out")["000000.txt"].decode() == caption
 
 
-def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
+def test_webdataset_reads_packed_shards(tmp_path: Path) -> None:
     rows = album(tmp_path, 30)
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "out", PackSettings(per_shard=20))
     urls = [str(p) for p in sorted((tmp_path / "out").glob("*.tar"))]
@@ -91,42 +92,41 @@ def test_webdataset_reads_what_was_packed(tmp_path: Path) -> None:
         assert image == (tmp_path / row["file"]).read_bytes()
 
 
-def test_the_index_reads_what_was_packed(tmp_path: Path) -> None:
+def test_index_reads_packed_shards(tmp_path: Path) -> None:
     rows = album(tmp_path, 30)
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "out", PackSettings(per_shard=20))
     index = open_index(tmp_path / "out")
     assert index.shard_sizes.tolist() == [20, 10]
     assert index.members == ("jpg", "json", "png", "txt")
     with Reader(index) as reader:
-        found = [reader.read(i, "txt").decode() for i in range(30)]
-    assert found == [row["caption"] for row in rows]
+        captions = [reader.read(i, "txt").decode() for i in range(30)]
+    assert captions == [row["caption"] for row in rows]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow", "feather"])
 @pytest.mark.parametrize("seed", [None, 7])
-def test_bytes_in_a_table_become_samples(kind: str, seed: int | None, tmp_path: Path) -> None:
+def test_embedded_files_become_samples(kind: str, seed: int | None, tmp_path: Path) -> None:
     rows = album(tmp_path, 100)
     table = write_arrow(tmp_path / f"t.{kind}", embedded(tmp_path, rows))
     pack(table, tmp_path / "out", PackSettings(per_shard=40, shuffle_seed=seed))
     assert members(tmp_path / "out") == expected(tmp_path, rows)
 
 
-def test_bytes_without_a_name_are_typed_by_how_they_begin(tmp_path: Path) -> None:
+def test_embedded_file_without_name_gets_type_from_first_bytes(tmp_path: Path) -> None:
     starts = {
         "png": PNG, "jpg": JPG, "webp": b"RIFF\0\0\0\0WEBPVP8 ", "wav": b"RIFF\0\0\0\0WAVEfmt ",
         "flac": b"fLaC\0", "ogg": b"OggS\0", "mp3": b"ID3\x04", "npy": b"\x93NUMPY\1\0",
     }  # fmt: skip
     table = pa.table({"data": list(starts.values()), "text": list(starts)})
     pack(write_arrow(tmp_path / "t.parquet", table), tmp_path / "out")
-    found = members(tmp_path / "out")
-    assert found == {
+    assert members(tmp_path / "out") == {
         f"{i:06d}.{kind}": data
         for i, (name, start) in enumerate(starts.items())
         for kind, data in ((name, start), ("txt", name.encode()))
     }
 
 
-def test_a_name_with_a_known_type_tells_more_than_the_bytes(tmp_path: Path) -> None:
+def test_known_extension_overrides_first_bytes(tmp_path: Path) -> None:
     images = [{"bytes": PNG, "path": name} for name in ("../a.WEBP", "b", "c.php", None)]
     table = pa.table({"image": images, "text": ["x"] * 4})
     pack(write_arrow(tmp_path / "t.parquet", table), tmp_path / "out")
@@ -134,20 +134,20 @@ def test_a_name_with_a_known_type_tells_more_than_the_bytes(tmp_path: Path) -> N
     assert names == ["000000.webp", "000001.png", "000002.png", "000003.png"]
 
 
-def test_a_folder_of_files_is_one_table(tmp_path: Path) -> None:
+def test_folder_of_files_is_one_table(tmp_path: Path) -> None:
     rows = album(tmp_path, 100)
-    whole = embedded(tmp_path, rows)
+    table = embedded(tmp_path, rows)
     for part, first in enumerate(range(0, 100, 30)):
-        write_arrow(tmp_path / "set" / f"data-{part:05d}.arrow", whole.slice(first, 30), rows=7)
-    write_arrow(tmp_path / "set" / "cache-ab12.arrow", whole)  # left there by `datasets`
+        write_arrow(tmp_path / "set" / f"data-{part:05d}.arrow", table.slice(first, 30), rows=7)
+    write_arrow(tmp_path / "set" / "cache-ab12.arrow", table)  # A cache file of `datasets`.
     pack(tmp_path / "set", tmp_path / "out")
     assert members(tmp_path / "out") == expected(tmp_path, rows)
 
 
-def test_a_csv_column_holds_numbers_only_if_none_would_change(tmp_path: Path) -> None:
+def test_csv_column_is_numeric_only_if_json_writes_every_value_unchanged(tmp_path: Path) -> None:
     rows = album(tmp_path, 3)
     cells = {
-        "whole": ["0", "-12", "12345678901234567890"], "real": ["0.5", "2", ""],
+        "integer": ["0", "-12", "12345678901234567890"], "real": ["0.5", "2", ""],
         "code": ["007", "12", "13"], "version": ["1.9", "1.10", "2.0"], "mixed": ["1", "n/a", "2"],
         "none": ["", "", ""], "word": ["NaN", "Infinity", "true"],
         "flag": ["true", "false", "true"],
@@ -159,20 +159,20 @@ def test_a_csv_column_holds_numbers_only_if_none_would_change(tmp_path: Path) ->
     trees = [json.loads(d) for n, d in members(tmp_path / "out").items() if n.endswith(".json")]
     columns = {name: [tree[name] for tree in trees] for name in trees[0]}
     assert columns == {
-        "width": [0, 1, 2], "whole": [0, -12, 12345678901234567890], "real": [0.5, 2, None],
+        "width": [0, 1, 2], "integer": [0, -12, 12345678901234567890], "real": [0.5, 2, None],
         "code": cells["code"], "version": cells["version"], "mixed": cells["mixed"],
         "none": [None] * 3, "word": cells["word"],
         "flag": cells["flag"],
     }  # fmt: skip
 
 
-def test_text_of_a_typed_table_stays_text(tmp_path: Path) -> None:
+def test_text_column_of_typed_table_stays_text(tmp_path: Path) -> None:
     rows = [row | {"code": "12"} for row in album(tmp_path, 2)]
     pack(write_table(tmp_path / "t.parquet", rows), tmp_path / "out")
     assert json.loads(members(tmp_path / "out")["000000.json"])["code"] == "12"
 
 
-def test_values_that_json_lacks_are_written_as_it_can(tmp_path: Path) -> None:
+def test_values_without_json_type_are_converted(tmp_path: Path) -> None:
     rows = album(tmp_path, 1)
     rows[0] |= {"when": date(2020, 2, 3), "cost": Decimal("1.50"), "score": float("nan")}
     rows[0] |= {"box": [{"x": 1.5}, None]}
@@ -181,27 +181,27 @@ def test_values_that_json_lacks_are_written_as_it_can(tmp_path: Path) -> None:
         "width": 0, "when": "2020-02-03", "cost": "1.50", "score": None, "box": [{"x": 1.5}, None],
     }  # fmt: skip
     infinite = write_table(tmp_path / "i.parquet", [rows[0] | {"score": float("inf")}])
-    assert "row 0: holds what json cannot" in refusal(infinite, tmp_path / "o2")
+    assert "row 0: a value cannot be written as JSON" in pack_error(infinite, tmp_path / "o2")
 
 
-def test_several_captions_stay_in_the_json_member(tmp_path: Path) -> None:
+def test_additional_captions_go_into_json_member(tmp_path: Path) -> None:
     rows = album(tmp_path, 2)
     rows[0]["caption"] = ["", "first", "second"]
     rows[1]["caption"] = ["only"]
     pack(write_table(tmp_path / "t.parquet", rows), tmp_path / "a")
-    found = members(tmp_path / "a")
-    assert (found["000000.txt"], found["000001.txt"]) == (b"first", b"only")
-    assert json.loads(found["000000.json"]) == {"caption": ["", "first", "second"], "width": 0}
+    packed = members(tmp_path / "a")
+    assert (packed["000000.txt"], packed["000001.txt"]) == (b"first", b"only")
+    assert json.loads(packed["000000.json"]) == {"caption": ["", "first", "second"], "width": 0}
 
     rows = [row | {"caption": "tree", "french": "arbre", "german": "Baum"} for row in rows]
     settings = PackSettings(caption_column=("caption", "french"), json_columns=("width",))
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "b", settings)
-    found = members(tmp_path / "b")
-    assert found["000000.txt"] == b"tree"
-    assert json.loads(found["000000.json"]) == {"french": "arbre", "width": 0}
+    packed = members(tmp_path / "b")
+    assert packed["000000.txt"] == b"tree"
+    assert json.loads(packed["000000.json"]) == {"french": "arbre", "width": 0}
 
 
-def test_columns_may_be_named(tmp_path: Path) -> None:
+def test_column_settings_override_guesses(tmp_path: Path) -> None:
     rows = album(tmp_path, 3)
     rows = [{"a": r["file"][3:], "b": r["caption"], "c": f"k-{i}"} for i, r in enumerate(rows)]
     table = write_table(tmp_path / "t.csv", rows)
@@ -209,14 +209,14 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
         folder=tmp_path / "im", file_column="a", caption_column=("b",), key_column="c", prefix="p q"
     )
     pack(table, tmp_path / "out", settings)
-    found = contents(tmp_path / "out" / "p q-000000.tar")
-    assert sorted(found) == ["k-0.png", "k-0.txt", "k-1.jpg", "k-1.txt", "k-2.png", "k-2.txt"]
+    packed = contents(tmp_path / "out" / "p q-000000.tar")
+    assert sorted(packed) == ["k-0.png", "k-0.txt", "k-1.jpg", "k-1.txt", "k-2.png", "k-2.txt"]
 
 
-def test_shards_are_packed_as_they_are(tmp_path: Path) -> None:
+def test_packing_shards_keeps_samples_unchanged(tmp_path: Path) -> None:
     first = {f"a/{i}.{kind}": os.urandom(i * 9) for i in range(30) for kind in ("png", "txt")}
     second = {f"b{i}.{kind}": os.urandom(i) for i in range(50) for kind in ("json", "txt", "png")}
-    second["b50.txt"] = b""  # a sample that lacks members
+    second["b50.txt"] = b""  # A sample without the other members.
     write_tar(tmp_path / "in" / "x.tar", first, "gnu")
     write_tar(tmp_path / "in" / "y.tar", second, "pax")
     pack(tmp_path / "in", tmp_path / "split", PackSettings(per_shard=25))
@@ -230,7 +230,7 @@ def test_shards_are_packed_as_they_are(tmp_path: Path) -> None:
     assert members(tmp_path / "one") == first
 
 
-def test_a_shuffle_is_a_permutation_named_by_its_seed(tmp_path: Path) -> None:
+def test_shuffle_is_a_permutation_determined_by_seed(tmp_path: Path) -> None:
     rows = album(tmp_path, 300)
     table = write_table(tmp_path / "t.csv", rows)
 
@@ -239,27 +239,27 @@ def test_a_shuffle_is_a_permutation_named_by_its_seed(tmp_path: Path) -> None:
         assert members(tmp_path / name) == expected(tmp_path, rows)
         return [n for n in members(tmp_path / name) if n.endswith(".txt")]
 
-    plain, one, two = order("plain", None), order("one", 1), order("two", 2)
-    assert plain == sorted(one) == sorted(two)
-    assert plain != one != two
+    unshuffled, one, two = order("none", None), order("one", 1), order("two", 2)
+    assert unshuffled == sorted(one) == sorted(two)
+    assert unshuffled != one != two
     assert order("one again", 1) == one
     assert shard_files(tmp_path / "one again") == shard_files(tmp_path / "one")
-    for shard in range(6):  # a shard holds a mix: about the mean, 150 +- 12
-        places = [int(name[:6]) for name in one[shard * 50 : shard * 50 + 50]]
-        assert 90 < np.mean(places) < 210
+    for shard in range(6):  # Row numbers of a mixed shard average 150 with a deviation of 12.
+        numbers = [int(name[:6]) for name in one[shard * 50 : shard * 50 + 50]]
+        assert 90 < np.mean(numbers) < 210
 
 
-def test_a_view_is_packed_as_any_set(tmp_path: Path) -> None:
+def test_filtered_view_is_packed_like_a_set(tmp_path: Path) -> None:
     rows = album(tmp_path, 12)
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "set", PackSettings(per_shard=5))
-    make_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
+    create_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
     pack(tmp_path / "view", tmp_path / "out")
-    whole = members(tmp_path / "set")
+    complete = members(tmp_path / "set")
     kept = [f"{i:06d}" for i, row in enumerate(rows) if row["width"] == 3]
-    assert members(tmp_path / "out") == {n: d for n, d in whole.items() if n[:6] in kept}
+    assert members(tmp_path / "out") == {n: d for n, d in complete.items() if n[:6] in kept}
 
 
-def test_every_format_shuffles_alike(tmp_path: Path) -> None:
+def test_shuffle_is_the_same_for_every_format(tmp_path: Path) -> None:
     rows = album(tmp_path, 150)
     settings = PackSettings(per_shard=40, shuffle_seed=5, prefix="p")
     digests = []
@@ -269,11 +269,11 @@ def test_every_format_shuffles_alike(tmp_path: Path) -> None:
     assert digests == [digests[0]] * 4
 
 
-def test_a_shard_is_as_full_as_its_limit_allows(tmp_path: Path) -> None:
+def test_shards_fill_up_to_the_byte_limit(tmp_path: Path) -> None:
     rows = album(tmp_path, 120)
-    (tmp_path / rows[50]["file"]).write_bytes(PNG + bytes(60_000))  # more than a shard
+    (tmp_path / rows[50]["file"]).write_bytes(PNG + bytes(60_000))  # Larger than a shard.
     for i, row in enumerate(rows):
-        row["key"] = f"é{i}" if i % 2 else f"{i}-" + "n" * 150  # headers of their own
+        row["key"] = f"é{i}" if i % 2 else f"{i}-" + "n" * 150  # These names need pax headers.
     limit = 45_000
     settings = PackSettings(shard_bytes=limit, key_column="key")
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "out", settings)
@@ -281,10 +281,10 @@ def test_a_shard_is_as_full_as_its_limit_allows(tmp_path: Path) -> None:
     keys = [list(dict.fromkeys(n.partition(".")[0] for n in contents(s))) for s in shards]
     assert list(chain(*keys)) == [row["key"] for row in rows]
     assert [rows[50]["key"]] in keys
-    for shard, held in zip(shards, keys, strict=True):
-        if held != [rows[50]["key"]]:
+    for shard, shard_keys in zip(shards, keys, strict=True):
+        if shard_keys != [rows[50]["key"]]:
             assert shard.stat().st_size <= limit
-    for shard, after in pairwise(shards):  # one sample more would not fit
+    for shard, after in pairwise(shards):  # One more sample would not fit.
         if rows[50]["key"] not in keys[shards.index(after)]:
             both = tmp_path / "both.tar"
             grown = contents(shard)
@@ -297,38 +297,38 @@ SOURCES = pytest.mark.parametrize("kind", ["files", "parquet", "arrow", "shards"
 
 
 @SOURCES
-def test_the_same_source_gives_the_same_bytes(kind: str, tmp_path: Path) -> None:
-    source = make(kind, tmp_path, 120)
+def test_packing_twice_gives_identical_files(kind: str, tmp_path: Path) -> None:
+    source = make_source(kind, tmp_path, 120)
     settings = PackSettings(per_shard=50, prefix="p")
     assert pack(source, tmp_path / "a", settings) == pack(source, tmp_path / "b", settings)
     assert shard_files(tmp_path / "a") == shard_files(tmp_path / "b")
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
-def test_rows_that_do_not_fit_in_memory_are_not_shuffled(
+def test_shuffling_a_table_beyond_memory_limit_fails(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "HELD_BYTES", 10_000)
+    monkeypatch.setattr(tables, "STORE_BYTES", 10_000)
     table = write_table(tmp_path / f"t.{kind}", album(tmp_path, 300))
-    message = refusal(table, tmp_path / "out", shuffle_seed=1)
+    message = pack_error(table, tmp_path / "out", shuffle_seed=1)
     assert "cannot be shuffled" in message
-    assert "pack those shards with it" in message
-    pack(table, tmp_path / "plain")
-    pack(tmp_path / "plain", tmp_path / "mixed", PackSettings(shuffle_seed=1))
-    assert members(tmp_path / "mixed") == members(tmp_path / "plain")
+    assert "pack the resulting shards with shuffle_seed" in message
+    pack(table, tmp_path / "ordered")
+    pack(tmp_path / "ordered", tmp_path / "mixed", PackSettings(shuffle_seed=1))
+    assert members(tmp_path / "mixed") == members(tmp_path / "ordered")
 
 
-def test_a_mapped_arrow_file_takes_no_memory_to_shuffle(
+def test_shuffling_a_mapped_arrow_file_needs_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "HELD_BYTES", 10_000)
+    monkeypatch.setattr(tables, "STORE_BYTES", 10_000)
     rows = album(tmp_path, 100)
     table = write_arrow(tmp_path / "t.arrow", embedded(tmp_path, rows))
     pack(table, tmp_path / "out", PackSettings(shuffle_seed=1))
     assert members(tmp_path / "out") == expected(tmp_path, rows)
 
 
-def test_a_packed_shard_is_read_by_tar_itself(tmp_path: Path) -> None:
-    pack(make("files", tmp_path, 20), tmp_path / "out")
+def test_packed_shard_holds_regular_files_with_time_zero(tmp_path: Path) -> None:
+    pack(make_source("files", tmp_path, 20), tmp_path / "out")
     with tarfile.open(tmp_path / "out" / "out-000000.tar") as tar:
         assert {(m.mtime, m.isfile()) for m in tar} == {(0, True)}

@@ -1,4 +1,4 @@
-"""Tar files of every dialect, made by others than us, and ways to damage them."""
+"""Tar files in every dialect, written by the standard library, and helpers to damage them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from support import write_samples
 
-from gigabatch.data.shards.tar_members import walk
+from gigabatch.data.shards.tar_members import read_members
 
 FORMATS = {
     "ustar": tarfile.USTAR_FORMAT,
@@ -32,17 +32,17 @@ def write_tar(
     return path
 
 
-def listed(path: Path) -> list[tuple[str, int, int]]:
-    """(name, offset of the data, size) of each file, according to the standard library."""
+def stdlib_members(path: Path) -> list[tuple[str, int, int]]:
+    """Return (name, data offset, size) of every file, as the standard library reads them."""
     with tarfile.open(path) as tar:
         return [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
 
 
-def walked(path: Path, checksums: bool = True) -> list[tuple[str, int, int]]:
-    """(name, offset of the data, size) of each file, according to us."""
+def parsed_members(path: Path, checksums: bool = True) -> list[tuple[str, int, int]]:
+    """Return (name, data offset, size) of every file, as `read_members` reads them."""
     file = os.open(path, os.O_RDONLY)
     try:
-        members = walk(file, str(path), checksums)
+        members = read_members(file, str(path), checksums)
     finally:
         os.close(file)
     assert len(members.checksums) == (len(members.names) if checksums else 0)
@@ -50,6 +50,7 @@ def walked(path: Path, checksums: bool = True) -> list[tuple[str, int, int]]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
+    """Return file name -> data."""
     with tarfile.open(path) as tar:
         return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}  # type: ignore[union-attr]
 
@@ -60,7 +61,7 @@ def overwrite(path: Path, position: int, data: bytes) -> None:
         file.write(data)
 
 
-def shard_of(folder: Path, count: int = 12) -> Path:
-    """One webdataset shard of small images, captions and json."""
+def make_shard(folder: Path, count: int = 12) -> Path:
+    """Write one webdataset shard of small images, captions and json; return its path."""
     write_samples(folder, count, count, seed=3)
-    return next(folder.glob("*.tar"))
+    return folder / f"{folder.name}-000.tar"

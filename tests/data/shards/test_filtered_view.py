@@ -13,9 +13,9 @@ from tarfiles import write_tar
 from test_indexing import jsons, keys
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.files import replacing
-from gigabatch.data.shards.filter_expression import parse_where
-from gigabatch.data.shards.filtered_view import count_where, make_view
+from gigabatch.data.files import atomic_replace
+from gigabatch.data.shards.filter_expression import parse_filter
+from gigabatch.data.shards.filtered_view import count_matches, create_view
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
@@ -39,10 +39,10 @@ def index(tmp_path: Path) -> Index:
 
 
 @pytest.mark.parametrize(
-    ("condition", "kept"),
+    ("condition", "expected"),
     [
         ('lang == "en"', [0, 3]),
-        ('lang != "en"', [1, 4]),  # unknown is neither
+        ('lang != "en"', [1, 4]),  # null is neither
         ('not lang == "en"', [1, 4]),
         ("lang is None", [2]),
         ("lang is not None and score > 0.5", [1, 3]),
@@ -60,15 +60,15 @@ def index(tmp_path: Path) -> Index:
         ("key == 's003'", [3]),
     ],
 )
-def test_conditions_keep_what_they_say(
-    condition: str, kept: list[int], index: Index, tmp_path: Path
+def test_view_keeps_samples_that_meet_condition(
+    condition: str, expected: list[int], index: Index, tmp_path: Path
 ) -> None:
-    assert count_where(index, condition) == len(kept)
-    view = make_view(index, condition, tmp_path / "view")
-    assert keys(view) == [f"s{i:03d}" for i in kept]
-    assert view.values("n", view.first_sample[:1]) == [ROWS[kept[0]]["n"]]
+    assert count_matches(index, condition) == len(expected)
+    view = create_view(index, condition, tmp_path / "view")
+    assert keys(view) == [f"s{i:03d}" for i in expected]
+    assert view.values("n", view.shard_starts[:1]) == [ROWS[expected[0]]["n"]]
     with Reader(view) as reader:
-        assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(kept)
+        assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(expected)
 
 
 @pytest.mark.parametrize(
@@ -83,52 +83,56 @@ def test_conditions_keep_what_they_say(
         "lang == {1: 2}", "~score", "lang[0] == 'e'", "score ** 2 > 3", "(" * 300 + "n" + ")" * 300,
     ],
 )  # fmt: skip
-def test_anything_else_is_refused_and_nothing_is_run(
+def test_invalid_condition_raises_and_runs_nothing(
     condition: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(GigabatchError) as caught:
-        make_view(index, condition, tmp_path / "view")
+        create_view(index, condition, tmp_path / "view")
     assert "\n" not in str(caught.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
 
 
 @given(text=st.text("lang scoren()[]<>=!'\"0.9+-*/,:andornti", max_size=30))
-def test_no_text_is_more_than_a_condition(text: str) -> None:
+def test_any_text_parses_or_raises_one_line_error(text: str) -> None:
     try:
-        parse_where(text, COLUMNS)
+        parse_filter(text, COLUMNS)
     except GigabatchError as error:
         assert "\n" not in str(error)  # noqa: PT017
 
 
-def test_a_long_condition_is_as_good_as_a_short_one(index: Index) -> None:
-    assert count_where(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
-    assert count_where(index, f"n in {list(range(3, 9_000))}") == 2
-    for many in (" or ".join(["n == 1"] * 5_000), "0" + " < n" * 9_000, "n < 1" + " < 2" * 9_000):
+def test_long_condition_works_up_to_term_limit(index: Index) -> None:
+    assert count_matches(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
+    assert count_matches(index, f"n in {list(range(3, 9_000))}") == 2
+    for too_many in (
+        " or ".join(["n == 1"] * 5_000),
+        "0" + " < n" * 9_000,
+        "n < 1" + " < 2" * 9_000,
+    ):
         with pytest.raises(GigabatchError, match="more than 1,000 terms"):
-            count_where(index, many)
+            count_matches(index, too_many)
 
 
-def test_a_column_of_several_types_is_compared_by_value(tmp_path: Path) -> None:
+def test_column_of_mixed_types_compares_by_value(tmp_path: Path) -> None:
     values = [1, "1", True, None, "en", 2**70, 0.5]
     write_tar(tmp_path / "a.tar", jsons([{"v": v, "row": 7 - i} for i, v in enumerate(values)]))
     index = open_index(tmp_path, columns=["v", "row"])
     for value in values:
         if value is not None:
-            assert count_where(index, f"v == {value!r}") == 1
-    assert count_where(index, "v is None") == 1
-    assert count_where(index, "v in [1, 'en', 'de']") == 2
-    assert count_where(index, "v != '1'") == 5
-    assert keys(make_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
-    assert keys(make_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
+            assert count_matches(index, f"v == {value!r}") == 1
+    assert count_matches(index, "v is None") == 1
+    assert count_matches(index, "v in [1, 'en', 'de']") == 2
+    assert count_matches(index, "v != '1'") == 5
+    assert keys(create_view(index, "row < 3", tmp_path / "view")) == ["s005", "s006"]
+    assert keys(create_view(open_index(tmp_path / "view"), "v == 0.5", tmp_path / "2")) == ["s006"]
 
 
-def test_a_view_made_by_a_relative_path_opens_from_any_folder(
+def test_view_of_relative_path_opens_from_any_folder(
     index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_view(open_index("set"), "n > 1", Path("view"))
-    make_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
+    create_view(open_index("set"), "n > 1", Path("view"))
+    create_view(open_index("./set/*.tar", columns=["n"]), "n > 1", Path("other"))
     monkeypatch.chdir("/")
     for name in ("view", "other"):
         view = open_index(tmp_path / name)
@@ -137,33 +141,35 @@ def test_a_view_made_by_a_relative_path_opens_from_any_folder(
             assert reader.read(0, "txt") == b"x"
 
 
-def test_a_view_is_a_set_with_a_fingerprint_of_its_own(index: Index, tmp_path: Path) -> None:
-    one = make_view(index, "n > 1", tmp_path / "one")
+def test_view_is_a_set_with_its_own_digest(index: Index, tmp_path: Path) -> None:
+    one = create_view(index, "n > 1", tmp_path / "one")
     assert open_index(tmp_path / "one") == one
     assert one.shard_sizes.tolist() == [1, 2]
-    assert len({index.digest, one.digest, make_view(index, "n > 2", tmp_path / "two").digest}) == 3
-    again = make_view(one, 'lang == "en"', tmp_path / "three")  # a view of a view
-    assert keys(again) == ["s003"]
+    assert (
+        len({index.digest, one.digest, create_view(index, "n > 2", tmp_path / "two").digest}) == 3
+    )
+    view_of_view = create_view(one, 'lang == "en"', tmp_path / "three")
+    assert keys(view_of_view) == ["s003"]
 
 
-def test_a_view_may_be_made_again_but_replaces_nothing_else(index: Index, tmp_path: Path) -> None:
-    make_view(index, "n > 1", tmp_path / "view")
-    assert len(make_view(index, "n > 3", tmp_path / "view")) == 1
+def test_create_view_replaces_only_views(index: Index, tmp_path: Path) -> None:
+    create_view(index, "n > 1", tmp_path / "view")
+    assert len(create_view(index, "n > 3", tmp_path / "view")) == 1
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "precious.txt").write_text("x")
-    for place in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
+    for folder in (tmp_path / "other", tmp_path / "other" / "precious.txt", tmp_path / "set"):
         with pytest.raises(GigabatchError, match="is not a view"):
-            make_view(index, "n > 1", place)
+            create_view(index, "n > 1", folder)
 
 
 def write_and_die(index: Index, home: Path, renames: int) -> None:
-    """Write an index in a process that is killed before it renames a file for the last time."""
+    """Write an index in a process that is killed after `renames` renames."""
 
     def work() -> None:
-        rename, left = os.replace, iter(range(renames))
+        rename, remaining = os.replace, iter(range(renames))
 
         def rename_or_die(*names: Any) -> None:
-            if next(left, None) is None:
+            if next(remaining, None) is None:
                 os.kill(os.getpid(), signal.SIGKILL)
             rename(*names)
 
@@ -179,38 +185,38 @@ def write_and_die(index: Index, home: Path, renames: int) -> None:
 
 
 @pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_writer_that_is_killed_leaves_nothing_for_good(
+def test_files_of_killed_writer_are_removed_by_next_writer(
     renames: int, index: Index, tmp_path: Path
 ) -> None:
     for home in (tmp_path / "view", index.folder):
         write_and_die(index, home, renames)
     other = tmp_path / "view" / "samples-0123456789abcdef.arrow"
-    with replacing(other) as living:  # its writer is alive
-        assert len(make_view(index, "n > 1", tmp_path / "view")) == 3
-        assert list((tmp_path / "view").glob(".*")) == [living]
+    with atomic_replace(other) as live:  # its writer is alive
+        assert len(create_view(index, "n > 1", tmp_path / "view")) == 3
+        assert list((tmp_path / "view").glob(".*")) == [live]
     other.unlink()
     names = sorted(path.name for path in (tmp_path / "view").iterdir())
     assert (len(names), names[0], names[2]) == (3, "manifest.json", "samples.parquet")
     open_index(tmp_path / "set", columns=[*COLUMNS, "more"])
-    assert len(list(index.folder.iterdir())) == 4  # with the lock
+    assert len(list(index.folder.iterdir())) == 4  # the index files and the lock
 
 
-def test_a_table_that_is_called_as_ours_is_no_view(index: Index, tmp_path: Path) -> None:
-    mine = tmp_path / "mine" / "samples.parquet"
-    mine.parent.mkdir()
-    mine.write_bytes(b"precious")
+def test_create_view_keeps_folder_with_users_parquet_file(index: Index, tmp_path: Path) -> None:
+    table = tmp_path / "mine" / "samples.parquet"
+    table.parent.mkdir()
+    table.write_bytes(b"precious")
     with pytest.raises(GigabatchError, match="is not a view"):
-        make_view(index, "n > 1", mine.parent)
-    assert mine.read_bytes() == b"precious"
+        create_view(index, "n > 1", table.parent)
+    assert table.read_bytes() == b"precious"
 
 
-def test_a_view_that_keeps_nothing_is_refused(index: Index, tmp_path: Path) -> None:
+def test_condition_without_matches_raises(index: Index, tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match="no sample meets"):
-        make_view(index, "n > 100", tmp_path / "view")
+        create_view(index, "n > 100", tmp_path / "view")
 
 
-def test_a_view_notices_that_its_shards_changed(index: Index, tmp_path: Path) -> None:
-    make_view(index, "n > 3", tmp_path / "view")  # of b.tar alone
+def test_opening_view_raises_if_used_shard_changed(index: Index, tmp_path: Path) -> None:
+    create_view(index, "n > 3", tmp_path / "view")  # uses b.tar only
     os.utime(tmp_path / "set" / "a.tar", ns=(1, 1))
     open_index(tmp_path / "view")
     os.utime(tmp_path / "set" / "b.tar", ns=(1, 1))

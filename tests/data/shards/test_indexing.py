@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tarfiles import listed, overwrite, shard_of, write_tar
+from tarfiles import make_shard, overwrite, stdlib_members, write_tar
 
 from gigabatch.data.decode.members import decode_column
 from gigabatch.data.errors import GigabatchError
@@ -23,7 +23,7 @@ from gigabatch.data.shards.sources import indexed_codes
 
 
 def jsons(values: list[object], first: int = 0) -> dict[str, bytes]:
-    """A sample for each value, with a json member that holds it (none for None)."""
+    """Return one sample for each value, with a json member that holds it; none for None."""
     members = {}
     for i, value in enumerate(values, first):
         members[f"s{i:03d}.txt"] = b"x"
@@ -36,8 +36,8 @@ def keys(index: Index) -> list[str]:
     return [index.key(i) for i in range(len(index))]
 
 
-def test_added_shards_come_last_whatever_their_names(tmp_path: Path) -> None:
-    """A sample keeps its number for good: tables of per-sample state are keyed by it."""
+def test_added_shards_are_indexed_last(tmp_path: Path) -> None:
+    """A sample must keep its row: tables of per-sample state are keyed by it."""
     write_tar(tmp_path / "m.tar", jsons([1, 2]))
     write_tar(tmp_path / "p.tar", jsons([3], first=2))
     assert keys(open_index(tmp_path)) == ["s000", "s001", "s002"]
@@ -48,7 +48,7 @@ def test_added_shards_come_last_whatever_their_names(tmp_path: Path) -> None:
     assert [Path(shard.name).name for shard in index.shards] == ["m.tar", "p.tar", "a.tar", "z.tar"]
 
 
-def test_the_index_of_a_set_that_others_keep_is_used(tmp_path: Path) -> None:
+def test_read_only_set_uses_index_inside_it(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", jsons([{"n": 1}, {"n": 2}]))
     open_index(tmp_path, columns=["n"])
     tmp_path.chmod(0o555)
@@ -60,20 +60,20 @@ def test_the_index_of_a_set_that_others_keep_is_used(tmp_path: Path) -> None:
         tmp_path.chmod(0o755)
 
 
-def test_old_shards_are_not_read_again(tmp_path: Path) -> None:
+def test_indexed_shards_are_not_scanned_again(tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / f"{name}.tar", jsons([1, 2]))
     open_index(tmp_path)
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     write_tar(tmp_path / "c.tar", jsons([3]))
-    overwrite(tmp_path / "a.tar", 0, b"\xff" * 512)  # of the same size and, below, time
+    overwrite(tmp_path / "a.tar", 0, b"\xff" * 512)  # keeps the size; the time is reset below
     state = json.loads((tmp_path / ".gigabatch" / "manifest.json").read_text())["shards"][0]
     os.utime(tmp_path / "a.tar", ns=(0, int(state["version"])))
-    assert len(open_index(tmp_path, lambda *done: seen.append(done))) == 5
-    assert seen == [(2, 3), (3, 3)]
+    assert len(open_index(tmp_path, lambda *done: calls.append(done))) == 5
+    assert calls == [(2, 3), (3, 3)]
 
 
-def test_a_removed_shard_means_a_fresh_order(tmp_path: Path) -> None:
+def test_removed_shard_resets_row_order(tmp_path: Path) -> None:
     for i, name in enumerate("bca"):
         write_tar(tmp_path / f"{name}.tar", jsons([i], first=i))
         open_index(tmp_path)
@@ -81,12 +81,12 @@ def test_a_removed_shard_means_a_fresh_order(tmp_path: Path) -> None:
     assert keys(open_index(tmp_path)) == ["s002", "s001"]
 
 
-def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
+def test_error_lists_all_damaged_shards(tmp_path: Path) -> None:
     offsets = {}
     for name in "abcd":
         shard = write_tar(tmp_path / f"{name}.tar", jsons([1, 2, 3]))
         if name in "bd":
-            offsets[name] = listed(shard)[2][1] - 512
+            offsets[name] = stdlib_members(shard)[2][1] - 512
             overwrite(shard, offsets[name] + 20, b"\xaa")
     with pytest.raises(GigabatchError) as caught:
         open_index(tmp_path)
@@ -96,22 +96,22 @@ def test_all_damaged_shards_are_named_at_once(tmp_path: Path) -> None:
     ]
 
 
-def test_what_was_scanned_before_a_fault_is_not_scanned_again(tmp_path: Path) -> None:
+def test_shards_scanned_before_error_are_not_scanned_again(tmp_path: Path) -> None:
     for name in "abc":
         write_tar(tmp_path / f"{name}.tar", jsons([1, 2, 3]))
-    whole = (tmp_path / "b.tar").read_bytes()
-    (tmp_path / "b.tar").write_bytes(whole[:1000])
+    intact = (tmp_path / "b.tar").read_bytes()
+    (tmp_path / "b.tar").write_bytes(intact[:1000])
     with pytest.raises(GigabatchError, match=r"b\.tar: at byte"):
         open_index(tmp_path)
-    (tmp_path / "b.tar").write_bytes(whole)
-    seen: list[tuple[int, int]] = []
-    open_index(tmp_path, lambda *done: seen.append(done))
-    assert seen == [(2, 3), (3, 3)]
+    (tmp_path / "b.tar").write_bytes(intact)
+    calls: list[tuple[int, int]] = []
+    open_index(tmp_path, lambda *done: calls.append(done))
+    assert calls == [(2, 3), (3, 3)]
     assert not (tmp_path / ".gigabatch" / "parts").exists()
 
 
 @pytest.mark.slow
-def test_an_index_whose_making_is_killed_is_taken_up_again(tmp_path: Path) -> None:
+def test_killed_build_resumes(tmp_path: Path) -> None:
     for name in range(8):
         write_tar(tmp_path / f"{name}.tar", {f"{i}.txt": bytes(9_000) for i in range(1000)})
     command = (
@@ -125,23 +125,23 @@ def test_an_index_whose_making_is_killed_is_taken_up_again(tmp_path: Path) -> No
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert 0 < len(list(parts.glob("*.arrow"))) < 8
-    seen: list[tuple[int, int]] = []
-    assert len(open_index(tmp_path, lambda *done: seen.append(done))) == 8000
-    assert seen[0][0] > 0
+    calls: list[tuple[int, int]] = []
+    assert len(open_index(tmp_path, lambda *done: calls.append(done))) == 8000
+    assert calls[0][0] > 0
 
 
 @pytest.mark.slow
-def test_several_processes_find_what_one_finds(tmp_path: Path) -> None:
+def test_index_is_equal_for_any_number_of_processes(tmp_path: Path) -> None:
     for name in range(5):
         random = np.random.default_rng(name)
         members = {f"{i}.txt": random.bytes(30_000) for i in range(500)}
         write_tar(tmp_path / f"{name}.tar", members)
-    many = open_index(tmp_path, processes=3)
+    of_three = open_index(tmp_path, processes=3)
     (tmp_path / ".gigabatch" / "manifest.json").unlink()
-    assert open_index(tmp_path, processes=1) == many
+    assert open_index(tmp_path, processes=1) == of_three
 
 
-def test_a_pattern_is_a_set_of_its_own(tmp_path: Path) -> None:
+def test_pattern_has_its_own_index(tmp_path: Path) -> None:
     for i, name in enumerate(["a-00", "a-01", "a-02", "b-00"]):
         write_tar(tmp_path / f"{name}.tar", jsons([i], first=i))
     assert keys(open_index(f"{tmp_path}/a-*.tar")) == ["s000", "s001", "s002"]
@@ -150,7 +150,7 @@ def test_a_pattern_is_a_set_of_its_own(tmp_path: Path) -> None:
     assert not (tmp_path / ".gigabatch").exists()
 
 
-def test_fields_are_lifted_with_their_types(tmp_path: Path) -> None:
+def test_json_fields_become_typed_columns(tmp_path: Path) -> None:
     values = [
         {"n": 3, "f": 0.5, "s": "en", "b": True, "mixed": "one", "deep": {"y": 1, "x": [2]}},
         {"n": -7, "f": 2, "s": "de", "b": False, "mixed": 1, "deep": None},
@@ -158,15 +158,15 @@ def test_fields_are_lifted_with_their_types(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", jsons([*values, None]))
     names = ("n", "f", "s", "b", "mixed", "deep", "nowhere")
     index = open_index(tmp_path, settings=IndexSettings(columns=names))
-    at = np.arange(3)
-    assert {name: index.values(name, at) for name in names} == {
+    rows = np.arange(3)
+    assert {name: index.values(name, rows) for name in names} == {
         "n": [3, -7, None], "f": [0.5, 2.0, None], "s": ["en", "de", None],
         "b": [True, False, None], "mixed": ['"one"', "1", None],
         "deep": ['{"x": [2], "y": 1}', None, None], "nowhere": [None] * 3,
     }  # fmt: skip
 
 
-def test_fields_whose_type_differs_between_shards_become_text(tmp_path: Path) -> None:
+def test_json_field_with_different_types_per_shard_becomes_text(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", jsons([{"n": 3, "m": 1}]))
     write_tar(tmp_path / "b.tar", jsons([{"n": "x", "m": 2.5}, {}], first=1))
     index = open_index(tmp_path, settings=IndexSettings(columns=("n", "m")))
@@ -178,7 +178,7 @@ BIG = [2**53 + 1, -(2**60), 2**62, 2**64, 10**40]
 
 
 @pytest.mark.parametrize(
-    ("shards", "found"),
+    ("shards", "expected"),
     [
         ([[1, "1", 1.0, True, "x", {"b": 2.0, "a": "\u00e9"}]],
          ["1", '"1"', "1", "true", '"x"', '{"a": "\u00e9", "b": 2}']),
@@ -194,55 +194,54 @@ BIG = [2**53 + 1, -(2**60), 2**62, 2**64, 10**40]
         ([[["\ud83d"]]], ['["\ufffd"]']),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("at_once", [True, False])
-def test_values_of_a_field_are_equal_where_they_were(
-    shards: list[list[object]], found: list[object], at_once: bool, tmp_path: Path
+@pytest.mark.parametrize("in_one_build", [True, False])
+def test_mixed_json_values_keep_equality(
+    shards: list[list[object]], expected: list[object], in_one_build: bool, tmp_path: Path
 ) -> None:
-    """In one go, or a shard after another: the same."""
     first = 0
     for number, values in enumerate(shards):
         members = jsons([{"v": value} for value in values], first)
         write_tar(tmp_path / f"{number}.tar", members)
         first += len(values)
-        if not at_once:
+        if not in_one_build:
             open_index(tmp_path, columns=["v"])
     index = open_index(tmp_path, columns=["v"])
-    assert index.values("v", np.arange(first)) == found
+    assert index.values("v", np.arange(first)) == expected
 
 
-def test_a_json_member_nested_without_end_is_named(tmp_path: Path) -> None:
+def test_deeply_nested_json_raises_with_sample_name(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"x.txt": b"1", "x.json": b"[" * 200_000})
     with pytest.raises(GigabatchError, match="json member of sample 'x' cannot be read"):
         open_index(tmp_path, columns=["n"])
 
 
 @pytest.mark.parametrize("name", ["", "key", "source", "png.offset", "x.size", "txt.crc"])
-def test_a_field_takes_no_column_of_the_index_itself(name: str, tmp_path: Path) -> None:
+def test_reserved_column_name_raises(name: str, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", jsons([{name: 7}]))
     with pytest.raises(GigabatchError, match=re.escape(f"--columns: {name!r} cannot be")):
         open_index(tmp_path, columns=[name])
     assert keys(open_index(tmp_path)) == ["s000"]
 
 
-def test_fields_may_be_asked_for_later_and_stay(tmp_path: Path) -> None:
+def test_columns_added_later_stay(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", jsons([{"n": 1, "s": "x"}]))
     first = open_index(tmp_path)
     assert open_index(tmp_path, columns=["n"]).columns == ("n",)
     both = open_index(tmp_path, columns=["s", "n"])
     assert both.columns == ("n", "s")
     assert open_index(tmp_path).columns == ("n", "s")
-    assert both.digest == first.digest  # what is lifted is no part of the data
+    assert both.digest == first.digest  # json columns are no part of the data
 
 
-def test_a_json_member_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+def test_invalid_json_raises_with_shard_and_offset(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"x.txt": b"1", "x.json": b"{not json"})
     with pytest.raises(GigabatchError, match=r"json member of sample 'x' cannot be read") as caught:
         open_index(tmp_path, columns=["n"])
-    assert f"{shard}: at byte {listed(shard)[1][1]}:" in str(caught.value)
+    assert f"{shard}: at byte {stdlib_members(shard)[1][1]}:" in str(caught.value)
 
 
-def test_headers_alone_leave_checksums_out(tmp_path: Path) -> None:
-    shard_of(tmp_path)
+def test_index_without_checksums_matches_full_index(tmp_path: Path) -> None:
+    make_shard(tmp_path)
     quick = open_index(tmp_path, settings=IndexSettings(checksums=False))
     assert "png.crc" not in quick.table.column_names
     full = open_index(tmp_path, settings=IndexSettings())
@@ -251,11 +250,10 @@ def test_headers_alone_leave_checksums_out(tmp_path: Path) -> None:
     assert full.table.drop_columns(["png.crc", "txt.crc", "json.crc"]).equals(quick.table)
 
 
-def test_an_index_of_several_record_batches(tmp_path: Path) -> None:
-    """A row is found by its number across batches, and shards may straddle them."""
+def test_rows_are_correct_across_record_batches(tmp_path: Path) -> None:
     import pyarrow as pa
 
-    sizes = [ROWS - 3, 7, 2 * ROWS]
+    sizes = [ROWS - 3, 7, 2 * ROWS]  # shards straddle record batches
     total = sum(sizes)
 
     def table(first: int, count: int) -> pa.Table:
@@ -277,28 +275,28 @@ def test_an_index_of_several_record_batches(tmp_path: Path) -> None:
     settings = json.loads(IndexSettings(checksums=False).model_dump_json())
     manifest = {"format": 2, "settings": settings, "shards": shards, "digest": "d" * 64}
     write_index(tables, tables[0].schema, manifest, tmp_path)
-    from gigabatch.data.shards.index import index_of, read_manifest
+    from gigabatch.data.shards.index import index_from_manifest, read_manifest
 
-    index = index_of("x", tmp_path, read_manifest(tmp_path), ["a", "b", "c"])
+    index = index_from_manifest("x", tmp_path, read_manifest(tmp_path), ["a", "b", "c"])
     rows = np.array([total - 1, 0, ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 5, 3])
     assert index.take("txt.offset", rows).tolist() == (rows + 1).tolist()
     assert index.values("key", rows) == [f"{row:x}" for row in rows]
     assert index.table["key"].num_chunks == 4
-    assert len(index.lacking("txt")) == 0
-    assert dict(index.members_held) == {"txt": total}
+    assert len(index.samples_without("txt")) == 0
+    assert dict(index.member_counts) == {"txt": total}
 
 
-def test_a_pattern_may_be_longer_than_a_file_name(tmp_path: Path) -> None:
+def test_pattern_may_be_longer_than_file_name_limit(tmp_path: Path) -> None:
     names = [f"shard-{number:06d}" for number in range(60)]
     for name in names:
         write_tar(tmp_path / f"{name}.tar", {f"{name}.txt": b"x"})
     assert len(open_index(f"{tmp_path}/{{{','.join(names)}}}.tar")) == 60
 
 
-def test_a_mixed_column_has_the_codes_of_its_values(tmp_path: Path) -> None:
+def test_codes_of_mixed_column_match_json_values(tmp_path: Path) -> None:
     values: list[object] = [1, "1", "cat", {"a": 2}]
     write_tar(tmp_path / "a.tar", jsons([{"c": value} for value in values]))
     index = open_index(tmp_path, columns=["c"])
-    codes = [decode_column(json.dumps({"c": value}).encode(), "c", "here") for value in values]
+    codes = [decode_column(json.dumps({"c": value}).encode(), "c", "a.tar") for value in values]
     assert indexed_codes(index, "c").tolist() == codes
     assert indexed_codes(index, "c", np.arange(4)).tolist() == codes

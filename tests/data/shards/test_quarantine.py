@@ -1,4 +1,4 @@
-"""Damaged samples in a stream: replaced by the same others everywhere, told, counted, limited."""
+"""Damaged samples in a stream: substituted equally everywhere, recorded, counted, limited."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 from support import spoil
 from tarfiles import overwrite
 
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.shards.quarantine import refuse_above_rate, substitute
+from gigabatch.data.shards.quarantine import check_damage_rate, substitute_row
 from gigabatch.data.shards.scan import IndexSettings
 from gigabatch.data.stream import MicroBatch, open_stream
 from gigabatch.data.text.captions import CaptionSettings
@@ -38,15 +38,17 @@ def folder(shards: Path, tmp_path: Path) -> Iterator[Path]:
     for shard in (shards / "train").glob("*.tar"):
         shutil.copy2(shard, tmp_path / shard.name)
     yield tmp_path
-    gc.collect()  # a traceback holds loader workers, which else end in the midst of another test
+    gc.collect()  # a traceback may keep loader workers alive, which would exit during another test
 
 
 def read(index: Index, world_size: int = 1, workers: int = 0, steps: int = 5) -> list[MicroBatch]:
     tokenizer = index.folder / "tokenizer.json"
     if not tokenizer.exists():
-        bpe = train_bpe(some_captions([index], FIELDS, 99), TextSettings(vocab_size=300, length=8))
+        bpe = train_bpe(
+            captions_for_tokenizer([index], FIELDS, 99), TextSettings(vocab_size=300, length=8)
+        )
         bpe.save(str(tokenizer))
-    mixture = Mixture((Order(index.shard_sizes, 5, 2),), (Phase(0, (1.0,)),), 5)
+    mixture = Mixture((ShuffledOrder(index.shard_sizes, 5, 2),), (Phase(0, (1.0,)),), 5)
     batches = []
     for rank in range(world_size):
         plans = TrainPlans(mixture, 40, 5, world_size, rank, 1, steps)
@@ -56,25 +58,25 @@ def read(index: Index, world_size: int = 1, workers: int = 0, steps: int = 5) ->
     return sorted((b for b in batches if b.real), key=lambda b: (b.step, b.number))
 
 
-def test_bad_samples_are_replaced_alike_at_any_world_size_and_number_of_workers(
+def test_substitutes_are_equal_for_any_world_size_and_workers(
     folder: Path,
 ) -> None:
     index = open_index(folder)
-    sound = read(index)
+    intact = read(index)
     for sample in BAD:
         spoil(index, sample)
-    assert open_index(folder) == index  # nothing shows it but a read
+    assert open_index(folder) == index  # only reading the shard shows the damage
     once = read(index)
-    found = [bad for batch in once for bad in batch.bad]
-    assert sorted(bad.sample for bad in found) == list(BAD)  # five steps of 40 are one epoch
-    for bad in found:
+    records = [bad for batch in once for bad in batch.substitutions]
+    assert sorted(bad.sample for bad in records) == list(BAD)  # five steps of 40 are one epoch
+    for bad in records:
         shard = folder / f"train-{bad.sample // 50:03d}.tar"
-        offset = index.span(bad.sample, "png")[0]
+        offset = index.member_span(bad.sample, "png")[0]
         assert bad.why.startswith(f"{shard}: at byte {offset}: member .png of sample {bad.key!r}")
         assert bad.key == f"s{bad.sample:05d}"
         assert bad.substitute not in BAD
-    for before, after in zip(sound, once, strict=True):
-        swapped = {bad.sample: bad.substitute for bad in after.bad}
+    for before, after in zip(intact, once, strict=True):
+        swapped = {bad.sample: bad.substitute for bad in after.substitutions}
         numbers = before.tensors["sample"].tolist()
         expected = [swapped.get(number, number) for number in numbers]
         assert after.tensors["sample"].tolist() == expected
@@ -82,42 +84,44 @@ def test_bad_samples_are_replaced_alike_at_any_world_size_and_number_of_workers(
         assert after.keys == tuple(f"s{number:05d}" for number in expected)
     for world_size, workers in [(1, 1), (1, 3), (3, 0), (5, 2)]:
         again = read(index, world_size, workers)
-        assert [b.bad for b in again] == [b.bad for b in once]
+        assert [b.substitutions for b in again] == [b.substitutions for b in once]
         for a, b in zip(again, once, strict=True):
             assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
 @pytest.mark.parametrize("member", ["png", "txt", "json"])
-def test_every_member_that_is_read_is_checked(folder: Path, member: str) -> None:
+def test_damage_in_any_read_member_is_recorded(folder: Path, member: str) -> None:
     index = open_index(folder)
     spoil(index, 30, member, at=2)
-    found = [bad for batch in read(index) for bad in batch.bad]
-    assert [bad.sample for bad in found] == [30]
-    assert f"member .{member} of sample 's00030'" in found[0].why
-    assert "CRC-32C" in found[0].why
+    records = [bad for batch in read(index) for bad in batch.substitutions]
+    assert [bad.sample for bad in records] == [30]
+    assert f"member .{member} of sample 's00030'" in records[0].why
+    assert "CRC-32C" in records[0].why
 
 
-def test_without_checksums_what_cannot_be_decoded_is_still_replaced(folder: Path) -> None:
+def test_undecodable_sample_is_replaced_without_checksums(folder: Path) -> None:
     index = open_index(folder, settings=IndexSettings(checksums=False))
-    path, (offset, _) = Path(index.shards[0].name), index.span(30, "png")
+    path, (offset, _) = Path(index.shards[0].name), index.member_span(30, "png")
     overwrite(path, offset + 20, bytes(100))
-    found = [bad for batch in read(index) for bad in batch.bad]
-    assert [bad.sample for bad in found] == [30]
-    assert "cannot be decoded" in found[0].why
+    records = [bad for batch in read(index) for bad in batch.substitutions]
+    assert [bad.sample for bad in records] == [30]
+    assert "cannot be decoded" in records[0].why
 
 
-def test_a_substitute_that_is_bad_too_is_passed_over(folder: Path) -> None:
+def test_bad_substitute_is_skipped(folder: Path) -> None:
     index = open_index(folder)
-    first = substitute(5, 30, 0, len(index))
+    first = substitute_row(5, 30, 0, len(index))
     assert first != 30
     for sample in (30, first):
         spoil(index, sample)
-    stands = {bad.sample: bad.substitute for batch in read(index) for bad in batch.bad}
-    assert stands[30] == substitute(5, 30, 1, len(index))
-    assert set(stands) == {30, first}
+    substitutes = {
+        bad.sample: bad.substitute for batch in read(index) for bad in batch.substitutions
+    }
+    assert substitutes[30] == substitute_row(5, 30, 1, len(index))
+    assert set(substitutes) == {30, first}
 
 
-def test_a_set_that_is_bad_throughout_ends_the_stream(folder: Path) -> None:
+def test_set_of_only_bad_samples_raises(folder: Path) -> None:
     index = open_index(folder)
     for sample in range(len(index)):
         spoil(index, sample)
@@ -126,19 +130,19 @@ def test_a_set_that_is_bad_throughout_ends_the_stream(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_cut_short_under_a_run_ends_it(folder: Path, workers: int) -> None:
-    """That is no bad sample: much is gone, and going on would train on something else."""
+def test_shard_truncated_during_run_raises(folder: Path, workers: int) -> None:
+    """Much of the shard is gone: substitutes would silently change the data."""
     index = open_index(folder)
     path = Path(index.shards[1].name)
-    os.truncate(path, index.span(77, "png")[0] + 3)
+    os.truncate(path, index.member_span(77, "png")[0] + 3)
     with pytest.raises(GigabatchError) as caught:
         read(index, workers=workers)
     assert re.match(
-        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is cut short", str(caught.value)
+        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is truncated", str(caught.value)
     )
 
 
-def test_a_shard_that_vanishes_ends_the_stream(folder: Path) -> None:
+def test_shard_removed_during_run_raises(folder: Path) -> None:
     index = open_index(folder)
     Path(index.shards[2].name).unlink()
     with pytest.raises(GigabatchError, match=r"train-002\.tar: the shard cannot be read"):
@@ -150,9 +154,9 @@ def test_a_shard_that_vanishes_ends_the_stream(folder: Path) -> None:
     [(1, 10, False), (10, 100, False), (11, 100, True), (10, 10_000, False), (11, 10_000, True),
      (100, 100_000, False), (101, 100_000, True)],
 )  # fmt: skip
-def test_a_rate_above_the_limit_stops_the_run(bad: int, drawn: int, stops: bool) -> None:
+def test_check_damage_rate_raises_above_limit(bad: int, drawn: int, stops: bool) -> None:
     try:
-        refuse_above_rate({0: 0, 1: bad}, {0: 5, 1: drawn}, {0: "one", 1: "two"}, 0.001)
+        check_damage_rate({0: 0, 1: bad}, {0: 5, 1: drawn}, {0: "one", 1: "two"}, 0.001)
     except GigabatchError as error:
         assert stops
         assert str(error).startswith(f"two: {bad} of {drawn:,} samples")  # noqa: PT017

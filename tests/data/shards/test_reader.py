@@ -11,22 +11,22 @@ from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.reader import Reader
 
 
-def test_every_member_equals_tarfiles_bytes(shards: Path) -> None:
+def test_members_match_tarfile_contents(shards: Path) -> None:
     index = open_index(shards / "train")
     expected = {k: v for shard in index.shards for k, v in contents(Path(shard.name)).items()}
     with Reader(index) as reader:
-        found = {
+        members = {
             f"{index.key(i)}.{member}": reader.read(i, member)
             for i in reversed(range(len(index)))
             for member in index.members
         }
-    assert found == expected
+    assert members == expected
 
 
 @pytest.mark.parametrize("dialect", FORMATS)
-def test_every_dialect(dialect: str, tmp_path: Path) -> None:
-    long = "d" * 90 + "/" + "n" * 60
-    members = {f"{long}.txt": b"abc", f"{long}.json": b"", "b.txt": bytes(range(256)) * 9}
+def test_members_of_every_tar_dialect_are_read(dialect: str, tmp_path: Path) -> None:
+    long_name = "d" * 90 + "/" + "n" * 60
+    members = {f"{long_name}.txt": b"abc", f"{long_name}.json": b"", "b.txt": bytes(range(256)) * 9}
     write_tar(tmp_path / "s.tar", members, dialect)
     index = open_index(tmp_path)
     with Reader(index) as reader:
@@ -35,10 +35,10 @@ def test_every_dialect(dialect: str, tmp_path: Path) -> None:
         assert reader.read(1, "txt") == bytes(range(256)) * 9
 
 
-def test_a_shard_cut_after_indexing(shards: Path, tmp_path: Path) -> None:
+def test_shard_truncated_after_indexing_raises(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "train-000.tar").write_bytes((shards / "train" / "train-000.tar").read_bytes())
     index = open_index(tmp_path)
-    offset, size = index.span(30, "png")
+    offset, size = index.member_span(30, "png")
     os.truncate(tmp_path / "train-000.tar", offset + 5)
     with Reader(index) as reader, pytest.raises(GigabatchError) as caught:
         reader.read(30, "png")
@@ -48,7 +48,7 @@ def test_a_shard_cut_after_indexing(shards: Path, tmp_path: Path) -> None:
     assert f"5 of {size} bytes" in message
 
 
-def test_a_shard_that_is_gone(tmp_path: Path) -> None:
+def test_missing_shard_raises(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", {"a.txt": b"x"})
     index = open_index(tmp_path)
     shard.unlink()
@@ -56,7 +56,7 @@ def test_a_shard_that_is_gone(tmp_path: Path) -> None:
         reader.read(0, "txt")
 
 
-def test_few_files_stay_open_and_none_after_closing(tmp_path: Path) -> None:
+def test_reader_limits_open_shards_and_closes_all(tmp_path: Path) -> None:
     count = Reader.OPEN_SHARDS + 10
     for i in range(count):
         write_tar(tmp_path / f"s{i:03d}.tar", {f"k{i}.txt": str(i).encode()})

@@ -1,4 +1,4 @@
-"""Ten million samples: memory stays small."""
+"""Memory use of a stream over ten million samples."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 from support import write_samples
 
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.order.assignment import TrainPlans
-from gigabatch.data.order.epoch_order import Order
+from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase
-from gigabatch.data.shards.index import FORMAT, ROWS, Index, index_of, read_manifest
+from gigabatch.data.shards.index import FORMAT, ROWS, Index, index_from_manifest, read_manifest
 from gigabatch.data.shards.index_files import write_index
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.stream import open_stream
@@ -27,12 +27,12 @@ from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 SHARDS, PER_SHARD = 1000, 10_000
-LIMIT = 600e6  # bytes of proportional memory a process
+LIMIT = 600e6  # bytes of proportional set size a process
 FIELDS = Fields(ImageSettings(size=16), CaptionSettings(), columns=("concept",))
 
 
 def repeated(small: Index, folder: Path) -> Index:
-    """An index of 10^7 samples whose members are those of a small set, again and again."""
+    """Write an index of 10^7 samples that repeats the members of a small set."""
     table = small.table.drop_columns(["key"])
 
     def pieces() -> list[range]:
@@ -51,25 +51,25 @@ def repeated(small: Index, folder: Path) -> Index:
         "format": FORMAT, "settings": settings, "shards": [shard] * SHARDS, "digest": "d" * 64,
     }  # fmt: skip
     write_index(map(rows, pieces()), rows(range(1)).schema, manifest, folder)
-    return index_of("large", folder, read_manifest(folder), [name] * SHARDS)
+    return index_from_manifest("large", folder, read_manifest(folder), [name] * SHARDS)
 
 
 @pytest.mark.slow
-def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
+def test_stream_over_ten_million_samples_uses_little_memory(tmp_path: Path) -> None:
     write_samples(tmp_path / "small", 100, 100, seed=1)
     small = open_index(tmp_path / "small")
     tokenizer = tmp_path / "tokenizer.json"
-    captions = some_captions([small], FIELDS, 100)
+    captions = captions_for_tokenizer([small], FIELDS, 100)
     train_bpe(captions, TextSettings(vocab_size=300, length=8)).save(str(tokenizer))
     index = repeated(small, tmp_path / "large")
     assert len(index) == 10**7
 
-    mixture = Mixture((Order(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
-    every = 10**7 // 256 // 200  # 200 batches, from all over an epoch
+    mixture = Mixture((ShuffledOrder(index.shard_sizes, 1, 64),), (Phase(0, (1.0,)),), 1)
+    stride = 10**7 // 256 // 200  # 200 batches, spread over an epoch
 
     class Scattered:
         def __iter__(self):  # type: ignore[no-untyped-def]
-            for step in range(1, 200 * every, every):
+            for step in range(1, 200 * stride, stride):
                 yield from TrainPlans(mixture, 256, 64, 1, 0, step, step)
 
     stream = open_stream(
@@ -79,7 +79,7 @@ def test_a_stream_over_ten_million_samples_stays_small(tmp_path: Path) -> None:
     for number, batch in enumerate(stream):
         assert len(batch.keys) == 64
         if number % 50 == 49:
-            # Not psutil's children: those include the resource tracker of other tests.
+            # Not psutil's children: they include the resource tracker of other tests.
             for pid in [os.getpid(), *(child.pid or 0 for child in active_children())]:
                 pss = psutil.Process(pid).memory_full_info().pss
                 largest[pid] = max(largest.get(pid, 0), pss)

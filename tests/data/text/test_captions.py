@@ -12,11 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gigabatch.data.decode.fields import Fields, some_captions
+from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.errors import BadSample
 from gigabatch.data.rng import key
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.text.captions import CaptionSettings, NoCaption, choose_caption, read_captions
+from gigabatch.data.text.captions import (
+    CaptionSettings,
+    MissingCaption,
+    choose_caption,
+    read_captions,
+)
 
 WHERE = "/data/s.tar: sample 'cat'"
 TXT = CaptionSettings()
@@ -24,12 +29,13 @@ LINES = CaptionSettings(lines=True)
 
 
 def captions(value: Any, field: str = "c", **options: Any) -> list[str]:
-    """Of a json member that is `value`."""
+    """Return the captions of a json member that holds `value`."""
     settings = CaptionSettings(member="json", field=field, **options)
     return read_captions(json.dumps(value).encode(), settings, WHERE)
 
 
-def why_refused(data: bytes, settings: CaptionSettings, kind: type[BadSample] = BadSample) -> str:
+def read_error(data: bytes, settings: CaptionSettings, kind: type[BadSample] = BadSample) -> str:
+    """Return the one-line error of reading, which must have exactly type `kind`."""
     with pytest.raises(BadSample) as caught:
         read_captions(data, settings, WHERE)
     assert type(caught.value) is kind
@@ -40,24 +46,24 @@ def why_refused(data: bytes, settings: CaptionSettings, kind: type[BadSample] = 
     return message
 
 
-def test_a_text_is_one_caption() -> None:
+def test_text_member_is_one_caption() -> None:
     assert read_captions("  ein Kätzchen\n".encode(), TXT, WHERE) == ["ein Kätzchen"]
     assert read_captions(b"one\ntwo\n", TXT, WHERE) == ["one\ntwo"]
 
 
-def test_each_line_is_a_caption_on_request() -> None:
+def test_lines_option_makes_every_line_a_caption() -> None:
     assert read_captions(b"one\r\n\n  two \n\t\n", LINES, WHERE) == ["one", "two"]
     assert captions({"c": "one\ntwo"}, lines=True) == ["one", "two"]
 
 
-def test_a_byte_order_mark_is_not_part_of_the_caption() -> None:
+def test_byte_order_mark_is_removed() -> None:
     assert read_captions("\ufeffcat".encode(), TXT, WHERE) == ["cat"]
     data = b"\xef\xbb\xbf" + b'{"c": "cat"}'
     assert read_captions(data, CaptionSettings(member="json", field="c"), WHERE) == ["cat"]
 
 
 @pytest.mark.parametrize(
-    ("value", "found"),
+    ("value", "expected"),
     [
         ("a cat", ["a cat"]),
         (["a cat", " it sits "], ["a cat", "it sits"]),
@@ -67,36 +73,36 @@ def test_a_byte_order_mark_is_not_part_of_the_caption() -> None:
         (["same", "same"], ["same", "same"]),
     ],
 )
-def test_a_field_holds_a_text_a_list_or_a_mapping(value: Any, found: list[str]) -> None:
-    assert captions({"c": value, "other": "no"}) == found
+def test_json_field_may_be_text_list_or_mapping(value: Any, expected: list[str]) -> None:
+    assert captions({"c": value, "other": "no"}) == expected
 
 
 @given(st.permutations(["en", "de", "fr", "zh", "sw"]))
-def test_the_order_in_the_file_does_not_matter(names: list[str]) -> None:
+def test_mapping_is_sorted_by_name(names: list[str]) -> None:
     assert captions({"c": {name: name.upper() for name in names}}) == ["DE", "EN", "FR", "SW", "ZH"]
 
 
-def test_a_path_leads_into_mappings() -> None:
+def test_path_reads_nested_mappings() -> None:
     record = {"names": {"en": "cat", "de": ["Katze", "Mieze"]}, "names.fr": "chat"}
     assert captions(record, "names.en") == ["cat"]
     assert captions(record, "names.de") == ["Katze", "Mieze"]
     assert captions({"a": {"b": {"c": "deep"}}}, "a.b.c") == ["deep"]
-    assert captions(record, "names.fr") == ["chat"]  # a name may have a dot of its own
+    assert captions(record, "names.fr") == ["chat"]  # a field name may contain a dot
 
 
 @pytest.mark.parametrize("data", [b"", b" \n\t", "\ufeff".encode()])
 @pytest.mark.parametrize("settings", [TXT, LINES])
-def test_an_empty_text_is_no_caption(data: bytes, settings: CaptionSettings) -> None:
-    assert why_refused(data, settings, NoCaption).endswith("is empty.")
+def test_empty_text_raises_missing_caption(data: bytes, settings: CaptionSettings) -> None:
+    assert read_error(data, settings, MissingCaption).endswith("is empty.")
 
 
 @pytest.mark.parametrize(
     "record", [{}, {"a": None}, {"a": {}}, {"a": {"b": None}}, {"a": {"b": ""}}, {"a": {"b": []}},
                {"a": {"b": [" ", None]}}, {"a": {"b": {}}}, {"a": {"b": {"en": ""}}}, None],
 )  # fmt: skip
-def test_a_field_that_is_not_there_or_empty_is_no_caption(record: Any) -> None:
+def test_missing_or_empty_json_field_raises_missing_caption(record: Any) -> None:
     settings = CaptionSettings(member="json", field="a.b")
-    assert why_refused(json.dumps(record).encode(), settings, NoCaption).endswith("is empty.")
+    assert read_error(json.dumps(record).encode(), settings, MissingCaption).endswith("is empty.")
 
 
 @pytest.mark.parametrize(
@@ -104,25 +110,25 @@ def test_a_field_that_is_not_there_or_empty_is_no_caption(record: Any) -> None:
                {"a": {"b": True}}, {"a": {"b": ["x", 3]}}, {"a": {"b": {"en": ["x"]}}},
                {"a": {"b": "x" * 9999}, "a.b": [["x" * 9999]]}],
 )  # fmt: skip
-def test_what_is_not_text_is_refused_not_dropped(record: Any) -> None:
-    why_refused(json.dumps(record).encode(), CaptionSettings(member="json", field="a.b"))
+def test_json_field_that_is_not_text_raises(record: Any) -> None:
+    read_error(json.dumps(record).encode(), CaptionSettings(member="json", field="a.b"))
 
 
 @pytest.mark.parametrize(
     "data", [b"", b"{", b"\xff\xfe", b'{"a": NaN', b"[" * 100_000, b'{"a": {"b": "\xe4"}}']
 )
-def test_broken_json_is_refused(data: bytes) -> None:
-    message = why_refused(data, CaptionSettings(member="json", field="a.b"))
+def test_invalid_json_raises(data: bytes) -> None:
+    message = read_error(data, CaptionSettings(member="json", field="a.b"))
     assert "cannot be read" in message
 
 
-def test_text_that_is_not_utf8_is_refused() -> None:
-    assert "cannot be read" in why_refused(b"long " * 1000 + "Kätzchen".encode("latin-1"), TXT)
+def test_text_that_is_not_utf8_raises() -> None:
+    assert "cannot be read" in read_error(b"long " * 1000 + "Kätzchen".encode("latin-1"), TXT)
 
 
-def test_half_a_surrogate_pair_is_refused() -> None:
+def test_half_a_surrogate_pair_raises() -> None:
     settings = CaptionSettings(member="json", field="c")
-    assert "surrogate" in why_refused(b'{"c": ["fine", "cat \\ud83d"]}', settings)
+    assert "surrogate" in read_error(b'{"c": ["fine", "cat \\ud83d"]}', settings)
     assert read_captions(b'{"c": "\\ud83d\\ude00"}', settings, WHERE) == ["\U0001f600"]
 
 
@@ -130,49 +136,52 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 def test_any_bytes_give_captions_or_a_clear_error(data: bytes) -> None:
     for settings in (LINES, CaptionSettings(member="json", field="a.b")):
         try:
-            found = read_captions(data, settings, WHERE)
+            texts = read_captions(data, settings, WHERE)
         except BadSample:
             continue
-        assert found
-        assert all(caption == caption.strip() != "" for caption in found)
+        assert texts
+        assert all(text == text.strip() != "" for text in texts)
 
 
-def test_the_choice_is_by_key_and_even() -> None:
+def test_choose_caption_depends_on_key_and_is_even() -> None:
     names = ["a", "b", "c"]
-    streams = [key(7, "caption", step, 5) for step in range(3000)]
-    chosen = [choose_caption(names, stream) for stream in streams]
-    assert chosen == [choose_caption(names, stream) for stream in streams]
+    rng_keys = [key(7, "caption", step, 5) for step in range(3000)]
+    chosen = [choose_caption(names, rng_key) for rng_key in rng_keys]
+    assert chosen == [choose_caption(names, rng_key) for rng_key in rng_keys]
     for count in Counter(chosen).values():
         assert abs(count / 3000 - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
     assert len(Counter(pairwise(chosen))) == 9
     assert choose_caption(["only"], 3) == "only"
 
 
-def test_a_key_gives_the_choice_that_it_always_gave() -> None:
-    chosen = "".join(choose_caption(list("abcdefgh"), stream) for stream in range(16))
+def test_golden_choices() -> None:
+    chosen = "".join(choose_caption(list("abcdefgh"), rng_key) for rng_key in range(16))
     assert chosen == "baaeegcbgfghchfd"
 
 
 @pytest.mark.parametrize("settings", [{"choose": "last"}, {"most": 0}, {"lang": "en"}])
-def test_settings_out_of_range_or_unknown_are_refused(settings: dict[str, Any]) -> None:
+def test_invalid_settings_raise_validation_error(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CaptionSettings(**settings)
 
 
 @pytest.mark.parametrize(
-    ("settings", "found"),
+    ("settings", "expected"),
     [
         ({}, ["one a", "two a"]),
-        ({"choose": "random"}, ["one a", "one b", "one c", "two a"]),  # at some step, each
+        (
+            {"choose": "random"},
+            ["one a", "one b", "one c", "two a"],
+        ),  # may draw every one
         ({"choose": "all", "most": 2}, ["one a", "one b", "two a"]),
     ],
 )
-def test_a_tokeniser_learns_from_every_caption_that_a_run_may_take(
-    settings: dict[str, Any], found: list[str], tmp_path: Path
+def test_captions_for_tokenizer_include_every_caption_a_run_may_use(
+    settings: dict[str, Any], expected: list[str], tmp_path: Path
 ) -> None:
-    samples = [{"c": [f"one {each}" for each in "abc"]}, {"c": "two a"}]
+    samples = [{"c": [f"one {letter}" for letter in "abc"]}, {"c": "two a"}]
     with wds.TarWriter(str(tmp_path / "a.tar"), mtime=0) as writer:
         for number, sample in enumerate(samples):
             writer.write({"__key__": f"{number}", "json": sample})
     fields = Fields(text=CaptionSettings(member="json", field="c", **settings))
-    assert list(some_captions([open_index(tmp_path)], fields, 10)) == found
+    assert list(captions_for_tokenizer([open_index(tmp_path)], fields, 10)) == expected

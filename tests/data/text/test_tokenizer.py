@@ -25,7 +25,7 @@ CAPTIONS = [
 SETTINGS = TextSettings(vocab_size=320, length=8)
 
 
-def test_training_is_the_same_again_and_in_any_order() -> None:
+def test_training_is_deterministic_in_any_order() -> None:
     first = train_bpe(CAPTIONS, SETTINGS).to_str()
     assert train_bpe(CAPTIONS, SETTINGS).to_str() == first
     for seed in range(3):
@@ -34,7 +34,7 @@ def test_training_is_the_same_again_and_in_any_order() -> None:
     assert train_bpe(CAPTIONS[:50], SETTINGS).to_str() != first
 
 
-def test_counts_matter() -> None:
+def test_training_uses_caption_counts() -> None:
     rare = ["ab"] * 3 + ["cd"] * 2
     frequent = ["ab"] * 2 + ["cd"] * 3
     settings = TextSettings(vocab_size=300, length=8)
@@ -44,13 +44,13 @@ def test_counts_matter() -> None:
     assert second["Ġcd"] < second["Ġab"]
 
 
-def test_the_vocabulary_keeps_to_its_size_and_starts_with_the_marks() -> None:
+def test_vocabulary_is_limited_and_starts_with_special_tokens() -> None:
     tokenizer = train_bpe(CAPTIONS, SETTINGS)
     assert tokenizer.get_vocab_size() <= 320
     assert [tokenizer.id_to_token(i) for i in (0, 1)] == [PAD, END]
 
 
-def test_captions_are_padded_and_end_with_the_mark() -> None:
+def test_captions_end_with_end_token_and_padding() -> None:
     tokenizer = train_bpe(CAPTIONS, SETTINGS)
     tokens, mask = encode(tokenizer, ["greek", "", "alpha beta"])
     assert tokens.shape == mask.shape == (3, 8)
@@ -65,7 +65,7 @@ def test_captions_are_padded_and_end_with_the_mark() -> None:
     assert mask[1].sum() == 1
 
 
-def test_long_captions_are_cut_and_still_end_with_the_mark() -> None:
+def test_long_captions_are_truncated_and_keep_end_token() -> None:
     tokenizer = train_bpe(CAPTIONS, SETTINGS)
     tokens, mask = encode(tokenizer, ["qwertz uiop asdf", "greek " * 50])
     assert tokens.shape == (2, 8)
@@ -74,19 +74,19 @@ def test_long_captions_are_cut_and_still_end_with_the_mark() -> None:
     assert (tokens[:, :-1] > 1).all()
 
 
-def test_a_caption_has_the_same_tokens_in_any_company() -> None:
+def test_tokens_do_not_depend_on_other_captions() -> None:
     tokenizer = train_bpe(CAPTIONS, SETTINGS)
-    alone = encode(tokenizer, ["greek small"])[0]
-    assert torch.equal(encode(tokenizer, ["x", "greek small", "y" * 99])[0][1:2], alone)
+    single = encode(tokenizer, ["greek small"])[0]
+    assert torch.equal(encode(tokenizer, ["x", "greek small", "y" * 99])[0][1:2], single)
 
 
-def test_case_and_compatibility_forms_do_not_matter() -> None:
+def test_case_and_compatibility_forms_are_ignored() -> None:
     tokenizer = train_bpe(CAPTIONS, SETTINGS)
-    tokens = encode(tokenizer, ["Greek ﬁ", "greek fi"])[0]  # with the ligature
+    tokens = encode(tokenizer, ["Greek ﬁ", "greek fi"])[0]  # the first has the ligature "fi"
     assert torch.equal(tokens[0], tokens[1])
 
 
-def test_any_text_can_be_encoded_and_read_back() -> None:
+def test_any_text_is_encoded_and_decoded() -> None:
     tokenizer = train_bpe(CAPTIONS, TextSettings(vocab_size=320, length=64))
     for text in ("häuser", "猫と犬", "emoji 🦊!", "tab\tand\nline"):
         tokens, mask = encode(tokenizer, [text])
@@ -103,7 +103,7 @@ def test_saving_keeps_truncation_and_padding(tmp_path: Path) -> None:
         assert torch.equal(one, two)
 
 
-def test_a_local_folder_by_name(tmp_path: Path) -> None:
+def test_local_folder_is_loaded_by_path(tmp_path: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     trained = train_bpe(CAPTIONS, SETTINGS)
@@ -116,16 +116,16 @@ def test_a_local_folder_by_name(tmp_path: Path) -> None:
     assert torch.equal(tokens[1][mask[1]], encode(trained, ["beta"])[0][0][: mask[1].sum()])
 
 
-def test_names_that_cannot_be_loaded_are_refused(tmp_path: Path) -> None:
+def test_unknown_tokenizer_name_raises(tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match=r"text\.tokenizer: .*cannot be loaded") as caught:
         named_tokenizer(TextSettings(tokenizer=str(tmp_path / "nothing")))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", [None, "", "{}"])
-def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
+def test_invalid_tokenizer_file_raises(tmp_path: Path, content: str | None) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(GigabatchError, match="not a tokeniser"):
+    with pytest.raises(GigabatchError, match="not a tokenizer"):
         load_tokenizer(path)

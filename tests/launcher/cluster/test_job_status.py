@@ -1,4 +1,4 @@
-"""What is told of a job that failed, by Ray's own details of it."""
+"""Messages and exit codes for failed jobs, from Ray's job details."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ray.dashboard.modules.job.pydantic_models import JobDetails, JobType
 
 from gigabatch.launcher.cluster.job_status import outcome
 
-NEVER_BEGAN = (
+NEVER_STARTED = (
     "runtime_env setup failed: Failed to set up runtime environment.\n"
     "Failed to download file:///wheel: No space left on device"
 )
-FELL = "Job entrypoint command failed with exit code 2, last available logs:\nstep 1\nstep 2"
+FAILED = "Job entrypoint command failed with exit code 2, last available logs:\nstep 1\nstep 2"
 
 
 class Server:
-    """Answers as a cluster's job server would, of one job."""
+    """A job server that knows one job."""
 
     def __init__(self, **details: Any) -> None:
         known = {"type": JobType.SUBMISSION, "entrypoint": "train", "status": "FAILED"}
@@ -27,14 +27,18 @@ class Server:
         return self.details
 
 
-@pytest.mark.parametrize(("message", "code", "ends", "told"), [
-    (NEVER_BEGAN, None, 1, NEVER_BEGAN),
-    (FELL, 2, 2, FELL.splitlines()[0]),  # its log was shown
+@pytest.mark.parametrize(("message", "code", "exit_code", "reason"), [
+    (NEVER_STARTED, None, 1, NEVER_STARTED),
+    (FAILED, 2, 2, FAILED.splitlines()[0]),  # The rest is the end of the log, printed before.
     ("  ", None, 1, "no reason given"),
     (None, None, 1, "no reason given"),
 ])  # fmt: skip
-def test_a_failed_job_is_told_with_all_of_its_reason(
-    message: str | None, code: int | None, ends: int, told: str, capsys: pytest.CaptureFixture[str]
+def test_failed_job_is_reported_with_its_full_reason(
+    message: str | None,
+    code: int | None,
+    exit_code: int,
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert outcome(Server(message=message, driver_exit_code=code), "a") == ends
-    assert capsys.readouterr().err == f"gigabatch: a failed: {told}\n"
+    assert outcome(Server(message=message, driver_exit_code=code), "a") == exit_code
+    assert capsys.readouterr().err == f"gigabatch: a failed: {reason}\n"

@@ -1,4 +1,4 @@
-"""What is checked before a job is sent: the config, the user's modules, the address, the token."""
+"""Checks before a job is submitted: config, user modules, address, token."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_config_travels_resolved_with_the_command_quoted(tiny: Path) -> None:
+def test_job_holds_resolved_config_and_quoted_command(tiny: Path) -> None:
     path = tiny.rename(tiny.with_name("it's; $(mine).yaml"))
     job = train_job(path, ["train.steps=7", "cluster.threads=0"], [])
     assert shlex.split(job.entrypoint) == [
@@ -37,15 +37,15 @@ def test_the_config_travels_resolved_with_the_command_quoted(tiny: Path) -> None
     config = parse_config(job.files["it-s----mine-.yaml"], "sent")
     assert config.train.steps == 7
     assert config.run.dir.is_absolute()
-    assert config.cluster.threads == 0  # pinned there: this machine's cores say nothing of it
+    assert config.cluster.threads == 0  # Resolved on the cluster, from its number of cores.
 
 
-def test_a_job_that_is_stopped_gets_the_time_that_its_run_asks_for(tiny: Path) -> None:
+def test_stop_timeout_exceeds_grace_period_of_run(tiny: Path) -> None:
     assert train_job(tiny, ["cluster.grace_s=600"], []).stop_s > 600
     assert resume_job("/shared/a", ["cluster.grace_s=599.5"], [], []).stop_s > 600
 
 
-def test_arguments_of_a_resume_are_quoted() -> None:
+def test_resume_arguments_are_quoted() -> None:
     override = "objective.positives=a b; 'c'"
     job = resume_job("/shared/my runs/a", [override], ["train.steps"], [])
     assert shlex.split(job.entrypoint)[4:] == [
@@ -54,32 +54,32 @@ def test_arguments_of_a_resume_are_quoted() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["train.stepz=3"], "train.steps"),
         ([tower("nowhere.towers:Tower")], "--with PATH"),
-        ([tower("mine.deep.other:Tower")], "holds no module mine.deep.other"),
-        ([tower("mine.deep.towers:Other")], "defines no Other"),
-        ([tower("json:JSONDecoder")], "Python's own"),
+        ([tower("mine.deep.other:Tower")], "there is no module mine.deep.other in"),
+        ([tower("mine.deep.towers:Other")], "does not define Other"),
+        ([tower("json:JSONDecoder")], "json is a module of Python"),
         (["data.stages=[mine.missing:stage]"], "data.stages: 'mine.missing:stage'"),
     ],
 )
-def test_what_would_fail_there_is_found_here(
-    tiny: Path, package: Path, overrides: list[str], told: str
+def test_invalid_config_or_missing_code_fails_before_submission(
+    tiny: Path, package: Path, overrides: list[str], message: str
 ) -> None:
-    with pytest.raises(GigabatchError, match=told.replace("(", r"\(")):
+    with pytest.raises(GigabatchError, match=message.replace("(", r"\(")):
         train_job(tiny, overrides, [package])
 
 
-def test_modules_that_are_sent_or_installed_are_found(tiny: Path, package: Path) -> None:
-    alone = package.parent / "alone.py"
-    alone.write_text("from torch.nn import Linear as Line\nif True:\n    Other = Line\n")
-    sent = [package, alone]
-    for module in ("mine.deep.towers:Tower", "alone:Line", "alone:Other", "torch.nn:Linear"):
+def test_sent_and_installed_modules_are_accepted(tiny: Path, package: Path) -> None:
+    single = package.parent / "single.py"
+    single.write_text("from torch.nn import Linear as Line\nif True:\n    Other = Line\n")
+    sent = [package, single]
+    for module in ("mine.deep.towers:Tower", "single:Line", "single:Other", "torch.nn:Linear"):
         assert train_job(tiny, [tower(module)], sent).modules == tuple(sent)
 
 
-def test_a_module_that_is_only_here_is_named_with_what_to_add(
+def test_unsent_local_module_is_reported_with_option_to_add(
     tiny: Path, package: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(str(package.parent))
@@ -87,17 +87,17 @@ def test_a_module_that_is_only_here_is_named_with_what_to_add(
         train_job(tiny, [tower("mine.deep.towers:Tower")], [])
 
 
-def test_what_cannot_be_sent_is_refused(tiny: Path, package: Path, tmp_path: Path) -> None:
+def test_invalid_module_paths_are_rejected(tiny: Path, package: Path, tmp_path: Path) -> None:
     notes, dashed = tmp_path / "notes.txt", tmp_path / "my-towers.py"
     notes.touch()
     dashed.touch()
-    for paths, told in [
+    for paths, message in [
         ([tmp_path / "gone.py"], "no such file"),
         ([notes], "neither a .py file nor the folder"),
-        ([dashed], "no name that Python can import"),
-        ([package, package], "both called mine"),
+        ([dashed], "is not an importable module name"),
+        ([package, package], "two paths have the same name mine"),
     ]:
-        with pytest.raises(GigabatchError, match=told):
+        with pytest.raises(GigabatchError, match=message):
             train_job(tiny, [], paths)
 
 
@@ -110,27 +110,27 @@ def no_token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("address", ["http://203.0.113.7:8265", "head.cluster:8265"])
-def test_a_cluster_beyond_this_machine_needs_a_token(no_token: Path, address: str) -> None:
+def test_cluster_on_another_machine_needs_a_token(no_token: Path, address: str) -> None:
     with pytest.raises(GigabatchError, match=r"RAY_AUTH_MODE=token.*--insecure"):
         connect(address)
 
 
-def test_a_mode_without_a_token_is_refused(no_token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_mode_without_token_fails(no_token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     with pytest.raises(GigabatchError, match="no token was found"):
         connect("http://127.0.0.1:8265", insecure=True)
 
 
-def test_the_token_is_taken_from_the_same_places_as_rays_own(
+def test_token_sources_and_their_order_match_ray(
     no_token: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert auth_token() is None
     (no_token / ".ray").mkdir()
     (no_token / ".ray" / "auth_token").write_text("of-home\n")
     assert auth_token() == "of-home"
-    named = no_token / "named"
-    named.write_text("of-path")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(named))
+    file = no_token / "token"
+    file.write_text("of-path")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(file))
     assert auth_token() == "of-path"
     monkeypatch.setenv("RAY_AUTH_TOKEN", "of-variable")
     assert auth_token() == "of-variable"
@@ -139,13 +139,13 @@ def test_the_token_is_taken_from_the_same_places_as_rays_own(
 @pytest.mark.parametrize(
     "address", ["ray://head:10001", "http://", "http://head:port", "http://user:word@head:8265"]
 )
-def test_an_address_that_is_none_is_refused(no_token: Path, address: str) -> None:
+def test_invalid_address_is_rejected(no_token: Path, address: str) -> None:
     with pytest.raises(GigabatchError, match="dashboard"):
         connect(address)
 
 
-def test_a_cluster_that_is_not_there_is_said_so(no_token: Path) -> None:
-    with socket.socket() as taken:  # bound, and nobody listens
-        taken.bind(("127.0.0.1", 0))
-        with pytest.raises(GigabatchError, match="no cluster answers there"):
-            connect(f"http://127.0.0.1:{taken.getsockname()[1]}")
+def test_unreachable_cluster_is_reported(no_token: Path) -> None:
+    with socket.socket() as bound:  # Bound, but not listening.
+        bound.bind(("127.0.0.1", 0))
+        with pytest.raises(GigabatchError, match="no cluster responds"):
+            connect(f"http://127.0.0.1:{bound.getsockname()[1]}")

@@ -1,4 +1,4 @@
-"""The wheel is the code that runs here: importable, named by its content, without dependencies."""
+"""Wheel of the installed code: importable, named by its content, without dependencies."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from gigabatch.launcher.cluster.wheel import build_wheel, wheel_version
 
 
 @pytest.mark.slow
-def test_it_holds_exactly_what_is_installed_and_pip_takes_it(tmp_path: Path) -> None:
+def test_wheel_holds_installed_code_and_pip_installs_it(tmp_path: Path) -> None:
     wheel = build_wheel(tmp_path)
     assert wheel.name == f"gigabatch-{wheel_version()}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"gigabatch-{wheel_version()}.dist-info/METADATA").decode()
-    assert {"gigabatch/launcher/cli.py", "gigabatch/configs/quickstart.yaml"} <= names
+    assert {"gigabatch/launcher/cli/app.py", "gigabatch/configs/quickstart.yaml"} <= names
     assert not any("__pycache__" in name for name in names)
     assert "Requires-Dist" not in metadata
-    target = tmp_path / "there"
+    target = tmp_path / "target"
     install = ["-m", "pip", "install", "-q", "--no-index", "--target", str(target), str(wheel)]
     subprocess.run([sys.executable, *install], check=True, capture_output=True)
     code = "import gigabatch.data.errors as e; print(e.__file__)"
-    found = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": str(target)}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
-    assert found.stdout.strip() == str(target / "gigabatch" / "data" / "errors.py")
+    assert result.stdout.strip() == str(target / "gigabatch" / "data" / "errors.py")
 
 
-def test_its_name_changes_with_any_byte_and_with_nothing_else(
+def test_wheel_name_depends_only_on_file_content(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "gigabatch"

@@ -1,4 +1,4 @@
-"""The experiments on real drawings, here of a few made-up ones in the same layout."""
+"""The experiments on real drawings, on a few synthetic drawings in the same layout."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli.reproduce import reproduce
 from gigabatch.launcher.experiments import report
 from gigabatch.launcher.experiments.run import Outcome, run_study
-from gigabatch.launcher.experiments.studies import STUDIES, emoji_languages, studies_on
-from gigabatch.launcher.experiments.studies.emoji_noisy import exchanged
-from gigabatch.launcher.experiments.study import Figure, Study
+from gigabatch.launcher.experiments.studies import STUDIES, emoji_languages, real_data_studies
+from gigabatch.launcher.experiments.studies.emoji_noisy import shuffled_captions
+from gigabatch.launcher.experiments.study import Estimate, Study
 
 ARTISTS = {"train": ("a", "b", "c"), "val-artist": ("d",), "val-concept": ("a", "b", "c", "d")}
 CONCEPTS = {"train": range(12), "val-artist": range(12), "val-concept": range(12, 16)}
-NAMELESS = "c_5"
+WITHOUT_CHINESE = "c_5"
 
 
 @pytest.fixture(scope="session")
-def drawn(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve concepts by three artists and by a fourth, and four others by all; one drawing lacks
-    its Chinese name."""
-    source = tmp_path_factory.mktemp("drawn")
+def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder: twelve concepts by three artists and by a fourth, and four other concepts by
+    all artists. One drawing has no Chinese name."""
+    source = tmp_path_factory.mktemp("drawings")
     for name in ARTISTS:
         _write_set(source / name, ARTISTS[name], CONCEPTS[name])
     return source
@@ -43,22 +43,22 @@ def _write_set(folder: Path, artists: tuple[str, ...], concepts: range) -> None:
     with wds.TarWriter(str(folder / f"{folder.name}-0.tar"), mtime=0) as writer:
         for concept in concepts:
             for artist in artists:
-                names = {each: f"{each}{concept} thing" for each in emoji_languages.LANGUAGES}
-                names |= {"sw": "left out"}
-                if f"{artist}_{concept}" == NAMELESS:
+                names = {lang: f"{lang}{concept} thing" for lang in emoji_languages.LANGUAGES}
+                names |= {"sw": "another language"}
+                if f"{artist}_{concept}" == WITHOUT_CHINESE:
                     del names["zh"]
                 pixels = np.full((8, 8, 3), (16 * concept, ord(artist), 255 - 9 * concept))
                 png = BytesIO()
                 Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
-                about = {"concept": concept, "names": names, "artist": artist}
+                fields = {"concept": concept, "names": names, "artist": artist}
                 writer.write(
-                    {"__key__": f"{artist}_{concept}", "png": png.getvalue(), "json": about,
+                    {"__key__": f"{artist}_{concept}", "png": png.getvalue(), "json": fields,
                      "txt": f"en{concept} thing"}
                 )  # fmt: skip
 
 
 def _study(name: str, source: Path | None) -> Study:
-    (study,) = (each for each in studies_on(source) if each.name == name)
+    (study,) = (study for study in real_data_studies(source) if study.name == name)
     return study
 
 
@@ -67,106 +67,113 @@ def _read(folder: Path) -> list[dict[str, Any]]:
     return list(wds.WebDataset(shards, shardshuffle=False))
 
 
-def test_names_are_of_eight_languages_and_all_ways_have_one_vocabulary(
-    drawn: Path, tmp_path: Path
+def test_languages_study_writes_names_in_all_languages_and_one_vocabulary(
+    drawings: Path, tmp_path: Path
 ) -> None:
-    study = _study("emoji-languages", drawn)
-    for start in (0, 1):
-        study.write(tmp_path / str(start), np.random.default_rng(start), "")
+    study = _study("emoji-languages", drawings)
+    for seed in (0, 1):
+        study.write(tmp_path / str(seed), np.random.default_rng(seed), "")
     counts = {name: len(_read(tmp_path / "0" / name)) for name in ARTISTS}
     assert counts == {"train": 35, "val-artist": 12, "val-concept": 16}  # one has no Chinese name
-    theirs = [each for each in _read(drawn / "train") if not each["__key__"].endswith(NAMELESS)]
-    for ours, their in zip(_read(tmp_path / "0" / "train"), theirs, strict=True):
-        about, before = json.loads(ours["json"]), json.loads(their["json"])
-        assert ours["png"] == their["png"]
-        assert about["concept"] == before["concept"]
-        assert about["captions"] == [before["names"][each] for each in emoji_languages.LANGUAGES]
-        assert about["names"] == {each: before["names"][each] for each in about["names"]}
-        assert about["captions"][0] == their["txt"].decode()
-    kept = [tmp_path / str(start) / "vocabulary" / "tokenizer.json" for start in (0, 1)]
-    assert kept[0].read_bytes() == kept[1].read_bytes()
+    sources = [s for s in _read(drawings / "train") if not s["__key__"].endswith(WITHOUT_CHINESE)]
+    for sample, source in zip(_read(tmp_path / "0" / "train"), sources, strict=True):
+        fields, before = json.loads(sample["json"]), json.loads(source["json"])
+        assert sample["png"] == source["png"]
+        assert fields["concept"] == before["concept"]
+        assert fields["captions"] == [before["names"][x] for x in emoji_languages.LANGUAGES]
+        assert fields["names"] == {lang: before["names"][lang] for lang in fields["names"]}
+        assert fields["captions"][0] == source["txt"].decode()
+    files = [tmp_path / str(seed) / "vocabulary" / "tokenizer.json" for seed in (0, 1)]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_captions_are_exchanged_among_other_concepts(drawn: Path, tmp_path: Path) -> None:
-    study = _study("emoji-noisy", drawn)
-    for copy, start in (("a", 0), ("b", 0), ("c", 1)):
-        study.write(tmp_path / copy, np.random.default_rng(start), "")
+def test_noisy_study_shuffles_training_captions_between_concepts(
+    drawings: Path, tmp_path: Path
+) -> None:
+    study = _study("emoji-noisy", drawings)
+    for copy, seed in (("a", 0), ("b", 0), ("c", 1)):
+        study.write(tmp_path / copy, np.random.default_rng(seed), "")
     first, again, other = (
-        [(each["txt"], each["json"]) for each in _read(tmp_path / copy / "train")]
+        [(sample["txt"], sample["json"]) for sample in _read(tmp_path / copy / "train")]
         for copy in ("a", "b", "c")
     )
     assert first == again != other
     for name in ARTISTS:
-        ours, theirs = _read(tmp_path / "a" / name), _read(drawn / name)
-        assert [each["png"] for each in ours] == [each["png"] for each in theirs]
-        assert Counter(each["txt"] for each in ours) == Counter(each["txt"] for each in theirs)
-        about = [json.loads(each["json"]) for each in ours]
-        names = [f"en{each['concept']} thing" for each in about]
-        right = [each["txt"].decode() == name for each, name in zip(ours, names, strict=True)]
-        assert [each["clean"] for each in about] == right
-        assert right.count(False) == (int(0.4 * len(ours)) if name == "train" else 0)
+        samples, sources = _read(tmp_path / "a" / name), _read(drawings / name)
+        assert [s["png"] for s in samples] == [s["png"] for s in sources]
+        assert Counter(s["txt"] for s in samples) == Counter(s["txt"] for s in sources)
+        fields = [json.loads(sample["json"]) for sample in samples]
+        names = [f"en{field['concept']} thing" for field in fields]
+        matched = [s["txt"].decode() == name for s, name in zip(samples, names, strict=True)]
+        assert [field["clean"] for field in fields] == matched
+        assert matched.count(False) == (int(0.4 * len(samples)) if name == "train" else 0)
 
 
-def test_no_caption_stays_in_its_concept_however_unequal_concepts_are() -> None:
+def test_shuffled_captions_never_stay_in_their_concept() -> None:
     random = np.random.default_rng(0)
     concepts = [0] * 30 + [1] * 10 + list(range(2, 70))
     for _ in range(50):
-        wrong, instead = exchanged(concepts, random, Path("set"))
-        assert sorted(wrong) == sorted(instead)
-        assert all(concepts[a] != concepts[b] for a, b in zip(wrong, instead, strict=True))
-    with pytest.raises(GigabatchError, match="set: its 9 samples are of too few concepts for 40%"):
-        exchanged([1] * 8 + [2], random, Path("set"))
+        samples, donors = shuffled_captions(concepts, random, Path("set"))
+        assert sorted(samples) == sorted(donors)
+        assert all(concepts[a] != concepts[b] for a, b in zip(samples, donors, strict=True))
+    with pytest.raises(GigabatchError, match=r"set: its 9 samples have too few concepts to .* 40%"):
+        shuffled_captions([1] * 8 + [2], random, Path("set"))
 
 
 def _short(study: Study, **config: Any) -> Study:
-    arms = tuple(
-        replace(arm, config={**arm.config, **({"train.steps": 3} if "train.steps" in arm.config
-                                              else {})})
-        for arm in study.arms
-    )  # fmt: skip
+    variants = tuple(
+        replace(v, config={**v.config, **({"train.steps": 3} if "train.steps" in v.config else {})})
+        for v in study.variants
+    )
     tower = {"towers.image.widths": [8, 8], "towers.image.depths": [1, 1], "data.image.size": 8}
     small = {"train.steps": 2, "batch": {"global_size": 8, "micro_size": 8}, **tower, **config}
-    return replace(study, config={**study.config, **small}, arms=arms)
+    return replace(study, config={**study.config, **small}, variants=variants)
 
 
 @pytest.mark.slow
-def test_both_are_trained_measured_and_told_with_intervals(drawn: Path, tmp_path: Path) -> None:
-    study = _short(_study("emoji-languages", drawn))
-    found = run_study(study, 1, tmp_path, lambda _: None, lambda: False)
-    figure = found.figures["one-to-k"]["concept R@10"]
-    assert figure.low is not None
-    assert figure.high is not None
-    assert 0 < figure.low <= figure.mean <= figure.high
-    each = [found.figures["random"][f"artist R@10, {lang}"].mean
-            for lang in emoji_languages.LANGUAGES]  # fmt: skip
-    assert found.figures["random"]["artist R@10"].mean == pytest.approx(np.mean(each))
+def test_both_studies_train_and_report_metrics_with_intervals(
+    drawings: Path, tmp_path: Path
+) -> None:
+    study = _short(_study("emoji-languages", drawings))
+    outcome = run_study(study, 1, tmp_path, lambda _: None, lambda: False)
+    estimate = outcome.results["one-to-k"]["concept R@10"]
+    assert estimate.low is not None
+    assert estimate.high is not None
+    assert 0 < estimate.low <= estimate.mean <= estimate.high
+    per_language = [outcome.results["random"][f"artist R@10, {lang}"].mean
+                    for lang in emoji_languages.LANGUAGES]  # fmt: skip
+    mean = outcome.results["random"]["artist R@10"].mean
+    assert mean == pytest.approx(np.mean(per_language))
     vocabularies = {path.read_bytes() for path in tmp_path.glob("runs/*/tokenizer.json")}
     assert len(vocabularies) == 1
     assert "Ġja" in json.loads(vocabularies.pop())["model"]["vocab"]
 
     noisy = _short(
-        _study("emoji-noisy", drawn), **{"train.steps": 10, "eval.every_steps": 5},
+        _study("emoji-noisy", drawings), **{"train.steps": 10, "eval.every_steps": 5},
         **{"data.text.vocab_size": 300},
     )  # fmt: skip
-    arms = (noisy.arms[0], replace(noisy.arms[1], config={"objective": {"name": "noisy"}}))
-    found = run_study(replace(noisy, arms=arms), 1, tmp_path, lambda _: None, lambda: False)
-    plain, robust = found.figures["plain"], found.figures["robust"]
-    assert plain["artist R@10, best"].mean >= plain["artist R@10, last"].mean
-    assert plain["artist R@10, best"].low is None  # of figures of steps that are gone
+    robust_variant = replace(noisy.variants[1], config={"objective": {"name": "noisy"}})
+    noisy = replace(noisy, variants=(noisy.variants[0], robust_variant))
+    outcome = run_study(noisy, 1, tmp_path, lambda _: None, lambda: False)
+    plain, robust = outcome.results["plain"], outcome.results["robust"]
+    assert plain["best artist R@10"].mean >= plain["final artist R@10"].mean
+    assert plain["best artist R@10"].low is None  # that step's embeddings are gone
     assert 0 <= robust["AUC of the split"].mean <= 1
-    lines = report.table(report.as_json(found))
+    lines = report.table_lines(report.as_json(outcome)["results"])
     assert "[" in next(line for line in lines if line.startswith("robust"))
 
 
 @pytest.mark.slow
-def test_other_drawings_are_another_experiment(drawn: Path, tmp_path: Path) -> None:
+def test_runs_on_other_drawings_are_refused(drawings: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for name in ARTISTS:
         _write_set(other / name, ARTISTS[name], range(14))
-    for source, refused in ((drawn, False), (other, True)):
+    for source, refused in ((drawings, False), (other, True)):
         study = _short(_study("emoji-noisy", source), **{"data.text.vocab_size": 300})
-        study = replace(study, arms=study.arms[:1], measures=study.measures[1:2], bars=())
+        study = replace(
+            study, variants=study.variants[:1], metrics=study.metrics[1:2], checks=()
+        )  # fmt: skip
         if refused:
             with pytest.raises(GigabatchError, match=r"another version .*\(data.root: "):
                 run_study(study, 1, tmp_path / "out", lambda _: None, lambda: False)
@@ -174,56 +181,57 @@ def test_other_drawings_are_another_experiment(drawn: Path, tmp_path: Path) -> N
             run_study(study, 1, tmp_path / "out", lambda _: None, lambda: False)
 
 
-def test_what_is_wrong_with_the_data_is_said(
+def test_missing_data_folder_or_set_is_a_user_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     reproduce()
-    listed = capsys.readouterr().out
-    assert "On real drawings, with --data FOLDER:" in listed
-    assert "     1  emoji-noisy" in listed
-    with pytest.raises(GigabatchError, match="say where they are, --data FOLDER"):
+    listing = capsys.readouterr().out
+    assert "On real drawings, with --data FOLDER:" in listing
+    assert "  emoji-noisy " in listing
+    with pytest.raises(GigabatchError, match="emoji-noisy needs real drawings: add --data FOLDER"):
         reproduce("emoji-noisy")
-    lacking = tmp_path / "lacking"
-    (lacking / "train").mkdir(parents=True)
-    (lacking / "train" / "a.tar").write_bytes(b"")
-    with pytest.raises(GigabatchError, match=f"--data {lacking}: there is no val-artist with"):
-        reproduce("all", given=lacking, out=tmp_path / "out")
+    incomplete = tmp_path / "incomplete"
+    (incomplete / "train").mkdir(parents=True)
+    (incomplete / "train" / "a.tar").write_bytes(b"")
+    with pytest.raises(GigabatchError, match=f"--data {incomplete}: it has no folder val-artist"):
+        reproduce("all", data=incomplete, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_drawings_without_names_or_concepts_are_refused(drawn: Path, tmp_path: Path) -> None:
-    for about, words in (
+def test_drawings_without_names_or_concepts_are_refused(drawings: Path, tmp_path: Path) -> None:
+    for fields, message in (
         ({"concept": 1, "names": {"en": "x"}}, "train: no sample's json has `names` in all of en"),
-        ({"names": {}}, "its json has no `concept`"),
+        ({"names": {}}, "its json has no field `concept`"),
     ):
-        folder = tmp_path / str(len(about))
+        folder = tmp_path / str(len(fields))
         for name in ARTISTS:
             (folder / name).mkdir(parents=True)
             with wds.TarWriter(str(folder / name / "0.tar")) as writer:
-                writer.write({"__key__": "k", "png": b"png", "txt": "x", "json": about})
+                writer.write({"__key__": "k", "png": b"png", "txt": "x", "json": fields})
         study = _study("emoji-languages", folder)
-        with pytest.raises(GigabatchError, match=words):
+        with pytest.raises(GigabatchError, match=message):
             study.write(tmp_path / "out", np.random.default_rng(0), "")
 
 
-def test_a_paper_has_the_verdict_of_its_first_experiment_and_sections_of_both(
+def test_report_gives_a_paper_the_verdict_of_its_first_study_and_sections_for_all(
     tmp_path: Path,
 ) -> None:
-    every = (*STUDIES, *studies_on(None))
-    for study in every:
-        if 45 in study.papers:
+    every_study = (*STUDIES, *real_data_studies(None))
+    for study in every_study:
+        if "1-to-K" in study.papers:
             low, high = (0.4, 0.6) if study.intervals else (None, None)
-            figures = {
-                arm.name: {m.figure: Figure((0.5,), low, high) for m in study.measures}
-                for arm in study.arms
+            results = {
+                variant.name: {m.name: Estimate((0.5,), low, high) for m in study.metrics}
+                for variant in study.variants
             }
-            found = report.as_json(Outcome(replace(study, bars=()), 1, figures, 1.0))
-            report.keep(tmp_path, study, {**found, "holds": not study.intervals})
-    report.write_report(tmp_path / "found.md", tmp_path, every)
-    text = (tmp_path / "found.md").read_text()
-    (row,) = (line for line in text.splitlines() if line.startswith("| 45 |"))
-    assert "[holds](#one-to-k)" in row
+            outcome = report.as_json(Outcome(replace(study, checks=()), 1, results, 1.0))
+            report.save(tmp_path, study, {**outcome, "passed": not study.intervals})
+    report.write_report(tmp_path / "report.md", tmp_path, every_study)
+    text = (tmp_path / "report.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| 1-to-K |"))
+    assert "[PASS](#one-to-k)" in row
     assert "## one-to-k" in text
     section = text[text.index("## emoji-languages") :]
+    assert "**FAIL**: 1 seeds" in section
     (line,) = (line for line in section.splitlines() if line.startswith("artist R@10, zh"))
-    assert re.split(" {2,}", line)[1:] == ["0.500 ± 0.000 [0.400, 0.600]"] * 4  # an arm a column
+    assert re.split(" {2,}", line)[1:] == ["0.500 ± 0.000 [0.400, 0.600]"] * 4  # per variant

@@ -1,8 +1,9 @@
-"""`gigabatch reproduce`: real runs of a small experiment, stopped, gone on with, and told."""
+"""`gigabatch reproduce`: runs of a small study, stopped and continued, and the reports."""
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from support import outcome
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.experiments import report
-from gigabatch.launcher.experiments.run import Stopped, run_study
-from gigabatch.launcher.experiments.studies.blocks import pair_of_vectors, pairs_of_views
-from gigabatch.launcher.experiments.study import Arm, Bar, Measure, Study
+from gigabatch.launcher.experiments.papers import PAPERS
+from gigabatch.launcher.experiments.run import Outcome, Stopped, run_study
+from gigabatch.launcher.experiments.studies import STUDIES, noisy
+from gigabatch.launcher.experiments.studies.blocks import pairs_of_views, two_vector_towers
+from gigabatch.launcher.experiments.study import Check, Estimate, Metric, Study, Variant
 from gigabatch.trainer.run.folder import RunFolder
 
 
@@ -24,19 +27,22 @@ def _objective(name: str) -> dict[str, Any]:
 
 SMALL = Study(
     name="small",
-    papers=(34,),
+    papers=("Symile",),
     claim="Training helps.",
     setting="Pairs.",
     write=pairs_of_views(("one.npy", "two.npy"), latent=4, size=8, train=128, test=40),
     config={
-        **pair_of_vectors("one", "one.npy", "two", "two.npy", size=8, width=16),
+        **two_vector_towers("one", "one.npy", "two", "two.npy", size=8, width=16),
         "batch": {"global_size": 32, "micro_size": 32},
         "train.steps": 30,
         "optimizer": {"lr": 1e-2},
     },
-    arms=(Arm("first", _objective("infonce")), Arm("more", _objective("siglip"), "", "first")),
-    measures=(Measure("R@1", "retrieval", "test", "one2two_recall@1"),),
-    bars=(Bar("R@1", lambda mean: mean("first", "R@1"), 0.1),),
+    variants=(
+        Variant("first", _objective("infonce")),
+        Variant("more", _objective("siglip"), init_from="first"),
+    ),
+    metrics=(Metric("R@1", "retrieval", "test", "one2two_recall@1"),),
+    checks=(Check("first, R@1", lambda mean: mean("first", "R@1"), 0.1),),
 )
 
 
@@ -45,64 +51,123 @@ def never() -> bool:
 
 
 @pytest.mark.slow
-def test_a_stopped_experiment_goes_on_and_tells_what_its_runs_left(tmp_path: Path) -> None:
-    said: list[str] = []
-    asked = iter(range(1000))
+def test_stopped_study_continues_and_reads_what_its_runs_stored(tmp_path: Path) -> None:
+    lines: list[str] = []
+    polls = iter(range(1000))
     with pytest.raises(Stopped):
-        run_study(SMALL, 1, tmp_path, said.append, lambda: next(asked) > 12)
-    half = RunFolder(tmp_path / "runs" / "small-first-0")
-    (saved,) = half.steps_saved()
+        run_study(SMALL, 1, tmp_path, lines.append, lambda: next(polls) > 12)
+    interrupted = RunFolder(tmp_path / "runs" / "small-first-0")
+    (saved,) = interrupted.steps_saved()
     assert 0 < saved < 30
-    outcome = run_study(SMALL, 2, tmp_path, said.append, never)
-    assert half.is_finished()
-    assert len(said) == 4
-    assert outcome.figures["first"]["R@1"].mean > 0.1
-    kept = half.path / "eval" / "test-retrieval-step-00000030.json"
-    value = json.loads(kept.read_text())["eval/test/one2two_recall@1"]
-    assert outcome.figures["first"]["R@1"].values[0] == value
+    outcome = run_study(SMALL, 2, tmp_path, lines.append, never)
+    assert interrupted.is_finished()
+    assert len(lines) == 4
+    assert outcome.results["first"]["R@1"].mean > 0.1
+    stored = interrupted.path / "eval" / "test-retrieval-step-00000030.json"
+    value = json.loads(stored.read_text())["eval/test/one2two_recall@1"]
+    assert outcome.results["first"]["R@1"].values[0] == value
     more = RunFolder(tmp_path / "runs" / "small-more-1").config()
     assert str(more.train.init_from).startswith(str(tmp_path / "runs" / "small-first-1"))
 
-    kept.write_text(json.dumps({"eval/test/one2two_recall@1": 0.0}))
-    again = run_study(SMALL, 2, tmp_path, said.append, never)
-    assert len(said) == 4  # nothing was trained
-    assert again.figures["first"]["R@1"].values[0] == 0.0  # what the file says
+    stored.write_text(json.dumps({"eval/test/one2two_recall@1": 0.0}))
+    again = run_study(SMALL, 2, tmp_path, lines.append, never)
+    assert len(lines) == 4  # nothing was trained
+    assert again.results["first"]["R@1"].values[0] == 0.0  # read from the file
     with pytest.raises(GigabatchError, match=r"another version of this experiment \(train.steps"):
         run_study(replace(SMALL, config={**SMALL.config, "train.steps": 31}), 1, tmp_path,
-                  said.append, never)  # fmt: skip
+                  lines.append, never)  # fmt: skip
 
-    found = report.as_json(outcome)
-    assert json.loads(json.dumps(found)) == found
-    assert (found["paper"], found["claim"], found["holds"]) == (34, "Training helps.", True)
-    assert report.keep(tmp_path, SMALL, found) == found
-    read_again = {**found, "seconds": 0.1, "date": "2000-01-01"}
-    assert report.keep(tmp_path, SMALL, read_again) == found  # what it cost to find
-    words = {"setting": "told in other words"}
-    assert report.keep(tmp_path, SMALL, read_again | words) == found | words
-    assert json.loads(report.kept(tmp_path, SMALL).read_text()) == found | words
-    other = {**read_again, "figures": {}}
-    assert report.keep(tmp_path / "other", SMALL, other) == other
-    report.write_report(tmp_path / "docs" / "found.md", tmp_path, [SMALL])
-    text = (tmp_path / "docs" / "found.md").read_text()
+    result = report.as_json(outcome)
+    assert json.loads(json.dumps(result)) == result
+    assert (result["papers"], result["claim"], result["passed"]) == (
+        ["Symile"], "Training helps.", True,
+    )  # fmt: skip
+    assert report.save(tmp_path, SMALL, result) == result
+    reread = {**result, "seconds": 0.1, "date": "2000-01-01"}
+    assert report.save(tmp_path, SMALL, reread) == result  # the first duration and date are kept
+    new_text = {"setting": "Reworded."}
+    assert report.save(tmp_path, SMALL, reread | new_text) == result | new_text
+    assert report.load(report.results_file(tmp_path, SMALL)) == result | new_text
+    other = {**reread, "results": {}}
+    assert report.save(tmp_path / "other", SMALL, other) == other
+    report.write_report(tmp_path / "docs" / "report.md", tmp_path, [SMALL])
+    text = (tmp_path / "docs" / "report.md").read_text()
     rows = [line for line in text.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 55
-    assert sum("[holds](#small)" in row for row in rows) == 1
+    assert len(rows) == 2 + len(PAPERS)
+    assert sum("[PASS](#small)" in row for row in rows) == 1
     assert "first  " in text
 
 
-def test_experiments_are_listed_and_papers_without_one_are_told(
+def _noisy_outcome() -> Outcome:
+    """Results of the study of noisy pairs on which every check passes."""
+    results = {
+        "plain": {"best R@1": Estimate((0.9,)), "final R@1": Estimate((0.4, 0.41))},
+        "robust": {"final R@1": Estimate((0.98,)), "AUC of the split": Estimate((0.9,))},
+    }
+    return Outcome(noisy.STUDY, 2, results, 1.0)
+
+
+def test_check_lines_state_verdict_variants_metric_value_and_threshold() -> None:
+    assert list(report.check_lines(report.as_json(_noisy_outcome()))) == [
+        "PASS  robust - plain, final R@1: 0.575 (threshold 0.40)",
+        "PASS  plain, best R@1: 0.900 (baseline threshold 0.69)",
+        "PASS  plain, final R@1: 0.405 (baseline threshold 0.24)",
+    ]
+    bounds = [Check("a", lambda _: 1.0, maximum=0.25), Check("b", lambda _: 0.6, 0.595, 0.655)]
+    study = replace(noisy.STUDY, checks=tuple(bounds))
+    assert list(report.check_lines(report.as_json(replace(_noisy_outcome(), study=study)))) == [
+        "FAIL  a: 1.000 (threshold at most 0.25)",
+        "PASS  b: 0.600 (threshold 0.595 to 0.655)",
+    ]
+
+
+def test_outcome_of_version_0_1_is_read_as_todays(tmp_path: Path) -> None:
+    new = report.as_json(_noisy_outcome())
+    old = {
+        "paper": 1, "name": "noisy-pairs",
+        **{key: new[key] for key in ("claim", "setting", "seconds", "processor", "date")},
+        "figures": {
+            variant: {
+                name: {"mean": e["mean"], "spread": e["std"], "values": e["values"]}
+                for name, e in metrics.items()
+            }
+            for variant, metrics in new["results"].items()
+        },
+        "bars": [
+            {"what": check["name"], "value": check["value"], "bound": f">= {check['minimum']:g}",
+             "baseline": check["baseline"], "holds": check["passed"]}
+            for check in new["checks"]
+        ],
+        "holds": True, "starts": 2,
+    }  # fmt: skip
+    path = report.results_file(tmp_path, noisy.STUDY)
+    path.write_text(json.dumps(old))
+    assert report.load(path) == new
+    old["paper"] = [39, 51]
+    old["bars"][0]["bound"] = ">= 0.5 and <= 0.7"  # type: ignore[index]
+    path.write_text(json.dumps(old))
+    loaded = report.load(path)
+    assert loaded["papers"] == ["MultiCSR", "HEADLINES"]
+    assert (loaded["checks"][0]["minimum"], loaded["checks"][0]["maximum"]) == (0.5, 0.7)
+
+
+def test_command_lists_studies_and_reports_papers_without_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def told(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str) -> tuple[int, str, str]:
         return outcome(monkeypatch, capsys, "reproduce", *arguments)
 
-    code, listed, _ = told()
+    code, listing, _ = run()
     assert code == 0
-    assert "    34  symile" in listed
-    found = json.loads(told("12", "--json")[1])
-    assert (found["paper"], found["holds"], found["verdict"]) == (12, None, "not yet offered")
-    assert "outside the purpose" in told("4")[1]
-    code, _, error = told("34", "--out", "/proc/nowhere")
-    assert (code, "--out /proc/nowhere cannot" in error) == (2, True)
-    code, _, error = told("56")
-    assert (code, "neither a paper (1 to 55) nor an experiment" in error) == (2, True)
+    for study in STUDIES:
+        assert f"  {study.name} " in listing
+    assert not re.search(r"(?m)^\s*\d+(, \d+)* ", listing)  # no numbers of papers
+    unmeasured = json.loads(run("12", "--json")[1])
+    assert (unmeasured["papers"], unmeasured["passed"], unmeasured["status"]) == (
+        ["UniCon-HA, anomaly detection"], None, "not available yet",
+    )  # fmt: skip
+    assert run("4")[1] == "Contrastive diffusion: out of scope. gigabatch offers: encoders\n"
+    code, _, error = run("34", "--out", "/proc/nowhere")
+    assert (code, "--out /proc/nowhere cannot be created" in error) == (2, True)
+    code, _, error = run("56")
+    assert (code, "56: no such experiment. Choose one of noisy-pairs," in error) == (2, True)

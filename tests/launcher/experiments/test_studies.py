@@ -1,4 +1,4 @@
-"""Every experiment's description: what it sets and asks is known, and its data are sound."""
+"""The descriptions of all experiments: valid configs, reachable verdicts, reproducible data."""
 
 from __future__ import annotations
 
@@ -9,57 +9,57 @@ import pytest
 
 from gigabatch.launcher.experiments.papers import PAPERS
 from gigabatch.launcher.experiments.run import config_of
-from gigabatch.launcher.experiments.studies import STUDIES, studies_on
-from gigabatch.launcher.experiments.study import Bar, Figure, Study
-from gigabatch.trainer.evaluation.settings import task_settings
+from gigabatch.launcher.experiments.studies import STUDIES, real_data_studies
+from gigabatch.launcher.experiments.study import Check, Estimate, Study
+from gigabatch.trainer.evaluation.registry import parse_task
 
-study_of = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
+synthetic_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 any_study = pytest.mark.parametrize(
-    "study", [*STUDIES, *studies_on(None)], ids=lambda study: study.name
+    "study", [*STUDIES, *real_data_studies(None)], ids=lambda study: study.name
 )
 
 
 @any_study
-def test_each_way_is_a_config_and_each_figure_a_task(study: Study, tmp_path: Path) -> None:
-    names = [arm.name for arm in study.arms]
+def test_variants_have_valid_configs_and_metrics_valid_tasks(study: Study, tmp_path: Path) -> None:
+    names = [variant.name for variant in study.variants]
     assert len(set(names)) == len(names)
-    for arm in study.arms:
-        config = config_of(study, arm, 1, tmp_path / "data", tmp_path)
+    for variant in study.variants:
+        config = config_of(study, variant, 1, tmp_path / "data", tmp_path)
         assert config.run.seed == 1
         assert config.cluster.launcher == "inline"
-        assert arm.begins_with in (None, *names)
-    for measure in study.measures:
-        task_settings(measure.task, measure.settings)
-        assert set(measure.arms) <= set(names)
+        assert variant.init_from in (None, *names)
+    for metric in study.metrics:
+        parse_task(metric.task, metric.settings)
+        assert set(metric.variants) <= set(names)
 
 
 @any_study
-def test_each_bar_can_be_missed(study: Study) -> None:
+def test_every_check_can_pass_and_fail(study: Study) -> None:
     values = (-10.0, -1.0, -0.1, 0.1, 1.0, 10.0)
     random = np.random.default_rng(0)
-    outcomes: dict[str, set[bool]] = {bar.what + bar.bound: set() for bar in study.bars}
+    verdicts: dict[Check, set[bool]] = {check: set() for check in study.checks}
     for _ in range(2000):
-        if all(len(seen) == 2 for seen in outcomes.values()):
+        if all(len(seen) == 2 for seen in verdicts.values()):
             break
-        figures = {
-            arm.name: {
-                m.figure: Figure((float(random.choice(values) * random.random()),))
-                for m in study.measures
-                if m.is_of(arm)
+        results = {
+            variant.name: {
+                metric.name: Estimate((float(random.choice(values) * random.random()),))
+                for metric in study.metrics
+                if metric.applies_to(variant)
             }
-            for arm in study.arms
+            for variant in study.variants
         }
-        for bar in study.bars:
-            outcomes[bar.what + bar.bound].add(bar.holds(figures))
-    assert set(map(frozenset, outcomes.values())) == {frozenset({True, False})}
+        for check in study.checks:
+            verdicts[check].add(check.passes(results))
+    assert set(map(frozenset, verdicts.values())) == {frozenset({True, False})}
 
 
 @pytest.mark.slow
-@study_of
-def test_the_same_start_draws_the_same_data(study: Study, tmp_path: Path) -> None:
-    arm = study.arms[0]
+@synthetic_study
+def test_same_seed_writes_same_data(study: Study, tmp_path: Path) -> None:
+    data_kind = study.variants[0].data_kind
     for copy in ("a", "b"):
-        study.write(tmp_path / copy, np.random.default_rng(3), arm.data)
+        study.write(tmp_path / copy, np.random.default_rng(3), data_kind)
     first, second = (
         {path.relative_to(tmp_path / copy): path.read_bytes()
          for path in sorted((tmp_path / copy).rglob("*.tar"))}
@@ -68,19 +68,21 @@ def test_the_same_start_draws_the_same_data(study: Study, tmp_path: Path) -> Non
     assert first
     assert first == second
     sets = {path.parts[0] for path in first}
-    assert {measure.on for measure in study.measures} <= sets
+    assert {metric.dataset for metric in study.metrics} <= sets
 
 
-def test_every_paper_has_a_standing_and_every_study_its_papers() -> None:
-    assert [paper.number for paper in PAPERS] == list(range(1, 56))
-    measured = {paper.number for paper in PAPERS if paper.standing == "study"}
-    assert measured == {number for study in STUDIES for number in study.papers}
+def test_every_measured_paper_has_a_study() -> None:
+    assert [paper.alias for paper in PAPERS] == list(range(1, 56))
+    measured = {paper.title for paper in PAPERS if paper.status == "study"}
+    assert measured == {title for study in STUDIES for title in study.papers}
 
 
-def test_a_bar_between_two_bounds() -> None:
-    bar = Bar("x", lambda mean: mean("a", "f"), 0.5, 0.7)
-    assert [bar.holds({"a": {"f": Figure((v,))}}) for v in (0.4, 0.5, 0.7, 0.8)] == [
-        False, True, True, False,
-    ]  # fmt: skip
-    assert bar.bound == ">= 0.5 and <= 0.7"
-    assert Figure((1.0, 3.0)).spread == pytest.approx(2**0.5)
+def test_check_with_two_thresholds_passes_between_them() -> None:
+    check = Check("x", lambda mean: mean("a", "f"), 0.5, 0.7)
+    verdicts = [check.passes({"a": {"f": Estimate((v,))}}) for v in (0.4, 0.5, 0.7, 0.8)]
+    assert verdicts == [False, True, True, False]
+
+
+def test_std_is_the_sample_standard_deviation() -> None:
+    assert Estimate((1.0, 3.0)).std == pytest.approx(2**0.5)
+    assert Estimate((1.0,)).std == 0.0

@@ -1,3 +1,5 @@
+"""The checkpoint format: atomic commits, verification, damage."""
+
 from __future__ import annotations
 
 import errno
@@ -19,8 +21,8 @@ from safetensors.torch import load_file
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoints import format as checkpoint
 from gigabatch.trainer.checkpoints.format import (
-    _may_pass,
-    _retain,
+    _is_transient,
+    _remove_old,
     latest_checkpoint,
     write_checkpoint,
 )
@@ -48,27 +50,27 @@ def flip_byte(path: Path) -> None:
     path.write_bytes(bytes(data))
 
 
-def test_what_is_saved_is_loaded(run: RunFolder) -> None:
+def test_saved_checkpoint_is_loaded(run: RunFolder) -> None:
     save(run, 7)
-    found = latest_checkpoint(run)
-    assert found is not None
-    assert (found.step, found.state["data"]) == (7, "x")
-    assert torch.equal(found.tensors("towers")["w"], torch.full((3,), 7.0))
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    assert (newest.step, newest.state["data"]) == (7, "x")
+    assert torch.equal(newest.tensors("towers")["w"], torch.full((3,), 7.0))
     assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
 
 
-def test_no_checkpoint_is_none(run: RunFolder) -> None:
+def test_latest_checkpoint_of_a_new_run_is_none(run: RunFolder) -> None:
     assert latest_checkpoint(run) is None
 
 
-def test_only_the_newest_are_kept(run: RunFolder) -> None:
+def test_only_the_newest_checkpoints_are_kept(run: RunFolder) -> None:
     for step in (1, 2, 3, 4):
         save(run, step, keep=2)
     assert run.steps_saved() == [3, 4]
 
 
 @pytest.mark.parametrize("name", ["towers.safetensors", "state.json", "manifest.json"])
-def test_one_flipped_byte_falls_back_loudly(
+def test_flipped_byte_falls_back_with_a_warning(
     name: str, run: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run, 1)
@@ -76,13 +78,13 @@ def test_one_flipped_byte_falls_back_loudly(
     path = run.checkpoints / "step-00000002" / name
     flip_byte(path) if name != "manifest.json" else path.write_text("{")
     with caplog.at_level(logging.WARNING, logger="gigabatch"):
-        found = latest_checkpoint(run)
-    assert found is not None
-    assert found.step == 1
+        newest = latest_checkpoint(run)
+    assert newest is not None
+    assert newest.step == 1
     assert "step-00000002" in caplog.text
 
 
-def test_a_missing_file_falls_back(run: RunFolder) -> None:
+def test_missing_file_falls_back(run: RunFolder) -> None:
     save(run, 1)
     save(run, 2)
     (run.checkpoints / "step-00000002" / "moments.safetensors").unlink()
@@ -90,13 +92,13 @@ def test_a_missing_file_falls_back(run: RunFolder) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "step-000", "step-99999999\n"])
-def test_a_damaged_latest_does_not_matter(content: str, run: RunFolder) -> None:
+def test_damaged_latest_file_is_ignored(content: str, run: RunFolder) -> None:
     save(run, 3)
     (run.checkpoints / "LATEST").write_text(content)
     assert latest_checkpoint(run).step == 3  # type: ignore[union-attr]
 
 
-def test_a_process_that_stood_still_before_latest_does_not_take_it_back(
+def test_suspended_process_does_not_reset_latest(
     run: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = checkpoint.write_atomically
@@ -108,36 +110,36 @@ def test_a_process_that_stood_still_before_latest_does_not_take_it_back(
         write(path, text)
 
     monkeypatch.setattr(checkpoint, "write_atomically", late)
-    with pytest.raises((GigabatchError, OSError), match="a later one has taken over"):
+    with pytest.raises((GigabatchError, OSError), match="superseded by a later one"):
         save(run, 3)
     assert (run.checkpoints / "LATEST").read_text() == "step-00000009\n"
     assert run.steps_saved() == [3, 9]
 
 
-def save_but_die_before_latest(run: RunFolder, step: int) -> None:
+def save_and_die_before_latest(run: RunFolder, step: int) -> None:
     checkpoint.write_atomically = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
     save(run, step)
 
 
-def test_a_kill_between_the_rename_and_latest_loses_neither_checkpoint(run: RunFolder) -> None:
+def test_kill_between_rename_and_latest_keeps_both_checkpoints(run: RunFolder) -> None:
     save(run, 1)
     doomed = multiprocessing.get_context("fork").Process(
-        target=save_but_die_before_latest, args=(run, 2)
+        target=save_and_die_before_latest, args=(run, 2)
     )
     doomed.start()
     doomed.join()
     assert doomed.exitcode == -signal.SIGKILL
     assert (run.checkpoints / "LATEST").read_text() == "step-00000001\n"
     assert run.steps_saved() == [1, 2]
-    found = latest_checkpoint(run)
-    assert found is not None
-    assert torch.equal(found.tensors("towers")["w"], torch.full((3,), 2.0))
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    assert torch.equal(newest.tensors("towers")["w"], torch.full((3,), 2.0))
     save(run, 3)
     assert (run.checkpoints / "LATEST").read_text() == "step-00000003\n"
     assert run.steps_saved() == [1, 2, 3]
 
 
-def test_all_damaged_is_an_error_not_a_fresh_start(run: RunFolder) -> None:
+def test_loading_fails_if_all_checkpoints_are_damaged(run: RunFolder) -> None:
     for step in (1, 2):
         save(run, step)
         flip_byte(run.checkpoints / f"step-{step:08d}" / "towers.safetensors")
@@ -145,7 +147,7 @@ def test_all_damaged_is_an_error_not_a_fresh_start(run: RunFolder) -> None:
         latest_checkpoint(run)
 
 
-def test_half_written_folders_are_not_checkpoints(run: RunFolder) -> None:
+def test_partly_written_folder_is_not_a_checkpoint(run: RunFolder) -> None:
     save(run, 1)
     (run.checkpoints / ".step-00000002.000001.tmp").mkdir()
     assert run.steps_saved() == [1]
@@ -155,46 +157,46 @@ def test_half_written_folders_are_not_checkpoints(run: RunFolder) -> None:
     assert not list(run.checkpoints.glob(".*"))
 
 
-def test_a_failed_write_leaves_the_old_ones_and_no_rubbish(run: RunFolder) -> None:
+def test_failed_write_keeps_earlier_checkpoints(run: RunFolder) -> None:
     save(run, 1)
-    # A file where the temporary folder must go: the same as any other error of the file system.
+    # A file in place of the temporary folder stands in for any error of the file system.
     (run.checkpoints / ".step-00000002.000001.tmp").write_text("in the way")
     with pytest.raises(GigabatchError, match="step 2 was not saved"):
         save(run, 2)
     assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
 
 
-def test_a_worker_that_was_cut_off_cannot_commit(run: RunFolder) -> None:
+def test_superseded_worker_cannot_commit(run: RunFolder) -> None:
     save(run, 1)
     (run.path / "attempts" / "000002.json").touch()
-    with pytest.raises(GigabatchError, match="a later one has taken over"):
+    with pytest.raises(GigabatchError, match="superseded by a later one"):
         save(run, 2, attempt=1)
     assert run.steps_saved() == [1]
     assert not list(run.checkpoints.glob(".*"))
 
 
-def test_a_worker_that_is_cut_off_after_its_commit_removes_nothing(run: RunFolder) -> None:
+def test_worker_superseded_after_its_commit_removes_nothing(run: RunFolder) -> None:
     save(run, 1)
     (run.path / "attempts" / "000002.json").touch()
     save(run, 5, attempt=2)
-    _retain(run, 1, 1, CheckpointSettings(keep=1), set())
+    _remove_old(run, 1, 1, CheckpointSettings(keep=1), set())
     assert run.steps_saved() == [1, 5]
-    (run.path / "attempts" / "000002.json").unlink()  # as a network file system may still show it
-    _retain(run, 1, 1, CheckpointSettings(keep=1), set())
+    (run.path / "attempts" / "000002.json").unlink()  # A network file system may not show it yet.
+    _remove_old(run, 1, 1, CheckpointSettings(keep=1), set())
     assert run.steps_saved() == [1, 5]
 
 
-def test_what_a_kill_left_makes_room_before_the_next_write(run: RunFolder) -> None:
-    left = run.checkpoints / ".step-00000001.000001.tmp"
-    left.mkdir(parents=True)
+def test_leftovers_of_a_kill_are_removed_before_the_next_write(run: RunFolder) -> None:
+    leftover = run.checkpoints / ".step-00000001.000001.tmp"
+    leftover.mkdir(parents=True)
     (run.path / "attempts" / "000002.json").touch()
     (run.checkpoints / ".step-00000002.000002.tmp").write_text("in the way: nothing is committed")
     with pytest.raises(GigabatchError, match="step 2 was not saved"):
         save(run, 2, attempt=2)
-    assert not left.exists()
+    assert not leftover.exists()
 
 
-def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
+def test_failed_removal_of_an_old_checkpoint_is_a_warning(
     run: RunFolder, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save(run, 1)
@@ -207,7 +209,7 @@ def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(
     assert latest_checkpoint(run).step == 2  # type: ignore[union-attr]
 
 
-def test_a_sound_checkpoint_is_never_overwritten(run: RunFolder) -> None:
+def test_valid_checkpoint_is_never_overwritten(run: RunFolder) -> None:
     save(run, 1)
     path = run.checkpoints / "step-00000001" / "towers.safetensors"
     before = os.stat(path).st_ino
@@ -215,14 +217,14 @@ def test_a_sound_checkpoint_is_never_overwritten(run: RunFolder) -> None:
     assert os.stat(path).st_ino == before
 
 
-def test_a_damaged_one_is_replaced(run: RunFolder) -> None:
+def test_damaged_checkpoint_is_replaced(run: RunFolder) -> None:
     save(run, 1)
     flip_byte(run.checkpoints / "step-00000001" / "towers.safetensors")
     save(run, 1)
     assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
 
 
-def test_a_damaged_newer_one_does_not_push_out_sound_ones(run: RunFolder) -> None:
+def test_damaged_newer_checkpoint_does_not_displace_valid_ones(run: RunFolder) -> None:
     save(run, 100)
     save(run, 200)
     flip_byte(run.checkpoints / "step-00000200" / "towers.safetensors")
@@ -231,15 +233,15 @@ def test_a_damaged_newer_one_does_not_push_out_sound_ones(run: RunFolder) -> Non
     assert latest_checkpoint(run).step == 150  # type: ignore[union-attr]
 
 
-def test_another_format_is_refused_not_passed_over(run: RunFolder) -> None:
+def test_checkpoint_of_another_format_raises(run: RunFolder) -> None:
     save(run, 1)
     manifest = run.checkpoints / "step-00000001" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
-    with pytest.raises(GigabatchError, match="it has format 9"):
+    with pytest.raises(GigabatchError, match="its format is 9"):
         latest_checkpoint(run)
 
 
-def test_the_manifest_lists_every_file_with_its_sum(run: RunFolder) -> None:
+def test_manifest_lists_every_file(run: RunFolder) -> None:
     save(run, 5)
     folder = run.checkpoints / "step-00000005"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -255,7 +257,7 @@ class _Payload:
         return Path.touch, (self.mark,)
 
 
-def test_a_pickle_in_place_of_tensors_is_refused_and_not_opened(
+def test_pickle_in_place_of_tensors_raises_without_being_loaded(
     run: RunFolder, tmp_path: Path
 ) -> None:
     save(run, 1)
@@ -266,15 +268,15 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_not_opened(
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    found = latest_checkpoint(run)
-    assert found is not None
+    newest = latest_checkpoint(run)
+    assert newest is not None
     with pytest.raises(GigabatchError, match="not a safetensors file"):
-        found.tensors("towers")
+        newest.tensors("towers")
     assert not mark.exists()
 
 
 @pytest.mark.parametrize(
-    ("error", "passes"),
+    ("error", "transient"),
     [
         (OSError(errno.ENOSPC, "No space left on device"), False),
         (OSError(errno.EACCES, "Permission denied"), False),
@@ -284,21 +286,19 @@ def test_a_pickle_in_place_of_tensors_is_refused_and_not_opened(
         (SafetensorError("I/O error: Input/output error (os error 5)"), True),
     ],
 )
-def test_a_fault_that_may_pass_is_told_from_one_that_must_be_mended(
-    error: Exception, passes: bool
-) -> None:
-    assert _may_pass(error) is passes
+def test_transient_errors_are_recognized(error: Exception, transient: bool) -> None:
+    assert _is_transient(error) is transient
 
 
-def test_another_course_of_the_run_replaces_the_checkpoint_it_passed_over(run: RunFolder) -> None:
+def test_checkpoint_with_other_weights_of_an_earlier_attempt_is_replaced(run: RunFolder) -> None:
     save(run, 1)
     (run.path / "attempts" / "000002.json").touch()
     files = {"towers": {"w": torch.zeros(3)}, "moments": {"m": torch.ones(2)}}
     state = {"step": 1, "data": "x", "attempt": 2}
     write_checkpoint(run, 2, 1, files, state, CheckpointSettings())
-    found = latest_checkpoint(run)
-    assert found is not None
-    assert found.tensors("towers")["w"].tolist() == [0, 0, 0]
+    newest = latest_checkpoint(run)
+    assert newest is not None
+    assert newest.tensors("towers")["w"].tolist() == [0, 0, 0]
     assert [path.name for path in run.checkpoints.glob(".*")] == [".step-00000001.000001.tmp"]
     save(run, 2, attempt=2)
     assert not list(run.checkpoints.glob(".*"))

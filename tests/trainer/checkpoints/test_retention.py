@@ -1,3 +1,5 @@
+"""Which checkpoints a run keeps."""
+
 from __future__ import annotations
 
 import math
@@ -18,7 +20,7 @@ from gigabatch.trainer.run.folder import RunFolder
 METRIC = "eval/val/mean_recall@10"
 
 
-def measured(path: Path, values: dict[int, float]) -> RunFolder:
+def evaluated_run(path: Path, values: dict[int, float]) -> RunFolder:
     run = RunFolder(path)
     for step, value in values.items():
         run.write_evaluation(step, {METRIC: value})
@@ -35,21 +37,21 @@ def measured(path: Path, values: dict[int, float]) -> RunFolder:
         ({"keep": 1, "keep_every": 5, "best": METRIC}, {3, 5, 6}),
     ],
 )
-def test_the_last_every_mth_and_the_best_stay(
+def test_newest_every_mth_and_best_checkpoints_are_kept(
     settings: dict[str, object], kept: set[int], tmp_path: Path
 ) -> None:
-    run = measured(tmp_path, {1: 0.1, 3: 0.5, 4: 0.5, 5: math.nan})
+    run = evaluated_run(tmp_path, {1: 0.1, 3: 0.5, 4: 0.5, 5: math.nan})
     chosen = CheckpointSettings.model_validate(settings)
     assert steps_to_keep(run, range(1, 7), chosen) == kept
 
 
-def test_the_best_of_none_is_none(tmp_path: Path) -> None:
-    run = measured(tmp_path, {1: 0.1, 2: math.nan})
+def test_best_step_without_finite_values_is_none(tmp_path: Path) -> None:
+    run = evaluated_run(tmp_path, {1: 0.1, 2: math.nan})
     assert best_step(run, [2, 3], METRIC) is None
     assert best_step(run, [1, 2], "eval/val/other") is None
 
 
-def test_a_save_is_due_where_something_must_be_kept() -> None:
+def test_save_is_due_at_every_step_that_must_be_kept() -> None:
     settings = CheckpointSettings(every_steps=10, keep_every=4, best=METRIC)
     due = [step for step in range(1, 13) if save_is_due(step, settings, evaluated=step == 3)]
     assert due == [3, 4, 8, 10, 12]
@@ -65,7 +67,7 @@ def test_a_save_is_due_where_something_must_be_kept() -> None:
         (["checkpoint.best=train/loss"], "pattern"),
     ],
 )
-def test_a_best_that_is_never_known_is_refused(overrides: list[str], says: str) -> None:
+def test_best_metric_that_is_never_measured_raises(overrides: list[str], says: str) -> None:
     with pytest.raises(GigabatchError, match=says):
         parse_config(TINY.format(root="/data"), "tiny", overrides)
 
@@ -80,7 +82,7 @@ def train(shards: Path, folder: Path, *overrides: str) -> RunFolder:
 
 
 @pytest.mark.slow
-def test_a_run_keeps_its_best_and_its_milestones(shards: Path, tmp_path: Path) -> None:
+def test_run_keeps_its_best_and_every_mth_checkpoint(shards: Path, tmp_path: Path) -> None:
     run = train(
         shards, tmp_path, "train.steps=10", "eval.every_steps=2", f"checkpoint.best={METRIC}",
         "checkpoint.keep=1", "checkpoint.keep_every=5", "optimizer.lr=3.0e-2",
@@ -91,7 +93,7 @@ def test_a_run_keeps_its_best_and_its_milestones(shards: Path, tmp_path: Path) -
     assert run.steps_saved() == sorted({best, 5, 10})
 
 
-def test_a_misspelt_metric_is_named(shards: Path, tmp_path: Path) -> None:
+def test_misspelled_best_metric_raises_with_its_name(shards: Path, tmp_path: Path) -> None:
     overrides = ["train.steps=4", "eval.every_steps=1", "checkpoint.best=eval/val/mean_recal@10"]
     with pytest.raises(GigabatchError, match=r"no metric eval/val/mean_recal@10; there are .*@10"):
         train(shards, tmp_path, *overrides)

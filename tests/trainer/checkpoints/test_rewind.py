@@ -1,4 +1,4 @@
-"""After a spell of steps that are not finite: back to the last checkpoint, on after the spell."""
+"""Rewinds: after consecutive non-finite steps, training resumes from the last checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
 
 
-def prepared(tiny: Path, tower: str, *overrides: str) -> RunFolder:
+def new_run(tiny: Path, tower: str, *overrides: str) -> RunFolder:
     config = load_config(
         tiny,
         [
@@ -36,62 +36,62 @@ def prepared(tiny: Path, tower: str, *overrides: str) -> RunFolder:
 
 
 @pytest.mark.slow
-def test_a_checkpoint_asked_for_in_a_spell_is_saved_after_it(
+def test_save_requested_during_bad_steps_is_saved_after_them(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prepared(tiny, "BadSpell", "train.max_bad_steps=9", "checkpoint.every_steps=0")
+    run = new_run(tiny, "BadSpell", "train.max_bad_steps=9", "checkpoint.every_steps=0")
     monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
-    stepped = []
+    steps = []
 
-    def ask() -> bool:  # called once a step
-        stepped.append(None)
-        if len(stepped) == 6:  # the first bad one
+    def stop() -> bool:  # Called once per step.
+        steps.append(None)
+        if len(steps) == 6:  # The first bad step.
             run.request_save()
         return False
 
-    assert run_training(run, ask)
+    assert run_training(run, stop)
     assert run.steps_saved() == [9, 12]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_rewind_is_exact_and_the_spell_is_skipped(
+def test_rewind_restores_the_checkpoint_and_skips_the_bad_steps(
     zero: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prepared(tiny, "BadSpell", f"train.zero_stage={zero}")
+    run = new_run(tiny, "BadSpell", f"train.zero_stage={zero}")
     monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
     assert run_training(run)
-    # Steps of 8 calls, bad ones of 4: steps 6, 7 and 8 were bad.
+    # A step calls the tower 8 times, a bad step 4 times: steps 6, 7 and 8 were bad.
     assert run.steps_saved() == [3, 8, 9, 12]
-    back, after = checkpoint_at(run, 3), checkpoint_at(run, 8)
+    before, after = checkpoint_at(run, 3), checkpoint_at(run, 8)
     for name in ("towers", "moments", "objective"):
-        old, new = back.tensors(name), after.tensors(name)
+        old, new = before.tensors(name), after.tensors(name)
         assert old.keys() == new.keys()
         assert all(torch.equal(old[key], new[key]) for key in old), name
     assert after.state["optimizer_steps"] == 3
     assert (after.state["rewinds"], after.state["skipped"], after.state["bad_steps"]) == (1, 3, 0)
-    told = [line for line in read_metrics(run.metrics) if "train/rewinds" in line]
-    assert [(line["step"], line["train/voided_steps"]) for line in told] == [(8, 5)]
-    whole = losses(run.path)
-    assert sorted(whole) == list(range(1, 13))
+    lines = [line for line in read_metrics(run.metrics) if "train/rewinds" in line]
+    assert [(line["step"], line["train/voided_steps"]) for line in lines] == [(8, 5)]
+    curve = losses(run.path)
+    assert sorted(curve) == list(range(1, 13))
     # A resume from the checkpoint after the rewind takes the same steps.
     for step in (9, 12):
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
     monkeypatch.setattr(support_towers.BadSpell, "calls", 60)
     assert run_training(run)
-    assert losses(run.path) == whole
+    assert losses(run.path) == curve
 
 
-def test_where_no_checkpoint_was_saved_a_rewind_goes_back_to_the_start(
+def test_rewind_without_a_checkpoint_restores_the_initial_state(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = prepared(tiny, "BadSpell", "checkpoint.every_steps=0", "train.steps=8")
+    run = new_run(tiny, "BadSpell", "checkpoint.every_steps=0", "train.steps=8")
     monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
     towers = []
-    made = support_towers.BadSpell.__init__
+    init = support_towers.BadSpell.__init__
 
     def remember(self: support_towers.BadSpell, width: int = 4) -> None:
-        made(self, width)
+        init(self, width)
         towers.append(weakref.ref(self))
 
     monkeypatch.setattr(support_towers.BadSpell, "__init__", remember)
@@ -100,11 +100,11 @@ def test_where_no_checkpoint_was_saved_a_rewind_goes_back_to_the_start(
     assert checkpoint_at(run, 8).state["optimizer_steps"] == 0
     gc.collect()
     assert len(towers) == 2
-    assert towers[0]() is None, "the towers from before the rewind still take up memory"
+    assert towers[0]() is None, "the towers from before the rewind are still in memory"
 
 
-def test_rewinds_have_an_end(tiny: Path) -> None:
-    run = prepared(tiny, "Broken", "train.max_rewinds=2", "train.steps=30")
-    with pytest.raises(GigabatchError, match=r"3 steps in a row .*, after 2 rewinds"):
+def test_run_stops_after_max_rewinds(tiny: Path) -> None:
+    run = new_run(tiny, "Broken", "train.max_rewinds=2", "train.steps=30")
+    with pytest.raises(GigabatchError, match=r"3 consecutive steps .* after 2 rewinds"):
         run_training(run)
     assert max(losses(run.path)) == 9

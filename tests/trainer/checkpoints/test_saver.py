@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: what the step waits for, what a fault or a kill leaves."""
+"""Background writes of checkpoints: waiting, errors and kills."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.monitoring.metrics import read_metrics
 from gigabatch.trainer.run.folder import RunFolder
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.fixture
@@ -30,12 +30,12 @@ def run(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path)
 
 
-def saver(run: RunFolder, told: list[Any] | None = None) -> Saver:
+def saver(run: RunFolder, reports: list[Any] | None = None) -> Saver:
     def report(step: int, tags: Any) -> None:
-        if told is not None:
-            told.append((step, dict(tags)))
+        if reports is not None:
+            reports.append((step, dict(tags)))
 
-    return Saver(run, ALONE, 1, CheckpointSettings(), report)
+    return Saver(run, SINGLE, 1, CheckpointSettings(), report)
 
 
 def snapshot(step: int, numbers: int = 10) -> Any:
@@ -48,24 +48,24 @@ def save_and_raise(run: RunFolder, error: BaseException, numbers: int = 10) -> N
         raise error
 
 
-LARGE = 40_000_000  # 160 MB: written and summed in tenths of a second
+LARGE = 40_000_000  # 160 MB: writing and checksumming takes tenths of a second.
 
 
-def test_a_save_returns_before_it_is_written_and_stands_when_settled(run: RunFolder) -> None:
-    told: list[Any] = []
-    with saver(run, told) as saving:
+def test_save_returns_before_the_write_ends(run: RunFolder) -> None:
+    reports: list[Any] = []
+    with saver(run, reports) as saving:
         saving.save(3, snapshot(3, LARGE))
         assert run.steps_saved() == []
-        assert not saving.over()
-        saving.settle()
+        assert not saving.write_ended()
+        saving.finish_write()
         assert run.steps_saved() == [3]
-    [(step, tags)] = told
+    [(step, tags)] = reports
     assert step == 3
     assert tags.keys() == {"checkpoint/blocked_s", "checkpoint/write_s"}
     assert 0 < tags["checkpoint/blocked_s"] < tags["checkpoint/write_s"]
 
 
-def test_a_second_save_waits_for_the_first(run: RunFolder) -> None:
+def test_second_save_waits_for_the_first(run: RunFolder) -> None:
     saved: list[list[int]] = []
 
     def second() -> Any:
@@ -75,17 +75,17 @@ def test_a_second_save_waits_for_the_first(run: RunFolder) -> None:
     with saver(run) as saving:
         saving.save(1, snapshot(1, LARGE))
         saving.save(2, second)
-    assert saved == [[1]]  # before the second snapshot took its room
+    assert saved == [[1]]  # Written before the second snapshot took memory.
     assert run.steps_saved() == [1, 2]
 
 
-def test_leaving_waits_for_the_write_also_after_an_error(run: RunFolder) -> None:
+def test_exit_after_an_error_waits_for_the_write(run: RunFolder) -> None:
     with pytest.raises(ZeroDivisionError):
         save_and_raise(run, ZeroDivisionError(), LARGE)
     assert run.steps_saved() == [1]
 
 
-def test_an_abort_does_not_wait(run: RunFolder) -> None:
+def test_exit_after_ctrl_c_does_not_wait(run: RunFolder) -> None:
     with pytest.raises(KeyboardInterrupt):
         save_and_raise(run, KeyboardInterrupt(), LARGE)
     assert run.steps_saved() == []
@@ -95,78 +95,80 @@ def test_an_abort_does_not_wait(run: RunFolder) -> None:
     assert run.steps_saved() == [1]
 
 
-def test_a_write_that_fails_explains_the_error_that_came_after_it(run: RunFolder) -> None:
+def test_failed_write_replaces_the_error_that_followed(run: RunFolder) -> None:
     run.checkpoints.mkdir()
     (run.checkpoints / ".step-00000001.000001.tmp").write_text("in the way")
     with pytest.raises(GigabatchError, match="step 1 was not saved"):
         save_and_raise(run, OSError("No space left on device"))
 
 
-def test_an_attempt_that_was_cut_off_commits_nothing(run: RunFolder) -> None:
+def test_superseded_attempt_commits_nothing(run: RunFolder) -> None:
     with saver(run) as saving:
         saving.save(1, snapshot(1, LARGE))
         (run.path / "attempts" / "000002.json").touch()
-        with pytest.raises(GigabatchError, match="a later one has taken over"):
-            saving.settle()
+        with pytest.raises(GigabatchError, match="superseded by a later one"):
+            saving.finish_write()
     assert run.steps_saved() == []
     assert not list(run.checkpoints.glob(".*"))
 
 
-def freeze_in_a_write(run: RunFolder, command: Command) -> Path:
-    """Freeze the training process while a checkpoint is half written and a later step is done
-    already; the half."""
+def suspend_during_a_write(run: RunFolder, command: Command) -> Path:
+    """Suspend training while a checkpoint is partly written and a later step is already done.
+
+    Returns the partly written folder.
+    """
     process = psutil.Process(command.process.pid)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and command.process.poll() is None:
-        begun = list(run.checkpoints.glob(".step-*.tmp"))
-        if not begun or max(losses(run.path)) <= int(begun[0].name[6:14]):
+        partial = list(run.checkpoints.glob(".step-*.tmp"))
+        if not partial or max(losses(run.path)) <= int(partial[0].name[6:14]):
             time.sleep(0.001)
             continue
         process.suspend()
         while process.status() != psutil.STATUS_STOPPED:
             time.sleep(0.001)
-        if begun[0].exists() and not (begun[0] / "manifest.json").exists():
-            return begun[0]
+        if partial[0].exists() and not (partial[0] / "manifest.json").exists():
+            return partial[0]
         process.resume()
-    pytest.fail("no write was caught in the middle")
+    pytest.fail("no write was suspended before its end")
 
 
 @pytest.mark.slow
-def test_training_goes_on_in_a_write_and_a_kill_in_it_loses_nothing(
+def test_kill_during_a_background_write_loses_nothing(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     settings = [
         "train.steps=30", "eval.sets=[]", "towers.image={kind: module, args: {width: 6}}",
         "towers.image.module=support_towers:Heavy",
     ]  # fmt: skip
-    rare = [*settings, "checkpoint.every_steps=0", "run.name=whole"]
+    rare = [*settings, "checkpoint.every_steps=0", "run.name=full"]
     assert gigabatch("train", tiny, *rare).returncode == 0
     run = RunFolder(tmp_path / "runs" / "a")
     command = start("train", tiny, *settings, "checkpoint.every_steps=8", "run.name=a")
-    wait_for_step(run.path, 9, command)  # the first checkpoint is written, or will be
+    wait_for_step(run.path, 9, command)  # The first checkpoint is written, or being written.
     while not run.steps_saved():
         time.sleep(0.01)
-    half = freeze_in_a_write(run, command)
+    partial = suspend_during_a_write(run, command)
     children = psutil.Process(command.process.pid).children(recursive=True)
     command.kill()
     command.process.communicate()
     psutil.wait_procs(children, timeout=10)
     newest = run.steps_saved()[-1]
-    assert int(half.name[6:14]) == newest + 8
+    assert int(partial.name[6:14]) == newest + 8
     assert latest_checkpoint(run).step == newest  # type: ignore[union-attr]
 
     done = gigabatch("resume", run.path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"going on after step {newest}" in done.stdout
-    assert losses(run.path) == losses(tmp_path / "runs" / "whole")
-    assert not half.exists()
+    assert f"resuming after step {newest}" in done.stdout
+    assert losses(run.path) == losses(tmp_path / "runs" / "full")
+    assert not partial.exists()
     lines = [line for line in read_metrics(run.metrics) if "checkpoint/write_s" in line]
     assert [line["step"] for line in lines] == [8, 16, 24, 30]
     assert all(line["checkpoint/blocked_s"] > 0 for line in lines)
 
 
 @pytest.mark.slow
-def test_a_background_write_that_fails_ends_all_ranks_with_its_words(
+def test_failed_background_write_ends_all_ranks_with_its_message(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     settings = [
@@ -182,7 +184,7 @@ def test_a_background_write_that_fails_ends_all_ranks_with_its_words(
     done = command.wait()
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the checkpoint of step 40 was not saved" in done.stderr
-    assert "Earlier checkpoints are intact; make room, then resume." in done.stderr
+    assert "Earlier checkpoints are intact. Free disk space, then resume." in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list((run.path / "attempts").iterdir())) == 1
     assert run.steps_saved() == [20]

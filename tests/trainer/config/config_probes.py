@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -14,16 +12,14 @@ from typing import Any
 
 import numpy as np
 import psutil
-import pytest
 import soundfile
 import torch
 import webdataset as wds
 from PIL import Image
 from support import spoil
 
-from gigabatch.data.text.captions import OneText, read_captions
+from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
-from gigabatch.kernels import Dot
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
 from gigabatch.launcher.start import too_late
 from gigabatch.trainer.checkpoints.format import write_checkpoint
@@ -32,7 +28,7 @@ from gigabatch.trainer.checkpoints.saver import Saver
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.engine import deepspeed_config
-from gigabatch.trainer.init_from import load_initial
+from gigabatch.trainer.init_from import load_init_weights
 from gigabatch.trainer.inputs import (
     cache_of,
     make_tokenizer,
@@ -42,10 +38,9 @@ from gigabatch.trainer.inputs import (
 )
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.monitoring.metrics import read_metrics
-from gigabatch.trainer.objective_state import ObjectiveState
-from gigabatch.trainer.objectives import Context, build_objective
+from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
-from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.create import create_run, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
@@ -74,7 +69,7 @@ def see_batch(config: Config, folder: Path) -> Any:
 
 def see_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
-    return digest(*tower_inputs(micro, config.data, stream=7)["image"])
+    return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
 
 
 def see_loaders(config: Config, folder: Path) -> Any:
@@ -95,7 +90,7 @@ def embed(config: Config, folder: Path) -> tuple[Any, Any]:
     micro = next(iter(micro_batches(config, folder)))
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
     towers = build_towers(config, vocab)
-    return towers, towers(tower_inputs(micro, config.data, stream=7), 7)
+    return towers, towers(tower_inputs(micro, config.data, rng_key=7), 7)
 
 
 def see_towers(config: Config, folder: Path) -> Any:
@@ -135,97 +130,10 @@ def see_saved(config: Config, folder: Path) -> Any:
     return sum(kept)
 
 
-def see_objective(config: Config, folder: Path, backward: bool = False) -> Any:
-    """The loss of two steps and the gradients; with what is kept, also that."""
-    losses, objective, _ = objective_steps(config, backward)
-    return [losses, sorted(n for n, p in objective.named_parameters() if p.requires_grad)]
-
-
-def see_kept(config: Config, folder: Path) -> Any:
-    losses, objective, state = objective_steps(config, backward=True)
-    kept = [table.whole() for table in state.tables.values()]
-    return [losses, digest(*kept, *objective.buffers())]
-
-
-def objective_steps(config: Config, backward: bool) -> tuple[Any, Any, Any]:
-    torch.manual_seed(0)
+def see_objective(config: Config, folder: Path) -> Any:
+    """The parameters of the objective."""
     objective = build_objective(config.objective, width=4)
-    state = ObjectiveState(objective, [6], None, ALONE)
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter += 0.1  # beyond scale_max, where that is the initial scale
-    losses = []
-    for step in (1, 2, 3) if backward else (1,):
-        torch.manual_seed(step)
-        vectors = {
-            tap: torch.nn.functional.normalize(torch.randn(6, *shape), dim=-1)
-            for tap, shape in TAPS.items()
-        }
-        rows = {tap: vectors[tap].requires_grad_() for tap in objective.needs.taps}
-        meta = {"concept": torch.tensor([0, 0, 1, 1, 2, 2]), "sample": torch.arange(6)}
-        meta |= {"colour": torch.tensor([0, 1, 0, 1, 0, 1]), **state.read(meta["sample"])}
-        for name, vector in objective.needs.vectors.items():
-            meta[name] = torch.randn(6, vector.size)
-        ctx = Context(None, step, step - 1)
-        state.begin_epoch(ctx)
-        loss = objective(vectors | rows, meta, ctx)
-        losses.append(float(loss.value.detach()))
-        if backward:
-            loss.value.backward()
-            state.commit(loss.updates(), meta["sample"])
-    return losses, objective, state
-
-
-TAPS: dict[str, tuple[int, ...]] = {
-    **dict.fromkeys(("image", "text", "image@1", "teacher.image", "teacher.text"), (4,)),
-    "image.tokens": (3, 4),
-    "text.tokens": (2, 4),
-}
-
-
-def see_backend(config: Config, folder: Path) -> Any:
-    """Whether this machine can run it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TRITON_INTERPRET", raising=False)
-        return type(build_objective(config.objective, "cpu")).__name__
-
-
-def see_products(config: Config, folder: Path) -> Any:
-    """How many tiles of scores one step of the objective makes."""
-    made = []
-    with pytest.MonkeyPatch.context() as patch:
-        tile = Dot.tile
-        patch.setattr(Dot, "tile", lambda *given: (made.append(1), tile(*given)))
-        see_objective(config, folder, backward=True)
-    return len(made)
-
-
-GATHERED = """
-import sys, torch, torch.distributed as dist
-from gigabatch.trainer.config import InfoNCESettings
-from gigabatch.trainer.objectives import Context, build_objective
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-calls, gather = [], dist.all_gather
-def spy(parts, mine, **options):
-    calls.append(tuple(mine.shape))
-    return gather(parts, mine, **options)
-dist.all_gather = spy
-objective = build_objective(InfoNCESettings.model_validate_json(sys.argv[1]))
-rows = {tap: torch.randn(6, 4, requires_grad=True) for tap in ("image", "text")}
-ids = {name: torch.arange(6) for name in ("sample", objective.settings.positives or "sample")}
-objective(rows, ids, Context(dist.group.WORLD, 1)).value.backward()
-dist.destroy_process_group()  # at the interpreter's end its threads would abort the process
-print(calls)
-"""
-
-
-def see_collectives(config: Config, folder: Path) -> Any:
-    """What is gathered in one step of the objective, in a process group of its own."""
-    command = [sys.executable, "-c", GATHERED, config.objective.model_dump_json()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "(3,)" in done.stdout  # sizes and the like, at least
-    return done.stdout
+    return {name: digest(p) for name, p in objective.named_parameters()}
 
 
 def see_optimizer(config: Config, folder: Path) -> Any:
@@ -253,6 +161,11 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_length(config: Config, folder: Path) -> Any:
+    """Return the number of steps of the run that would be created."""
+    return resolve_epochs(config, len(open_train(config))).train.steps
+
+
 def see_initial(config: Config, folder: Path) -> Any:
     """Towers that begin, where `train.init_from` is set, from a checkpoint of another seed."""
     train = config.train.model_copy(update={"init_from": None})
@@ -266,7 +179,7 @@ def see_initial(config: Config, folder: Path) -> Any:
     if config.train.init_from:
         place = folder / "checkpoints" / "step-00000001"
         train = config.train.model_copy(update={"init_from": place})
-        load_initial(towers, config.model_copy(update={"train": train}), ALONE)
+        load_init_weights(towers, config.model_copy(update={"train": train}), ALONE)
     return digest(*towers.state_dict().values())
 
 
@@ -289,7 +202,7 @@ def see_copies(config: Config, folder: Path) -> Any:
         path.touch()
     with Saver(run, ALONE, run.take_attempt(), settings, lambda step, tags: None) as saver:
         saver.save(1, lambda: ({"towers": {"w": torch.zeros(10)}}, {"step": 1}))
-        saver.settle()
+        saver.finish_write()
         saver.await_copies(1, lambda: None)
     return [RemoteRun(f"{to}/{run.path.name}").steps(), saver.metrics().keys()]
 
@@ -319,11 +232,11 @@ def see_damage(config: Config, folder: Path) -> Any:
 
 def see_weights(config: Config, folder: Path) -> Any:
     drawn = open_train(config).mixture
-    return [drawn.drawn(position).tolist() for position in (5000, 15_000, 25_000)]
+    return [drawn.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
 
 
 def see_lines(config: Config, folder: Path) -> Any:
-    others = [each for each in config.towers.more.values() if isinstance(each, OneText)]
+    others = [each for each in config.towers.more.values() if isinstance(each, ExtraText)]
     places = [config.data.captions, *others]
     return [read_captions(b"one\ntwo", place, "here") for place in places]
 
@@ -347,13 +260,10 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "others": see_others,
     "saved": see_saved,
     "objective": see_objective,
-    "kept": see_kept,
-    "backend": see_backend,
-    "products": see_products,
-    "collectives": see_collectives,
     "optimizer": see_optimizer,
     "schedule": see_schedule,
     "run": see_run,
+    "length": see_length,
     "threads": see_threads,
     "copies": see_copies,
     "initial": see_initial,

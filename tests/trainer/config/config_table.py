@@ -11,11 +11,6 @@ BERT = VIT.replace("vit", "bert").replace("image_size: 16, patch_size: 8", "voca
 
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
-SOGCLR = ["objective={name: sogclr, positives: concept}"]
-PAIRS = ["objective={name: hard_negatives, pair: concept, changed: colour, own_weight: 3}"]
-TEACHER = ["objective.teacher={fields: [concept], size: 2, threshold: 0.1}"]
-INDIVIDUAL = ["objective.temperatures=individual", "objective.temperature_lr=1"]
-
 
 def other(tower: str, tap: str = "image") -> list[str]:
     """Settings of a run that also has the tower `sensor`."""
@@ -178,75 +173,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     ),
     **{f"towers.more.NAME.{name}": row for name, row in MORE.items()},
     "objective.name": ("siglip", "objective", []),
-    "objective.taps": ("[text, image]", "objective", ["objective.label_smoothing=0.3"]),
-    "objective.widths": ("[2, 16]", "objective", []),
-    "objective.within": ("colour", "objective", []),
-    "objective.bias": ("-1.0", "objective", ["objective={name: siglip}"]),
-    "objective.temperatures": ("shared", "objective", SOGCLR),
-    "objective.temperature": ("0.2", "objective", SOGCLR),
-    "objective.temperature_min": ("0.06", "kept", [*SOGCLR, *INDIVIDUAL]),
-    "objective.temperature_max": ("0.08", "kept", [*SOGCLR, *INDIVIDUAL, "objective.rho=0"]),
-    "objective.rho": ("3.0", "objective", SOGCLR),
-    "objective.gamma": ("0.5", "kept", SOGCLR),
-    "objective.gamma_epochs": ("9", "kept", SOGCLR),
-    "objective.temperature_lr": ("0.001", "kept", [*SOGCLR, *INDIVIDUAL]),
-    "objective.temperature_momentum": ("0.5", "kept", [*SOGCLR, *INDIVIDUAL]),
-    "objective.symmetric": ("false", "objective", ["objective={name: late_interaction}"]),
-    "objective.size": ("7", "kept", ["objective={name: queue}"]),
     "objective.momentum": ("0.5", "run", ["objective={name: queue, size: 40}"]),
-    "objective.warmup_epochs": ("9", "kept", ["objective={name: noisy}"]),
-    "objective.head": ("hinge", "objective", ["objective={name: noisy}"]),
-    "objective.margin": ("0.5", "objective", ["objective={name: noisy, head: hinge}"]),
-    "objective.curve": ("2.0", "kept", ["objective={name: noisy, head: hinge}"]),
-    "objective.keys": (
-        "shuffled", "objective", ["objective={name: symile, taps: [image, text, image@1]}"],
-    ),
-    "objective.pair": ("colour", "objective", PAIRS),
-    "objective.changed": ("concept", "objective", PAIRS),
-    "objective.own_weight": ("4.0", "objective", PAIRS),
-    "objective.other_weight": ("0.0", "objective", PAIRS),
-    "objective.changed_weight": ("0.0", "objective", PAIRS),
-    "objective.label": (
-        "colour", "objective", ["objective={name: label_distance, label: concept}"],
-    ),
-    "objective.distance": (
-        "4.0", "objective", ["objective={name: label_distance, label: concept}"],
-    ),
-    "objective.mixed_negatives": (
-        "true", "objective", ["objective={name: label_distance, label: concept}"],
-    ),
-    "objective.mixed_positives": (
-        "1", "objective", ["objective={name: label_distance, label: concept}"],
-    ),
-    "objective.window": (
-        "0.5", "objective",
-        ["objective={name: label_distance, label: concept, mixed_positives: 1}"],
-    ),
-    "objective.off_diagonal": ("0.5", "objective", ["objective={name: barlow}"]),
-    "objective.prototypes": ("3", "objective", ["objective={name: swav}"]),
-    "objective.epsilon": ("0.2", "objective", ["objective={name: swav}"]),
-    "objective.iterations": ("1", "objective", ["objective={name: swav}"]),
-    "objective.hidden": ("3", "objective", ["objective={name: byol}"]),
-    "objective.weights": (
-        "[1, 3]", "objective", ["objective={name: sum, terms: [{}, {name: siglip}]}"],
-    ),
-    "objective.positives": ("null", "objective", []),
-    "objective.same_id": ("exclude", "objective", []),
-    "objective.label_smoothing": ("0.2", "objective", []),
-    "objective.teacher.size": ("3", "objective", TEACHER),
-    "objective.teacher.threshold": ("-0.5", "objective", TEACHER),
-    "objective.teacher.fields": (
-        "[no_such]", "batch", ["objective.teacher={fields: [concept], size: 1}"],
-    ),
-    "objective.teacher.member": ("gaze.npy", "batch", ["objective.teacher={size: 2}"]),
-    "objective.gather_mode": ("ring", "collectives", []),
-    "objective.backend": ("triton", "backend", []),
-    "objective.precision": ("bf16", "objective", []),
-    "objective.cache_mib": ("1", "products", []),
-    "objective.init_logit_scale": ("5.0", "objective", []),
-    "objective.scale_max": ("10.0", "objective", ["objective.init_logit_scale=10.0"]),
-    "objective.learn_scale": ("false", "objective", []),
     "train.steps": ("5", "run", []),
+    "train.epochs": ("0.16", "length", ["train.steps=null"]),
     "train.precision": ("bf16", "towers", []),
     "train.ema": ("0.5", "run", []),
     "train.zero_stage": ("2", "deepspeed", []),

@@ -67,19 +67,19 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("run.name='a; rm -rf b'", "run.name: "),
         ("optimizer.lr=.nan", "optimizer.lr: "),
         ("towers.image.kind=vision", "towers.image"),
-        ("towers.image={kind: huggingface}", "give either `name`"),
+        ("towers.image={kind: huggingface}", "set either `name`"),
         ("towers.image={kind: module, module: nonsense}", "towers.image.module: "),
         ("cluster.launcher=inline", "cluster.workers=1"),
-        ("cluster.workers=many", "a number of workers from 1, or a range [least, most]"),
-        ("cluster.workers=true", "a number of workers from 1"),
-        ("cluster.workers=0", "a number of workers from 1"),
-        ("cluster.workers=[0, 2]", "a number of workers from 1"),
-        ("cluster.workers=[1, 2, 3]", "a number of workers from 1"),
+        ("cluster.workers=many", "a number of workers of at least 1, or a range [least, most]"),
+        ("cluster.workers=true", "a number of workers of at least 1"),
+        ("cluster.workers=0", "a number of workers of at least 1"),
+        ("cluster.workers=[0, 2]", "a number of workers of at least 1"),
+        ("cluster.workers=[1, 2, 3]", "a number of workers of at least 1"),
         ("cluster.workers=[3, 2]", "3 is more than 2"),
-        ("cluster={workers: [1, 2], launcher: torchrun}", "give cluster.workers=2, or take"),
+        ("cluster={workers: [1, 2], launcher: torchrun}", "set cluster.workers=2, or"),
         ("cluster.env={HF_TOKEN: x}", "looks like a secret"),
-        ("cluster.env={RANK: 1}", "set for each worker by its launcher"),
-        ("cluster.env={'a b': 1}", "no name of an environment variable"),
+        ("cluster.env={RANK: 1}", "the launcher sets RANK itself"),
+        ("cluster.env={'a b': 1}", "not a valid name of a variable"),
         ("eval.sets=[a/val, b/val]", "share a folder name"),
         ("objective.init_logit_scale=200", "scale_max"),
         ("checkpoint.copy_to=/some/folder", "checkpoint: copy_to: /some/folder: not a place that"),
@@ -92,7 +92,7 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("checkpoint.copy_to=file://some/folder", "a folder is named as file:///FOLDER"),
         ("checkpoint.copy_to='s3://bucket/a*'", "no pattern"),
         ("checkpoint.copy_to=s3://bucket/../a", "no pattern, empty part"),
-        ("towers.image.widths=[8]", "give as many"),
+        ("towers.image.widths=[8]", "give one depth per width"),
         ("data: {", "the value"),
         ("train.steps=!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
@@ -161,7 +161,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
     (
         "objective={name: swav, taps: [image, image@1, text], prototypes: 8}",
-        "prototypes: those of three taps are the batch's text",
+        "prototypes: with three taps they are the batch's text",
     ),
     ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
     ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
@@ -173,6 +173,6 @@ def test_an_objective_that_cannot_be_is_refused(override: str, words: str) -> No
 
 
 def test_objectives_that_do_not_keep_groups_apart_refuse_them() -> None:
-    with pytest.raises(GigabatchError, match="keep groups apart"):
+    with pytest.raises(GigabatchError, match="such as infonce or queue"):
         parse_config("", "c", ["data.group=lang", "objective={name: siglip}"])
     parse_config("", "c", ["data.group=lang", "objective={name: queue}"])

@@ -1,3 +1,5 @@
+"""metrics.jsonl and TensorBoard over several attempts."""
+
 from __future__ import annotations
 
 import json
@@ -13,6 +15,7 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 def attempt(run: RunFolder, number: int, first: int, last: int, value: float) -> None:
+    """Write the metrics of steps first to last as an attempt does; losses are value + step."""
     (run.path / "attempts").mkdir(parents=True, exist_ok=True)
     (run.path / "attempts" / f"{number:06d}.json").touch()
     monitor = Monitor(run, number, first, 10)
@@ -21,7 +24,7 @@ def attempt(run: RunFolder, number: int, first: int, last: int, value: float) ->
     monitor.close()
 
 
-def test_a_later_attempt_voids_earlier_lines_from_its_first_step(tmp_path: Path) -> None:
+def test_later_attempt_replaces_earlier_lines_from_its_first_step(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 6, 100.0)
     attempt(run, 2, 4, 5, 200.0)
@@ -44,18 +47,18 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_event_files_of_one_second_keep_their_order(tmp_path: Path) -> None:
-    # Names end in a counter of the process: the tenth sorts before the ninth.
+def test_event_files_of_the_same_second_keep_their_order(tmp_path: Path) -> None:
+    # File names end in a counter of the process, and the tenth file sorts before the ninth.
     for number in range(1, 3):
-        for made in range(6):
-            attempt(RunFolder(tmp_path / str(made)), number, 3 * number, 3 * number + 3, 0.0)
-    for made in range(6):
-        board = EventAccumulator(str(RunFolder(tmp_path / str(made)).tensorboard))
+        for name in range(6):
+            attempt(RunFolder(tmp_path / str(name)), number, 3 * number, 3 * number + 3, 0.0)
+    for name in range(6):
+        board = EventAccumulator(str(RunFolder(tmp_path / str(name)).tensorboard))
         board.Reload()
         assert [e.step for e in board.Scalars("train/loss")] == [3, 4, 5, 6, 7, 8, 9]
 
 
-def test_a_clock_that_ran_backwards_is_reported(
+def test_clock_behind_earlier_events_is_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path)
@@ -65,14 +68,14 @@ def test_a_clock_that_ran_backwards_is_reported(
     assert "1 h 00 min ahead of this machine's clock" in caplog.text
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(tmp_path: Path) -> None:
+def test_incomplete_last_line_is_skipped(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 3, 0.0)
     run.metrics.write_text(run.metrics.read_text()[:-20])
     assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2]
 
 
-def test_an_attempt_that_only_evaluates_voids_nothing(tmp_path: Path) -> None:
+def test_attempt_that_only_evaluates_replaces_no_lines(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 3, 0.0)
     (run.path / "attempts" / "000002.json").touch()
@@ -84,7 +87,7 @@ def test_an_attempt_that_only_evaluates_voids_nothing(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_torn_last_line_does_not_swallow_the_next(tmp_path: Path) -> None:
+def test_attempt_after_an_incomplete_line_starts_a_new_line(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 3, 0.0)
     run.metrics.write_text(run.metrics.read_text()[:-20])
@@ -92,13 +95,13 @@ def test_a_torn_last_line_does_not_swallow_the_next(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(run.metrics)] == [1, 2, 3, 4]
 
 
-def test_a_value_that_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_non_finite_value_is_null(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 1, float("nan"))
     assert json.loads(run.metrics.read_text())["train/loss"] is None
 
 
-def test_a_cut_off_attempt_cannot_write_metrics(tmp_path: Path) -> None:
+def test_superseded_attempt_cannot_write_metrics(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     (tmp_path / "attempts").mkdir()
     old = Monitor(run, 1, 1, 10)
@@ -120,5 +123,5 @@ def test_lines_are_flat_json_with_exact_floats(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("seconds", "text"), [(42.4, "42 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
 )
-def test_durations_read_well(seconds: float, text: str) -> None:
+def test_format_duration_uses_fitting_units(seconds: float, text: str) -> None:
     assert format_duration(seconds) == text

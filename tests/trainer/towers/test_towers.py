@@ -1,7 +1,8 @@
+"""Building towers: every kind, heads, checks, pretrained models."""
+
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import parse_config
 from gigabatch.trainer.towers import Towers, build_towers
 
-# One worker alone pays for importing transformers, and only where these tests run.
+# Importing transformers takes seconds, so a single worker runs these tests.
 pytestmark = pytest.mark.xdist_group("transformers")
 
 BASE = """
@@ -55,7 +56,7 @@ def inputs(batch: int = 3) -> dict[str, tuple[Tensor, ...]]:
         ["train.precision=bf16"],
     ],
 )
-def test_every_kind_of_tower_gives_unit_float32_vectors_and_gradients(overrides: list[str]) -> None:
+def test_towers_return_unit_float32_vectors_with_gradients(overrides: list[str]) -> None:
     towers = build_towers(config(*overrides), 100)
     outputs = towers(inputs(), 1)
     for vectors in outputs.values():
@@ -66,33 +67,31 @@ def test_every_kind_of_tower_gives_unit_float32_vectors_and_gradients(overrides:
     assert all(p.grad is not None for n, p in towers.named_parameters() if "pooler" not in n)
 
 
-def test_initial_weights_are_a_function_of_the_seed() -> None:
-    same, again = build_towers(config(), 100), build_towers(config(), 100)
-    other = build_towers(config("run.seed=1"), 100)
-    weights: list[dict[str, Any]] = [t.state_dict() for t in (same, again, other)]
-    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
-    assert not torch.equal(weights[0]["heads.image.0.weight"], weights[2]["heads.image.0.weight"])
+def test_initial_weights_depend_on_the_seed_only() -> None:
+    first, second, other = (
+        build_towers(config(f"run.seed={seed}"), 100).state_dict() for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["heads.image.0.weight"], other["heads.image.0.weight"])
 
 
-def test_the_same_key_repeats_dropout_and_another_does_not() -> None:
+def test_dropout_repeats_for_the_same_key_only() -> None:
     towers = build_towers(config("towers.image.dropout=0.5", "towers.text.dropout=0.5"), 100)
-    first, again, other = towers(inputs(), 5), towers(inputs(), 5), towers(inputs(), 6)
+    first, second, other = towers(inputs(), 5), towers(inputs(), 5), towers(inputs(), 6)
     for tap in ("image", "text"):
-        assert torch.equal(first[tap], again[tap])
+        assert torch.equal(first[tap], second[tap])
         assert not torch.equal(first[tap], other[tap])
 
 
-def test_an_embedding_does_not_depend_on_its_micro_batch() -> None:
+def test_embedding_does_not_depend_on_its_micro_batch() -> None:
     towers = build_towers(config(), 100).eval()
-    whole, alone = (
-        towers(inputs(3)),
-        towers({n: tuple(t[:1] for t in a) for n, a in inputs(3).items()}),
-    )
-    for tap, vectors in whole.items():
-        torch.testing.assert_close(vectors[:1], alone[tap], rtol=1e-5, atol=1e-6)
+    three = towers(inputs(3))
+    one = towers({name: tuple(t[:1] for t in args) for name, args in inputs(3).items()})
+    for tap, vectors in three.items():
+        torch.testing.assert_close(vectors[:1], one[tap], rtol=1e-5, atol=1e-6)
 
 
-def test_padding_does_not_change_a_caption() -> None:
+def test_padding_does_not_change_a_text_embedding() -> None:
     towers = build_towers(config(), 100).eval()
     tokens, mask = inputs()["text"]
     changed = torch.where(mask, tokens, 7)
@@ -104,7 +103,7 @@ def test_padding_does_not_change_a_caption() -> None:
     "image",
     ["", f"towers.image={{kind: huggingface, config: {VIT}, checkpoint_activations: true}}"],
 )
-def test_activation_checkpointing_changes_no_gradient(image: str) -> None:
+def test_activation_checkpointing_keeps_gradients(image: str) -> None:
     on = [image] if image else ["towers.image.checkpoint_activations=true"]
     off = [image.replace("true", "false")] if image else []
     grads = []
@@ -119,7 +118,7 @@ def test_activation_checkpointing_changes_no_gradient(image: str) -> None:
         torch.testing.assert_close(grad, grads[1][name], rtol=1e-5, atol=1e-6)
 
 
-def test_a_frozen_tower_keeps_its_encoder_and_trains_its_head() -> None:
+def test_frozen_tower_trains_its_head_only() -> None:
     towers = build_towers(config("towers.image.freeze=true", "towers.image.dropout=0.9"), 100)
     trained = {name for name, p in towers.named_parameters() if p.requires_grad}
     assert "heads.image.0.weight" in trained
@@ -139,13 +138,13 @@ def test_a_frozen_tower_keeps_its_encoder_and_trains_its_head() -> None:
         ("torch.nn:Linear", "failed"),
     ],
 )
-def test_an_unsound_module_is_refused_by_name(tower: str, words: str) -> None:
+def test_unsuitable_module_raises_with_its_key(tower: str, words: str) -> None:
     with pytest.raises(GigabatchError, match=words) as error:
         build_towers(config(f"towers.image={{kind: module, module: '{tower}'}}"), 100)
     assert "towers.image" in str(error.value)
 
 
-def test_a_frozen_batch_norm_is_allowed() -> None:
+def test_frozen_batch_norm_is_accepted() -> None:
     tower = "towers.image={kind: module, module: 'support_towers:Normed', freeze: true}"
     towers = build_towers(config(tower), 100).train()
     before = towers.encoders["image"].norm.running_mean.clone()
@@ -153,13 +152,13 @@ def test_a_frozen_batch_norm_is_allowed() -> None:
     assert torch.equal(before, towers.encoders["image"].norm.running_mean)
 
 
-def test_checkpointing_a_module_that_cannot_is_refused() -> None:
+def test_checkpointing_a_module_without_blocks_raises() -> None:
     tower = "{kind: module, module: 'support_towers:Pixels', checkpoint_activations: true}"
     with pytest.raises(GigabatchError, match="checkpoint_activations"):
         build_towers(config(f"towers.image={tower}"), 100)
 
 
-def test_half_of_a_pretrained_clip_is_loaded_with_its_weights(tmp_path: Path) -> None:
+def test_pretrained_clip_is_loaded_half_per_tower(tmp_path: Path) -> None:
     from transformers import CLIPConfig, CLIPModel
 
     half = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -192,7 +191,7 @@ def assert_loaded(towers: Towers, name: str, saved: torch.nn.Module) -> None:
         assert torch.equal(match[0], weight)
 
 
-def test_a_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
+def test_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
     from transformers import BertConfig, BertModel
 
     saved = BertModel(
@@ -212,22 +211,22 @@ def test_a_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None
     ("overrides", "words"),
     [
         ([f"towers.image={{kind: huggingface, config: {VIT}}}", "data.image.size=32"],
-         "towers.image: its image_size is 16, but data.image.size is 32"),
+         "towers.image: the model's image_size is 16, but data.image.size is 32"),
         ([f"towers.image={{kind: huggingface, config: {VIT}}}", "data.image.channels=1"],
-         "towers.image: its num_channels is 3, but data.image.channels is 1"),
+         "towers.image: the model's num_channels is 3, but data.image.channels is 1"),
         ([f"towers.text={{kind: huggingface, config: {BERT.replace('100', '99')}}}"],
-         "towers.text: its vocab_size is 99, but the tokeniser has 100"),
+         "towers.text: the model's vocab_size is 99, but the tokenizer has 100"),
         ([f"towers.text={{kind: huggingface, config: {BERT}}}", "data.text.length=600"],
-         "towers.text: its max_position_embeddings is 512, but data.text.length is 600"),
+         "towers.text: the model's max_position_embeddings is 512, but data.text.length is 600"),
     ],
 )  # fmt: skip
-def test_a_model_that_does_not_fit_the_data_is_refused(overrides: list[str], words: str) -> None:
+def test_model_that_does_not_fit_the_data_raises(overrides: list[str], words: str) -> None:
     with pytest.raises(GigabatchError, match=words):
         build_towers(config(*overrides), 100)
 
 
-def test_a_pretrained_model_that_is_not_there_is_named() -> None:
-    with pytest.raises(GigabatchError, match=r"towers\.text: 'no/such'"):
+def test_missing_pretrained_model_raises_with_its_name() -> None:
+    with pytest.raises(GigabatchError, match=r"towers\.text: cannot build the model 'no/such'"):
         build_towers(config("towers.text={kind: huggingface, name: no/such}"), 100)
 
 
@@ -237,36 +236,36 @@ def test_a_pretrained_model_that_is_not_there_is_named() -> None:
      "towers.text={kind: huggingface, config: {model_type: bert, hidden_size: 8, "
      "num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 8, vocab_size: 400}}"],
 ])  # fmt: skip
-def test_tokens_and_features_are_taps(overrides: list[str]) -> None:
+def test_taps_return_tokens_and_encoder_outputs(overrides: list[str]) -> None:
     late = "objective={name: late_interaction}"
     towers = build_towers(config(late, *overrides), 100).eval()
-    plain = towers(inputs())
+    default = towers(inputs())
     taps = ("image.tokens", "text.tokens", "image.encoder")
-    found = towers(inputs(), None, taps)
-    assert set(plain) == {"image", "text"}
-    assert set(found) == {"image", "text", *taps}
-    for name, vectors in found.items():
+    outputs = towers(inputs(), None, taps)
+    assert set(default) == {"image", "text"}
+    assert set(outputs) == {"image", "text", *taps}
+    for name, vectors in outputs.items():
         torch.testing.assert_close(vectors.norm(dim=-1), torch.ones(vectors.shape[:-1]))
-        assert name in taps or torch.equal(vectors, plain[name])
-    (tokens, _), width = inputs()["text"], found["text"].shape[1]
-    assert found["text.tokens"].shape == (*tokens.shape, width)
-    assert found["image.tokens"].ndim == 3
-    assert found["image.encoder"].shape[1] == towers.encoders["image"].width
+        assert name in taps or torch.equal(vectors, default[name])
+    (tokens, _), width = inputs()["text"], outputs["text"].shape[1]
+    assert outputs["text.tokens"].shape == (*tokens.shape, width)
+    assert outputs["image.tokens"].ndim == 3
+    assert outputs["image.encoder"].shape[1] == towers.encoders["image"].width
 
 
-def test_a_second_head_leaves_the_first_as_it_is() -> None:
+def test_second_head_does_not_change_the_first() -> None:
     views = "{name: supcon, taps: [image.projection, image.projection@1]}"
-    alone = build_towers(config(), 100).eval()
+    one_head = build_towers(config(), 100).eval()
     towers = build_towers(config(f"objective={{name: sum, terms: [{{}}, {views}]}}"), 100).eval()
-    assert towers.heads.keys() - alone.heads.keys() == {"image-projection"}
-    plain, found = alone(inputs()), towers(inputs(), None, ("image.projection",))
-    assert set(found) == {"image", "text", "image.projection"}
-    assert all(torch.equal(found[name], plain[name]) for name in plain)
-    assert found["image.projection"].shape == found["image"].shape
-    assert not torch.allclose(found["image.projection"], found["image"], atol=0.1)
+    assert towers.heads.keys() - one_head.heads.keys() == {"image-projection"}
+    before, outputs = one_head(inputs()), towers(inputs(), None, ("image.projection",))
+    assert set(outputs) == {"image", "text", "image.projection"}
+    assert all(torch.equal(outputs[name], before[name]) for name in before)
+    assert outputs["image.projection"].shape == outputs["image"].shape
+    assert not torch.allclose(outputs["image.projection"], outputs["image"], atol=0.1)
 
 
-def test_a_tower_without_tokens_is_refused_where_they_are_asked_for() -> None:
+def test_tokens_tap_of_an_encoder_without_tokens_raises() -> None:
     tower = "towers.image={kind: module, module: 'support_towers:Pixels'}"
     with pytest.raises(GigabatchError, match="token_width"):
         build_towers(config(tower, "objective={name: late_interaction}"), 100)

@@ -1,0 +1,72 @@
+"""MkDocs hooks: generated pages, links out of docs/, and the sources of the API reference."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from config_reference import config_reference  # MkDocs puts this folder on the path
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("launcher", "trainer", "data", "kernels")
+LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Link the packages into build/docs/gigabatch, where mkdocstrings looks for `gigabatch`.
+
+    The folders have other names in the repository (see setup.py), and static analysis does not
+    follow the import hooks of an editable install.
+    """
+    folder = ROOT / "build" / "docs" / "gigabatch"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PACKAGES:
+        link = folder / name
+        if not link.is_symlink():
+            link.symlink_to(ROOT / name)
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the generated pages."""
+    pages = {"reference/config.md": config_reference(), "recipes.md": recipes()}
+    for uri, content in pages.items():
+        files.append(File.generated(config, uri, content=content))
+    return files
+
+
+def recipes() -> str:
+    """Return a page with every config of configs/, under its file name."""
+    lines = [
+        "# Recipes",
+        "",
+        "The configs in `configs/`. Train one with `gigabatch train configs/NAME.yaml`; set any",
+        "key on the command line, as in `train.steps=2000`.",
+    ]
+    for path in sorted((ROOT / "configs").glob("*.yaml")):
+        lines += ["", f"## {path.stem}", "", "```yaml", path.read_text().rstrip(), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Rewrite links to folders, to their README.md, and links out of docs/: those to a config lead
+    to its recipe, all others become plain text."""
+    folder = posixpath.dirname(page.file.src_uri)
+
+    def rewrite(match: re.Match[str]) -> str:
+        text, link = match[1], match[2]
+        target = posixpath.normpath(posixpath.join("docs", folder, link))
+        if target.startswith("docs/"):
+            is_folder = (ROOT / target).is_dir()
+            return (
+                match[0].replace(link, f"{link.rstrip('/')}/README.md") if is_folder else match[0]
+            )
+        if target.startswith("configs/") and target.endswith(".yaml"):
+            recipe = posixpath.relpath("recipes.md", folder or ".")
+            return f"[{text}]({recipe}#{Path(target).stem})"
+        return text
+
+    return LINK.sub(rewrite, markdown)

@@ -1,0 +1,63 @@
+"""Settings of a user's own objective, named by `package.mod:Class`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
+
+from gigabatch.data.decode.vectors import VectorSettings
+from gigabatch.trainer.objectives.registry import load_class, name_of
+from gigabatch.trainer.objectives.settings import ObjectiveSettings, SingleSettings
+
+if TYPE_CHECKING:
+    from gigabatch.trainer.config import Config
+
+
+class ModuleSettings(ObjectiveSettings):
+    name: Literal["module"]
+    """Your own objective."""
+    module: str = Field(pattern=r"^[\w.]+:\w+$")
+    """`package.mod:Class`, a subclass of `gigabatch.trainer.objectives.base.Objective`."""
+    args: dict[str, Any] = Field(default_factory=dict)
+    """Keys of its `Settings`."""
+    _settings: ObjectiveSettings = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _load(self) -> Self:
+        kind = load_class(self.module).Settings
+        try:
+            self._settings = kind.model_validate({"name": name_of(kind), **self.args})
+        except ValidationError as error:
+            lines = (
+                f"args.{'.'.join(map(str, line['loc']))}: {line['msg']}" for line in error.errors()
+            )
+            raise ValueError(f"{self.module}: {'; '.join(lines)}") from error
+        return self
+
+    def resolved(self) -> ObjectiveSettings:
+        return self._settings
+
+    def singles(self) -> tuple[SingleSettings, ...]:
+        return self._settings.singles()
+
+    def columns(self) -> tuple[str, ...]:
+        return self._settings.columns()
+
+    def positives_field(self) -> str | None:
+        return self._settings.positives_field()
+
+    def vectors(self) -> dict[str, VectorSettings]:
+        return self._settings.vectors()
+
+    def momentum_tower(self) -> float | None:
+        return self._settings.momentum_tower()
+
+    def user_modules(self) -> tuple[str, ...]:
+        return (self.module,)
+
+    def for_any_device(self) -> ObjectiveSettings:
+        return self._settings.for_any_device()
+
+    def check(self, config: Config) -> None:
+        self._settings.check(config)

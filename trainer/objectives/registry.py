@@ -1,0 +1,97 @@
+"""The registry of objectives: every module of this folder that registers a class is known."""
+
+from __future__ import annotations
+
+import difflib
+import pkgutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+from gigabatch.trainer.objectives.base import Objective
+from gigabatch.trainer.objectives.settings import ObjectiveSettings
+
+OBJECTIVES: dict[str, type[Objective[Any]]] = {}
+"""Name -> class: the default first, then by name."""
+_CLASSES: dict[type[ObjectiveSettings], type[Objective[Any]]] = {}
+DEFAULT = "infonce"
+_NEEDS_ALL_OTHERS = "sum"
+
+O = TypeVar("O", bound=type[Objective[Any]])  # noqa: E741
+
+
+def register(cls: O) -> O:
+    """Class decorator: make an objective known under the name of its settings.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    name = name_of(cls.Settings)
+    if name in OBJECTIVES:
+        raise ValueError(f"two objectives are called {name!r}: {OBJECTIVES[name]} and {cls}")
+    OBJECTIVES[name] = _CLASSES[cls.Settings] = cls
+    return cls
+
+
+def class_of(settings: ObjectiveSettings) -> type[Objective[Any]]:
+    """Return the class that these settings describe."""
+    return _CLASSES[type(settings.resolved())]
+
+
+def build(
+    settings: ObjectiveSettings, *, group: str | None = None, width: int = 0
+) -> Objective[Any]:
+    """Create an objective on the CPU. See `Objective.build` for the arguments."""
+    return class_of(settings).build(settings.resolved(), group=group, width=width)
+
+
+def load_class(path: str) -> type[Objective[Any]]:
+    """Import a user's objective, `package.mod:Class`.
+
+    Raises:
+        ValueError: If there is no such class, or it is not an objective.
+    """
+    module, _, name = path.partition(":")
+    try:
+        cls = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f"{path!r} cannot be imported: {error}. Install the package, or add its folder to "
+            "PYTHONPATH"
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise ValueError(
+            f"{path!r} is not a subclass of gigabatch.trainer.objectives.base.Objective"
+        )
+    _CLASSES[cls.Settings] = cls
+    return cls
+
+
+def name_of(settings: type[ObjectiveSettings]) -> str:
+    """Return the name that selects an objective in a config: `name: Literal["..."]`."""
+    (name,) = get_args(settings.model_fields["name"].annotation)
+    return str(name)
+
+
+def discover() -> None:
+    """Import every module of this folder, which registers its objectives."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if module.name != _NEEDS_ALL_OTHERS:
+            import_module(f"{__package__}.{module.name}")
+    import_module(f"{__package__}.{_NEEDS_ALL_OTHERS}")
+    # Some modules import others, so the order of registration is not that of the names.
+    by_name = sorted(OBJECTIVES.items(), key=lambda item: (item[0] != DEFAULT, item[0]))
+    OBJECTIVES.clear()
+    OBJECTIVES.update(by_name)
+
+
+def suggest(name: str) -> str | None:
+    """Return the objective that `name` probably means: by an alias, else by spelling."""
+    names = {known: known for known in OBJECTIVES}
+    for known, kind in OBJECTIVES.items():
+        names |= dict.fromkeys(kind.card.aliases, known)
+    wanted = name.lower().replace("-", "_")
+    if wanted in names:
+        return names[wanted]
+    close = difflib.get_close_matches(wanted, names, 1, 0.6)
+    return names[close[0]] if close else None
