@@ -175,7 +175,13 @@ class Ring(KeySource):
     their block; each rank adds its share, until they are back at the owner. Blocks arrive in
     another order on each rank, so sums round differently than under `Gather`; two runs agree.
 
-    Args and errors: as `Gather`.
+    Args:
+        k: [n, ...] this rank's keys; n may differ between ranks.
+        metadata: This rank's columns [n, ...], which travel too.
+        group: Process group.
+
+    Raises:
+        ValueError: on every rank, if dtypes or trailing shapes differ between ranks.
     """
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor], group: dist.ProcessGroup) -> None:

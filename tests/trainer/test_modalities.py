@@ -215,7 +215,7 @@ def test_invalid_extra_towers_raise(tmp_path: Path) -> None:
         ([taps], "there is no tower 'numbers'; the towers are image, text"),
         (["towers.more.sample={kind: vector, size: 2}"], "'sample' is a reserved name"),
         (["towers.more.Loud={kind: vector, size: 2}"], "towers.more.Loud"),
-        (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: Field required"),
+        (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: is missing"),
         ([NUMBERS, "towers.more.numbers.siez=4", taps], "towers.more.numbers.siez"),
         ([NUMBERS, "towers.more.numbers.std=[1, 2]", taps], "std: 2 numbers for a vector of size"),
         ([NUMBERS, taps, "objective.positives=numbers"], "rename the tower"),
