@@ -18,7 +18,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ("overrides", "words"),
     [
         (["train.stpes=3"], "Did you mean train.steps?"),
-        (["batch.micro_size=5"], "cannot be cut"),
+        (["batch.micro_size=5"], "cannot be split"),
         (["data.root=/no/such/folder"], "data.root: /no/such/folder is not a folder"),
         (["data.root=demo:birds"], "demo:glyphs"),
         (["data.train=nothing"], "nothing: is not a folder"),

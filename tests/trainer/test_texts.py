@@ -169,7 +169,7 @@ def test_invalid_extra_texts_raise(pairs: Path) -> None:
         ([more % "share: image"], "towers.more.query.share"),
         ([more % "tower: {kind: conv, widht: 3}"], "towers.more.query.tower.widht"),
         (["towers.more.query.length=21"], "at most data.text.length=20 tokens"),
-        (["objective={name: supcon, taps: [query, query@1]}"], "the tower of the text must be"),
+        (["objective={name: supcon, taps: [query, query@1]}"], "the text tower must exist"),
         (["train.init_from=x", "train.init_parts=[query]"], "no such tower; it has text"),
     ):
         with pytest.raises(GigabatchError) as refused:
