@@ -29,7 +29,7 @@ OBJECTIVE_BLOCKS = re.findall(r"```yaml\n(.*?)```", (DOCS / "objectives.md").rea
 STYLE = (ROOT / "CONTRIBUTING.md").read_text()
 AMBIGUOUS = {"plain", "ours", "deal", "cut", "spread", "bar", "starts"}
 """Words of the style table that are right in another sense."""
-OLD_PAGES = ("engine.md", "evaluation.md", "operations.md")
+OLD_PAGES = ("evaluation.md", "operations.md")
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
