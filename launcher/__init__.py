@@ -1,1 +1,1 @@
-"""How a run starts: the command line, Ray, torchrun, this process."""
+"""Starting and supervising runs: command line, checks, Ray, torchrun, inline."""

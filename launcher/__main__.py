@@ -1,4 +1,4 @@
-"""`python -m gigabatch.launcher` is the command line."""
+"""Command line as a module: `python -m gigabatch.launcher`."""
 
 from gigabatch.launcher.cli.app import main
 

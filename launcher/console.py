@@ -1,7 +1,7 @@
-"""What the person at the terminal sees: the lines of train.log as they come.
+"""Terminal view of a run: prints the lines of train.log as workers write them.
 
-Workers write train.log, wherever they run; this end only reads it. On a terminal a progress line
-replaces the one before; elsewhere every line is printed.
+Workers write train.log on whichever machine they run; the starting process only reads it. On a
+terminal each progress line replaces the previous one; elsewhere every line is printed.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from types import TracebackType
 from gigabatch.launcher.output import write
 from gigabatch.trainer.monitoring.metrics import PROGRESS
 
-_STAMP = len("2026-01-01 00:00:00 I ")
-POLL = 0.2  # seconds
+_STAMP_LENGTH = len("2026-01-01 00:00:00 I ")
+POLL_S = 0.2
 
 
 class Console:
-    """Follows a train.log from its present end until the `with` block is left."""
+    """Prints what is appended to a train.log until the `with` block ends."""
 
     def __init__(self, log: Path) -> None:
         self.log = log
         self.position = log.stat().st_size if log.exists() else 0
-        self.live = sys.stdout.isatty()
-        self.rest, self.pending = "", False
+        self.is_terminal = sys.stdout.isatty()
+        self.incomplete_line = ""
+        self.on_progress_line = False
         self.done = threading.Event()
-        self.thread = threading.Thread(target=self._follow, name="console", daemon=True)
+        self.thread = threading.Thread(target=self._poll, name="console", daemon=True)
 
     def __enter__(self) -> Console:
         self.thread.start()
@@ -44,14 +45,14 @@ class Console:
         self.thread.join(timeout=5)
 
     def say(self, text: str) -> None:
-        """A message of the starting process itself."""
+        """Print a message of the starting process itself."""
         self._show(text)
 
-    def _follow(self) -> None:
-        while not self.done.wait(POLL):
+    def _poll(self) -> None:
+        while not self.done.wait(POLL_S):
             self._read()
         self._read()
-        if self.pending:
+        if self.on_progress_line:
             write("\n")
 
     def _read(self) -> None:
@@ -62,17 +63,17 @@ class Console:
                 self.position = file.tell()
         except FileNotFoundError:
             return
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, self.incomplete_line = (self.incomplete_line + text).split("\n")
         for line in lines:
-            self._show(line[_STAMP:] if line[:2] == "20" else line)
+            self._show(line[_STAMP_LENGTH:] if line[:2] == "20" else line)
 
     def _show(self, line: str) -> None:
-        if not self.live:
+        if not self.is_terminal:
             write(line + "\n")
             return
-        progress = line.startswith(PROGRESS)
-        if progress:
+        is_progress = line.startswith(PROGRESS)
+        if is_progress:
             line = line[: shutil.get_terminal_size().columns - 1]
-        clear = "\r\x1b[K" if self.pending else ""
-        write(f"{clear}{line}" + ("" if progress else "\n"))
-        self.pending = progress
+        clear = "\r\x1b[K" if self.on_progress_line else ""
+        write(f"{clear}{line}" + ("" if is_progress else "\n"))
+        self.on_progress_line = is_progress

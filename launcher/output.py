@@ -1,4 +1,4 @@
-"""Writing to the terminal. Imports nothing heavy: short commands use it too."""
+"""Writing to the terminal. Imports nothing heavy, because short commands use it too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def write(text: str) -> None:
-    """To stdout, or nowhere once its reader has gone (such as `| head`): the run goes on."""
+    """Write to stdout; discard it if its reader has gone (as in `| head`), so the run continues."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -16,8 +16,11 @@ def write(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """To stderr, or nowhere once its reader has gone (Ctrl-C ends a `2>&1 | tee` too): what
-    follows, a checkpoint or the end, matters more."""
+    """Write to stderr; discard it if its reader has gone.
+
+    Ctrl-C in `gigabatch train ... 2>&1 | tee log` also ends tee. The checkpoint that follows must
+    not fail because of that.
+    """
     try:
         print(text, file=sys.stderr, flush=True)
     except OSError:

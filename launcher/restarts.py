@@ -1,8 +1,8 @@
-"""Starting failed workers again: patiently, and for as long as the run gets on.
+"""Restarts of failed workers: repeated while the run makes progress, delayed while it does not.
 
-The launcher below (Ray Train, torchrun) starts a failed group again a fixed number of times. A run
-of weeks meets more faults than that; one that cannot work should not be tried for ever. So the
-count begins anew with each new checkpoint, and without one each start waits longer.
+Ray Train and torchrun restart a failed group a fixed number of times, which a run of weeks can use
+up. Here the count starts again after each new checkpoint, and attempts without a new checkpoint
+wait longer and longer.
 """
 
 from __future__ import annotations
@@ -18,38 +18,54 @@ log = logging.getLogger(__name__)
 LONGEST_WAIT_S = 60.0
 
 
-def while_it_gets_on(run: RunFolder, limit: int, start: Callable[[], None]) -> None:
-    """Call `start`, which starts the workers and restarts them `limit` times, and call it again
-    where they failed in the end, but with a newer checkpoint than before."""
+def retry_while_progressing(run: RunFolder, limit: int, start: Callable[[], None]) -> None:
+    """Call `start` again for as long as each call leaves a new checkpoint.
+
+    Args:
+        run: Run folder whose checkpoints show progress.
+        limit: How often `start` itself restarts its workers; 0 means that nothing is retried.
+        start: Starts the workers and returns when they have finished, stopped or failed.
+    """
     while True:
         before = run.steps_saved()[-1:]
         start()
         after = run.steps_saved()[-1:]
         if limit == 0 or run.is_over() or after <= before:
             return
-        log.warning("the workers failed, after a new checkpoint (step %d): starting again", *after)
+        log.warning("the workers failed after saving step %d: restarting them", *after)
 
 
 def wait_for_turn(run: RunFolder, first: int) -> None:
-    """Before a rank 0 trains: 1, 2, 4, ... seconds after each attempt that failed without a new
-    checkpoint, of those after attempt `first`. A stop that is asked for ends the wait."""
-    in_vain = attempts_in_vain(run, first)
-    if in_vain == 0 or os.environ.get("RANK", "0") != "0":
+    """Delay rank 0 by 1, 2, 4, ... seconds after attempts that left no new checkpoint.
+
+    A requested stop ends the wait.
+
+    Args:
+        run: Run folder.
+        first: Attempts with a higher number than this count.
+    """
+    failed = failed_attempts(run, first)
+    if failed == 0 or os.environ.get("RANK", "0") != "0":
         return
-    wait = min(2.0 ** (in_vain - 1), LONGEST_WAIT_S)
-    log.warning("the last %d starts left no new checkpoint: waiting %.0f s", in_vain, wait)
+    wait = min(2.0 ** (failed - 1), LONGEST_WAIT_S)
+    log.warning(
+        "%d attempt%s without a new checkpoint; retrying in %.0f s",
+        failed, "s" * (failed > 1), wait,
+    )  # fmt: skip
     until = time.monotonic() + wait
     while time.monotonic() < until and not run.stop_requested():
         time.sleep(0.1)
 
 
-def attempts_in_vain(run: RunFolder, first: int) -> int:
-    """How many of the last attempts, after number `first`, began at the newest checkpoint: they
-    ended without another."""
+def failed_attempts(run: RunFolder, first: int) -> int:
+    """Count the latest attempts after number `first` that started from the newest checkpoint.
+
+    Those attempts ended without saving another one.
+    """
     newest = (run.steps_saved() or [0])[-1]
     count = 0
     for number in range(run.attempts(), first, -1):
-        # Killed, or out of room, as it began: in vain too.
+        # An attempt killed while it started may have no record of its checkpoint: it counts too.
         if run.attempt(number).get("saved", newest) != newest:
             break
         count += 1

@@ -1,6 +1,8 @@
-"""Ctrl-C, SIGTERM and the notices of preemption ask for a clean end: finish the step, save, leave.
+"""Signal handling: Ctrl-C, SIGTERM and preemption notices request a graceful stop.
 
-Slurm sends what `--signal=B:USR1@120` says, others SIGTERM; all but Ctrl-C mean: start it again.
+A graceful stop finishes the step, saves a checkpoint and exits. Slurm sends the signal named by
+`--signal=B:USR1@120`, other schedulers SIGTERM. After any of them but Ctrl-C the exit code asks for
+a restart.
 """
 
 from __future__ import annotations
@@ -22,7 +24,12 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class StopRequest:
-    """Whether a signal has come, and which. `overdue`: the time given for a clean end is over."""
+    """The signal that requested a stop, if any.
+
+    Attributes:
+        signal: Number of the first signal received; None before it.
+        overdue: True once the time for a graceful stop has passed.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -38,19 +45,21 @@ class StopRequest:
 
 @contextmanager
 def abort_on_interrupt() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt inside, as ever; and again at the end of the block where
-    some library has swallowed it."""
-    came = False
+    """Raise KeyboardInterrupt on Ctrl-C inside the block.
+
+    It is raised again at the end of the block, in case a library swallowed it.
+    """
+    interrupted = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        came = True
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGINT, handle)
     try:
         yield
-        if came:
+        if interrupted:
             raise KeyboardInterrupt
     finally:
         signal.signal(signal.SIGINT, before)
@@ -58,26 +67,31 @@ def abort_on_interrupt() -> Iterator[None]:
 
 @contextmanager
 def stop_on_signals(
-    grace: float, leave: Callable[[StopRequest], None], also: Callable[[], None] = lambda: None
+    grace: float,
+    leave: Callable[[StopRequest], None],
+    on_request: Callable[[], None] = lambda: None,
 ) -> Iterator[StopRequest]:
-    """A StopRequest that STOPPING signals set; `also` is called once. Ctrl-C after that aborts.
+    """Yield a StopRequest that the signals in STOPPING set. A later Ctrl-C aborts.
 
-    Where the block has not ended `grace` seconds later, `leave` is called, in a thread: the main
-    one may be in a step that never ends.
+    Args:
+        grace: Seconds for a graceful stop.
+        leave: Called if the block has not ended `grace` seconds after the first signal. Runs in
+            another thread, because the main thread may be in a step that never ends.
+        on_request: Called once, with the first signal.
     """
     request = StopRequest()
-    timer = threading.Timer(grace, lambda: _give_up(request, leave))
+    timer = threading.Timer(grace, lambda: _leave_overdue(request, leave))
     timer.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
             if number == signal.SIGINT:
                 raise KeyboardInterrupt
-            return  # schedulers repeat themselves
+            return  # schedulers repeat their signals
         request.signal = number
         timer.start()
-        also()
-        complain("\nstopping after this step, with a checkpoint (Ctrl-C: abort at once)")
+        on_request()
+        complain("\nstopping after this step, with a checkpoint (Ctrl-C: abort now)")
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
@@ -88,11 +102,11 @@ def stop_on_signals(
             signal.signal(number, handler)
 
 
-def _give_up(request: StopRequest, leave: Callable[[StopRequest], None]) -> None:
+def _leave_overdue(request: StopRequest, leave: Callable[[StopRequest], None]) -> None:
     request.overdue = True
     leave(request)
 
 
 def interrupt_main(request: StopRequest) -> None:
-    """Raise KeyboardInterrupt in the main thread, which is waiting for others."""
+    """Raise KeyboardInterrupt in the main thread, which waits for other processes."""
     os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A rank's place in the world from Slurm's own variables: `srun gigabatch train ...`."""
+"""Slurm integration: rank and world size of `srun gigabatch train ...` from Slurm's variables."""
 
 from __future__ import annotations
 
@@ -8,39 +8,49 @@ from collections.abc import Iterator, MutableMapping
 
 from gigabatch.data.errors import GigabatchError
 
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below those that systems hand out by themselves
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below the range from which systems assign ports
 
 
 def join_slurm_step(environment: MutableMapping[str, str] = os.environ) -> bool:
-    """Where this process is one of several tasks of an `srun` and has no RANK, set RANK,
-    LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; whether it did.
+    """Set the distributed variables of one task of a multi-task `srun`.
 
-    A batch script is left alone, as is a single task: they start workers. Slurm names a batch
-    script's own process task 0 of all tasks, but gives it no step. Raises GigabatchError.
+    Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. A batch script and a single
+    task stay unchanged, because they start workers themselves. (Slurm calls the process of a batch
+    script task 0 of all tasks, but gives it no step ID.)
+
+    Args:
+        environment: Variables to read and to change.
+
+    Returns:
+        True if the variables were set.
+
+    Raises:
+        GigabatchError: if Slurm's list of hosts cannot be parsed.
     """
     if "RANK" in environment or "SLURM_STEP_ID" not in environment:
         return False
-    known = environment.get
-    size = known("SLURM_STEP_NUM_TASKS") or known("SLURM_NTASKS", "1")
-    rank, local = known("SLURM_PROCID"), known("SLURM_LOCALID")
-    if size == "1" or rank is None or local is None:
+    get = environment.get
+    size = get("SLURM_STEP_NUM_TASKS") or get("SLURM_NTASKS", "1")
+    rank, local_rank = get("SLURM_PROCID"), get("SLURM_LOCALID")
+    if size == "1" or rank is None or local_rank is None:
         return False
-    hosts = known("SLURM_STEP_NODELIST") or known("SLURM_JOB_NODELIST", "")
-    found = {"RANK": rank, "LOCAL_RANK": local, "WORLD_SIZE": size}
+    hosts = get("SLURM_STEP_NODELIST") or get("SLURM_JOB_NODELIST", "")
+    variables = {"RANK": rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": size}
     if "MASTER_ADDR" not in environment:
-        found["MASTER_ADDR"] = expand_hosts(hosts)[0]
+        variables["MASTER_ADDR"] = expand_hosts(hosts)[0]
     if "MASTER_PORT" not in environment:
-        # The same for all tasks of a step, another for the next step of the job.
-        number = int(known("SLURM_JOB_ID", "0")) * 16 + int(environment["SLURM_STEP_ID"])
-        found["MASTER_PORT"] = str(_FIRST_PORT + number % _PORTS)
-    environment.update(found)
+        # All tasks of a step compute the same port; the job's next step gets a different one.
+        number = int(get("SLURM_JOB_ID", "0")) * 16 + int(environment["SLURM_STEP_ID"])
+        variables["MASTER_PORT"] = str(_FIRST_PORT + number % _PORTS)
+    environment.update(variables)
     return True
 
 
 def expand_hosts(text: str) -> list[str]:
-    """The hosts of a Slurm list such as `login,node[01-03,7]-ib`, in order.
+    """Expand a Slurm host list such as `login,node[01-03,7]-ib`, in order.
 
-    Raises GigabatchError where it is not one.
+    Raises:
+        GigabatchError: if the text is not a host list.
     """
     hosts = [host for entry in _entries(text) for host in _expand(entry)]
     if not hosts:
@@ -57,19 +67,20 @@ def _entries(text: str) -> list[str]:
 
 
 def _expand(entry: str) -> Iterator[str]:
+    """Yield the hosts of one entry; brackets may occur several times."""
     head, bracket, rest = entry.partition("[")
     if not bracket:
         yield head
         return
     ranges, _, tail = rest.partition("]")
-    for each in ranges.split(","):
-        found = re.fullmatch(r"(\d+)(?:-(\d+))?", each)
-        if not found:
+    for text in ranges.split(","):
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        if not match:
             raise _not_a_list(entry)
-        first, last = found[1], found[2] or found[1]
+        first, last = match[1], match[2] or match[1]
         for number in range(int(first), int(last) + 1):
-            for end in _expand(tail):
-                yield f"{head}{number:0{len(first)}d}{end}"
+            for suffix in _expand(tail):
+                yield f"{head}{number:0{len(first)}d}{suffix}"
 
 
 def _not_a_list(text: str) -> GigabatchError:

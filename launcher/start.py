@@ -1,4 +1,4 @@
-"""Starting and resuming runs: everything that can be wrong is found before a worker starts."""
+"""Starting and resuming runs: every check that can fail is made before a worker starts."""
 
 from __future__ import annotations
 
@@ -43,16 +43,14 @@ from gigabatch.trainer.config.load import (
 )
 from gigabatch.trainer.distributed import join_world, leave
 from gigabatch.trainer.init_from import pin_init_from
-from gigabatch.trainer.inputs import (
-    make_tokenizer,
-)
+from gigabatch.trainer.inputs import make_tokenizer
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.run.create import create_run, refuse_taken_name
+from gigabatch.trainer.run.create import create_run, refuse_taken_name, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-Opened = Callable[[], AbstractContextManager[RunFolder]]
-"""Prepares a run and holds it."""
+OpenRun = Callable[[], AbstractContextManager[RunFolder]]
+"""Prepares a run folder and holds its lock."""
 
 FREE_ON_RESUME = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
@@ -60,17 +58,28 @@ FREE_ON_RESUME = (
     "run.dir", "train.zero_stage", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
     "train.hang_timeout_s",
 )  # fmt: skip
-"""Keys that may change on resume without `--allow`: they leave the training itself as it was."""
+"""Keys that may change on resume without `--allow`: they do not change the training."""
 
 
 def start_run(config_path: Path, overrides: Sequence[str]) -> int:
-    """Train a new run; the exit code. Under torchrun, called on every rank."""
+    """Train a new run. Under torchrun, every rank calls this.
+
+    Args:
+        config_path: YAML file; its name begins the name of the run folder.
+        overrides: Strings `key=value`.
+
+    Returns:
+        Exit code: 0 finished, 75 or 130 stopped by a signal.
+
+    Raises:
+        GigabatchError: for a user error, or if the workers failed.
+    """
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
         raise GigabatchError(
-            "torchrun started `train` again, which would begin another run. Use `torchrun ... "
+            "torchrun restarted `train`, which would start a second run. Use `torchrun ... "
             "-m gigabatch.launcher resume RUN`, or let cluster.launcher=torchrun restart it."
         )
-    config = load_config(config_path, [*overrides, *_own_world()])
+    config = load_config(config_path, [*overrides, *_world_overrides()])
 
     @contextmanager
     def new_run() -> Iterator[RunFolder]:
@@ -82,13 +91,24 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
 
 
 def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Go on with a run from its newest sound checkpoint; the exit code. Under torchrun, called
-    on every rank."""
-    config = resumed_config(run, [*overrides, *_own_world()], allow)
+    """Continue a run from its newest valid checkpoint. Under torchrun, every rank calls this.
+
+    Args:
+        run: Run folder.
+        overrides: Strings `key=value`.
+        allow: Keys that may change although they change the training; `data` for the shards.
+
+    Returns:
+        Exit code, as of `start_run`.
+
+    Raises:
+        GigabatchError: for a user error, or if the workers failed.
+    """
+    config = resumed_config(run, [*overrides, *_world_overrides()], allow)
 
     @contextmanager
     def old_run() -> Iterator[RunFolder]:
-        with run.lock():  # first of all: nothing of a run that is being trained may be touched
+        with run.lock():  # before anything else: a run that trains now must not be changed
             reopen_run(run, config, allow)
             yield run
 
@@ -96,47 +116,66 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
 
 
 def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Go on with a run from its copies at `url`: its folder in `run.dir` is fetched where it is
-    gone, and given the newest checkpoint where that is not as new. The exit code."""
-    place = open_copy(url)
-    old = place.url + "/config.yaml"
-    config = _resumed(copied_config(place), old, [*overrides, *_own_world()], allow)
-    run = RunFolder(config.run.dir / place.url.rpartition("/")[2])
+    """Continue a run from the copies of its checkpoints.
+
+    Downloads the run folder into `run.dir` if it is missing, or the newest checkpoint if the folder
+    has only older ones.
+
+    Args:
+        url: URL of the copies, `checkpoint.copy_to`/NAME.
+        overrides: Strings `key=value`.
+        allow: Keys that may change although they change the training; `data` for the shards.
+
+    Returns:
+        Exit code, as of `start_run`.
+
+    Raises:
+        GigabatchError: for a user error, or if the workers failed.
+    """
+    remote = open_copy(url)
+    name = remote.url + "/config.yaml"
+    overrides = [*overrides, *_world_overrides()]
+    config = _resumed(copied_config(remote), name, overrides, allow)
+    run = RunFolder(config.run.dir / remote.url.rpartition("/")[2])
 
     @contextmanager
     def copied_run() -> Iterator[RunFolder]:
         is_here = (run.path / "config.yaml").exists()
         if not is_here:
-            fetch_run(place, run)
+            fetch_run(remote, run)
         with run.lock():
             if is_here:
-                fetch_newer(place, run)
+                fetch_newer(remote, run)
             reopen_run(run, config, allow)
             yield run
 
     return _start(copied_run, config)
 
 
-def _own_world() -> list[str]:
-    """Where the user called torchrun or srun, its world is the run's, whatever the config says."""
+def _world_overrides() -> list[str]:
+    """Under the user's own torchrun or srun, the number of workers is theirs."""
     join_slurm_step()
     if "RANK" not in os.environ:
         return []
     return ["cluster.launcher=torchrun", f"cluster.workers={os.environ['WORLD_SIZE']}"]
 
 
-def _start(opened: Opened, config: Config) -> int:
+def _start(open_run: OpenRun, config: Config) -> int:
     if "RANK" in os.environ:
-        _as_rank(opened, config)
+        _exit_as_rank(open_run, config)
     with ExitStack() as stack:
         with abort_on_interrupt():
-            run = stack.enter_context(opened())
+            run = stack.enter_context(open_run())
         return _launch(run)
 
 
 def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> Config:
-    """The run's config with overrides. Raises GigabatchError, with a diff, where they would
-    change the training and `allow` does not name the key."""
+    """Return the run's config with overrides.
+
+    Raises:
+        GigabatchError: with a diff, if they would change the training and `allow` does not name
+            the key.
+    """
     path = run.path / "config.yaml"
     return _resumed(read_config(path), str(path), overrides, allow)
 
@@ -144,6 +183,11 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[str]) -> Config:
     old = parse_config(text, where)
     new = resolve(parse_config(text, where, overrides))
+    if new.train.epochs is not None:
+        raise GigabatchError(
+            f"{where}: train.epochs sets the length of a new run. To change the length of this one "
+            f"({old.train.steps} steps), set train.steps=N --allow train.steps."
+        )
     changed = differences(old, new)
     refused = {
         key: values
@@ -154,76 +198,85 @@ def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[st
         diff = "\n".join(f"  {key}: {a!r} -> {b!r}" for key, (a, b) in refused.items())
         allows = " ".join(f"--allow {key}" for key in refused)
         raise GigabatchError(
-            f"{where}: resuming with a changed config would make it another run:\n{diff}\n"
-            f"Leave these as they were, start a new run, or say {allows}."
+            f"{where}: these changes would make it a different run:\n{diff}\n"
+            f"Keep the old values, start a new run, or add {allows}."
         )
     return new
 
 
 def prepare_run(config: Config, stem: str) -> RunFolder:
-    """The folder of a new run, with all that its workers need; `stem` begins the name where
-    `run.name` is unset. Raises GigabatchError for whatever would make the run fail."""
+    """Create the folder of a new run, with everything that its workers need.
+
+    Args:
+        config: Resolved config.
+        stem: Begins the run's name if `run.name` is unset.
+
+    Raises:
+        GigabatchError: for anything that would make the run fail.
+    """
     refuse_taken_name(config)
     refuse_unfit(config, log.warning)
     refuse_taken(config)
     config = pin_init_from(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
+    config = resolve_epochs(config, len(data))
     tokenizer = make_tokenizer(config, data)
     run = create_run(config, stem, partial(is_taken, config.checkpoint))
     tokenizer.save(str(run.tokenizer))
     run.write_data_digest(data.digest)
-    if place := remote_run(config.checkpoint, run.path.name):
-        place.claim(run)
+    if remote := remote_run(config.checkpoint, run.path.name):
+        remote.claim(run)
     return run
 
 
 def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
-    """Make the folder of a run that is held ready to go on. Raises GigabatchError."""
+    """Prepare a run folder whose lock is held for more training. Raises GigabatchError."""
     newest = latest_checkpoint(run)
     last = config.train.steps
     if newest and newest.step > last:
         raise GigabatchError(
-            f"{run.path}: train.steps={last} is less than the {newest.step} steps already done."
+            f"{run.path}: train.steps={last} is less than the {newest.step} steps already trained."
         )
-    place = copies_of(run, config.checkpoint)
-    uncopied = place is not None and newest is not None and newest.step not in place.steps()
-    evaluated = run.evaluated(last) or not config.eval.sets
-    if newest and newest.step == last and evaluated and not uncopied:
+    remote = copies_of(run, config.checkpoint)
+    is_copied = remote is None or newest is None or newest.step in remote.steps()
+    is_evaluated = run.evaluated(last) or not config.eval.sets
+    if newest and newest.step == last and is_evaluated and is_copied:
         raise GigabatchError(
             f"{run.path}: the run is finished ({last} steps). To train longer: train.steps=N "
-            "--allow train.steps. To measure another set: gigabatch eval."
+            "--allow train.steps. To evaluate another set: gigabatch eval."
         )
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     if newest and "data" not in allow and newest.state["data"] != data.digest:
         raise GigabatchError(
             f"{run.path}: the shards of {', '.join(i.source for i in data.indexes)} are not those "
-            "that the run was trained on "
-            "(their names, sizes, members or checksums differ). Restore them, or say --allow data."
+            "that the run was trained on (their names, sizes, members or checksums differ). "
+            "Restore them, or add --allow data."
         )
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
-        make_tokenizer(config, data).save(str(run.tokenizer))  # its making was cut off
-    if place:
-        take_over(place, run, newest.step if newest else 0)
+        make_tokenizer(config, data).save(str(run.tokenizer))  # the first start was interrupted
+    if remote:
+        take_over(remote, run, newest.step if newest else 0)
     run.clear_requests()
     run.write_data_digest(data.digest)
     run.write_config(config)
 
 
 def _launch(run: RunFolder) -> int:
+    """Run the workers, print their log, and return the exit code."""
     config = run.config()
-    inline = config.cluster.launcher == "inline"
-    late = partial(_leave_now, run) if inline else interrupt_main
+    is_inline = config.cluster.launcher == "inline"
+    leave_late = partial(_leave_now, run) if is_inline else interrupt_main
     with (
         Console(run.log) as console,
-        stop_on_signals(config.cluster.grace_s, late, run.request_stop) as stop,
+        stop_on_signals(config.cluster.grace_s, leave_late, run.request_stop) as stop,
     ):
-        console.say(f"run {_shown(run.path)}")
+        console.say(f"run {_relative(run.path)}")
         try:
-            _workers(run, config, stop, console)
+            _run_workers(run, config, stop, console)
         except KeyboardInterrupt:
             if not stop.overdue:
                 raise
@@ -232,15 +285,15 @@ def _launch(run: RunFolder) -> int:
     if run.is_finished():
         return 0
     if run.stopped() and not stop.overdue:
-        write(f"to go on: gigabatch resume {_shown(run.path)}\n")
+        write(f"to continue: gigabatch resume {_relative(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
         complain(too_late(run))
         return stop.exit_code
-    crash = run.crash() or "a worker was killed, or ended without a word"
+    crash = run.crash() or "a worker was killed, or ended without an error message"
     raise GigabatchError(
         f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
-        f"`gigabatch resume {run.path}` goes on from the last checkpoint."
+        f"`gigabatch resume {run.path}` continues from the last checkpoint."
     )
 
 
@@ -250,18 +303,21 @@ def _leave_now(run: RunFolder, stop: StopRequest) -> None:
 
 
 def too_late(run: RunFolder) -> str:
-    """What to say where the time for a clean end is over."""
+    """Return the message for a stop that took longer than `cluster.grace_s`."""
     saved = run.steps_saved()
     last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
-    late = "its copy was" if run.stopped() else "the step in progress and its checkpoint were"
+    unfinished = (
+        "the copy of the checkpoint was" if run.stopped()
+        else "the current step and its checkpoint were"
+    )  # fmt: skip
     return (
-        f"gigabatch: {late} not done within "
-        f"cluster.grace_s={run.config().cluster.grace_s:g} s; left with {last}.\n"
-        f"to go on: gigabatch resume {_shown(run.path)}"
+        f"gigabatch: {unfinished} not finished within "
+        f"cluster.grace_s={run.config().cluster.grace_s:g} s; the run has {last}.\n"
+        f"to continue: gigabatch resume {_relative(run.path)}"
     )
 
 
-def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> None:
+def _run_workers(run: RunFolder, config: Config, stop: StopRequest, console: Console) -> None:
     match config.cluster.launcher:
         case "inline":
             os.environ.update(config.cluster.env)
@@ -271,48 +327,48 @@ def _workers(run: RunFolder, config: Config, stop: StopRequest, console: Console
         case "ray":
             from gigabatch.launcher.cluster.workers import run_ray
 
-            console.say(f"starting Ray with {_how_many(config)}")
+            console.say(f"starting Ray with {_worker_range(config)}")
             run_ray(run)
 
 
-def _how_many(config: Config) -> str:
+def _worker_range(config: Config) -> str:
     least, most = config.cluster.least, config.cluster.most
     return f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
 
 
-def _shown(path: Path) -> Path:
-    """A path as the user would type it: relative where it lies below the working directory."""
+def _relative(path: Path) -> Path:
+    """Return a path as the user would type it: relative if it is below the working directory."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
-def _as_rank(opened: Opened, config: Config) -> NoReturn:
-    """This process is a rank already, of the user's torchrun or srun."""
+def _exit_as_rank(open_run: OpenRun, config: Config) -> NoReturn:
+    """Train in this process, a rank of the user's own torchrun or srun; then exit."""
     try:
-        code = _train_as_rank(opened, config)
+        code = _train_as_rank(open_run, config)
     except GigabatchError as error:
         complain(f"gigabatch: {error}")
         code = 2
-    leave(code)  # also after an error, whose code a teardown that aborts would hide
+    leave(code)  # also after an error: an aborting teardown would hide the exit code
 
 
-def _train_as_rank(opened: Opened, config: Config) -> int:
-    """Rank 0 prepares for all; the exit code."""
+def _train_as_rank(open_run: OpenRun, config: Config) -> int:
+    """Let rank 0 prepare the run for all ranks, train, and return the exit code."""
     os.environ.update(config.cluster.env)
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
-        made: tuple[str, str] | None = None
+        outcome: tuple[str, str] | None = None
         if world.is_main:
             try:
-                made = ("run", str(stack.enter_context(opened()).path))
+                outcome = ("run", str(stack.enter_context(open_run()).path))
             except GigabatchError as error:
-                made = ("error", str(error))
-        kind, text = world.share(made)
+                outcome = ("error", str(error))
+        kind, text = world.share(outcome)
         if kind == "error":
             raise GigabatchError(text)
         run = RunFolder(Path(text))
         if world.is_main:
             console = stack.enter_context(Console(run.log))
-            console.say(f"run {_shown(run.path)}")
+            console.say(f"run {_relative(run.path)}")
         grace = run.config().cluster.grace_s
         stop = stack.enter_context(stop_on_signals(grace, partial(_leave_now, run)))
         return 0 if run_training(run, stop) else stop.exit_code

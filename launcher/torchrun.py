@@ -1,4 +1,4 @@
-"""Workers on this machine under torch's own launcher."""
+"""Launcher `torchrun`: workers on this machine, started by PyTorch's own launcher."""
 
 from __future__ import annotations
 
@@ -8,20 +8,26 @@ import subprocess
 import sys
 
 from gigabatch.data.processes import exit_with_parent
-from gigabatch.launcher.restarts import while_it_gets_on
+from gigabatch.launcher.restarts import retry_while_progressing
 from gigabatch.trainer.run.folder import RunFolder
 
-GRACE = 30  # seconds for torchrun to end
-KILL_AFTER = "5"  # seconds from torchrun's SIGTERM to SIGKILL: a stopped worker hears only that
+EXIT_TIMEOUT_S = 30
+"""Seconds that torchrun has to exit after SIGTERM."""
+KILL_AFTER_S = "5"
+"""Seconds from torchrun's SIGTERM to SIGKILL: the only signal that ends a stopped worker."""
 
 
 def run_torchrun(run: RunFolder) -> None:
-    """Train with torch's own launcher on this machine. Workers hear of a stop through the run
-    folder, and leave there what went wrong. It ends with this process, however that ends."""
-    while_it_gets_on(run, run.config().cluster.max_restarts, lambda: _once(run))
+    """Train with torchrun on this machine.
+
+    Workers read a requested stop from the run folder and record errors there. torchrun ends when
+    this process ends, for whatever reason.
+    """
+    retry_while_progressing(run, run.config().cluster.max_restarts, lambda: _run_worker_group(run))
 
 
-def _once(run: RunFolder) -> None:
+def _run_worker_group(run: RunFolder) -> None:
+    """Start torchrun once and wait for it."""
     cluster = run.config().cluster
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -31,13 +37,13 @@ def _once(run: RunFolder) -> None:
     environment = {
         **os.environ,
         **cluster.worker_env,
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": KILL_AFTER,
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": KILL_AFTER_S,
     }
     with open(run.path / "workers.log", "ab") as output:
-        # Its own session: Ctrl-C reaches this process alone, which then asks for a clean stop.
+        # A separate session: Ctrl-C reaches only this process, which then requests a clean stop.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment,
-            start_new_session=True, preexec_fn=_as_a_child,
+            start_new_session=True, preexec_fn=_prepare_child,
         )  # fmt: skip
         try:
             process.wait()
@@ -45,12 +51,13 @@ def _once(run: RunFolder) -> None:
             if process.poll() is None:
                 process.terminate()
                 try:
-                    process.wait(GRACE)
+                    process.wait(EXIT_TIMEOUT_S)
                 except subprocess.TimeoutExpired:
                     os.killpg(process.pid, signal.SIGKILL)
 
 
-def _as_a_child() -> None:
+def _prepare_child() -> None:
+    """Make torchrun ignore preemption notices and end with its parent."""
     for notice in (signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(notice, signal.SIG_IGN)  # Slurm may send them to all processes of a step
     exit_with_parent(signal.SIGTERM)

@@ -1,5 +1,5 @@
-"""One rank: what a Ray worker calls, and `python -m gigabatch.launcher.worker RUN FIRST` in
-torchrun."""
+"""One rank: called by a Ray worker, or run by torchrun as
+`python -m gigabatch.launcher.worker RUN FIRST`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,15 @@ from gigabatch.trainer.run.folder import RunFolder, Superseded
 
 
 def work(run: RunFolder, first: int) -> None:
-    """Train as one rank, in a start of the workers after attempt number `first`. What goes wrong
-    is left in the run folder for whoever started them: a fault that the user must put right, after
-    which nobody starts them again, or the traceback of a crash. A stop comes through the run
-    folder too."""
+    """Train as one rank; record errors in the run folder for the starting process.
+
+    A user error is recorded as a failure, after which workers are not restarted; any other
+    exception is recorded with its traceback. A requested stop also arrives through the folder.
+
+    Args:
+        run: Run folder.
+        first: Number of the last attempt before this start of the workers.
+    """
     if run.failure() is not None:
         return
     wait_for_turn(run, first)
@@ -35,11 +40,12 @@ def work(run: RunFolder, first: int) -> None:
         raise
     except Exception:
         rank, host = os.environ.get("RANK", "0"), platform.node()
-        run.record_crash(f"rank {rank} on {host} was the first:\n{traceback.format_exc()}")
+        run.record_crash(f"rank {rank} on {host} failed first:\n{traceback.format_exc()}")
         raise
 
 
 if __name__ == "__main__":
-    exit_with_parent(signal.SIGKILL)  # torchrun's ranks are sessions of their own, and outlive it
+    # torchrun puts each rank into a new session, so ranks would outlive torchrun.
+    exit_with_parent(signal.SIGKILL)
     work(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
     leave(0)

@@ -25,6 +25,7 @@ from gigabatch.data.remote.places import is_remote
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
+from gigabatch.data.shards.pack_hint import pack_hint
 from gigabatch.data.shards.sources import SOURCE_COLUMN, UNKNOWN_CODE, indexed_codes
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
@@ -96,9 +97,12 @@ def data_root(config: Config) -> str:
     if root == glyphs.NAME:
         return str(glyphs.glyphs_root())
     if root.startswith("demo:"):
-        raise GigabatchError(f"data.root: there is no demo set {root!r}; use {glyphs.NAME}.")
-    if not is_remote(root) and not Path(root).is_dir():
-        raise GigabatchError(f"data.root: {root} is not a folder. Set it to a folder of shards.")
+        raise GigabatchError(f"data.root: {root!r} is not a demo set; there is {glyphs.NAME}.")
+    is_folder = is_remote(root) or Path(root).is_dir()
+    hint = None if Path(root).is_dir() else pack_hint(root)
+    if hint or not is_folder:
+        hint = hint or "Set it to the folder of shards."
+        raise GigabatchError(f"data.root: {root} is not a folder. {hint}")
     return root
 
 
@@ -130,6 +134,9 @@ def _locate(config: Config, path: str) -> str:
     if is_remote(path) or local.is_absolute():
         return path if is_remote(path) else str(local)
     root = data_root(config)
+    is_missing = not is_remote(root) and not (Path(root) / path).exists()
+    if is_missing and (hint := pack_hint(root)):
+        raise GigabatchError(f"data.root: {root} holds no {path}. {hint}")
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
 
 

@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.shards.pack_hint import SUFFIXES
 
 Row = dict[str, Any]
 RowBatch: TypeAlias = "list[Row] | pa.RecordBatch"
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 STORE_BYTES = 4 << 30
 """Maximum memory of a `RowStore`."""
 BATCH_ROWS = 1024

@@ -23,6 +23,7 @@ from gigabatch.data.shards.index_build import (
     manifest_name,
     scan_jobs,
 )
+from gigabatch.data.shards.pack_hint import pack_hint
 from gigabatch.data.shards.scan import IndexSettings
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,10 @@ def _shard_states(source: str) -> list[ShardState]:
         fix = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
         if any(path.parent.glob("*.tar")):
             fix = f"{path.parent} holds shards itself: to train on them, set data.train=. (a dot)."
+        fix = pack_hint(source) or fix
         raise GigabatchError(f"{source}: holds no .tar shard. {fix}")
+    if not os.path.isdir(source) and (hint := pack_hint(source)):
+        raise GigabatchError(f"{source}: {hint}")
     is_pattern = any(character in source for character in "*?[{")
     if not is_remote(source) and not os.path.exists(source) and not is_pattern:
         raise GigabatchError(

@@ -1,11 +1,14 @@
-"""The command line."""
+"""The command `gigabatch`: its verbs, its options and its exit codes.
+
+Modules that import torch are imported inside the verbs, after the paths were checked.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from pathlib import Path
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -13,14 +16,22 @@ from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.processes import ctrl_c_deferred
+from gigabatch.launcher.cli.arguments import (
+    ConfigPath,
+    OptionalConfigPath,
+    Overrides,
+    RunPath,
+    RunPathOrURL,
+)
 from gigabatch.launcher.cli.bench import bench
+from gigabatch.launcher.cli.config import config
 from gigabatch.launcher.cli.data import data
-from gigabatch.launcher.cli.eval import evaluate
+from gigabatch.launcher.cli.eval import EvalCommand, evaluate
 from gigabatch.launcher.cli.jobs import jobs, submit
 from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
 from gigabatch.launcher.cli.template import template
-from gigabatch.launcher.output import complain
+from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.signals import INTERRUPTED
 
 
@@ -28,40 +39,58 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer itself would leave without a word
+        except KeyboardInterrupt:  # Typer itself would exit without a message
             print("gigabatch: aborted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
     cls=_Group,
-    help="Pre-train encoders by contrast, at any batch size, on one laptop or many nodes.\n\n"
-    "Start with:  gigabatch train configs/quickstart.yaml",
+    help="Contrastive pre-training of encoders, on one laptop or many nodes.\n\n"
+    "Start with `gigabatch train quickstart`. `gigabatch COMMAND -h` explains a command.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Set keys, such as train.steps=100."),
-]
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        write(f"gigabatch {version('gigabatch')}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Options before the verb."""
 
 
 @app.command()
 def train(config: ConfigPath, overrides: Overrides = None) -> int:
-    """Train a new run, described by CONFIG.
+    """Start a new training run.
 
-    Ctrl-C (or SIGTERM, SIGUSR1, SIGUSR2) ends after the current step with a checkpoint;
-    `gigabatch resume` goes on from it. Exit codes: 0 finished, 2 something to put right, 75 stopped
-    by one of those signals (start it again), 130 stopped by Ctrl-C.
+    The run gets a folder in run.dir (default: runs/), named after CONFIG. Ctrl-C, SIGTERM, SIGUSR1
+    and SIGUSR2 stop it after the current step, with a checkpoint; `gigabatch resume` continues it.
+
+    Exit codes: 0 finished; 2 user error, explained by the message; 75 stopped by SIGTERM, SIGUSR1
+    or SIGUSR2 (start it again); 130 stopped by Ctrl-C; 1 defect.
+
+    \b
+    Examples:
+      gigabatch train quickstart
+      gigabatch train my.yaml train.steps=1000 cluster.workers=8
+      gigabatch train clip data.root=/data/pairs train.epochs=3
     """
-    with (
-        ctrl_c_deferred()
-    ):  # an import cut off is swallowed by some libraries, leaves others broken
+    # Ctrl-C waits for the imports: some libraries swallow it, others stay broken after it.
+    with ctrl_c_deferred():
         from gigabatch.launcher.start import start_run
 
     return start_run(config, overrides or [])
@@ -69,77 +98,71 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
 
 @app.command()
 def resume(
-    run: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN", help="A run folder, its name in runs/, or the URL of its copies."
-        ),
-    ],
+    run: RunPathOrURL,
     overrides: Overrides = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="Accept a change of this key, or of the `data`."),
+        typer.Option(
+            metavar="KEY",
+            help="Accept a changed value of this key, or changed shards (`data`). Repeatable.",
+        ),
     ] = None,
 ) -> int:
-    """Go on with a run from its newest sound checkpoint, exactly where it was.
+    """Continue a run from its newest valid checkpoint.
 
-    The number of workers, the launcher, and what is saved, shown and evaluated may change freely.
-    From the URL of its copies (checkpoint.copy_to/NAME) a run whose folder is gone, or has lost its
-    newest checkpoints, is fetched into run.dir first.
+    The continued run equals one that never stopped. Workers, launcher, checkpoints, metrics and
+    evaluations may change freely; other changes need --allow. Given the URL of its copied
+    checkpoints (checkpoint.copy_to/NAME), a lost run folder is downloaded into run.dir first.
+
+    \b
+    Examples:
+      gigabatch resume quickstart-001
+      gigabatch resume quickstart-001 train.steps=800 --allow train.steps
+      gigabatch resume s3://bucket/copies/clip-001 run.dir=/scratch/runs
     """
     with ctrl_c_deferred():
         from gigabatch.launcher.start import resume_copy, resume_run
-        from gigabatch.trainer.checkpoints.download import is_copy
         from gigabatch.trainer.run.create import open_run
 
-    if is_copy(run):
+    if "://" in run:
         return resume_copy(run, overrides or [], allow or [])
     return resume_run(open_run(run), overrides or [], allow or [])
 
 
-@app.command()
-def config(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Print the whole resolved configuration: every key, with its value for this machine."""
-    from gigabatch.trainer.config.load import dump_config, load_config
-
-    print(dump_config(load_config(config, overrides or [])), end="")
-
-
-app.command("eval")(evaluate)
+app.command()(config)
+app.command("eval", cls=EvalCommand)(evaluate)
 
 
 @app.command()
-def doctor(
-    config: Annotated[
-        Path | None, typer.Argument(metavar="[CONFIG]", help="A run that is to be started here.")
-    ] = None,
-    overrides: Overrides = None,
-) -> int:
-    """Look for what a run would fail of on this machine, and say how to mend it.
+def doctor(config: OptionalConfigPath = None, overrides: Overrides = None) -> int:
+    """Check this machine; every problem comes with a fix.
 
-    Packages, GPUs, shared memory, open files, disks, clocks, this host's name, the bandwidth
-    between workers, and, with a CONFIG, its data. Exit codes: 0 fit, 2 a run could not start.
+    Checks packages, GPUs, shared memory, open files, disks, clocks, the host name and the bandwidth
+    between workers; with CONFIG also its data and the URL for copied checkpoints. Exit codes: 0 a
+    run can start; 2 a run would fail.
     """
     from gigabatch.launcher.preflight.data import examine_data
     from gigabatch.launcher.preflight.doctor import doctor as examine
     from gigabatch.trainer.config.load import load_config
 
-    described = load_config(config, overrides or []) if config else None
-    return examine(described, examine_data, say=lambda line: print(line, flush=True))
+    loaded = load_config(config, overrides or []) if config else None
+    return examine(loaded, examine_data, say=lambda line: print(line, flush=True))
 
 
 @app.command()
 def board(
-    run: RunName,
-    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 6006,
-    host: Annotated[str, typer.Option(help="0.0.0.0 shows it to the network.")] = "127.0.0.1",
+    run: RunPath,
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.")] = 6006,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 opens it to the network.")
+    ] = "127.0.0.1",
 ) -> None:
-    """Show a run in TensorBoard, until Ctrl-C."""
+    """Show a run in TensorBoard until Ctrl-C."""
     from gigabatch.trainer.run.create import open_run
 
-    logs = open_run(run).tensorboard
-    command = ["-m", "tensorboard.main", "--logdir", str(logs), "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, *command, "--host", host])
+    logs = str(open_run(run).tensorboard)
+    command = ["-m", "tensorboard.main", "--logdir", logs, "--port", str(port), "--host", host]
+    os.execv(sys.executable, [sys.executable, *command])
 
 
 app.command()(submit)
@@ -152,7 +175,7 @@ app.add_typer(bench, name="bench")
 
 
 def main() -> None:
-    """Entry point: user errors are one message and exit code 2, never a traceback."""
+    """Run the command line; a user error prints one message and exits with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gigabatch").setLevel(logging.INFO)
     try:
@@ -165,9 +188,11 @@ def main() -> None:
         if code == INTERRUPTED:
             complain("gigabatch: aborted")
     except Exception as error:
-        if not hasattr(error, "format_message"):  # a usage error of the command line itself
+        if not hasattr(error, "format_message"):  # only a wrong command line has one
             raise
-        complain(f"gigabatch: {error.format_message()}")
+        message = error.format_message()
+        # Without a verb the message is the help text.
+        complain(message if message.startswith("Usage:") else f"gigabatch: {message}")
         code = 2
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""`gigabatch bench ...`: what this machine does."""
+"""`gigabatch bench ...`: benchmarks of this machine."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from typing import Annotated
 import typer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.cli.arguments import JSON_HELP, ConfigPath, Overrides
 
-bench = typer.Typer(help="Measure this machine.", no_args_is_help=True, rich_markup_mode=None)
+bench = typer.Typer(help="Benchmark this machine.", no_args_is_help=True, rich_markup_mode=None)
 
 
 @bench.command()
 def memory(
-    problem: Annotated[str, typer.Argument(help="What to measure; `list` shows them.")] = (
-        "contrastive"
-    ),
-    n: Annotated[int, typer.Option(help="Rows: the global batch.", min=1)] = 32768,
-    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 256,
+    problem: Annotated[
+        str, typer.Argument(help="Loss to measure; `list` prints their names.")
+    ] = "contrastive",
+    n: Annotated[int, typer.Option(help="Global batch size: rows.", min=1)] = 32768,
+    d: Annotated[int, typer.Option(help="Embedding dimension.", min=1)] = 256,
 ) -> None:
-    """Peak memory of one loss, forward and backward, above its inputs and their gradients."""
+    """Measure the peak memory of one loss.
+
+    Forward and backward pass in float32 on this CPU; inputs and their gradients are not counted.
+
+    \b
+    Examples:
+      gigabatch bench memory siglip --n 65536
+    """
     from gigabatch.kernels.bench.memory import NAMES, measure_afresh
 
     if problem not in NAMES:
@@ -29,59 +37,78 @@ def memory(
         if problem != "list":
             raise GigabatchError(f"there is no problem {problem!r}; choose one of those above")
         return
-    found = measure_afresh(problem, n, d)
+    peak = measure_afresh(problem, n, d)
     print(
-        f"{problem}: n {n:,}  d {d}  float32, forward and backward: {found['peak_mib']:.0f} MiB "
-        f"above inputs and gradients, {found['seconds']:.1f} s"
+        f"{problem}: n {n:,}  d {d}  float32, forward and backward: {peak['peak_mib']:.0f} MiB "
+        f"above inputs and gradients, {peak['seconds']:.1f} s"
     )
 
 
 @bench.command()
 def engine(
-    n: Annotated[int, typer.Option(help="Rows of the timed comparison.", min=256)] = 16384,
-    d: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 512,
-    sizes: Annotated[str, typer.Option(help="Batches over which memory is fitted.")] = (
-        "8192,16384,32768,65536"
+    n: Annotated[int, typer.Option(help="Global batch size of the timings: rows.", min=256)] = (
+        16384
     ),
-    out: Annotated[Path | None, typer.Option(help="Write all figures to this JSON file.")] = None,
+    d: Annotated[int, typer.Option(help="Embedding dimension.", min=1)] = 512,
+    sizes: Annotated[
+        str, typer.Option(help="Global batch sizes for the memory curve, comma-separated.")
+    ] = "8192,16384,32768,65536",
+    out: Annotated[Path | None, typer.Option(help="Write all results to this JSON file.")] = None,
 ) -> None:
-    """The engine beside plain torch on this CPU: time, share of the GEMM rate, memory."""
+    """Compare the losses with plain PyTorch on this CPU.
+
+    Reports time, share of the machine's matrix-product rate, and peak memory.
+    """
     from gigabatch.kernels.bench.engine import bench as run
 
     try:
         batches = [int(size) for size in sizes.split(",")]
     except ValueError:
-        raise GigabatchError(f"--sizes is {sizes!r}; give numbers between commas") from None
-    found = run(n, d, batches, say=lambda line: print(line, flush=True))
+        raise GigabatchError(f"--sizes is {sizes!r}; give integers, such as 8192,16384.") from None
+    results = run(n, d, batches, say=lambda line: print(line, flush=True))
     if out is not None:
-        out.write_text(json.dumps(found, indent=1) + "\n")
+        out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 @bench.command()
 def kernels(
     device: Annotated[
-        str | None, typer.Option(help="cpu or cuda; default: cuda if there is one.")
+        str | None, typer.Option(help="cpu or cuda. Default: cuda if there is a GPU.")
     ] = None,
-    peers: Annotated[bool, typer.Option("--peers", help="Other packages too.")] = False,
-    n: Annotated[str | None, typer.Option(help="Batches, such as 1024,2048.")] = None,
-    d: Annotated[str | None, typer.Option(help="Widths, such as 256,512.")] = None,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="Also measure the installed losses of other packages.")
+    ] = False,
+    n: Annotated[
+        str | None, typer.Option(help="Global batch sizes, comma-separated, such as 1024,2048.")
+    ] = None,
+    d: Annotated[
+        str | None, typer.Option(help="Embedding dimensions, comma-separated, such as 256,512.")
+    ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="bf16, fp16 or fp32; default: bf16, on a CPU fp32.")
+        str | None, typer.Option(help="bf16, fp16 or fp32. Default: bf16, on a CPU fp32.")
     ] = None,
-    minutes: Annotated[float, typer.Option(help="Begin nothing after these.")] = 8,
+    minutes: Annotated[
+        float, typer.Option(help="Time budget in minutes; no benchmark starts later.")
+    ] = 8,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="A contender; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Measure only this implementation. Repeatable."),
     ] = None,
     tune: Annotated[
-        bool, typer.Option("--tune", help="Let Triton time its list of blocks first.")
+        bool, typer.Option("--tune", help="First let Triton choose block sizes (GPU only).")
     ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for kernels.json, kernels.md and kernels.png.")
     ] = None,
 ) -> int:
-    """The losses beside plain torch and other packages, on a GPU or this CPU: time and memory.
+    """Compare the losses with plain PyTorch and other packages.
 
-    Ctrl-C ends it early, with what was found so far.
+    Time and memory by batch size and embedding dimension, on a GPU or this CPU. Ctrl-C ends early
+    and keeps the results so far.
+
+    \b
+    Examples:
+      gigabatch bench kernels --n 4096,8192 --d 512 --minutes 5 --out bench
     """
     from gigabatch.kernels.bench.kernels import choose, run
 
@@ -94,20 +121,22 @@ def kernels(
 
 @bench.command()
 def objectives(
-    size: Annotated[int, typer.Option(help="Rows: the global batch.", min=64)] = 8192,
-    width: Annotated[int, typer.Option(help="Width of the embeddings.", min=1)] = 256,
-    rounds: Annotated[int, typer.Option(help="Steps of each that are timed.", min=1)] = 5,
+    size: Annotated[int, typer.Option(help="Global batch size: rows.", min=64)] = 8192,
+    width: Annotated[int, typer.Option(help="Embedding dimension.", min=1)] = 256,
+    rounds: Annotated[int, typer.Option(help="Timed steps of each objective.", min=1)] = 5,
     threads: Annotated[
-        int | None, typer.Option(help="Of torch; default: what it takes.", min=1)
+        int | None, typer.Option(help="PyTorch CPU threads. Default: PyTorch's own.", min=1)
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="An objective; may be repeated.")
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Measure only this objective. Repeatable."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """The step of each objective beside InfoNCE's, over the matrix passes that it declares.
+    """Time each objective against InfoNCE.
 
-    A quotient of 1 is InfoNCE's own efficiency.
+    Prints the time relative to InfoNCE divided by the declared matrix products relative to InfoNCE:
+    1 means that the objective is as efficient as InfoNCE.
     """
     import torch
 
@@ -116,22 +145,22 @@ def objectives(
     if threads is not None:
         torch.set_num_threads(threads)
     say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    found = run(size, width, rounds, only or [], say)
+    results = run(size, width, rounds, only or [], say)
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 @bench.command()
 def faults(
-    kills: Annotated[int, typer.Option(help="How often processes are killed.", min=1)] = 30,
-    seed: Annotated[int, typer.Option(help="Keys the moments and the victims.")] = 0,
+    kills: Annotated[int, typer.Option(help="Number of kills.", min=1)] = 30,
+    seed: Annotated[int, typer.Option(help="Seed for kill times and target processes.")] = 0,
     zero: Annotated[int, typer.Option(help="DeepSpeed ZeRO stage.", min=0, max=3)] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for faults.json and faults.md.")] = None,
 ) -> int:
-    """Kill a run's processes at random moments and compare it with one that nobody disturbed.
+    """Kill a run at random moments and compare it with an undisturbed one.
 
-    A third of the kills hit a rank, a third everything, a third come in the middle of a save. The
-    two runs must agree in every loss to the last bit, and in every sample. The exit code says so.
+    A third of the kills hit one rank, a third all processes, a third a checkpoint in progress. Both
+    runs must agree in every sample and, to the last bit, in every loss. Exit codes: 0 equal, 1 not.
     """
     from gigabatch.launcher.bench.faults import bench_faults
 
@@ -140,22 +169,28 @@ def faults(
 
 @bench.command()
 def data(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's config.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Set keys.")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     synthetic: Annotated[
         str | None,
-        typer.Option(metavar="8k|200k", help="JPEGs made for it in place of the run's data."),
+        typer.Option(metavar="8k|200k", help="Read synthetic JPEGs instead of the run's data."),
     ] = None,
-    workers: Annotated[str, typer.Option(help="Numbers of loader processes to try.")] = "0,2",
-    minutes: Annotated[float, typer.Option(help="Take about these.")] = 4,
+    workers: Annotated[
+        str, typer.Option(help="Numbers of loader processes to try, comma-separated.")
+    ] = "0,2",
+    minutes: Annotated[float, typer.Option(help="Approximate duration in minutes.")] = 4,
     out: Annotated[Path | None, typer.Option(help="Folder for data.json and data.md.")] = None,
 ) -> int:
-    """Reading, decoding, tokenising, augmenting, collating and transfer, each alone and together.
+    """Measure each stage of data loading and name the bottleneck.
 
-    Plain webdataset with PIL runs beside it, on the same shards, sizes and worker counts; the
-    bottleneck is named. Ctrl-C ends it early, with what was found so far.
+    Stages: read, decode, tokenize, augment, collate, transfer; each by itself and all together,
+    compared with plain webdataset and PIL on the same shards, sizes and worker counts. Ctrl-C ends
+    early and keeps the results so far.
+
+    \b
+    Examples:
+      gigabatch bench data my.yaml --workers 0,4,8
+      gigabatch bench data quickstart --synthetic 8k
     """
     from gigabatch.launcher.bench.data import bench_data
 

@@ -1,4 +1,8 @@
-"""What `gigabatch data ...` does: sets opened, worked on, and the outcome printed."""
+"""Actions of `gigabatch data ...`: open shards, run an operation, print its result.
+
+`decode` and `trainer` import torch, so they are imported where they are used: indexing and packing
+do not need them.
+"""
 
 from __future__ import annotations
 
@@ -9,25 +13,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings
-from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.epoch_order import micro_batch_range
-from gigabatch.data.order.mixture import batch_sample_numbers
 from gigabatch.data.shards.index import Index, read_manifest
 from gigabatch.data.shards.indexing import index_folder, open_index, stored_index
 from gigabatch.data.shards.json_columns import check_column_names, holds_json
 from gigabatch.data.shards.scan import IndexSettings
-from gigabatch.data.shards.sources import Sources
-from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.inputs import open_train
 
-KINDS = {"image": IMAGE_MEMBERS, "audio": AUDIO_MEMBERS}
-"""Members of which a sample has any one."""
 LAST_POSITION = 1 << 62
+"""Positions in the epoch order are int64; beyond this their arithmetic could overflow."""
 
 
 def index_source(
@@ -38,48 +32,60 @@ def index_source(
     partial: bool,
     processes: int | None,
 ) -> int:
-    """Build or extend an index, say what it holds; 2 where samples lack members. Columns that it
-    has stay."""
+    """Build or extend an index and print its contents; existing columns are kept.
+
+    Returns:
+        Exit code: 2 if samples lack members, unless `partial`.
+    """
     check_column_names(columns)
     settings = IndexSettings(
-        checksums=not headers_only, columns=_columns_held(source), dotted=dotted
+        checksums=not headers_only, columns=_indexed_columns(source), dotted=dotted
     )
     columns = tuple(dict.fromkeys(columns))
     with progress_bar("indexing shards") as progress:
         index = open_index(source, progress, settings, columns=columns, processes=processes)
-    held = ", ".join(f"{name} {count:,}" for name, count in index.member_counts)
+    members = ", ".join(f"{name} {count:,}" for name, count in index.member_counts)
     size = sum(shard.bytes for shard in index.shards)
     sums = "CRC-32C of every member" if index.settings.checksums else "no checksums"
     print(f"{source}: {len(index):,} samples in {len(index.shards):,} shards, {size / 1e6:,.1f} MB")
-    print(f"  members: {held}; {sums}")
+    print(f"  members: {members}; {sums}")
     if index.columns:
-        print(f"  columns: {', '.join(_column(index, name) for name in index.columns)}")
+        print(f"  columns: {', '.join(_describe_column(index, name) for name in index.columns)}")
     print(f"  fingerprint {index.digest[:16]}; index in {index.folder}")
-    lacking = _lacking(index)
-    for line in lacking:
+    missing = _missing_members(index)
+    for line in missing:
         print(f"  {'note' if partial else 'error'}: {line}")
-    if lacking and not partial:
-        print("  If that is meant (data.missing=mask), say --partial; else write the shards again.")
-    return 2 if lacking and not partial else 0
+    if missing and not partial:
+        print(
+            "  If this is intended (data.missing=mask), add --partial; otherwise write the shards "
+            "again."
+        )
+    return 2 if missing and not partial else 0
 
 
-def _columns_held(source: str) -> tuple[str, ...]:
-    """The columns of the index that a set has already."""
+def _indexed_columns(source: str) -> tuple[str, ...]:
+    """Return the columns of an existing index."""
     settings = read_manifest(index_folder(source)).get("settings", {})
     return IndexSettings.model_validate(settings).columns
 
 
-def _column(index: Index, name: str) -> str:
+def _describe_column(index: Index, name: str) -> str:
     column = index.table[name]
     kind = "JSON text" if holds_json(index.table.schema.field(name)) else column.type
     nulls = f", {column.null_count:,} without" if column.null_count else ""
     return f"{name} ({kind}{nulls})"
 
 
-def _lacking(index: Index) -> list[str]:
-    """Samples without a member that others have, a line for each kind of member."""
-    known = {member for members in KINDS.values() for member in members}
-    kinds = [tuple(m for m in members if m in index.members) for members in KINDS.values()]
+def _missing_members(index: Index) -> list[str]:
+    """Describe samples without a member that others have, one line per kind of member."""
+    if all(count == len(index) for _, count in index.member_counts):
+        return []
+    from gigabatch.data.decode.audio import AUDIO_MEMBERS
+    from gigabatch.data.decode.members import IMAGE_MEMBERS
+
+    alternatives = (IMAGE_MEMBERS, AUDIO_MEMBERS)  # a sample needs any one of each
+    known = {member for members in alternatives for member in members}
+    kinds = [tuple(m for m in members if m in index.members) for members in alternatives]
     kinds += [(member,) for member in index.members if member not in known]
     lines = []
     for kind in kinds:
@@ -96,9 +102,18 @@ def _lacking(index: Index) -> list[str]:
 
 
 def check_source(source: str, every: int, decode: bool, processes: int | None) -> int:
-    from gigabatch.data.describe.check import check
+    """Read and verify samples; print the damaged ones.
 
-    # As it was indexed: a shard changed since then must not vouch for itself.
+    Returns:
+        Exit code: 2 if a sample is damaged.
+    """
+    from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings
+    from gigabatch.data.decode.fields import Fields
+    from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings
+    from gigabatch.data.describe.check import check
+    from gigabatch.data.text.captions import CaptionSettings
+
+    # Use the stored index: a fresh one would take a changed shard's content as correct.
     index = stored_index(source) or open_source(source)
     fields = Fields(
         image=ImageSettings() if set(IMAGE_MEMBERS) & set(index.members) else None,
@@ -113,29 +128,33 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
         )
     print("\n".join(report.lines()))
     if not index.settings.checksums:
-        print("(the index holds no checksums: `gigabatch data index` without --headers-only)")
+        print(
+            "(the index has no checksums; add them: `gigabatch data index` without --headers-only)"
+        )
     return 2 if report.bad else 0
 
 
 def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
+    """Write shards of a table, or of other shards."""
     from gigabatch.data.packing.pack import PackSettings, pack
 
     try:
-        chosen = PackSettings.model_validate(settings)
+        pack_settings = PackSettings.model_validate(settings)
     except ValidationError as error:
         first = error.errors()[0]
         name = "-".join(map(str, first["loc"])).replace("_", "-")
-        raise GigabatchError(f"--{name}: {first['msg']} (given: {first['input']!r}).") from None
+        raise GigabatchError(f"--{name}: {first['msg']}, not {first['input']!r}.") from None
     with progress_bar("packing samples") as progress:
-        report = pack(source, out, chosen, progress)
-    left = f", {report.skipped:,} left out ({out}/skipped.jsonl)" if report.skipped else ""
+        report = pack(source, out, pack_settings, progress)
+    skipped = f", {report.skipped:,} skipped ({out}/skipped.jsonl)" if report.skipped else ""
     print(
         f"{out}: {report.samples:,} samples in {report.shards:,} shards, "
-        f"{report.bytes / 1e6:,.1f} MB{left}"
+        f"{report.bytes / 1e6:,.1f} MB{skipped}"
     )
 
 
 def filter_source(source: str, condition: str, out: Path | None) -> None:
+    """Count the samples that meet a condition; with `out`, write a filtered view of them."""
     from gigabatch.data.shards.filtered_view import count_matches, create_view
 
     index = open_source(source)
@@ -147,50 +166,58 @@ def filter_source(source: str, condition: str, out: Path | None) -> None:
     print(
         f"{out}: a view of {len(view):,} of {len(index):,} samples ({len(view) / len(index):.1%})"
     )
-    print(f"use it as any set: data.train={out.absolute()}")
+    print(f"use it like any other source: data.train={out.absolute()}")
 
 
 def print_batch(
     path: Path, overrides: Sequence[str], step: int, world: int, rank: int | None, long: bool
 ) -> None:
-    """The samples of a step, in the order of the batch; with `rank`, of that rank alone."""
+    """Print the samples of a step, in the order of the batch; with `rank`, only that rank's."""
     if rank is not None and rank >= world:
         raise GigabatchError(f"--rank {rank}: ranks go from 0 to {world - 1} (--world {world}).")
+    from gigabatch.data.order.epoch_order import micro_batch_range
+    from gigabatch.data.order.mixture import batch_sample_numbers
+    from gigabatch.data.shards.sources import Sources
+    from gigabatch.trainer.config.load import load_config
+    from gigabatch.trainer.inputs import open_train
+
     config = load_config(path, overrides)
     if step * config.batch.global_size >= LAST_POSITION:
         raise GigabatchError(
-            f"--step {step}: positions of samples are told up to 2^62; with batches of "
+            f"--step {step}: sample positions go up to 2^62; with batches of "
             f"{config.batch.global_size:,} the last step is "
             f"{(LAST_POSITION - 1) // config.batch.global_size}."
         )
     with progress_bar("indexing shards") as progress:
         data = open_train(config, progress)
-    numbers = batch_sample_numbers(data.mixture, step, config.batch.global_size)
+    indices = batch_sample_numbers(data.mixture, step, config.batch.global_size)
     micro = config.batch.micro_size
     ranks = range(world) if rank is None else [rank]
     with Sources(data.indexes) as sources:
-        for each in ranks:
-            for j in micro_batch_range(len(numbers) // micro, world, each):
-                rows = numbers[j * micro : (j + 1) * micro]
+        for current in ranks:
+            for j in micro_batch_range(len(indices) // micro, world, current):
+                rows = indices[j * micro : (j + 1) * micro]
                 for number, key in zip(rows.tolist(), sources.keys(rows), strict=True):
                     source, sample = sources.source_and_row(number)
                     name = data.names[source]
                     shard = sources.shard_name(number)
-                    print(f"{each}\t{j}\t{name}\t{shard}\t{sample}\t{key}" if long else key)
+                    print(f"{current}\t{j}\t{name}\t{shard}\t{sample}\t{key}" if long else key)
 
 
 def describe_source(
     source: str, sample: int, caption: str, sheet: Path | None, as_json: bool
 ) -> None:
+    """Print statistics of a source; with `sheet`, also draw a contact sheet."""
     from gigabatch.data.describe.contact import contact_sheet
     from gigabatch.data.describe.stats import collect, render
+    from gigabatch.data.text.captions import CaptionSettings
 
     member, _, field = caption.partition(":")
     captions = CaptionSettings(member=member, field=field or None)
     index = open_source(source)
     with progress_bar("reading samples") as progress:
-        found = collect(index, captions, sample or None, progress)
-    print(json.dumps(found.to_json()) if as_json else render(found))
+        stats = collect(index, captions, sample or None, progress)
+    print(json.dumps(stats.to_json()) if as_json else render(stats))
     if sheet is not None:
         contact_sheet(index, captions, sheet)
         if not as_json:
@@ -198,6 +225,6 @@ def describe_source(
 
 
 def open_source(source: str) -> Index:
-    """The index of a set, built first where there is none, with a bar."""
+    """Open the index of a source; build it first if there is none, showing progress."""
     with progress_bar("indexing shards") as progress:
         return open_index(source, progress)

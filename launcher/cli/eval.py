@@ -1,11 +1,15 @@
-"""`gigabatch eval`: what a run's towers can do, on any set."""
+"""`gigabatch eval`: options, and the list of tasks in its help."""
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.cli.arguments import RunPath
 
 
 class Weights(StrEnum):
@@ -13,80 +17,81 @@ class Weights(StrEnum):
     last = "last"
 
 
+class EvalCommand(TyperCommand):
+    """A command whose help ends with the registered tasks."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Write each task with its summary and its keys."""
+        from gigabatch.trainer.evaluation.registry import all_tasks
+
+        rows = []
+        for name, task in all_tasks().items():
+            keys = " ".join(f"{key}=" for key in task.model_fields)
+            rows.append((name, f"{task.summary}. {keys}".strip()))
+        with formatter.section("Tasks, each with its KEY=VALUE settings"):
+            formatter.write_dl(rows)
+
+
 def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or its name in runs/.")],
+    run: RunPath,
     settings: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the task, see above."),
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings of the task, listed below."),
     ] = None,
     on: Annotated[
         str | None,
         typer.Option(
             metavar="SET",
-            help="A folder of shards (it is indexed on first use), or the name of one of the "
-            "run's sets; for text-retrieval a .jsonl file or a BEIR folder.",
+            help="Folder of shards, indexed on first use, or the name of one of the run's sets.",
         ),
     ] = None,
     task: Annotated[
-        str, typer.Option(metavar="NAME", help="What is measured, see above.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Task, listed below, or package.mod:Class of a task of your own.",
+        ),
     ] = "retrieval",
     positives: Annotated[
         str | None,
         typer.Option(
             metavar="FIELD",
-            help="The json field that right answers share; `none` for pairs alone. "
-            "Default: the run's objective.positives.",
+            help="JSON field that relevant items share; `none` for pairs only. Default: the run's "
+            "objective.positives.",
         ),
     ] = None,
-    sliced: Annotated[
+    slice_fields: Annotated[
         list[str] | None,
         typer.Option(
-            "--slice", metavar="FIELD", help="Also for each value of this json field; repeatable."
+            "--slice",
+            metavar="FIELD",
+            help="Also report metrics for each value of this JSON field; repeatable.",
         ),
     ] = None,
     weights: Annotated[
         Weights | None,
         typer.Option(
-            help="The last step's, or their average over steps (train.ema). Default: the average, "
-            "where the run has one."
+            help="Weights of the last step, or their moving average (train.ema). Default: the "
+            "average if the run has it."
         ),
     ] = None,
     intervals: Annotated[
         bool, typer.Option("--intervals", help="Add 95 % bootstrap intervals, /low and /high.")
     ] = False,
-    resampled: Annotated[
+    intervals_by: Annotated[
         str | None,
         typer.Option(
             "--intervals-by",
             metavar="FIELD",
-            help="Intervals that draw all queries of one value of this json field together, where "
-            "they are not independent.",
+            help="Add intervals that resample the values of this JSON field, each with all its "
+            "queries, because queries of one value are not independent.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Measure a run's newest checkpoint on a set; the figures are also kept in RUN/eval/.
+    """Measure a run's newest checkpoint on a set; metrics are also written to RUN/eval/.
 
-    Tasks, with the settings that each takes (docs/evaluation.md defines every figure):
-
-    \b
-    retrieval       images and texts, both ways       between= tap= positives= captions=
-                                                      width=
-                    one modality by several           given= find= score= positives= captions=
-    zero-shot       classes named by prompts          label= classes= templates= modality=
-    knn             classes by nearest neighbours     label= train= k= temperature= tap= modality=
-                                                      width=
-    probe           linear, of classes or numbers     label= kind= train= tap= modality= width=
-    geometry        uniformity, rank, modality gap    label= tap=
-    text-retrieval  documents, beside TF-IDF          split= query_prefix= document_prefix= tap=
-    languages       each language, and MRV            captions= modality= positives=
-    order           right captions against changed    against= captions= modality=
-    table           what is kept of each sample       label= auc=
-    batch-bias      is the batch large enough?        batch= gamma= temperature= samples= rounds=
-                                                      between= positives=
-    trigger         backdoors, as knn                 target= triggered= label= train= k= tap=
-                                                      temperature= modality= width=
-    history         best against last step
+    docs/evaluation.md defines every metric.
 
     \b
     gigabatch eval RUN --on val --intervals-by concept --slice lang
@@ -95,8 +100,24 @@ def evaluate(
     gigabatch eval RUN --on val 'given=[image, labs]' find=text
     torchrun --nproc-per-node 8 -m gigabatch.launcher eval RUN --on val
     """
-    from gigabatch.trainer.evaluation.command import Question, evaluate_run
+    # Invalid arguments are reported before the imports below load torch.
+    from gigabatch.trainer.evaluation.registry import parse_task
+    from gigabatch.trainer.evaluation.task import RunTask
 
-    given = [*(settings or []), *([f"positives={positives}"] if positives else [])]
-    asked = Question(task, on, given, sliced or [], intervals, weights and weights.value, resampled)
-    evaluate_run(run, asked, as_json=json)
+    assignments = [*(settings or []), *([f"positives={positives}"] if positives else [])]
+    parsed = parse_task(task, assignments)
+    if on is None and not isinstance(parsed, RunTask):
+        raise GigabatchError(
+            f"--on: {task} needs a set: a folder of shards, or for text-retrieval a .jsonl file or "
+            "a BEIR folder."
+        )
+    from gigabatch.trainer.run.create import open_run
+
+    folder = open_run(run)
+    from gigabatch.trainer.evaluation.command import EvalRequest, evaluate_run
+
+    chosen = weights and weights.value
+    request = EvalRequest(
+        parsed, on, assignments, slice_fields or [], intervals, chosen, intervals_by
+    )
+    evaluate_run(folder, request, as_json=json)

@@ -1,4 +1,4 @@
-"""`gigabatch submit` and `gigabatch jobs ...`: runs on a Ray cluster, from anywhere."""
+"""`gigabatch submit` and `gigabatch jobs ...`: runs as jobs of a Ray cluster."""
 
 from __future__ import annotations
 
@@ -11,28 +11,36 @@ import typer
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.output import write
+from gigabatch.launcher.recipes import find_config
 
 jobs = typer.Typer(
-    help="See and stop the jobs of a cluster. A cluster beyond this machine is reached with its "
-    "token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH).",
+    help="List, show and stop jobs of a Ray cluster.\n\n"
+    "A cluster beyond this machine needs its token: set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+    "(or RAY_AUTH_TOKEN_PATH).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 Address = Annotated[
     str,
-    typer.Option(metavar="URL", help="The cluster's dashboard, such as http://HEAD:8265."),
+    typer.Option(metavar="URL", help="URL of the cluster's dashboard, such as http://HEAD:8265."),
 ]
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Reach a cluster beyond this machine without a token.")
+    bool,
+    typer.Option("--insecure", help="Allow a cluster beyond this machine without a token."),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As `submit` and `list` print it.")]
+JobId = Annotated[
+    str, typer.Argument(metavar="ID", help="Job ID, as printed by `submit` and `jobs list`.")
+]
 
 
 def submit(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONFIG [KEY=VALUE]...", help="As for `train`; no CONFIG to resume"),
+        typer.Argument(
+            metavar="CONFIG|KEY=VALUE",
+            help="CONFIG and settings, as for `train`; with --resume only settings.",
+        ),
     ] = None,
     address: Address = ...,  # type: ignore[assignment]
     modules: Annotated[
@@ -40,67 +48,78 @@ def submit(
         typer.Option(
             "--with",
             metavar="PATH",
-            help="A .py file or a package's folder to send along: what the config names as "
-            "`package.mod:name`. Repeat for several.",
+            help="Python file or package folder to send along, for code that the config names as "
+            "package.mod:Class. Repeatable.",
+            exists=True,
         ),
     ] = None,
     resume: Annotated[
         str | None,
-        typer.Option(metavar="RUN", help="Go on with this run: its whole path on the cluster."),
+        typer.Option(
+            metavar="RUN", help="Continue this run: the absolute path of its folder on the cluster."
+        ),
     ] = None,
     allow: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY", help="With --resume: accept a change of this key."),
+        typer.Option(
+            metavar="KEY", help="With --resume: accept a changed value of this key. Repeatable."
+        ),
     ] = None,
     no_follow: Annotated[
-        bool, typer.Option("--no-follow", help="Return when the job is taken.")
+        bool, typer.Option("--no-follow", help="Exit once the cluster accepts the job.")
     ] = False,
     insecure: Insecure = False,
 ) -> int:
-    """Train on a Ray cluster: sends this code and CONFIG there, and follows the log.
+    """Train on a Ray cluster, as a job.
 
-    The config and the modules that it names are checked first. On a cluster of several nodes
-    run.dir must be a folder that all of them share. Ctrl-C stops following; the job goes on.
-    Exit codes are those of `train`; 75 also after `gigabatch jobs stop`.
+    Checks CONFIG and the modules that it names, sends them with this version of gigabatch, and
+    prints the job's log. On several nodes run.dir must be a folder that all of them share. Ctrl-C
+    ends only the log; the job continues.
+
+    Exit codes are those of `train`, and 75 after `gigabatch jobs stop`.
 
     \b
-    gigabatch submit my.yaml train.steps=1000 --address http://HEAD:8265 --with my_towers.py
-    gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
+    Examples:
+      gigabatch submit my.yaml train.steps=1000 --address http://HEAD:8265 --with my_towers.py
+      gigabatch submit --resume /shared/runs/my-001 --address http://HEAD:8265
     """
+    overrides, config = list(arguments or []), None
+    if not resume:
+        if allow:
+            raise GigabatchError("--allow needs --resume RUN.")
+        if not overrides or "=" in overrides[0]:
+            raise GigabatchError("submit needs a CONFIG, or --resume RUN.")
+        config = find_config(overrides.pop(0))
+
     from gigabatch.launcher.cluster import submit as api
     from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster.job_status import follow
 
-    given, sent = arguments or [], modules or []
-    if resume:
-        job = api.resume_job(resume, given, allow or [], sent)
-    elif allow:
-        raise GigabatchError("--allow goes with --resume RUN.")
-    elif not given or "=" in given[0]:
-        raise GigabatchError("submit needs a CONFIG, or --resume RUN.")
+    if config:
+        job = api.train_job(config, overrides, modules or [])
     else:
-        job = api.train_job(Path(given[0]), given[1:], sent)
+        job = api.resume_job(str(resume), overrides, allow or [], modules or [])
     client = connect(address, insecure)
-    name = api.submit(client, job)
-    options = f"{name} --address {shlex.quote(address)}{' --insecure' if insecure else ''}"
+    job_id = api.submit(client, job)
+    options = f"{job_id} --address {shlex.quote(address)}{' --insecure' if insecure else ''}"
     write(
-        f"submitted {name}\n"
-        f"  its log: gigabatch jobs logs --follow {options}\n"
-        f"  stop it: gigabatch jobs stop {options}\n"
+        f"submitted {job_id}\n"
+        f"  log: gigabatch jobs logs --follow {options}\n"
+        f"  stop: gigabatch jobs stop {options}\n"
     )
-    return 0 if no_follow else follow(client, name)
+    return 0 if no_follow else follow(client, job_id)
 
 
 @jobs.command("list")
 def list_(address: Address, insecure: Insecure = False) -> None:
-    """List all jobs that the cluster knows, oldest first."""
+    """List all jobs of the cluster, oldest first."""
     from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster.job_status import list_jobs
 
     rows = [("id", "status", "started", "run", "code")]
     for job in list_jobs(connect(address, insecure)):
-        told = job.metadata or {}
-        run, code = told.get("run", "-"), told.get("gigabatch", "-")
+        metadata = job.metadata or {}
+        run, code = metadata.get("run", "-"), metadata.get("gigabatch", "-")
         rows.append((job.submission_id, str(job.status.value), _time(job.start_time), run, code))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -110,12 +129,12 @@ def list_(address: Address, insecure: Insecure = False) -> None:
 
 @jobs.command()
 def status(job: JobId, address: Address, insecure: Insecure = False) -> None:
-    """Say how a job is: its state and the reason, its command, its times, its exit code."""
+    """Show one job: status and reason, command, times, exit code."""
     from gigabatch.launcher.cluster.connection import connect
     from gigabatch.launcher.cluster.job_status import job_info
 
     info = job_info(connect(address, insecure), job)
-    shown: dict[str, Any] = {
+    rows: dict[str, Any] = {
         "status": info.status.value,
         "message": (info.message or "").strip(),
         "command": info.entrypoint,
@@ -124,7 +143,7 @@ def status(job: JobId, address: Address, insecure: Insecure = False) -> None:
         "exit code": "-" if info.driver_exit_code is None else info.driver_exit_code,
         **(info.metadata or {}),
     }
-    for name, value in shown.items():
+    for name, value in rows.items():
         write(f"{name + ':':<11}{value}\n")
 
 
@@ -133,11 +152,12 @@ def logs(
     job: JobId,
     address: Address,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Until the job ends; exits as the job does.")
+        bool,
+        typer.Option("--follow", help="Print until the job ends; exit with the job's exit code."),
     ] = False,
     insecure: Insecure = False,
 ) -> int:
-    """Print what a job has printed."""
+    """Print a job's log."""
     from gigabatch.launcher.cluster import job_status as api
     from gigabatch.launcher.cluster.connection import connect
 
@@ -150,7 +170,7 @@ def logs(
 
 @jobs.command()
 def stop(job: JobId, address: Address, insecure: Insecure = False) -> None:
-    """Stop a job, with a checkpoint, and wait until it has ended."""
+    """Stop a job gracefully, with a checkpoint; wait until it has ended."""
     from gigabatch.launcher.cluster import job_status as api
     from gigabatch.launcher.cluster.connection import connect
 

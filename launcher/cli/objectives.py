@@ -1,4 +1,4 @@
-"""`gigabatch objectives`: what can be minimised, told from the code."""
+"""`gigabatch objectives`: a list and explanations of the objectives, read from their classes."""
 
 from __future__ import annotations
 
@@ -9,51 +9,60 @@ from typing import Annotated, Any
 import typer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.cli.arguments import JSON_HELP
 from gigabatch.launcher.output import write
 
 WIDTH = 96
-SUM = """Explain one: gigabatch objectives NAME. Several at once, weighted:
+HINT = """Explain one: gigabatch objectives NAME. Combine several as a weighted sum:
     objective: {name: sum, terms: [{name: infonce}, {name: siglip}], weights: [1, 0.5]}"""
 
 
 def objectives(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="One of them, explained.")
+        str | None, typer.Argument(metavar="NAME", help="Objective to explain. Default: list all.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> None:
-    """List the objectives, or explain one: formula, papers, keys, needs and cost."""
+    """List the objectives, or explain one.
+
+    An explanation has formula, papers, config keys, required data and cost.
+
+    \b
+    Examples:
+      gigabatch objectives
+      gigabatch objectives supcon
+    """
+    from gigabatch.trainer.config.names import suggest_objective
     from gigabatch.trainer.objectives import OBJECTIVES
 
     if name is not None and name not in OBJECTIVES:
-        raise GigabatchError(f"there is no objective {name!r}; there are {', '.join(OBJECTIVES)}.")
-    told = {each: describe(each) for each in ([name] if name else OBJECTIVES)}
+        raise GigabatchError(f"there is no objective {name!r}. {suggest_objective(name)}")
+    cards = {key: describe(key) for key in ([name] if name else OBJECTIVES)}
     if as_json:
-        write(json.dumps(told[name] if name else told) + "\n")
+        write(json.dumps(cards[name] if name else cards) + "\n")
     elif name:
-        write("\n".join(_explained(name, told[name])) + "\n")
+        write("\n".join(_explanation(name, cards[name])) + "\n")
     else:
-        width = max(map(len, told))
-        lines = [f"{each:{width}}  {about['title']}" for each, about in told.items()]
-        write("\n".join([*lines, "", SUM]) + "\n")
+        width = max(map(len, cards))
+        lines = [f"{key:{width}}  {card['title']}" for key, card in cards.items()]
+        write("\n".join([*lines, "", HINT]) + "\n")
 
 
 def describe(name: str) -> dict[str, Any]:
-    """What the code says of an objective; its keys with their defaults and help."""
+    """Return an objective's card, required data, and keys with defaults and help."""
     from dataclasses import asdict
 
     from gigabatch.trainer.objectives import OBJECTIVES
 
-    kind = OBJECTIVES[name].Settings
     keys = {
         key: {"default": _default(field), "help": " ".join((field.description or "").split())}
-        for key, field in kind.model_fields.items() if key != "name"
+        for key, field in OBJECTIVES[name].Settings.model_fields.items() if key != "name"
     }  # fmt: skip
     return {**asdict(OBJECTIVES[name].card), "needs": _needs(name), "keys": keys}
 
 
 def _needs(name: str) -> dict[str, Any]:
-    """By its default settings; examples stand for what has no default."""
+    """Return what the objective reads under default settings, with examples for required keys."""
     from gigabatch.trainer.objectives import OBJECTIVES, build_objective, parse_settings
 
     fields = OBJECTIVES[name].Settings.model_fields
@@ -63,7 +72,7 @@ def _needs(name: str) -> dict[str, Any]:
     needs = build_objective(parse_settings(settings), width=WIDTH).needs
     return {
         "taps": list(needs.taps), "columns": [*needs.columns, *needs.numeric_columns],
-        "vectors": {name: each.size for name, each in needs.vectors.items()},
+        "vectors": {name: vector.size for name, vector in needs.vectors.items()},
         "teacher": list(needs.teacher),
         "tables": {table: len(row) for table, row in needs.tables.items()},
     }  # fmt: skip
@@ -75,27 +84,30 @@ def _default(field: Any) -> Any:
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
-def _explained(name: str, about: dict[str, Any]) -> list[str]:
-    needs = about["needs"]
-    asked = [f"taps {', '.join(needs['taps'])}"]
-    asked += [f"a number in json ({column})" for column in needs["columns"]]
-    asked += [f"vectors of the samples ({name})" for name in needs["vectors"]]
-    asked += [f"a momentum tower ({', '.join(needs['teacher'])})"] if needs["teacher"] else []
-    asked += [f"{width} numbers a sample ({n})" for n, width in needs["tables"].items()]
+def _explanation(name: str, card: dict[str, Any]) -> list[str]:
+    needs = card["needs"]
+    reads = [f"taps {', '.join(needs['taps'])}"]
+    reads += [f"a number in json ({column})" for column in needs["columns"]]
+    reads += [f"a vector per sample ({vector})" for vector in needs["vectors"]]
+    reads += [f"a momentum tower ({', '.join(needs['teacher'])})"] if needs["teacher"] else []
+    reads += [
+        f"{width} stored numbers per sample ({table})" for table, width in needs["tables"].items()
+    ]
     parts = {
-        "For": about["use"],
-        "Formula": about["formula"],
-        "Papers": about["papers"],
-        "Needs": "; ".join(asked),
-        "Cost": f"{about['passes']} matrix passes of N x N x D a step (InfoNCE: 4)",
+        "For": card["use"],
+        "Formula": card["formula"],
+        "Papers": card["papers"],
+        "Needs": "; ".join(reads),
+        "Cost": f"{card['passes']} matrix passes of N x N x D per step (InfoNCE: 4)",
     }
-    lines = [f"{name}: {about['title']}", ""]
+    lines = [f"{name}: {card['title']}", ""]
     for label, text in parts.items():
         lines += textwrap.wrap(f"{label}: {text}", WIDTH, subsequent_indent="    ")
     lines += ["", "Keys, inside `objective:`, with their defaults:"]
-    for key, told in about["keys"].items():
-        lines.append(f"  {key}: {json.dumps(told['default'])}")
+    for key, entry in card["keys"].items():
+        lines.append(f"  {key}: {json.dumps(entry['default'])}")
+        indent = " " * 6
         lines += textwrap.wrap(
-            told["help"], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+            entry["help"], WIDTH, initial_indent=indent, subsequent_indent=indent
         )
     return lines

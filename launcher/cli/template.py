@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.launcher.cli.arguments import ConfigPath, Overrides
 from gigabatch.launcher.output import write
 
 
@@ -15,28 +16,29 @@ def template(
     kind: Annotated[
         str, typer.Argument(metavar="KIND", help="kuberay, slurm, ray-cluster or skypilot.")
     ],
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, as for `train`.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for `train`.")
-    ] = None,
+    config: ConfigPath,
+    overrides: Overrides = None,
     image: Annotated[
-        str | None, typer.Option(help="A container image that holds gigabatch.")
+        str | None,
+        typer.Option(help="Container image with gigabatch. Required, except for slurm."),
     ] = None,
     gpus_per_node: Annotated[
-        int, typer.Option(min=0, help="0: one worker a node, on its CPUs.")
+        int, typer.Option(min=0, help="GPUs per node; 0: one worker per node, on CPUs.")
     ] = 8,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to write; otherwise it is printed.")
+        Path | None, typer.Option(metavar="FILE", help="File to write. Default: print.")
     ] = None,
 ) -> None:
-    """Write what a cluster needs to train CONFIG: one worker a GPU, secrets by reference.
+    """Write a job file for KubeRay, Slurm, ray up or SkyPilot.
 
-    Each file says at its top what to do with it and what it expects. A job that is started again
-    goes on with its run. Which were tried on real clusters stands in docs/operations.md.
+    The job trains CONFIG with one worker per GPU; secrets are only referenced. The top of each file
+    says how to use it and what it expects. A restarted job continues its run. docs/operations.md
+    says how each kind was tested.
 
     \b
-    gigabatch template slurm my.yaml cluster.workers=16 --out run.sbatch && sbatch run.sbatch
-    gigabatch template kuberay my.yaml --image registry/gigabatch:1 | kubectl apply -f -
+    Examples:
+      gigabatch template slurm my.yaml cluster.workers=16 --out run.sbatch && sbatch run.sbatch
+      gigabatch template kuberay my.yaml --image registry/gigabatch:1 | kubectl apply -f -
     """
     from gigabatch.launcher.templates import render
 
@@ -48,6 +50,6 @@ def template(
         with open(out, "x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise GigabatchError(f"--out {out}: the file exists; it was left as it is.") from None
+        raise GigabatchError(f"--out {out}: the file exists; it was not changed.") from None
     except OSError as error:
         raise GigabatchError(f"--out {out}: cannot be written: {error.strerror}.") from error

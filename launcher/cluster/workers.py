@@ -22,7 +22,7 @@ from gigabatch.launcher.cluster.preemption import PreemptionWatcher
 from gigabatch.launcher.cluster.shared_folder import check_shared
 from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.output import write
-from gigabatch.launcher.restarts import while_it_gets_on
+from gigabatch.launcher.restarts import retry_while_progressing
 from gigabatch.launcher.signals import STOPPING
 from gigabatch.trainer.config import ClusterSettings
 from gigabatch.trainer.distributed import TIMEOUT
@@ -51,7 +51,7 @@ def run_ray(run: RunFolder) -> None:
     try:
         if in_ray_job():
             _check_cluster(run, cluster)
-        while_it_gets_on(run, cluster.max_restarts, lambda: _fit(run, cluster))
+        retry_while_progressing(run, cluster.max_restarts, lambda: _fit(run, cluster))
     except GigabatchError as error:
         run.record_failure(str(error))
     finally:

@@ -35,11 +35,11 @@ from gigabatch.launcher.start import prepare_run, reopen_run
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import differences, parse_config, resolve
 from gigabatch.trainer.distributed import single_process
-from gigabatch.trainer.evaluation.command import kept_name, open_subject
-from gigabatch.trainer.evaluation.history import best_and_last
-from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.tags import tags
-from gigabatch.trainer.evaluation.tasks import measure as measure_task
+from gigabatch.trainer.evaluation.command import open_context, result_name
+from gigabatch.trainer.evaluation.registry import parse_task
+from gigabatch.trainer.evaluation.tags import metric_tags
+from gigabatch.trainer.evaluation.task import SetTask
+from gigabatch.trainer.evaluation.tasks.history import best_and_last
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -220,14 +220,15 @@ def _read_metric(run: RunFolder, metric: Metric, dataset: Path, field: str | Non
 
 def _evaluate(run: RunFolder, metric: Metric, dataset: Path, field: str | None) -> dict[str, Any]:
     """Return the stored results of a metric's task; run the task if there are none."""
-    task, settings = metric.task, metric.settings
-    file = run.measurement(kept_name(dataset.name, task, settings), run.steps_saved()[-1])
+    task, settings = parse_task(metric.task, metric.settings), metric.settings
+    assert isinstance(task, SetTask)
+    name = result_name(dataset.name, task.result_tag(), settings)
+    file = run.measurement(name, run.steps_saved()[-1])
     if not file.exists():
-        step, subject = open_subject(run, str(dataset), single_process())
-        measured = measure_task(task, subject, task_settings(task, settings))
-        seed = None if field is None else subject.config.run.seed
-        values = tags(task, measured, seed, subject.groups(field, measured))
-        stored = {**values, "settings": list(settings)}
-        run.write_measurement(kept_name(dataset.name, task, settings), step, stored)
+        context = open_context(run, str(dataset), single_process())
+        result = task.measure(context)
+        seed = None if field is None else context.config.run.seed
+        values = metric_tags(task, result, seed, context.query_groups(field, result))
+        run.write_measurement(name, context.step, {**values, "settings": list(settings)})
     results: dict[str, Any] = json.loads(file.read_text())
     return results

@@ -1,4 +1,4 @@
-"""One rank of `gigabatch doctor`'s all-gather; rank 0 prints what was measured, as JSON."""
+"""One rank of the all-gather of `gigabatch doctor`; rank 0 prints the measurements as JSON."""
 
 from __future__ import annotations
 
@@ -14,34 +14,30 @@ from gigabatch.trainer.distributed import World, join_world, leave
 SMALL, LARGE = 1 << 10, 16 << 20  # bytes of each rank
 
 
-def _seconds(world: World, size: int, times: int) -> float:
-    """Median time of one all-gather of `size` bytes a rank."""
-    own = torch.zeros(size, dtype=torch.uint8, device=world.device)
-    parts = [torch.empty_like(own) for _ in range(world.size)]
-    took = []
+def median_seconds(world: World, size: int, times: int) -> float:
+    """Return the median time of an all-gather of `size` bytes from each rank."""
+    local = torch.zeros(size, dtype=torch.uint8, device=world.device)
+    parts = [torch.empty_like(local) for _ in range(world.size)]
+    seconds = []
     for _ in range(times):
         began = time.perf_counter()
         if world.group is not None:
-            dist.all_gather(parts, own, group=world.group)
+            dist.all_gather(parts, local, group=world.group)
         if world.device.type == "cuda":
             torch.cuda.synchronize()
-        took.append(time.perf_counter() - began)
-    return median(took[len(took) // 5 :])  # the first ones set up connections
+        seconds.append(time.perf_counter() - began)
+    return median(seconds[len(seconds) // 5 :])  # the first ones also set up connections
 
 
 if __name__ == "__main__":
     with join_world(1) as world:
-        small, large = _seconds(world, SMALL, 100), _seconds(world, LARGE, 10)
+        small, large = median_seconds(world, SMALL, 100), median_seconds(world, LARGE, 10)
         if world.is_main:
             received = LARGE * (world.size - 1)
-            print(
-                json.dumps(
-                    {
-                        "backend": dist.get_backend(),
-                        "latency_us": small * 1e6,
-                        "bytes_per_s": received / large,
-                    }
-                ),
-                flush=True,
-            )
+            result = {
+                "backend": dist.get_backend(),
+                "latency_us": small * 1e6,
+                "bytes_per_s": received / large,
+            }
+            print(json.dumps(result), flush=True)
     leave(0)

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's data and devices: found before a worker starts."""
+"""Checks of a run's data and devices, made before a worker starts."""
 
 from __future__ import annotations
 
@@ -28,51 +28,60 @@ from gigabatch.trainer.inputs import (
 
 
 def examine_data(config: Config) -> str:
-    """Open a run's data as its start would; what there is. Raises GigabatchError."""
+    """Open a run's data as its start would; return its description. Raises GigabatchError."""
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     return f"{len(data):,} samples in {', '.join(index.source for index in data.indexes)}"
 
 
 def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
-    """The training data, opened. Raises GigabatchError for too few GPUs, a stage that is not there,
-    shards that are damaged or missing, and fields that samples lack."""
+    """Open the training data, and check whatever the run needs of data and devices.
+
+    Args:
+        config: Resolved config.
+        progress: Called with (shards indexed, shards in total).
+
+    Raises:
+        GigabatchError: for too few GPUs, a missing stage, damaged or missing shards, and fields or
+            vectors that samples lack.
+    """
     devices = torch.cuda.device_count()
-    ray = config.cluster.launcher == "ray"
-    elsewhere = "RANK" in os.environ or (
-        ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
+    is_ray = config.cluster.launcher == "ray"
+    needs_no_gpu_here = "RANK" in os.environ or (
+        is_ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
     )
-    if not elsewhere and 0 < devices < config.cluster.least:
+    if not needs_no_gpu_here and 0 < devices < config.cluster.least:
         raise GigabatchError(
-            f"cluster.workers: {config.cluster.least} workers need as many GPUs, and this "
-            f"machine has {devices}. Set cluster.workers={devices}."
+            f"cluster.workers: {config.cluster.least} workers need {config.cluster.least} GPUs, "
+            f"and this machine has {devices}. Set cluster.workers={devices}."
         )
     for path in config.data.stages:
         load_stage(path)
     data = open_train(config, progress)
-    data.mixture.samples_before(0)  # raises where weights or groups do not fit
+    data.mixture.samples_before(0)  # raises for wrong weights or groups
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
     vectors = vectors_of(config.objective)
     fields_of(config, vectors=vectors).members(data.indexes)
     eval_fields(config).members(sets)
-    shared = positives_of(config.objective)
-    read = [(index, column) for index in data.indexes for column in columns_of(config.objective)]
-    for index, column in read + [(index, shared) for index in sets if shared]:
+    positives = positives_of(config.objective)
+    columns = [(index, name) for index in data.indexes for name in columns_of(config.objective)]
+    columns += [(index, positives) for index in sets if positives]
+    for index, column in columns:
         _check_column(index, column, cache_of(config))
     for index in () if config.data.missing == "mask" else data.indexes:
-        for found in vectors.values():
-            _check_vector(index, found, cache_of(config))
+        for settings in vectors.values():
+            _check_vector(index, settings, cache_of(config))
     return data
 
 
 def _check_vector(index: Index, settings: VectorSettings, cache: ShardCache) -> None:
-    """Whether the first sample's vector is what the objective says."""
+    """Check the first sample's vector against the settings of the objective."""
     with Reader(index, cache) as reader:
         read_vectors(reader.read(0, settings.extension), settings, index.where(0))
 
 
 def _check_column(index: Index, column: str, cache: ShardCache) -> None:
-    """Whether the first sample has the field: a misspelt one is found before workers start."""
+    """Check that the first sample has the field, so that a misspelled one fails at once."""
     if column in index.columns:
         return
     index.require_members("json")

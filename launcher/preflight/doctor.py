@@ -1,4 +1,4 @@
-"""`gigabatch doctor`: what this machine lacks for a run, and how to mend it."""
+"""`gigabatch doctor`: checks of this machine before a run; each problem comes with a fix."""
 
 from __future__ import annotations
 
@@ -29,59 +29,69 @@ from gigabatch.data.text.captions import ExtraText
 from gigabatch.launcher.environment import in_ray_job
 from gigabatch.trainer.config import Config
 
-FILES = 4096
-"""Open files that a rank may come to: its shards, and its loaders' pipes and shared memory."""
-ROOM = 1 << 30
-"""Bytes of disk without which no run should begin."""
-SKEW_S = 2.0
-"""Seconds by which two clocks may differ before curves and logs confuse."""
+OPEN_FILES = 4096
+"""Open files that a rank may need: its shards, and its loaders' pipes and shared memory."""
+DISK_BYTES = 1 << 30
+"""Free disk space below which a run should not start."""
+CLOCK_SKEW_S = 2.0
+"""Difference between two clocks above which curves and logs become confusing."""
 GATHER_TIMEOUT_S = 180
-Level = Literal["ok", "warning", "fault"]
+Level = Literal["ok", "warning", "error"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, and what to do about it. A fault: no run could start, or end well."""
+    """The result of one check.
 
-    about: str
+    Attributes:
+        subject: What was checked.
+        level: ok; warning; or error, with which a run cannot start or would fail.
+        text: What was measured or found.
+        fix: What to do about it; empty if nothing.
+    """
+
+    subject: str
     level: Level
-    what: str
-    remedy: str = ""
+    text: str
+    fix: str = ""
 
     def __str__(self) -> str:
-        mark = {"ok": "ok", "warning": "WARNING", "fault": "FAULT"}[self.level]
-        return f"{self.about:>14}  {mark:<8}{self.what}{f'. {self.remedy}' if self.remedy else ''}"
+        mark = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}[self.level]
+        return f"{self.subject:>14}  {mark:<8}{self.text}{f'. {self.fix}' if self.fix else ''}"
 
 
 def doctor(
     config: Config | None, check_data: Callable[[Config], str], say: Callable[[str], None]
 ) -> int:
-    """Look at everything, say each finding; 0 where a run could start, else 2.
+    """Run all checks and print each finding.
 
-    `check_data`: opens a run's data, and says what there is.
+    Args:
+        config: Resolved config of the run to be started; None checks only the machine.
+        check_data: Opens a run's data and returns a description of it.
+        say: Prints a line.
+
+    Returns:
+        Exit code: 0 if a run can start, else 2.
     """
-    faults = 0
-    for finding in _all(config, check_data):
+    errors = 0
+    for finding in _all_checks(config, check_data):
         say(str(finding))
-        faults += finding.level == "fault"
-    said = (
-        f"{faults} fault{'s' * (faults > 1)}: a run could not start" if faults else "fit for a run"
-    )
-    say(said)
-    return 2 if faults else 0
+        errors += finding.level == "error"
+    say(f"{errors} error{'s' * (errors > 1)}: a run would fail" if errors else "ready for a run")
+    return 2 if errors else 0
 
 
 def refuse_unfit(config: Config, warn: Callable[[str], None]) -> None:
-    """What takes no time, before a run begins. Raises GigabatchError for a fault."""
-    for finding in quick(config):
-        if finding.level == "fault":
-            raise GigabatchError(f"{finding.about}: {finding.what}. {finding.remedy}")
+    """Make the quick checks before a run; print warnings. Raises GigabatchError for an error."""
+    for finding in quick_checks(config):
+        if finding.level == "error":
+            raise GigabatchError(f"{finding.subject}: {finding.text}. {finding.fix}")
         if finding.level == "warning":
-            warn(f"{finding.about}: {finding.what}. {finding.remedy}")
+            warn(f"{finding.subject}: {finding.text}. {finding.fix}")
 
 
-def quick(config: Config | None) -> Iterator[Finding]:
-    """What takes no time."""
+def quick_checks(config: Config | None) -> Iterator[Finding]:
+    """Yield the findings that take no noticeable time."""
     yield from _packages()
     yield _shared_memory(config)
     yield _open_files()
@@ -89,9 +99,9 @@ def quick(config: Config | None) -> Iterator[Finding]:
     yield from _copies(config)
 
 
-def _all(config: Config | None, check_data: Callable[[Config], str]) -> Iterator[Finding]:
+def _all_checks(config: Config | None, check_data: Callable[[Config], str]) -> Iterator[Finding]:
     yield Finding("Python", "ok", sys.version.split()[0])
-    yield from quick(config)
+    yield from quick_checks(config)
     yield from _devices()
     yield _clock(config.run.dir if config else Path())
     yield _host()
@@ -99,43 +109,44 @@ def _all(config: Config | None, check_data: Callable[[Config], str]) -> Iterator
         try:
             yield Finding("data", "ok", check_data(config))
         except GigabatchError as error:
-            yield Finding("data", "fault", str(error).rstrip("."))
-    yield _gather(_ranks_here(config) if config else 2)
+            yield Finding("data", "error", str(error).rstrip("."))
+    yield _all_gather(_local_ranks(config) if config else 2)
 
 
-def _ranks_here(config: Config) -> int:
-    """How many of a run's ranks may share this machine; of a Ray job's driver, none need do."""
+def _local_ranks(config: Config) -> int:
+    """Return the maximum number of a run's ranks on this machine."""
     if config.cluster.launcher == "ray" and in_ray_job():
-        return 1
+        return 1  # this is the driver, whose workers may all be on other nodes
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.most))
     return min(ranks, torch.cuda.device_count() or ranks)
 
 
 def _packages() -> Iterator[Finding]:
-    """Whether what the package asks for is installed, in the versions that it asks for."""
-    found = []
+    """Check that the required packages are installed in the required versions."""
+    named = []
     for text in requires("gigabatch") or []:
-        wanted = Requirement(text)
-        if wanted.marker and not wanted.marker.evaluate({"extra": ""}):
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         try:
-            have = version(wanted.name)
+            installed = version(requirement.name)
         except PackageNotFoundError:
-            have = ""
-        if not have or not wanted.specifier.contains(have, prereleases=True):
-            what = f"{wanted.name} {have or 'is not installed'}; {wanted} is needed"
-            yield Finding("packages", "fault", what, f"pip install '{wanted}'")
-        elif wanted.name in ("torch", "deepspeed", "ray", "webdataset"):
-            found.append(f"{wanted.name} {have}")
-    yield Finding("packages", "ok", ", ".join(found))
+            installed = ""
+        if not installed or not requirement.specifier.contains(installed, prereleases=True):
+            state = f"{requirement.name} {installed or 'is not installed'}"
+            fix = f"pip install '{requirement}'"
+            yield Finding("packages", "error", f"{state}; {requirement} is needed", fix)
+        elif requirement.name in ("torch", "deepspeed", "ray", "webdataset"):
+            named.append(f"{requirement.name} {installed}")
+    yield Finding("packages", "ok", ", ".join(named))
 
 
 def _devices() -> Iterator[Finding]:
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi"):
             yield Finding(
-                "devices", "warning", f"a GPU's driver is here, but torch {torch.__version__} "
-                "does not use it", "Install torch for CUDA, in a version that the driver knows",
+                "devices", "warning", f"there is a GPU driver, but torch {torch.__version__} does "
+                "not use it", "Install torch for CUDA, in a version that the driver supports",
             )  # fmt: skip
         else:
             yield Finding("devices", "ok", f"no GPU; {len(os.sched_getaffinity(0))} CPU cores")
@@ -143,11 +154,11 @@ def _devices() -> Iterator[Finding]:
     for number in range(torch.cuda.device_count()):
         free, total = torch.cuda.mem_get_info(number)
         name, gib = torch.cuda.get_device_name(number), 2**30
-        what = f"{name}, {free / gib:.0f} of {total / gib:.0f} GiB free"
-        busy = free < 0.9 * total
+        text = f"{name}, {free / gib:.0f} of {total / gib:.0f} GiB free"
+        is_busy = free < 0.9 * total
         yield Finding(
-            f"GPU {number}", "warning" if busy else "ok", what,
-            "Another process holds memory there: see nvidia-smi" if busy else "",
+            f"GPU {number}", "warning" if is_busy else "ok", text,
+            "Another process uses its memory: see nvidia-smi" if is_busy else "",
         )  # fmt: skip
     nccl = ".".join(map(str, torch.cuda.nccl.version()))
     yield Finding("CUDA", "ok", f"CUDA {torch.version.cuda}, NCCL {nccl}")
@@ -158,22 +169,22 @@ def _devices() -> Iterator[Finding]:
 
 
 def _shared_memory(config: Config | None) -> Finding:
-    """Loaders hand over micro-batches through it."""
+    """Check /dev/shm, through which loaders pass micro-batches."""
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     need = 64 << 20
     if config is not None:
         data = config.data
-        held = data.workers * (data.prefetch + 2) * _ranks_here(config)
-        need = held * config.batch.micro_size * _sample_bytes(config)
-    what = f"{free / 2**20:,.0f} MiB of /dev/shm free, a run here takes about {need / 2**20:,.0f}"
-    if free < need:  # the rest is for what is asked for and never filled
-        remedy = "Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch"
-        return Finding("shared memory", "fault" if free < need / 2 else "warning", what, remedy)
-    return Finding("shared memory", "ok", what)
+        batches = data.workers * (data.prefetch + 2) * _local_ranks(config)
+        need = batches * config.batch.micro_size * _sample_bytes(config)
+    text = f"{free / 2**20:,.0f} MiB of /dev/shm free; this run needs about {need / 2**20:,.0f} MiB"
+    if free < need:  # `need` is an upper bound; below half of it a run is sure to fail
+        fix = "Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch"
+        return Finding("shared memory", "error" if free < need / 2 else "warning", text, fix)
+    return Finding("shared memory", "ok", text)
 
 
 def _sample_bytes(config: Config) -> int:
-    """Of the tensors of one sample, at most."""
+    """Return the maximum bytes of one sample's tensors."""
     data, image = config.data, config.data.image
     sizes = {
         "image": image.channels * image.size**2,
@@ -192,93 +203,99 @@ def _sample_bytes(config: Config) -> int:
 
 def _open_files() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < FILES:
-        remedy = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
-        return Finding("open files", "warning", f"at most {soft:,} a process", remedy)
-    return Finding("open files", "ok", f"at most {soft:,} a process")
+    if soft < OPEN_FILES:
+        fix = f"ulimit -n {min(hard, 65536) if hard > 0 else 65536}"
+        return Finding("open files", "warning", f"at most {soft:,} per process", fix)
+    return Finding("open files", "ok", f"at most {soft:,} per process")
 
 
 def _disks(config: Config | None) -> Iterator[Finding]:
-    places = {"cache": cache_folder(), "run folder": config.run.dir if config else Path("runs")}
-    for about, folder in places.items():
-        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-        free = shutil.disk_usage(there).free
-        what = f"{folder}: {free / 2**30:,.1f} GiB free"
-        key = "GIGABATCH_CACHE" if about == "cache" else "run.dir"
-        if not os.access(there, os.W_OK):
-            what = f"{folder} cannot be written"
-            yield Finding(about, "fault", what, f"Set {key} to a folder that you may write")
-        elif free < ROOM:
-            yield Finding(about, "warning", what, f"Make room, or set {key} elsewhere")
+    folders = {"cache": cache_folder(), "run folder": config.run.dir if config else Path("runs")}
+    for subject, folder in folders.items():
+        existing = _existing_parent(folder)
+        free = shutil.disk_usage(existing).free
+        text = f"{folder}: {free / 2**30:,.1f} GiB free"
+        key = "GIGABATCH_CACHE" if subject == "cache" else "run.dir"
+        if not os.access(existing, os.W_OK):
+            text, fix = f"{folder} is not writable", f"Set {key} to a writable folder"
+            yield Finding(subject, "error", text, fix)
+        elif free < DISK_BYTES:
+            yield Finding(subject, "warning", text, f"Free some space, or set {key}")
         else:
-            yield Finding(about, "ok", what)
+            yield Finding(subject, "ok", text)
+
+
+def _existing_parent(folder: Path) -> Path:
+    """Return the folder, or the nearest parent that exists."""
+    absolute = folder.absolute()
+    return next(path for path in (absolute, *absolute.parents) if path.exists())
 
 
 def _copies(config: Config | None) -> Iterator[Finding]:
-    """Whether checkpoints can be copied: a file is written there, read and removed."""
+    """Check that checkpoints can be copied: write, read and remove a file there."""
     if config is None or config.checkpoint.copy_to is None:
         return
     url = writable_folder(config.checkpoint.copy_to)
     try:
         check_writable(url)
     except GigabatchError as error:
-        remedy = "Set checkpoint.copy_to to a folder that you may write, read and empty"
-        yield Finding("checkpoint.copy_to", "fault", str(error).rstrip("."), remedy)
+        fix = "Set checkpoint.copy_to to a folder where you may write, read and delete"
+        yield Finding("checkpoint.copy_to", "error", str(error).rstrip("."), fix)
     else:
-        yield Finding("copies", "ok", f"{url} can be written")
+        yield Finding("copies", "ok", f"{url} is writable")
 
 
 def _clock(folder: Path) -> Finding:
-    """Against the clock of the file system, which on a network is another machine's."""
-    there = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    """Compare clocks with the file system, which on a network is that of another machine."""
+    existing = _existing_parent(folder)
     try:
-        with tempfile.NamedTemporaryFile(dir=there) as file:
+        with tempfile.NamedTemporaryFile(dir=existing) as file:
             before = time.time()
             os.utime(file.name)
             skew = os.stat(file.name).st_mtime - before
     except OSError:
-        return Finding("clock", "warning", f"{there} cannot be written, so it was not compared")
-    what = f"{abs(skew):.1f} s {'before' if skew < 0 else 'after'} this machine's on {there}"
-    if abs(skew) > SKEW_S:
-        return Finding("clock", "warning", what, "Set the machines' clocks alike (NTP)")
-    return Finding("clock", "ok", what)
+        return Finding("clock", "warning", f"{existing} is not writable, so it was not compared")
+    text = f"{existing} is {abs(skew):.1f} s {'behind' if skew < 0 else 'ahead of'} this machine"
+    if abs(skew) > CLOCK_SKEW_S:
+        return Finding("clock", "warning", text, "Synchronize the machines' clocks (NTP)")
+    return Finding("clock", "ok", text)
 
 
 def _host() -> Finding:
-    """Ranks on other machines reach this one by the address of its name."""
+    """Check that this host's name has an address, by which ranks on other machines reach it."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)
-        with socket.socket() as one:
-            one.bind((address, 0))
+        with socket.socket() as server:
+            server.bind((address, 0))
     except OSError as error:
-        remedy = "Name it in /etc/hosts, with the address by which other nodes reach it"
-        return Finding("host", "warning", f"{name} has no address here ({error})", remedy)
-    here = " (by which other machines do not reach it)" if address.startswith("127.") else ""
-    return Finding("host", "ok", f"{name} is {address}{here}, and ports can be opened there")
+        fix = "Add it to /etc/hosts, with the address by which other nodes reach it"
+        return Finding("host", "warning", f"{name} has no address here ({error})", fix)
+    note = " (which other machines cannot reach)" if address.startswith("127.") else ""
+    return Finding("host", "ok", f"{name} is {address}{note}; ports can be opened")
 
 
-def _gather(workers: int) -> Finding:
-    """Between as many processes on this machine: latency of a small all-gather, rate of a large."""
+def _all_gather(workers: int) -> Finding:
+    """Measure latency and bandwidth of an all-gather between processes on this machine."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
         f"--nproc-per-node={workers}", "-m", "gigabatch.launcher.preflight.all_gather",
     ]  # fmt: skip
-    about = "all-gather"
+    subject = "all-gather"
     try:
-        done = subprocess.run(
+        process = subprocess.run(
             command, capture_output=True, text=True, timeout=GATHER_TIMEOUT_S,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        found = json.loads(done.stdout.strip().splitlines()[-1])
+        result = json.loads(process.stdout.strip().splitlines()[-1])
     except subprocess.TimeoutExpired:
-        what = f"{workers} workers did not meet within {GATHER_TIMEOUT_S} s"
-        return Finding(about, "fault", what, "Is a firewall on this machine's own ports?")
+        text = f"{workers} workers did not connect within {GATHER_TIMEOUT_S} s"
+        return Finding(subject, "error", text, "Check for a firewall on this machine's own ports")
     except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["no word"])[-1]
-        return Finding(about, "fault", f"{workers} workers could not talk: {last}")
-    what = (
-        f"{workers} workers over {found['backend']}: {found['latency_us']:,.0f} us for 1 KiB, "
-        f"{found['bytes_per_s'] / 1e9:.2f} GB/s for 16 MiB"
+        last = (process.stderr.strip().splitlines() or ["no error message"])[-1]
+        return Finding(subject, "error", f"{workers} workers could not communicate: {last}")
+    text = (
+        f"{workers} workers over {result['backend']}: {result['latency_us']:,.0f} us for 1 KiB, "
+        f"{result['bytes_per_s'] / 1e9:.2f} GB/s for 16 MiB"
     )
-    return Finding(about, "ok", what)
+    return Finding(subject, "ok", text)

@@ -1,4 +1,4 @@
-"""Ray clusters for tests: nodes that are real processes, and questions to their dashboard."""
+"""Ray clusters for tests: nodes as real processes, and requests to their dashboard."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class Cluster:
     address: str
     gcs: str
     environment: dict[str, str]
-    """Of its nodes."""
+    """Environment variables of its nodes."""
 
     def client(self, token: str | None = TOKEN) -> dict[str, str]:
-        """The environment of someone who talks to it."""
-        own = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        return own | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
+        """Return the environment of a process that connects to the cluster."""
+        rest = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return rest | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
 
 
 def node_environment(home: Path) -> dict[str, str]:
-    """What the nodes of a cluster with token authentication run with; `home` is their user's."""
+    """Return the nodes' environment, with token authentication; `home` is their user's home."""
     (home / "token").write_text(TOKEN)
-    own = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    return own | {
+    rest = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
+    return rest | {
         "HOME": str(home),
         "GIGABATCH_CACHE": str(home / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -65,7 +65,7 @@ def ray_node(
 
 
 class _Node:
-    """`ray start --block`, and on leaving nothing of it is left."""
+    """Runs `ray start --block`; leaving the context kills all of its processes."""
 
     def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
         self.arguments = (command, environment, log)
@@ -90,11 +90,11 @@ class _Node:
 
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
+    for server in sockets:
+        server.bind(("127.0.0.1", 0))
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
     return ports
 
 
@@ -122,11 +122,11 @@ def wait_until(
 ) -> Any:
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline and (by is None or by.process.poll() is None):
-        if found := condition():
-            return found
+        if result := condition():
+            return result
         time.sleep(0.1)
-    told = log.read_text() if log else ""
+    output = log.read_text() if log else ""
     if by:
         by.kill()
-        told += "".join(by.process.communicate())
-    return pytest.fail(f"not within {limit:.0f} s: {what}\n{told}")
+        output += "".join(by.process.communicate())
+    return pytest.fail(f"not within {limit:.0f} s: {what}\n{output}")

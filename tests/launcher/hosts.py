@@ -1,5 +1,7 @@
-"""Several hosts on one machine, for root: each a network namespace with address, name, processes,
-/dev/shm and a Ray folder of its own, all on one bridge. Files are shared, as on a cluster."""
+"""Several hosts on one machine, as network namespaces on one bridge; needs root.
+
+Each host has its own address, name, processes, /dev/shm and Ray folder. Files are shared.
+"""
 
 from __future__ import annotations
 
@@ -29,16 +31,16 @@ QUICK_HEALTH = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""A lost node is noticed within seconds, not a minute. (With less patience, a busy one is too.)"""
+"""Ray notices a lost node within seconds, not a minute. Shorter limits also lose busy nodes."""
 
 
 @dataclass
 class Hosts:
     home: Path
-    """Short, since Unix sockets lie in it; the nodes' user's home too."""
+    """Home of the nodes' user; short, because paths of Unix sockets must be."""
     stem: str
     net: str
-    """The first three numbers of all addresses."""
+    """First three numbers of all addresses."""
     environment: dict[str, str] = field(default_factory=dict)
     nodes: dict[int, psutil.Process] = field(default_factory=dict)
 
@@ -53,7 +55,7 @@ class Hosts:
         return f"http://{self.address(0)}:8265"
 
     def command(self, number: int) -> list[str]:
-        """What runs a command on a host."""
+        """Return the prefix that runs a command on a host."""
         private = self.home / f"ray{number}"
         private.mkdir()
         return [
@@ -63,7 +65,7 @@ class Hosts:
         ]  # fmt: skip
 
     def announce_loss(self, node_id: str, seconds: int) -> None:
-        """Tell Ray that a node will be taken away, as a cloud's notice of preemption does."""
+        """Tell Ray that a node will be lost, as a cloud's preemption notice does."""
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "drain-node",
             f"--address={self.address(0)}:6379", f"--node-id={node_id}",
@@ -73,7 +75,7 @@ class Hosts:
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
     def cut_off(self, number: int) -> None:
-        """Pull a host's cable: it lives on, and nobody hears of it."""
+        """Disconnect a host's network; its processes keep running."""
         _ip("link", "set", self.name(number), "down")
 
 
@@ -83,7 +85,7 @@ def _ip(*arguments: str) -> None:
 
 @contextmanager
 def hosts(home: Path, count: int) -> Iterator[Hosts]:
-    """`count` hosts without any process yet. Skips where they cannot be made."""
+    """Create `count` hosts without processes; skip the test if that is not possible."""
     if os.geteuid() != 0:
         pytest.skip("needs root to make hosts of network namespaces")
     random_net = random.SystemRandom()
@@ -113,7 +115,7 @@ def _add(stack: ExitStack, add: tuple[str, ...], remove: tuple[str, ...]) -> Non
 def _connect(made: Hosts, number: int, stack: ExitStack) -> None:
     name = made.name(number)
     _add(stack, ("netns", "add", name), ("netns", "del", name))
-    # Removed by name: a namespace may live on for a while after its last process.
+    # Removed by name, because a namespace may outlive its last process for a while.
     cable = ("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
     _add(stack, cable, ("link", "del", name))
     _ip("link", "set", name, "master", made.stem)
@@ -125,7 +127,7 @@ def _connect(made: Hosts, number: int, stack: ExitStack) -> None:
 
 @contextmanager
 def ray_on(made: Hosts, count: int) -> Iterator[Hosts]:
-    """Ray on the first `count` hosts, a CPU each; the head is host 0."""
+    """Run Ray on the first `count` hosts, with one CPU each; host 0 is the head."""
     with ExitStack() as stack:
         for number in range(count):
             start_ray(made, number, stack)

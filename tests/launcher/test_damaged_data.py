@@ -1,4 +1,4 @@
-"""Samples that go bad under a run: replaced by the same others on any number of workers, told."""
+"""Samples damaged after indexing: replaced by the same substitutes at any world size, recorded."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BAD = (30, 77, 150)
 
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path) -> Path:
-    """A set that was indexed, of which three samples have gone bad since."""
+    """Return an indexed data set of which three samples were damaged afterwards."""
     root = tmp_path / "damaged"
     for name in ("train", "val"):
         shutil.copytree(shards / name, root / name)
@@ -36,10 +36,10 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
-def test_a_run_replaces_bad_samples_and_records_each(
+def test_run_replaces_and_records_damaged_samples(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    # Seven steps of 32 are an epoch and a bit of the 200 samples.
+    # Seven steps of 32 are a little more than one epoch of 200 samples.
     options = [f"data.root={damaged}", "train.steps=7", "run.name=r", "eval.sets=[]"]
     done = gigabatch("train", tiny, *options)
     assert done.returncode == 0, done.stderr
@@ -56,10 +56,10 @@ def test_a_run_replaces_bad_samples_and_records_each(
 
 
 @pytest.mark.slow
-def test_shards_that_change_under_a_run_end_it(
+def test_worker_stops_if_shards_changed_since_the_start(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    """A worker that is started again would go on with other samples."""
+    """A restarted worker would continue with different samples."""
     settings = [f"data.root={damaged}", "eval.sets=[]", "train.steps=3"]
     assert gigabatch("train", tiny, *settings, "run.name=a").returncode == 0
     run = tmp_path / "runs" / "a"
@@ -73,7 +73,7 @@ def test_shards_that_change_under_a_run_end_it(
 
 
 @pytest.mark.slow
-def test_an_evaluation_tells_of_bad_samples(
+def test_evaluation_reports_damaged_samples(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     spoil(open_index(damaged / "val"), 9)
@@ -85,7 +85,7 @@ def test_an_evaluation_tells_of_bad_samples(
 
 
 @pytest.mark.slow
-def test_too_many_bad_samples_end_a_run(
+def test_more_damaged_samples_than_allowed_stop_the_run(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     options = [f"data.root={damaged}", "data.max_damaged=0.0002", "run.name=r", "eval.sets=[]"]
@@ -96,7 +96,7 @@ def test_too_many_bad_samples_end_a_run(
 
 
 @pytest.mark.slow
-def test_the_same_samples_are_replaced_by_the_same_on_two_workers_and_after_a_resume(
+def test_substitutes_are_equal_on_two_workers_and_after_a_resume(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     root = [f"data.root={damaged}", "eval.sets=[]", "train.steps=9"]
@@ -107,11 +107,11 @@ def test_the_same_samples_are_replaced_by_the_same_on_two_workers_and_after_a_re
     assert gigabatch("train", tiny, *root[:2], "train.steps=4", "run.name=cut").returncode == 0
     resumed = gigabatch("resume", runs / "cut", "train.steps=9", "--allow", "train.steps")
     assert resumed.returncode == 0, resumed.stderr
-    told = [
+    records = [
         [{k: v for k, v in line.items() if k != "attempt"} for line in recorded(runs / name)]
         for name in ("one", "two", "cut")
     ]
-    assert told[0] == told[1] == told[2]
+    assert records[0] == records[1] == records[2]
     lines = read_metrics(runs / "cut" / "metrics.jsonl")
-    counted = [line["data/bad_samples"] for line in lines if "data/bad_samples" in line]
-    assert counted[-1] == len(told[0])
+    counts = [line["data/bad_samples"] for line in lines if "data/bad_samples" in line]
+    assert counts[-1] == len(records[0])

@@ -1,5 +1,7 @@
-"""`gigabatch eval` on runs of vectors, sequences and text: several modalities that ask together,
-tokens, captions of something else than images, and several ranks."""
+"""`gigabatch eval` on runs of vectors, sequences and text.
+
+Covers joint retrieval, tokens, captions of sequences, and several ranks.
+"""
 
 from __future__ import annotations
 
@@ -43,15 +45,18 @@ WALKS = [
 
 
 def write_set(folder: Path, count: int, seed: int) -> None:
-    """Bits a, b and c = a xor b, of which no two tell anything of each other; and walks through
-    two to four of six rooms, told in two languages, and in the wrong order."""
+    """Write samples of bits and of walks.
+
+    Bits a, b and c = a xor b: no two of them determine each other. Walks through two to four of
+    six rooms, with captions in two languages and in the wrong order.
+    """
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
     with wds.TarWriter(str(folder / "all.tar"), mtime=0) as writer:
         for number in range(count):
             a, b = random.integers(0, 2, 2).tolist()
             rooms = random.permutation(6)[: random.integers(2, 5)].tolist()
-            told = {
+            record = {
                 **{name: [bit, 1 - bit] for name, bit in {"a": a, "b": b, "c": a ^ b}.items()},
                 "bit": b,
                 "walk": np.eye(6)[rooms].tolist(),
@@ -62,7 +67,8 @@ def write_set(folder: Path, count: int, seed: int) -> None:
                 },
                 "wrong": " then ".join(f"room {'abcdef'[room]}" for room in rooms[::-1]),
             }
-            writer.write({"__key__": f"s{number:05d}", "json": told, "txt": told["names"]["en"]})
+            caption = record["names"]["en"]
+            writer.write({"__key__": f"s{number:05d}", "json": record, "txt": caption})
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +98,8 @@ def walks(home: Path) -> Path:
     return trained(home, "walks", [*WALKS, "train.steps=60"])
 
 
-def told(run: Path, *arguments: str) -> dict[str, float]:
-    """Measure in this process."""
+def measure(run: Path, *arguments: str) -> dict[str, float]:
+    """Run `gigabatch eval` in this process and return the metrics."""
     from typer.testing import CliRunner
 
     from gigabatch.launcher.cli.app import app
@@ -104,60 +110,60 @@ def told(run: Path, *arguments: str) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def test_what_only_two_tell_together_is_found_by_their_product(bits: Path) -> None:
-    asked = ["given=[a, c]", "find=b", "positives=bit"]
-    found = told(bits, *asked)
-    assert found["eval/val/a+c2b_recall@1"] == found["eval/val/a+c2b_mrr"] == 1
-    assert found["eval/val/a+c2b_r_precision"] == found["eval/val/a+c2b_ndcg@10"] == 1
-    assert found == told(bits, *asked, "score=product")
+def test_product_score_retrieves_an_exclusive_or_and_sum_does_not(bits: Path) -> None:
+    arguments = ["given=[a, c]", "find=b", "positives=bit"]
+    metrics = measure(bits, *arguments)
+    assert metrics["eval/val/a+c2b_recall@1"] == metrics["eval/val/a+c2b_mrr"] == 1
+    assert metrics["eval/val/a+c2b_r_precision"] == metrics["eval/val/a+c2b_ndcg@10"] == 1
+    assert metrics == measure(bits, *arguments, "score=product")
     (path,) = (bits / "eval").glob("val-retrieval-*score=product-step-00000060.json")
-    kept = json.loads(path.read_text())
-    assert kept.pop("settings") == [*asked, "score=product"]
-    assert kept == found
-    # No sum of dot products tells an xor: it is wrong on one of four kinds at least.
-    assert told(bits, *asked, "score=sum")["eval/val/a+c2b_recall@1"] < 0.9
-    between = told(bits, "between=[a, b]", "positives=bit")
+    written = json.loads(path.read_text())
+    assert written.pop("settings") == [*arguments, "score=product"]
+    assert written == metrics
+    # A sum of dot products is wrong on at least one of the four combinations of bits.
+    assert measure(bits, *arguments, "score=sum")["eval/val/a+c2b_recall@1"] < 0.9
+    between = measure(bits, "between=[a, b]", "positives=bit")
     assert {"eval/val/a2b_recall@1", "eval/val/b2a_r_precision"} < set(between)
-    sliced = told(bits, *asked, "--slice", "bit", "--intervals")
+    sliced = measure(bits, *arguments, "--slice", "bit", "--intervals")
     assert sliced["eval/val/bit=0/a+c2b_recall@1"] == sliced["eval/val/a+c2b_mrr/low"] == 1
 
 
-def test_runs_trained_on_tokens_are_measured_by_tokens(walks: Path) -> None:
-    tokens, pooled = told(walks), told(walks, "tap=head")
+def test_late_interaction_run_is_measured_by_tokens(walks: Path) -> None:
+    tokens, pooled = measure(walks), measure(walks, "tap=head")
     last = json.loads((walks / "eval" / "step-00000060.json").read_text())
-    assert tokens == told(walks, "tap=tokens") == pytest.approx(last)  # while it trained too
+    assert tokens == measure(walks, "tap=tokens") == pytest.approx(last)
     for way in ("text2walk", "walk2text"):
         mrr = f"eval/val/{way}_mrr"
         assert tokens[mrr] > pooled[mrr] + 0.5
 
 
-def test_captions_of_walks_in_two_languages_and_in_the_wrong_order(walks: Path) -> None:
-    under = "eval/val/languages/"
+def test_languages_and_order_work_for_captions_of_sequences(walks: Path) -> None:
+    prefix = "eval/val/languages/"
     captions = "captions=[names.en, names.de]"
-    found = told(walks, "--task", "languages", captions)
-    assert found[f"{under}languages"] == 2
-    assert (
-        found[f"{under}names.en/text2walk_recall@10"] == told(walks)["eval/val/text2walk_recall@10"]
-    )
-    assert found[f"{under}text2walk_mrv"] >= found[f"{under}text2walk_mrv_std"] ** 2 > 0
-    assert found == told(walks, "--task", "languages", captions, "modality=walk")
-    same = told(walks, "--task", "languages", "captions=[names.en, names.en]")
-    assert same[f"{under}walk2text_mrv"] == 0
-    order = told(walks, "--task", "order", "against=wrong", "--slice", "rooms")
+    metrics = measure(walks, "--task", "languages", captions)
+    assert metrics[f"{prefix}languages"] == 2
+    recall = measure(walks)["eval/val/text2walk_recall@10"]
+    assert metrics[f"{prefix}names.en/text2walk_recall@10"] == recall
+    assert metrics[f"{prefix}text2walk_mrv"] >= metrics[f"{prefix}text2walk_mrv_std"] ** 2 > 0
+    assert metrics == measure(walks, "--task", "languages", captions, "modality=walk")
+    same = measure(walks, "--task", "languages", "captions=[names.en, names.en]")
+    assert same[f"{prefix}walk2text_mrv"] == 0
+    order = measure(walks, "--task", "order", "against=wrong", "--slice", "rooms")
     assert order["eval/val/order/order_accuracy"] > 0.9
     assert sum(order[f"eval/val/order/rooms={n}/count"] for n in (2, 3, 4)) == 60
-    assert told(walks, "--task", "order", "against=txt")["eval/val/order/order_accuracy"] == 0
+    tied = measure(walks, "--task", "order", "against=txt")
+    assert tied["eval/val/order/order_accuracy"] == 0
 
 
-def test_two_ranks_find_what_one_finds(walks: Path, start: Any) -> None:
-    asked = ["eval", walks, "--on", "val", "--slice", "rooms", "--intervals", "--json"]
+def test_two_ranks_report_the_metrics_of_one(walks: Path, start: Any) -> None:
+    arguments = ["eval", walks, "--on", "val", "--slice", "rooms", "--intervals", "--json"]
     torchrun = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "gigabatch.launcher",
     ]  # fmt: skip
-    done = start(*asked, command=torchrun).wait()
+    done = start(*arguments, command=torchrun).wait()
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == told(walks, "--slice", "rooms", "--intervals")
+    assert json.loads(done.stdout) == measure(walks, "--slice", "rooms", "--intervals")
 
 
 @pytest.mark.parametrize(
@@ -165,19 +171,19 @@ def test_two_ranks_find_what_one_finds(walks: Path, start: Any) -> None:
     [
         (["given=[a, c]"], "retrieval: given and find go together"),
         (["find=b"], "retrieval: given and find go together"),
-        (["given=[a, c]", "find=b", "between=[a, b]"], "Give one or the other"),
-        (["given=[a, c]", "find=b", "tap=tokens"], "tap is of two modalities"),
+        (["given=[a, c]", "find=b", "between=[a, b]"], "between is for two modalities"),
+        (["given=[a, c]", "find=b", "tap=tokens"], "tap is for two modalities"),
         (["given=[a, b]", "find=b"], "name a modality twice: a, b, b"),
-        (["between=[a, a]"], "between takes two modalities, and got a alone"),
-        (["score=sum"], "score is of given=[A,B] find=C"),
+        (["between=[a, a]"], "between needs two modalities, not a twice"),
+        (["score=sum"], "score needs given=[A,B] find=C"),
         (["given=[a, c]", "find=d"], "the run has no tower 'd'"),
         (["given=a", "find=b", "score=mean"], "score: Input should be 'product' or 'sum'"),
         (["tap=tokens"], "tap=tokens: the run has no tokens of a, b"),
         (["--task", "order", "against=wrong"], "the run has no tower 'text'"),
-        (["--task", "order", "against=wrong", "modality=text"], "another modality than text"),
+        (["--task", "order", "against=wrong", "modality=text"], "a modality other than text"),
     ],
 )
-def test_what_does_not_go_together_is_named(bits: Path, arguments: list[str], words: str) -> None:
-    with pytest.raises(GigabatchError) as caught:
-        told(bits, *arguments)
-    assert words in str(caught.value)
+def test_settings_that_do_not_fit_raise(bits: Path, arguments: list[str], words: str) -> None:
+    with pytest.raises(GigabatchError) as error:
+        measure(bits, *arguments)
+    assert words in str(error.value)

@@ -1,5 +1,4 @@
-"""`gigabatch eval` on a run without images: linear models, what its objective keeps, batch bias,
-triggers."""
+"""`gigabatch eval` on a run without images: linear models, sample state, batch bias, triggers."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli.app import app
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("evaluations of state")]
-Told = Callable[..., dict[str, float]]
+Measure = Callable[..., dict[str, float]]
 
 CONFIG = """
 data:
@@ -49,7 +48,7 @@ objective:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("state")
-    # Of `train` ten concepts are rarer by one.
+    # 90 samples of 20 concepts: ten concepts of `train` have one sample less.
     for name, count, seed in (("train", 90, 1), ("val", 40, 2), ("other", 40, 3)):
         write_modalities(home / name, count, seed, images=False)
     (home / "c.yaml").write_text(CONFIG.format(root=home))
@@ -59,119 +58,142 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def told(run: Path) -> Told:
-    def measure(*arguments: str) -> dict[str, float]:
+def measure(run: Path) -> Measure:
+    """Run `gigabatch eval` in this process; return the metrics without `eval/SET/TASK/`."""
+
+    def invoke(*arguments: str) -> dict[str, float]:
         done = CliRunner().invoke(app, ["eval", str(run), *arguments, "--json"])
         if done.exception is not None:
             raise done.exception
-        found = json.loads(done.stdout)
-        (under,) = {"/".join(name.split("/")[:3]) for name in found}
-        return {name.removeprefix(f"{under}/"): value for name, value in found.items()}
+        metrics = json.loads(done.stdout)
+        (prefix,) = {"/".join(name.split("/")[:3]) for name in metrics}
+        return {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items()}
 
-    return measure
+    return invoke
 
 
 def concepts(count: int) -> np.ndarray:
     return np.arange(count) % 20
 
 
-def test_ages_are_regressed_with_slices_and_intervals(told: Told) -> None:
+def test_regression_probe_reports_slices_and_intervals(measure: Measure) -> None:
     arguments = ("--on", "val", "--task", "probe", "kind=regression", "label=age")
-    found = told(*arguments, "modality=numbers", "--slice", "old", "--intervals")
-    assert found["r2"] > 0.3
-    assert found["mae"] <= found["rmse"] < (3 * concepts(40)).std()
-    parts = [found[f"old={old}/mae"] for old in (False, True)]
-    assert found["mae"] == pytest.approx(np.mean(parts))
-    assert found["r2/low"] < found["r2"] < found["r2/high"]
-    before = told(*arguments, "modality=numbers", "tap=encoder")
-    assert before["r2"] > 0.3
-    assert told(*arguments) != found  # of text, the first modality that there is
+    metrics = measure(*arguments, "modality=numbers", "--slice", "old", "--intervals")
+    assert metrics["r2"] > 0.3
+    assert metrics["mae"] <= metrics["rmse"] < (3 * concepts(40)).std()
+    parts = [metrics[f"old={old}/mae"] for old in (False, True)]
+    assert metrics["mae"] == pytest.approx(np.mean(parts))
+    assert metrics["r2/low"] < metrics["r2"] < metrics["r2/high"]
+    encoder = measure(*arguments, "modality=numbers", "tap=encoder")
+    assert encoder["r2"] > 0.3
+    assert measure(*arguments) != metrics  # the default is text, the run's first modality
 
 
-def test_classes_without_images(told: Told) -> None:
-    for arguments in (["--task", "knn", "k=3"], ["--task", "probe"]):
-        found = told("--on", "val", *arguments, "label=concept", "modality=numbers")
-        assert found["top1"] > 0.5
-        assert told("--on", "val", *arguments, "label=concept")["top1"] > 0.5  # of text
-    shot = told("--on", "val", "--task", "zero-shot", "label=concept", "templates=this is thing {}")
-    assert shot["top1"] > 0.3
-    shape = told("--on", "val", "--task", "geometry")
-    assert {"text_uniformity", "numbers_uniformity", "text_numbers_modality_gap"} < shape.keys()
+def test_classification_works_without_images(measure: Measure) -> None:
+    for task in (["--task", "knn", "k=3"], ["--task", "probe"]):
+        arguments = ["--on", "val", *task, "label=concept"]
+        assert measure(*arguments, "modality=numbers")["top1"] > 0.5
+        assert measure(*arguments)["top1"] > 0.5  # of text
+    zero_shot = ["--task", "zero-shot", "label=concept", "templates=this is thing {}"]
+    assert measure("--on", "val", *zero_shot)["top1"] > 0.3
+    geometry = measure("--on", "val", "--task", "geometry")
+    names = {"text_uniformity", "numbers_uniformity", "text_numbers_modality_gap"}
+    assert names < geometry.keys()
 
 
-def test_the_table_tells_what_the_checkpoint_holds(run: Path, told: Told) -> None:
-    found = told("--on", "train", "--task", "table", "label=concept", "auc=old", "--slice", "old")
+def test_sample_state_matches_the_checkpoint(run: Path, measure: Measure) -> None:
+    settings = ("label=concept", "auc=old", "--slice", "old")
+    metrics = measure("--on", "train", "--task", "sample-state", *settings)
     (folder,) = (run / "checkpoints").glob("step-*")
     state = load_file(folder / "objective.safetensors")
     table = state["table.terms.0.state"][:90].astype(np.float64)
-    every = state["table.terms.1.loss"][:, 0].astype(np.float64)
-    losses = every[:90]
-    assert found["seen"] == found["samples"] == 90
+    all_losses = state["table.terms.1.loss"][:, 0].astype(np.float64)
+    losses = all_losses[:90]
+    assert metrics["seen"] == metrics["samples"] == 90
     tau = table[:, 2:4].mean(1)
     assert tau.std() > 0
     for name, values in (("sogclr/temperature", tau), ("noisy/loss", losses)):
-        assert found[f"{name}/mean"] == pytest.approx(values.mean())
-        assert found[f"{name}/max"] == pytest.approx(values.max())
-        assert found[f"{name}/median"] == pytest.approx(np.median(values))
+        assert metrics[f"{name}/mean"] == pytest.approx(values.mean())
+        assert metrics[f"{name}/max"] == pytest.approx(values.max())
+        assert metrics[f"{name}/median"] == pytest.approx(np.median(values))
         means = np.array([values[concepts(90) == c].mean() for c in range(20)])
+        counts = 4 + (np.arange(20) < 10)
         for concept in range(20):
-            assert found[f"concept={concept}/{name}"] == pytest.approx(means[concept])
-            assert found[f"concept={concept}/count"] == 4 + (concept < 10)
-        wanted = np.corrcoef(means, np.log(4 + (np.arange(20) < 10)))[0, 1]
-        assert found[f"{name}/log_frequency_correlation"] == pytest.approx(wanted)
+            assert metrics[f"concept={concept}/{name}"] == pytest.approx(means[concept])
+            assert metrics[f"concept={concept}/count"] == counts[concept]
+        correlation = np.corrcoef(means, np.log(counts))[0, 1]
+        assert metrics[f"{name}/log_frequency_correlation"] == pytest.approx(correlation)
         old = concepts(90) % 2 == 1
         higher = values[old][:, None] - values[~old][None]
-        assert found[f"{name}/auc"] == pytest.approx((np.sign(higher).mean() + 1) / 2)
-        assert found[f"old=True/{name}/mean"] == pytest.approx(values[old].mean())
-    other = told("--on", "other", "--task", "table")
+        assert metrics[f"{name}/auc"] == pytest.approx((np.sign(higher).mean() + 1) / 2)
+        assert metrics[f"old=True/{name}/mean"] == pytest.approx(values[old].mean())
+    assert 0 <= metrics["noisy/clean_probability/min"] < metrics["noisy/clean_probability/max"] <= 1
+    other = measure("--on", "other", "--task", "sample-state")
     assert other["seen"] == 40
-    assert other["noisy/loss/mean"] == pytest.approx(every[90:].mean())
-    assert 0 <= found["noisy/clean_probability/min"] < found["noisy/clean_probability/max"] <= 1
+    assert other["noisy/loss/mean"] == pytest.approx(all_losses[90:].mean())
 
 
-def test_bias_falls_with_the_batch(told: Told) -> None:
-    where = ("--on", "train", "--task", "batch-bias", "between=[numbers, path]", "temperature=0.1")
-    small = told(*where, "batch=6", "rounds=12")
-    large = told(*where, "batch=30", "rounds=12")
+def test_table_is_an_alias_with_the_same_tags_and_file(run: Path) -> None:
+    outputs = []
+    for task in ("sample-state", "table"):
+        arguments = ["eval", str(run), "--on", "other", "--task", task, "--json"]
+        outputs.append(CliRunner().invoke(app, arguments).stdout)
+        assert "eval/other/table/seen" in json.loads(outputs[-1])
+        (path,) = (run / "eval").glob("other-*.json")
+        assert path.name == "other-table-step-00000030.json"
+        path.unlink()
+    assert outputs[0] == outputs[1]
+
+
+def test_larger_batch_has_less_bias(measure: Measure) -> None:
+    settings = ("between=[numbers, path]", "temperature=0.1", "rounds=12")
+    small = measure("--on", "train", "--task", "batch-bias", *settings, "batch=6")
+    large = measure("--on", "train", "--task", "batch-bias", *settings, "batch=30")
     assert (small["samples"], small["batch"], small["temperature"]) == (90, 6, 0.1)
     assert small["relative_error"] > 1.5 * large["relative_error"]
     assert small["cosine"] < large["cosine"]
 
 
-def test_triggers_by_neighbours(told: Told) -> None:
-    where = ("--on", "val", "--slice", "old", "label=concept", "modality=numbers", "k=3")
-    plain = told(*where, "--task", "knn")
-    found = told(*where, "--task", "trigger", "target=3", "triggered=old", "--intervals")
-    assert found["triggered"] == 20
-    assert found["clean_top1"] == pytest.approx(plain["old=False/top1"])
-    assert found["old=True/attack_success"] == found["attack_success"] < 0.2  # no trigger at all
-    assert "old=False/attack_success" not in found
-    assert -1 < found["triggered_cosine"] < 0.9
+def test_trigger_without_an_attack_has_low_success(measure: Measure) -> None:
+    arguments = ("--on", "val", "--slice", "old", "label=concept", "modality=numbers", "k=3")
+    knn = measure(*arguments, "--task", "knn")
+    settings = ("--task", "trigger", "target=3", "triggered=old", "--intervals")
+    metrics = measure(*arguments, *settings)
+    assert metrics["triggered"] == 20
+    assert metrics["clean_top1"] == pytest.approx(knn["old=False/top1"])
+    assert metrics["old=True/attack_success"] == metrics["attack_success"] < 0.2
+    assert "old=False/attack_success" not in metrics
+    assert -1 < metrics["triggered_cosine"] < 0.9
 
 
-def test_two_ranks_find_the_same(run: Path, told: Told) -> None:
-    asked = [
+def test_two_ranks_report_the_metrics_of_one(run: Path, measure: Measure) -> None:
+    requests = [
         ["val", "probe", "kind=regression", "label=age", "modality=numbers"],
-        ["train", "table", "label=concept", "auc=old"],
+        ["train", "sample-state", "label=concept", "auc=old"],
         ["train", "batch-bias", "between=[numbers, path]", "temperature=0.1", "batch=30"],
         ["val", "trigger", "label=concept", "target=3", "triggered=old", "k=3"],
     ]
-    together = run_ranks(Path(__file__).with_name("measure_probe.py"), 2, run, json.dumps(asked))
-    for found, (on, task, *settings) in zip(together, asked, strict=True):
-        assert found == pytest.approx(told("--on", on, "--task", task, *settings), rel=1e-4)
+    script = Path(__file__).with_name("tasks_probe.py")
+    two_ranks = run_ranks(script, 2, run, json.dumps(requests))
+    for metrics, (on, task, *settings) in zip(two_ranks, requests, strict=True):
+        one_rank = measure("--on", on, "--task", task, *settings)
+        assert metrics == pytest.approx(one_rank, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--on", "val", "--task", "table"], "the run was not trained on val, but on train, other"),
-        (["--on", "train", "--task", "table", "auc=age"], "'age' .* neither true nor false"),
-        (["--on", "val", "--task", "probe", "label=path", "kind=regression"], "is no number"),
+        (
+            ["--on", "val", "--task", "sample-state"],
+            "the run was not trained on val but on train, other",
+        ),
+        (["--on", "train", "--task", "table", "auc=age"], "'age' is .*, not true, false, 1 or 0"),
+        (["--on", "val", "--task", "probe", "label=path", "kind=regression"], "not a finite numb"),
         (["--on", "val", "--task", "probe", "label=age", "kind=ridge"], "probe: kind: Input"),
-        (["--on", "train", "--task", "batch-bias"], "no temperature of its own"),
+        (["--on", "train", "--task", "batch-bias"], "not have exactly one temperature"),
         (
             ["--on", "val", "--task", "batch-bias", "batch=21", "temperature=1"],
-            "batch of 21 is compared with 40 samples of 40 in val; two batches or more",
+            "batch=21 needs at least 42 samples, two batches; there are 40",
         ),
         (
             ["--on", "val", "--task", "trigger", "label=concept", "target=99", "triggered=old"],
@@ -179,6 +201,6 @@ def test_two_ranks_find_the_same(run: Path, told: Told) -> None:
         ),
     ],
 )
-def test_what_is_missing_is_named(told: Told, arguments: list[str], words: str) -> None:
+def test_invalid_settings_raise(measure: Measure, arguments: list[str], words: str) -> None:
     with pytest.raises(GigabatchError, match=words):
-        told(*arguments)
+        measure(*arguments)

@@ -1,4 +1,4 @@
-"""What goes wrong in real runs: signals, kills, damage, full disks. Nothing may be lost."""
+"""Faults in real runs: signals, kills, damage, full disks. No training progress may be lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gigabatch.trainer.monitoring.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
+def test_resume_makes_up_for_missing_evaluations(
     tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
 ) -> None:
     settings = ["run.name=a", "eval.every_steps=3", f"eval.sets=[{shards / 'val'}]"]
@@ -28,7 +28,7 @@ def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
     run = tmp_path / "runs" / "a"
     names = [f"step-{step:08d}.json" for step in (3, 6, 9, 12)]
     assert sorted(p.name for p in (run / "eval").iterdir()) == names
-    # As if killed after step 9 was saved, before it was evaluated; step 12 is damaged besides.
+    # As if killed between saving and evaluating step 9; the checkpoint of step 12 is damaged.
     (run / "eval" / names[2]).unlink()
     (run / "checkpoints" / "step-00000012" / "state.json").write_text("{")
     done = gigabatch("resume", run)
@@ -39,7 +39,7 @@ def test_evaluations_that_a_stop_or_a_kill_cut_off_are_made_up(
     assert {line["step"] for line in lines if "train/loss" not in line} == {3, 6, 9, 12}
 
 
-def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
+def test_stop_during_an_evaluation_is_repeated_on_resume(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     write_samples(tmp_path / "many" / "wide", 2000, 2000, seed=3)
@@ -48,7 +48,7 @@ def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
     command = start(
         "train", tiny, *settings, "checkpoint.every_steps=0", "batch.micro_size=2", "train.steps=5"
     )
-    wait_for_step(run, 4, command)  # the evaluation of 1,000 micro-batches comes next
+    wait_for_step(run, 4, command)  # then 1,000 micro-batches are evaluated
     command.signal(signal.SIGTERM)
     done = command.wait(240)
     assert done.returncode == 75, done.stdout + done.stderr
@@ -59,7 +59,7 @@ def test_a_stop_in_an_evaluation_leaves_off_and_a_resume_measures_again(
     assert (run / "eval" / "step-00000004.json").exists()
 
 
-def test_steps_that_are_not_finite_push_no_checkpoint_out(
+def test_non_finite_steps_remove_no_good_checkpoint(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     settings = [
@@ -76,17 +76,17 @@ def test_steps_that_are_not_finite_push_no_checkpoint_out(
     assert "the last checkpoint: step 1" in done.stderr
 
 
-def test_ctrl_c_at_any_moment_of_the_start_is_heard(tiny: Path, start: Any) -> None:
+def test_ctrl_c_during_startup_ends_the_command(tiny: Path, start: Any) -> None:
     for moment in (0.8, 1.1, 1.4, 1.7, 2.0):
         command = start("train", tiny, "train.steps=5000", "eval.sets=[]")
-        time.sleep(moment)  # any moment will do: imports, indexing, setting up, training
+        time.sleep(moment)  # during imports, indexing, setup or training
         command.signal(signal.SIGINT)
         done = command.wait(240)
         assert done.returncode in (130, -signal.SIGINT), (moment, done.stdout, done.stderr)
         assert "Traceback" not in done.stderr or moment < 1
 
 
-def test_a_run_that_is_being_trained_is_left_alone(
+def test_resuming_a_run_that_trains_is_rejected(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "runs" / "a"
@@ -111,16 +111,16 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run(tiny: Path, tmp_path: Path) -> None:
+def test_run_continues_after_its_output_pipe_closes(tiny: Path, tmp_path: Path) -> None:
     command = f"{sys.executable} -m gigabatch.launcher train {tiny} run.name=a eval.sets=[] | true"
     subprocess.run(["bash", "-c", command], timeout=240, check=True, capture_output=True)
     assert len(losses(tmp_path / "runs" / "a")) == 12
 
 
-def test_a_stop_is_heard_also_where_nobody_reads_any_more(
+def test_ctrl_c_stops_a_run_whose_output_pipe_is_closed(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    """Ctrl-C in `gigabatch train ... 2>&1 | tee log` ends tee too."""
+    """Ctrl-C in `gigabatch train ... 2>&1 | tee log` also ends tee."""
     run = tmp_path / "runs" / "a"
     command = start(
         "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5000",
@@ -134,7 +134,7 @@ def test_a_stop_is_heard_also_where_nobody_reads_any_more(
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{max(losses(run)):08d}\n"
 
 
-def test_ranks_end_with_their_torchrun(tiny: Path, tmp_path: Path, start: Any) -> None:
+def test_ranks_exit_when_their_torchrun_is_killed(tiny: Path, tmp_path: Path, start: Any) -> None:
     run = tmp_path / "runs" / "a"
     command = start(
         "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5000", "cluster.workers=2",
@@ -145,8 +145,8 @@ def test_ranks_end_with_their_torchrun(tiny: Path, tmp_path: Path, start: Any) -
     ranks = torchrun.children(recursive=True)
     torchrun.kill()
     _, alive = psutil.wait_procs(ranks, timeout=20)
-    for each in alive:
-        each.kill()
+    for process in alive:
+        process.kill()
     assert not alive
     done = command.wait(240)
     assert done.returncode == 2
@@ -161,7 +161,7 @@ def test_ranks_end_with_their_torchrun(tiny: Path, tmp_path: Path, start: Any) -
         ("ray", 2, signal.SIGTERM, 75),
     ],
 )
-def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
+def test_signal_saves_a_checkpoint_and_resume_continues(
     launcher: str, workers: int, number: signal.Signals, code: int, tiny: Path, tmp_path: Path,
     start: Any, gigabatch: Any,
 ) -> None:  # fmt: skip
@@ -172,50 +172,48 @@ def test_a_signal_ends_cleanly_with_a_checkpoint_and_the_run_goes_on(
     run = tmp_path / "runs" / "a"
     command = start("train", tiny, *settings, "run.name=a")
     wait_for_step(run, 5, command)
-    below = psutil.Process(command.process.pid).children(recursive=True)
+    children = psutil.Process(command.process.pid).children(recursive=True)
     command.signal(number)
     done = command.wait(240)
     assert done.returncode == code, done.stdout + done.stderr
     assert "stopping after this step" in done.stderr
     assert f"gigabatch resume {run}" in done.stdout
-    _, alive = psutil.wait_procs(below, timeout=15)
+    _, alive = psutil.wait_procs(children, timeout=15)
     assert not alive
     stopped = max(losses(run))
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{stopped:08d}\n"
-    here = [
-        "cluster.launcher=inline",
-        "cluster.workers=1",
-    ]  # any launcher goes on, this one soonest
+    # Any launcher may continue the run; this one starts fastest.
+    inline = ["cluster.launcher=inline", "cluster.workers=1"]
     more = [f"train.steps={stopped + 2}", "--allow", "train.steps"]
-    resumed = gigabatch("resume", run, *here, *more)
+    resumed = gigabatch("resume", run, *inline, *more)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sorted(losses(run)) == list(range(1, stopped + 3))
-    if launcher == "inline":  # all of it in one process: equal to the last bit
-        whole = gigabatch("train", tiny, *settings, more[0], "run.name=whole")
-        assert whole.returncode == 0, whole.stderr
-        assert losses(run) == losses(tmp_path / "runs" / "whole")
+    if launcher == "inline":  # all steps in one process: equal to the last bit
+        reference = gigabatch("train", tiny, *settings, more[0], "run.name=reference")
+        assert reference.returncode == 0, reference.stderr
+        assert losses(run) == losses(tmp_path / "runs" / "reference")
 
 
 def ray_workers() -> list[psutil.Process]:
-    found = []
-    for process in psutil.process_iter(["name", "cmdline"]):
-        title = " ".join(process.info["cmdline"] or [])
-        if "RayTrainWorker" in title:
-            found.append(process)
-    return found
+    return [
+        process
+        for process in psutil.process_iter(["name", "cmdline"])
+        if "RayTrainWorker" in " ".join(process.info["cmdline"] or [])
+    ]
 
 
-def test_a_rank_killed_under_ray_is_started_again(
+def test_rank_killed_under_ray_is_restarted(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     settings = ["cluster.workers=2", "train.steps=40", "eval.sets=[]", "checkpoint.every_steps=4"]
-    whole = gigabatch("train", tiny, *settings, "cluster.launcher=torchrun", "run.name=whole")
-    assert whole.returncode == 0, whole.stderr
+    torchrun = ["cluster.launcher=torchrun", "run.name=reference"]
+    reference = gigabatch("train", tiny, *settings, *torchrun)
+    assert reference.returncode == 0, reference.stderr
     run = tmp_path / "runs" / "a"
     command = start("train", tiny, *settings, "cluster.launcher=ray", "run.name=a")
     wait_for_step(run, 6, command)
-    mine = {p.pid for p in psutil.Process(command.process.pid).children(recursive=True)}
-    victims = [p for p in ray_workers() if p.pid in mine]
+    children = {p.pid for p in psutil.Process(command.process.pid).children(recursive=True)}
+    victims = [p for p in ray_workers() if p.pid in children]
     assert victims
     os.kill(victims[-1].pid, signal.SIGKILL)
     done = command.wait()
@@ -223,14 +221,14 @@ def test_a_rank_killed_under_ray_is_started_again(
     assert "attempt 2: 2 workers" in done.stdout
     text = (run / "metrics.jsonl").read_text()
     assert '"attempt": 2' in text
-    assert losses(run) == losses(tmp_path / "runs" / "whole")
+    assert losses(run) == losses(tmp_path / "runs" / "reference")
 
 
 @pytest.mark.parametrize("launcher", ["inline", "ray"])
-def test_an_image_that_spoils_every_batch_is_named_and_not_retried(
+def test_damaged_image_stops_the_run_without_a_restart(
     launcher: str, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    root = tmp_path / "own"
+    root = tmp_path / "data"
     write_samples(root / "train", 32, 32, seed=1)
     shard = root / "train" / "train-000.tar"
     data = bytearray(shard.read_bytes())
@@ -243,13 +241,13 @@ def test_an_image_that_spoils_every_batch_is_named_and_not_retried(
     )  # fmt: skip
     assert done.returncode == 2
     assert f"gigabatch: {root}/train: 11 of 352 samples read could not be used" in done.stderr
-    told = (tmp_path / "runs" / "a" / "quarantine.jsonl").read_text()
-    assert f"{shard}: sample 's00000': the image cannot be decoded" in told
+    record = (tmp_path / "runs" / "a" / "quarantine.jsonl").read_text()
+    assert f"{shard}: sample 's00000': the image cannot be decoded" in record
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "runs" / "a" / "attempts").iterdir())) == 1
 
 
-def test_a_full_disk_stops_the_run_and_loses_nothing(
+def test_full_disk_stops_the_run_and_keeps_its_checkpoints(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     if os.geteuid() != 0:
@@ -263,8 +261,8 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
         assert done.returncode == 2, done.stdout
         assert "No space left" in done.stderr
         assert not list((disk / "a" / "checkpoints").glob(".*"))
-        kept = sorted(p.name for p in (disk / "a" / "checkpoints").glob("step-*"))
-        assert kept, "the disk was too small for the test"
+        saved = list((disk / "a" / "checkpoints").glob("step-*"))
+        assert saved, "the disk was too small for the test"
         subprocess.run(["mount", "-o", "remount,size=50M", str(disk)], check=True)
         resumed = gigabatch("resume", disk / "a")
         assert resumed.returncode == 0, resumed.stderr
@@ -274,7 +272,7 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(
 
 
 @pytest.mark.parametrize(("launcher", "restarts"), [("torchrun", 0), ("ray", 1)])
-def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
+def test_only_the_traceback_of_the_first_failed_rank_is_shown(
     launcher: str, restarts: int, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch(
@@ -289,16 +287,16 @@ def test_of_several_tracebacks_the_first_ranks_is_shown_and_no_other(
     assert "RuntimeError: this tower is out of order" in message
     assert "support_towers.py" in message
     attempts = len(list((tmp_path / "runs" / "a" / "attempts").iterdir()))
-    assert attempts == 1 + restarts  # so often, and not for ever
+    assert attempts == 1 + restarts  # retries are limited
 
 
 def contents(run: Path, *names: str) -> dict[str, bytes]:
-    """Of the files that count, by path."""
-    found = [path for name in names for path in run.glob(name) if path.is_file()]
-    return {str(path.relative_to(run)): path.read_bytes() for path in found}
+    """Return the bytes of the matching files, by relative path."""
+    files = [path for name in names for path in run.glob(name) if path.is_file()]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files}
 
 
-def test_a_cut_off_process_that_lives_on_leaves_the_run_untouched(
+def test_superseded_process_changes_nothing_in_the_run(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     hurry = tmp_path / "hurry"
@@ -322,9 +320,9 @@ def test_a_cut_off_process_that_lives_on_leaves_the_run_untouched(
     second = start("resume", run).wait()
     assert second.returncode == 0, second.stderr
     files = ("metrics.jsonl", "checkpoints/**/*", "eval/*", "attempts/*", "*.txt", "stop*", "save")
-    # The first may have been stopped in a write.
-    half = f".{first.process.pid}.tmp"
-    before = {k: v for k, v in contents(run, *files).items() if not k.endswith(half)}
+    # The first process may have been stopped during a write.
+    unfinished = f".{first.process.pid}.tmp"
+    before = {k: v for k, v in contents(run, *files).items() if not k.endswith(unfinished)}
     assert "checkpoints/step-00000009/manifest.json" in before
     hurry.unlink()
     first.signal(signal.SIGCONT)

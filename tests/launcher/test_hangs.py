@@ -1,4 +1,4 @@
-"""Ranks that stop or get stuck: named, their stacks kept, and the group started again."""
+"""Hanging ranks: reported with their stacks, ended, and restarted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from support import losses, wait_for_step
 pytestmark = pytest.mark.slow
 
 
-def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
+def test_stopped_rank_is_reported_and_the_group_restarted(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     settings = [
         "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=14", "eval.sets=[]",
         "checkpoint.every_steps=4", "train.hang_timeout_s=6",
     ]  # fmt: skip
-    whole = gigabatch("train", tiny, *settings, "run.name=whole")
-    assert whole.returncode == 0, whole.stderr
-    assert not (tmp_path / "runs" / "whole" / "hangs").exists()
-    assert not list((tmp_path / "runs" / "whole" / "heartbeats").iterdir())
+    undisturbed = gigabatch("train", tiny, *settings, "run.name=undisturbed")
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert not (tmp_path / "runs" / "undisturbed" / "hangs").exists()
+    assert not list((tmp_path / "runs" / "undisturbed" / "heartbeats").iterdir())
     run = tmp_path / "runs" / "a"
     command = start("train", tiny, *settings, "run.name=a")
     wait_for_step(run, 6, command)
@@ -35,8 +35,8 @@ def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
     victim.send_signal(signal.SIGSTOP)
     done = command.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
-    named = f"no progress for 6 s: rank 1 (process {victim.pid} on {beat['host']}) stopped in step"
-    assert named in done.stdout
+    report = f"no progress for 6 s: rank 1 (process {victim.pid} on {beat['host']}) stopped in step"
+    assert report in done.stdout
     assert "rank 0 waits for it" in done.stdout
     assert "attempt 2: 2 workers" in done.stdout
     assert not victim.is_running()
@@ -44,10 +44,10 @@ def test_a_stopped_rank_is_named_ended_and_the_group_started_again(
     assert "Thread 0x" in stacks
     assert "watchdog.py" in stacks
     assert "loop.py" in stacks
-    assert losses(run) == losses(tmp_path / "runs" / "whole")
+    assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
 
 
-def test_a_process_that_is_stuck_ends_with_its_stack(
+def test_stuck_process_exits_and_keeps_its_stack(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch(
@@ -62,16 +62,14 @@ def test_a_process_that_is_stuck_ends_with_its_stack(
     assert os.listdir(tmp_path / "runs" / "a" / "heartbeats")
 
 
-def test_a_hang_is_ended_also_where_nothing_can_be_written(
-    tiny: Path, tmp_path: Path, start: Any
-) -> None:
+def test_hang_is_ended_although_the_disk_is_full(tiny: Path, tmp_path: Path, start: Any) -> None:
     run = tmp_path / "runs" / "a"
     command = start(
         "train", tiny, "run.name=a", "eval.sets=[]", "train.hang_timeout_s=5", "train.steps=40",
         "towers.image={kind: module, module: 'support_towers:Stuck'}",
     )  # fmt: skip
     wait_for_step(run, 3, command)
-    for name in ("hangs", "crash.txt"):  # as a full disk would, they take nothing
+    for name in ("hangs", "crash.txt"):  # writes fail as on a full disk
         (run / name).symlink_to("/dev/full")
     done = command.wait(240)
     assert done.returncode == 1
@@ -79,7 +77,7 @@ def test_a_hang_is_ended_also_where_nothing_can_be_written(
 
 
 @pytest.mark.parametrize("launcher", ["inline", "torchrun"])
-def test_a_step_that_does_not_end_within_the_grace_time_is_left(
+def test_step_longer_than_the_grace_time_is_abandoned(
     launcher: str, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     run = tmp_path / "runs" / "a"
@@ -94,5 +92,8 @@ def test_a_step_that_does_not_end_within_the_grace_time_is_left(
     done = command.wait(240)
     assert 1 <= time.monotonic() - began < 30
     assert done.returncode == 75, done.stdout + done.stderr
-    assert "not done within cluster.grace_s=1 s; left with the checkpoint of step 12" in done.stderr
+    assert (
+        "not finished within cluster.grace_s=1 s; the run has the checkpoint of step 12"
+        in done.stderr
+    )
     assert f"gigabatch resume {run}" in done.stderr

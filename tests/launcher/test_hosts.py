@@ -1,4 +1,4 @@
-"""A run over three hosts: the loss of one is announced, another is cut off in mid-step."""
+"""A run on three hosts: one announces its loss, another loses its network during a step."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def steps(run: Path) -> dict[int, float]:
 
 
 def attempt_of(run: Path) -> int:
-    """Which attempt wrote the last line of metrics."""
+    """Return the number of the attempt that wrote the newest metrics."""
     return max(line["attempt"] for line in read_metrics(run / "metrics.jsonl"))
 
 
 def samples(run: Path) -> dict[int, list[int]]:
-    """step -> sample numbers, of the attempt that counts."""
+    """Return step -> sample numbers, of the newest attempt that trained the step."""
     lines = map(json.loads, (run / "samples.jsonl").read_text().splitlines())
     return {line["step"]: line["samples"] for line in lines}
 
 
 def hosts_of(run: Path) -> list[set[str]]:
-    """Of each attempt, the names of the hosts that it runs on."""
+    """Return the host names of each attempt."""
     attempts = [json.loads(path.read_text()) for path in sorted(run.glob("attempts/*.json"))]
     return [{worker["host"] for worker in attempt["workers"]} for attempt in attempts]
 
 
 def nodes(cluster: Cluster) -> dict[str, str]:
-    """Host -> id, of Ray's nodes. One that has just joined has no name until its agent reports."""
-    told = ask(cluster, "/nodes?view=summary")["data"]["summary"]
-    return {each["hostname"]: each["raylet"]["nodeId"] for each in told if "hostname" in each}
+    """Return host name -> Ray node ID. A new node has no name until its agent reports."""
+    summary = ask(cluster, "/nodes?view=summary")["data"]["summary"]
+    return {node["hostname"]: node["raylet"]["nodeId"] for node in summary if "hostname" in node}
 
 
-def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
+def test_losing_hosts_changes_neither_samples_nor_losses(
     three: Hosts, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     cluster = Cluster(three.dashboard, f"{three.address(0)}:6379", three.environment)
@@ -69,7 +69,7 @@ def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
         "train.steps=60", "eval.sets=[]", "monitor.record_samples=true", "checkpoint.every_steps=0",
         f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
     ]  # fmt: skip
-    run, whole = tmp_path / "runs" / "cut", tmp_path / "runs" / "whole"
+    run, reference = tmp_path / "runs" / "cut", tmp_path / "runs" / "reference"
     submitted = start(
         "submit", tiny, *settings, "run.name=cut", "cluster.launcher=ray", "cluster.workers=[1,3]",
         "cluster.placement=spread", "cluster.start_timeout_s=20", "--address", three.dashboard,
@@ -83,7 +83,7 @@ def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
     all_three = [three.name(number) for number in range(3)]
     until("three workers", lambda: hosts_of(run) == [set(all_three)])
     until("a step", lambda: max(steps(run), default=0) > 3)
-    # With notice: the only reason for a checkpoint before the last step's.
+    # Only the notice can cause a checkpoint before the last step.
     three.announce_loss(nodes(cluster)[all_three[2]], 20)
     until("a checkpoint", lambda: len(RunFolder(run).steps_saved()) == 1)
     (saved,) = RunFolder(run).steps_saved()
@@ -92,12 +92,12 @@ def test_lost_hosts_announced_or_not_cost_neither_sample_nor_step(
     three.cut_off(1)
     until("one worker", lambda: hosts_of(run)[2:] == [{all_three[0]}])
     hurry.touch()
-    undisturbed = start("train", tiny, *settings, "run.name=whole")
+    undisturbed = start("train", tiny, *settings, "run.name=reference")
     done = submitted.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"node {all_three[2]} will be removed" in done.stdout
     assert done.stdout.count(f"resuming after step {saved}\n") == 2
     assert "attempt 3: 1 worker " in done.stdout
     assert undisturbed.wait().returncode == 0
-    assert samples(run) == samples(whole)
-    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert samples(run) == samples(reference)
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)

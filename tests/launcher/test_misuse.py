@@ -1,4 +1,4 @@
-"""Each mistake: one message that names the place and the remedy, exit code 2, nothing touched."""
+"""User errors: one message with location and fix, exit code 2, and no file changed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     [
         (["train.stpes=3"], "Did you mean train.steps?"),
         (["batch.micro_size=5"], "cannot be cut"),
-        (["data.root=/nowhere/at/all"], "data.root: /nowhere/at/all is not a folder"),
+        (["data.root=/no/such/folder"], "data.root: /no/such/folder is not a folder"),
         (["data.root=demo:birds"], "demo:glyphs"),
         (["data.train=nothing"], "nothing: is not a folder"),
+        (["data.root={}/tables"], "holds no train. This is a folder of tables (.csv)"),
+        (["data.root={}/tables/*.csv"], "`gigabatch data pack {}/tables OUT`"),
+        (["data.train=../tables"], "`gigabatch data pack {}/data/../tables OUT`"),
+        (["data.root={}/pairs.zip"], "Unzip it, then write shards with `gigabatch data pack"),
         (["eval.sets=[nothing]"], "nothing: is not a folder"),
         (["data.train=empty"], "holds no .tar shard"),
         (["data.train=hollow"], "hold no samples"),
@@ -39,7 +43,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["run.dir=/proc/nope"], "cannot be written"),
     ],
 )
-def test_a_start_that_cannot_work_says_why(
+def test_start_that_cannot_work_explains_why_and_changes_nothing(
     overrides: list[str],
     words: str,
     tiny: Path,
@@ -66,14 +70,18 @@ def test_a_start_that_cannot_work_says_why(
     data = bytearray(shard.read_bytes())
     data[second] ^= 1
     shard.write_bytes(bytes(data))
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "a.csv").touch()
+    (tmp_path / "pairs.zip").touch()
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     (tmp_path / "runs" / "taken" / "notes.txt").touch()
     before = snapshot(tmp_path)
 
+    overrides = [override.replace("{}", str(tmp_path)) for override in overrides]
     command = ["train", tiny, f"data.root={root}", *overrides]
     code, out, err = outcome(monkeypatch, capsys, *command)
     assert (code, out) == (2, "")
-    assert words in err
+    assert words.replace("{}", str(tmp_path)) in err
     assert "Traceback" not in err
     after = {p: c for p, c in snapshot(tmp_path).items() if ".gigabatch" not in p}
     assert after == before
@@ -85,22 +93,26 @@ def write_words(folder: Path) -> None:
 
     folder.mkdir()
     with wds.TarWriter(str(folder / "a.tar")) as writer:
-        writer.write({"__key__": "a", "txt": "words alone"})
+        writer.write({"__key__": "a", "txt": "only words"})
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["train", "none.yaml"], "none.yaml: the config cannot be read"),
+        (["train", "none.yaml"], "none.yaml: there is no such config file or recipe"),
         (["resume", "none"], "none: not a run folder"),
         (["eval", "none", "--on", "."], "none: not a run folder"),
-        (["eval", "none"], "--on"),
+        (["eval", "run"], "--on"),
         (["board", "none"], "none: not a run folder"),
         (["trian"], "trian"),
         (["config"], "CONFIG"),
+        (["submit", "--address", "http://h:1"], "submit needs a CONFIG"),
+        (["submit", "a.yaml", "--allow", "x", "--address", "http://h:1"], "--allow needs --resume"),
+        (["submit", "none.yaml", "--address", "http://h:1"], "none.yaml: there is no such config"),
+        (["reproduce", "symlie"], "Did you mean symile?"),
     ],
 )
-def test_a_command_line_that_cannot_be_read_says_why(
+def test_wrong_command_line_explains_why(
     command: list[str],
     words: str,
     tmp_path: Path,
@@ -108,24 +120,9 @@ def test_a_command_line_that_cannot_be_read_says_why(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     code, _, err = outcome(monkeypatch, capsys, *command)
     assert code == 2
     assert words in err
     assert "Traceback" not in err
-
-
-def test_config_prints_every_key_resolved(
-    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from gigabatch.trainer.config.load import load_config, parse_config
-
-    code, out, _ = outcome(monkeypatch, capsys, "config", tiny, "train.steps=77")
-    assert code == 0
-    assert parse_config(out, "printed") == load_config(tiny, ["train.steps=77"])
-
-
-def test_help_teaches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["train"], ["resume"], ["config"], ["eval"], ["board"]):
-        code, out, err = outcome(monkeypatch, capsys, *command, "--help")
-        assert code == 0, err
-        assert "gigabatch" in out or "run" in out

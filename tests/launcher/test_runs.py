@@ -1,4 +1,4 @@
-"""Whole runs as users start them: every launcher, resume, evaluation, a terminal, the board."""
+"""Complete runs as users start them: launchers, resume, evaluation, terminal, TensorBoard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gigabatch.trainer.monitoring.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_in_this_process_from_start_to_evaluation_and_the_board(
+def test_inline_run_trains_evaluates_and_shows_in_tensorboard(
     tiny: Path, tmp_path: Path, gigabatch: Any, start: Any, shards: Path
 ) -> None:
     done = gigabatch("train", tiny, "run.name=a")
@@ -36,8 +36,8 @@ def test_a_run_in_this_process_from_start_to_evaluation_and_the_board(
 
     evaluated = json.loads((run / "eval" / "step-00000012.json").read_text())
     lines = read_metrics(run / "metrics.jsonl")
-    (told,) = [line for line in lines if "eval/val/candidates" in line]
-    assert {key: told[key] for key in evaluated} == evaluated
+    (logged,) = [line for line in lines if "eval/val/candidates" in line]
+    assert {key: logged[key] for key in evaluated} == evaluated
     assert evaluated["eval/val/candidates"] == 60
 
     again = gigabatch("eval", run, "--on", shards / "val", "--json")
@@ -54,17 +54,17 @@ def test_a_run_in_this_process_from_start_to_evaluation_and_the_board(
     resumed = gigabatch("resume", run)
     assert resumed.returncode == 2
     assert "the run is finished" in resumed.stderr
-    assert_the_board_serves_the_curves(run, start)
+    assert_tensorboard_serves_the_curves(run, start)
 
 
-def assert_the_board_serves_the_curves(run: Path, start: Any) -> None:
+def assert_tensorboard_serves_the_curves(run: Path, start: Any) -> None:
     command: Command = start("board", run, "--port", "0")
     url = None
     while url is None:
         line = command.process.stderr.readline()
         assert line, "TensorBoard ended"
-        found = re.search(r"at (http://\S+)", line)
-        url = found[1] if found else None
+        match = re.search(r"at (http://\S+)", line)
+        url = match[1] if match else None
     deadline = time.monotonic() + 30
     tags: dict[str, Any] = {}
     while not tags and time.monotonic() < deadline:
@@ -75,10 +75,10 @@ def assert_the_board_serves_the_curves(run: Path, start: Any) -> None:
     command.wait(20)
 
 
-def test_resume_refuses_another_run_with_a_diff_and_other_shards(
+def test_resume_with_changed_training_or_shards_needs_allow(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    root = tmp_path / "own"
+    root = tmp_path / "data"
     write_samples(root / "train", 40, 20, seed=1)
     settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=9"]
     assert gigabatch("train", tiny, *settings).returncode == 0
@@ -102,7 +102,7 @@ def test_resume_refuses_another_run_with_a_diff_and_other_shards(
     assert sorted(losses(run)) == list(range(1, 13))
 
 
-def test_hugging_face_towers_are_saved_resumed_and_evaluated(
+def test_hugging_face_towers_train_resume_and_evaluate(
     tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
 ) -> None:
     bert = (
@@ -125,10 +125,10 @@ def test_hugging_face_towers_are_saved_resumed_and_evaluated(
     assert evaluated.returncode == 0, evaluated.stderr
 
 
-def test_eval_takes_a_folder_as_the_user_sees_it_with_the_training_data_gone(
+def test_eval_takes_a_relative_folder_without_the_training_data(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    root = tmp_path / "own"
+    root = tmp_path / "data"
     write_samples(root / "train", 40, 40, seed=1)
     write_samples(tmp_path / "elsewhere" / "small", 9, 9, seed=2)
     settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=2"]
@@ -143,7 +143,7 @@ def test_eval_takes_a_folder_as_the_user_sees_it_with_the_training_data_gone(
         assert json.loads(done.stdout)["eval/small/candidates"] == 9
 
 
-def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_all_launchers_give_the_same_losses(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     curves = {}
     for launcher, workers in (("inline", 1), ("torchrun", 2), ("ray", 2)):
         name = f"{launcher}{workers}"
@@ -157,7 +157,7 @@ def test_launchers_give_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any)
     assert curves["torchrun2"] == pytest.approx(curves["inline1"], rel=1e-5)
 
 
-def test_torchrun_started_by_the_user(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_training_under_the_users_torchrun(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "gigabatch.launcher", "train", str(tiny), "run.name=a",
@@ -165,30 +165,30 @@ def test_torchrun_started_by_the_user(tiny: Path, tmp_path: Path, gigabatch: Any
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 workers on" in done.stdout
-    kept = (tmp_path / "runs" / "a" / "config.yaml").read_text()
-    assert "launcher: torchrun" in kept
-    assert "workers: 2" in kept
+    config = (tmp_path / "runs" / "a" / "config.yaml").read_text()
+    assert "launcher: torchrun" in config
+    assert "workers: 2" in config
     assert len(losses(tmp_path / "runs" / "a")) == 12
 
 
-def test_a_terminal_shows_one_live_line(tiny: Path, tmp_path: Path) -> None:
+def test_terminal_rewrites_one_progress_line(tiny: Path, tmp_path: Path) -> None:
     pid, terminal = pty.fork()
     if pid == 0:
         command = [sys.executable, "-m", "gigabatch.launcher", "train", str(tiny), "run.name=a"]
         os.execv(sys.executable, command)
-    shown = b""
+    output = b""
     while True:
         try:
             part = os.read(terminal, 65536)
-        except OSError:  # how a terminal says that the other end has closed
+        except OSError:  # the other end of the terminal has closed
             break
         if not part:
             break
-        shown += part
+        output += part
     _, status = os.waitpid(pid, 0)
     os.close(terminal)
-    assert os.waitstatus_to_exitcode(status) == 0, shown.decode()
-    text = shown.decode()
+    assert os.waitstatus_to_exitcode(status) == 0, output.decode()
+    text = output.decode()
     assert text.count("\r\x1b[K") >= 10
     assert "ETA" in text
     assert len(re.findall(r"\nstep ", text)) <= 4

@@ -1,3 +1,5 @@
+"""Runs under Slurm: host lists, variables of a step, tasks of `srun`."""
+
 from __future__ import annotations
 
 import os
@@ -26,21 +28,21 @@ STEP = {
         ("r[1-2]n[3,4]", ["r1n3", "r1n4", "r2n3", "r2n4"]),
     ],
 )
-def test_a_list_of_hosts_is_expanded(text: str, hosts: list[str]) -> None:
+def test_host_list_is_expanded_in_order(text: str, hosts: list[str]) -> None:
     assert expand_hosts(text) == hosts
 
 
 @pytest.mark.parametrize("text", ["", "node[1-", "node[a]", "a,,b", "node[1-2]]", "n[-3]"])
-def test_what_is_no_list_of_hosts_is_refused(text: str) -> None:
+def test_malformed_host_list_raises(text: str) -> None:
     with pytest.raises(GigabatchError, match="SLURM_JOB_NODELIST"):
         expand_hosts(text)
 
 
-def test_a_task_takes_its_place_from_slurm() -> None:
+def test_task_of_a_step_gets_distributed_variables() -> None:
     environment = dict(STEP)
     assert join_slurm_step(environment)
-    found = {name: environment[name] for name in environment.keys() - STEP.keys()}
-    assert found == {
+    added = {name: environment[name] for name in environment.keys() - STEP.keys()}
+    assert added == {
         "RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "gpu007",
         "MASTER_PORT": str(10_000 + (4711 * 16 + 2) % 20_000),
     }  # fmt: skip
@@ -55,7 +57,7 @@ def test_a_task_takes_its_place_from_slurm() -> None:
         {"SLURM_STEP_ID": None},  # a batch script
     ],
 )
-def test_what_starts_workers_itself_is_left_alone(other: dict[str, str | None]) -> None:
+def test_process_that_starts_workers_keeps_its_environment(other: dict[str, str | None]) -> None:
     environment = {name: v for name, v in (STEP | other).items() if v is not None}
     before = dict(environment)
     assert not join_slurm_step(environment)
@@ -63,11 +65,11 @@ def test_what_starts_workers_itself_is_left_alone(other: dict[str, str | None]) 
 
 
 @pytest.mark.slow
-def test_tasks_of_srun_are_one_run_that_a_notice_to_one_of_them_stops(
+def test_notice_to_one_task_of_srun_stops_the_run_of_all(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     run = tmp_path / "runs" / "a"
-    job = str(os.getpid() * 10)  # so a port of its own
+    job = str(os.getpid() * 10)  # gives a port that no other test uses
     tasks = [
         start(
             "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=3000",
@@ -84,7 +86,7 @@ def test_tasks_of_srun_are_one_run_that_a_notice_to_one_of_them_stops(
     wait_for_step(run, 3, tasks[0])
     tasks[1].signal(signal.SIGUSR1)
     done = [task.wait(240) for task in tasks]
-    assert [each.returncode for each in done] == [75, 75], [each.stderr for each in done]
+    assert [task.returncode for task in done] == [75, 75], [task.stderr for task in done]
     assert "2 workers" in (run / "train.log").read_text()
     stopped = max(losses(run))
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{stopped:08d}\n"

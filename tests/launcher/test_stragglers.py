@@ -1,3 +1,5 @@
+"""Slow ranks: named in the metrics and the log."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -11,7 +13,7 @@ from gigabatch.trainer.monitoring.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_a_slow_rank_is_flagged_by_its_number(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_slow_rank_is_reported_by_its_number(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     done = gigabatch(
         "train", tiny, "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=6",
         "eval.sets=[]", "run.name=a",
@@ -20,7 +22,7 @@ def test_a_slow_rank_is_flagged_by_its_number(tiny: Path, tmp_path: Path, gigaba
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
     lines = [line for line in lines if "train/loss" in line]
-    later = lines[1:]  # in the first step a rank may wait for its loader
+    later = lines[1:]  # in the first step any rank may wait for its loader
     assert [line["perf/slowest_rank"] for line in later] == [1.0] * 5
     assert all(line["perf/straggler_ratio"] > 1.5 for line in later)
     assert done.stdout.count("rank 1 is slow: up to step") == 1
@@ -29,7 +31,7 @@ def test_a_slow_rank_is_flagged_by_its_number(tiny: Path, tmp_path: Path, gigaba
     assert [event.value for event in board.Scalars("perf/slowest_rank")][1:] == [1.0] * 5
 
 
-def test_one_worker_has_no_straggler(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_single_worker_reports_no_straggler(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     assert gigabatch("train", tiny, "train.steps=2", "eval.sets=[]", "run.name=a").returncode == 0
     lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
     assert not any("perf/straggler_ratio" in line for line in lines)

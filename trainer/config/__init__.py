@@ -53,17 +53,29 @@ class Config(Settings):
     """A run. The names of these keys are an API."""
 
     run: RunSettings = RunSettings()
+    """Name, folder and seed of the run."""
     data: DataSettings = DataSettings()
+    """Training data: sources, order, decoding, tokens and augmentation."""
     batch: BatchSettings = BatchSettings()
+    """Batch sizes."""
     towers: TowersSettings = TowersSettings()
+    """Encoders, one for each modality, and their projection heads."""
     objective: AnyObjective = Field(default_factory=default_settings)
+    """The contrastive objective, or a weighted sum of several."""
     train: TrainSettings = TrainSettings()
+    """Length, precision, memory and error handling of the training."""
     optimizer: OptimizerSettings = OptimizerSettings()
+    """AdamW."""
     schedule: ScheduleSettings = ScheduleSettings()
+    """Learning rate over the steps."""
     checkpoint: CheckpointSettings = CheckpointSettings()
+    """When checkpoints are saved, which are kept, and where they are copied."""
     monitor: MonitorSettings = MonitorSettings()
+    """Metrics and records."""
     eval: EvalSettings = EvalSettings()
+    """Evaluations during and after training."""
     cluster: ClusterSettings = ClusterSettings()
+    """Workers: launcher, number, placement, environment and restarts."""
 
     @model_validator(mode="after")
     def _batch_is_cut(self) -> Self:

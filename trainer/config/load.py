@@ -1,51 +1,57 @@
-"""Read, resolve, compare and print a `Config`: defaults, then a YAML file, then `key=value`.
+"""Reading, resolving, comparing and printing a `Config`.
 
-Unknown keys are refused with the nearest known one, so every key that a file sets is a key that
-something reads.
+Values come from the defaults, then from a YAML file, then from `key=value` overrides. Unknown keys
+are rejected with the nearest known key, so every key in a config is one that something reads.
 """
 
 from __future__ import annotations
 
-import difflib
-import logging
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import is_remote
 from gigabatch.trainer.config import Config
+from gigabatch.trainer.config.keys import (
+    generic,
+    known_keys,
+    models_at,
+    nearest,
+    select,
+    selector_of,
+)
+from gigabatch.trainer.config.names import suggest_kind, suggest_objective
+from gigabatch.trainer.config.overrides import apply_overrides
 
-ANY = "NAME"
-"""Stands in known keys where the user chooses a name."""
-
-RENAMED_KEYS = {
-    "train.zero": "train.zero_stage",
-    "train.clip": "train.max_grad_norm",
-    "train.hang_after_s": "train.hang_timeout_s",
-    "objective.schedule": "objective.gather_mode",
-    "objective.scale": "objective.init_logit_scale",
-}
-"""Old key -> new key. Configs of earlier runs keep loading."""
-
-logger = logging.getLogger(__name__)
+FREE_FORM = (".config", ".args", ".env")
+"""Ends of keys whose mapping may hold any keys."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file, apply `key=value` overrides (values are YAML), and validate.
+    """Read a YAML file, apply `key=value` overrides, validate and resolve.
 
-    Relative folders are taken from the working directory. Raises GigabatchError.
+    Args:
+        path: YAML file.
+        overrides: Strings `key=value`; values are YAML.
+
+    Returns:
+        The config, with absolute folders and the number of threads of this machine.
+
+    Raises:
+        GigabatchError: if the file cannot be read, or a key or value is wrong.
     """
     return resolve(parse_config(read_config(path), str(path), overrides))
 
 
 def read_config(path: Path) -> str:
-    """The text of a config file. Raises GigabatchError."""
+    """Return the text of a config file. Raises GigabatchError."""
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -55,17 +61,24 @@ def read_config(path: Path) -> str:
 
 
 def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
-    """A Config from YAML text and overrides; `where` names the text in errors."""
+    """Validate YAML text with overrides applied; folders stay as they are written.
+
+    Args:
+        text: YAML.
+        where: Name of the text, for messages.
+        overrides: Strings `key=value`; values are YAML.
+
+    Raises:
+        GigabatchError: if a key or value is wrong.
+    """
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise GigabatchError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise GigabatchError(f"{where}: a config is a mapping of sections, such as `train:`.")
-    for override in overrides:
-        _override(tree, override)
-    _rename_old_keys(tree, where)
-    _refuse_unknown(tree, where)
+    apply_overrides(tree, overrides, where)
+    _reject_unknown(tree, where)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
@@ -73,11 +86,14 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config
 
 
 def resolve(config: Config) -> Config:
-    """Fix what depends on this machine: absolute folders and the number of threads."""
+    """Return the config with absolute folders and the number of threads filled in.
+
+    Relative folders are taken from the working directory.
+    """
     root = config.data.root
-    elsewhere = root.startswith("demo:") or is_remote(root)
-    data = root if elsewhere else str(Path(root).expanduser().absolute())
-    sets = tuple(name if "/" not in name else _absolute_if_there(name) for name in config.eval.sets)
+    is_elsewhere = root.startswith("demo:") or is_remote(root)
+    data = root if is_elsewhere else str(Path(root).expanduser().absolute())
+    sets = tuple(name if "/" not in name else _absolute_folder(name) for name in config.eval.sets)
     cores = len(os.sched_getaffinity(0))
     threads = config.cluster.threads or max(1, cores // config.cluster.most)
     return config.model_copy(
@@ -91,19 +107,19 @@ def resolve(config: Config) -> Config:
     )
 
 
-def _absolute_if_there(name: str) -> str:
+def _absolute_folder(name: str) -> str:
     """Return the absolute path of a folder; another name may be one inside `data.root`."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.is_dir() else name
 
 
 def dump_config(config: Config) -> str:
-    """YAML that `parse_config` reads back to the same Config."""
+    """Return YAML that `parse_config` reads back to the same Config."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf of a nested mapping."""
+    """Yield (dotted key, value) of every leaf of a nested mapping."""
     for name, value in tree.items():
         if isinstance(value, Mapping) and value:
             yield from leaves(value, f"{prefix}{name}.")
@@ -112,7 +128,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
-    """Dotted keys whose values differ, with (old, new)."""
+    """Return the dotted keys whose values differ, with (old, new)."""
     before, after = (dict(leaves(c.model_dump(mode="json"))) for c in (old, new))
     return {
         key: (before.get(key), after.get(key))
@@ -121,97 +137,101 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise GigabatchError(f"{override!r}: an override is key=value, such as train.steps=100.")
-    *path, last = key.split(".")
-    for part in path:
-        node = tree.setdefault(part, {})
-        if node is None:
-            node = tree[part] = {}
-        if not isinstance(node, dict):
-            raise GigabatchError(f"{override!r}: {part!r} is a value, not a section.")
-        tree = node
-    try:
-        tree[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise GigabatchError(f"{override!r}: the value is not valid YAML.") from error
-
-
-def _rename_old_keys(tree: dict[str, Any], where: str) -> None:
-    """Replace each key of RENAMED_KEYS by its new name, in place, and log the new name. An
-    objective's keys are also renamed in the terms of a sum."""
-    for old, new in RENAMED_KEYS.items():
-        section_name, _, old_name = old.partition(".")
-        new_name = new.rpartition(".")[2]
-        section = tree.get(section_name)
-        if not isinstance(section, dict):
-            continue
-        terms = section.get("terms")
-        for table in (section, *(terms if isinstance(terms, list) else ())):
-            if not isinstance(table, dict) or old_name not in table:
-                continue
-            if new_name in table:
-                raise GigabatchError(f"{where}: {old} is now {new}; give only {new}.")
-            logger.warning("%s: %s is now called %s", where, old, new)
-            table[new_name] = table.pop(old_name)
-
-
-def _refuse_unknown(tree: Mapping[str, Any], where: str) -> None:
+def _reject_unknown(tree: Mapping[str, Any], where: str) -> None:
+    """Raise GigabatchError for the first key that no kind of any section has."""
     known = set(known_keys(Config))
     sections = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
-    free = [key for key in known if key.endswith((".config", ".args", ".env"))]
+    free = [key for key in known if key.endswith(FREE_FORM)]
     for given, _ in leaves(tree):
-        key = re.sub(r"^(towers\.more)\.[^.]+", rf"\1.{ANY}", given)
-        inside = any(key == f or key.startswith(f"{f}.") for f in free)
-        if key in known or key in sections or inside:
+        key = generic(given)
+        is_inside = any(key == f or key.startswith(f"{f}.") for f in free)
+        if key in known or key in sections or is_inside:
             continue
-        close = difflib.get_close_matches(key, sorted(known), 1, 0.6)
-        last = key.rpartition(".")[2]
-        close = close or [k for k in sorted(known) if k.rpartition(".")[2] == last][:1]
-        hint = f" Did you mean {close[0]}?" if close else " `gigabatch config` prints all keys."
+        meant = nearest(key, known)
+        hint = f" Did you mean {meant}?" if meant else " `gigabatch config --explain` lists all."
         raise GigabatchError(f"{where}: unknown key {given}.{hint}")
 
 
-def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Every dotted key that a model accepts, over all kinds of tower; ANY for a name of the
-    user's."""
-    for name, info in model.model_fields.items():
-        models = list(_models_in(info.annotation))
-        own = f"{ANY}." if get_origin(info.annotation) is dict else ""
-        for inner in models:
-            yield from known_keys(inner, f"{prefix}{name}.{own}")
-        if not models:
-            yield f"{prefix}{name}"
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _models_in(inner)
-
-
 def _explain(error: ValidationError, where: str) -> str:
+    """Return one line per error: the dotted key, what is wrong, and what fixes it."""
+    errors = error.errors()
+    deepest = {item["loc"] for item in errors}
     lines = []
-    for item in error.errors():
-        path = list(item["loc"])
-        # pydantic puts the kind of a tower, and the name of an objective, there
-        if path[:1] == ["towers"]:
-            at = 3 if path[1:2] == ["more"] else 2
-            del path[at : at + 1]
-            if path[3:4] in (["reads"], ["tower"]):
-                del path[4:5]
-        if path[:1] == ["objective"]:
-            del path[1:2]
-            if path[1:2] == ["terms"]:
-                del path[3:4]
-        key = ".".join(map(str, path))
-        message = item["msg"].removeprefix("Value error, ")
-        if path[:1] == ["objective"] and item["type"] == "extra_forbidden":
-            name = item["loc"][-2]
-            message = f"not a key of {name}; `gigabatch objectives {name}` tells its keys"
-        given = "" if isinstance(item["input"], dict) else f" (given: {item['input']!r})"
-        lines.append(f"{key}: {message}{given}" if key else message)
-    return f"{where}: " + f"\n{where}: ".join(lines)
+    for item in errors:
+        # A list whose only item is wrong is also reported as too short.
+        inside = any(loc[: len(item["loc"])] == item["loc"] for loc in deepest - {item["loc"]})
+        if not (item["type"] == "too_short" and inside):
+            lines.append(f"{where}: {_explain_one(item)}")
+    return "\n".join(lines)
+
+
+def _explain_one(error: ErrorDetails) -> str:
+    place = _place_of(error["loc"])
+    key, context = place.key, error.get("ctx", {})
+    message = error["msg"].removeprefix("Value error, ")
+    value = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    match error["type"]:
+        case "union_tag_invalid":
+            tag = str(context["tag"])
+            tags = [name.strip(" '") for name in str(context["expected_tags"]).split(",")]
+            key = f"{key}.{place.selector}"
+            if place.selector == "name":
+                message = f"there is no objective {tag!r}. {suggest_objective(tag)}"
+            else:
+                message = f"there is no kind {tag!r}. {suggest_kind(tag, tags)}"
+        case "union_tag_not_found":
+            message = f"`{place.selector}` is missing; it chooses the kind"
+        case "missing":
+            place = replace(_place_of(error["loc"][:-1]), key=key)
+            message = f"is missing; {place.choice or place.key.rpartition('.')[0]} needs it"
+            message += f": {meaning}" if (meaning := _meaning(place)) else ""
+        case "extra_forbidden" if place.kind and place.selector == "name":
+            message = (
+                f"not a key of {place.kind}; `gigabatch objectives {place.kind}` lists its keys"
+            )
+        case "extra_forbidden" if place.kind:
+            message = f"not a key of {place.choice}"
+        case "value_error" if place.kind and key == place.section:
+            message = f"with {place.choice}, {message}"
+    return f"{key}: {message}{value}" if key else message
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where an error is: its dotted key, and the innermost section that has kinds."""
+
+    key: str
+    section: str = ""
+    kind: str | None = None
+
+    @property
+    def selector(self) -> str:
+        return "name" if self.section.startswith("objective") else "kind"
+
+    @property
+    def choice(self) -> str:
+        return f"{self.section}.{self.selector}={self.kind}" if self.kind else ""
+
+
+def _place_of(location: Sequence[int | str]) -> _Place:
+    """Return the place of a location of pydantic, which holds a kind's tag after its section."""
+    key: list[str] = []
+    place = _Place("")
+    parts = iter(map(str, location))
+    for part in parts:
+        key.append(part)
+        if selector_of(models_at(Config, ".".join(key))):
+            tag = next(parts, None)
+            if tag and tag.isdecimal():  # an item of a list
+                key.append(tag)
+                tag = next(parts, None)
+            place = _Place("", ".".join(key), tag)
+    return replace(place, key=".".join(key))
+
+
+def _meaning(place: _Place) -> str:
+    """Return the meaning of a missing key; empty if it has none."""
+    models = models_at(Config, place.section)
+    model = select(models, place.selector, place.kind) if place.kind else None
+    info = model.model_fields.get(place.key.rpartition(".")[2]) if model else None
+    return " ".join((info.description or "").split()) if info else ""

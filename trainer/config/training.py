@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.places import writable_folder
@@ -19,7 +19,11 @@ class TrainSettings(Settings):
     """Length, precision and safety of training."""
 
     steps: Count = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Or give `epochs`."""
+    epochs: float | None = Field(None, gt=0)
+    """Length of the run in passes over the data instead of in steps; fractions such as 0.5 are
+    allowed. One epoch is as many samples as all sources of `data.train` hold together. When a run
+    is created, this becomes `steps` = epochs * samples / `batch.global_size`, rounded up."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers. bf16: bf16 autocast inside the towers; weights, logits and loss stay
     fp32."""
@@ -55,6 +59,20 @@ class TrainSettings(Settings):
     init_weights: Literal["ema", "last"] | None = None
     """Weights to use of `init_from`. ema: the average over steps. last: those of the last step.
     Unset: the average if that run has one (`train.ema`)."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if self.epochs is not None and "steps" in self.model_fields_set:
+            raise ValueError("give either `steps` or `epochs`, not both")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_unused_steps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the default of `steps` beside `epochs`, so that the result validates again."""
+        tree: dict[str, Any] = handler(self)
+        if self.epochs is not None:
+            del tree["steps"]
+        return tree
 
 
 class OptimizerSettings(Settings):

@@ -1,1 +1,1 @@
-"""Evaluations, sharded over ranks."""
+"""Evaluation of a run's towers: the tasks of `gigabatch eval`, and retrieval while training."""

@@ -1,4 +1,4 @@
-"""`gigabatch eval`: a finished or running run's newest checkpoint on any set, without DeepSpeed."""
+"""`gigabatch eval`: measures the newest checkpoint of a run on a set, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,117 +11,124 @@ from dataclasses import dataclass
 
 import torch
 
-from gigabatch.data.errors import GigabatchError
-from gigabatch.data.settings import Settings
 from gigabatch.trainer.distributed import World, join_world, leave, single_process
-from gigabatch.trainer.evaluation.history import best_and_last
-from gigabatch.trainer.evaluation.retrieval import describe
-from gigabatch.trainer.evaluation.settings import task_settings
-from gigabatch.trainer.evaluation.tags import sliced_tags, tags
-from gigabatch.trainer.evaluation.task import Measured, Subject
-from gigabatch.trainer.evaluation.tasks import measure
+from gigabatch.trainer.evaluation.context import EvalContext
+from gigabatch.trainer.evaluation.result import TaskResult
+from gigabatch.trainer.evaluation.tags import metric_tags, slice_tags
+from gigabatch.trainer.evaluation.task import EvalTask, RunTask, SetTask
 from gigabatch.trainer.inference import load_newest_towers
-from gigabatch.trainer.run.create import open_run
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is asked of a run. `on`: the set, which `history` needs none of. `given`: key=value
-    settings of the task. `sliced`: fields of the samples' json. `resampled`: the field whose values
-    intervals draw, each with all its queries. `weights`: ema or last; None: ema where the run has
-    one."""
+class EvalRequest:
+    """What `gigabatch eval` measures.
 
-    task: str
+    Attributes:
+        task: The task with its settings.
+        on: The set; None for a task that reads only the run.
+        settings: The `key=value` texts that `task` was parsed from.
+        slice_fields: JSON fields to slice by.
+        intervals: Add bootstrap intervals over queries.
+        weights: ema or last; None means ema if the run has it.
+        intervals_by: Add bootstrap intervals over the values of this JSON field.
+    """
+
+    task: EvalTask
     on: str | None
-    given: Sequence[str]
-    sliced: Sequence[str]
+    settings: Sequence[str]
+    slice_fields: Sequence[str]
     intervals: bool
     weights: str | None = None
-    resampled: str | None = None
+    intervals_by: str | None = None
 
 
-def evaluate_run(where: str, asked: Question, as_json: bool) -> None:
-    """Print what the run `where` answers, and keep it in the run's eval/.
+def evaluate_run(run: RunFolder, request: EvalRequest, as_json: bool) -> None:
+    """Measure a run, print the metrics, and write them to the run's eval/.
 
-    Under torchrun each rank embeds its part, and rank 0 prints and writes. Raises GigabatchError.
+    Under torchrun the ranks share the work; rank 0 prints and writes.
+
+    Raises:
+        GigabatchError: if the run or the set lacks what the task reads.
     """
-    wanted = task_settings(asked.task, asked.given)
-    if asked.on is None and asked.task != "history":
-        raise GigabatchError(
-            f"--on: {asked.task} needs a set. Name a folder of shards (text-retrieval: a JSONL "
-            "file, or a folder in the BEIR layout)."
-        )
-    run = open_run(where)
-    with _joined() as world:
-        if asked.task != "history":
-            _measure(run, world, asked, wanted, as_json)
-        elif world.is_main:
-            _print(best_and_last(run), as_json)
+    with _joined_world() as world:
+        if isinstance(request.task, RunTask):
+            if world.is_main:
+                _print(request.task.read(run), as_json)
+        else:
+            assert isinstance(request.task, SetTask)
+            _measure(run, world, request, request.task, as_json)
     if world.size > 1:
         leave(0)
 
 
-def _joined() -> AbstractContextManager[World]:
-    """torchrun's ranks, with as many threads as it gave them; else this process alone."""
+def _joined_world() -> AbstractContextManager[World]:
+    """Join torchrun's ranks with the threads that it set; otherwise run in this process only."""
     if "RANK" in os.environ:
         return join_world(torch.get_num_threads())
     return nullcontext(single_process())
 
 
 def _measure(
-    run: RunFolder, world: World, asked: Question, wanted: Settings, as_json: bool
+    run: RunFolder, world: World, request: EvalRequest, task: SetTask, as_json: bool
 ) -> None:
-    task = asked.task
-    step, subject = open_subject(run, str(asked.on), world, asked.weights)
-    measured = measure(task, subject, wanted)
-    fields = asked.sliced if measured.samples is not None else ()
-    values = {field: subject.values(field, required=False) for field in fields}
-    groups = subject.groups(asked.resampled, measured)
+    """Measure a set; rank 0 prints and writes the metrics."""
+    context = open_context(run, str(request.on), world, request.weights)
+    result = task.measure(context)
+    # Every rank reads labels and groups, because reading them is collective.
+    fields = request.slice_fields if result.sample_indices is not None else ()
+    labels = {field: context.field_values(field, required=False) for field in fields}
+    groups = context.query_groups(request.intervals_by, result)
     if not world.is_main:
         return
-    seed = subject.config.run.seed if asked.intervals or asked.resampled else None
-    told = tags(task, measured, seed, groups)
-    for field in asked.sliced:
-        told |= sliced_tags(task, measured, field, values.get(field, ()), seed, groups)
-    # Beside the figures of the averaged weights, not over them.
-    last = subject.config.train.ema and asked.weights == "last"
-    _keep(run, measured, f"{task}-last" if last else task, step, told, asked.given)
-    if task == "retrieval" and not as_json:
-        print(f"step {step}, {describe(measured.name, measured.metrics())}")
-    _print(told, as_json)
+    seed = context.config.run.seed if request.intervals or request.intervals_by else None
+    metrics = metric_tags(task, result, seed, groups)
+    for field in request.slice_fields:
+        metrics |= slice_tags(task, result, field, labels.get(field, ()), seed, groups)
+    # Results of the last weights go beside those of the average, not over them.
+    last = context.config.train.ema and request.weights == "last"
+    tag = f"{task.result_tag()}-last" if last else task.result_tag()
+    _write(run, result, tag, context.step, metrics, request.settings)
+    if (headline := task.headline(result)) and not as_json:
+        print(f"step {context.step}, {headline}")
+    _print(metrics, as_json)
 
 
-def open_subject(
-    run: RunFolder, on: str, world: World, weights: str | None = None
-) -> tuple[int, Subject]:
-    """(step, what is measured) of a run's newest checkpoint."""
+def open_context(run: RunFolder, on: str, world: World, weights: str | None = None) -> EvalContext:
+    """Load the towers of a run's newest checkpoint for measuring a set.
+
+    Args:
+        run: Folder of the run.
+        on: Folder of the set, or its name in the run's `data.root`.
+        world: The ranks.
+        weights: ema or last; None means ema if the run has it.
+    """
     step, towers = load_newest_towers(run, world, weights)
-    return step, Subject(run, run.config(), towers.to(world.device), world, on, step)
+    return EvalContext(run, run.config(), towers.to(world.device), world, on, step)
 
 
-def kept_name(on: str, task: str, given: Sequence[str]) -> str:
-    """What is measured of a set is kept under this name: other settings do not overwrite it."""
-    return "-".join((on, task, *sorted(given)))
+def result_name(set_name: str, tag: str, settings: Sequence[str]) -> str:
+    """Name the result of a task; other settings give another name, so both are kept."""
+    return "-".join((set_name, tag, *sorted(settings)))
 
 
-def _keep(
-    run: RunFolder, measured: Measured, task: str, step: int, told: Mapping[str, float],
-    given: Sequence[str],
+def _write(
+    run: RunFolder, result: TaskResult, tag: str, step: int, metrics: Mapping[str, float],
+    settings: Sequence[str],
 ) -> None:  # fmt: skip
-    name = kept_name(measured.name, task, given)
+    name = result_name(result.set_name, tag, settings)
     try:
-        run.write_measurement(name, step, {**told, "settings": list(given)})
-    except OSError as error:  # another's run, which one may read alone
-        log.warning("%s: what was found is not kept: %s", run.path / "eval", error.strerror)
+        run.write_measurement(name, step, {**metrics, "settings": list(settings)})
+    except OSError as error:  # the run may belong to another user
+        log.warning("%s: cannot write evaluation results: %s", run.path / "eval", error.strerror)
 
 
-def _print(told: Mapping[str, float], as_json: bool) -> None:
+def _print(metrics: Mapping[str, float], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(told))
+        print(json.dumps(metrics))
         return
-    width = max(map(len, told), default=0)
-    for name, value in told.items():
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items():
         print(f"{name:<{width}}  {value:,.4f}")

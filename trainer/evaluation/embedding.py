@@ -1,4 +1,4 @@
-"""A set's embeddings: this rank's share of the samples through the towers, in order."""
+"""Embeddings of a set or of texts: each rank embeds its share of the samples, in order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.evaluation.score_rows import Rows
+from gigabatch.trainer.evaluation.metrics.score_rows import Rows
 from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.objectives.common import first_coordinates
 from gigabatch.trainer.run.folder import RunFolder
@@ -27,30 +27,40 @@ from gigabatch.trainer.step import tower_inputs
 log = logging.getLogger(__name__)
 Inputs = Mapping[str, tuple[Tensor, ...]]
 Embed = Callable[[Inputs], Mapping[str, Tensor]]
-"""Towers' inputs to {modality: [B, D], or tokens [B, T, D]}, in evaluation mode."""
-NAMED_BY_NUMBER = "sample"
-"""The column that every sample has: its own number."""
+"""Maps tower inputs to {modality: [B, D], or tokens [B, T, D]}, in evaluation mode."""
+SAMPLE_COLUMN = "sample"
+"""Column of `Embedded` with the index of each sample in its set."""
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """`taps`: modality -> this rank's rows [n, D], or of tokens [n, T, D], whose `masks` (bool
-    [n, T]) tell the real ones. `columns`: int64 [n] codes of fields of the samples' json, and
-    `sample`."""
+    """This rank's rows of an embedded set.
 
-    taps: Mapping[str, Tensor]
+    Attributes:
+        outputs: Modality -> float32 vectors [n, D], or tokens [n, T, D].
+        columns: JSON field -> int64 [n] codes of its values; `sample` -> sample indices.
+        masks: Modality -> bool [n, T], true at real tokens; only for modalities with tokens.
+    """
+
+    outputs: Mapping[str, Tensor]
     columns: Mapping[str, Tensor]
     masks: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, modality: str) -> Rows:
-        return Rows(self.taps[modality], self.masks.get(modality))
+        """Return the vectors or tokens of one modality."""
+        return Rows(self.outputs[modality], self.masks.get(modality))
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What is read of each sample: `modalities`, of the run's; `columns` of its json; `captions`:
-    where the text is, if not where the run has it; `width`: of unit vectors so many first
-    coordinates alone, of unit length again (None: all)."""
+class EmbedSpec:
+    """What to read of each sample, and how much of its vectors to keep.
+
+    Attributes:
+        modalities: Modalities of the run.
+        columns: JSON fields to read as codes.
+        captions: Where the captions are; None reads the run's captions.
+        width: Leading coordinates to keep, of unit length again; None keeps all.
+    """
 
     modalities: Sequence[str] = ("image", "text")
     columns: Sequence[str] = ()
@@ -58,33 +68,39 @@ class Reading:
     width: int | None = None
 
     def fields(self, config: Config) -> Fields:
-        """Whole samples, the first caption of each. Raises GigabatchError for a modality or
-        coordinates that the run has not."""
-        require_towers(config, self.modalities)
+        """Return the fields of complete samples, with the first caption of each.
+
+        Raises:
+            GigabatchError: if the run lacks a modality or `width` coordinates.
+        """
+        require_modalities(config, self.modalities)
         if self.width is not None and self.width > config.towers.width:
             raise GigabatchError(
                 f"width={self.width}: the run's vectors have {config.towers.width} coordinates "
-                "(towers.width). Take as many at most."
+                f"(towers.width). Set width to at most {config.towers.width}."
             )
-        whole = eval_fields(config, list(dict.fromkeys(self.columns)))
-        image, text = whole.image, self.captions or whole.text
+        fields = eval_fields(config, list(dict.fromkeys(self.columns)))
+        image, text = fields.image, self.captions or fields.text
         return replace(
-            whole,
+            fields,
             image=image if "image" in self.modalities else None,
             text=text if "text" in self.modalities else None,
-            more={name: read for name, read in whole.more.items() if name in self.modalities},
+            more={name: read for name, read in fields.more.items() if name in self.modalities},
         )
 
 
-def require_towers(config: Config, modalities: Sequence[str]) -> None:
-    """Raises GigabatchError for a modality that the run has not."""
+def require_modalities(config: Config, modalities: Sequence[str]) -> None:
+    """Check that the run has towers for these modalities.
+
+    Raises:
+        GigabatchError: if it lacks one.
+    """
     for name in modalities:
         if name not in config.modalities:
             raise GigabatchError(
                 f"the run has no tower {name!r}: its objective reads "
-                f"{', '.join(config.modalities)}. `gigabatch eval` measures retrieval between two "
-                "of those (--task retrieval between=[A,B]), or one (--task knn or probe, "
-                "modality=A)."
+                f"{', '.join(config.modalities)}. Name two of those for retrieval "
+                "(--task retrieval between=[A,B]), or one for knn and probe (modality=A)."
             )
 
 
@@ -95,12 +111,24 @@ def embed_set(
     config: Config,
     run: RunFolder,
     world: World,
-    reading: Reading,
+    spec: EmbedSpec,
     stop: Callable[[], bool] = lambda: False,
 ) -> Embedded | None:
-    """This rank's rows of an indexed set; None where `stop`, which is asked after each micro-batch
-    and must answer alike on every rank, said to leave off."""
-    fields = reading.fields(config)
+    """Embed this rank's share of an indexed set; every rank must call this.
+
+    Args:
+        embed: Reads the towers.
+        index: The set.
+        config: Config of the run.
+        run: Folder of the run, for its tokenizer.
+        world: The ranks that share the set.
+        spec: What to read of each sample.
+        stop: Called after each micro-batch, with the same answer on every rank; true stops.
+
+    Returns:
+        This rank's rows, or None if `stop` returned true.
+    """
+    fields = spec.fields(config)
     stream = open_stream(
         [index],
         EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
@@ -111,62 +139,72 @@ def embed_set(
         prefetch=config.data.prefetch,
         cache=cache_of(config),
     )
-    columns = (NAMED_BY_NUMBER, *fields.columns)
-    taps: dict[str, list[Tensor]] = {}
+    columns = (SAMPLE_COLUMN, *fields.columns)
+    outputs: dict[str, list[Tensor]] = {}
     masks: dict[str, list[Tensor]] = {}
     codes: dict[str, list[Tensor]] = {name: [] for name in columns}
-    bad: list[str] = []
+    unusable: list[str] = []
     for micro in stream:
         if micro.real:
-            bad += [each.why for each in micro.substitutions]
+            unusable += [sample.why for sample in micro.substitutions]
         batch = micro.to(world.device)
+        # Ranks with fewer samples embed padding batches, so that collectives stay in step.
         kept = slice(None) if batch.real else slice(0)
-        for tap, vectors in embed(tower_inputs(batch, config.data, rng_key=None)).items():
+        for name, vectors in embed(tower_inputs(batch, config.data, rng_key=None)).items():
             rows = vectors[kept].float()
-            rows = rows if reading.width is None else first_coordinates(rows, reading.width)
-            taps.setdefault(tap, []).append(rows)
+            rows = rows if spec.width is None else first_coordinates(rows, spec.width)
+            outputs.setdefault(name, []).append(rows)
             if vectors.ndim == 3:
-                whole = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
-                real = batch.tensors.get(f"{tap}_mask", whole)
-                masks.setdefault(tap, []).append(real[kept])
+                all_real = torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device)
+                mask = batch.tensors.get(f"{name}_mask", all_real)
+                masks.setdefault(name, []).append(mask[kept])
         for name in columns:
             codes[name].append(batch.tensors[name][kept])
         if stop():
             return None
-    _tell_bad([why for rank in world.gather(bad) for why in rank], index, world)
+    _warn_of_unusable([why for rank in world.gather(unusable) for why in rank], index, world)
     return Embedded(
-        {name: torch.cat(rows) for name, rows in taps.items()},
+        {name: torch.cat(rows) for name, rows in outputs.items()},
         {name: torch.cat(rows) for name, rows in codes.items()},
         {name: torch.cat(rows) for name, rows in masks.items()},
     )
 
 
-def _tell_bad(bad: list[str], index: Index, world: World) -> None:
-    if bad and world.is_main:
+def _warn_of_unusable(reasons: list[str], index: Index, world: World) -> None:
+    if reasons and world.is_main:
         log.warning(
-            "%s: %d of %d samples cannot be used, and others were measured in their place; the "
-            "first: %s",
-            index.source, len(bad), len(index), bad[0],
+            "%s: %d of %d samples are unusable; other samples were measured in their place. "
+            "First: %s",
+            index.source, len(reasons), len(index), reasons[0],
         )  # fmt: skip
 
 
 def caption_settings(config: Config, field: str) -> CaptionSettings:
-    """The run's captions, but from the member txt, or from the json field or path `field`."""
+    """Return the run's caption settings for another field.
+
+    Args:
+        config: Config of the run.
+        field: `txt` for that member, else a JSON field or a path such as `names.de`.
+    """
     member = "txt" if field == "txt" else "json"
-    place = {"member": member, "field": None if member == "txt" else field, "choose": "first"}
-    return config.data.captions.model_copy(update=place)
+    changes = {"member": member, "field": None if member == "txt" else field, "choose": "first"}
+    return config.data.captions.model_copy(update=changes)
 
 
 @torch.no_grad()
 def embed_texts(
     embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
 ) -> Rows:
-    """This rank's rows of texts, which every rank has: a run of them, in their order."""
-    require_towers(config, ["text"])
+    """Embed this rank's share of texts that every rank has: contiguous, in order.
+
+    Raises:
+        GigabatchError: if the run has no text tower.
+    """
+    require_modalities(config, ["text"])
     tokenizer = load_tokenizer(run.tokenizer)
     rows, masks = [], []
     for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
-        tokens, mask = encode(tokenizer, [texts[number] for number in plan.samples])
+        tokens, mask = encode(tokenizer, [texts[index] for index in plan.samples])
         inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
         kept = slice(None) if plan.real else slice(0)
         rows.append(embed(inputs)["text"][kept].float())

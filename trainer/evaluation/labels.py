@@ -1,4 +1,4 @@
-"""Values of the samples' json: labels, classes with their names, slices."""
+"""Values of the samples' JSON fields: class codes, numbers, flags, class names."""
 
 from __future__ import annotations
 
@@ -21,57 +21,72 @@ from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import value_at
 
 CHUNK = 4096
+"""Samples read at a time."""
 
 
 def field_values(
     index: Index, field: str, cache: ShardCache | None = None, required: bool = True
 ) -> list[Any]:
-    """The value of a field, or a path such as `names.en`, of every sample; without `required`,
-    None where a sample has none. Raises GigabatchError, which names the first sample without one.
+    """Read a JSON field of every sample.
+
+    Args:
+        index: The set.
+        field: A field, or a path such as `names.en`.
+        cache: Local copies of remote shards.
+        required: Raise for a sample without the field; otherwise its value is None.
+
+    Raises:
+        GigabatchError: if samples have no JSON, or the first sample without the field.
     """
     if "json" not in index.members:
         raise GigabatchError(
-            f"{index.source}: its samples have no json member, so no field {field!r}."
+            f"{index.source}: its samples have no json member, so they have no field {field!r}."
         )
     values: list[Any] = []
     with Sources([index], cache) as sources:
         for first in range(0, len(index), CHUNK):
             rows = np.arange(first, min(first + CHUNK, len(index)))
-            for number, raw in zip(rows.tolist(), sources.read(rows, ["json"]), strict=True):
-                values.append(_value(raw.get("json"), field, index, number, required))
+            for sample, members in zip(rows.tolist(), sources.read(rows, ["json"]), strict=True):
+                values.append(_value(members.get("json"), field, index, sample, required))
     return values
 
 
 def _value(
-    data: bytes | DamagedMember | None, field: str, index: Index, number: int, must: bool
+    data: bytes | DamagedMember | None, field: str, index: Index, sample: int, required: bool
 ) -> Any:
+    """Return the field of one sample's JSON."""
     record: Any = None
     try:
         if isinstance(data, bytes):
             record = json.loads(data)
-        found = value_at(record, field)
+        value = value_at(record, field)
     except ValueError as error:
-        raise GigabatchError(f"{index.where(number)}: its json cannot be read: {error}.") from None
-    if found is None and must:
-        known = ", ".join(sorted(record)) if isinstance(record, dict) else "nothing"
+        raise GigabatchError(f"{index.where(sample)}: its json cannot be read: {error}.") from None
+    if value is None and required:
+        fields = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
         raise GigabatchError(
-            f"{index.where(number)}: its json member has no {field!r}; it has {known}. Name a "
+            f"{index.where(sample)}: its json has no field {field!r}; its fields: {fields}. Name a "
             "field that every sample has."
         )
-    return found
+    return value
 
 
 def codes_of(values: Sequence[Any]) -> Tensor:
-    """int64 [N]: equal values have equal codes, in this set and in any other."""
+    """Return int64 [N]: equal values have equal codes, in this set and in any other."""
     return torch.tensor([code_of(value) for value in values], dtype=torch.int64)
 
 
 def numbers_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
-    """float64 [N]. Raises GigabatchError, which names the first sample whose value is no number."""
-    for number, value in enumerate(values):
+    """Return float64 [N].
+
+    Raises:
+        GigabatchError: naming the first sample whose value is not a finite number.
+    """
+    for sample, value in enumerate(values):
+        # bool is a subclass of int, so it is excluded first.
         if isinstance(value, bool) or not isinstance(value, int | float) or not _finite(value):
             raise GigabatchError(
-                f"{index.where(number)}: {field!r} of its json member is no number: {value!r}. "
+                f"{index.where(sample)}: json field {field!r} is {value!r}, not a finite number. "
                 "Name a field of numbers."
             )
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
@@ -80,18 +95,21 @@ def numbers_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
 def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for float64
         return False
 
 
 def flags_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
-    """bool [N], of true and false or 1 and 0. Raises GigabatchError, which names the first sample
-    whose value is neither."""
-    for number, value in enumerate(values):
+    """Return bool [N] from true and false, or 1 and 0.
+
+    Raises:
+        GigabatchError: naming the first sample with another value.
+    """
+    for sample, value in enumerate(values):
         if not isinstance(value, int | float) or value not in (0, 1):
             raise GigabatchError(
-                f"{index.where(number)}: {field!r} of its json member is neither true nor false, "
-                f"nor 1 or 0: {value!r}. Name a field that says yes or no."
+                f"{index.where(sample)}: json field {field!r} is {value!r}, not true, false, 1 or "
+                "0. Name a field of flags."
             )
     return torch.tensor([bool(value) for value in values])
 
@@ -99,38 +117,47 @@ def flags_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
 def named_classes(
     values: Sequence[Any], names: Path | None, field: str
 ) -> tuple[list[str], Tensor]:
-    """(the classes' names, the class int64 [N] of each sample).
+    """Map the values of a field to classes with names.
 
-    Without `names` each distinct value is a class and its own name. A .json file maps values to
-    names; of any other text file, line n (from 0) names the value n. Raises GigabatchError.
+    Args:
+        values: Value of each sample.
+        names: A .json file that maps values to names, or a text file whose line n, from 0, names
+            the value n. None: each distinct value is a class and its own name.
+        field: Name of the field, for messages.
+
+    Returns:
+        (names of the classes, the class of each sample int64 [N]).
+
+    Raises:
+        GigabatchError: if the file is invalid or names no class for a value.
     """
     if names is None:
         known = sorted({str(value) for value in values})
-        table = {name: name for name in known}
+        class_names = {name: name for name in known}
     else:
-        table = _table(names)
-    rows = {value: row for row, value in enumerate(table)}
-    lost = next((value for value in values if str(value) not in rows), None)
-    if lost is not None:
-        raise GigabatchError(f"{names}: names no class for {field} = {lost!r}.")
+        class_names = _read_class_names(names)
+    rows = {value: row for row, value in enumerate(class_names)}
+    unnamed = next((value for value in values if str(value) not in rows), None)
+    if unnamed is not None:
+        raise GigabatchError(f"{names}: no class name for {field} = {unnamed!r}. Add it.")
     classes = torch.tensor([rows[str(value)] for value in values], dtype=torch.int64)
-    return list(table.values()), classes
+    return list(class_names.values()), classes
 
 
-def _table(path: Path) -> dict[str, str]:
-    """value, as text -> name of the class."""
+def _read_class_names(path: Path) -> dict[str, str]:
+    """Return value, as text -> name of the class."""
     try:
         text = path.read_text(encoding="utf-8")
-        found = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        content = json.loads(text) if path.suffix == ".json" else text.splitlines()
     except OSError as error:
         raise GigabatchError(f"{path}: cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise GigabatchError(f"{path}: cannot be read: {error}.") from None
-    if isinstance(found, list):
-        found = {str(number): name for number, name in enumerate(found)}
-    if not isinstance(found, dict) or not found:
-        raise GigabatchError(f"{path}: holds no classes; map values to names, or list the names.")
-    for value, name in found.items():
+    if isinstance(content, list):
+        content = {str(row): name for row, name in enumerate(content)}
+    if not isinstance(content, dict) or not content:
+        raise GigabatchError(f"{path}: no classes. Map values to names, or list the names.")
+    for value, name in content.items():
         if not isinstance(name, str) or not name.strip():
-            raise GigabatchError(f"{path}: the class {value} has the name {name!r}, not a text.")
-    return {str(value): name.strip() for value, name in found.items()}
+            raise GigabatchError(f"{path}: the name of class {value} is {name!r}, not a text.")
+    return {str(value): name.strip() for value, name in content.items()}

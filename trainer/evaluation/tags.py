@@ -1,72 +1,92 @@
-"""What is told of a measurement: flat tags, as TensorBoard and eval/*.json have them."""
+"""Tags of metrics, as TensorBoard and eval/*.json have them: flat names with slashes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.evaluation.statistics import intervals, slices
-from gigabatch.trainer.evaluation.task import Measured
+from gigabatch.trainer.evaluation.metrics.statistics import MAX_SLICES, intervals, slices
+from gigabatch.trainer.evaluation.result import TaskResult
+from gigabatch.trainer.evaluation.task import SetTask
 
-MOST_SLICES = 1000
 
-
-def tags(
-    task: str, measured: Measured, seed: int | None, groups: Tensor | None = None
+def metric_tags(
+    task: SetTask, result: TaskResult, seed: int | None, groups: Tensor | None = None
 ) -> dict[str, float]:
-    """`eval/SET/METRIC`, or `eval/SET/TASK/METRIC` for any but retrieval. With a `seed` also
-    `.../low` and `.../high`, a 95 % interval over resampled queries, or over resampled `groups` of
-    them: int64 [N]."""
-    under = f"eval/{measured.name}/" + (f"{task}/" if task != "retrieval" else "")
-    told = {f"{under}{name}": value for name, value in measured.metrics().items()}
+    """Name the metrics of a result: `eval/SET/TASK/METRIC`, for retrieval `eval/SET/METRIC`.
+
+    Args:
+        task: The task.
+        result: Its result.
+        seed: Adds 95 % intervals over resampled queries, as `.../low` and `.../high`; None adds
+            none.
+        groups: int64 [N]; intervals resample groups of queries instead.
+    """
+    prefix = task.metric_prefix(result.set_name)
+    metrics = {f"{prefix}{name}": value for name, value in result.metrics().items()}
     if seed is not None:
-        told |= _ends(under, measured.figures, measured, seed, groups)
-    return told
+        metrics |= _interval_tags(prefix, result.query_values, result, seed, groups)
+    return metrics
 
 
-def sliced_tags(
-    task: str, measured: Measured, field: str, values: Sequence[Any], seed: int | None,
+def slice_tags(
+    task: SetTask, result: TaskResult, field: str, labels: Sequence[Any], seed: int | None,
     groups: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """`eval/SET/[TASK/]FIELD=VALUE/METRIC`, and `count`, by the value of each sample's field.
-    Candidates stay those of the whole set. `seed`, `groups`: as in `tags`. Raises GigabatchError
-    for a field of too many values."""
-    if measured.samples is None or not measured.figures:
-        raise GigabatchError(f"--slice {field}: {task} has no figure of single samples to slice.")
-    own = [values[number] for number in measured.samples.tolist()]
-    cut = slices(own, measured.figures)
-    together = {} if groups is None else slices(own, {"": groups})
-    if len(cut) > MOST_SLICES:
+    """Name the metrics of each slice: `eval/SET/[TASK/]FIELD=VALUE/METRIC`, and `count`.
+
+    A query's candidates remain those of the full set.
+
+    Args:
+        task: The task.
+        result: Its result.
+        field: The JSON field to slice by.
+        labels: Its value of each sample of the set.
+        seed: See `metric_tags`.
+        groups: See `metric_tags`.
+
+    Raises:
+        GigabatchError: if the queries are not samples, or the field has too many values.
+    """
+    if result.sample_indices is None or not result.query_values:
         raise GigabatchError(
-            f"--slice {field}: it has {len(cut)} values, more than {MOST_SLICES}. Slice by a field "
-            "of groups."
+            f"--slice {field}: {task.name} has no metric of single samples. Remove --slice."
         )
-    under = f"eval/{measured.name}/" + (f"{task}/" if task != "retrieval" else "")
-    told: dict[str, float] = {}
-    for value, figures in cut.items():
-        place = f"{under}{field}={value}/"
-        count = len(next(iter(figures.values())))
-        metrics = measured.tell(figures) | {"count": float(count)}
-        told |= {f"{place}{name}": metric for name, metric in metrics.items()}
+    query_labels = [labels[index] for index in result.sample_indices.tolist()]
+    split = slices(query_labels, result.query_values)
+    split_groups = {} if groups is None else slices(query_labels, {"": groups})
+    if len(split) > MAX_SLICES:
+        raise GigabatchError(
+            f"--slice {field}: the field has {len(split)} values, more than {MAX_SLICES}. Slice by "
+            "a field with fewer values."
+        )
+    metrics: dict[str, float] = {}
+    for label, values in split.items():
+        prefix = f"{task.metric_prefix(result.set_name)}{field}={label}/"
+        count = len(next(iter(values.values())))
+        of_slice = result.summarize(values) | {"count": float(count)}
+        metrics |= {f"{prefix}{name}": metric for name, metric in of_slice.items()}
         if seed is not None:
-            mine = together[value][""] if together else None
-            told |= _ends(place, figures, measured, seed, mine)
-    return told
+            slice_groups = split_groups[label][""] if split_groups else None
+            metrics |= _interval_tags(prefix, values, result, seed, slice_groups)
+    return metrics
 
 
-def _ends(
-    under: str, figures: Any, measured: Measured, seed: int, groups: Tensor | None
-) -> dict[str, float]:
-    held: dict[str, Tensor] = dict(figures)
-    found = intervals(held, measured.tell, seed, groups=groups) if held else {}
-    moving = {
-        name: ends for name, ends in found.items() if name not in ("candidates", *measured.told)
-    }
+def _interval_tags(
+    prefix: str, values: Mapping[str, Tensor], result: TaskResult, seed: int,
+    groups: Tensor | None,
+) -> dict[str, float]:  # fmt: skip
+    """Name the ends of the intervals of metrics that vary with the queries."""
+    if not values:
+        return {}
+    ends = intervals(values, result.summarize, seed, groups=groups)
+    constant = ("candidates", *result.set_metrics)
     return {
-        f"{under}{name}/{end}": value
-        for name, ends in moving.items()
-        for end, value in zip(("low", "high"), ends, strict=True)
+        f"{prefix}{name}/{end}": value
+        for name, pair in ends.items()
+        if name not in constant
+        for end, value in zip(("low", "high"), pair, strict=True)
     }

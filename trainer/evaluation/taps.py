@@ -1,60 +1,47 @@
-"""Reading towers at a tap: after the head, before it, or after any module on the way.
+"""Tower outputs that an evaluation reads: after the head, before it, or after any inner module.
 
-`head` is what is trained on: unit vectors. `encoder` is what the head is given, as it is,
-`projection` what comes out of a second head where there is one. Any other is the path of a module,
-`encoder.blocks.2` or `head.0`; a map [B, C, H, W] is averaged over its places, states [B, L, W]
-over their real tokens. Where vectors are compared across modalities, `tokens` are what late
-interaction is trained on: unit vectors too, one a token.
+head        unit vectors, the output that the objective reads
+encoder     the input of the head
+projection  the output of a second projection head, if there is one
+tokens      unit vectors, one a token, for comparisons across modalities
+
+Any other tap is the path of a module, such as `encoder.blocks.2` or `head.0`. A feature map
+[B, C, H, W] is averaged over positions, token states [B, L, W] over real tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.config import Config, taps_of
 from gigabatch.trainer.evaluation.embedding import Embed, Inputs
-from gigabatch.trainer.taps import parse_tap
 from gigabatch.trainer.towers import Towers, further_head
 
 HEAD, TOKENS = "head", "tokens"
 
 
-def place_compared(config: Config, modalities: Sequence[str], wanted: str | None = None) -> str:
-    """`head` or `tokens`: where modalities are read that are compared with each other. Unless
-    `wanted`, tokens where the objective reads those of all, and not the pooled vectors of all,
-    which are then not trained. Raises GigabatchError for tokens that the run has not."""
-    read = {(tap.modality, tap.output) for tap in map(parse_tap, taps_of(config.objective))}
-    pooled, tokens = ({m for m in modalities if (m, place) in read} for place in (HEAD, TOKENS))
-    if wanted == TOKENS and (without := [m for m in modalities if m not in tokens]):
-        raise GigabatchError(
-            f"tap=tokens: the run has no tokens of {', '.join(without)}: its objective reads "
-            f"{', '.join(taps_of(config.objective))}. Leave tap unset, or compare "
-            "modalities whose tokens it reads."
-        )
-    trained_on_tokens = len(tokens) == len(modalities) > len(pooled)
-    return wanted or (TOKENS if trained_on_tokens else HEAD)
+def comparison_reader(towers: Callable[..., Mapping[str, Tensor]], output: str) -> Embed:
+    """Return a function that reads the towers at `head` or `tokens`.
 
-
-def compared(towers: Callable[..., Mapping[str, Tensor]], place: str) -> Embed:
-    """The towers read at `head` or `tokens`: {modality: float32 [B, D] or [B, T, D]}."""
-    if place == HEAD:
+    It returns {modality: float32 [B, D], or tokens [B, T, D]}.
+    """
+    if output == HEAD:
         return towers
 
     def embed(inputs: Inputs) -> dict[str, Tensor]:
         taps = {name: f"{name}.{TOKENS}" for name in inputs}
-        found = towers(inputs, None, tuple(taps.values()))
-        return {name: found[tap] for name, tap in taps.items()}
+        outputs = towers(inputs, None, tuple(taps.values()))
+        return {name: outputs[tap] for name, tap in taps.items()}
 
     return embed
 
 
-def tapped(towers: Towers, tap: str) -> Embed:
-    """The towers read at `tap`: {modality: float32 [B, W]}."""
+def tap_reader(towers: Towers, tap: str) -> Embed:
+    """Return a function that reads the towers at a tap: {modality: float32 [B, W]}."""
     if tap == HEAD:
         return towers
 
@@ -65,14 +52,16 @@ def tapped(towers: Towers, tap: str) -> Embed:
 
 
 def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) -> Tensor:
+    """Run a tower up to a tap and return one vector a sample."""
     owner = towers.owner(name)
     encoder, head = towers.encoders[owner], towers.heads[owner]
     roots = {"head": head, "encoder": encoder}
     if (second := further_head(owner, "projection")) in towers.heads:
         roots["projection"] = towers.heads[second]
-    seen: list[Any] = []
+    # A hook reads any inner module without a change to the tower's forward pass.
+    outputs: list[Any] = []
     module = _module(roots, tap, name)
-    hook = module.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    hook = module.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
     kind = towers.autocast
     try:
         with torch.autocast(arguments[0].device.type, kind, enabled=kind is not None):
@@ -81,27 +70,31 @@ def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) ->
                 roots[root](vectors)
     finally:
         hook.remove()
-    if not seen:
-        raise GigabatchError(f"tap={tap}: the {name} tower did not pass through it.")
-    return _pooled(seen[-1], arguments, tap)
+    if not outputs:
+        raise GigabatchError(
+            f"tap={tap}: the {name} tower did not call this module. Name one that it calls."
+        )
+    return _pool(outputs[-1], arguments, tap)
 
 
 def _module(roots: Mapping[str, nn.Module], tap: str, name: str) -> nn.Module:
+    """Find the module at a tap, or name some that exist."""
     root, _, path = tap.partition(".")
-    known = dict(roots[root].named_modules()) if root in roots else {}
-    if path in known:
-        return known[path]
+    modules = dict(roots[root].named_modules()) if root in roots else {}
+    if path in modules:
+        return modules[path]
     inner = {r: [f"{r}.{path}" for path, _ in m.named_modules() if path] for r, m in roots.items()}
-    some = [*(each for r in inner if r != "encoder" for each in inner[r]), *inner["encoder"][:12]]
+    heads = [path for r in inner if r != "encoder" for path in inner[r]]
     raise GigabatchError(
-        f"tap={tap}: the {name} tower has no such module. Take {', '.join(roots)}, or one of "
-        f"{', '.join(some)}, ..."
+        f"tap={tap}: the {name} tower has no such module. Choose {', '.join(roots)}, or one of "
+        f"{', '.join([*heads, *inner['encoder'][:12]])}, ..."
     )
 
 
-def _pooled(output: Any, arguments: tuple[Tensor, ...], tap: str) -> Tensor:
+def _pool(output: Any, arguments: tuple[Tensor, ...], tap: str) -> Tensor:
+    """Average feature maps over positions and token states over real tokens."""
     while not isinstance(output, Tensor):
-        output = output[0]  # of tuples and of transformers' outputs, the states
+        output = output[0]  # tuples and transformers' outputs begin with the states
     states = output.float()
     mask = arguments[1] if len(arguments) > 1 else None
     if states.ndim == 4:
@@ -113,4 +106,7 @@ def _pooled(output: Any, arguments: tuple[Tensor, ...], tap: str) -> Tensor:
         return states.mean(1)
     if states.ndim == 2 and len(states) == len(arguments[0]):
         return states
-    raise GigabatchError(f"tap={tap}: gives {list(states.shape)}, which is no vector a sample.")
+    raise GigabatchError(
+        f"tap={tap}: the module's output has shape {list(states.shape)}, not one vector a sample. "
+        "Name another module."
+    )

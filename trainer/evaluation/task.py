@@ -1,130 +1,94 @@
-"""What a task of `gigabatch eval` measures, and what it finds."""
+"""Base classes of evaluation tasks: settings, help text and measurement in one class.
+
+`gigabatch eval --help` imports this module and every task. Neither may import torch at the top:
+tasks import what they compute with inside `measure`, which keeps the help below one second.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from torch import Tensor
+from pydantic import BeforeValidator, Field
 
-from gigabatch.data.errors import GigabatchError
-from gigabatch.data.shards.index import Index
-from gigabatch.data.shards.indexing import open_index
-from gigabatch.kernels import gather_rows
-from gigabatch.trainer.config import Config, positives_of
-from gigabatch.trainer.distributed import World
-from gigabatch.trainer.evaluation.embedding import (
-    NAMED_BY_NUMBER,
-    Embed,
-    Embedded,
-    Reading,
-    embed_set,
-)
-from gigabatch.trainer.evaluation.labels import codes_of, field_values
-from gigabatch.trainer.evaluation.ranking import summary
-from gigabatch.trainer.evaluation.statistics import Tell
-from gigabatch.trainer.evaluation.taps import HEAD, compared, tapped
-from gigabatch.trainer.inputs import cache_of, open_eval
-from gigabatch.trainer.run.folder import RunFolder
-from gigabatch.trainer.towers import Towers
+from gigabatch.data.settings import Settings
+
+if TYPE_CHECKING:
+    from gigabatch.trainer.evaluation.context import EvalContext
+    from gigabatch.trainer.evaluation.result import TaskResult
+    from gigabatch.trainer.run.folder import RunFolder
+
+OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
+Texts = Annotated[tuple[str, ...], OneOrMore]
+"""Texts; a single one needs no brackets on the command line."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is measured, and where: a run's towers as of `step`, on the set `on`."""
+class EvalTask(Settings):
+    """A task of `gigabatch eval`: subclass `SetTask` or `RunTask`, and decorate with `register`.
 
-    run: RunFolder
-    config: Config
-    towers: Towers
-    world: World
-    on: str
-    step: int
+    The fields of a task are its `key=value` settings; the docstring of a field is its help text.
 
-    @property
-    def name(self) -> str:
-        """Of the set."""
-        return Path(self.on).resolve().name if Path(self.on).is_dir() else self.index.name
+    Attributes:
+        name: Value of `--task`.
+        summary: One line for `gigabatch eval --help`.
+        aliases: Further values that `--task` accepts.
+        tag: Part of metric tags and of result file names; empty means `name`.
+    """
 
-    @cached_property
-    def index(self) -> Index:
-        return self.open(self.on)
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    aliases: ClassVar[tuple[str, ...]] = ()
+    tag: ClassVar[str] = ""
 
-    def open(self, on: str) -> Index:
-        """A folder as the user sees it; else the name of one of the run's own sets."""
-        return open_index(on) if Path(on).is_dir() else open_eval(self.config, on)
-
-    def embed(self, reading: Reading, tap: str = HEAD, index: Index | None = None) -> Embedded:
-        """Vectors of each modality by itself, read at a tap."""
-        if reading.width is not None and tap != HEAD:
-            raise GigabatchError(
-                f"width={reading.width}: it cuts what the loss sees; leave out tap=."
-            )
-        return self._embed(tapped(self.towers, tap), reading, index or self.index)
-
-    def embed_compared(self, reading: Reading, place: str) -> Embedded:
-        """What is compared across modalities, vectors or tokens: see `place_compared`."""
-        return self._embed(compared(self.towers, place), reading, self.index)
-
-    def _embed(self, embed: Embed, reading: Reading, index: Index) -> Embedded:
-        found = embed_set(embed, index, self.config, self.run, self.world, reading)
-        assert found is not None  # nobody asked it to stop
-        return found
-
-    def values(self, name: str, index: Index | None = None, required: bool = True) -> list[Any]:
-        """A field of every sample: read by rank 0 for all. Raises GigabatchError on every rank."""
-        index = index or self.index
-        found: list[Any] | str = []
-        if self.world.is_main:
-            try:
-                found = field_values(index, name, cache_of(self.config), required)
-            except GigabatchError as error:
-                found = str(error)
-        found = self.world.share(found)
-        if isinstance(found, str):
-            raise GigabatchError(found)
-        return list(found)
-
-    def numbers(self, found: Embedded) -> Tensor:
-        """int64 [N]: which samples were embedded, on every rank."""
-        return gather_rows(found.columns[NAMED_BY_NUMBER], self.world.group)
-
-    def positives(self, given: str | None) -> str | None:
-        """The field that right answers share: the one given, else the run's; None for `none`."""
-        named = positives_of(self.config.objective) if given is None else given
-        return None if named == "none" else named
-
-    def groups(self, name: str | None, measured: Measured) -> Tensor | None:
-        """int64 [N]: of each query the code of its sample's field; None without a field, or
-        queries. Raises GigabatchError where queries are no samples."""
-        if name is None or not measured.figures:
-            return None
-        if measured.samples is None:
-            raise GigabatchError(
-                f"intervals by {name}: what asks here are no samples, which have such a field. "
-                "Take intervals over single queries."
-            )
-        return codes_of(self.values(name))[measured.samples.cpu()]
-
-    def codes(self, name: str, found: Embedded, index: Index | None = None) -> Tensor:
-        """int64 [n]: the codes of a field of this rank's rows."""
-        number = found.columns[NAMED_BY_NUMBER]
-        return codes_of(self.values(name, index)).to(number.device)[number]
+    @classmethod
+    def result_tag(cls) -> str:
+        """Return the task's part of metric tags and file names."""
+        return cls.tag or cls.name
 
 
-@dataclass(frozen=True)
-class Measured:
-    """`name`: of the set. `figures`: of every query, float64 [N], in order; `tell` makes metrics of
-    them, or of some of them. `told`: metrics that are of no query. `samples`: int64 [N], whose
-    metadata a query has; None where there is none."""
+class SetTask(EvalTask):
+    """A task that measures the towers of a run's newest checkpoint on a set."""
 
-    name: str
-    figures: Mapping[str, Tensor] = field(default_factory=dict)
-    tell: Tell = summary
-    told: Mapping[str, float] = field(default_factory=dict)
-    samples: Tensor | None = None
+    @abstractmethod
+    def measure(self, context: EvalContext) -> TaskResult:
+        """Measure the set; every rank must call this.
 
-    def metrics(self) -> dict[str, float]:
-        return {**(self.tell(self.figures) if self.figures else {}), **self.told}
+        Raises:
+            GigabatchError: if the set or the run lacks what the task reads.
+        """
+
+    @classmethod
+    def metric_prefix(cls, set_name: str) -> str:
+        """Return what precedes every metric name in the tags of a set."""
+        return f"eval/{set_name}/{cls.result_tag()}/"
+
+    def headline(self, result: TaskResult) -> str | None:
+        """Return a sentence to print above the metrics, or None."""
+        return None
+
+
+class RunTask(EvalTask):
+    """A task that reads the files of a run: no set and no checkpoint."""
+
+    @abstractmethod
+    def read(self, run: RunFolder) -> dict[str, float]:
+        """Return metrics by tag.
+
+        Raises:
+            GigabatchError: if the run lacks the files.
+        """
+
+
+class LabeledTask(SetTask):
+    """Settings of a task that reads a labeled training set and predicts the labels of a set."""
+
+    label: str
+    """JSON field that holds the class."""
+    train: str | None = None
+    """Set with the known labels. Default: the run's training set."""
+    modality: str | None = None
+    """image, text, or a tower of `towers.more`. Default: the run's first, in that order."""
+    tap: str = "head"
+    """Tower output to read: head, encoder (before the head), or a module's path."""
+    width: int | None = Field(None, ge=1)
+    """Number of leading coordinates to keep (Matryoshka). Default: all."""

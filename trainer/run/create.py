@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import itertools
+import logging
+import math
 import re
 from collections.abc import Callable
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.run.files import to_json, write_atomically
+from gigabatch.trainer.run.find import HOME, find_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.run.provenance import environment
+
+log = logging.getLogger(__name__)
 
 
 def create_run(
@@ -29,6 +35,8 @@ def create_run(
         GigabatchError: if the folder exists and is not empty (nothing in it is changed), or
             cannot be written.
     """
+    if config.train.epochs is not None:
+        raise ValueError("call resolve_epochs first: a run keeps its length in steps")
     home = config.run.dir
     try:
         home.mkdir(parents=True, exist_ok=True)
@@ -66,6 +74,27 @@ def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
 
+def resolve_epochs(config: Config, samples: int) -> Config:
+    """Return a config whose length is in steps: `train.epochs` replaced by `train.steps`.
+
+    Args:
+        config: A config of a new run; one without `train.epochs` is returned as it is.
+        samples: Samples of all training sources together, one epoch.
+    """
+    epochs = config.train.epochs
+    if epochs is None:
+        return config
+    # Of the decimal digits: 0.07 * 100 is above 7 in floating point, and would round up to 8.
+    exact = Fraction(str(epochs)) * samples / config.batch.global_size
+    steps = max(1, math.ceil(exact))
+    log.info(
+        "train.epochs=%g: %s steps of %s samples; an epoch is %s samples",
+        epochs, f"{steps:,}", f"{config.batch.global_size:,}", f"{samples:,}",
+    )  # fmt: skip
+    train = config.train.model_copy(update={"steps": steps, "epochs": None})
+    return config.model_copy(update={"train": train})
+
+
 def refuse_taken_name(config: Config) -> None:
     """Raise GigabatchError if `run.name` is in use; called before the data is read."""
     path = config.run.dir / (config.run.name or "")
@@ -86,15 +115,6 @@ def _name_taken(path: Path) -> GigabatchError:
     )
 
 
-def open_run(where: str, home: Path = Path("runs")) -> RunFolder:
-    """Open a run by its path, or by its name inside `home`.
-
-    Raises:
-        GigabatchError: if there is no such run.
-    """
-    for path in (Path(where), home / where):
-        if (path / "config.yaml").exists():
-            return RunFolder(path.absolute())
-    names = sorted(path.parent.name for path in home.glob("*/config.yaml"))
-    hint = f" Runs in {home}: {', '.join(names[-5:])}." if names else ""
-    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
+def open_run(where: str, home: Path = HOME) -> RunFolder:
+    """The run at a path, or by its name inside `home`. Raises GigabatchError."""
+    return RunFolder(find_run(where, home))

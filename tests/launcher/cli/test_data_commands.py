@@ -1,4 +1,4 @@
-"""`gigabatch data ...` and `bench data`, as their users call them."""
+"""`gigabatch data ...` and `bench data`: exit codes and output."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_index_says_what_it_found(run: Run, folder: Path) -> None:
+def test_index_prints_samples_members_and_columns(run: Run, folder: Path) -> None:
     code, out, _ = run("data", "index", folder, "--columns", "concept,colour")
     assert code == 0
     assert f"{folder}: 40 samples in 2 shards" in out
@@ -42,20 +42,20 @@ def test_index_says_what_it_found(run: Run, folder: Path) -> None:
     assert "no checksums" in out
 
 
-def test_columns_stay_and_others_are_added(run: Run, folder: Path) -> None:
+def test_index_keeps_columns_and_adds_others(run: Run, folder: Path) -> None:
     assert "columns: concept (int64)" in run("data", "index", folder, "--columns", "concept")[1]
     manifest = folder / ".gigabatch" / "manifest.json"
     before = manifest.stat().st_mtime_ns
     assert "columns: concept (int64)" in run("data", "index", folder)[1]
-    assert manifest.stat().st_mtime_ns == before  # and nothing was scanned
+    assert manifest.stat().st_mtime_ns == before  # no shard was scanned again
     code, out, _ = run("data", "index", folder, "--columns", "colour,concept")
     assert (code, "columns: concept (int64), colour (string)" in out) == (0, True)
-    pattern = f"{folder}/set-*.tar"  # whose index lies in the cache
+    pattern = f"{folder}/set-*.tar"  # its index is in the cache
     run("data", "index", pattern, "--columns", "colour")
     assert "columns: colour (string)" in run("data", "index", pattern, "--headers-only")[1]
 
 
-def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_view_has_the_columns_of_its_source(run: Run, folder: Path, tmp_path: Path) -> None:
     run("data", "index", folder, "--columns", "concept")
     run("data", "filter", folder, "concept < 10", tmp_path / "view")
     code, out, _ = run("data", "index", tmp_path / "view", "--columns", "concept")
@@ -66,10 +66,10 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "words"),
     [
-        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "nan"], "--shard-mib nan: is no size"),
-        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "inf"], "--shard-mib inf: is no size"),
+        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "nan"], "--shard-mib nan: is not a size"),
+        (["pack", "{}/t.csv", "{}/out", "--shard-mib", "inf"], "--shard-mib inf: is not a size"),
         (["stats", "{}/set", "--sheet", "/"], "/: this is a folder. Specify a file name"),
         (["index", "{}/set", "--columns", "concept,,colour"], "--columns: '' cannot be"),
         (["index", "{}/set", "--columns", "key"], "--columns: 'key' cannot be"),
@@ -79,15 +79,17 @@ def test_columns_of_a_view_are_those_of_its_set(run: Run, folder: Path, tmp_path
         (["filter", "{}/set", "not " * 20_000 + "key"], "the condition has 80,003 characters"),
     ],
 )  # fmt: skip
-def test_odd_arguments_are_refused_in_a_line(
-    arguments: list[str], said: str, run: Run, folder: Path
+def test_wrong_argument_exits_with_one_message(
+    arguments: list[str], words: str, run: Run, folder: Path
 ) -> None:
+    (folder.parent / "t.csv").touch()
+    (folder.parent / "c.yaml").touch()
     code, _, err = run("data", *(a.replace("{}", str(folder.parent)) for a in arguments))
     assert code == 2
-    assert said in err
+    assert words in err
 
 
-def test_samples_that_lack_a_member_are_an_error_unless_they_may(run: Run, tmp_path: Path) -> None:
+def test_missing_members_are_an_error_without_partial(run: Run, tmp_path: Path) -> None:
     write_rich(tmp_path / "rich", 40, seed=1)
     code, out, _ = run("data", "index", tmp_path / "rich")
     assert code == 2
@@ -96,7 +98,7 @@ def test_samples_that_lack_a_member_are_an_error_unless_they_may(run: Run, tmp_p
     assert run("data", "index", tmp_path / "rich", "--partial")[0] == 0
 
 
-def test_files_of_a_shell_pattern_are_their_folder(run: Run, folder: Path) -> None:
+def test_all_shards_of_a_folder_are_indexed_as_the_folder(run: Run, folder: Path) -> None:
     shards = sorted(folder.glob("*.tar"))
     code, out, _ = run("data", "index", *shards)
     assert code == 0
@@ -108,7 +110,7 @@ def test_files_of_a_shell_pattern_are_their_folder(run: Run, folder: Path) -> No
     assert "put the pattern in quotes" in err
 
 
-def test_check_finds_what_went_bad(run: Run, folder: Path) -> None:
+def test_check_reports_changed_bytes(run: Run, folder: Path) -> None:
     assert run("data", "check", folder)[:2] == (0, "40 samples, 0.0 MB read: all valid\n")
     index = open_index(folder)
     spoil(index, 7, "png")
@@ -122,9 +124,7 @@ def test_check_finds_what_went_bad(run: Run, folder: Path) -> None:
     assert "40 samples, 0.0 MB read: 2 bad" in out
 
 
-def test_check_compares_with_what_was_indexed_even_where_a_shard_was_written_anew(
-    run: Run, folder: Path
-) -> None:
+def test_check_compares_with_the_index_after_a_shard_was_rewritten(run: Run, folder: Path) -> None:
     index = open_index(folder)
     shard = spoil(index, 7, "txt", at=2)
     os.utime(shard)
@@ -136,14 +136,14 @@ def test_check_compares_with_what_was_indexed_even_where_a_shard_was_written_ane
     assert f"{shard}: size is " in run("data", "check", folder)[1]
 
 
-def test_check_reads_json_members(run: Run, tmp_path: Path) -> None:
+def test_check_reports_invalid_json(run: Run, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", {"a.txt": b"x", "a.json": b"{", "b.txt": b"x", "b.json": b"{}"})
     code, out, _ = run("data", "check", tmp_path)
     assert code == 2
     assert "sample 'a': the json member cannot be read" in out
 
 
-def test_stats_and_a_contact_sheet(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_stats_prints_counts_and_draws_a_sheet(run: Run, folder: Path, tmp_path: Path) -> None:
     code, out, _ = run("data", "stats", folder, "--sheet", tmp_path / "sheet.png")
     assert code == 0
     assert "40 samples in 2 shards" in out
@@ -154,9 +154,7 @@ def test_stats_and_a_contact_sheet(run: Run, folder: Path, tmp_path: Path) -> No
     assert json.loads(out)["samples"] == 40
 
 
-def test_filter_counts_then_makes_a_view_that_trains(
-    run: Run, folder: Path, tmp_path: Path
-) -> None:
+def test_filter_counts_samples_and_writes_a_view(run: Run, folder: Path, tmp_path: Path) -> None:
     run("data", "index", folder, "--columns", "concept")
     code, out, _ = run("data", "filter", folder, "concept < 10")
     assert (code, out) == (0, "10 of 40 samples (25.0%)\n")
@@ -168,7 +166,7 @@ def test_filter_counts_then_makes_a_view_that_trains(
     assert "there is no column 'colour' (there are: key, concept)" in err
 
 
-def test_pack_writes_shards_of_a_table(run: Run, tmp_path: Path) -> None:
+def test_pack_writes_shards_from_a_table(run: Run, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     with open(tmp_path / "table.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -185,15 +183,15 @@ def test_pack_writes_shards_of_a_table(run: Run, tmp_path: Path) -> None:
     assert "none.csv" in err
 
 
-def test_batch_names_the_samples_of_any_step_and_rank(run: Run, tiny: Path) -> None:
-    code, whole, _ = run("data", "batch", tiny, "--step", 5)
+def test_batch_prints_the_samples_of_any_step_and_rank(run: Run, tiny: Path) -> None:
+    code, batch, _ = run("data", "batch", tiny, "--step", 5)
     assert code == 0
-    keys = whole.split()
+    keys = batch.split()
     assert len(keys) == len(set(keys)) == 32
     ranks = [
         run("data", "batch", tiny, "--step", 5, "--world", 3, "--rank", r)[1] for r in range(3)
     ]
-    assert "".join(ranks) == whole
+    assert "".join(ranks) == batch
     long = run("data", "batch", tiny, "--step", 5, "--world", 3, "--long")[1]
     fields = [line.split("\t") for line in long.splitlines()]
     assert [line[-1] for line in fields] == keys
@@ -207,7 +205,7 @@ def test_batch_names_the_samples_of_any_step_and_rank(run: Run, tiny: Path) -> N
         assert (code, f"the last step is {last}" in err) == (2, True)
 
 
-def test_batch_of_a_mix_keeps_weights(run: Run, tiny: Path) -> None:
+def test_batch_of_a_mixture_keeps_the_weights(run: Run, tiny: Path) -> None:
     mix = "data.train=[{path: train, weight: 3}, {path: val, weight: 1}]"
     command = ["data", "batch", tiny, mix, "batch.global_size=4000", "batch.micro_size=40"]
     _, out, _ = run(*command, "--long")
@@ -221,7 +219,7 @@ def test_batch_of_a_mix_keeps_weights(run: Run, tiny: Path) -> None:
 @pytest.mark.slow
 def test_bench_names_the_bottleneck(run: Run, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "bench"
-    code, said, _ = run("bench", "data", tiny, "--minutes", 0.3, "--workers", "0", "--out", out)
+    code, out_text, _ = run("bench", "data", tiny, "--minutes", 0.3, "--workers", "0", "--out", out)
     assert code == 0
-    assert "bottleneck: " in said
+    assert "bottleneck: " in out_text
     assert json.loads((out / "data.json").read_text())["stages"]

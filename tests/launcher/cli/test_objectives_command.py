@@ -1,6 +1,9 @@
+"""`gigabatch objectives` and `gigabatch bench objectives`."""
+
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 from support import outcome
@@ -9,62 +12,70 @@ from gigabatch.launcher.bench.objectives import benchmark_cases
 from gigabatch.launcher.cli.objectives import describe
 from gigabatch.trainer.objectives import OBJECTIVES
 
+Run = Callable[..., tuple[int, str, str]]
 
-def test_each_objective_is_explained_from_the_code() -> None:
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return lambda *arguments: outcome(monkeypatch, capsys, *arguments)
+
+
+def test_every_objective_and_each_of_its_keys_is_described() -> None:
     for name in OBJECTIVES:
-        told = describe(name)
-        assert all(told[part] for part in ("title", "papers", "formula", "passes", "use"))
-        assert told["needs"]["taps"]
-        untold = [key for key, value in told["keys"].items() if not value["help"]]
-        assert not untold, (name, untold)
+        card = describe(name)
+        assert all(card[part] for part in ("title", "papers", "formula", "passes", "use"))
+        assert card["needs"]["taps"]
+        unexplained = [key for key, entry in card["keys"].items() if not entry["help"]]
+        assert not unexplained, (name, unexplained)
 
 
-def test_the_command_lists_explains_and_refuses(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def told(*arguments: str) -> tuple[int, str, str]:
-        return outcome(monkeypatch, capsys, "objectives", *arguments)
-
-    code, listed, _ = told()
+def test_objectives_are_listed_in_order(run: Run) -> None:
+    code, out, _ = run("objectives")
     assert code == 0
-    named = [line.split()[0] for line in listed.splitlines()[: len(OBJECTIVES)]]
-    assert named == list(OBJECTIVES)
-    _, explained, _ = told("queue")
-    assert "MoCo" in explained
-    assert "momentum: 0.999" in explained
-    assert json.loads(told("sogclr", "--json")[1])["needs"]["tables"] == {"state": 2}
-    code, _, error = told("no-such")
-    assert code == 2
-    assert "there is no objective 'no-such'" in error
+    assert [line.split()[0] for line in out.splitlines()[: len(OBJECTIVES)]] == list(OBJECTIVES)
 
 
-def test_steps_are_timed_by_the_passes_that_objectives_declare(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def told(*arguments: str) -> tuple[int, str, str]:
-        small = ("--size", "64", "--width", "8", "--rounds", "1")
-        return outcome(monkeypatch, capsys, "bench", "objectives", *small, *arguments)
+def test_one_objective_is_explained_as_text_or_json(run: Run) -> None:
+    _, out, _ = run("objectives", "queue")
+    assert "MoCo" in out
+    assert "momentum: 0.999" in out
+    assert json.loads(run("objectives", "sogclr", "--json")[1])["needs"]["tables"] == {"state": 2}
 
-    found = json.loads(told("--json")[1])
-    each = {one["objective"]: one for one in found["objectives"]}
-    assert list(each) == list(benchmark_cases())
-    assert {one["settings"]["name"] for one in each.values()} == set(OBJECTIVES) - {"sum"}
-    assert each["siglip"]["passes"] == 3
-    assert each["label_distance, mixtures"]["passes"] == 7 / 4 * each["label_distance"]["passes"]
-    assert each["late_interaction"]["passes"] == 3 * 2 * 16 * 16
-    for one in each.values():
-        fair = one["passes"] * one["samples"] ** 2 / (4 * 64**2)
-        plain = one["seconds"] / one["infonce_seconds"] / fair
-        assert one["quotient"] == pytest.approx(plain)
-        assert one["processor_quotient"] > 0
-    code, said, _ = told("--only", "swav", "--only", "barlow")
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("infonse", "there is no objective 'infonse'. Did you mean infonce ("),
+        ("late-interaction", "Did you mean late_interaction ("),
+        ("clip", "Did you mean infonce ("),
+        ("simclr", "Did you mean supcon ("),
+        ("no-such", "Choose one of infonce, barlow, "),
+    ],
+)
+def test_unknown_objective_suggests_a_name(name: str, words: str, run: Run) -> None:
+    code, _, err = run("objectives", name)
+    assert (code, words in err) == (2, True), err
+
+
+def test_bench_divides_time_by_the_declared_matrix_passes(run: Run) -> None:
+    small = ("bench", "objectives", "--size", "64", "--width", "8", "--rounds", "1")
+    results = json.loads(run(*small, "--json")[1])
+    by_name = {result["objective"]: result for result in results["objectives"]}
+    assert list(by_name) == list(benchmark_cases())
+    assert {result["settings"]["name"] for result in by_name.values()} == set(OBJECTIVES) - {"sum"}
+    assert by_name["siglip"]["passes"] == 3
+    mixtures = by_name["label_distance, mixtures"]["passes"]
+    assert mixtures == 7 / 4 * by_name["label_distance"]["passes"]
+    assert by_name["late_interaction"]["passes"] == 3 * 2 * 16 * 16
+    for result in by_name.values():
+        declared = result["passes"] * result["samples"] ** 2 / (4 * 64**2)
+        expected = result["seconds"] / result["infonce_seconds"] / declared
+        assert result["quotient"] == pytest.approx(expected)
+        assert result["processor_quotient"] > 0
+    code, out, _ = run(*small, "--only", "swav", "--only", "barlow")
     assert code == 0
-    assert [line.split()[0] for line in said.splitlines()] == [
-        "objective",
-        "barlow",
-        "swav",
-        "swav,",
-    ]
-    code, _, error = told("--only", "no-such")
+    first_words = [line.split()[0] for line in out.splitlines()]
+    assert first_words == ["objective", "barlow", "swav", "swav,"]
+    code, _, err = run(*small, "--only", "no-such")
     assert code == 2
-    assert "unknown objective no-such; choose from barlow, " in error
+    assert "unknown objective no-such; choose from barlow, " in err

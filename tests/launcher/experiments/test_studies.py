@@ -11,7 +11,7 @@ from gigabatch.launcher.experiments.papers import PAPERS
 from gigabatch.launcher.experiments.run import config_of
 from gigabatch.launcher.experiments.studies import STUDIES, real_data_studies
 from gigabatch.launcher.experiments.study import Check, Estimate, Study
-from gigabatch.trainer.evaluation.settings import task_settings
+from gigabatch.trainer.evaluation.registry import parse_task
 
 synthetic_study = pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 any_study = pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_variants_have_valid_configs_and_metrics_valid_tasks(study: Study, tmp_p
         assert config.cluster.launcher == "inline"
         assert variant.init_from in (None, *names)
     for metric in study.metrics:
-        task_settings(metric.task, metric.settings)
+        parse_task(metric.task, metric.settings)
         assert set(metric.variants) <= set(names)
 
 

@@ -1,4 +1,4 @@
-"""`gigabatch doctor` on this very machine, whole and lacking."""
+"""`gigabatch doctor` on this machine: a healthy one, and one that lacks something."""
 
 from __future__ import annotations
 
@@ -13,55 +13,57 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.preflight.data import check_data
-from gigabatch.launcher.preflight.doctor import quick, refuse_unfit
+from gigabatch.launcher.preflight.doctor import quick_checks, refuse_unfit
 from gigabatch.trainer.config.load import load_config
 
 SCRIPT = """
 import resource
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
-from gigabatch.launcher.preflight.doctor import quick
-print(*quick(None), sep="\\n")
+from gigabatch.launcher.preflight.doctor import quick_checks
+print(*quick_checks(None), sep="\\n")
 """
 
 
-def test_this_machine_is_fit(tiny: Path) -> None:
-    found = list(quick(load_config(tiny)))
-    assert [str(each) for each in found if each.level == "fault"] == []
-    assert {each.about for each in found} >= {"packages", "shared memory", "open files", "cache"}
+def test_quick_checks_on_this_machine_find_no_error(tiny: Path) -> None:
+    findings = list(quick_checks(load_config(tiny)))
+    assert [str(finding) for finding in findings if finding.level == "error"] == []
+    subjects = {finding.subject for finding in findings}
+    assert subjects >= {"packages", "shared memory", "open files", "cache"}
 
 
-def test_few_open_files_are_told_with_the_remedy() -> None:
+def test_low_open_file_limit_is_reported_with_its_fix() -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     (line,) = [line for line in done.stdout.splitlines() if "open files" in line]
-    assert "WARNING at most 256 a process. ulimit -n 256" in line
+    assert "WARNING at most 256 per process. ulimit -n 256" in line
 
 
-def test_too_little_shared_memory_refuses_the_start(tiny: Path) -> None:
+def test_too_little_shared_memory_raises_before_the_start(tiny: Path) -> None:
     large = ["data.image.size=8192", "batch.micro_size=65536", "batch.global_size=65536"]
     with pytest.raises(GigabatchError, match=r"shared memory: .* Enlarge it"):
         refuse_unfit(load_config(tiny, large), print)
 
 
-def test_only_the_ranks_that_share_this_machine_share_its_memory(
+def test_shared_memory_check_counts_only_local_ranks(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage("/dev/shm").free
-    most = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # ranks that would need about all of it
+    most = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # as many ranks need about all of it
     many = load_config(tiny, ["cluster.launcher=ray", f"cluster.workers=[1,{4 * most}]"])
     with pytest.raises(GigabatchError, match="shared memory"):
         refuse_unfit(many, print)
     with monkeypatch.context() as torchrun:
         torchrun.setenv("LOCAL_WORLD_SIZE", "8")
         refuse_unfit(many, print)
-    monkeypatch.setenv(
-        "RAY_ADDRESS", "10.0.0.1:6379"
-    )  # a job's driver, whose workers are elsewhere
+    # In the driver of a Ray job, whose workers run elsewhere.
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refuse_unfit(many, print)
 
 
-def test_workers_that_ask_for_no_gpu_need_none(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # a machine with one
+def test_more_workers_than_gpus_raises_unless_workers_use_no_gpu(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     settings = ["cluster.launcher=ray", "cluster.workers=[2,4]"]
     with pytest.raises(GigabatchError, match=r"Set cluster\.workers=1"):
         check_data(load_config(tiny, settings), lambda done, total: None)
@@ -71,15 +73,15 @@ def test_workers_that_ask_for_no_gpu_need_none(tiny: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_data_and_the_way_between_workers_are_looked_at(
+def test_doctor_with_config_checks_data_and_bandwidth(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     done = gigabatch("doctor", tiny, "cluster.launcher=torchrun", "cluster.workers=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "200 samples in" in done.stdout
     assert "2 workers over " in done.stdout
-    assert done.stdout.endswith("fit for a run\n")
-    done = gigabatch("doctor", tiny, f"data.root={tmp_path / 'nowhere'}")
+    assert done.stdout.endswith("ready for a run\n")
+    done = gigabatch("doctor", tiny, f"data.root={tmp_path / 'missing'}")
     assert done.returncode == 2
-    assert "nowhere is not a folder" in done.stdout
-    assert "1 fault: a run could not start" in done.stdout
+    assert "missing is not a folder" in done.stdout
+    assert "1 error: a run would fail" in done.stdout

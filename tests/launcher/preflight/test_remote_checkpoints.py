@@ -1,4 +1,4 @@
-"""Runs that are copied to an S3 server or a disk, lose their folder, and go on from the copies."""
+"""Runs whose checkpoints are copied to an S3 server or a disk, and resumed from the copies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def s3() -> Iterator[FailingServer]:
 
 
 def kill_in_the_second_copy(command: Command, server: FailingServer) -> None:
-    """SIGKILL everything while the server has yet to answer the write of its last file."""
+    """Kill all processes while the server has not yet answered the write of the last file."""
     reached, go_on = threading.Event(), threading.Event()
     server.before(
         lambda: (reached.set(), go_on.wait(60)), method="PUT", path="*/towers*", skip=1, times=1
@@ -52,12 +52,12 @@ def kill_in_the_second_copy(command: Command, server: FailingServer) -> None:
 
 
 @pytest.mark.slow
-def test_killed_in_a_copy_its_folder_removed_a_run_goes_on_from_the_copy_before(
+def test_run_killed_during_a_copy_resumes_from_the_previous_copy(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any, s3: FailingServer
 ) -> None:
     settings = ["eval.sets=[]"]
-    assert gigabatch("train", tiny, *settings, "run.name=whole").returncode == 0
-    whole = losses(tmp_path / "runs" / "whole")
+    assert gigabatch("train", tiny, *settings, "run.name=reference").returncode == 0
+    reference = losses(tmp_path / "runs" / "reference")
 
     url = "s3://runs-far/copies/a"
     s3.status(503, method="PUT", path="*step-00000003/towers*", times=1)
@@ -78,19 +78,19 @@ def test_killed_in_a_copy_its_folder_removed_a_run_goes_on_from_the_copy_before(
     assert "fetched checkpoint step-00000003" in done.stderr
     assert "resuming after step 3" in done.stdout
     run = RunFolder(tmp_path / "other" / "a")
-    assert losses(run.path) == whole
+    assert losses(run.path) == reference
     assert run.steps_saved() == [6, 9, 12]
     assert place.steps()[-1] == 12
     assert {path.partition("/")[0] for path in place.files("checkpoints")} == {
         f"step-{step:08d}" for step in place.steps()
-    }  # what was cut off is gone, or whole
+    }  # an interrupted copy is removed or completed
     assert place.newest_attempt() == 2
     last = [line for line in read_metrics(run.metrics) if "checkpoint/copied_step" in line][-1]
     assert (last["checkpoint/copied_step"], last["checkpoint/copy_failures"]) == (12, 0)
 
 
 @pytest.mark.slow
-def test_a_run_that_lost_its_newest_says_so_and_gets_them_back_by_the_url(
+def test_damaged_checkpoints_are_restored_by_resuming_from_the_url(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     url = f"file://{tmp_path}/far/a"
@@ -98,11 +98,11 @@ def test_a_run_that_lost_its_newest_says_so_and_gets_them_back_by_the_url(
     done = gigabatch("train", tiny, *settings)
     assert done.returncode == 0, done.stderr
     run = RunFolder(tmp_path / "runs" / "a")
-    whole = losses(run.path)
+    reference = losses(run.path)
     for step in (9, 12):
         (run.checkpoints / f"step-{step:08d}" / "towers.safetensors").write_bytes(b"damaged")
 
-    # By the URL it goes on from the copy, which is the last step: nothing is left to do.
+    # Resumed by its URL, the run starts from the copy of the last step: nothing is left to do.
     done = gigabatch("resume", url)
     assert done.returncode == 2
     assert "fetched checkpoint step-00000012" in done.stderr
@@ -113,27 +113,25 @@ def test_a_run_that_lost_its_newest_says_so_and_gets_them_back_by_the_url(
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{url} holds a newer checkpoint, of step 12; this goes on from step 6" in done.stderr
     assert "resuming after step 6" in done.stdout
-    assert losses(run.path) == whole
+    assert losses(run.path) == reference
     state = RemoteRun(url).read("checkpoints/step-00000012/state.json")
-    assert json.loads(state or "")["attempt"] == 2  # made again, copied again
+    assert json.loads(state or "")["attempt"] == 2  # trained again and copied again
 
 
 @pytest.mark.slow
-def test_a_place_that_fails_in_mid_run_costs_the_copies_alone(
-    tiny: Path, tmp_path: Path, gigabatch: Any
-) -> None:
+def test_failing_copies_do_not_stop_the_run(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     far = tmp_path / "far"
     far.mkdir()
     settings = [f"checkpoint.copy_to=file://{far}", "run.name=a", "eval.sets=[]"]
     (far / "a" / "checkpoints").mkdir(parents=True)
-    # In the way of the folder of one checkpoint: no write into it succeeds.
+    # Blocks the folder of one checkpoint: every write into it fails.
     obstacle = far / "a" / "checkpoints" / "step-00000012"
-    obstacle.symlink_to("/proc/nowhere")
+    obstacle.symlink_to("/proc/missing")
     done = gigabatch("train", tiny, *settings)
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout.count("checkpoint step-00000012 was NOT COPIED") == 2
-    )  # tried at the end again
+    )  # the second time at the end of the run
     place = RemoteRun(f"file://{far}/a")
     assert 12 not in place.steps()
     run = RunFolder(tmp_path / "runs" / "a")
@@ -143,7 +141,7 @@ def test_a_place_that_fails_in_mid_run_costs_the_copies_alone(
     assert last["checkpoint/copy_failures"] == 2
 
     obstacle.unlink()
-    done = gigabatch("resume", run.path)  # finished, but for its last copy
+    done = gigabatch("resume", run.path)  # finished, except for its last copy
     assert done.returncode == 0, done.stderr
     assert place.steps()[-1] == 12
     done = gigabatch("resume", run.path)
@@ -152,7 +150,7 @@ def test_a_place_that_fails_in_mid_run_costs_the_copies_alone(
 
 
 @pytest.mark.slow
-def test_a_stop_waits_for_the_copy_no_longer_than_its_grace(
+def test_stop_waits_for_the_copy_at_most_the_grace_time(
     tiny: Path, tmp_path: Path, start: Any, s3: FailingServer
 ) -> None:
     reached, go_on = threading.Event(), threading.Event()
@@ -166,14 +164,14 @@ def test_a_stop_waits_for_the_copy_no_longer_than_its_grace(
     finally:
         go_on.set()
     assert done.returncode == 75, done.stdout + done.stderr
-    assert "its copy was not done within cluster.grace_s=4 s; left with the chec" in done.stderr
+    assert "the copy of the checkpoint was not finished within cluster.grace_s=4 s" in done.stderr
     assert RunFolder(tmp_path / "runs" / "a").stopped()
 
 
 def refusal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> str:
-    """What a command that is refused says, in this process."""
+    """Run a command that fails with exit code 2 in this process; return its message."""
     monkeypatch.setattr(sys, "argv", ["gigabatch", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
@@ -181,29 +179,29 @@ def refusal(
     return capsys.readouterr().err
 
 
-def test_a_place_that_cannot_be_used_is_found_before_anything_is_made(
+def test_unusable_copy_url_is_rejected_before_files_are_created(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*arguments: object) -> str:
+    def message(*arguments: object) -> str:
         return refusal(monkeypatch, capsys, *arguments)
 
-    err = said("train", tiny, "checkpoint.copy_to=file:///proc/nowhere", "run.name=a")
-    assert "checkpoint.copy_to: file:///proc/nowhere/.probe-" in err
+    err = message("train", tiny, "checkpoint.copy_to=file:///proc/missing", "run.name=a")
+    assert "checkpoint.copy_to: file:///proc/missing/.probe-" in err
     assert "cannot be written" in err
-    assert "Set checkpoint.copy_to to a folder that you may write" in err
+    assert "Set checkpoint.copy_to to a folder where you may write" in err
     (tmp_path / "far" / "a").mkdir(parents=True)
     (tmp_path / "far" / "a" / "environment.json").write_text("{}")
-    err = said("train", tiny, f"checkpoint.copy_to=file://{tmp_path}/far/", "run.name=a")
+    err = message("train", tiny, f"checkpoint.copy_to=file://{tmp_path}/far/", "run.name=a")
     assert f"run.name: file://{tmp_path}/far/a (checkpoint.copy_to) holds copies of a run" in err
     assert not (tmp_path / "runs").exists()
 
-    assert "s3://BUCKET/FOLDER" in said("resume", "s3:///x")
-    assert "HUSH" not in said("resume", "s3://me:HUSH@bucket/a")
-    assert "no run was copied there" in said("resume", f"file://{tmp_path}/far/b")
+    assert "s3://BUCKET/FOLDER" in message("resume", "s3:///x")
+    assert "HUSH" not in message("resume", "s3://me:HUSH@bucket/a")
+    assert "no run was copied there" in message("resume", f"file://{tmp_path}/far/b")
 
 
 @pytest.mark.slow
-def test_a_bucket_that_is_not_there_is_found_before_anything_is_made(
+def test_missing_bucket_is_rejected_before_files_are_created(
     tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -40,7 +40,7 @@ from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.monitoring.metrics import read_metrics
 from gigabatch.trainer.objectives import build_objective
 from gigabatch.trainer.optim import adamw, lr_factor, tower_groups
-from gigabatch.trainer.run.create import create_run
+from gigabatch.trainer.run.create import create_run, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
@@ -161,6 +161,11 @@ def see_run(config: Config, folder: Path) -> Any:
         torch.set_num_threads(threads)
 
 
+def see_length(config: Config, folder: Path) -> Any:
+    """Return the number of steps of the run that would be created."""
+    return resolve_epochs(config, len(open_train(config))).train.steps
+
+
 def see_initial(config: Config, folder: Path) -> Any:
     """Towers that begin, where `train.init_from` is set, from a checkpoint of another seed."""
     train = config.train.model_copy(update={"init_from": None})
@@ -258,6 +263,7 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "optimizer": see_optimizer,
     "schedule": see_schedule,
     "run": see_run,
+    "length": see_length,
     "threads": see_threads,
     "copies": see_copies,
     "initial": see_initial,

@@ -175,6 +175,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "objective.name": ("siglip", "objective", []),
     "objective.momentum": ("0.5", "run", ["objective={name: queue, size: 40}"]),
     "train.steps": ("5", "run", []),
+    "train.epochs": ("0.16", "length", ["train.steps=null"]),
     "train.precision": ("bf16", "towers", []),
     "train.ema": ("0.5", "run", []),
     "train.zero_stage": ("2", "deepspeed", []),

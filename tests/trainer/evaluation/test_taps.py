@@ -7,7 +7,7 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.evaluation.taps import tapped
+from gigabatch.trainer.evaluation.taps import comparison_reader, tap_reader
 from gigabatch.trainer.towers import build_towers
 
 INPUTS = {
@@ -17,44 +17,59 @@ INPUTS = {
 
 
 @torch.no_grad()
-def test_each_tap_is_what_the_tower_computes_there(tiny: Path) -> None:
+def test_tap_reader_returns_the_output_of_the_module(tiny: Path) -> None:
     config = load_config(tiny, ["towers.image.head={layers: 2, hidden: 8}"])
     towers = build_towers(config, 300).eval()
     tokens = INPUTS["text"][0]
     inputs = {"image": INPUTS["image"], "text": (tokens, tokens > 0)}
     encoded = {name: towers.encoders[name](*inputs[name]) for name in inputs}
-    found = tapped(towers, "encoder")(inputs)
-    assert torch.equal(found["image"], encoded["image"])
-    assert torch.equal(found["text"], encoded["text"])
-    assert torch.equal(tapped(towers, "head")(inputs)["text"], towers(inputs)["text"])
-    hidden = tapped(towers, "head.0")({"image": inputs["image"]})["image"]
+    outputs = tap_reader(towers, "encoder")(inputs)
+    assert torch.equal(outputs["image"], encoded["image"])
+    assert torch.equal(outputs["text"], encoded["text"])
+    assert torch.equal(tap_reader(towers, "head")(inputs)["text"], towers(inputs)["text"])
+    hidden = tap_reader(towers, "head.0")({"image": inputs["image"]})["image"]
     assert torch.equal(hidden, towers.heads["image"][0](encoded["image"]))
     states = towers.encoders["text"].embedding(tokens)
     real = (tokens > 0).unsqueeze(-1)
     mean = (states * real).sum(1) / real.sum(1)
-    assert torch.allclose(
-        tapped(towers, "encoder.embedding")({"text": inputs["text"]})["text"], mean
-    )
+    embedding = tap_reader(towers, "encoder.embedding")({"text": inputs["text"]})["text"]
+    assert torch.allclose(embedding, mean)
     maps = towers.encoders["image"].stem(inputs["image"][0]).mean((2, 3))
-    assert torch.allclose(tapped(towers, "encoder.stem")({"image": inputs["image"]})["image"], maps)
+    stem = tap_reader(towers, "encoder.stem")({"image": inputs["image"]})["image"]
+    assert torch.allclose(stem, maps)
 
 
 @torch.no_grad()
-def test_a_second_head_is_a_tap_where_there_is_one(tiny: Path) -> None:
+def test_projection_tap_reads_the_second_head(tiny: Path) -> None:
     views = "{name: barlow, taps: [image.projection, image.projection@1]}"
     settings = [f"objective={{name: sum, terms: [{{}}, {views}]}}"]
     towers = build_towers(load_config(tiny, settings), 300).eval()
     image = {"image": INPUTS["image"]}
-    found = tapped(towers, "projection")(image)["image"]
+    output = tap_reader(towers, "projection")(image)["image"]
     second = towers.heads["image-projection"]
-    assert torch.equal(found, second(towers.encoders["image"](*INPUTS["image"])))
-    assert torch.equal(tapped(towers, "projection.0")(image)["image"], found)
-    with pytest.raises(GigabatchError, match=r"Take head, encoder, or one of"):
-        tapped(towers, "projection")({"text": INPUTS["text"]})
+    assert torch.equal(output, second(towers.encoders["image"](*INPUTS["image"])))
+    assert torch.equal(tap_reader(towers, "projection.0")(image)["image"], output)
+    with pytest.raises(GigabatchError, match=r"Choose head, encoder, or one of"):
+        tap_reader(towers, "projection")({"text": INPUTS["text"]})
 
 
-def test_a_tap_that_is_not_there_is_refused_with_those_that_are(tiny: Path) -> None:
+def test_unknown_tap_raises_and_names_existing_ones(tiny: Path) -> None:
     towers = build_towers(load_config(tiny), 300).eval()
     for tap in ("encoder.layers.9", "neck", ""):
-        with pytest.raises(GigabatchError, match=r"no such module\. Take head, encoder, or one of"):
-            tapped(towers, tap)({"image": INPUTS["image"]})
+        with pytest.raises(
+            GigabatchError, match=r"no such module\. Choose head, encoder, or one of"
+        ):
+            tap_reader(towers, tap)({"image": INPUTS["image"]})
+
+
+def test_comparison_reader_returns_the_token_vectors_of_the_towers(tiny: Path) -> None:
+    config = load_config(tiny, ["objective={name: late_interaction}"])
+    towers = build_towers(config, 300).eval()
+    text = torch.tensor([[5, 6, 1, 0], [7, 1, 0, 0]]).repeat(1, 3)
+    inputs = {"image": (torch.rand(2, 3, 16, 16),), "text": (text, text > 0)}
+    with torch.no_grad():
+        outputs = comparison_reader(towers, "tokens")(inputs)
+        expected = towers(inputs, None, ["image.tokens", "text.tokens"])
+    assert outputs.keys() == {"image", "text"}
+    for name, vectors in outputs.items():
+        assert torch.equal(vectors, expected[f"{name}.tokens"])

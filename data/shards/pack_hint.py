@@ -1,0 +1,80 @@
+"""Advice for sources that are not shards yet: tables, zip files and folders of images."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from itertools import chain, islice
+from pathlib import Path
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
+"""Tables that `gigabatch data pack` reads."""
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+ENTRIES = 10_000
+"""Entries of a folder that are looked at: enough to know its kind, quick on slow disks."""
+ZIP = (
+    "This is a zip file, not .tar shards. Unzip it, then write shards with `gigabatch data pack "
+    "TABLE OUT`, where TABLE lists the files and their captions."
+)
+
+
+def pack_hint(source: str) -> str | None:
+    """Say how to make shards of a table, a folder or pattern of tables, a zip file or images.
+
+    Args:
+        source: Path, pattern or URL.
+
+    Returns:
+        Sentences that name `gigabatch data pack`; None for any other source, such as a folder of
+        .tar shards, a filtered view or a path that does not exist.
+    """
+    path = Path(source)
+    suffix = path.suffix.lower()
+    if "://" in source:
+        return _remote_hint(suffix) if suffix in (*SUFFIXES, ".zip") else None
+    if os.path.isdir(source):
+        return _folder_hint(path)
+    if os.path.exists(source):
+        return ZIP if suffix == ".zip" else _table_hint(suffix, path, "a table")
+    if any(mark in source for mark in "*?[{"):
+        return _table_hint(suffix, path.parent, "a pattern of tables")
+    return None
+
+
+def _folder_hint(folder: Path) -> str | None:
+    """Judge a folder by its files and those of the folders in it."""
+    if (folder / "manifest.json").exists():  # a filtered view, whose index is a Parquet file
+        return None
+    entries = islice(chain(folder.glob("[!.]*"), folder.glob("[!.]*/[!.]*")), ENTRIES)
+    first: dict[str, Path] = {}
+    for entry in entries:
+        first.setdefault(entry.suffix.lower(), entry)
+    if ".tar" in first:
+        return None
+    for suffix in SUFFIXES:
+        if suffix in first:
+            return _table_hint(suffix, first[suffix].parent, "a folder of tables")
+    if ".zip" in first:
+        return ZIP
+    if any(suffix in first for suffix in IMAGES):
+        return (
+            "This is a folder of image files, not .tar shards. List them in a table with the "
+            "columns file and caption, then write shards with `gigabatch data pack TABLE OUT`."
+        )
+    return None
+
+
+def _table_hint(suffix: str, source: Path, kind: str) -> str | None:
+    if suffix not in SUFFIXES:
+        return None
+    return (
+        f"This is {kind} ({suffix}), not .tar shards. Write shards first: `gigabatch data pack "
+        f"{shlex.quote(str(source))} OUT`."
+    )
+
+
+def _remote_hint(suffix: str) -> str:
+    return (
+        f"This names {suffix} files, not .tar shards. Download them, then write shards with "
+        "`gigabatch data pack FOLDER OUT`."
+    )

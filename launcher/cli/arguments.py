@@ -1,0 +1,116 @@
+"""Arguments that several commands share. Each path is checked while the line is parsed, before a
+command imports torch, so that a typing error gets its answer at once."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gigabatch.data.errors import GigabatchError
+
+
+def _config(name: Path | None) -> Path | None:
+    from gigabatch.launcher.recipes import find_config
+
+    return None if name is None else find_config(str(name))
+
+
+def _run(name: str) -> str:
+    """Return the path of a run; a URL of copied checkpoints stays as it is."""
+    from gigabatch.trainer.run.find import find_run
+
+    return name if "://" in name else str(find_run(name))
+
+
+def check_shards(source: str) -> str:
+    """Return `source`, which must name shards or a filtered view.
+
+    Raises:
+        GigabatchError: if nothing is there, or something that must be packed first.
+    """
+    from gigabatch.data.shards.pack_hint import pack_hint
+
+    if hint := pack_hint(source):
+        raise GigabatchError(f"{source}: {hint}")
+    return check_exists(source)
+
+
+def check_exists(source: str) -> str:
+    """Return `source`, a local path or pattern that must match something, or a URL.
+
+    Raises:
+        GigabatchError: if nothing matches, or a URL's scheme is not supported.
+    """
+    if not os.path.exists(source):
+        from gigabatch.data.remote.places import expand, is_remote
+
+        if not is_remote(source):
+            expand([source])
+    return source
+
+
+def _table_or_shards(source: str) -> str:
+    """Return the source of `data pack`, which reads tables by file or folder, not by pattern."""
+    from gigabatch.data.shards.pack_hint import pack_hint
+
+    if not os.path.exists(source) and "://" not in source and pack_hint(source):
+        folder = shlex.quote(os.path.dirname(source) or ".")
+        raise GigabatchError(
+            f"{source}: name a table or its folder, not a pattern: `gigabatch data pack {folder} "
+            "OUT`."
+        )
+    return check_exists(source)
+
+
+def _many_shards(sources: list[str]) -> list[str]:
+    return [check_shards(source) for source in sources]
+
+
+CONFIG_HELP = "A YAML file, or a recipe such as quickstart (`gigabatch config --list`)."
+ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, callback=_config)]
+OptionalConfigPath = Annotated[
+    Path | None, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, callback=_config)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings that replace those of CONFIG, such as train.steps=100."
+    ),
+]
+RunPath = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Run folder, by its path or by its name in runs/.", callback=_run
+    ),
+]
+RunPathOrURL = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="Run folder, by its path or by its name in runs/; or the URL of its copied "
+        "checkpoints, checkpoint.copy_to/NAME.",
+        callback=_run,
+    ),
+]
+SHARDS_HELP = (
+    "Folder of .tar shards, pattern in quotes ('shards/cc-{0000..0123}.tar', "
+    "'s3://bucket/*.tar'; also gs://, hf://, https://), or filtered view made by `data filter`."
+)
+Shards = Annotated[str, typer.Argument(metavar="SOURCE", help=SHARDS_HELP, callback=check_shards)]
+ManyShards = Annotated[
+    list[str], typer.Argument(metavar="SOURCE", help=SHARDS_HELP, callback=_many_shards)
+]
+TableOrShards = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Table (CSV, TSV, JSONL, Parquet, Arrow; a file, or a folder of files of one format) "
+        "that names files or holds their bytes; or shards to be written again.",
+        callback=_table_or_shards,
+    ),
+]
+JSON_HELP = "Print one JSON object."

@@ -1,0 +1,70 @@
+"""Advice for sources that are not shards: what it recognizes and what it leaves alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.packing.tables import SUFFIXES
+from gigabatch.data.shards import pack_hint as module
+from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.pack_hint import pack_hint
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    for name in (
+        "csv/a.csv", "parquet/data/a.parquet", "images/cat/1.jpg", "set.zip", "zips/a.zip",
+        "shards/a.tar", "shards/meta.csv", "nested/train/a.tar", "nested/meta.csv",
+        "view/manifest.json", "view/index.parquet", "index/a.tar", "index/.gigabatch/i.parquet",
+        "notes/readme.txt", "a b/t.tsv",
+    ):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("csv", "gigabatch data pack {}/csv OUT"),
+        ("csv/a.csv", "gigabatch data pack {}/csv/a.csv OUT"),
+        ("csv/*.csv", "gigabatch data pack {}/csv OUT"),
+        ("parquet", "gigabatch data pack {}/parquet/data OUT"),
+        ("parquet/data/*.parquet", "gigabatch data pack {}/parquet/data OUT"),
+        ("parquet/data/part-{00..99}.PARQUET", "gigabatch data pack {}/parquet/data OUT"),
+        ("a b", "gigabatch data pack '{}/a b' OUT"),
+        ("images", "`gigabatch data pack TABLE OUT`"),
+        ("set.zip", "Unzip it, then write shards with `gigabatch data pack TABLE OUT`"),
+        ("zips", "Unzip it"),
+    ],
+)
+def test_source_to_be_packed_gets_the_command(source: str, command: str, root: Path) -> None:
+    hint = pack_hint(f"{root}/{source}")
+    assert hint is not None
+    assert command.replace("{}", str(root)) in hint
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["shards", "nested", "view", "index", "notes", "missing", "shards/*.tar", "shards/a.tar"],
+)
+def test_other_sources_get_no_advice(source: str, root: Path) -> None:
+    assert pack_hint(f"{root}/{source}") is None
+
+
+def test_remote_tables_are_to_be_downloaded() -> None:
+    assert "Download them" in str(pack_hint("hf://datasets/a/b/*.parquet"))
+    assert pack_hint("s3://bucket/*.tar") is None
+
+
+def test_table_suffixes_are_those_that_pack_reads() -> None:
+    assert module.SUFFIXES is SUFFIXES
+
+
+@pytest.mark.parametrize("source", ["csv", "csv/*.csv", "set.zip", "images"])
+def test_indexing_such_a_source_raises_with_the_advice(source: str, root: Path) -> None:
+    with pytest.raises(GigabatchError, match="gigabatch data pack"):
+        open_index(f"{root}/{source}")

@@ -1,0 +1,87 @@
+"""The keys that a config accepts, read from the settings classes.
+
+A key is dotted, such as `train.steps`. Where a section has several kinds (`towers.image`, chosen by
+`kind`; `objective`, chosen by `name`), each kind is a class with its own keys.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import BaseModel
+
+ANY = "NAME"
+"""Represents a name that the user chooses, in `towers.more.NAME`."""
+DEFAULT_TAGS = {"kind": "conv", "name": "infonce"}
+"""Fields that choose one of several kinds, by a literal value -> the value that is the default."""
+
+Models = Sequence[type[BaseModel]]
+
+
+def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Yield every dotted key that a settings class accepts, over all kinds; with repetitions."""
+    for name, info in model.model_fields.items():
+        models = models_in(info.annotation)
+        item = f"{ANY}." if get_origin(info.annotation) is dict else ""
+        for inner in models:
+            yield from known_keys(inner, f"{prefix}{name}.{item}")
+        if not models:
+            yield f"{prefix}{name}"
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Return the settings classes in a type, such as those of a union or of a list's items."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in get_args(annotation) for model in models_in(inner)]
+
+
+def models_at(root: type[BaseModel], section: str) -> list[type[BaseModel]]:
+    """Return the settings classes of a section, such as those of all kinds of `towers.image`."""
+    models, skip = [root], False
+    for part in section.split("."):
+        if skip or part.isdecimal():  # a name that the user chooses, or the number of a list's item
+            skip = False
+            continue
+        fields = [m.model_fields[part] for m in models if part in m.model_fields]
+        models = [model for field in fields for model in models_in(field.annotation)]
+        skip = any(get_origin(field.annotation) is dict for field in fields)
+    return [] if skip else models
+
+
+def selector_of(models: Models) -> str | None:
+    """Return the field that chooses between several classes; None if there is no such field."""
+    for name in DEFAULT_TAGS:
+        if len(models) > 1 and all(tags_of(model, name) for model in models):
+            return name
+    return None
+
+
+def tags_of(model: type[BaseModel], selector: str) -> tuple[str, ...]:
+    """Return the selector's values that mean this class, such as ("conv",)."""
+    info = model.model_fields.get(selector)
+    is_literal = info is not None and get_origin(info.annotation) is Literal
+    return get_args(info.annotation) if info is not None and is_literal else ()
+
+
+def select(models: Models, selector: str, tag: str | None) -> type[BaseModel] | None:
+    """Return the class of a tag; of no tag, the default kind. None if there is no such class."""
+    wanted = DEFAULT_TAGS[selector] if tag is None else tag
+    return next((model for model in models if wanted in tags_of(model, selector)), None)
+
+
+def generic(key: str) -> str:
+    """Replace the user's name in a key: `towers.more.sound.rate` -> `towers.more.NAME.rate`."""
+    return re.sub(r"^(towers\.more)\.[^.]+", rf"\1.{ANY}", key)
+
+
+def nearest(key: str, known: Iterable[str]) -> str | None:
+    """Return the known key that a misspelled one most likely means."""
+    names = sorted(set(known))
+    last = key.rpartition(".")[2]
+    close = difflib.get_close_matches(key, names, 1, 0.6)
+    close = close or [name for name in names if name.rpartition(".")[2] == last]
+    return close[0] if close else None

@@ -1,0 +1,1 @@
+"""Metrics of embeddings and rankings: functions of tensors, without files or settings."""

@@ -1,0 +1,28 @@
+"""Locating a run folder by its path or its name. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from gigabatch.data.errors import GigabatchError
+
+HOME = Path("runs")
+"""Where a run is looked for by its name: the default of `run.dir`."""
+
+
+def find_run(where: str, home: Path = HOME) -> Path:
+    """Return the absolute path of the run folder at a path, or of this name inside `home`.
+
+    Raises:
+        GigabatchError: if neither holds a config.yaml; it names the runs that exist.
+    """
+    for path in (Path(where), home / where):
+        if os.path.exists(path / "config.yaml"):
+            return path.absolute()
+    known = sorted(path.parent.name for path in home.glob("*/config.yaml"))
+    nearest = difflib.get_close_matches(Path(where).name, known, 1)
+    hint = f" Did you mean {nearest[0]}?" if nearest else ""
+    hint += f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
+    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
