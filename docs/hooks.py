@@ -51,8 +51,8 @@ def recipes() -> str:
     lines = [
         "# Recipes",
         "",
-        "The configs in `configs/`. Train one by its name, as in `gigabatch train clip`, or start a",
-        "config of your own from it: `gigabatch config clip > my.yaml`.",
+        "The configs in `configs/`. Train one by its name, as in `gigabatch train clip`, or start",
+        "a config of your own from it: `gigabatch config clip > my.yaml`.",
     ]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         lines += ["", f"## {path.stem}", "", "```yaml", path.read_text().rstrip(), "```"]
