@@ -6,18 +6,26 @@ import posixpath
 import re
 from pathlib import Path
 
-from config_reference import config_reference  # MkDocs puts this folder on the path
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from gigabatch.trainer.config.reference import config_reference
+
 ROOT = Path(__file__).parent.parent
+CONFIG_INTRO = """# Config reference
+
+Every key of a run's YAML file. This page is generated from the settings. Set any key on the command
+line, as in `train.steps=2000`. `gigabatch config CONFIG` prints a config with all its values, and
+`gigabatch config CONFIG --explain KEY` explains a key.
+
+"""
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = {"reference/config.md": config_reference(), "recipes.md": recipes()}
+    pages = {"reference/config.md": CONFIG_INTRO + config_reference(), "recipes.md": recipes()}
     for uri, content in pages.items():
         files.append(File.generated(config, uri, content=content))
     return files
@@ -28,8 +36,8 @@ def recipes() -> str:
     lines = [
         "# Recipes",
         "",
-        "The configs in `configs/`. Train one with `gigabatch train configs/NAME.yaml`; set any",
-        "key on the command line, as in `train.steps=2000`.",
+        "The configs in `configs/`. Train one by its name, as in `gigabatch train clip`, or start",
+        "a config of your own from it: `gigabatch config clip > my.yaml`.",
     ]
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         lines += ["", f"## {path.stem}", "", "```yaml", path.read_text().rstrip(), "```"]
