@@ -121,10 +121,10 @@ def test_stopped_and_resumed_job_matches_local_run(
 def test_failed_job_returns_its_exit_code_and_reason(
     cluster: Cluster, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    missing = f"data.root={tmp_path / 'nowhere'}"
+    missing = f"data.root={tmp_path / 'no-such-folder'}"
     done = start("submit", tiny, missing, "--address", cluster.address, env=cluster.client()).wait()
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "nowhere" in done.stdout
+    assert "no-such-folder" in done.stdout
     assert "failed" in done.stderr
 
 
