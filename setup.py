@@ -89,5 +89,5 @@ setup(
             "pymdown-extensions>=11.0.2",
         ],
     },
-    entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli.app:main"]},
+    entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.__main__:main"]},
 )

@@ -1,5 +1,16 @@
-"""Command line as a module: `python -m gigabatch.launcher`."""
+"""Entry point of the command `gigabatch` and of `python -m gigabatch.launcher`."""
 
-from gigabatch.launcher.cli.app import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line. Ctrl-C during its imports ends the process without a traceback."""
+    try:
+        from gigabatch.launcher.cli import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app.main()
+
+
+if __name__ == "__main__":
+    main()

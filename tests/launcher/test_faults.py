@@ -73,7 +73,7 @@ def test_non_finite_steps_remove_no_good_checkpoint(
     assert "4 consecutive steps" in done.stderr
     saved = [p.name for p in (tmp_path / "runs" / "a" / "checkpoints").glob("step-*")]
     assert saved == ["step-00000001"]
-    assert "the last checkpoint: step 1" in done.stderr
+    assert "The last checkpoint is of step 1" in done.stderr
 
 
 def test_ctrl_c_during_startup_ends_the_command(tiny: Path, start: Any) -> None:
