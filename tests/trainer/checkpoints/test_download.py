@@ -13,11 +13,11 @@ from support_copies import copy, make_run, save
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.access import Retry
 from gigabatch.trainer.checkpoints.download import (
-    copied_config,
-    fetch_newer,
+    fetch_newer_checkpoint,
     fetch_run,
-    open_copy,
-    say_newer,
+    open_remote_run,
+    read_copied_config,
+    warn_if_copy_is_newer,
 )
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
@@ -30,16 +30,16 @@ def far(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(far: Path) -> RemoteRun:
+def remote(far: Path) -> RemoteRun:
     """Copies of the steps 3, 6 and 9 of a run."""
     run = make_run(far.parent.parent / "a")
     run.metrics.write_text('{"step": 9}\n')
     run.write_evaluation(3, {"eval/val/mean_recall@10": 0.5})
-    place = RemoteRun(f"file://{far}", Retry(attempts=1))
-    place.claim(run)
+    remote = RemoteRun(f"file://{far}", Retry(attempts=1))
+    remote.claim(run)
     for step in (3, 6, 9):
-        copy(place, run, step)
-    return place
+        copy(remote, run, step)
+    return remote
 
 
 @pytest.fixture
@@ -60,8 +60,10 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_fetched_run_has_all_it_needs(place: RemoteRun, fresh: RunFolder, tmp_path: Path) -> None:
-    fetch_run(place, fresh)
+def test_a_fetched_run_has_all_it_needs(
+    remote: RemoteRun, fresh: RunFolder, tmp_path: Path
+) -> None:
+    fetch_run(remote, fresh)
     assert newest(fresh) == 9
     assert fresh.steps_saved() == [9]
     for name in ("config.yaml", "environment.json", "tokenizer.json", "data.digest"):
@@ -69,7 +71,7 @@ def test_a_fetched_run_has_all_it_needs(place: RemoteRun, fresh: RunFolder, tmp_
     assert fresh.evaluation(3) == {"eval/val/mean_recall@10": 0.5}
     assert fresh.metrics.read_text() == '{"step": 9}\n'
     assert [path.name for path in fresh.path.parent.iterdir()] == ["a"]
-    assert copied_config(place) == "config.yaml of 1"
+    assert read_copied_config(remote) == "config.yaml of 1"
 
 
 @pytest.mark.parametrize(
@@ -87,16 +89,16 @@ def test_a_fetched_run_has_all_it_needs(place: RemoteRun, fresh: RunFolder, tmp_
     ],
 )
 def test_a_damaged_copy_is_passed_over_loudly(
-    harm: object, words: str, place: RemoteRun, far: Path, fresh: RunFolder,
+    harm: object, words: str, remote: RemoteRun, far: Path, fresh: RunFolder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     assert callable(harm)
     harm(far / "checkpoints" / "step-00000009")
-    fetch_run(place, fresh)
+    fetch_run(remote, fresh)
     assert newest(fresh) == 6
     (told,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert "copy passed over: " in told.getMessage()
-    assert f"{place.url}/checkpoints/step-00000009/" in told.getMessage()
+    assert f"{remote.url}/checkpoints/step-00000009/" in told.getMessage()
     assert words in told.getMessage()
     assert not list(fresh.checkpoints.glob(".*"))
 
@@ -108,80 +110,80 @@ def escape(manifest: Path) -> None:
 
 
 def test_without_a_manifest_it_is_no_checkpoint(
-    place: RemoteRun, far: Path, fresh: RunFolder, caplog: pytest.LogCaptureFixture
+    remote: RemoteRun, far: Path, fresh: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     (far / "checkpoints" / "step-00000009" / "manifest.json").unlink()
-    fetch_run(place, fresh)
+    fetch_run(remote, fresh)
     assert newest(fresh) == 6
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def test_no_sound_copy_is_an_error_never_a_fresh_start(
-    place: RemoteRun, far: Path, fresh: RunFolder
+    remote: RemoteRun, far: Path, fresh: RunFolder
 ) -> None:
     for folder in (far / "checkpoints").iterdir():
         flip(folder / "towers.safetensors")
     with pytest.raises(
         GigabatchError, match=r"no sound checkpoint .* \(complete copies: 3, 6, 9\)"
     ):
-        fetch_run(place, fresh)
+        fetch_run(remote, fresh)
     assert not fresh.path.exists()
 
 
-def test_a_fetch_that_was_killed_is_begun_again(place: RemoteRun, fresh: RunFolder) -> None:
+def test_a_fetch_that_was_killed_is_begun_again(remote: RemoteRun, fresh: RunFolder) -> None:
     half = fresh.path.with_name(".a.fetch") / "checkpoints" / ".step-00000009.fetch.tmp"
     half.mkdir(parents=True)
     (half / "towers.safetensors").write_text("half")
-    fetch_run(place, fresh)
+    fetch_run(remote, fresh)
     assert newest(fresh) == 9
     assert not list(fresh.checkpoints.glob(".*"))
 
 
 def test_what_is_missing_or_in_the_way_is_named(
-    place: RemoteRun, far: Path, fresh: RunFolder
+    remote: RemoteRun, far: Path, fresh: RunFolder
 ) -> None:
     fresh.path.mkdir(parents=True)
     with pytest.raises(GigabatchError, match="exists and is no run"):
-        fetch_run(place, fresh)
+        fetch_run(remote, fresh)
     fresh.path.rmdir()
     (far / "tokenizer.json").unlink()
     with pytest.raises(GigabatchError, match=r"tokenizer.json is missing there"):
-        fetch_run(place, fresh)
+        fetch_run(remote, fresh)
     with pytest.raises(GigabatchError, match="no run was copied there"):
-        copied_config(open_copy(f"file://{far}x/"))
+        read_copied_config(open_remote_run(f"file://{far}x/"))
 
 
 def test_a_run_that_lost_its_newest_gets_the_copy_that_is_newer(
-    place: RemoteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    remote: RemoteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path / "a")
     flip(run.checkpoints / "step-00000009" / "towers.safetensors")
-    say_newer(place, run, 6)
+    warn_if_copy_is_newer(remote, run, 6)
     assert "holds a newer checkpoint, of step 9; this goes on from step 6" in caplog.text
-    assert f"gigabatch resume {place.url}" in caplog.text
-    fetch_newer(place, run)
+    assert f"gigabatch resume {remote.url}" in caplog.text
+    fetch_newer_checkpoint(remote, run)
     assert newest(run) == 9
     save(run, 12)
-    fetch_newer(place, run)
+    fetch_newer_checkpoint(remote, run)
     assert newest(run) == 12
     caplog.clear()
-    say_newer(place, run, 12)
+    warn_if_copy_is_newer(remote, run, 12)
     assert caplog.text == ""
     shutil.rmtree(run.checkpoints)
-    fetch_newer(place, run)
+    fetch_newer_checkpoint(remote, run)
     assert run.steps_saved() == [9]
 
 
-def test_copies_of_another_run_are_not_mixed_in(place: RemoteRun, tmp_path: Path) -> None:
+def test_copies_of_another_run_are_not_mixed_in(remote: RemoteRun, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", started=2)
     with pytest.raises(GigabatchError, match="holds another run"):
-        fetch_newer(place, other)
+        fetch_newer_checkpoint(remote, other)
     assert other.steps_saved() == []
 
 
-def test_attempts_go_on_above_those_that_copied(place: RemoteRun, fresh: RunFolder) -> None:
-    fetch_run(place, fresh)
-    fresh.reserve_attempts(7, place.url)
+def test_attempts_go_on_above_those_that_copied(remote: RemoteRun, fresh: RunFolder) -> None:
+    fetch_run(remote, fresh)
+    fresh.reserve_attempts(7, remote.url)
     assert fresh.owned_by(7)
     assert not fresh.owned_by(6)
     assert len(list((fresh.path / "attempts").iterdir())) == 7
