@@ -1,4 +1,4 @@
-"""Copies of checkpoints on a real S3 server that fails, and on a disk: whole or absent, fenced."""
+"""Tests of checkpoint copies on a failing S3 server and on disk: completeness, order, ownership."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gigabatch.trainer.run.folder import RunFolder
 
 QUICK_RETRY = Retry(attempts=3, first_wait_s=0.01, timeout_s=20)
 KEEP_ONE = CheckpointSettings(keep=1)
-TIMEOUT_S = 30.0  # seconds in which anything here is long done
+TIMEOUT_S = 30.0  # far longer than any wait in these tests
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def server() -> Iterator[FailingServer]:
 
 @pytest.fixture
 def s3(server: FailingServer) -> RemoteRun:
-    """An empty remote on S3, whose first client is made."""
+    """Return an empty folder on S3; the first client, which is slow to create, exists."""
     bucket = f"copies-{next(NUMBERS)}"
     server.clear_rules()
     make_bucket(server, bucket)
@@ -50,9 +50,9 @@ def disk(tmp_path: Path) -> RemoteRun:
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def remote(request: pytest.FixtureRequest) -> RemoteRun:
-    found = request.getfixturevalue(request.param)
-    assert isinstance(found, RemoteRun)
-    return found
+    remote_run = request.getfixturevalue(request.param)
+    assert isinstance(remote_run, RemoteRun)
+    return remote_run
 
 
 @pytest.fixture
@@ -66,10 +66,10 @@ def path_in_checkpoints(path: str) -> str:
 
 @pytest.fixture
 def copiers() -> Iterator[list[Copier]]:
-    """Copiers that are awaited when the test ends."""
-    made: list[Copier] = []
-    yield made
-    for copier in made:
+    """Yield a list; the copiers in it are awaited when the test ends."""
+    started: list[Copier] = []
+    yield started
+    for copier in started:
         copier.wait(lambda: None)
 
 
@@ -79,7 +79,7 @@ def log_text(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
     return lambda: "\n".join(caplog.messages)
 
 
-def test_a_copy_is_the_same_files_and_what_a_run_needs(remote: RemoteRun, run: RunFolder) -> None:
+def test_copy_holds_checkpoint_and_files_to_resume(remote: RemoteRun, run: RunFolder) -> None:
     run.metrics.write_text('{"step": 1}\n')
     run.write_evaluation(3, {"eval/val/mean_recall@10": 0.5})
     remote.claim(run)
@@ -94,14 +94,14 @@ def test_a_copy_is_the_same_files_and_what_a_run_needs(remote: RemoteRun, run: R
     )  # fmt: skip
     manifest = json.loads(remote.read("checkpoints/step-00000003/manifest.json") or "")
     sizes = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    there = remote.files("checkpoints/step-00000003")
-    assert {name: there[name].bytes for name in sizes} == sizes
+    copied = remote.files("checkpoints/step-00000003")
+    assert {name: copied[name].bytes for name in sizes} == sizes
     assert remote.steps() == [3]
-    assert not copy_checkpoint(remote, run, 3, 1)  # it is there
+    assert not copy_checkpoint(remote, run, 3, 1)  # copied before
 
 
 @pytest.mark.slow
-def test_the_manifest_is_written_last_and_removed_first(
+def test_manifest_is_written_last_and_removed_first(
     s3: RemoteRun, run: RunFolder, server: FailingServer
 ) -> None:
     copy(s3, run, 3)
@@ -118,22 +118,22 @@ def test_the_manifest_is_written_last_and_removed_first(
     assert s3.steps() == [6]
 
 
-def test_retention_holds_there_too(disk: RemoteRun, run: RunFolder) -> None:
+def test_retention_applies_to_copies(disk: RemoteRun, run: RunFolder) -> None:
     for step in (2, 3, 4, 5, 8):
         copy(disk, run, step)
-    disk.write(run.tokenizer, "checkpoints/step-00000001/towers.safetensors")  # a copy cut off
+    disk.write(run.tokenizer, "checkpoints/step-00000001/towers.safetensors")  # an unfinished copy
     retain_copies(disk, run, 5, 1, CheckpointSettings(keep=2, keep_every=3))
-    assert disk.steps() == [3, 4, 5, 8]  # 8: this run goes on from before it
+    assert disk.steps() == [3, 4, 5, 8]  # 8 is later than the newest step
     assert not [name for name in disk.files() if "step-00000001" in name]
 
 
 @pytest.mark.slow
-def test_errors_in_mid_copy_are_borne(
+def test_upload_retries_after_mid_copy_errors(
     s3: RemoteRun, run: RunFolder, server: FailingServer, copiers: list[Copier]
 ) -> None:
     save(run, 3)
     server.status(503, method="PUT", path="*moments*", times=1)
-    server.hang_up(method="PUT", path="*towers*", times=2)  # the answer is lost: it was written
+    server.hang_up(method="PUT", path="*towers*", times=2)  # written, but the answer is lost
     copiers.append(copier := Copier(s3, run, 1, KEEP_NINE))
     copier.offer(3)
     copier.wait(lambda: None)
@@ -144,7 +144,7 @@ def test_errors_in_mid_copy_are_borne(
 
 
 @pytest.mark.slow
-def test_a_copy_that_fails_is_loud_and_the_next_is_tried(
+def test_failed_copy_is_logged_and_next_checkpoint_is_copied(
     s3: RemoteRun,
     run: RunFolder,
     server: FailingServer,
@@ -160,7 +160,7 @@ def test_a_copy_that_fails_is_loud_and_the_next_is_tried(
     copier.offer(6)
     copier.wait(lambda: None)
     assert copier.metrics()["checkpoint/copy_failures"] == 1
-    assert s3.steps() == [3]  # and it was not removed for a newer one that does not stand
+    assert s3.steps() == [3]  # kept, because the newer copy failed
     assert "attempt 2 of 3: HTTP 500" in log_text()
     assert "step-00000006 was NOT COPIED to s3://" in log_text()
     assert "could not be written in 3 attempts" in log_text()
@@ -174,7 +174,7 @@ def test_a_copy_that_fails_is_loud_and_the_next_is_tried(
 
 
 @pytest.mark.slow
-def test_a_slow_copy_passes_over_what_a_newer_one_follows_and_keeps_its_files(
+def test_slow_copy_skips_waiting_checkpoint_and_keeps_files_in_use(
     s3: RemoteRun,
     run: RunFolder,
     server: FailingServer,
@@ -205,7 +205,7 @@ def test_a_slow_copy_passes_over_what_a_newer_one_follows_and_keeps_its_files(
     assert "checkpoint step-00000002 is not copied: step-00000003 is newer" in log_text()
 
 
-def test_an_attempt_that_was_overtaken_elsewhere_writes_no_more(
+def test_superseded_attempt_changes_no_copies(
     disk: RemoteRun,
     run: RunFolder,
     tmp_path: Path,
@@ -222,15 +222,13 @@ def test_an_attempt_that_was_overtaken_elsewhere_writes_no_more(
     copier.offer(9)
     copier.wait(lambda: None)
     assert copier.failures == 1
-    assert (
-        "a later start of this run copies there now; attempt 1 writes there no more" in log_text()
-    )
+    assert "a later start of this run copies its checkpoints; attempt 1 stops copying" in log_text()
     with pytest.raises(UploadSuperseded):
         retain_copies(disk, run, 9, 1, KEEP_ONE)
     assert disk.files() == before
 
 
-def test_two_starts_that_took_one_number_do_not_share_it(
+def test_two_starts_cannot_register_the_same_attempt(
     disk: RemoteRun, run: RunFolder, tmp_path: Path
 ) -> None:
     disk.register_attempt(run, 1)
@@ -241,7 +239,7 @@ def test_two_starts_that_took_one_number_do_not_share_it(
 
 
 @pytest.mark.slow
-def test_a_stalled_write_of_a_cut_off_attempt_cannot_land_on_a_later_copy(
+def test_delayed_write_of_earlier_attempt_does_not_change_later_copy(
     s3: RemoteRun,
     run: RunFolder,
     server: FailingServer,
@@ -267,11 +265,11 @@ def test_a_stalled_write_of_a_cut_off_attempt_cannot_land_on_a_later_copy(
         release.set()
     copier.wait(lambda: None)
     assert copier.failures == 1
-    assert s3.files() == before  # versions, too
+    assert s3.files() == before  # sizes and versions
     assert json.loads(s3.read("checkpoints/step-00000003/state.json") or "")["by"] == 2
 
 
-def test_a_copy_of_an_attempt_before_is_replaced_whole(disk: RemoteRun, tmp_path: Path) -> None:
+def test_copy_replaces_all_files_of_an_earlier_attempt(disk: RemoteRun, tmp_path: Path) -> None:
     copy(disk, make_run(tmp_path / "a"), 3)
     disk.write(tmp_path / "a" / "config.yaml", "checkpoints/step-00000003/leftover")
     assert copy(disk, make_run(tmp_path / "b", attempts=2), 3, attempt=2)
@@ -279,14 +277,16 @@ def test_a_copy_of_an_attempt_before_is_replaced_whole(disk: RemoteRun, tmp_path
     assert "checkpoints/step-00000003/leftover" not in disk.files()
 
 
-def test_a_name_is_claimed_once(remote: RemoteRun, run: RunFolder, tmp_path: Path) -> None:
+def test_claim_by_another_run_is_rejected(
+    remote: RemoteRun, run: RunFolder, tmp_path: Path
+) -> None:
     remote.claim(run)
     remote.claim(run)
     with pytest.raises(GigabatchError, match=r"checkpoint.copy_to: .* holds another run"):
         remote.claim(make_run(tmp_path / "b", started=2))
 
 
-def test_writing_new_files_and_where_nothing_may_be_written(
+def test_write_respects_new_and_check_writable_names_the_folder(
     remote: RemoteRun, tmp_path: Path
 ) -> None:
     path = tmp_path / "file"
@@ -300,6 +300,6 @@ def test_writing_new_files_and_where_nothing_may_be_written(
     assert remote.read("x") == "two"
     check_writable(remote.url)
     assert sorted(remote.files()) == ["x"]
-    nowhere = "s3://no-such-bucket/x" if remote.url.startswith("s3") else "file:///proc/nowhere"
-    with pytest.raises(GigabatchError, match=rf"{nowhere}/\.probe-.* cannot be written"):
-        check_writable(nowhere, QUICK_RETRY)
+    unwritable = "s3://no-such-bucket/x" if remote.url.startswith("s3") else "file:///proc/nowhere"
+    with pytest.raises(GigabatchError, match=rf"{unwritable}/\.probe-.* cannot be written"):
+        check_writable(unwritable, QUICK_RETRY)
