@@ -136,7 +136,7 @@ def _locate(index: Tensor, block: KeyBlock) -> tuple[Tensor, Tensor]:
 def gather_rows(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Gather all ranks' rows in rank order, [n, ...] -> [N, ...], differentiably.
 
-    A rank receives the sum over ranks of the gradients of its own rows. Without a group the result
+    A rank receives the sum over ranks of the gradients of its rows. Without a group the result
     is `rows` itself.
     """
     if group is None:

@@ -82,7 +82,7 @@ def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Ret
         paths: Each is a file, a folder, a glob, or holds brace ranges such as `{000..123}`.
         default_glob: Names to take from a folder. A remote path that fits it is taken for a file
             without a request.
-        retry: Limits of a request. A web server is asked for a listing only by a glob.
+        retry: Limits of a request. Only a glob requests a listing of a web server.
 
     Returns:
         Files in the order of `paths`, sorted within each.

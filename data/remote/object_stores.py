@@ -33,7 +33,7 @@ def _load_again() -> None:
     """Load a second copy of obstore's extension in a fork, where every call to the first one hangs.
 
     Its runtime lost its threads in the fork. The linker would share the file that is loaded
-    already, hence a copy in memory.
+    already, so it is copied in memory.
     """
     if "obstore" not in sys.modules:
         return

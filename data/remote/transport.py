@@ -210,7 +210,7 @@ def is_final(error: BaseException) -> bool:
 
 
 def _lacks_credentials(error: BaseException) -> bool:
-    """Return whether obstore found no keys and asked in vain for a role of this machine."""
+    """Return whether obstore found neither keys nor a role of this machine."""
     return bool(re.search(r"169\.254\.169\.254|metadata\.google|Account must", str(error)))
 
 

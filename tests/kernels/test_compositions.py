@@ -44,7 +44,7 @@ from gigabatch.kernels import loss_terms as h
 
 N, D = 6, 4
 ONE = torch.ones((), dtype=torch.float64)
-OWN = torch.arange(N)
+ROW_INDEX = torch.arange(N)
 Fn = Callable[..., Tensor]
 
 
@@ -63,7 +63,7 @@ SELF = torch.eye(N, dtype=torch.bool)
 
 
 def source(k: Tensor) -> Local:
-    columns = {"id": IDS, "index": OWN, "group": GROUP, "label": LABEL, "role": ROLE}
+    columns = {"id": IDS, "index": ROW_INDEX, "group": GROUP, "label": LABEL, "role": ROLE}
     return Local(k, {**columns, "teacher": TEACHER})
 
 
@@ -93,8 +93,8 @@ class Composition:
 
 
 QK = ((N, D), (N, D))
-not_self, not_same, same = Ne(OWN, "index"), Ne(IDS, "id"), Eq(IDS, "id")
-own_key = Eq(OWN, "index")
+not_self, not_same, same = Ne(ROW_INDEX, "index"), Ne(IDS, "id"), Eq(IDS, "id")
+own_key = Eq(ROW_INDEX, "index")
 below_threshold = Either(SecondScore(TEACHER, "teacher", at_most=0.3), own_key)
 
 
@@ -113,7 +113,7 @@ def dense_hydra(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
 
 def queued(q: Tensor, k: Tensor, rule: tuple, group_of_queue: Tensor) -> Tensor:  # type: ignore[type-arg]
     extra = {"index": torch.full((5,), -1), "group": group_of_queue}
-    batch = {"index": OWN, "group": GROUP}
+    batch = {"index": ROW_INDEX, "group": GROUP}
     keys = Concat(Local(k, batch), Local(draw(5, D, seed=3), extra))
     s = lse_stats(q, keys, [Lse("rows", 2 * ONE, None, rule)], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
@@ -187,7 +187,7 @@ def dense_sog(q: Tensor, k: Tensor, log_tau: Tensor) -> Tensor:
 
 def symile(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     keys = Products([b, c], all_pairings(N, 2))
-    s = lse_stats(a, keys, [Lse("rows", 2 * ONE)], Eq(OWN, "tuple"))
+    s = lse_stats(a, keys, [Lse("rows", 2 * ONE)], Eq(ROW_INDEX, "tuple"))
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
 
@@ -235,7 +235,7 @@ OWN_ALPHA = torch.tensor([[0.0, 1.1], [1.1, 0.0]], dtype=torch.float64)
 
 def temporal(q: Tensor, k: Tensor) -> Tensor:
     """Pairs and their reversals: those of other pairs weigh e^-0.7, the row's own e^0.4."""
-    keys = Local(k, {"index": OWN, "reversed": REVERSED, "pair": PAIR})
+    keys = Local(k, {"index": ROW_INDEX, "reversed": REVERSED, "pair": PAIR})
     rule = (Table(REVERSED, "reversed", ALPHA),
             Table(REVERSED, "reversed", OWN_ALPHA, only=Eq(PAIR, "pair")))  # fmt: skip
     s = lse_stats(q, keys, [Lse("rows", ONE, None, rule)], own_key)
@@ -424,7 +424,7 @@ def maxsim_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 def late_groups(q: Tensor, k: Tensor) -> Tensor:
-    keys = Local(k, token_keys(k, None, index=OWN, group=GROUP))
+    keys = Local(k, token_keys(k, None, index=ROW_INDEX, group=GROUP))
     s = lse_stats(MaxSim(q), keys, [Lse("rows", ONE, None, (Eq(GROUP, "group"),))], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 

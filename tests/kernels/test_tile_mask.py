@@ -53,22 +53,22 @@ BLOCK = KeyBlock(
 TEACHER = SecondScore(torch.arange(2 * M).view(M, 2).sin(), "teacher", at_most=0.2)
 GAPS = TEACHER.rows.clone()
 GAPS[::5, 0] = torch.nan
-SAME, OTHER, OWN = Eq(OF_ROWS, "id"), Ne(OF_ROWS, "id"), Eq(INDEX, "index")
+SAME, OTHER, SAME_ROW = Eq(OF_ROWS, "id"), Ne(OF_ROWS, "id"), Eq(INDEX, "index")
 FEW: dict[str, list[Clause]] = {
     "others": [OTHER],
-    "others and the own key": [Either(OTHER, OWN)],
+    "others and the own key": [Either(OTHER, SAME_ROW)],
     "others and all but the own key": [Either(OTHER, Ne(INDEX, "index"))],
     "a table of equals": [Table(ROLE, "role", TABLE, only=SAME)],
-    "two": [OTHER, Table(ROLE, "role", TABLE, only=OWN)],
+    "two": [OTHER, Table(ROLE, "role", TABLE, only=SAME_ROW)],
 }
 MANY: dict[str, list[Clause]] = {
     "none": [],
-    "a mask": [Either(Eq(ROLE, "role"), OWN)],
+    "a mask": [Either(Eq(ROLE, "role"), SAME_ROW)],
     "a group": [Eq(ROLE, "role")],
     "all but a group": [Ne(ROLE, "role")],
     "a teacher's": [TEACHER],
     "a teacher's, not all finite": [SecondScore(GAPS, "teacher", at_most=0.2)],
-    "a teacher's and the own key": [Either(TEACHER, OWN)],
+    "a teacher's and the own key": [Either(TEACHER, SAME_ROW)],
     "a teacher's and a group": [Either(TEACHER, Eq(ROLE, "role"))],
     "a weight": [AbsDiff(LABEL, "label")],
     "both": [Eq(ROLE, "role"), AbsDiff(LABEL, "label"), Table(ROLE, "role", TABLE)],

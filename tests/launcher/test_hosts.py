@@ -54,7 +54,10 @@ def hosts_of(run: Path) -> list[set[str]]:
 
 def nodes(cluster: Cluster) -> dict[str, str]:
     """Return host name -> Ray node ID. A new node has no name until its agent reports."""
-    summary = ask(cluster, "/nodes?view=summary")["data"]["summary"]
+    try:
+        summary = ask(cluster, "/nodes?view=summary")["data"]["summary"]
+    except OSError:  # the dashboard of a busy machine may drop a request; the caller asks again
+        return {}
     return {node["hostname"]: node["raylet"]["nodeId"] for node in summary if "hostname" in node}
 
 

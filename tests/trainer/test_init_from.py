@@ -158,7 +158,7 @@ def test_damaged_checkpoint_raises_when_pinned_and_when_loaded(
     assert newest == source.checkpoints / "step-00000001"
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "empty"])
+@pytest.mark.parametrize("path", ["/missing", "empty"])
 def test_path_without_a_checkpoint_raises(path: str, shards: Path, tmp_path: Path) -> None:
     create_run(config_of(shards, tmp_path, "run.name=empty"), "run")
     with pytest.raises(GigabatchError, match=r"train.init_from: .*(not a run|no checkpoint yet)"):

@@ -143,7 +143,7 @@ def test_micro_batches_hold_other_modalities(tmp_path: Path, workers: int) -> No
 
 def test_micro_batch_without_a_modality_is_masked(tmp_path: Path) -> None:
     write_modalities(tmp_path, 12, seed=0, lacking=True)
-    missing = VectorsSettings(size=3, length=2, fields=("nowhere",))
+    missing = VectorsSettings(size=3, length=2, fields=("missing",))
     for micro in micro_batches(tmp_path, 0, other=missing):
         assert micro.tensors["other"].shape == (6, 2, 3)
         assert not micro.tensors["other_present"].any()

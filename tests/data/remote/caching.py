@@ -85,7 +85,7 @@ def join(*processes: BaseProcess) -> None:
 
 
 def read_all(cache: ShardCache, shards: list[ShardState], begin: Any = None) -> None:
-    """Read every shard and compare it, in a process of its own."""
+    """Read every shard and compare it, in a separate process."""
     if begin:
         begin.wait()
     for shard in shards:

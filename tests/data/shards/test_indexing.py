@@ -156,13 +156,13 @@ def test_json_fields_become_typed_columns(tmp_path: Path) -> None:
         {"n": -7, "f": 2, "s": "de", "b": False, "mixed": 1, "deep": None},
     ]
     write_tar(tmp_path / "a.tar", jsons([*values, None]))
-    names = ("n", "f", "s", "b", "mixed", "deep", "nowhere")
+    names = ("n", "f", "s", "b", "mixed", "deep", "missing")
     index = open_index(tmp_path, settings=IndexSettings(columns=names))
     rows = np.arange(3)
     assert {name: index.values(name, rows) for name in names} == {
         "n": [3, -7, None], "f": [0.5, 2.0, None], "s": ["en", "de", None],
         "b": [True, False, None], "mixed": ['"one"', "1", None],
-        "deep": ['{"x": [2], "y": 1}', None, None], "nowhere": [None] * 3,
+        "deep": ['{"x": [2], "y": 1}', None, None], "missing": [None] * 3,
     }  # fmt: skip
 
 

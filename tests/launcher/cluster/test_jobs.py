@@ -29,6 +29,10 @@ def darken(samples):
 """
 
 
+STEPS = 150
+"""Steps of a job that is still training when a busy machine has listed and stopped it."""
+
+
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     # Unix sockets in this folder need a short path.
@@ -60,7 +64,7 @@ def test_stopped_and_resumed_job_matches_local_run(
     hurry = tmp_path / "hurry"
     settings = [
         f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
-        "data.stages=[my_stages.dark:darken]", "train.steps=45",
+        "data.stages=[my_stages.dark:darken]", f"train.steps={STEPS}",
     ]  # fmt: skip
     address = ["--address", cluster.address]
 
@@ -90,11 +94,11 @@ def test_stopped_and_resumed_job_matches_local_run(
     assert f"{job[1]} is STOPPED" in stopped.stdout, stopped.stderr
     followed = follower.wait(240)
     assert followed.returncode == 75, followed.stdout + followed.stderr
-    assert followed.stdout.count("step 1/45 ") == 1  # The complete log, once.
+    assert followed.stdout.count(f"step 1/{STEPS} ") == 1  # The complete log, once.
     assert "saved checkpoint" in followed.stdout
     assert f"{job[1]} was stopped" in followed.stdout
     before = len(losses(folder))
-    assert 0 < before < 45
+    assert 0 < before < STEPS
     hurry.touch()
 
     sent = ["--with", towers, "--with", stages]
@@ -104,7 +108,7 @@ def test_stopped_and_resumed_job_matches_local_run(
     local = start("train", config, *settings, "run.name=local").wait(240)
     resumed = resumes.wait(240)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
-    assert "finished: 45 steps" in resumed.stdout
+    assert f"finished: {STEPS} steps" in resumed.stdout
     status = run("jobs", "status", job[1], *address).wait(240).stdout
     assert "STOPPED" in status
     commands = [interrupted, followed, listed, stopped, resumed]
@@ -121,10 +125,10 @@ def test_stopped_and_resumed_job_matches_local_run(
 def test_failed_job_returns_its_exit_code_and_reason(
     cluster: Cluster, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    missing = f"data.root={tmp_path / 'nowhere'}"
+    missing = f"data.root={tmp_path / 'no-such-folder'}"
     done = start("submit", tiny, missing, "--address", cluster.address, env=cluster.client()).wait()
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "nowhere" in done.stdout
+    assert "no-such-folder" in done.stdout
     assert "failed" in done.stderr
 
 

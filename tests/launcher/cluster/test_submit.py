@@ -57,7 +57,7 @@ def test_resume_arguments_are_quoted() -> None:
     ("overrides", "message"),
     [
         (["train.stepz=3"], "train.steps"),
-        ([tower("nowhere.towers:Tower")], "--with PATH"),
+        ([tower("missing.towers:Tower")], "--with PATH"),
         ([tower("mine.deep.other:Tower")], "there is no module mine.deep.other in"),
         ([tower("mine.deep.towers:Other")], "does not define Other"),
         ([tower("json:JSONDecoder")], "json is a module of Python"),

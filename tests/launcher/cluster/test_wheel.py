@@ -97,7 +97,7 @@ def test_installed_files_follows_links_and_skips_removed_files(
     (checkout / "deep").mkdir(parents=True)
     (checkout / "deep" / "code.py").write_text("A = 1\n")
     (checkout / "notes.txt").write_text("not part of the package")
-    (checkout / "removed.py").symlink_to(checkout / "nowhere.py")
+    (checkout / "removed.py").symlink_to(checkout / "missing.py")
     package.mkdir()
     (package / "data").symlink_to("../data")
     monkeypatch.setattr(gigabatch, "__path__", [str(package)])
@@ -120,12 +120,12 @@ MODES: dict[str, list[str]] = {
 @pytest.mark.slow
 def test_every_kind_of_install_has_the_same_files_and_wheel(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "checkout")
-    found = {}
+    files_by_mode = {}
     for mode, arguments in MODES.items():
         python = empty_environment(tmp_path / mode)
         install(python, *arguments, cwd=checkout)
-        found[mode] = json.loads(run(python, "-c", LIST, cwd=tmp_path))
-    assert found["editable"] == found["strict"] == found["wheel"]
+        files_by_mode[mode] = json.loads(run(python, "-c", LIST, cwd=tmp_path))
+    assert files_by_mode["editable"] == files_by_mode["strict"] == files_by_mode["wheel"]
     suffixes = (".py", ".yaml", "py.typed")
     names = {
         f"gigabatch/{path.relative_to(checkout)}"
@@ -133,7 +133,7 @@ def test_every_kind_of_install_has_the_same_files_and_wheel(tmp_path: Path) -> N
         for path in (checkout / folder).rglob("*")
         if path.name.endswith(suffixes)
     }
-    assert set(found["wheel"][1]) == names
+    assert set(files_by_mode["wheel"][1]) == names
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_command_lists_studies_and_reports_papers_without_one(
         ["UniCon-HA, anomaly detection"], None, "not available yet",
     )  # fmt: skip
     assert run("4")[1] == "Contrastive diffusion: out of scope. gigabatch offers: encoders\n"
-    code, _, error = run("34", "--out", "/proc/nowhere")
-    assert (code, "--out /proc/nowhere cannot be created" in error) == (2, True)
+    code, _, error = run("34", "--out", "/proc/missing")
+    assert (code, "--out /proc/missing cannot be created" in error) == (2, True)
     code, _, error = run("56")
     assert (code, "56: no such experiment. Choose one of noisy-pairs," in error) == (2, True)

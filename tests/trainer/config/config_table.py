@@ -20,14 +20,14 @@ def other(tower: str, tap: str = "image") -> list[str]:
 VECTOR = other("{kind: vector, size: 1, fields: [concept], width: 8, layers: 1}")
 SET = other("{kind: set, size: 2, length: 2, fields: [pair], width: 8, heads: 2}")
 SOUND = other("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], depths: [1]}")
-OWN = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
-OWN_VECTOR = other(OWN % "{kind: vector, size: 1, fields: [concept]}")
-OWN_SET = other(OWN % "{kind: set, size: 2, length: 2, fields: [pair]}")
+USER_MODULE = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
+OWN_VECTOR = other(USER_MODULE % "{kind: vector, size: 1, fields: [concept]}")
+OWN_SET = other(USER_MODULE % "{kind: set, size: 2, length: 2, fields: [pair]}")
 TEXT = other("{kind: text, field: colour, tower: {width: 8}}")
 OTHER_VIT = "{kind: text, field: colour, tower: {kind: huggingface}}"
 OTHER_BERT = OTHER_VIT.replace("huggingface", f"huggingface, config: {BERT}")
 OTHER_OWN = "{kind: text, field: colour, tower: {kind: module, module: 'support_towers:Tokens'}}"
-OWN_SOUND = other(OWN % "{kind: audio, rate: 2000, seconds: 0.1}")
+OWN_SOUND = other(USER_MODULE % "{kind: audio, rate: 2000, seconds: 0.1}")
 # Of the keys of a tower in `towers.more`: as below. `others`: seen on samples that have a tone
 # and pairs of numbers too.
 MORE: dict[str, tuple[str, str, list[str]]] = {
@@ -80,7 +80,7 @@ MORE: dict[str, tuple[str, str, list[str]]] = {
     "reads.kind": ("sequence", "towers", OWN_VECTOR),
     "reads.size": ("2", "towers", OWN_VECTOR),
     "reads.fields": ("[colour]", "towers", OWN_VECTOR),
-    "reads.member": ("npz", "towers", other(OWN % "{kind: vector, size: 1}")),
+    "reads.member": ("npz", "towers", other(USER_MODULE % "{kind: vector, size: 1}")),
     "reads.length": ("1", "others", OWN_SET),
     "reads.rate": ("4000", "others", OWN_SOUND),
     "reads.seconds": ("0.05", "others", OWN_SOUND),
@@ -91,7 +91,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "run.name": ("other", "run", []),
     "run.dir": ("elsewhere", "paths", []),
     "run.seed": ("1", "batch", []),
-    "data.root": ("/nowhere", "paths", []),
+    "data.root": ("/missing", "paths", []),
     "data.train.path": ("val", "batch", []),
     "data.train.weight": (
         "data.train=[train, {path: val, weight: 3}]", "batch", ["data.train=[train, val]"],

@@ -26,8 +26,8 @@ def test_assignments_of_the_widest_scores_are_those_by_logarithms(epsilon: float
     scores[:, 4] = -1  # a prototype that nobody likes, beside one that everybody does
     scores[:, 2] = 1
     scores[:8] = -1  # and rows that like none
-    found = balanced(scores, epsilon, 3, None)
+    assignments = balanced(scores, epsilon, 3, None)
     torch.testing.assert_close(
-        found.double(), by_logarithms(scores, epsilon, 3), rtol=2e-5, atol=1e-7
+        assignments.double(), by_logarithms(scores, epsilon, 3), rtol=2e-5, atol=1e-7
     )
-    torch.testing.assert_close(found.sum(1), torch.ones(64))
+    torch.testing.assert_close(assignments.sum(1), torch.ones(64))

@@ -50,10 +50,10 @@ def test_a_record_that_tells_no_code_differs_from_none() -> None:
 
 
 def test_a_new_run_tells_its_code_and_the_packages_that_trained_it() -> None:
-    found = environment()
-    assert found["code"] == code_digest()
-    assert found["packages"]["torch"]
-    assert found["packages"]["deepspeed"]
+    recorded = environment()
+    assert recorded["code"] == code_digest()
+    assert recorded["packages"]["torch"]
+    assert recorded["packages"]["deepspeed"]
 
 
 def test_the_digest_changes_with_code_alone(
