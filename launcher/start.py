@@ -16,10 +16,10 @@ from gigabatch.launcher.output import complain, write
 from gigabatch.launcher.preflight.data import check_data
 from gigabatch.launcher.preflight.doctor import refuse_unfit
 from gigabatch.launcher.preflight.remote_checkpoints import (
-    copies_of,
-    is_taken,
-    refuse_taken,
-    take_over,
+    claim_copies,
+    is_copied_name,
+    refuse_copied_name,
+    writable_remote_run,
 )
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
@@ -30,7 +30,12 @@ from gigabatch.launcher.signals import (
 )
 from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
-from gigabatch.trainer.checkpoints.download import copied_config, fetch_newer, fetch_run, open_copy
+from gigabatch.trainer.checkpoints.download import (
+    fetch_newer_checkpoint,
+    fetch_run,
+    open_remote_run,
+    read_copied_config,
+)
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.checkpoints.remote import remote_run
 from gigabatch.trainer.config import Config
@@ -132,10 +137,10 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
     Raises:
         GigabatchError: for a user error, or if the workers failed.
     """
-    remote = open_copy(url)
+    remote = open_remote_run(url)
     name = remote.url + "/config.yaml"
     overrides = [*overrides, *_world_overrides()]
-    config = _resumed(copied_config(remote), name, overrides, allow)
+    config = _resumed(read_copied_config(remote), name, overrides, allow)
     run = RunFolder(config.run.dir / remote.url.rpartition("/")[2])
 
     @contextmanager
@@ -145,7 +150,7 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
             fetch_run(remote, run)
         with run.lock():
             if is_here:
-                fetch_newer(remote, run)
+                fetch_newer_checkpoint(remote, run)
             reopen_run(run, config, allow)
             yield run
 
@@ -216,13 +221,13 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
     """
     refuse_taken_name(config)
     refuse_unfit(config, log.warning)
-    refuse_taken(config)
+    refuse_copied_name(config)
     config = pin_init_from(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     config = resolve_epochs(config, len(data))
     tokenizer = make_tokenizer(config, data)
-    run = create_run(config, stem, partial(is_taken, config.checkpoint))
+    run = create_run(config, stem, partial(is_copied_name, config.checkpoint))
     tokenizer.save(str(run.tokenizer))
     run.write_data_digest(data.digest)
     if remote := remote_run(config.checkpoint, run.path.name):
@@ -238,7 +243,7 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
         raise GigabatchError(
             f"{run.path}: train.steps={last} is less than the {newest.step} steps already trained."
         )
-    remote = copies_of(run, config.checkpoint)
+    remote = writable_remote_run(run, config.checkpoint)
     is_copied = remote is None or newest is None or newest.step in remote.steps()
     is_evaluated = run.evaluated(last) or not config.eval.sets
     if newest and newest.step == last and is_evaluated and is_copied:
@@ -259,7 +264,7 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
         make_tokenizer(config, data).save(str(run.tokenizer))  # the first start was interrupted
     if remote:
-        take_over(remote, run, newest.step if newest else 0)
+        claim_copies(remote, run, newest.step if newest else 0)
     run.clear_requests()
     run.write_data_digest(data.digest)
     run.write_config(config)

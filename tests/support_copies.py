@@ -1,4 +1,4 @@
-"""Small run folders, checkpoints and copies, made without training."""
+"""Small run folders, checkpoints and copies of checkpoints, written without training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gigabatch.trainer.checkpoints.upload import copy_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.run.folder import RunFolder
 
-MANY = CheckpointSettings(keep=9)
+KEEP_NINE = CheckpointSettings(keep=9)
 
 
 def make_run(folder: Path, started: int = 1, attempts: int = 1) -> RunFolder:
@@ -27,7 +27,7 @@ def make_run(folder: Path, started: int = 1, attempts: int = 1) -> RunFolder:
 
 
 def save(
-    run: RunFolder, step: int, attempt: int = 1, settings: CheckpointSettings = MANY,
+    run: RunFolder, step: int, attempt: int = 1, settings: CheckpointSettings = KEEP_NINE,
     busy: frozenset[int] = frozenset(),
 ) -> None:  # fmt: skip
     towers = {"w": torch.full((100,), float(step))}
@@ -35,7 +35,7 @@ def save(
     write_checkpoint(run, attempt, step, files, {"step": step, "by": attempt}, settings, busy)
 
 
-def copy(place: RemoteRun, run: RunFolder, step: int, attempt: int = 1) -> bool:
+def copy(remote: RemoteRun, run: RunFolder, step: int, attempt: int = 1) -> bool:
     save(run, step, attempt)
-    place.begin(run, attempt)
-    return copy_checkpoint(place, run, step, attempt)
+    remote.register_attempt(run, attempt)
+    return copy_checkpoint(remote, run, step, attempt)

@@ -1,49 +1,67 @@
-"""What is looked at where checkpoints are copied to, before a worker starts."""
+"""Checks of `checkpoint.copy_to`, made before workers start."""
 
 from __future__ import annotations
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.access import check_writable
-from gigabatch.trainer.checkpoints.download import say_newer
+from gigabatch.trainer.checkpoints.download import warn_if_copy_is_newer
 from gigabatch.trainer.checkpoints.remote import RemoteRun, remote_run
 from gigabatch.trainer.config import CheckpointSettings, Config
 from gigabatch.trainer.run.folder import RunFolder
 
 
-def is_taken(settings: CheckpointSettings, name: str) -> bool:
-    """Whether the copies of some run have this name already."""
-    place = remote_run(settings, name)
-    return place is not None and place.read("environment.json") is not None
+def is_copied_name(settings: CheckpointSettings, name: str) -> bool:
+    """Return whether `checkpoint.copy_to` already holds copies of a run called `name`."""
+    remote = remote_run(settings, name)
+    return remote is not None and remote.read("environment.json") is not None
 
 
-def refuse_taken(config: Config) -> None:
-    """Early, before the data is read, say that `run.name` is taken there."""
+def refuse_copied_name(config: Config) -> None:
+    """Raise GigabatchError if `checkpoint.copy_to` holds copies of a run called `run.name`.
+
+    Call it before the data is read, which may take minutes.
+    """
     name = config.run.name
-    if name and is_taken(config.checkpoint, name):
+    if name and is_copied_name(config.checkpoint, name):
         url = f"{str(config.checkpoint.copy_to).rstrip('/')}/{name}"
         raise GigabatchError(
-            f"run.name: {url} (checkpoint.copy_to) holds copies of a run of this name. `gigabatch "
-            f"resume {url}` goes on with it; or choose another name."
+            f"run.name: {url} (checkpoint.copy_to) holds copies of a run of this name. Resume it "
+            f"with `gigabatch resume {url}`, or set another run.name."
         )
 
 
-def copies_of(run: RunFolder, settings: CheckpointSettings) -> RemoteRun | None:
-    """Where a run is to be copied to, if anywhere. Raises GigabatchError where nothing can be
-    written there."""
-    place = remote_run(settings, run.path.name)
-    if place:
+def writable_remote_run(run: RunFolder, settings: CheckpointSettings) -> RemoteRun | None:
+    """Return the copies of `run` after a test write; None without `checkpoint.copy_to`.
+
+    Args:
+        run: Run folder; its name is also the name of the copies.
+        settings: Checkpoint settings of the run.
+
+    Raises:
+        GigabatchError: if `checkpoint.copy_to` cannot be written.
+    """
+    remote = remote_run(settings, run.path.name)
+    if remote:
         try:
-            check_writable(place.url.rpartition("/")[0])
+            check_writable(remote.url.rpartition("/")[0])
         except GigabatchError as error:
             raise GigabatchError(
-                f"checkpoint.copy_to: {error} To go on without copies: checkpoint.copy_to=null."
+                f"checkpoint.copy_to: {error} To resume without copies: checkpoint.copy_to=null."
             ) from error
-    return place
+    return remote
 
 
-def take_over(place: RemoteRun, run: RunFolder, here: int) -> None:
-    """Make ready to copy a run that goes on from step `here`: attempts that have copied so far are
-    the past. Raises GigabatchError where another run lies there."""
-    place.claim(run)
-    run.reserve_attempts(place.newest_attempt(), place.url)
-    say_newer(place, run, here)
+def claim_copies(remote: RemoteRun, run: RunFolder, step: int) -> None:
+    """Prepare to copy a resumed run: earlier attempts lose the right to write copies.
+
+    Args:
+        remote: Copies of the run.
+        run: Run folder, whose lock is held.
+        step: Step from which the run resumes; 0 for a new run. A newer copy is logged.
+
+    Raises:
+        GigabatchError: if the copies belong to another run.
+    """
+    remote.claim(run)
+    run.reserve_attempts(remote.newest_attempt(), remote.url)
+    warn_if_copy_is_newer(remote, run, step)

@@ -1,7 +1,7 @@
-"""Getting a run back from `checkpoint.copy_to`: its newest copy that is sound, and what it needs.
+"""Download of a run from its copies: its files and the newest valid checkpoint.
 
-A copy is a checkpoint when its manifest is there and each file is of the size and SHA-256 that it
-says. A damaged one is passed over, loudly.
+A copy is valid if it has a manifest and each file has the size and SHA-256 in the manifest. Damaged
+copies are skipped with a warning.
 """
 
 from __future__ import annotations
@@ -22,133 +22,159 @@ from gigabatch.trainer.checkpoints.remote import Files, RemoteRun
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-NEEDED = ("environment.json", "tokenizer.json", "data.digest")
-_LAST = "config.yaml"  # it makes a folder a run
+_REQUIRED = ("environment.json", "tokenizer.json", "data.digest")
+_CONFIG = "config.yaml"  # fetched last: a folder that has it counts as a run
 
 
-def is_copy(where: str) -> bool:
-    """Whether a run is named by the URL of its copies rather than by a path."""
-    return "://" in where
+def open_remote_run(url: str, retry: Retry = Retry()) -> RemoteRun:
+    """Return the copies of a run.
 
+    Args:
+        url: `checkpoint.copy_to`/NAME.
+        retry: Attempts and waits of each request.
 
-def open_copy(url: str, retry: Retry = Retry()) -> RemoteRun:
-    """The copies of a run at URL/NAME. Raises GigabatchError where it is no such place."""
+    Raises:
+        GigabatchError: if checkpoints cannot be copied to such a URL.
+    """
     return RemoteRun(writable_folder(url), retry)
 
 
-def copied_config(place: RemoteRun) -> str:
-    """The text of the config. Raises GigabatchError where no run was copied there."""
-    text = place.read(_LAST)
+def read_copied_config(remote: RemoteRun) -> str:
+    """Return the text of the run's config. Raises GigabatchError if `remote` has none."""
+    text = remote.read(_CONFIG)
     if text is None:
         raise GigabatchError(
-            f"{place.url}: no run was copied there (it holds no {_LAST}). Name what was its "
-            "checkpoint.copy_to, a slash, and its run.name."
+            f"{remote.url}: no copy of a run ({_CONFIG} is missing). Give the URL as "
+            "`checkpoint.copy_to`/`run.name` of the run."
         )
     return text
 
 
-def fetch_run(place: RemoteRun, run: RunFolder) -> None:
-    """Make the folder of `run`, which must not exist, from its copies; it appears whole.
+def fetch_run(remote: RemoteRun, run: RunFolder) -> None:
+    """Create the folder of `run` from its copies, completely or not at all.
 
-    Raises GigabatchError where something is missing or no copy of a checkpoint is sound.
+    Args:
+        remote: Copies of the run.
+        run: Folder to create.
+
+    Raises:
+        GigabatchError: if the folder exists or cannot be written, if a required file is missing
+            from the copies, or if no copy of a checkpoint is valid.
     """
-    files = place.files()
+    files = remote.files()
     if run.path.exists():
-        raise GigabatchError(f"{run.path}: exists and is no run. Move it, or set run.dir.")
-    missing = [name for name in (*NEEDED, _LAST) if name not in files]
+        raise GigabatchError(
+            f"{run.path}: exists but is not a run folder. Move it, or set another run.dir."
+        )
+    missing = [name for name in (*_REQUIRED, _CONFIG) if name not in files]
     if missing:
-        raise GigabatchError(f"{place.url}: {', '.join(missing)} is missing there; restore it.")
-    half = RunFolder(run.path.with_name(f".{run.path.name}.fetch"))
+        raise GigabatchError(
+            f"{remote.url}: {', '.join(missing)} missing from the copies of the run. Restore it."
+        )
+    partial_run = RunFolder(run.path.with_name(f".{run.path.name}.fetch"))
     try:
-        half.path.mkdir(parents=True, exist_ok=True)  # of a fetch that was killed: written over
-        with half.lock():
-            if _fetch_newest(place, files, half, 0) is None:
+        # The folder exists if an earlier fetch was killed; its files are overwritten.
+        partial_run.path.mkdir(parents=True, exist_ok=True)
+        with partial_run.lock():
+            if _fetch_newest(remote, files, partial_run, 0) is None:
                 raise GigabatchError(
-                    f"{place.url}: there is no sound checkpoint to go on from (complete copies: "
-                    f"{', '.join(map(str, place.steps(files))) or 'none'}). Start a new run."
+                    f"{remote.url}: no valid checkpoint to resume from (steps of finished copies: "
+                    f"{', '.join(map(str, remote.steps(files))) or 'none'}). Start a new run."
                 )
             evaluations = [name for name in files if name.startswith("eval/step-")]
             curves = [name for name in files if name == "metrics.jsonl"]
-            for name in (*NEEDED, *evaluations, *curves, _LAST):
-                _fetch(place, files, name, half.path / name)
-            half.path.rename(run.path)
+            for name in (*_REQUIRED, *evaluations, *curves, _CONFIG):
+                _fetch(remote, files, name, partial_run.path / name)
+            partial_run.path.rename(run.path)
     except OSError as error:
         raise GigabatchError(
-            f"run.dir: {run.path.parent} cannot take the run that lies at {place.url}: "
-            f"{error.strerror or error}. Make room, or set run.dir elsewhere."
+            f"run.dir: cannot write the run from {remote.url} to {run.path.parent}: "
+            f"{error.strerror or error}. Free space, or set another run.dir."
         ) from error
 
 
-def fetch_newer(place: RemoteRun, run: RunFolder) -> None:
-    """Bring the newest sound copy into a run that has none as new. Raises GigabatchError where
-    the copies are of another run."""
-    place.refuse_other(run)
+def fetch_newer_checkpoint(remote: RemoteRun, run: RunFolder) -> None:
+    """Fetch the newest valid copy if it is newer than the newest valid checkpoint of `run`.
+
+    Args:
+        remote: Copies of the run.
+        run: Existing run folder, whose lock is held.
+
+    Raises:
+        GigabatchError: if the copies belong to another run, or the folder cannot be written.
+    """
+    remote.refuse_other_run(run)
     try:
-        _fetch_newest(place, place.files(), run, _newest(run))
+        _fetch_newest(remote, remote.files(), run, _newest_step(run))
     except OSError as error:
-        raise GigabatchError(f"{run.checkpoints} cannot be written: {error}.") from error
+        raise GigabatchError(
+            f"{run.checkpoints}: cannot write the checkpoint from {remote.url}: {error}. Free "
+            "space, or make the folder writable."
+        ) from error
 
 
-def say_newer(place: RemoteRun, run: RunFolder, here: int) -> None:
-    """Name a copy that is newer than the step that `run` goes on from."""
-    copied = max(place.steps(), default=0)
-    if copied > here:
+def warn_if_copy_is_newer(remote: RemoteRun, run: RunFolder, step: int) -> None:
+    """Log a warning if a copy is newer than `step`, from which `run` resumes."""
+    copied_step = max(remote.steps(), default=0)
+    if copied_step > step:
         log.warning(
-            "%s holds a newer checkpoint, of step %d; this goes on from step %d, as %s has it. To "
-            "go on from the newer one: gigabatch resume %s",
-            place.url, copied, here, run.path, place.url,
+            "%s holds a newer checkpoint, of step %d; resuming from step %d of %s. To resume from "
+            "the newer one: gigabatch resume %s",
+            remote.url, copied_step, step, run.path, remote.url,
         )  # fmt: skip
 
 
-def _newest(run: RunFolder) -> int:
+def _newest_step(run: RunFolder) -> int:
+    """Return the step of the newest valid checkpoint; 0 if there is none."""
     try:
-        newest = latest_checkpoint(run)
+        checkpoint = latest_checkpoint(run)
     except GigabatchError:  # all are damaged
         return 0
-    return newest.step if newest else 0
+    return checkpoint.step if checkpoint else 0
 
 
-def _fetch_newest(place: RemoteRun, files: Files, run: RunFolder, after: int) -> int | None:
-    """The step of the newest sound copy, which is in `run` now; None where none is newer than
-    `after`."""
-    for step in reversed(place.steps(files)):
+def _fetch_newest(remote: RemoteRun, files: Files, run: RunFolder, after: int) -> int | None:
+    """Fetch the newest valid copy later than step `after`; return its step, or None."""
+    for step in reversed(remote.steps(files)):
         if step <= after:
             break
-        fault = _fetch_checkpoint(place, files, run, step)
-        if not fault:
-            log.info("fetched checkpoint step-%08d from %s", step, place.url)
+        damage = _fetch_checkpoint(remote, files, run, step)
+        if not damage:
+            log.info("fetched checkpoint step-%08d from %s", step, remote.url)
             return step
-        log.warning("copy passed over: %s", fault)
+        log.warning("skipping damaged copy: %s", damage)
     return None
 
 
-def _fetch_checkpoint(place: RemoteRun, files: Files, run: RunFolder, step: int) -> str:
-    """What is wrong with the copy of `step`; if nothing, it is in `run` now."""
+def _fetch_checkpoint(remote: RemoteRun, files: Files, run: RunFolder, step: int) -> str:
+    """Fetch and verify the copy of `step`; return its damage, or "" once it is in `run`."""
     folder = f"checkpoints/step-{step:08d}"
-    fresh, final = run.checkpoints / f".step-{step:08d}.fetch.tmp", run.path / folder
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    temporary, final = run.checkpoints / f".step-{step:08d}.fetch.tmp", run.path / folder
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
-        _fetch(place, files, f"{folder}/manifest.json", fresh / "manifest.json")
-        for name, size in _sizes(fresh / "manifest.json").items():
-            found = files.get(f"{folder}/{name}")
-            if found is None or found.bytes != size:
-                there = "missing" if found is None else f"{found.bytes} bytes"
-                return f"{place.url}/{folder}/{name} is {there}, not {size} bytes"
-            _fetch(place, files, f"{folder}/{name}", fresh / name)
-        if fault := damage_in(fresh):
-            return fault.replace(str(fresh), f"{place.url}/{folder}")
-        shutil.rmtree(final, ignore_errors=True)  # damaged, or it would not be fetched
-        fresh.rename(final)
+        _fetch(remote, files, f"{folder}/manifest.json", temporary / "manifest.json")
+        for name, size in _sizes(temporary / "manifest.json").items():
+            file = files.get(f"{folder}/{name}")
+            if file is None or file.bytes != size:
+                state = "missing" if file is None else f"{file.bytes} bytes"
+                return f"{remote.url}/{folder}/{name} is {state}, not {size} bytes"
+            _fetch(remote, files, f"{folder}/{name}", temporary / name)
+        if damage := damage_in(temporary):
+            return damage.replace(str(temporary), f"{remote.url}/{folder}")
+        # A local checkpoint of this step is damaged; a valid one would not be fetched again.
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
         sync_folder(run.checkpoints)
         return ""
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{place.url}/{folder}/manifest.json is damaged ({error!r})"
+        return f"{remote.url}/{folder}/manifest.json is damaged ({error!r})"
     finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _sizes(manifest: Path) -> dict[str, Any]:
+    """Return file name -> bytes. Raises ValueError for a name outside the manifest's folder."""
     entries = json.loads(manifest.read_text())["files"]
     for name in entries:
         if Path(name).name != name or name.startswith("."):
@@ -156,7 +182,8 @@ def _sizes(manifest: Path) -> dict[str, Any]:
     return {name: entry["bytes"] for name, entry in entries.items()}
 
 
-def _fetch(place: RemoteRun, files: Files, name: str, to: Path) -> None:
+def _fetch(remote: RemoteRun, files: Files, name: str, to: Path) -> None:
+    """Download one file of the run to the local path `to`."""
     to.parent.mkdir(exist_ok=True)
-    found = files[name]
-    access.fetch(found.url, found.bytes, to, found.version, place.retry)
+    file = files[name]
+    access.fetch(file.url, file.bytes, to, file.version, remote.retry)

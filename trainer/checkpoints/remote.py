@@ -1,9 +1,9 @@
-"""A run's folder elsewhere: what `checkpoint.copy_to` holds of a run, and who may write there.
+"""Copies of a run under `checkpoint.copy_to`: layout, and which attempt may write them.
 
-URL/NAME/environment.json   written once, by whoever began the run: it claims the name
+URL/NAME/environment.json   created once, when the run is created; claims the name
          config.yaml  tokenizer.json  data.digest  metrics.jsonl  eval/
-         attempts/000001.json      the highest number owns the folder
-         checkpoints/step-00001200/   the manifest comes last: without it, it is no checkpoint
+         attempts/000001.json      the attempt with the highest number may write
+         checkpoints/step-00001200/   manifest.json is written last
 """
 
 from __future__ import annotations
@@ -22,86 +22,115 @@ from gigabatch.trainer.run.folder import RunFolder
 _MANIFEST = re.compile(r"checkpoints/step-(\d{8})/manifest\.json")
 _ATTEMPT = re.compile(r"(\d{6})\.json")
 Files = dict[str, ShardState]
-"""What lies in a folder elsewhere, by its path from there."""
+"""Files of a remote folder: path relative to the folder -> URL, size and version."""
 
 
-class Overtaken(GigabatchError):
-    """A later attempt has taken the run over: this one must write no more."""
+class UploadSuperseded(GigabatchError):
+    """A later attempt copies this run; this attempt must not write or remove copies."""
 
 
 @dataclass(frozen=True)
 class RemoteRun:
-    """What lies at `url`; each request is tried as `retry` says."""
+    """The copies of one run.
+
+    Args:
+        url: URL of the run's remote folder, without a trailing slash.
+        retry: Attempts and waits of each request.
+    """
 
     url: str
     retry: Retry = field(default_factory=Retry)
 
     def files(self, folder: str = "") -> Files:
+        """Return all files below `folder`, by path relative to it; empty if it does not exist."""
         return access.find(f"{self.url}/{folder}".rstrip("/"), self.retry)
 
     def steps(self, files: Files | None = None) -> list[int]:
-        """Steps whose copy is complete, oldest first; whether they are sound is not asked."""
-        found = map(_MANIFEST.fullmatch, self.files() if files is None else files)
-        return sorted(int(match[1]) for match in found if match)
+        """Return the steps of finished copies, in order. Does not verify checksums.
+
+        Args:
+            files: Result of `files()`; None lists them again.
+        """
+        matches = map(_MANIFEST.fullmatch, self.files() if files is None else files)
+        return sorted(int(match[1]) for match in matches if match)
 
     def read(self, name: str) -> str | None:
+        """Return the text of a file, or None if it does not exist."""
         return access.read_text(f"{self.url}/{name}", self.retry)
 
     def write(self, path: Path, name: str, new: bool = False) -> None:
+        """Upload a local file.
+
+        Args:
+            path: Local file.
+            name: Path in the remote folder.
+            new: Create the file; never overwrite one.
+
+        Raises:
+            FileTaken: if `new` and the remote file exists.
+            GigabatchError: if it cannot be written.
+        """
         access.write(path, f"{self.url}/{name}", new, self.retry)
 
     def remove(self, name: str) -> None:
+        """Remove a file."""
         access.remove(f"{self.url}/{name}", self.retry)
 
     def newest_attempt(self) -> int:
-        """The highest that has begun to copy; 0 where none has."""
-        found = map(_ATTEMPT.fullmatch, self.files("attempts"))
-        return max((int(match[1]) for match in found if match), default=0)
+        """Return the highest number of an attempt that has started to copy; 0 if none has."""
+        matches = map(_ATTEMPT.fullmatch, self.files("attempts"))
+        return max((int(match[1]) for match in matches if match), default=0)
 
     def claim(self, run: RunFolder) -> None:
-        """Make the folder this run's. Raises GigabatchError where it is another's."""
+        """Reserve the remote folder for `run`. Raises GigabatchError if another run has it."""
         try:
             self.write(run.environment, "environment.json", new=True)
         except access.FileTaken:
-            self.refuse_other(run)
+            self.refuse_other_run(run)
 
-    def refuse_other(self, run: RunFolder) -> None:
-        """Raises GigabatchError where the copies are of another run than `run`."""
+    def refuse_other_run(self, run: RunFolder) -> None:
+        """Raise GigabatchError if the copies belong to another run than `run`."""
         if self.read("environment.json") != run.environment.read_text():
             raise GigabatchError(
                 f"checkpoint.copy_to: {self.url} holds another run than {run.path} (their "
-                "environment.json differ). Copy elsewhere, or choose another run.name."
+                "environment.json differ). Set another checkpoint.copy_to or another run.name."
             )
 
-    def begin(self, run: RunFolder, attempt: int) -> None:
-        """Register an attempt, and bring what a run needs beside checkpoints up to date.
+    def register_attempt(self, run: RunFolder, attempt: int) -> None:
+        """Register an attempt, and upload the files that a run needs besides its checkpoints.
 
-        Raises Overtaken where another start of the run had the number, or a higher one.
+        Args:
+            run: Local run folder.
+            attempt: Number of the attempt.
+
+        Raises:
+            UploadSuperseded: if another start has registered this number or a higher one.
         """
         name = f"attempts/{attempt:06d}.json"
         try:
             self.write(run.attempt_file(attempt), name, new=True)
-        except access.FileTaken:  # by this attempt, if an answer was lost
+        except access.FileTaken:
+            # This attempt wrote the file itself if only the server's answer was lost.
             if self.read(name) != run.attempt_file(attempt).read_text():
-                raise self._overtaken(attempt) from None
-        self.refuse_overtaken(run, attempt)
+                raise self._superseded(attempt) from None
+        self.refuse_superseded(run, attempt)
         for path in (run.path / "config.yaml", run.tokenizer, run.path / "data.digest"):
             self.write(path, path.name)
 
-    def refuse_overtaken(self, run: RunFolder, attempt: int) -> None:
-        """Raises Overtaken, here or there."""
+    def refuse_superseded(self, run: RunFolder, attempt: int) -> None:
+        """Raise UploadSuperseded if a later attempt owns the run folder or its copies."""
         if not run.owned_by(attempt) or self.newest_attempt() > attempt:
-            raise self._overtaken(attempt)
+            raise self._superseded(attempt)
 
-    def _overtaken(self, attempt: int) -> Overtaken:
-        return Overtaken(
-            f"{self.url}: a later start of this run copies there now; attempt {attempt} writes "
-            "there no more. If that other one is not meant to run, stop it, then resume this."
+    def _superseded(self, attempt: int) -> UploadSuperseded:
+        return UploadSuperseded(
+            f"{self.url}: a later start of this run copies its checkpoints; attempt {attempt} "
+            "stops copying. If the later start is a mistake, stop it, then resume this run."
         )
 
 
 def remote_run(settings: CheckpointSettings, name: str, retry: Retry = Retry()) -> RemoteRun | None:
-    """Where the checkpoints of the run `name` are copied to, if anywhere."""
+    """Return the copies of the run `name`, which need not exist; None without `copy_to`."""
     if settings.copy_to is None:
         return None
     return RemoteRun(f"{writable_folder(settings.copy_to)}/{name}", retry)

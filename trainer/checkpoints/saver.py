@@ -16,7 +16,7 @@ from typing import Any
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoints.format import Tensors, write_checkpoint
 from gigabatch.trainer.checkpoints.remote import remote_run
-from gigabatch.trainer.checkpoints.upload import PATIENCE, Copier
+from gigabatch.trainer.checkpoints.upload import UPLOAD_RETRY, Copier
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.run.folder import RunFolder
@@ -95,7 +95,7 @@ class Saver:
         self.run, self.world, self.attempt, self.settings = run, world, attempt, settings
         self.report = report
         self.write: _Write | None = None
-        remote = remote_run(settings, run.path.name, PATIENCE) if world.is_main else None
+        remote = remote_run(settings, run.path.name, UPLOAD_RETRY) if world.is_main else None
         self.copier = Copier(remote, run, attempt, settings) if remote else None
 
     def save(self, step: int, snapshot: Snapshot) -> None:

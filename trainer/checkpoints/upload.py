@@ -1,8 +1,8 @@
-"""Copying committed checkpoints to `checkpoint.copy_to`, in a thread that no step waits for.
+"""Upload of committed checkpoints to `checkpoint.copy_to`, in a thread that no step waits for.
 
-At most one copy is in flight. A checkpoint that is committed meanwhile waits; a newer one takes its
-place, and the log says so. All files are new ones (a stalled write of a cut-off attempt cannot land
-on a later attempt's) and the manifest is the last.
+One checkpoint is copied at a time and one may wait; a newer one replaces the waiting one, with a
+warning. Files are created, never overwritten, so that a delayed write of an earlier attempt cannot
+change a later attempt's copy. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -16,174 +16,212 @@ from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.access import FileTaken, Retry
-from gigabatch.trainer.checkpoints.remote import Overtaken, RemoteRun
+from gigabatch.trainer.checkpoints.remote import RemoteRun, UploadSuperseded
 from gigabatch.trainer.checkpoints.retention import steps_to_keep
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
-PATIENCE = Retry(attempts=7, first_wait_s=1.0)
-"""Of each request: outages of a minute or two are borne."""
+UPLOAD_RETRY = Retry(attempts=7, first_wait_s=1.0)
+"""Retries of each request; enough for an outage of one to two minutes."""
 
 
-def copy_checkpoint(place: RemoteRun, run: RunFolder, step: int, attempt: int) -> bool:
-    """Copy the checkpoint of `step`, in place of what is there of that step; false where it was
-    there already.
+def copy_checkpoint(remote: RemoteRun, run: RunFolder, step: int, attempt: int) -> bool:
+    """Copy a checkpoint, its metrics and its evaluations; replace another copy of the same step.
 
-    Raises Overtaken where a later attempt has begun; GigabatchError where the copy does not stand;
-    OSError where the checkpoint here cannot be read.
+    Args:
+        remote: Copies of the run.
+        run: Run folder.
+        step: Step of a committed checkpoint.
+        attempt: Number of this attempt, registered with `remote`.
+
+    Returns:
+        False if this checkpoint was copied before.
+
+    Raises:
+        UploadSuperseded: if a later attempt has started.
+        GigabatchError: if the copy cannot be written or has other files than the checkpoint.
+        OSError: if the checkpoint cannot be read.
     """
-    place.refuse_overtaken(run, attempt)
+    remote.refuse_superseded(run, attempt)
     folder = f"checkpoints/step-{step:08d}"
     manifest = run.path / folder / "manifest.json"
     text = manifest.read_text()
-    _write_beside(place, run)
-    if place.read(f"{folder}/manifest.json") == text:
+    _write_metrics(remote, run)
+    if remote.read(f"{folder}/manifest.json") == text:
         return False
-    _remove(place, run, attempt, folder, list(place.files(folder)))
-    wanted = {name: entry["bytes"] for name, entry in json.loads(text)["files"].items()}
-    for name in wanted:
-        _write_new(place, run, attempt, run.path / folder / name)
-    there = {name: state.bytes for name, state in place.files(folder).items()}
-    if there != wanted:
+    _remove(remote, run, attempt, folder, list(remote.files(folder)))
+    sizes = {name: entry["bytes"] for name, entry in json.loads(text)["files"].items()}
+    for name in sizes:
+        _write_new(remote, run, attempt, run.path / folder / name)
+    copied_sizes = {name: state.bytes for name, state in remote.files(folder).items()}
+    if copied_sizes != sizes:
         raise GigabatchError(
-            f"{place.url}/{folder}: what lies there is not what was written: {there} in place of "
-            f"{wanted}. Does something else write there?"
+            f"{remote.url}/{folder}: expected files of these bytes: {sizes}; it holds: "
+            f"{copied_sizes}. Stop whatever else writes to this folder."
         )
-    _write_new(place, run, attempt, manifest)
+    _write_new(remote, run, attempt, manifest)
     return True
 
 
-def _write_new(place: RemoteRun, run: RunFolder, attempt: int, path: Path) -> None:
+def _write_new(remote: RemoteRun, run: RunFolder, attempt: int, path: Path) -> None:
+    """Upload a file of a checkpoint that the copy should not have yet."""
     name = str(path.relative_to(run.path))
-    place.refuse_overtaken(run, attempt)
+    remote.refuse_superseded(run, attempt)
     try:
-        place.write(path, name, new=True)
-    except FileTaken:  # our own, if an answer was lost; or a stalled write of an attempt before
-        place.refuse_overtaken(run, attempt)
-        place.remove(name)
-        place.write(path, name, new=True)
+        remote.write(path, name, new=True)
+    except FileTaken:
+        # Either this attempt wrote it and the server's answer was lost, or a delayed write of an
+        # earlier attempt arrived. A later attempt is excluded by the check.
+        remote.refuse_superseded(run, attempt)
+        remote.remove(name)
+        remote.write(path, name, new=True)
 
 
-def _write_beside(place: RemoteRun, run: RunFolder) -> None:
-    """The curves so far, and the evaluations, of which retention by the best makes use."""
+def _write_metrics(remote: RemoteRun, run: RunFolder) -> None:
+    """Upload metrics.jsonl and new evaluations, from which retention picks the best step."""
     if run.metrics.exists():
-        place.write(run.metrics, run.metrics.name)
-    there = place.files("eval")
+        remote.write(run.metrics, run.metrics.name)
+    copied = remote.files("eval")
     for path in sorted((run.path / "eval").glob("step-*.json")):
-        if path.name not in there or there[path.name].bytes != path.stat().st_size:
-            place.write(path, f"eval/{path.name}")
+        if path.name not in copied or copied[path.name].bytes != path.stat().st_size:
+            remote.write(path, f"eval/{path.name}")
 
 
-def _remove(place: RemoteRun, run: RunFolder, attempt: int, folder: str, names: list[str]) -> None:
-    """Remove files of a checkpoint's folder, its manifest before all others."""
+def _remove(remote: RemoteRun, run: RunFolder, attempt: int, folder: str, names: list[str]) -> None:
+    """Remove files of a copied checkpoint, its manifest first."""
     if names:
-        place.refuse_overtaken(run, attempt)
+        remote.refuse_superseded(run, attempt)
     for name in sorted(names, key=lambda name: name != "manifest.json"):
-        place.remove(f"{folder}/{name}")
+        remote.remove(f"{folder}/{name}")
 
 
 def retain_copies(
-    place: RemoteRun, run: RunFolder, newest: int, attempt: int, settings: CheckpointSettings
+    remote: RemoteRun, run: RunFolder, newest: int, attempt: int, settings: CheckpointSettings
 ) -> None:
-    """Remove what `settings` does not keep up to `newest`, and copies that were cut off. Raises
-    as `copy_checkpoint` does."""
-    files = place.files("checkpoints")
+    """Apply retention to the copies, and remove unfinished ones.
+
+    Args:
+        remote: Copies of the run.
+        run: Run folder.
+        newest: Step of the newest checkpoint of this attempt; later copies are kept.
+        attempt: Number of this attempt, registered with `remote`.
+        settings: Retention settings.
+
+    Raises:
+        UploadSuperseded: if a later attempt has started.
+        GigabatchError: if a file cannot be removed.
+    """
     folders: dict[str, list[str]] = {}
-    for path in files:
+    for path in remote.files("checkpoints"):
         folder, _, name = path.partition("/")
         folders.setdefault(folder, []).append(name)
-    whole = {int(f.removeprefix("step-")): f for f in folders if "manifest.json" in folders[f]}
-    kept = steps_to_keep(run, [step for step in whole if step <= newest], settings)
-    kept |= {step for step in whole if step > newest}  # of a run that goes on from before them
-    for folder in folders.keys() - {whole[step] for step in kept}:
-        _remove(place, run, attempt, f"checkpoints/{folder}", folders[folder])
+    finished = {int(f.removeprefix("step-")): f for f in folders if "manifest.json" in folders[f]}
+    kept = steps_to_keep(run, [step for step in finished if step <= newest], settings)
+    # The run has resumed from before the later copies; they are replaced when it gets there.
+    kept |= {step for step in finished if step > newest}
+    for folder in folders.keys() - {finished[step] for step in kept}:
+        _remove(remote, run, attempt, f"checkpoints/{folder}", folders[folder])
 
 
 class Copier:
-    """Copies what it is offered, newest first, for one attempt on rank 0.
+    """Background copies of one attempt's checkpoints, on rank 0.
 
-    A copy that fails is said in the log and counted; the run goes on, for the checkpoint here
-    stands. A daemon thread, alive only while there is something to copy.
+    A failed copy is logged and counted, and training continues: the checkpoint in the run folder is
+    intact. The daemon thread exists only while there is something to copy.
+
+    Args:
+        remote: Copies of the run.
+        run: Run folder.
+        attempt: Number of this attempt.
+        settings: Retention settings.
     """
 
     def __init__(
-        self, place: RemoteRun, run: RunFolder, attempt: int, settings: CheckpointSettings
+        self, remote: RemoteRun, run: RunFolder, attempt: int, settings: CheckpointSettings
     ) -> None:
-        self.place, self.run, self.attempt, self.settings = place, run, attempt, settings
+        self.remote, self.run, self.attempt, self.settings = remote, run, attempt, settings
         self.failures = self.skipped = 0
-        self.copied: int | None = None
+        self.copied_step: int | None = None
         self.copy_s = 0.0
-        self._begun = False
-        self._now: int | None = None
+        self._registered = False
+        self._current: int | None = None
         self._next: int | None = None
         self._change = threading.Condition()
 
     def offer(self, step: int) -> None:
-        """Copy the checkpoint of `step`, which is committed, as soon as may be."""
+        """Queue the committed checkpoint of `step`; it replaces one that still waits."""
         with self._change:
             if self._next not in (None, step):
                 self.skipped += 1
                 log.warning(
                     "checkpoint step-%08d is not copied: step-%08d is newer, and the copy of "
-                    "step-%08d takes longer than from one checkpoint to the next",
-                    self._next, step, self._now,
+                    "step-%08d takes longer than the time between checkpoints",
+                    self._next, step, self._current,
                 )  # fmt: skip
             self._next = step
-            if self._now is None:
-                self._now, self._next = step, None
+            if self._current is None:
+                self._current, self._next = step, None
                 threading.Thread(target=self._work, name="checkpoint copy", daemon=True).start()
 
     def busy(self) -> set[int]:
-        """Steps whose checkpoint here is still needed."""
+        """Return the steps being copied or waiting; retention must not remove their checkpoints."""
         with self._change:
-            return {step for step in (self._now, self._next) if step is not None}
+            return {step for step in (self._current, self._next) if step is not None}
 
     def wait(self, alive: Callable[[], None]) -> None:
-        """Until all that was offered is copied, or has failed; `alive` is called each second."""
-        said = False
+        """Wait until no copy is in flight or queued.
+
+        Args:
+            alive: Called every second while waiting.
+        """
+        logged = False
         while busy := self.busy():
             alive()
             with self._change:
-                if self._now is not None and not self._change.wait(1.0) and not said:
-                    log.info("waiting for the copy of step-%08d to %s", max(busy), self.place.url)
-                    said = True
+                if self._current is not None and not self._change.wait(1.0) and not logged:
+                    log.info("waiting for the copy of step-%08d to %s", max(busy), self.remote.url)
+                    logged = True
 
     def metrics(self) -> dict[str, float]:
-        found = {"checkpoint/copy_failures": float(self.failures)}
-        if self.copied is not None:
-            found |= {"checkpoint/copied_step": self.copied, "checkpoint/copy_s": self.copy_s}
-        return found
+        """Return the failures so far, and the step and seconds of the newest copy if any."""
+        metrics = {"checkpoint/copy_failures": float(self.failures)}
+        if self.copied_step is not None:
+            metrics |= {
+                "checkpoint/copied_step": self.copied_step,
+                "checkpoint/copy_s": self.copy_s,
+            }
+        return metrics
 
     def _work(self) -> None:
-        while self._now is not None:
-            self._copy(self._now)
+        while self._current is not None:
+            self._copy(self._current)
             with self._change:
-                self._now, self._next = self._next, None
+                self._current, self._next = self._next, None
                 self._change.notify_all()
 
     def _copy(self, step: int) -> None:
         began = time.monotonic()
         try:
-            if not self._begun:
-                self.place.begin(self.run, self.attempt)
-                self._begun = True
-            if not copy_checkpoint(self.place, self.run, step, self.attempt):
+            if not self._registered:
+                self.remote.register_attempt(self.run, self.attempt)
+                self._registered = True
+            if not copy_checkpoint(self.remote, self.run, step, self.attempt):
                 return
-        except Exception as error:  # a thread must not die unheard
+        except Exception as error:  # an uncaught error would end the thread without a log line
             self.failures += 1
             cause = str(error) if isinstance(error, GigabatchError) else repr(error)
             log.warning(
-                "checkpoint step-%08d was NOT COPIED to %s (it stands in %s; failure %d of this "
-                "attempt): %s",
-                step, self.place.url, self.run.checkpoints, self.failures, cause,
+                "checkpoint step-%08d was NOT COPIED to %s (failure %d of this attempt; the "
+                "checkpoint in %s is intact): %s",
+                step, self.remote.url, self.failures, self.run.checkpoints, cause,
             )  # fmt: skip
             return
-        self.copied, self.copy_s = step, time.monotonic() - began
-        log.info("copied checkpoint step-%08d to %s", step, self.place.url)
+        self.copied_step, self.copy_s = step, time.monotonic() - began
+        log.info("copied checkpoint step-%08d to %s", step, self.remote.url)
         try:
-            retain_copies(self.place, self.run, step, self.attempt, self.settings)
-        except Overtaken as error:
+            retain_copies(self.remote, self.run, step, self.attempt, self.settings)
+        except UploadSuperseded as error:
             log.warning("%s", error)
         except Exception as error:
-            log.warning("%s: old copies could not be removed: %s", self.place.url, error)
+            log.warning("%s: cannot remove old copies: %s", self.remote.url, error)

@@ -1,4 +1,4 @@
-"""A run fetched from its copies: the newest that is sound, loudly; the folder whole or not."""
+"""Tests of downloads from copies: newest valid checkpoint, damaged copies, complete run folders."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from support_copies import copy, make_run, save
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.access import Retry
 from gigabatch.trainer.checkpoints.download import (
-    copied_config,
-    fetch_newer,
+    fetch_newer_checkpoint,
     fetch_run,
-    open_copy,
-    say_newer,
+    open_remote_run,
+    read_copied_config,
+    warn_if_copy_is_newer,
 )
 from gigabatch.trainer.checkpoints.format import latest_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
@@ -25,163 +25,168 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 @pytest.fixture
-def far(tmp_path: Path) -> Path:
-    return tmp_path / "far" / "a"
+def remote_folder(tmp_path: Path) -> Path:
+    return tmp_path / "remote" / "a"
 
 
 @pytest.fixture
-def place(far: Path) -> RemoteRun:
-    """Copies of the steps 3, 6 and 9 of a run."""
-    run = make_run(far.parent.parent / "a")
+def remote(remote_folder: Path) -> RemoteRun:
+    """Return copies of steps 3, 6 and 9 of a run."""
+    run = make_run(remote_folder.parent.parent / "a")
     run.metrics.write_text('{"step": 9}\n')
     run.write_evaluation(3, {"eval/val/mean_recall@10": 0.5})
-    place = RemoteRun(f"file://{far}", Retry(attempts=1))
-    place.claim(run)
+    remote = RemoteRun(f"file://{remote_folder}", Retry(attempts=1))
+    remote.claim(run)
     for step in (3, 6, 9):
-        copy(place, run, step)
-    return place
+        copy(remote, run, step)
+    return remote
 
 
 @pytest.fixture
-def fresh(tmp_path: Path) -> RunFolder:
+def target(tmp_path: Path) -> RunFolder:
     return RunFolder(tmp_path / "elsewhere" / "runs" / "a")
 
 
-def newest(run: RunFolder) -> int:
-    found = latest_checkpoint(run)
-    assert found is not None
-    assert found.tensors("towers")["w"].tolist() == [float(found.step)] * 100
-    return found.step
+def newest_valid_step(run: RunFolder) -> int:
+    checkpoint = latest_checkpoint(run)
+    assert checkpoint is not None
+    assert checkpoint.tensors("towers")["w"].tolist() == [float(checkpoint.step)] * 100
+    return checkpoint.step
 
 
-def flip(path: Path) -> None:
+def flip_last_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
 
 
-def test_a_fetched_run_has_all_it_needs(place: RemoteRun, fresh: RunFolder, tmp_path: Path) -> None:
-    fetch_run(place, fresh)
-    assert newest(fresh) == 9
-    assert fresh.steps_saved() == [9]
+def test_fetched_run_has_all_files_to_resume(
+    remote: RemoteRun, target: RunFolder, tmp_path: Path
+) -> None:
+    fetch_run(remote, target)
+    assert newest_valid_step(target) == 9
+    assert target.steps_saved() == [9]
     for name in ("config.yaml", "environment.json", "tokenizer.json", "data.digest"):
-        assert (fresh.path / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
-    assert fresh.evaluation(3) == {"eval/val/mean_recall@10": 0.5}
-    assert fresh.metrics.read_text() == '{"step": 9}\n'
-    assert [path.name for path in fresh.path.parent.iterdir()] == ["a"]
-    assert copied_config(place) == "config.yaml of 1"
+        assert (target.path / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
+    assert target.evaluation(3) == {"eval/val/mean_recall@10": 0.5}
+    assert target.metrics.read_text() == '{"step": 9}\n'
+    assert [path.name for path in target.path.parent.iterdir()] == ["a"]
+    assert read_copied_config(remote) == "config.yaml of 1"
 
 
 @pytest.mark.parametrize(
-    ("harm", "words"),
+    ("damage", "message"),
     [
         (
-            lambda f: flip(f / "towers.safetensors"),
+            lambda f: flip_last_bit(f / "towers.safetensors"),
             "towers.safetensors does not match its checksum",
         ),
         (lambda f: (f / "moments.safetensors").unlink(), "moments.safetensors is missing"),
         (lambda f: (f / "state.json").write_text(""), "state.json is 0 bytes, not"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").write_text("[]"), "manifest.json is damaged"),
-        (lambda f: escape(f / "manifest.json"), "'../../config.yaml', outside its folder"),
+        (
+            lambda f: add_outside_file(f / "manifest.json"),
+            "'../../config.yaml', outside its folder",
+        ),
     ],
 )
-def test_a_damaged_copy_is_passed_over_loudly(
-    harm: object, words: str, place: RemoteRun, far: Path, fresh: RunFolder,
+def test_damaged_copy_is_skipped_with_warning(
+    damage: object, message: str, remote: RemoteRun, remote_folder: Path, target: RunFolder,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    assert callable(harm)
-    harm(far / "checkpoints" / "step-00000009")
-    fetch_run(place, fresh)
-    assert newest(fresh) == 6
-    (told,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
-    assert "copy passed over: " in told.getMessage()
-    assert f"{place.url}/checkpoints/step-00000009/" in told.getMessage()
-    assert words in told.getMessage()
-    assert not list(fresh.checkpoints.glob(".*"))
+    assert callable(damage)
+    damage(remote_folder / "checkpoints" / "step-00000009")
+    fetch_run(remote, target)
+    assert newest_valid_step(target) == 6
+    (warning,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert "skipping damaged copy: " in warning.getMessage()
+    assert f"{remote.url}/checkpoints/step-00000009/" in warning.getMessage()
+    assert message in warning.getMessage()
+    assert not list(target.checkpoints.glob(".*"))
 
 
-def escape(manifest: Path) -> None:
-    read = json.loads(manifest.read_text())
-    read["files"]["../../config.yaml"] = read["files"]["state.json"]
-    manifest.write_text(json.dumps(read))
+def add_outside_file(manifest: Path) -> None:
+    content = json.loads(manifest.read_text())
+    content["files"]["../../config.yaml"] = content["files"]["state.json"]
+    manifest.write_text(json.dumps(content))
 
 
-def test_without_a_manifest_it_is_no_checkpoint(
-    place: RemoteRun, far: Path, fresh: RunFolder, caplog: pytest.LogCaptureFixture
+def test_copy_without_manifest_is_ignored(
+    remote: RemoteRun, remote_folder: Path, target: RunFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (far / "checkpoints" / "step-00000009" / "manifest.json").unlink()
-    fetch_run(place, fresh)
-    assert newest(fresh) == 6
+    (remote_folder / "checkpoints" / "step-00000009" / "manifest.json").unlink()
+    fetch_run(remote, target)
+    assert newest_valid_step(target) == 6
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-def test_no_sound_copy_is_an_error_never_a_fresh_start(
-    place: RemoteRun, far: Path, fresh: RunFolder
+def test_fetch_fails_if_all_copies_are_damaged(
+    remote: RemoteRun, remote_folder: Path, target: RunFolder
 ) -> None:
-    for folder in (far / "checkpoints").iterdir():
-        flip(folder / "towers.safetensors")
+    for folder in (remote_folder / "checkpoints").iterdir():
+        flip_last_bit(folder / "towers.safetensors")
     with pytest.raises(
-        GigabatchError, match=r"no sound checkpoint .* \(complete copies: 3, 6, 9\)"
+        GigabatchError, match=r"no valid checkpoint .* \(steps of finished copies: 3, 6, 9\)"
     ):
-        fetch_run(place, fresh)
-    assert not fresh.path.exists()
+        fetch_run(remote, target)
+    assert not target.path.exists()
 
 
-def test_a_fetch_that_was_killed_is_begun_again(place: RemoteRun, fresh: RunFolder) -> None:
-    half = fresh.path.with_name(".a.fetch") / "checkpoints" / ".step-00000009.fetch.tmp"
-    half.mkdir(parents=True)
-    (half / "towers.safetensors").write_text("half")
-    fetch_run(place, fresh)
-    assert newest(fresh) == 9
-    assert not list(fresh.checkpoints.glob(".*"))
+def test_fetch_replaces_files_of_a_killed_fetch(remote: RemoteRun, target: RunFolder) -> None:
+    partial_folder = target.path.with_name(".a.fetch") / "checkpoints" / ".step-00000009.fetch.tmp"
+    partial_folder.mkdir(parents=True)
+    (partial_folder / "towers.safetensors").write_text("partial")
+    fetch_run(remote, target)
+    assert newest_valid_step(target) == 9
+    assert not list(target.checkpoints.glob(".*"))
 
 
-def test_what_is_missing_or_in_the_way_is_named(
-    place: RemoteRun, far: Path, fresh: RunFolder
+def test_fetch_names_missing_files_and_existing_folder(
+    remote: RemoteRun, remote_folder: Path, target: RunFolder
 ) -> None:
-    fresh.path.mkdir(parents=True)
-    with pytest.raises(GigabatchError, match="exists and is no run"):
-        fetch_run(place, fresh)
-    fresh.path.rmdir()
-    (far / "tokenizer.json").unlink()
-    with pytest.raises(GigabatchError, match=r"tokenizer.json is missing there"):
-        fetch_run(place, fresh)
-    with pytest.raises(GigabatchError, match="no run was copied there"):
-        copied_config(open_copy(f"file://{far}x/"))
+    target.path.mkdir(parents=True)
+    with pytest.raises(GigabatchError, match="exists but is not a run folder"):
+        fetch_run(remote, target)
+    target.path.rmdir()
+    (remote_folder / "tokenizer.json").unlink()
+    with pytest.raises(GigabatchError, match=r"tokenizer.json missing from the copies"):
+        fetch_run(remote, target)
+    with pytest.raises(GigabatchError, match="no copy of a run"):
+        read_copied_config(open_remote_run(f"file://{remote_folder}x/"))
 
 
-def test_a_run_that_lost_its_newest_gets_the_copy_that_is_newer(
-    place: RemoteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_newer_copy_is_reported_and_fetched(
+    remote: RemoteRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = RunFolder(tmp_path / "a")
-    flip(run.checkpoints / "step-00000009" / "towers.safetensors")
-    say_newer(place, run, 6)
-    assert "holds a newer checkpoint, of step 9; this goes on from step 6" in caplog.text
-    assert f"gigabatch resume {place.url}" in caplog.text
-    fetch_newer(place, run)
-    assert newest(run) == 9
+    flip_last_bit(run.checkpoints / "step-00000009" / "towers.safetensors")
+    warn_if_copy_is_newer(remote, run, 6)
+    assert "holds a newer checkpoint, of step 9; resuming from step 6" in caplog.text
+    assert f"gigabatch resume {remote.url}" in caplog.text
+    fetch_newer_checkpoint(remote, run)
+    assert newest_valid_step(run) == 9
     save(run, 12)
-    fetch_newer(place, run)
-    assert newest(run) == 12
+    fetch_newer_checkpoint(remote, run)
+    assert newest_valid_step(run) == 12
     caplog.clear()
-    say_newer(place, run, 12)
+    warn_if_copy_is_newer(remote, run, 12)
     assert caplog.text == ""
     shutil.rmtree(run.checkpoints)
-    fetch_newer(place, run)
+    fetch_newer_checkpoint(remote, run)
     assert run.steps_saved() == [9]
 
 
-def test_copies_of_another_run_are_not_mixed_in(place: RemoteRun, tmp_path: Path) -> None:
+def test_copies_of_another_run_are_rejected(remote: RemoteRun, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", started=2)
     with pytest.raises(GigabatchError, match="holds another run"):
-        fetch_newer(place, other)
+        fetch_newer_checkpoint(remote, other)
     assert other.steps_saved() == []
 
 
-def test_attempts_go_on_above_those_that_copied(place: RemoteRun, fresh: RunFolder) -> None:
-    fetch_run(place, fresh)
-    fresh.reserve_attempts(7, place.url)
-    assert fresh.owned_by(7)
-    assert not fresh.owned_by(6)
-    assert len(list((fresh.path / "attempts").iterdir())) == 7
+def test_next_attempt_is_higher_than_copied_attempts(remote: RemoteRun, target: RunFolder) -> None:
+    fetch_run(remote, target)
+    target.reserve_attempts(7, remote.url)
+    assert target.owned_by(7)
+    assert not target.owned_by(6)
+    assert len(list((target.path / "attempts").iterdir())) == 7
