@@ -161,7 +161,7 @@ def test_failed_copy_is_logged_and_next_checkpoint_is_copied(
     copier.wait(lambda: None)
     assert copier.metrics()["checkpoint/copy_failures"] == 1
     assert s3.steps() == [3]  # kept, because the newer copy failed
-    assert "attempt 2 of 3: HTTP 500" in log_text()
+    assert "attempt 2 of 3 failed: HTTP 500" in log_text()
     assert "step-00000006 was NOT COPIED to s3://" in log_text()
     assert "could not be written in 3 attempts" in log_text()
     server.clear_rules()
