@@ -23,7 +23,8 @@ from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.distributed import World, join_world, leave
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.monitoring.step_result import StepResult
-from gigabatch.trainer.objectives import Context, InfoNCE, Loss
+from gigabatch.trainer.objectives import Context, Loss
+from gigabatch.trainer.objectives.infonce import InfoNCE
 from gigabatch.trainer.step import ExactStep
 from gigabatch.trainer.towers import build_towers
 
@@ -35,7 +36,7 @@ class Remembering(InfoNCE):
     """InfoNCE with buffers that change in every applied step: the newest rows and their count."""
 
     def __init__(self, config: Config) -> None:
-        super().__init__(config.objective, None, config.towers.width)
+        super().__init__(config.objective)
         self.register_buffer("queue", torch.zeros(24, config.towers.width))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
