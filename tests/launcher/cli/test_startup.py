@@ -149,7 +149,8 @@ def test_completion_script_completes_commands(tmp_path: Path) -> None:
     environment = os.environ | {
         "_GIGABATCH_COMPLETE": "complete_bash", "COMP_WORDS": "gigabatch res", "COMP_CWORD": "1",
     }  # fmt: skip
-    script = "import sys; sys.argv[0] = 'gigabatch'; from gigabatch.launcher.__main__ import main; main()"
+    start = "from gigabatch.launcher.__main__ import main; main()"
+    script = f"import sys; sys.argv[0] = 'gigabatch'; {start}"
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
     )
