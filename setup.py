@@ -1,16 +1,33 @@
-"""Package layout: the top-level folders install as one namespace, ``gigabatch``."""
+"""Package metadata: the top-level folders install as one namespace, ``gigabatch``."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Links to the folders, so that an editable install is one line in a .pth file: new modules are
+# importable at once, and type checkers and editors see what the interpreter sees. (A folder
+# `gigabatch` beside the others would hide the installed package in a checkout.)
+SOURCE = Path(".src/gigabatch")
 FOLDERS = ["launcher", "trainer", "data", "kernels", "configs"]
 
-packages = [
-    f"gigabatch.{name}"
-    for folder in FOLDERS
-    for name in [folder, *(f"{folder}.{sub}" for sub in find_packages(folder))]
+for folder in FOLDERS:
+    if not SOURCE.joinpath(folder).is_dir():
+        raise SystemExit(
+            f"{SOURCE / folder} is not a link to {folder}/. Get the source with git, or from a "
+            "tar archive: zip archives lose symbolic links."
+        )
+
+packages = ["gigabatch"]
+for folder in FOLDERS:
+    packages += [f"gigabatch.{folder}.{name}".rstrip(".") for name in ["", *find_packages(folder)]]
+
+# The lower bounds were installed and tested together on Python 3.11; none has a known advisory.
+REMOTE = [
+    "obstore>=0.11",
+    "boto3>=1.40",  # credentials from AWS profiles and roles
+    "fsspec>=2025.9",
 ]
+AUDIO = ["soundfile>=0.13", "soxr>=1.0"]
 
 setup(
     name="gigabatch",
@@ -21,51 +38,55 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=packages,
-    package_dir={f"gigabatch.{folder}": folder for folder in FOLDERS},
+    package_dir={"": str(SOURCE.parent)},
     package_data={"gigabatch.configs": ["*.yaml"], "": ["py.typed"]},
     install_requires=[
-        "torch>=2.11,<2.14",
-        "numpy>=1.26",
-        "deepspeed>=0.19.8,<0.20",  # trainer/zero.py relies on behaviour checked on this line
+        "torch>=2.13,<2.15",  # widen together with triton
+        "numpy>=2.0",
+        "deepspeed>=0.19.8,<0.20",  # trainer/engine.py relies on its internals
         "ray[default,train]>=2.60,<3",
         "webdataset>=1.0.2,<2",
         "braceexpand>=0.1.7",
-        "fsspec>=2024.12",
-        "google-crc32c>=1.5",
-        "packaging>=23",
+        "google-crc32c>=1.7",
+        "packaging>=24",
         "psutil>=6",
-        "pyarrow>=17",
-        "tensorboard>=2.18,<3",
-        "transformers>=5,<6",
+        "pyarrow>=23.0.1",
+        "tensorboard>=2.20,<3",
+        "transformers>=5.5,<6",
         "tokenizers>=0.22,<1",
-        "safetensors>=0.5,<1",
-        "pydantic>=2.10,<3",
-        "PyYAML>=6",
+        "safetensors>=0.6,<1",
+        "pydantic>=2.11,<3",
+        "PyYAML>=6.0.1",
         "typer>=0.16,<1",
-        "rich>=13",
-        "pillow>=11",
-        "matplotlib>=3.9",  # its fonts are the demo set; pictures in the README
-        "fonttools>=4.50",
+        "rich>=13.7",
+        "pillow>=12.3",
+        "matplotlib>=3.10",  # its fonts are the demo set; pictures in the README
+        "fonttools>=4.60.2",
+        "requests>=2.33",
+        "aiohttp>=3.14.3",
     ],
     extras_require={
-        "remote": ["s3fs>=2025.7", "gcsfs>=2024.12", "aiohttp>=3.9"],  # exclusive writes work since
-        "audio": ["soundfile>=0.13", "soxr>=0.5"],
+        "remote": REMOTE,
+        "audio": AUDIO,
         "test": [
-            "pytest>=8,<9.2",  # 9.2 names tests anew: xdist 3.8 no longer keeps a group together
-            "pytest-xdist>=3.6",
-            "pytest-timeout>=2.3",
+            *REMOTE,
+            *AUDIO,
+            "pytest>=9.0.3,<9.2",  # 9.2 renames tests: xdist 3.8 no longer keeps a group together
+            "pytest-xdist>=3.8",
+            "pytest-timeout>=2.4",
             "hypothesis>=6.150",
-            "ruff>=0.9",
-            "mypy>=1.14",
-            "types-psutil",
-            "types-PyYAML",
-            "jsonschema>=4",
-            "s3fs>=2025.7",
-            "aiohttp>=3.9",
-            "moto[server]>=5",
-            "soundfile>=0.13",
-            "soxr>=0.5",
-            "triton>=3.6,<3.8",
+            "jsonschema>=4.23",
+            "moto[s3]>=5.1.20",  # with flask, its server; moto[server] needs far more
+            "flask>=3.1.3",
+            "flask-cors>=6",
+            "setuptools>=78.1.1",
+            "triton>=3.7.1,<3.9",  # widen together with torch
+        ],
+        "dev": ["ruff>=0.17.6,<0.18", "mypy>=2.4,<3", "types-psutil", "types-PyYAML"],
+        "docs": [
+            "mkdocs-material>=9.7.7,<10",
+            "mkdocstrings[python]>=1.0",
+            "pymdown-extensions>=11.0.2",
         ],
     },
     entry_points={"console_scripts": ["gigabatch = gigabatch.launcher.cli.app:main"]},

@@ -299,7 +299,7 @@ def load_stage(path: str) -> Stage:
         stage = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise GigabatchError(
-            f"data.stages: cannot import {path!r}: {error}. Name a function as `package.mod:name`."
+            f"data.stages: {path!r} cannot be imported: {error}. Name it as package.mod:name."
         ) from error
     if not callable(stage):
         raise GigabatchError(

@@ -1,4 +1,4 @@
-"""MkDocs hooks: generated pages, links out of docs/, and the sources of the API reference."""
+"""MkDocs hooks: generated pages, and links out of docs/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from mkdocs.structure.pages import Page
 from gigabatch.trainer.config.reference import config_reference
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("launcher", "trainer", "data", "kernels")
 CONFIG_INTRO = """# Config reference
 
 Every key of a run's YAML file. This page is generated from the settings. Set any key on the command
@@ -22,20 +21,6 @@ line, as in `train.steps=2000`. `gigabatch config CONFIG` prints a config with a
 
 """
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
-
-
-def on_config(config: MkDocsConfig) -> None:
-    """Link the packages into build/docs/gigabatch, where mkdocstrings looks for `gigabatch`.
-
-    The folders have other names in the repository (see setup.py), and static analysis does not
-    follow the import hooks of an editable install.
-    """
-    folder = ROOT / "build" / "docs" / "gigabatch"
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in PACKAGES:
-        link = folder / name
-        if not link.is_symlink():
-            link.symlink_to(ROOT / name)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:

@@ -1,4 +1,4 @@
-"""Scores that the backward pass need not make again: three matrix passes for four."""
+"""Score cache: the backward pass reuses forward scores, saving up to one matrix pass in four."""
 
 from __future__ import annotations
 
@@ -6,38 +6,49 @@ import torch
 from torch import Tensor
 
 from gigabatch.kernels.scores import Score
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.sources import KeyBlock
 
 
 class ScoreCache:
-    """Keeps scores from the forward pass for the backward, unrounded, so that results are the same
-    to the last bit with it and without: the first rows of each panel, as far as `budget` bytes go.
+    """Unrounded scores of the first rows of each key block, as far as a byte budget allows.
+
+    Results are the same bits with the cache and without.
     """
 
     def __init__(self, budget: int) -> None:
-        self.left = budget
-        self.kept: dict[tuple[int, int], Tensor] = {}
+        self.bytes_left = budget
+        self.scores: dict[tuple[int, int], Tensor] = {}
 
-    def rows(
-        self, score: Score, panel: Panel, kind: torch.dtype, step: int, again: bool
+    def first_rows(
+        self, score: Score, block: KeyBlock, dtype: torch.dtype, step: int, backward: bool
     ) -> Tensor | None:
-        """[R, n]: the scores of the panel's first rows, to be written or, `again`, in the backward
-        pass, to be read. R is a multiple of `step`, or all. None if there is no room, or the
-        score's `pull` needs more than its scores."""
-        first, stop, _ = panel.rows.indices(len(score.operands[0]))
-        at, size = (panel.offset, first), kind.itemsize * len(panel.keys)
-        if again:
-            return self.kept.pop(at, None)
-        count = min(stop - first, self.left // max(size, 1))
+        """Return cached scores [R, n] of a block's first R rows, to write or to read.
+
+        Args:
+            score: Similarity function.
+            block: n keys.
+            dtype: Of the scores.
+            step: R is a multiple of it, or all rows.
+            backward: True reads (and forgets) what the forward pass wrote.
+
+        Returns:
+            None if there is no room, or if the score's `pull` needs more than its scores.
+        """
+        first, stop, _ = block.rows.indices(len(score.operands[0]))
+        position, row_bytes = (block.offset, first), dtype.itemsize * len(block.keys)
+        if backward:
+            return self.scores.pop(position, None)
+        count = min(stop - first, self.bytes_left // max(row_bytes, 1))
         count -= count % step if first + count < stop else 0
         if score.needs_scratch or count <= 0:
             return None
-        self.kept[at] = panel.keys.new_empty(count, len(panel.keys), dtype=kind)
-        self.left -= count * size
-        return self.kept[at]
+        self.scores[position] = block.keys.new_empty(count, len(block.keys), dtype=dtype)
+        self.bytes_left -= count * row_bytes
+        return self.scores[position]
 
 
-def block_of(kept: Tensor | None, first: int, rows: slice, columns: slice) -> Tensor | None:
-    """A block of what is kept of the rows from `first` on, if all of it is."""
+def cached_tile(cached: Tensor | None, first: int, rows: slice, columns: slice) -> Tensor | None:
+    """Return a tile of the cached scores of the rows from `first` on, or None if not all of the
+    tile is cached."""
     start, stop = rows.start - first, rows.stop - first
-    return None if kept is None or stop > len(kept) else kept[start:stop, columns]
+    return None if cached is None or stop > len(cached) else cached[start:stop, columns]

@@ -1,10 +1,11 @@
-"""Rules say which pairs count and how much, from O(N) metadata; nothing of size M x N is stored.
+"""Rules: which pairs of a query and a key count, and with what weight.
 
-A rule is a sequence of clauses that hold together. A clause is a mask (bool: the pair counts or
-does not) or a log-weight (float: its exp multiplies the pair's term). It sets a value of each row,
-`rows` [M, ...], against a metadata column of the key source, named `keys`; all are constants, not
-to be changed before the backward pass. The list is closed: a clause has one function here and one
-in each compiled back end.
+A rule is a sequence of clauses; all of them apply. A clause is a mask (bool: the pair counts or
+not) or a log-weight (float: its exp multiplies the pair's term). It compares a value of each row,
+`rows` [M, ...], with a metadata column of the key source, named `keys`. So a rule needs O(N)
+metadata, and nothing of size M x N is stored. Clause tensors are constants: they get no gradient
+and must not change before the backward pass. The list of clauses is closed: each has one method
+here and one function in each compiled back end.
 """
 
 from __future__ import annotations
@@ -16,12 +17,23 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.sources import Panel, wide
+from gigabatch.kernels.sources import KeyBlock, accumulator_dtype
 
 
 class Clause(Protocol):
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        """Mask or log-weights [r, c] of pairs of `rows` and a panel's keys with these `scores`."""
+    """One condition or weight of a rule."""
+
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        """Return the mask (bool) or log-weights (float) of some rows and a block's keys.
+
+        Args:
+            rows: Range of r rows.
+            block: c keys with their metadata.
+            scores: [r, c] scores of these pairs.
+
+        Returns:
+            [r, c] bool or float, a new tensor that the caller may overwrite.
+        """
 
 
 Rule = Sequence[Clause]
@@ -29,63 +41,83 @@ Rule = Sequence[Clause]
 
 @dataclass(frozen=True)
 class Eq:
-    """Mask: equal values. Same id, class, group, language; by number, the row's own key."""
+    """Mask: equal values.
+
+    Examples are the same id, class, group or language; by index, the row's own key.
+
+    Args:
+        rows: [M] values of the rows.
+        keys: Name of the keys' column.
+    """
 
     rows: Tensor
     keys: str
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        return self.rows[rows].unsqueeze(1) == panel.metadata[self.keys]
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        return self.rows[rows].unsqueeze(1) == block.metadata[self.keys]
 
 
 class Ne(Eq):
-    """Mask: different values. Not itself, not of the same class."""
+    """Mask: different values. Not the row itself, or not of the same class."""
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        return self.rows[rows].unsqueeze(1) != panel.metadata[self.keys]
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        return self.rows[rows].unsqueeze(1) != block.metadata[self.keys]
 
 
 @dataclass(frozen=True)
 class Either:
-    """Mask: one of two masks holds. Another id, or the row's own key."""
+    """Mask: at least one of two masks holds. For example another id, or the row's own key."""
 
     one: Clause
     other: Clause
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        return self.one.block(rows, panel, scores) | self.other.block(rows, panel, scores)
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        return self.one.evaluate(rows, block, scores) | self.other.evaluate(rows, block, scores)
 
 
 @dataclass(frozen=True)
 class Table:
-    """Log-weight `table[row's code, key's code]` by role or relation; codes int64, `table` float
-    [A, B], -inf to mask. `only`: a mask outside which it does not apply, so that a row's own
-    reversal weighs otherwise than a stranger's."""
+    """Log-weight `table[row's code, key's code]`, by role or relation.
+
+    Args:
+        rows: int64 [M] codes of the rows.
+        keys: Name of the keys' int64 column.
+        table: float [A, B]; -inf masks a pair.
+        only: Mask; pairs outside it have log-weight 0. With it, a row's own reversed sample can
+            have another weight than the reversed samples of other rows.
+    """
 
     rows: Tensor
     keys: str
     table: Tensor
     only: Clause | None = None
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        # Keys first: then whole rows are copied.
-        weights = self.table[:, panel.metadata[self.keys]].index_select(0, self.rows[rows])
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        # Indexing by key first makes the second indexing copy complete rows.
+        weights = self.table[:, block.metadata[self.keys]].index_select(0, self.rows[rows])
         if self.only is not None:
-            weights.masked_fill_(~self.only.block(rows, panel, scores), 0)
+            weights.masked_fill_(~self.only.evaluate(rows, block, scores), 0)
         return weights
 
 
 @dataclass(frozen=True)
 class AbsDiff:
-    """Log-weight log(factor_i |y_i - y_j| + 1): the farther the labels, the stronger a negative
-    (SupReMix, number 42). `factor`: float [M]; 1 without it, 1 - lambda for mixtures."""
+    """Log-weight log(factor_i |y_i - y_j| + 1): negatives weigh more, the farther their labels.
+
+    From SupReMix.
+
+    Args:
+        rows: [M] labels of the rows, integer or floating.
+        keys: Name of the keys' column of labels.
+        factor: float [M]; None is 1. Mixtures use 1 - lambda.
+    """
 
     rows: Tensor
     keys: str
     factor: Tensor | None = None
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        distance = (self.rows[rows].unsqueeze(1) - panel.metadata[self.keys]).abs_()
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        distance = (self.rows[rows].unsqueeze(1) - block.metadata[self.keys]).abs_()
         if not distance.is_floating_point():
             distance = distance.to(scores.dtype)
         if self.factor is not None:
@@ -95,10 +127,15 @@ class AbsDiff:
 
 @dataclass(frozen=True)
 class SecondScore:
-    """By another score t_ij = <rows_i, column_j>, without gradient; vectors [M, E] and [n, E].
+    """Mask or log-weight from another score, t_ij = <rows_i, column_j>, without gradient.
 
-    `at_most`: the mask t_ij <= at_most, without a teacher's false negatives (MultiCSR, number 39).
-    Else the log-weight `scale` t_ij: a teacher's softmax, up to its sum, as soft positives.
+    Args:
+        rows: [M, E] vectors of the rows.
+        keys: Name of the keys' column of vectors, [n, E].
+        at_most: If given, the clause is the mask t_ij <= at_most, which drops the pairs that a
+            teacher takes for false negatives (MultiCSR).
+        scale: Otherwise the clause is the log-weight scale t_ij: a teacher's softmax, up to its
+            sum, as soft positives.
     """
 
     rows: Tensor
@@ -106,54 +143,66 @@ class SecondScore:
     at_most: float | None = None
     scale: float = 1.0
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        kind = wide(self.rows.dtype)
-        t = self.rows[rows].to(kind) @ panel.metadata[self.keys].to(kind).T
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        dtype = accumulator_dtype(self.rows.dtype)
+        t = self.rows[rows].to(dtype) @ block.metadata[self.keys].to(dtype).T
         return self.scale * t if self.at_most is None else t <= self.at_most
 
 
 @dataclass(frozen=True)
 class AtLeast:
-    """Mask s_ij >= rows_i: only keys whose score reaches a threshold, such as a row's quantile
-    (`row_top`). Put thresholds between two scores: the same score may round differently."""
+    """Mask s_ij >= rows_i: only keys whose score reaches a threshold.
+
+    The threshold may be a quantile of the row's scores, from `row_top`. Put it between two scores:
+    the same score may round differently in another tile.
+
+    Args:
+        rows: [M] thresholds.
+    """
 
     rows: Tensor
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
         return scores >= self.rows[rows].unsqueeze(1)
 
 
-def joined(ids: Tensor, groups: Tensor) -> Tensor:
-    """int64 [n]: codes that are equal where both are, but for an accident of 64 bits. A lone `Eq`
-    of them costs nothing a tile, where two together would."""
+def combine_ids(ids: Tensor, groups: Tensor) -> Tensor:
+    """Return int64 [n] codes that are equal where both ids and groups are.
+
+    Different pairs collide only by a chance of 64 bits. One `Eq` of the codes costs nothing per
+    tile; two clauses would.
+    """
     return ids * -7046029254386353131 + groups * -4417276706812531889
 
 
 def check_rule(rule: Rule, m: int) -> None:
-    """ValueError for clauses whose row values do not fit [m, ...] or would want a gradient."""
+    """Raise ValueError if a clause's row values are not [m, ...] or require a gradient."""
     for clause in rule:
         for name, value in vars(clause).items():
-            what = f"{type(clause).__name__}.{name}"
+            argument = f"{type(clause).__name__}.{name}"
             if not isinstance(value, Tensor):
-                check_rule([value] if hasattr(value, "block") else [], m)
+                check_rule([value] if hasattr(value, "evaluate") else [], m)
             elif name != "table" and len(value) != m:
-                raise ValueError(f"{what} must have {m} entries, one a row; got {len(value)}")
+                raise ValueError(f"{argument} must have {m} entries, one per row; got {len(value)}")
             elif value.requires_grad:
-                raise ValueError(f"{what} wants a gradient; rules are constants, what is learnt is "
-                                 "a scale or a bias")  # fmt: skip
+                raise ValueError(f"{argument} requires a gradient, but rules are constants; learn "
+                                 "a scale or a bias instead, or detach it")  # fmt: skip
 
 
-def blend(rule: Rule, rows: slice, panel: Panel, scores: Tensor) -> tuple[Tensor | None, ...]:
-    """All clauses on one tile: (mask, log-weights), each None where nothing is said."""
+def combine_clauses(
+    rule: Rule, rows: slice, block: KeyBlock, scores: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Evaluate all clauses on one tile; returns (mask, log-weights), each None if no clause
+    gives one."""
     mask = weights = None
-    for clause in (*rule, *panel.only):
-        block = clause.block(rows, panel, scores)
-        if block.dtype == torch.bool:
-            mask = block if mask is None else mask & block
+    for clause in (*rule, *block.clauses):
+        values = clause.evaluate(rows, block, scores)
+        if values.dtype == torch.bool:
+            mask = values if mask is None else mask & values
         elif weights is None:
-            weights = block
-        elif weights.dtype == block.dtype:
-            weights += block  # a clause's block is its own: no third one is made
+            weights = values
+        elif weights.dtype == values.dtype:
+            weights += values  # in place, so that no third tile is allocated
         else:
-            weights = weights + block
+            weights = weights + values
     return mask, weights

@@ -1,8 +1,9 @@
-"""The engine's sums, each of one score pass: `lse_stats` and `pair_sum`. See docs/engine.md.
+"""The engine's sums, one pass over the scores each: `lse_stats` and `pair_sum`.
 
-The backward pass forms, a tile at a time, the gradient G of all terms in the scores, and from it
-dQ = G K and dK = G^T Q: four matrix passes in all (S; S again; dQ; dK), or three for the total of
-a `pair_sum`, whose gradient is known up to one factor while the scores are at hand.
+The backward pass forms, tile by tile, the gradient G of all sums with respect to the scores, and
+from it dQ = G K and dK = G^T Q. That is four matrix passes (S; S again; dQ; dK), or three for the
+total of a `pair_sum`, whose gradient is known up to one factor in the forward pass. See
+docs/engine.md.
 """
 
 from __future__ import annotations
@@ -22,20 +23,24 @@ from torch.autograd.function import once_differentiable
 from gigabatch.kernels.cache import ScoreCache
 from gigabatch.kernels.rules import Clause, Rule, check_rule
 from gigabatch.kernels.scores import Dot, Score
-from gigabatch.kernels.sources import KeySource, Merge, Panel, full_precision, wide
-from gigabatch.kernels.tiled import Part
+from gigabatch.kernels.sources import KeyBlock, KeySource, Merge, accumulator_dtype, no_autocast
+from gigabatch.kernels.tiled import Reduction
 
-BACKENDS = {"reference": "reference", "tiled": "tiled", "triton": "fused"}  # and their modules
+BACKENDS = {"reference": "reference", "tiled": "tiled", "triton": "fused"}  # name -> module
 Axis = Literal["rows", "columns"]
 
 
 @dataclass(frozen=True)
 class Lse:
-    """Z_i = log sum_j w_ij exp(scale_i s_ij + bias_j), for each row i, or each column.
+    """Log-sum-exp Z_i = log sum_j w_ij exp(scale_i s_ij + bias_j) of each row, or each column.
 
-    `scale`: 0-dimensional, or one for each result ([M] rows or this rank's [n] keys); may be
-    negative. `bias`: one for each entry across the axis ([n] this rank's keys for "rows", [M] for
-    "columns"). Both differentiable. `rule`: the weights w; without it all pairs count alike.
+    Args:
+        axis: "rows": i is a row and j a key; "columns": i is a key and j a row.
+        scale: 0-dim, or one entry for each result ([M] rows or this rank's [n] keys); may be
+            negative. Differentiable.
+        bias: None, or one entry for each j (this rank's [n] keys for "rows", [M] for "columns").
+            Differentiable.
+        rule: The weights w; an empty rule counts all pairs alike.
     """
 
     axis: Axis
@@ -46,10 +51,14 @@ class Lse:
 
 @dataclass(frozen=True)
 class Stats:
-    """For each `Lse` its `z`, and along its axis positive_i = sum_j P_ij (scale_i s_ij + bias_j)
-    and weight_i = sum_j P_ij, without gradient (both empty where no positives are asked for).
+    """Results of `lse_stats`, one tensor for each `Lse`.
 
-    Each is [M] or, for columns, [n]: this rank's keys; at least float32. Over no pair z is -inf.
+    A tensor is [M] or, for columns, [n] (this rank's keys); at least float32.
+
+    Attributes:
+        z: Log-sum-exps; -inf over no pair.
+        positive: sum_j P_ij (scale_i s_ij + bias_j), P the rule of positives; empty without one.
+        weight: sum_j P_ij, without gradient; empty without a rule of positives.
     """
 
     z: tuple[Tensor, ...]
@@ -61,40 +70,52 @@ def lse_stats(
     score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
     positives: Rule | Clause | None = None, backend: str | None = None, cache_bytes: int = 0,
 ) -> Stats:  # fmt: skip
-    """Log-sum-exps and positive sums of the scores of this rank's queries against all keys.
+    """Compute log-sum-exps and positive sums of this rank's queries against all keys.
 
-    `score`: a score, or queries [M, D] for the dot product. `positives`: their rule, one clause or
-    several; log-weights weigh them. A few pairs of a lone `Eq` cost nothing a tile. `backend`:
-    "tiled" (plain torch, the default), "triton" (asked for by name until it has run on a GPU), or
-    "reference" (dense, float64; the oracle). `cache_bytes`: memory for scores that the backward
-    pass then need not make again: up to three matrix passes for four, the same bits. Differentiable
-    once, in the score's operands, the source's tensors, scales and biases. Memory O(M + N) beside
-    the keys. Under a process group the *sum over ranks* of a function of the results is what is
-    differentiated. Raises ValueError for an unknown back end or sizes that do not fit.
+    Differentiable once: in the score's operands, the source's tensors, scales and biases. Memory
+    O(M + N), apart from the keys. Under a process group, gradients are those of the *sum over
+    ranks* of a function of the results.
+
+    Args:
+        score: A score, or queries [M, D] for the dot product.
+        keys: Source of N keys.
+        lses: Log-sum-exps to compute, together.
+        positives: Rule of the positives, one clause or several; log-weights weigh them. A single
+            `Eq` with few pairs costs nothing per tile.
+        backend: "tiled" (plain PyTorch, the default), "triton" (must be requested until it has
+            run on a GPU) or "reference" (dense, float64).
+        cache_bytes: Memory for scores that the backward pass reuses, saving up to one matrix pass
+            in four. Results are the same bits.
+
+    Returns:
+        One result for each entry of `lses`.
+
+    Raises:
+        ValueError: if the back end is unknown or cannot run here, or if sizes do not match.
     """
     rules = [] if positives is None else [positives]
-    return lse_sums(score, keys, lses, rules, backend, cache_bytes)[0]
+    return lse_stats_of_rules(score, keys, lses, rules, backend, cache_bytes)[0]
 
 
-def lse_sums(
+def lse_stats_of_rules(
     score: Score | Tensor, keys: KeySource, lses: Sequence[Lse],
     positives: Sequence[Rule | Clause], backend: str | None, cache_bytes: int = 0,
 ) -> list[Stats]:  # fmt: skip
-    """`lse_stats` for several rules of positives at once, in the same four passes."""
+    """Compute `lse_stats` for several rules of positives, in the same four matrix passes."""
     rules: list[Rule] = [p if isinstance(p, Sequence) else (p,) for p in positives]
-    terms, stride = [], 1 + 2 * len(rules)
+    reductions, stride = [], 1 + 2 * len(rules)
     for lse in lses:
         if lse.axis not in ("rows", "columns"):
             raise ValueError(f"axis is {lse.axis!r}; choose rows or columns")
         on_rows, constant = lse.axis == "rows", lse.scale.detach()
-        terms.append(Part(on_rows, "lse", lse.rule, lse.scale, None, lse.bias))
+        reductions.append(Reduction(on_rows, "lse", lse.rule, lse.scale, None, lse.bias))
         for rule in rules:
-            terms.append(Part(on_rows, "linear", rule, lse.scale, None, lse.bias))
-            terms.append(Part(on_rows, "one", rule, constant))
-    out = _run(score, keys, terms, backend, cache_bytes=cache_bytes)
-    each = [out[i::stride] for i in range(stride)]
-    pairs = [(each[1 + 2 * i], each[2 + 2 * i]) for i in range(len(rules))]
-    return [Stats(each[0], *pair) for pair in pairs or [((), ())]]
+            reductions.append(Reduction(on_rows, "linear", rule, lse.scale, None, lse.bias))
+            reductions.append(Reduction(on_rows, "one", rule, constant))
+    out = _run(score, keys, reductions, backend, cache_bytes=cache_bytes)
+    columns = [out[i::stride] for i in range(stride)]
+    sums = [(columns[1 + 2 * i], columns[2 + 2 * i]) for i in range(len(rules))]
+    return [Stats(columns[0], *pair) for pair in sums or [((), ())]]
 
 
 def pair_sum(
@@ -102,23 +123,39 @@ def pair_sum(
     scale: Tensor, shift: Tensor, bias: Tensor | None = None, rule: Rule = (), *,
     total: bool = False, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
-    """sum_j w_ij phi(scale_i s_ij + shift_i + bias_j): [M], or with `total` their sum, 0-dim; at
-    least float32.
+    """Compute sum_j w_ij phi(scale_i s_ij + shift_i + bias_j) for each row, or their sum.
 
-    `phi`: "softplus" log(1 + e^x), "relu", or "step" (0 where x < 0, else 1; no gradient). `scale`,
-    `shift`: 0-dimensional or [M]; `bias`: None or this rank's [n] keys; all differentiable, as are
-    the score's operands and the source's tensors, once (a total's gradient must be the same number
-    on every rank, as it is in any loss). `rule`: which pairs count, and how much.
-    `backend`, errors, process groups: as `lse_stats`; ValueError too for an unknown `phi`.
+    Differentiable once, as `lse_stats` is. A total's gradient must be the same number on every
+    rank, as it is in any loss.
+
+    Args:
+        score: A score, or queries [M, D] for the dot product.
+        keys: Source of N keys.
+        phi: "softplus" log(1 + e^x); "relu"; or "step" (0 where x < 0, else 1; no gradient).
+        scale: 0-dim or [M], differentiable.
+        shift: 0-dim or [M], differentiable.
+        bias: None or this rank's [n] keys, differentiable.
+        rule: Which pairs count, and with what weight.
+        total: Return the sum over rows, in three matrix passes instead of four.
+        backend: As in `lse_stats`.
+
+    Returns:
+        [M], or 0-dim with `total`; at least float32.
+
+    Raises:
+        ValueError: as `lse_stats`, and if `phi` is unknown.
     """
     if phi not in ("softplus", "relu", "step"):
         raise ValueError(f"phi is {phi!r}; choose one of softplus, relu, step")
-    return _run(score, keys, [Part(True, phi, rule, scale, shift, bias)], backend, total)[0]
+    return _run(score, keys, [Reduction(True, phi, rule, scale, shift, bias)], backend, total)[0]
 
 
-def engine_of(backend: str | None, like: Tensor) -> Any:
-    """The module of a back end, by default tiled. ValueError for one that does not exist or cannot
-    run on the device of `like`."""
+def load_backend(backend: str | None, like: Tensor) -> Any:
+    """Import the module of a back end, by default `tiled`.
+
+    Raises:
+        ValueError: if it does not exist or cannot run on the device of `like`.
+    """
     name = backend or "tiled"
     if name not in BACKENDS:
         raise ValueError(f"backend is {name!r}; choose one of {', '.join(BACKENDS)}")
@@ -131,65 +168,77 @@ def engine_of(backend: str | None, like: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Spec:
+    """A call of `_run`. `grad_in_forward`: the gradient of the one reduction's total is made in
+    the forward pass, up to one factor."""
+
     score: Score
     keys: KeySource
-    terms: Sequence[Part]
+    reductions: Sequence[Reduction]
     engine: Any
-    total: bool  # one term, whose sum is asked for
-    early: bool  # its gradient is made in the forward pass, up to one factor
+    total: bool
+    grad_in_forward: bool
     cache: ScoreCache | None
 
     @property
-    def kind(self) -> torch.dtype:
-        """The dtype of results: at least float32."""
+    def result_dtype(self) -> torch.dtype:
         dtypes = [tensor.dtype for tensor in (*self.score.operands, *self.keys.tensors)]
-        return wide(reduce(torch.promote_types, dtypes))
+        return accumulator_dtype(reduce(torch.promote_types, dtypes))
 
     @property
-    def inner(self) -> torch.dtype:
+    def sum_dtype(self) -> torch.dtype:
         """The dtype of logits, sums, and sums of gradients."""
-        return getattr(self.engine, "KIND", self.kind)
+        dtype: torch.dtype = getattr(self.engine, "DTYPE", self.result_dtype)
+        return dtype
 
 
 def _run(
-    score: Score | Tensor, keys: KeySource, terms: Sequence[Part], backend: str | None,
+    score: Score | Tensor, keys: KeySource, reductions: Sequence[Reduction], backend: str | None,
     total: bool = False, cache_bytes: int = 0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """Validate the reductions and compute them, differentiably."""
     score = Dot(score) if isinstance(score, Tensor) else score
-    for term in terms:
-        check_rule(term.rule, len(score.operands[0]))
-        _check(term, len(score.operands[0]), keys.held)
+    for reduction in reductions:
+        check_rule(reduction.rule, len(score.operands[0]))
+        _check_sizes(reduction, len(score.operands[0]), keys.held)
     tensors: list[Tensor | None] = [*score.operands, *keys.tensors]
-    tensors += [value for term in terms for value in (term.scale, term.shift, term.bias)]
-    learns = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
-    early = total and learns and terms[0].phi != "step"
-    cache = ScoreCache(cache_bytes) if cache_bytes and learns and not early else None
-    spec = _Spec(score, keys, terms, engine_of(backend, keys.tensors[0]), total, early, cache)
-    return _Sweep.apply(spec, *tensors)
+    tensors += [value for r in reductions for value in (r.scale, r.shift, r.bias)]
+    needs_grad = any(t is not None and t.requires_grad for t in tensors) and torch.is_grad_enabled()
+    in_forward = total and needs_grad and reductions[0].phi != "step"
+    cache = ScoreCache(cache_bytes) if cache_bytes and needs_grad and not in_forward else None
+    engine = load_backend(backend, keys.tensors[0])
+    spec = _Spec(score, keys, reductions, engine, total, in_forward, cache)
+    results: tuple[Tensor, ...] = _Sweep.apply(spec, *tensors)  # type: ignore[no-untyped-call]
+    return results
 
 
-def _check(term: Part, m: int, n: int) -> None:
-    along, across = (m, n) if term.on_rows else (n, m)
-    of = "rows" if term.on_rows else "columns"
+def _check_sizes(reduction: Reduction, m: int, n: int) -> None:
+    along, across = (m, n) if reduction.on_rows else (n, m)
+    axis = "rows" if reduction.on_rows else "columns"
     vector: list[tuple[int, ...]] = [(), (along,)]
     for name, shapes in (("scale", vector), ("shift", vector), ("bias", [(across,)])):
-        value = getattr(term, name)
+        value = getattr(reduction, name)
         if value is not None and value.shape not in shapes:
-            wanted = " or ".join(str(shape) for shape in shapes)
-            raise ValueError(f"{name} of {of} must be {wanted}; got {tuple(value.shape)}")
+            expected = " or ".join(str(shape) for shape in shapes)
+            raise ValueError(f"{name} of {axis} must be {expected}; got {tuple(value.shape)}")
 
 
 class _Sweep(torch.autograd.Function):
+    """All reductions of a `_Spec` as one differentiable function of its tensors."""
+
     @staticmethod
     def forward(ctx: Any, spec: _Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         like = spec.keys.tensors[0]
-        g = [like.new_ones((), dtype=spec.inner)] if spec.early else None
+        g = [like.new_ones((), dtype=spec.sum_dtype)] if spec.grad_in_forward else None
         out, grads = _sweep(spec, tensors, ctx.needs_input_grad[1:], None, g)
-        ctx.spec = None if spec.early else spec
-        ctx.kinds = [None if t is None else t.dtype for t in tensors]
-        ctx.save_for_backward(*(grads if spec.early else (*tensors, *out)))
-        results = [r.to(spec.kind) for r in ([out[0].sum()] if spec.total else out)]
-        constant = [r for r, t in zip(results, spec.terms, strict=True) if t.phi in ("one", "step")]
+        ctx.spec = None if spec.grad_in_forward else spec
+        ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.save_for_backward(*(grads if spec.grad_in_forward else (*tensors, *out)))
+        results = [r.to(spec.result_dtype) for r in ([out[0].sum()] if spec.total else out)]
+        constant = [
+            result
+            for result, reduction in zip(results, spec.reductions, strict=True)
+            if reduction.phi in ("one", "step")
+        ]
         ctx.mark_non_differentiable(*constant)
         return tuple(results)
 
@@ -200,75 +249,94 @@ class _Sweep(torch.autograd.Function):
         if spec is None:
             grads = [None if grad is None else grad * g[0] for grad in saved]
         else:
-            n = len(spec.terms)
+            n = len(spec.reductions)
             grads = _sweep(spec, saved[:-n], ctx.needs_input_grad[1:], saved[-n:], g)[1]
-        each = zip(grads, ctx.kinds, strict=False)
-        return (None, *(None if grad is None else grad.to(kind) for grad, kind in each))
+        pairs = zip(grads, ctx.dtypes, strict=False)
+        return (None, *(None if grad is None else grad.to(dtype) for grad, dtype in pairs))
+
+
+Fields = dict[str, Tensor]  # values of a `Reduction`'s attributes, by name
 
 
 def _sweep(
     spec: _Spec, tensors: Sequence[Tensor | None], needs: Sequence[bool],
     z: Sequence[Tensor] | None, g: Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
-    """All panels once: the terms' results, unless they are given as `z`; and with `g`, their
-    gradients, those of all `tensors`, not yet rounded to their dtypes."""
-    score, keys, terms = spec.score, spec.keys, spec.terms
-    like, learns, kind = keys.tensors[0], g is not None, spec.inner
-    pulls = learns and keys.learns
-    first = len(tensors) - 3 * len(terms)
-    fields: list[dict[str, Tensor]] = []  # of each term's `Part`
-    same: dict[int, Tensor] = {}  # a tensor that several terms share stays one
-    for i, term in enumerate(terms):
-        own = {name: getattr(term, name) for name in ("scale", "shift", "bias")}
-        found = {
-            name: same.setdefault(id(value), value.detach().to(kind))
-            for name, value in own.items() if value is not None
-        }  # fmt: skip
-        if z is None:
-            size = len(score.operands[0]) if term.on_rows else keys.held
-            found["out"] = like.new_full((size,), _empty(term, "out"), dtype=kind)
-        elif term.phi == "lse":
-            found["z"] = z[i]
-        if g is not None and term.phi != "one":
-            found["g"] = g[i]
-            for (name, value), need in zip(own.items(), needs[first + 3 * i :], strict=False):
-                if value is not None and need:
-                    found[f"d{name}"] = torch.zeros_like(value, dtype=kind)
-        fields.append(found)
-    # What belongs to a key travels: on the keys' axis all but the bias, on the rows' that alone.
-    travel = [
-        (i, name) for i, found in enumerate(fields) for name, value in found.items()
-        if value.ndim and terms[i].on_rows == name.endswith("bias")
+    """Visit all key blocks once.
+
+    Returns the results (none if `z` holds them already) and, with `g`, the gradients of all
+    `tensors`, not yet rounded to their dtypes.
+    """
+    score, keys, reductions = spec.score, spec.keys, spec.reductions
+    like, dtype = keys.tensors[0], spec.sum_dtype
+    needs_dk = g is not None and keys.requires_grad
+    fields = _fields(spec, needs[len(tensors) - 3 * len(reductions) :], z, g)
+    # Per-key values travel with the keys: on the keys' axis all but the bias, else the bias only.
+    per_key = [
+        (i, name) for i, values in enumerate(fields) for name, value in values.items()
+        if value.ndim and reductions[i].on_rows == name.endswith("bias")
     ]  # fmt: skip
-    back = [at for at in travel if at[1] in ("out", "dscale", "dshift", "dbias")]
-    forth = [at for at in travel if at not in back]
-    drows = [torch.zeros(o.shape, dtype=kind, device=o.device) for o in score.operands if learns]
+    results = [(i, name) for i, name in per_key if name in ("out", "dscale", "dshift", "dbias")]
+    inputs = [key for key in per_key if key not in results]
+    operands = score.operands if g is not None else ()
+    drows = [torch.zeros(o.shape, dtype=dtype, device=o.device) for o in operands]
 
-    def work(panel: Panel, columns: list[Tensor]) -> list[Tensor]:
-        here = [dict(found) for found in fields]
-        for (i, name), column in zip(forth, columns, strict=True):
-            here[i][name] = column
-        for i, name in back:
-            here[i][name] = like.new_full((len(panel.keys),), _empty(terms[i], name), dtype=kind)
-        parts = [replace(t, **found) for t, found in zip(terms, here, strict=True)]  # type: ignore[arg-type]
-        dk = [like.new_zeros(panel.keys.shape, dtype=kind)] if pulls else []
-        spec.engine.sweep(score, panel, parts, drows, dk[0] if dk else None, spec.cache)
-        return [*dk, *(here[i][name] for i, name in back)]
+    def work(block: KeyBlock, columns: list[Tensor]) -> list[Tensor]:
+        local = [dict(values) for values in fields]
+        for (i, name), column in zip(inputs, columns, strict=True):
+            local[i][name] = column
+        for i, name in results:
+            empty = _empty(reductions[i], name)
+            local[i][name] = like.new_full((len(block.keys),), empty, dtype=dtype)
+        block_reductions = [
+            replace(reduction, **values)  # type: ignore[arg-type]
+            for reduction, values in zip(reductions, local, strict=True)
+        ]
+        dk = [like.new_zeros(block.keys.shape, dtype=dtype)] if needs_dk else []
+        spec.engine.sweep(score, block, block_reductions, drows, dk[0] if dk else None, spec.cache)
+        return [*dk, *(local[i][name] for i, name in results)]
 
-    merges: list[Merge] = ["lse" if _empty(terms[i], name) else "sum" for i, name in back]
-    columns = [fields[i][name] for i, name in forth]
-    with full_precision(like):
-        merged = keys.fold(work, columns, ["grad", *merges] if pulls else merges)
+    merges: list[Merge] = ["lse" if _empty(reductions[i], n) else "sum" for i, n in results]
+    columns = [fields[i][name] for i, name in inputs]
+    with no_autocast(like):
+        merged = keys.fold(work, columns, ["grad", *merges] if needs_dk else merges)
     dkeys: Sequence[Tensor | None] = [None] * len(keys.tensors)
-    if pulls:
+    if needs_dk:
         dkeys = merged.pop(0).split([len(t) for t in keys.tensors])
-    for (i, name), value in zip(back, merged, strict=True):
+    for (i, name), value in zip(results, merged, strict=True):
         fields[i][name] = value
     grads = [*drows, *dkeys]
-    grads += [found.get(name) for found in fields for name in ("dscale", "dshift", "dbias")]
-    return [found["out"] for found in fields if "out" in found], grads
+    grads += [values.get(name) for values in fields for name in ("dscale", "dshift", "dbias")]
+    return [values["out"] for values in fields if "out" in values], grads
 
 
-def _empty(term: Part, name: str) -> float:
-    """The result of a term over no pair."""
-    return -torch.inf if name == "out" and term.phi == "lse" else 0.0
+def _fields(
+    spec: _Spec, needs: Sequence[bool], z: Sequence[Tensor] | None, g: Sequence[Tensor] | None
+) -> list[Fields]:
+    """Return each reduction's inputs in the dtype of sums, and its empty results and gradients."""
+    dtype, like = spec.sum_dtype, spec.keys.tensors[0]
+    fields: list[Fields] = []
+    converted: dict[int, Tensor] = {}  # a tensor that several reductions share stays one tensor
+    for i, reduction in enumerate(spec.reductions):
+        inputs = {name: getattr(reduction, name) for name in ("scale", "shift", "bias")}
+        values = {
+            name: converted.setdefault(id(value), value.detach().to(dtype))
+            for name, value in inputs.items() if value is not None
+        }  # fmt: skip
+        if z is None:
+            size = len(spec.score.operands[0]) if reduction.on_rows else spec.keys.held
+            values["out"] = like.new_full((size,), _empty(reduction, "out"), dtype=dtype)
+        elif reduction.phi == "lse":
+            values["z"] = z[i]
+        if g is not None and reduction.phi != "one":
+            values["g"] = g[i]
+            for (name, value), need in zip(inputs.items(), needs[3 * i :], strict=False):
+                if value is not None and need:
+                    values[f"d{name}"] = torch.zeros_like(value, dtype=dtype)
+        fields.append(values)
+    return fields
+
+
+def _empty(reduction: Reduction, name: str) -> float:
+    """Return the result of a reduction over no pair."""
+    return -torch.inf if name == "out" and reduction.phi == "lse" else 0.0

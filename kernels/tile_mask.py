@@ -1,9 +1,9 @@
-"""A rule on one panel of keys, as the `tiled` back end works it out.
+"""Tile masks: rules evaluated on one key block, for the `tiled` back end.
 
 On a CPU `where` and `masked_fill` branch at every number: a mask without a pattern costs them
 twelve times an addition, and a comparison three times. So a mask becomes a log-weight, 0 or -inf,
-by arithmetic where it can; and what a rule says of few pairs, the equal ones, is done to these
-pairs alone.
+by arithmetic where it can; and a clause that only concerns few pairs, those with equal values, is
+applied to these pairs alone.
 """
 
 from __future__ import annotations
@@ -14,198 +14,234 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.rules import Clause, Either, Eq, Ne, Rule, SecondScore, Table, blend
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.rules import (
+    Clause,
+    Either,
+    Eq,
+    Ne,
+    Rule,
+    SecondScore,
+    Table,
+    combine_clauses,
+)
+from gigabatch.kernels.sources import KeyBlock
 
 
 @dataclass
 class TileMask:
-    """Of the pairs of a tile [r, c]: a bool `mask` or log-weights `logs`, or neither; and for each
-    of `few` lists of pairs (row, column), each pair once, what is added to their log-weights."""
+    """A rule on one tile [r, c].
+
+    Attributes:
+        mask: bool [r, c], or None.
+        log_weights: float [r, c], or None; at most one of the two is given.
+        listed: Lists of pairs (row, column, value); each value is added to its pair's log-weight.
+            A list holds a pair once.
+    """
 
     mask: Tensor | None
-    logs: Tensor | None
-    few: list[tuple[Tensor, Tensor, Tensor]]
+    log_weights: Tensor | None
+    listed: list[tuple[Tensor, Tensor, Tensor]]
 
     def add_to(self, logits: Tensor) -> None:
+        """Add log-weights to logits [r, c], in place; a masked pair becomes -inf."""
         if self.mask is not None:
-            logits += as_log(self.mask, logits.dtype)
-        elif self.logs is not None:
-            logits += self.logs
-        for row, column, value in self.few:
+            logits += mask_to_log(self.mask, logits.dtype)
+        elif self.log_weights is not None:
+            logits += self.log_weights
+        for row, column, value in self.listed:
             logits[row, column] = logits[row, column] + value
 
     def multiply(self, values: Tensor) -> Tensor:
-        """Values, in place, times their pairs' weights; 0 where a pair does not count, whatever
-        it holds."""
+        """Multiply values [r, c] by their pairs' weights, in place; a masked pair becomes 0, even
+        if it holds NaN."""
         if self.mask is not None:
             values.masked_fill_(~self.mask, 0)
-        elif self.logs is not None:
-            values.mul_(self.logs.exp()).masked_fill_(self.logs == -torch.inf, 0)
-        for row, column, value in self.few:
-            found = values[row, column] * value.exp()
-            values[row, column] = torch.where(value > -torch.inf, found, 0)
+        elif self.log_weights is not None:
+            values.mul_(self.log_weights.exp()).masked_fill_(self.log_weights == -torch.inf, 0)
+        for row, column, value in self.listed:
+            weighted = values[row, column] * value.exp()
+            values[row, column] = torch.where(value > -torch.inf, weighted, 0)
         return values
 
 
-def as_log(mask: Tensor, kind: torch.dtype) -> Tensor:
-    """0 where a mask holds, else -inf, without a branch: 1 - 1 / mask."""
-    return mask.to(kind).reciprocal_().neg_().add_(1)
+def mask_to_log(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where a mask holds, else -inf, without a branch: 1 - 1 / mask."""
+    return mask.to(dtype).reciprocal_().neg_().add_(1)
 
 
-class OnPanel:
-    """A rule on one panel, and the clauses that the panel brings along. `logarithms`: all that
-    use it add its log-weights, none multiplies by a mask."""
+class BlockRule:
+    """A rule prepared for one key block, together with the block's own clauses.
 
-    def __init__(self, rule: Rule, panel: Panel, logarithms: bool) -> None:
-        self.rule, self.panel, self.dense = rule, panel, list[Clause]()
-        self.few = list[tuple[Clause, Matches]]()
-        for clause in (*rule, *panel.only):
-            equal = _of_equal_pairs(clause)
-            found = None if equal is None else matches(equal, panel)
-            if found is None:
-                self.dense.append(_by_arithmetic(clause, panel) if logarithms else clause)
+    Args:
+        rule: Clauses.
+        block: Keys.
+        log_weights_only: All users of the rule add its log-weights; none multiplies by a mask.
+    """
+
+    def __init__(self, rule: Rule, block: KeyBlock, log_weights_only: bool) -> None:
+        self.rule, self.block, self.dense = rule, block, list[Clause]()
+        self.sparse = list[tuple[Clause, EqualPairs]]()
+        for clause in (*rule, *block.clauses):
+            equality = _deciding_equality(clause)
+            pairs = None if equality is None else few_equal_pairs(equality, block)
+            if pairs is None:
+                self.dense.append(_without_branches(clause, block) if log_weights_only else clause)
             else:
-                self.few.append((clause, found))
+                self.sparse.append((clause, pairs))
 
     @cached_property
-    def alone(self) -> Matches | None:
-        """For sums over pairs: those of a lone equality, where they are few."""
-        clause = self.rule[0] if len(self.rule) == 1 and not self.panel.only else None
+    def listed(self) -> EqualPairs | None:
+        """The pairs that a sum over pairs visits, if the rule is one equality with few pairs."""
+        clause = self.rule[0] if len(self.rule) == 1 and not self.block.clauses else None
         if not isinstance(clause, Eq) or isinstance(clause, Ne):
             return None
-        return matches(clause, self.panel)
+        return few_equal_pairs(clause, self.block)
 
-    def on(self, rows: slice, columns: slice, keys: Panel, scores: Tensor) -> TileMask | None:
-        """On a tile; `keys`: the panel's `columns`. None where all pairs count alike."""
-        if not self.dense and not self.few:
+    def on_tile(
+        self, rows: slice, columns: slice, keys: KeyBlock, scores: Tensor
+    ) -> TileMask | None:
+        """Evaluate the rule on a tile; `keys` are the block's `columns`. None: all pairs count
+        alike."""
+        if not self.dense and not self.sparse:
             return None
-        mask, logs = blend(self.dense, rows, keys, scores)
-        if mask is not None and logs is not None:
-            logs += as_log(mask, logs.dtype)
+        mask, log_weights = combine_clauses(self.dense, rows, keys, scores)
+        if mask is not None and log_weights is not None:
+            log_weights += mask_to_log(mask, log_weights.dtype)
             mask = None
-        found = TileMask(mask, logs, [])
-        for clause, equal in self.few:
-            row, column = equal.inside(rows, columns)
-            found.few.append(_log_weights(clause, rows, keys, row, column, scores))
-        return found
+        tile_mask = TileMask(mask, log_weights, [])
+        for clause, pairs in self.sparse:
+            row, column = pairs.in_tile(rows, columns)
+            tile_mask.listed.append(_pair_log_weights(clause, rows, keys, row, column, scores))
+        return tile_mask
 
 
-def _by_arithmetic(clause: Clause, panel: Panel) -> Clause:
-    """A mask as log-weights that no comparison makes, or the clause as it is."""
+def _without_branches(clause: Clause, block: KeyBlock) -> Clause:
+    """Return a mask as log-weights made without comparisons, or the clause unchanged."""
     if type(clause) is Eq:
-        first, rows = panel.rows.indices(len(clause.rows))[0], clause.rows[panel.rows]
-        codes = torch.cat([rows, panel.metadata[clause.keys]])
-        found, numbers = torch.unique(codes, return_inverse=True)
-        if len(found) <= 2**24:  # float32 holds no more of them
-            of_rows, of_keys = numbers.float().tensor_split([len(rows)])
-            return _Same(of_rows, of_keys, first, panel.offset)
+        first, rows = block.rows.indices(len(clause.rows))[0], clause.rows[block.rows]
+        codes = torch.cat([rows, block.metadata[clause.keys]])
+        values, ranks = torch.unique(codes, return_inverse=True)
+        if len(values) <= 2**24:  # float32 holds no more of them exactly
+            row_ranks, key_ranks = ranks.float().tensor_split([len(rows)])
+            return _EqualRanks(row_ranks, key_ranks, first, block.offset)
     one, other = (clause.one, clause.other) if isinstance(clause, Either) else (clause, None)
-    if isinstance(one, SecondScore) and one.at_most is not None and _finite(one, panel):
-        equal = matches(other, panel) if type(other) is Eq else None
-        if other is None or equal is not None:
-            return _Below(SecondScore(one.rows, one.keys), one.at_most, equal, panel.offset)
+    if isinstance(one, SecondScore) and one.at_most is not None and _is_finite(one, block):
+        pairs = few_equal_pairs(other, block) if type(other) is Eq else None
+        if other is None or pairs is not None:
+            return _AtMost(SecondScore(one.rows, one.keys), one.at_most, pairs, block.offset)
     return clause
 
 
-def _finite(score: SecondScore, panel: Panel) -> bool:
-    """Else some scores are NaN, which a comparison leaves out and arithmetic would not."""
-    return all(bool(each.isfinite().all()) for each in (score.rows, panel.metadata[score.keys]))
+def _is_finite(score: SecondScore, block: KeyBlock) -> bool:
+    """Return False if scores may be NaN, which a comparison drops and arithmetic would keep."""
+    vectors = (score.rows, block.metadata[score.keys])
+    return all(bool(tensor.isfinite().all()) for tensor in vectors)
 
 
-def _minus_infinity(positive: Tensor) -> Tensor:
-    """In place: 0 stays, numbers above it become -inf (below 1e-38 a number beyond -1e30)."""
-    most = torch.finfo(positive.dtype).max
-    return positive.mul_(-most).mul_(most)
+def _positive_to_minus_infinity(values: Tensor) -> Tensor:
+    """Replace positive numbers by -inf in place; 0 stays (below 1e-38 a number stays finite, but
+    below -1e30)."""
+    largest = torch.finfo(values.dtype).max
+    return values.mul_(-largest).mul_(largest)
 
 
 @dataclass(frozen=True)
-class _Same:
-    """`Eq` by numbers of the different values, which subtract exactly: `rows` float of the rows
-    from the `first` on, `keys` float [m]."""
+class _EqualRanks:
+    """`Eq` by the ranks of the different values, which subtract exactly.
+
+    `rows` float: the rows' ranks, from row `first` on; `keys` float [m].
+    """
 
     rows: Tensor
     keys: Tensor
     first: int
     offset: int
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        start = panel.offset - self.offset
-        keys = self.keys[start : start + len(panel.keys)]
-        own = self.rows[rows.start - self.first : rows.stop - self.first]
-        return _minus_infinity((own.unsqueeze(1) - keys).square_()).to(scores.dtype)
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        start = block.offset - self.offset
+        keys = self.keys[start : start + len(block.keys)]
+        row_ranks = self.rows[rows.start - self.first : rows.stop - self.first]
+        differences = (row_ranks.unsqueeze(1) - keys).square_()
+        return _positive_to_minus_infinity(differences).to(scores.dtype)
 
 
 @dataclass(frozen=True)
-class _Below:
-    """Scores up to `at_most`; `also`: pairs that count whatever their score is."""
+class _AtMost:
+    """Second scores up to `at_most`; pairs in `exempt` count whatever their score is."""
 
     score: SecondScore
     at_most: float
-    also: Matches | None
+    exempt: EqualPairs | None
     offset: int
 
-    def block(self, rows: slice, panel: Panel, scores: Tensor) -> Tensor:
-        start = panel.offset - self.offset
-        t = self.score.block(rows, panel, scores)
-        logs = _minus_infinity(t.sub_(self.at_most).clamp_(min=0))
-        if self.also is not None:
-            logs[self.also.inside(rows, slice(start, start + len(panel.keys)))] = 0
-        return logs.to(scores.dtype)
+    def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
+        start = block.offset - self.offset
+        t = self.score.evaluate(rows, block, scores)
+        log_weights = _positive_to_minus_infinity(t.sub_(self.at_most).clamp_(min=0))
+        if self.exempt is not None:
+            log_weights[self.exempt.in_tile(rows, slice(start, start + len(block.keys)))] = 0
+        return log_weights.to(scores.dtype)
 
 
-def _of_equal_pairs(clause: Clause) -> Eq | None:
-    """The equality whose pairs are all that a clause says something of."""
+def _deciding_equality(clause: Clause) -> Eq | None:
+    """Return the equality outside whose pairs a clause has no effect, if there is one."""
     if isinstance(clause, Either):
         return clause.one if isinstance(clause.one, Ne) and isinstance(clause.other, Eq) else None
-    equal = clause.only if isinstance(clause, Table) else clause
-    wanted = isinstance(equal, Eq) and isinstance(equal, Ne) == (equal is clause)
-    return equal if wanted else None  # type: ignore[return-value]
+    equality = clause.only if isinstance(clause, Table) else clause
+    # `Ne` masks the equal pairs; a table limited to an `Eq` weighs them.
+    if isinstance(equality, Eq) and isinstance(equality, Ne) == (equality is clause):
+        return equality
+    return None
 
 
-def _log_weights(
-    clause: Clause, rows: slice, keys: Panel, row: Tensor, column: Tensor, like: Tensor
+def _pair_log_weights(
+    clause: Clause, rows: slice, keys: KeyBlock, row: Tensor, column: Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(row, column, log-weight) of a clause's equal pairs on a tile."""
+    """Return (row, column, log-weight) of a clause's equal pairs on a tile."""
     if isinstance(clause, Table):
         codes = clause.rows[rows][row], keys.metadata[clause.keys][column]
         return row, column, clause.table[codes].to(like.dtype)
     if isinstance(clause, Either) and isinstance(clause.other, Eq):
         other = clause.other
         same = other.rows[rows][row] == keys.metadata[other.keys][column]
-        left = same if isinstance(other, Ne) else ~same
-        row, column = row[left], column[left]
+        masked = same if isinstance(other, Ne) else ~same
+        row, column = row[masked], column[masked]
     return row, column, like.new_full(row.shape, -torch.inf)
 
 
-def matches(clause: Eq, panel: Panel) -> Matches | None:
-    """The equal pairs, unless they are so many that a mask takes less."""
-    if clause.rows.dtype != panel.metadata[clause.keys].dtype:
+def few_equal_pairs(clause: Eq, block: KeyBlock) -> EqualPairs | None:
+    """Return the equal pairs, or None if there are so many that a mask takes less memory."""
+    if clause.rows.dtype != block.metadata[clause.keys].dtype:
         return None
-    found = Matches(clause, panel)
-    return None if found.many else found
+    pairs = EqualPairs(clause, block)
+    return None if pairs.too_many else pairs
 
 
-class Matches:
-    """`Eq` on one panel, its codes sorted once: a tile then costs its own pairs, not its area."""
+class EqualPairs:
+    """Pairs of equal values on one key block.
 
-    def __init__(self, clause: Eq, panel: Panel) -> None:
-        self.rows, self._block = clause.rows, slice(0)
-        self.codes, self.order = torch.sort(panel.metadata[clause.keys], stable=True)
-        rows = self.rows[panel.rows]
+    The values are sorted once, so that a tile costs its number of pairs, not its area.
+    """
+
+    def __init__(self, clause: Eq, block: KeyBlock) -> None:
+        self.rows, self._cached_rows = clause.rows, slice(0)
+        self.codes, self.order = torch.sort(block.metadata[clause.keys], stable=True)
+        rows = self.rows[block.rows]
         low, high = (torch.searchsorted(self.codes, rows, right=right) for right in (False, True))
-        # Listing more of them than this would take more than a mask.
-        self.many = 32 * int((high - low).sum()) > len(rows) * len(self.codes)
+        # A listed pair takes 32 times the memory of a mask's entry.
+        self.too_many = 32 * int((high - low).sum()) > len(rows) * len(self.codes)
 
-    def inside(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """(row, key) of the equal pairs of a tile, both counted from its first. Those of its block
-        of rows are kept for the next tile."""
-        if rows != self._block:
+    def in_tile(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        """Return (row, column) of a tile's pairs, counted from its first row and column.
+
+        The pairs of a range of rows are kept for the next tile of the same rows.
+        """
+        if rows != self._cached_rows:
             low = torch.searchsorted(self.codes, self.rows[rows])
             count = torch.searchsorted(self.codes, self.rows[rows], right=True) - low
             row, start = torch.repeat_interleave(count), torch.cumsum(count, 0) - count
             nth = torch.arange(row.numel(), device=row.device) - start[row]
-            self._block, self._pairs = rows, (row, self.order[low[row] + nth])
+            self._cached_rows, self._pairs = rows, (row, self.order[low[row] + nth])
         row, key = self._pairs
-        here = (key >= columns.start) & (key < columns.stop)
-        return row[here], key[here] - columns.start
+        inside = (key >= columns.start) & (key < columns.stop)
+        return row[inside], key[inside] - columns.start

@@ -1,4 +1,7 @@
-"""The `tiled` back end: plain torch on any device, one tile of scores in memory at a time."""
+"""Back end `tiled`: contrastive sums and gradients in plain PyTorch, on any device.
+
+Scores are computed tile by tile; only a `ScoreCache` keeps some of them for the backward pass.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gigabatch.kernels.cache import ScoreCache, block_of
-from gigabatch.kernels.rules import Rule, blend
+from gigabatch.kernels.cache import ScoreCache, cached_tile
+from gigabatch.kernels.rules import Rule, combine_clauses
 from gigabatch.kernels.scores import Score
-from gigabatch.kernels.sources import Panel, add_rows, wide
-from gigabatch.kernels.tile_mask import OnPanel, TileMask
+from gigabatch.kernels.sources import KeyBlock, accumulator_dtype, add_rows
+from gigabatch.kernels.tile_mask import BlockRule, TileMask
 
 ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
 # exp2 of the scaled difference instead of exp: on a CPU exp takes 25 times as long where its result
@@ -37,14 +40,27 @@ PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = 
 
 
 @dataclass(frozen=True)
-class Part:
-    """A term: with logits x_ij = scale_i s_ij + shift_i + bias_j and weights w_ij of its rule,
+class Reduction:
+    """Reduction of the logits x_ij = scale_i s_ij + shift_i + bias_j, with weights w_ij of a rule:
 
         phi "lse": log sum_j w_ij exp(x_ij)        else: sum_j w_ij phi(x_ij)
 
-    (i the row where `on_rows`, else the key). Along its axis vectors have [M] or the panel's [m]
-    entries; `bias` lies across it. `out` is added to, if given; with `g`, the gradient of the
-    results (and `z`, an lse's own), `dscale`, `dshift`, `dbias` are, where they are asked for.
+    i is the row if `on_rows`, else the key. Values along i have [M] or the block's [m] entries;
+    `bias` has one entry for each j. Results are added to the fields that are not None.
+
+    Attributes:
+        on_rows: Reduce over keys, for each row; else over rows, for each key.
+        phi: "lse" or a name in `PHI`.
+        rule: Which pairs count, and with what weight.
+        scale: 0-dim or one entry for each i.
+        shift: None, 0-dim or one entry for each i.
+        bias: None or one entry for each j.
+        z: Results of an "lse", needed for its gradient.
+        g: Gradient of the results; with it the gradients below are computed.
+        out: Results.
+        dscale: Gradient of `scale`.
+        dshift: Gradient of `shift`.
+        dbias: Gradient of `bias`.
     """
 
     on_rows: bool
@@ -53,7 +69,7 @@ class Part:
     scale: Tensor
     shift: Tensor | None = None
     bias: Tensor | None = None
-    z: Tensor | None = None  # results of an lse, for its gradient
+    z: Tensor | None = None
     g: Tensor | None = None
     out: Tensor | None = None
     dscale: Tensor | None = None
@@ -62,114 +78,137 @@ class Part:
 
 
 def sweep(
-    score: Score, panel: Panel, parts: Sequence[Part],
+    score: Score, block: KeyBlock, reductions: Sequence[Reduction],
     drows: Sequence[Tensor] = (), dk: Tensor | None = None, cache: ScoreCache | None = None,
 ) -> None:  # fmt: skip
-    """Results of all terms over one panel and, with `drows`, gradients: adds to `out` and the
-    gradients of the parts, to `drows` of the operands and, if they learn, `dk` of the panel's keys.
-    `cache`: keeps scores of a pass without gradients for the next, with them."""
-    masked = {id(part.rule) for part in parts if part.phi != "lse"}
+    """Accumulate all reductions over one key block; with `drows`, also gradients.
+
+    Args:
+        score: Similarity function over M queries.
+        block: m keys.
+        reductions: Their `out` and gradients are added to.
+        drows: Gradients [M, ...] of the score's operands, added to.
+        dk: Gradient [m, ...] of the keys, added to; None if the keys are constants.
+        cache: Keeps scores of a pass without gradients for the next one, with them.
+    """
+    masked = {id(reduction.rule) for reduction in reductions if reduction.phi != "lse"}
     rules = {
-        id(part.rule): OnPanel(part.rule, panel, id(part.rule) not in masked) for part in parts
+        id(reduction.rule): BlockRule(reduction.rule, block, id(reduction.rule) not in masked)
+        for reduction in reductions
     }
-    alike = Counter(_logits_of(part) for part in parts if part.phi == "lse")
-    for tile in tiles(score, panel, drows, dk, cache):
-        seen: dict[Any, Any] = {}  # what several terms use
+    uses = Counter(_logits_key(reduction) for reduction in reductions if reduction.phi == "lse")
+    for tile in tiles(score, block, drows, dk, cache):
+        shared: dict[Any, Any] = {}  # values of this tile that several reductions use
         grad = torch.zeros_like(tile.scores) if drows else None
-        for part in parts:
-            rule = rules[id(part.rule)]
-            if part.out is None and (part.g is None or grad is None):
+        for reduction in reductions:
+            rule = rules[id(reduction.rule)]
+            if reduction.out is None and (reduction.g is None or grad is None):
                 continue
-            if part.phi == "lse":
-                _lse(tile, part, rule, seen, alike[_logits_of(part)] > 1, grad)
-            elif rule.alone is None:
-                _phi(Block(tile), part, _weighing(tile, rule, seen), grad)
+            if reduction.phi == "lse":
+                _add_lse(tile, reduction, rule, shared, uses[_logits_key(reduction)] > 1, grad)
+            elif rule.listed is None:
+                _add_sum(AllPairs(tile), reduction, _tile_mask(tile, rule, shared), grad)
             else:
-                _phi(_pairs(tile, rule, seen), part, None, grad)
+                _add_sum(_listed_pairs(tile, rule, shared), reduction, None, grad)
         if grad is not None:
             tile.pull(grad)
 
 
-def fit(score: Score, panel: Panel) -> Score:
-    """The form of a score that this back end works with, for such keys."""
+def specialize(score: Score, block: KeyBlock) -> Score:
+    """Return the form of a score that this back end computes, for keys of this shape and dtype."""
     return score
 
 
-def top(score: Score, panel: Panel, rule: Rule, values: Tensor, index: Tensor) -> None:
-    """Merge the best keys of one panel into `values` and `index` [M, k], descending."""
-    for tile in tiles(score, panel):
-        mask, _ = blend(rule, tile.rows, tile.keys, tile.scores)
+def update_top_k(
+    score: Score, block: KeyBlock, rule: Rule, top_scores: Tensor, top_indices: Tensor
+) -> None:
+    """Merge one block of keys into each query's top k, in place.
+
+    Args:
+        score: Similarity function over M queries.
+        block: Keys; `block.offset` is the global index of the first.
+        rule: Masks select eligible pairs; log-weights are ignored.
+        top_scores: [M, k] float32 or float64, descending; -inf if empty.
+        top_indices: int64 [M, k] global key indices; -1 if empty.
+    """
+    for tile in tiles(score, block):
+        mask, _ = combine_clauses(rule, tile.rows, tile.keys, tile.scores)
         if mask is not None:
             tile.scores.masked_fill_(~mask, -torch.inf)
-        number = torch.arange(len(tile.keys.keys), device=index.device) + tile.keys.offset
-        number = torch.where(tile.scores == -torch.inf, -1, number)
-        merge_top(values[tile.rows], index[tile.rows], tile.scores, number)
+        indices = torch.arange(len(tile.keys.keys), device=top_indices.device) + tile.keys.offset
+        # A masked key may reach an unfilled slot; its index must not leak.
+        indices = torch.where(tile.scores == -torch.inf, -1, indices)
+        merge_top_k(top_scores[tile.rows], top_indices[tile.rows], tile.scores, indices)
 
 
-def merge_top(values: Tensor, index: Tensor, scores: Tensor, numbers: Tensor) -> None:
-    """Keep the best of both in `values` and `index` [m, k]."""
-    best, at = torch.cat([values, scores], 1).topk(values.shape[1], 1)
-    index.copy_(torch.cat([index, numbers], 1).gather(1, at))
-    values.copy_(best)
+def merge_top_k(top_scores: Tensor, top_indices: Tensor, scores: Tensor, indices: Tensor) -> None:
+    """Merge candidates [m, c] into the top k, `top_scores` and `top_indices` [m, k], in place."""
+    best, position = torch.cat([top_scores, scores], 1).topk(top_scores.shape[1], 1)
+    top_indices.copy_(torch.cat([top_indices, indices], 1).gather(1, position))
+    top_scores.copy_(best)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Scores [r, c] of `rows` and the keys `columns` of a panel; `spare`: work space [r, c]."""
+    """Scores [r, c] of some rows and the keys `columns` of a block.
+
+    `spare` is work space [r, c]. `pull` takes a gradient [r, c] of the scores and adds those of
+    the queries and keys.
+    """
 
     rows: slice
     columns: slice
-    keys: Panel
+    keys: KeyBlock
     scores: Tensor
     spare: Tensor
-    pull: Callable[[Tensor], None]  # takes a gradient [r, c] of the scores to queries and keys
+    pull: Callable[[Tensor], None]
 
 
 def tiles(
-    score: Score, panel: Panel, drows: Sequence[Tensor] = (), dk: Tensor | None = None,
+    score: Score, block: KeyBlock, drows: Sequence[Tensor] = (), dk: Tensor | None = None,
     cache: ScoreCache | None = None,
 ) -> Iterator[Tile]:  # fmt: skip
-    """All tiles of the scores of a panel's rows; with gradients `drows` and `dk` to pull into."""
-    kind = wide(torch.promote_types(panel.keys.dtype, score.operands[0].dtype))
-    n, like = len(panel.keys), panel.cut(slice(0, 0)).to(kind)
-    first, stop, _ = panel.rows.indices(len(score.operands[0]))
+    """Yield all tiles of a block's rows and keys; `drows` and `dk` receive `Tile.pull`'s sums."""
+    dtype = accumulator_dtype(torch.promote_types(block.keys.dtype, score.operands[0].dtype))
+    n, like = len(block.keys), block.slice(slice(0, 0)).to(dtype)
+    first, stop, _ = block.rows.indices(len(score.operands[0]))
     if first >= stop or n == 0:
         return
-    height, width = score.tile_shape(ROWS, COLUMNS, panel)
+    height, width = score.tile_shape(ROWS, COLUMNS, block)
     height, width = min(height, stop - first), min(width, n)
-    buffers = torch.empty(2, height * width, dtype=kind, device=panel.keys.device)
+    buffers = torch.empty(2, height * width, dtype=dtype, device=block.keys.device)
     scratch = score.scratch(height, width, like) if score.needs_scratch else None
-    kept = None if cache is None else cache.rows(score, panel, kind, height, bool(drows))
+    cached = None if cache is None else cache.first_rows(score, block, dtype, height, bool(drows))
     for start in range(first, stop, height):
         rows = slice(start, min(start + height, stop))
-        blocks = [operand[rows].detach().to(kind) for operand in score.operands]
-        dblocks = [operand[rows] for operand in drows]
+        operands = [operand[rows].detach().to(dtype) for operand in score.operands]
+        doperands = [operand[rows] for operand in drows]
         for left in range(0, n, width):
             columns = slice(left, min(left + width, n))
-            keys, shape = panel.cut(columns).to(kind), (len(blocks[0]), columns.stop - left)
+            keys, shape = block.slice(columns).to(dtype), (len(operands[0]), columns.stop - left)
             scores, spare = (buffer[: shape[0] * shape[1]].view(shape) for buffer in buffers)
-            store = block_of(kept, first, rows, columns)
-            scores = scores if store is None else store
-            if store is None or not drows:
-                score.tile(blocks, keys, scores, scratch)
-            into = None if dk is None else dk[columns]
-            pull = partial(score.pull, blocks, keys, scores, scratch, dblocks, into)
+            stored = cached_tile(cached, first, rows, columns)
+            scores = scores if stored is None else stored
+            if stored is None or not drows:
+                score.tile(operands, keys, scores, scratch)
+            dkeys = None if dk is None else dk[columns]
+            pull = partial(score.pull, operands, keys, scores, scratch, doperands, dkeys)
             yield Tile(rows, columns, keys, scores, spare, pull)
 
 
-class Block:
-    """All pairs of a tile: values [r, c]."""
+class AllPairs:
+    """All pairs of a tile; values are [r, c]."""
 
     def __init__(self, tile: Tile) -> None:
         self.tile, self.scores = tile, tile.scores
 
-    def cut(self, value: Tensor, on_rows: bool) -> Tensor:
-        """The tile's part of something per row or per key, or a scalar, ready to broadcast."""
+    def select(self, value: Tensor, on_rows: bool) -> Tensor:
+        """Return the tile's part of a scalar, a per-row or a per-key value, ready to broadcast."""
         if value.ndim == 0:
             return value
         return value[self.tile.rows].unsqueeze(1) if on_rows else value[self.tile.columns]
 
-    def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
+    def add_sums(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
         """Add sums along an axis to a vector or, over both axes, to a scalar."""
         if total is None:
             return
@@ -178,107 +217,118 @@ class Block:
         else:
             total[self.tile.rows if on_rows else self.tile.columns] += values.sum(int(on_rows))
 
-    def give(self, grad: Tensor, values: Tensor) -> None:
+    def add_gradient(self, grad: Tensor, values: Tensor) -> None:
         grad += values
 
 
-class Pairs(Block):
-    """Some pairs of a tile: values [number of pairs]; `row`, `column` [same] from its first."""
+class ListedPairs(AllPairs):
+    """Some pairs of a tile; values are [p]. `row` and `column` [p] count from the tile's first."""
 
     def __init__(self, tile: Tile, row: Tensor, column: Tensor) -> None:
         self.tile, self.row, self.column = tile, row, column
         self.scores = tile.scores[row, column]
 
-    def cut(self, value: Tensor, on_rows: bool) -> Tensor:
+    def select(self, value: Tensor, on_rows: bool) -> Tensor:
         if value.ndim == 0:
             return value
-        return super().cut(value, on_rows).flatten()[self.row if on_rows else self.column]
+        return super().select(value, on_rows).flatten()[self.row if on_rows else self.column]
 
-    def add(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
+    def add_sums(self, total: Tensor | None, values: Tensor, on_rows: bool) -> None:
         if total is None or total.ndim == 0:
-            super().add(total, values, on_rows)
+            super().add_sums(total, values, on_rows)
         else:
-            span, at = (self.tile.rows, self.row) if on_rows else (self.tile.columns, self.column)
-            add_rows(total[span], at, values)
+            t = self.tile
+            span, index = (t.rows, self.row) if on_rows else (t.columns, self.column)
+            add_rows(total[span], index, values)
 
-    def give(self, grad: Tensor, values: Tensor) -> None:
-        grad[self.row, self.column] += values  # each pair once
-
-
-def _phi(view: Block, part: Part, weighing: TileMask | None, grad: Tensor | None) -> None:
-    scale = view.cut(part.scale, part.on_rows)
-    x = view.scores * scale
-    for value, on_rows in ((part.shift, part.on_rows), (part.bias, not part.on_rows)):
-        if value is not None:
-            x += view.cut(value, on_rows)
-    phi, slope = PHI[part.phi]
-    if part.out is not None:
-        values = phi(x)
-        view.add(part.out, weighing.multiply(values) if weighing else values, part.on_rows)
-    if part.g is None or grad is None:
-        return
-    dx = slope(x).mul_(view.cut(part.g, part.on_rows))
-    if weighing:
-        weighing.multiply(dx)
-    view.add(part.dshift, dx, part.on_rows)
-    view.add(part.dbias, dx, not part.on_rows)
-    if part.dscale is not None:
-        view.add(part.dscale, dx * view.scores, part.on_rows)
-    view.give(grad, dx.mul_(scale))
+    def add_gradient(self, grad: Tensor, values: Tensor) -> None:
+        grad[self.row, self.column] += values  # right because no pair is listed twice
 
 
-def _lse(
-    tile: Tile, part: Part, rule: OnPanel, seen: dict[Any, Any], shared: bool, grad: Tensor | None
+def _add_sum(
+    pairs: AllPairs, reduction: Reduction, mask: TileMask | None, grad: Tensor | None
 ) -> None:
-    view, axis = Block(tile), int(part.on_rows)
-    scale = view.cut(part.scale, part.on_rows)
-    logits = seen.get(_logits_of(part))
+    """Accumulate a sum over pairs and, with `grad`, its gradients."""
+    on_rows = reduction.on_rows
+    scale = pairs.select(reduction.scale, on_rows)
+    x = pairs.scores * scale
+    for value, along_rows in ((reduction.shift, on_rows), (reduction.bias, not on_rows)):
+        if value is not None:
+            x += pairs.select(value, along_rows)
+    phi, slope = PHI[reduction.phi]
+    if reduction.out is not None:
+        values = phi(x)
+        pairs.add_sums(reduction.out, mask.multiply(values) if mask else values, on_rows)
+    if reduction.g is None or grad is None:
+        return
+    dx = slope(x).mul_(pairs.select(reduction.g, on_rows))
+    if mask:
+        mask.multiply(dx)
+    pairs.add_sums(reduction.dshift, dx, on_rows)
+    pairs.add_sums(reduction.dbias, dx, not on_rows)
+    if reduction.dscale is not None:
+        pairs.add_sums(reduction.dscale, dx * pairs.scores, on_rows)
+    pairs.add_gradient(grad, dx.mul_(scale))
+
+
+def _add_lse(
+    tile: Tile, reduction: Reduction, rule: BlockRule, shared: dict[Any, Any],
+    share_logits: bool, grad: Tensor | None,
+) -> None:  # fmt: skip
+    """Accumulate a log-sum-exp and, with `grad`, its gradients."""
+    pairs, axis = AllPairs(tile), int(reduction.on_rows)
+    scale = pairs.select(reduction.scale, reduction.on_rows)
+    logits = shared.get(_logits_key(reduction))
     if logits is None:
-        logits = torch.mul(tile.scores, scale, out=None if shared else tile.spare)
-        if part.bias is not None:
-            logits += view.cut(part.bias, not part.on_rows)
-        if weighing := _weighing(tile, rule, seen):
-            weighing.add_to(logits)
-        if shared:
-            seen[_logits_of(part)] = logits
-    if part.out is not None:
-        most = logits.amax(axis, keepdim=True)
-        most.masked_fill_(most == -torch.inf, 0)  # all masked: the sum is 0, its log -inf
-        mass = torch.sub(logits, most, out=tile.spare).mul_(LOG2E).exp2_().sum(axis)
-        part_z = mass.log_() + most.squeeze(axis)
-        span = tile.rows if part.on_rows else tile.columns
-        part.out[span] = torch.logaddexp(part.out[span], part_z)
-    if part.g is None or part.z is None or grad is None:
+        logits = torch.mul(tile.scores, scale, out=None if share_logits else tile.spare)
+        if reduction.bias is not None:
+            logits += pairs.select(reduction.bias, not reduction.on_rows)
+        if mask := _tile_mask(tile, rule, shared):
+            mask.add_to(logits)
+        if share_logits:
+            shared[_logits_key(reduction)] = logits
+    if reduction.out is not None:
+        maximum = logits.amax(axis, keepdim=True)
+        # Avoid -inf - -inf = NaN in a fully masked row or column.
+        maximum.masked_fill_(maximum == -torch.inf, 0)
+        mass = torch.sub(logits, maximum, out=tile.spare).mul_(LOG2E).exp2_().sum(axis)
+        tile_z = mass.log_() + maximum.squeeze(axis)
+        span = tile.rows if reduction.on_rows else tile.columns
+        reduction.out[span] = torch.logaddexp(reduction.out[span], tile_z)
+    if reduction.g is None or reduction.z is None or grad is None:
         return
     # A row or column whose pairs are all masked has z = -inf and no probabilities.
-    z = view.cut(torch.where(part.z == -torch.inf, torch.inf, part.z), part.on_rows)
+    z = torch.where(reduction.z == -torch.inf, torch.inf, reduction.z)
+    z = pairs.select(z, reduction.on_rows)
     p = torch.sub(logits, z, out=tile.spare).mul_(LOG2E).exp2_()
-    p *= view.cut(part.g, part.on_rows)
+    p *= pairs.select(reduction.g, reduction.on_rows)
     if scale.ndim or scale.is_cuda:
         grad.addcmul_(p, scale)
-    else:  # faster, where reading the number costs nothing
+    else:  # faster, and on a CPU reading the number costs nothing
         grad.add_(p, alpha=float(scale))
-    view.add(part.dbias, p, not part.on_rows)
-    if part.dscale is not None:
-        view.add(part.dscale, p.mul_(tile.scores), part.on_rows)
+    pairs.add_sums(reduction.dbias, p, not reduction.on_rows)
+    if reduction.dscale is not None:
+        pairs.add_sums(reduction.dscale, p.mul_(tile.scores), reduction.on_rows)
 
 
-def _logits_of(part: Part) -> Any:
-    """The same for log-sum-exps, over rows and over columns, of the same weighted logits. Without
-    a rule they are made again sooner than kept in a tile of their own."""
-    apart = part.bias is not None or part.scale.ndim or not part.rule
-    return id(part) if apart else (id(part.scale), id(part.rule))
+def _logits_key(reduction: Reduction) -> Any:
+    """Return a key that is equal for log-sum-exps, over rows and columns, of the same logits."""
+    # Without a rule, making the logits again is cheaper than a tile to keep them in.
+    separate = reduction.bias is not None or reduction.scale.ndim or not reduction.rule
+    return id(reduction) if separate else (id(reduction.scale), id(reduction.rule))
 
 
-def _weighing(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> TileMask | None:
-    """A rule's weights on a tile, worked out once for all terms that share it."""
-    if id(rule) not in seen:
-        seen[id(rule)] = rule.on(tile.rows, tile.columns, tile.keys, tile.scores)
-    return seen[id(rule)]
+def _tile_mask(tile: Tile, rule: BlockRule, shared: dict[Any, Any]) -> TileMask | None:
+    """Evaluate a rule on a tile, once for all reductions that share it."""
+    if id(rule) not in shared:
+        shared[id(rule)] = rule.on_tile(tile.rows, tile.columns, tile.keys, tile.scores)
+    mask: TileMask | None = shared[id(rule)]
+    return mask
 
 
-def _pairs(tile: Tile, rule: OnPanel, seen: dict[Any, Any]) -> Pairs:
-    if id(rule) not in seen:
-        assert rule.alone is not None
-        seen[id(rule)] = Pairs(tile, *rule.alone.inside(tile.rows, tile.columns))
-    return seen[id(rule)]
+def _listed_pairs(tile: Tile, rule: BlockRule, shared: dict[Any, Any]) -> ListedPairs:
+    if id(rule) not in shared:
+        assert rule.listed is not None
+        shared[id(rule)] = ListedPairs(tile, *rule.listed.in_tile(tile.rows, tile.columns))
+    pairs: ListedPairs = shared[id(rule)]
+    return pairs

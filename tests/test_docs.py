@@ -16,6 +16,7 @@ from gigabatch.launcher.cli.app import app
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import known_keys, parse_config
 from gigabatch.trainer.objectives import OBJECTIVES, build_objective
+from gigabatch.trainer.objectives.documentation import objectives_table
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -28,7 +29,7 @@ OBJECTIVE_BLOCKS = re.findall(r"```yaml\n(.*?)```", (DOCS / "objectives.md").rea
 STYLE = (ROOT / "CONTRIBUTING.md").read_text()
 AMBIGUOUS = {"plain", "ours", "deal", "cut", "spread", "bar", "starts"}
 """Words of the style table that are right in another sense."""
-OLD_PAGES = ("engine.md", "evaluation.md", "operations.md")
+OLD_PAGES = ("evaluation.md", "operations.md")
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -96,6 +97,11 @@ def test_words_are_those_of_the_style_table(page: Path) -> None:
 def test_objective_examples_are_valid(block: str) -> None:
     config = parse_config(block, "docs/objectives.md")
     assert build_objective(config.objective, width=8).needs.taps
+
+
+def test_objectives_table_is_generated_from_the_classes() -> None:
+    page = (DOCS / "objectives.md").read_text()
+    assert objectives_table() in page, "replace it by the output of gigabatch objectives --markdown"
 
 
 def test_every_objective_has_an_example() -> None:

@@ -21,7 +21,7 @@ from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
 from gigabatch.data.remote.cache import ShardCache, node_cache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index

@@ -20,7 +20,7 @@ from gigabatch.data.bench.report import bottleneck, line, stage_rates, tables, w
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.stages import BASELINE, GIGABATCH, IN_LOADER, variants_by_stage
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 
 REPEATS = 5
 MAX_TURN_S = 2.0

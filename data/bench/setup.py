@@ -16,7 +16,7 @@ from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import Index
 from gigabatch.data.stream import Stage
 

@@ -9,7 +9,7 @@ from functools import partial
 from gigabatch.data.bench import baseline, workloads
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.workloads import HeldBatches, Pieces, encoded_bytes, tensor_bytes
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import Index
 
 GIGABATCH, BASELINE = "gigabatch", "webdataset"

@@ -14,7 +14,7 @@ import numpy as np
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.processes import ctrl_c_deferred, worker_pool
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import I64, Index
 from gigabatch.data.shards.reader import DamagedMember, Reader
 

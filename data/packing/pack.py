@@ -32,7 +32,7 @@ from gigabatch.data.packing.folder import (
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
 from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import read_manifest
 from gigabatch.data.shards.indexing import open_index
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pyarrow import acero
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.filter_expression import parse_filter
 from gigabatch.data.shards.index import FORMAT, I64, Index, read_manifest
 from gigabatch.data.shards.index_files import holds_only_partial_index, write_index

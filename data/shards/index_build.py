@@ -23,7 +23,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import atomic_replace
 from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 from gigabatch.data.remote.cache import ShardCache, node_cache
-from gigabatch.data.remote.places import ShardState, is_remote
+from gigabatch.data.remote.locations import ShardState, is_remote
 from gigabatch.data.shards.index import FORMAT, index_from_manifest
 from gigabatch.data.shards.index_files import conform_to_schema, merge_schemas, write_index
 from gigabatch.data.shards.scan import IndexSettings, scan_shard

@@ -14,7 +14,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.places import ShardState, expand, is_remote, stat_all
+from gigabatch.data.remote.locations import ShardState, expand, is_remote, stat_all
 from gigabatch.data.shards.index import Index, cache_folder, index_from_manifest, read_manifest
 from gigabatch.data.shards.index_build import (
     Progress,

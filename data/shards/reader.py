@@ -17,7 +17,7 @@ import numpy as np
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache, node_cache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import I64, Index
 
 log = logging.getLogger(__name__)

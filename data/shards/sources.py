@@ -13,7 +13,7 @@ from gigabatch.data.decode.members import code_of
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.mixture import SAMPLE_BITS, from_sample_number, to_sample_number
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.shards.index import I64, Index
 from gigabatch.data.shards.json_columns import holds_json
 from gigabatch.data.shards.reader import DamagedMember, Reader

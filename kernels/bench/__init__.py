@@ -1,1 +1,1 @@
-"""Benchmarks of the engine: commands, never timed tests."""
+"""Benchmarks of the engine. They are commands; no test depends on a time."""

@@ -1,6 +1,6 @@
-"""The engine beside plain torch on this machine's CPU: time, share of the GEMM rate, memory.
+"""The engine compared with plain torch on this CPU: time, share of the GEMM rate, memory.
 
-All times of one comparison are taken in one process, in turns; every peak in a process of its own.
+Times of one comparison are measured in one process, in turns; each peak in a separate process.
 """
 
 from __future__ import annotations
@@ -23,23 +23,32 @@ CPU = torch.device("cpu")
 
 
 def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
-    """All figures; `say` gets a line as each is found. `n`, `d`: of the timed comparison; `sizes`:
-    batches over which memory is fitted."""
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
-    found["processor"] = processor()
-    found["date"] = time.strftime("%Y-%m-%d")
-    found["losses"] = _losses(n, d, say)
-    found["maxsim"] = _maxsim(say)
-    found["memory"] = _memory(sizes, d, say)
+    """Measure everything.
+
+    Args:
+        n: Rows of the timed comparison.
+        d: Width of the embeddings.
+        sizes: Batches over which memory is fitted.
+        say: Receives a line for each result.
+
+    Returns:
+        All results.
+    """
+    results: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    results["processor"] = processor()
+    results["date"] = time.strftime("%Y-%m-%d")
+    results["losses"] = _losses(n, d, say)
+    results["maxsim"] = _maxsim(say)
+    results["memory"] = _memory(sizes, d, say)
     peaks = {world: ring_peaks(world) for world in (2, 3, 4, 6, 8)}
-    found["ring_peak_mib"] = peaks
-    shown = ", ".join(f"W={world} {peak:.0f} MiB" for world, peak in peaks.items())
-    say(f"ring, 4,096 rows a rank, D 256: peak {shown}")
-    return found
+    results["ring_peak_mib"] = peaks
+    text = ", ".join(f"W={world} {peak:.0f} MiB" for world, peak in peaks.items())
+    say(f"ring, 4,096 rows per rank, D 256: peak {text}")
+    return results
 
 
 def fit_exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """The e of values ~ sizes^e, by least squares of logarithms."""
+    """Return the e of values ~ sizes^e, by least squares of logarithms."""
     x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
@@ -47,10 +56,8 @@ def fit_exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
 
 
 def _losses(n: int, d: int, say: Say) -> dict[str, Any]:
-    names, batch = (
-        ("contrastive", "dense", "dense, one matrix", "sigmoid", "dense sigmoid"),
-        Batch(n, d),
-    )
+    names = ("contrastive", "dense", "dense, one matrix", "sigmoid", "dense sigmoid")
+    batch = Batch(n, d)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(2):
@@ -80,7 +87,7 @@ def _maxsim(say: Say) -> dict[str, Any]:
     keys = (512, 1024, 2048, 4096)
     runs = [measure_afresh("maxsim", n, 64) for n in keys]
     slopes = {
-        what: fit_exponent(keys, [run[what] for run in runs]) for what in ("seconds", "peak_mib")
+        name: fit_exponent(keys, [run[name] for run in runs]) for name in ("seconds", "peak_mib")
     }
     say(f"  maxsim over {keys} keys: time ~ keys^{slopes['seconds']:.2f}, "
         f"memory ~ keys^{slopes['peak_mib']:.2f}")  # fmt: skip
@@ -90,6 +97,6 @@ def _maxsim(say: Say) -> dict[str, Any]:
 def _memory(sizes: Sequence[int], d: int, say: Say) -> dict[str, Any]:
     peaks = [measure_afresh("contrastive", n, d)["peak_mib"] for n in sizes]
     exponent = fit_exponent(sizes, peaks)
-    shown = ", ".join(f"{n:,}: {peak:.0f}" for n, peak in zip(sizes, peaks, strict=True))
-    say(f"contrastive, D {d}, MiB by N: {shown}: memory ~ N^{exponent:.2f}")
+    text = ", ".join(f"{n:,}: {peak:.0f}" for n, peak in zip(sizes, peaks, strict=True))
+    say(f"contrastive, D {d}, MiB by N: {text}: memory ~ N^{exponent:.2f}")
     return {"sizes": list(sizes), "peak_mib": peaks, "exponent": exponent}

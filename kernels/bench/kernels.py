@@ -1,9 +1,10 @@
-"""The losses by the engine, by plain torch and by other packages, on a GPU or a CPU.
+"""Benchmark of the losses: the engine, plain torch and other packages, on a GPU or a CPU.
 
     python -m gigabatch.kernels.bench.kernels --device cuda --peers --out FOLDER
 
-All contenders of a problem are timed in one process, in turns, after each has run once and its loss
-was compared with the first one's; a large matrix product is timed before each problem.
+All implementations of a problem are timed in one process, in turns. Before that each runs once, and
+its loss and gradient are compared with those of the first. A large matrix product is timed before
+each problem.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ from typing import Any
 
 import torch
 
-from gigabatch.kernels.bench.contenders import FAMILIES, ITEM, LOGITS, Contender, contenders
+from gigabatch.kernels.bench.implementations import (
+    FAMILIES,
+    ITEM,
+    LOGITS,
+    Implementation,
+    implementations,
+)
 from gigabatch.kernels.bench.machine import environment
 from gigabatch.kernels.bench.measure import DeviceLost, Measure, Problem
 from gigabatch.kernels.bench.peers import PEERS, find_peers, first_line
@@ -28,19 +35,19 @@ from gigabatch.kernels.bench.report import tables, write
 
 Say = Callable[[str], None]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# In the order they are run in: what a budget may cut off comes last.
+# In the order they run: the least important come last, where the time budget may end.
 SIZES = {
     "cpu": (1024, 2048, 4096, 8192),
     "cuda": (32768, 2**20, 8192, 65536, 16384, 131072),
 }
 WIDTHS = {"cpu": (256,), "cuda": (768, 512, 1024, 256)}
-HUGE, HUGE_WIDTH = 2**19, 768  # from this batch on: the engine alone, once, at one width
+HUGE, HUGE_WIDTH = 2**19, 768  # from this batch on only the engine runs, once, at one width
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. Made by `choose`, which fills in defaults and checks."""
+    """What to measure; made by `choose`, which sets defaults and checks."""
 
     device: torch.device
     sizes: tuple[int, ...]
@@ -53,7 +60,7 @@ class Options:
     out: Path | None
 
     def command(self) -> str:
-        """The command that measures the same, defaults spelled out."""
+        """Return the command that measures the same, with all defaults."""
         n, d = (",".join(map(str, values)) for values in (self.sizes, self.widths))
         words = f"gigabatch bench kernels --device {self.device.type} --n {n} --d {d}"
         words += f" --dtype {self.dtype} --minutes {self.minutes:g}" + " --peers" * self.peers
@@ -66,8 +73,13 @@ def choose(
     dtype: str | None = None, peers: bool = False, minutes: float = 8, only: Sequence[str] = (),
     tune: bool = False, out: Path | None = None,
 ) -> Options:  # fmt: skip
-    """Options from words of the command line. ValueError, with what to do, for those that do not
-    fit; `out` is made and tried at once, not at the end of a long run."""
+    """Make options from command-line words.
+
+    `out` is created and tested here, not at the end of a long run.
+
+    Raises:
+        ValueError: if an option is invalid; the message says how to fix it.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device not in SIZES:
         raise ValueError(f"--device is {device!r}; choose cpu or cuda")
@@ -81,7 +93,7 @@ def choose(
     if not minutes > 0:
         raise ValueError(f"--minutes is {minutes:g}; give a number above 0")
     sizes, widths = _numbers("--n", n, SIZES[device]), _numbers("--d", d, WIDTHS[device])
-    _check_names(only, _field(torch.device(device), DTYPES[dtype], peers), peers)
+    _check_names(only, _implementations(torch.device(device), DTYPES[dtype], peers), peers)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -96,72 +108,88 @@ def choose(
 def bench(
     device: torch.device, sizes: Sequence[int], widths: Sequence[int], dtype: torch.dtype,
     peers: bool, minutes: float, say: Say, only: Sequence[str] = (), tune: bool = False,
-    keep: Callable[[dict[str, Any]], None] = lambda found: None,
+    keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """All figures. `say` gets a line as each is found, `keep` all of them after each problem.
+    """Measure all problems. Ctrl-C ends it early; "stopped" then says so.
 
-    `minutes`: after these no problem is begun; "left_out" names those. `only`: names of contenders.
-    `tune`: let Triton's back end time its blocks first, for each width; "blocks" says which won.
-    Ctrl-C ends it early, with what there is; "stopped" then says so.
+    Args:
+        device: CPU or GPU.
+        sizes: Batches.
+        widths: Widths of the embeddings.
+        dtype: Of the embeddings.
+        peers: Also measure other packages.
+        minutes: Time budget; no problem starts later, and "left_out" lists the rest.
+        say: Receives a line for each result.
+        only: Names of implementations to measure; empty: all.
+        tune: Let the Triton back end time its blocks first, for each width; "blocks" lists the
+            chosen ones.
+        keep: Receives all results so far, after each problem.
+
+    Returns:
+        All results, as written to kernels.json.
     """
-    field = _field(device, dtype, peers)
+    by_family = _implementations(device, dtype, peers)
     if only:
-        field = {family: [c for c in of if c.name in only] for family, of in field.items()}
-    found: dict[str, Any] = {
+        by_family = {
+            family: [i for i in candidates if i.name in only]
+            for family, candidates in by_family.items()
+        }
+    results: dict[str, Any] = {
         "environment": environment(device), "dtype": str(dtype).removeprefix("torch."),
         "device": device.type, "problems": [], "left_out": [], "stopped": None, "blocks": {},
         "missing": {
-            family: {c.name: c.missing for c in of if c.missing} for family, of in field.items()
+            family: {i.name: i.missing for i in candidates if i.missing}
+            for family, candidates in by_family.items()
         },
     }  # fmt: skip
     measure = Measure(device, dtype, time.monotonic() + 60 * minutes, say)
     try:
         for problem in _problems(device.type, sizes, widths):
-            if tune and problem.d not in found["blocks"]:
-                found["blocks"][problem.d] = _tuned(problem.d, dtype)
-            able = [c for c in field[problem.family] if not c.missing]
-            able = [c for c in able if c.ours] if problem.once else able
+            if tune and problem.d not in results["blocks"]:
+                results["blocks"][problem.d] = _tuned(problem.d, dtype)
+            able = [i for i in by_family[problem.family] if not i.missing]
+            able = [i for i in able if i.is_engine] if problem.once else able
             if not able:
                 continue
-            if measure.left() <= 0:
-                found["left_out"].append(str(problem))
+            if measure.seconds_left() <= 0:
+                results["left_out"].append(str(problem))
                 continue
-            measure.run(problem, able, found["problems"])
-            keep(found)
+            measure.run(problem, able, results["problems"])
+            keep(results)
     except KeyboardInterrupt:
-        found["stopped"] = "interrupted"
+        results["stopped"] = "interrupted"
     except DeviceLost as lost:
-        found["stopped"] = f"the device failed and every later figure would: {lost}"
-    return found
+        results["stopped"] = f"the device failed, so nothing more can be measured: {lost}"
+    return results
 
 
 def run(options: Options, say: Say) -> int:
-    """Measure, say the tables, write the files; returns the exit code."""
-    # A process that a script started in the background has Ctrl-C ignored.
+    """Measure, print the tables, write the files; return the exit code."""
+    # A shell script's background process ignores Ctrl-C unless the handler is set.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def keep(found: dict[str, Any]) -> None:
-        found["command"] = options.command()
+    def keep(results: dict[str, Any]) -> None:
+        results["command"] = options.command()
         if options.out is not None:
-            (options.out / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+            (options.out / "kernels.json").write_text(json.dumps(results, indent=1) + "\n")
 
-    found = bench(
+    results = bench(
         options.device, options.sizes, options.widths, DTYPES[options.dtype], options.peers,
         options.minutes, say, options.only, options.tune, keep,
     )  # fmt: skip
-    keep(found)
+    keep(results)
     if options.out is not None:
-        write(found, options.out)
-    say("\n" + tables(found))
+        write(results, options.out)
+    say("\n" + tables(results))
     if options.out is not None:
         say(f"written: {options.out}/kernels.json, kernels.md, kernels.png")
-    if found["stopped"]:
-        print(f"stopped early: {found['stopped']}", file=sys.stderr)
-    return {None: 0, "interrupted": INTERRUPTED}.get(found["stopped"], 1)
+    if results["stopped"]:
+        print(f"stopped early: {results['stopped']}", file=sys.stderr)
+    return {None: 0, "interrupted": INTERRUPTED}.get(results["stopped"], 1)
 
 
 def _problems(device: str, sizes: Sequence[int], widths: Sequence[int]) -> Iterator[Problem]:
-    """Token vectors are narrow: MaxSim is measured at the least width alone."""
+    """Yield the problems. Token vectors are narrow, so MaxSim is measured at the smallest width."""
     for n in sizes:
         if n >= HUGE:
             width = HUGE_WIDTH if HUGE_WIDTH in widths else widths[0]
@@ -174,61 +202,73 @@ def _problems(device: str, sizes: Sequence[int], widths: Sequence[int]) -> Itera
 
 
 def _tuned(d: int, dtype: torch.dtype) -> dict[str, str]:
-    from gigabatch.kernels.fused import tune  # where there is no GPU, there may be no Triton
+    """Time Triton's blocks for a width; return the chosen ones, or the reason of a failure."""
+    from gigabatch.kernels.fused import tune  # a machine without a GPU may lack Triton
 
     try:
-        return {which: str(config) for which, config in tune(d, dtype).items()}
-    except Exception as error:  # the first choice remains
+        return {direction: str(config) for direction, config in tune(d, dtype).items()}
+    except Exception as error:  # the default block remains in use
         return {"failed": first_line(error)}
 
 
-def _field(device: torch.device, dtype: torch.dtype, peers: bool) -> dict[str, list[Contender]]:
-    field = {family: contenders(family, device, dtype) for family in FAMILIES}
+def _implementations(
+    device: torch.device, dtype: torch.dtype, peers: bool
+) -> dict[str, list[Implementation]]:
+    """Return the implementations of each family."""
+    by_family = {family: implementations(family, device, dtype) for family in FAMILIES}
     if peers:
-        field["softmax"] += find_peers(device, dtype.itemsize)
-    return field
+        by_family["softmax"] += find_peers(device, dtype.itemsize)
+    return by_family
 
 
-def _check_names(only: Sequence[str], field: dict[str, list[Contender]], peers: bool) -> None:
-    missing = {c.name: c.missing for of in field.values() for c in of}
+def _check_names(
+    only: Sequence[str], by_family: dict[str, list[Implementation]], peers: bool
+) -> None:
+    """Raise ValueError if a name of --only is unknown or none of them can run here."""
+    missing = {i.name: i.missing for candidates in by_family.values() for i in candidates}
     for name in only:
         if name in PEERS and not peers:
-            raise ValueError(f"--only {name} is another package: add --peers")
+            raise ValueError(f"--only {name} is another package; add --peers")
         if name not in missing:
-            raise ValueError(f"--only {name!r} is unknown; choose of {', '.join(missing)}")
+            raise ValueError(f"--only {name!r} is unknown; choose from {', '.join(missing)}")
     if only and all(missing[name] for name in only):
         reasons = "; ".join(f"{name} {missing[name]}" for name in only)
-        raise ValueError(f"--only leaves nothing that can run here: {reasons}")
+        raise ValueError(f"nothing in --only can run here: {reasons}")
 
 
 def _numbers(option: str, words: str | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Parse comma-separated numbers."""
     if words is None:
         return default
     try:
         numbers = tuple(int(word) for word in words.split(","))
     except ValueError:
         numbers = ()
-    least = ITEM if option == "--n" else 1
-    if not numbers or min(numbers) < least:
-        raise ValueError(f"{option} is {words!r}; give numbers of at least {least} between commas, "
-                         "such as 1024,2048")  # fmt: skip
+    minimum = ITEM if option == "--n" else 1
+    if not numbers or min(numbers) < minimum:
+        raise ValueError(f"{option} is {words!r}; give numbers of at least {minimum}, separated by "
+                         "commas, such as 1024,2048")  # fmt: skip
     return tuple(dict.fromkeys(numbers))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--n", help="batches, such as 1024,2048")
-    parser.add_argument("--d", help="widths, such as 256,512")
-    parser.add_argument("--dtype", help="bf16, fp16 or fp32; default: bf16, on a CPU fp32")
-    parser.add_argument("--peers", action="store_true", help="other packages too")
-    parser.add_argument("--minutes", type=float, default=8, help="begin nothing after these")
-    parser.add_argument("--only", action="append", default=[], help="a contender; may be repeated")
-    parser.add_argument("--tune", action="store_true", help="let Triton choose its blocks first")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
+    parser.add_argument("--n", help="batch sizes, such as 1024,2048")
+    parser.add_argument("--d", help="embedding widths, such as 256,512")
+    parser.add_argument("--dtype", help="bf16, fp16 or fp32 (default: bf16; on a CPU fp32)")
+    parser.add_argument("--peers", action="store_true", help="also measure other packages")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="time budget; no problem starts later (default: 8)"
+    )
+    parser.add_argument(
+        "--only", action="append", default=[], help="an implementation to measure; may be repeated"
+    )
+    parser.add_argument("--tune", action="store_true", help="let Triton time its blocks first")
     parser.add_argument("--out", type=Path, help="folder for kernels.json, .md and .png")
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     try:
-        options = choose(**vars(given))
+        options = choose(**vars(arguments))
     except ValueError as error:
         parser.error(str(error))
     return run(options, say=lambda line: print(line, flush=True))

@@ -1,4 +1,4 @@
-"""The machine under a benchmark: its clock, its memory, its matmul rate, what is installed."""
+"""Measurements of the machine that runs a benchmark: time, memory, matmul rate, versions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("triton", "open_clip_torch", "inf_cl", "liger_kernel", "cut_cross_en
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Until the device is done; an error of the device is raised here."""
+    """Time `work` until the device has finished; an error of the device is raised here."""
     if device.type != "cuda":
         began = time.perf_counter()
         work()
@@ -29,11 +29,11 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     work()
     stop.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(stop) / 1e3
+    return float(start.elapsed_time(stop)) / 1e3
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large square matrix product, the median of a few."""
+    """Return FLOP/s of a large square matrix product, the median of a few."""
     side = GEMM_SIDES[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -42,17 +42,17 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a contender may take: all that a GPU has left, half of what the system has."""
+    """Return the bytes a benchmark may use: all that a GPU has free, or half of the system's."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    assert found is not None
-    return int(found[1]) * 1024 // 2
+    match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    assert match is not None
+    return int(match[1]) * 1024 // 2
 
 
 def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int | None]:
-    """What `work` returns, and the most bytes it held beyond those held before; None on a CPU."""
+    """Return the result of `work` and its peak bytes above those held before; None on a CPU."""
     if device.type != "cuda":
         return work(), None
     torch.cuda.reset_peak_memory_stats(device)
@@ -61,6 +61,7 @@ def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int
 
 
 def environment(device: torch.device) -> dict[str, Any]:
+    """Describe the device and the versions of the packages that matter."""
     on_gpu = device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else processor(),
@@ -73,8 +74,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def processor() -> str:
-    found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return found[1] if found else platform.machine()
+    """Return the CPU's model name."""
+    match = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return match[1] if match else platform.machine()
 
 
 def _version(package: str) -> str | None:

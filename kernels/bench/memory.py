@@ -3,7 +3,7 @@
     python -m gigabatch.kernels.bench.memory --n 32768 --d 256
 
 Peak memory is VmHWM of this process, reset through /proc/self/clear_refs once the inputs are made
-and a small problem has warmed everything up. Prints one JSON object.
+and a small problem has run as a warm-up. It prints one JSON object.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ NAMES = (*PROBLEMS, *MAXSIM)
 
 
 def measure(problem: str, n: int, d: int) -> dict[str, float]:
-    """`peak_mib` above inputs and gradients, `seconds`, `value` of one step in float32 on n rows
-    of width d, in this process. For MaxSim n counts keys, against 256 queries."""
+    """Measure one step in float32 on n rows of width d, in this process.
+
+    For MaxSim n is the number of keys, against 256 queries.
+
+    Returns:
+        `peak_mib` above inputs and gradients, `seconds`, `value`, and `n` and `d`.
+    """
     small, batch = _make(problem, 256, d), _make(problem, n, d)
     _step(problem, small)
     del small
-    ctypes.CDLL(None).malloc_trim(0)  # what the warm-up freed must not count as there already
+    ctypes.CDLL(None).malloc_trim(0)  # else memory that the warm-up freed counts as held
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     began = time.perf_counter()
@@ -44,13 +49,14 @@ def measure(problem: str, n: int, d: int) -> dict[str, float]:
 
 
 def measure_afresh(problem: str, n: int, d: int, threads: int | None = None) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a new process."""
     command = [sys.executable, "-m", __name__, problem, "--n", str(n), "--d", str(d)]
     command += ["--threads", str(threads)] if threads else []
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
-    return json.loads(done.stdout)
+    results: dict[str, float] = json.loads(done.stdout)
+    return results
 
 
 def _make(problem: str, n: int, d: int) -> Batch | Tokens:
@@ -64,17 +70,17 @@ def _step(problem: str, batch: Batch | Tokens) -> float:
 
 
 def status(field: str) -> int:
-    """Bytes that /proc says of this process: VmRSS held now, VmHWM at most."""
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+    """Return bytes of this process from /proc: VmRSS is held now, VmHWM is the peak."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("problem", nargs="?", default="contrastive", choices=NAMES)
-    parser.add_argument("--n", type=int, default=32768, help="rows, the global batch")
-    parser.add_argument("--d", type=int, default=256, help="width")
+    parser.add_argument("--n", type=int, default=32768, help="rows of the global batch")
+    parser.add_argument("--d", type=int, default=256, help="width of the embeddings")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     arguments = parser.parse_args()
     if arguments.threads:

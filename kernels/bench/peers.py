@@ -1,4 +1,4 @@
-"""Other packages' losses, where they are installed: each as one symmetric cross-entropy."""
+"""Losses of other packages, if installed, each as one symmetric cross-entropy."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gigabatch.kernels.bench.contenders import Contender, Inputs, Loss
+from gigabatch.kernels.bench.implementations import Implementation, Inputs, Loss
 
-OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # of scaled rows, columns, and labels
+OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # of scaled rows, columns and labels
 
 
-def find_peers(device: torch.device, size: int) -> list[Contender]:
-    """All that are known, those that cannot run on this machine with the reason. `size`: bytes of
-    a value of the inputs."""
-    found = []
+def find_peers(device: torch.device, size: int) -> list[Implementation]:
+    """List all known packages; one that cannot run here gets the reason in `missing`.
+
+    Args:
+        device: Of the inputs.
+        size: Bytes of one number of the inputs.
+    """
+    peers = []
     for name, (module, package, load) in PEERS.items():
         missing = ""
-        loss: Loss = _never
+        loss: Loss = _unavailable
         if find_spec(module) is None:
             missing = f"not installed: pip install {package}"
         elif device.type != "cuda" and module != "open_clip":
@@ -29,20 +33,21 @@ def find_peers(device: torch.device, size: int) -> list[Contender]:
         else:
             try:
                 loss = load()
-            except Exception as error:  # whatever another package's import may raise
+            except Exception as error:  # importing another package may raise anything
                 missing = f"cannot be imported: {first_line(error)}"
-        held = 4 * size if module == "open_clip" else 0
-        found.append(Contender(name, loss, pair_bytes=held, missing=missing))
-    return found
+        pair_bytes = 4 * size if module == "open_clip" else 0
+        peers.append(Implementation(name, loss, pair_bytes=pair_bytes, missing=missing))
+    return peers
 
 
 def first_line(error: BaseException) -> str:
+    """Return the type and the first line of an error."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
 def _open_clip() -> Loss:
-    """Its loss alone, from the file: the package would import its models, and torchvision."""
+    """Load only the file of the loss: the package would import its models and torchvision."""
     package = find_spec("open_clip")
     assert package is not None
     assert package.submodule_search_locations
@@ -53,37 +58,42 @@ def _open_clip() -> Loss:
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     loss = module.ClipLoss()
-    return lambda b: loss(b.q, b.k, b.scale)
+
+    def symmetric(b: Inputs) -> Tensor:
+        value: Tensor = loss(b.q, b.k, b.scale)
+        return value
+
+    return symmetric
 
 
 def _inf_cl() -> Loss:
-    """Scaled here: its own scale wants a process group."""
+    """Scale the rows here: the package's own scale needs a process group."""
     loss = importlib.import_module("inf_cl").cal_inf_loss
-    return _both_ways(lambda q, k, own: loss(q, k, own, head_dim=min(256, q.shape[1])))
+    return _both_ways(lambda q, k, labels: loss(q, k, labels, head_dim=min(256, q.shape[1])))
 
 
 def _liger() -> Loss:
     module = importlib.import_module("liger_kernel.transformers.fused_linear_cross_entropy")
     loss = module.LigerFusedLinearCrossEntropyLoss()
-    return _both_ways(lambda q, k, own: loss(k, q, own))
+    return _both_ways(lambda q, k, labels: loss(k, q, labels))
 
 
 def _cut_cross_entropy() -> Loss:
-    """Without its gradient filter, which drops most of the mass where logits are near uniform."""
+    """Disable the gradient filter, which drops most of the mass if logits are nearly uniform."""
     loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    return _both_ways(lambda q, k, own: loss(q, k, own, filter_eps=None, impl="cce"))
+    return _both_ways(lambda q, k, labels: loss(q, k, labels, filter_eps=None, impl="cce"))
 
 
 def _both_ways(one: OneWay) -> Loss:
     def loss(b: Inputs) -> Tensor:
-        own = torch.arange(len(b.q), device=b.q.device)
-        return (one(b.scale * b.q, b.k, own) + one(b.scale * b.k, b.q, own)) / 2
+        labels = torch.arange(len(b.q), device=b.q.device)
+        return (one(b.scale * b.q, b.k, labels) + one(b.scale * b.k, b.q, labels)) / 2
 
     return loss
 
 
-def _never(b: Inputs) -> Tensor:
-    raise AssertionError("a contender that is missing was run")
+def _unavailable(b: Inputs) -> Tensor:
+    raise AssertionError("an implementation that cannot run here was run")
 
 
 PEERS: dict[str, tuple[str, str, Callable[[], Loss]]] = {  # module, package, loader

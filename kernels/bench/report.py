@@ -1,4 +1,4 @@
-"""The figures of `bench kernels` as tables and as a picture."""
+"""Tables and plots of the results of `bench kernels`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from statistics import median
 from typing import Any
 
 MIB = 2**20
-Record = dict[str, Any]  # of a contender at a problem
+Record = dict[str, Any]  # an implementation's results at one problem
 FAMILIES = {
     "softmax": "Softmax loss (InfoNCE, both directions)",
     "sigmoid": "Sigmoid loss",
-    "maxsim": "MaxSim, N / 32 items a side of 32 tokens (on a GPU of 196 and 77)",
+    "maxsim": "MaxSim, N / 32 items per side, 32 tokens each (on a GPU 196 and 77)",
 }
-# Line, colour and marker by contender: ours bold, plain torch grey.
+# Line, color and marker of each implementation: the engine bold, plain torch gray.
 STYLES = {
     "tiled": ("-", "#1f77b4", "o"),
     "triton": ("-", "#d62728", "o"),
@@ -28,12 +28,12 @@ STYLES = {
     "liger": (":", "#8c564b", "x"),
     "cut_cross_entropy": (":", "#17becf", "x"),
 }
-HEAD = ("N", "logits", "contender", "forward, ms", "forward + backward, ms", "TFLOP/s",
+HEAD = ("N", "logits", "implementation", "forward, ms", "forward + backward, ms", "TFLOP/s",
         "share of matmul", "peak, MiB")  # fmt: skip
 
 
-def summarise(record: Record, flops: int, rate: float) -> None:
-    """From the times: medians, and the step's FLOP/s beside the matmul's `rate`."""
+def summarize(record: Record, flops: int, rate: float) -> None:
+    """Add medians of the times, and the step's FLOP/s as a share of the matmul's `rate`."""
     if "step_s" not in record:
         record["reason"] = record["reason"] or "not reached"
         return
@@ -44,8 +44,8 @@ def summarise(record: Record, flops: int, rate: float) -> None:
     record["share_of_matmul"] = record["flops_per_s"] / rate
 
 
-def figures(record: Record) -> str:
-    """One line."""
+def result_line(record: Record) -> str:
+    """Return a record's times and memory as one line."""
     if "step_ms" not in record:
         return str(record["reason"])
     forward = record["forward_ms"]
@@ -57,53 +57,57 @@ def figures(record: Record) -> str:
     return ", ".join(words) + (f"; then {record['reason']}" if record["reason"] else "")
 
 
-def title(found: dict[str, Any]) -> str:
-    around = found["environment"]
-    threads = f", {around['threads']} threads" if around["threads"] else ""
-    return f"{around['device']}{threads}, {found['dtype']}, torch {around['torch']}"
+def title(results: dict[str, Any]) -> str:
+    """Return the device, dtype and torch version as one line."""
+    environment = results["environment"]
+    threads = f", {environment['threads']} threads" if environment["threads"] else ""
+    return f"{environment['device']}{threads}, {results['dtype']}, torch {environment['torch']}"
 
 
-def tables(found: dict[str, Any]) -> str:
-    """Markdown: a table for each family and width."""
-    lines = [f"{title(found)}, {found['environment']['date']}", ""]
-    lines += [f"`{found['command']}`", ""] if "command" in found else []
-    for family, d, problems in _panels(found):
+def tables(results: dict[str, Any]) -> str:
+    """Return Markdown with one table for each family and width."""
+    lines = [f"{title(results)}, {results['environment']['date']}", ""]
+    lines += [f"`{results['command']}`", ""] if "command" in results else []
+    for family, d, problems in _panels(results):
         lines += [f"### {FAMILIES[family]}, D = {d}", "", _row(HEAD), _row(["---"] * len(HEAD))]
         for problem in problems:
             start = [f"{problem['n']:,}", problem["logits"]]
             lines += [_row([*start, *_cells(record)]) for record in problem["contenders"]]
-        notes = [*_wrong(problems)]
-        notes += [f"- `{name}`: {why}" for name, why in found["missing"][family].items()]
+        notes = [*_disagreements(problems)]
+        notes += [f"- `{name}`: {reason}" for name, reason in results["missing"][family].items()]
         lines += ["", *notes, ""] if notes else [""]
-    lines += [f"- not begun, for want of time: {what}" for what in found["left_out"]]
-    lines += [f"- **stopped early: {found['stopped']}**"] if found["stopped"] else []
+    lines += [f"- not started, out of time: {problem}" for problem in results["left_out"]]
+    lines += [f"- **stopped early: {results['stopped']}**"] if results["stopped"] else []
     return "\n".join(lines).rstrip() + "\n"
 
 
-def write(found: dict[str, Any], folder: Path) -> None:
-    (folder / "kernels.md").write_text(tables(found))
-    draw(found, folder / "kernels.png")
+def write(results: dict[str, Any], folder: Path) -> None:
+    """Write kernels.md and kernels.png."""
+    (folder / "kernels.md").write_text(tables(results))
+    draw(results, folder / "kernels.png")
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
-    """For each family and width time over N and, on a GPU, peak memory. Early logits alone
-    where there are any: the tables have both."""
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Plot time over N for each family and width and, on a GPU, peak memory.
+
+    Only early logits are shown if there are any; the tables have both.
+    """
     from matplotlib.figure import Figure
 
-    kinds = ["step_ms", "peak_bytes"] if found["device"] == "cuda" else ["step_ms"]
-    cells = [(panel, what) for panel in _panels(found) for what in kinds]
+    metrics = ["step_ms", "peak_bytes"] if results["device"] == "cuda" else ["step_ms"]
+    cells = [(panel, metric) for panel in _panels(results) for metric in metrics]
     rows = max(1, (len(cells) + 1) // 2)
     figure = Figure(figsize=(10, 1.4 + 3.2 * rows), dpi=110, layout="constrained")
-    figure.suptitle(title(found), fontsize=12)
+    figure.suptitle(title(results), fontsize=12)
     grid = figure.subplots(rows, 2, squeeze=False).flatten()
     handles: dict[str, Any] = {}
-    for ((family, d, problems), what), axes in zip(cells, grid, strict=False):
+    for ((family, d, problems), metric), axes in zip(cells, grid, strict=False):
         logits = "early" if any(p["logits"] == "early" for p in problems) else "late"
         problems = [problem for problem in problems if problem["logits"] == logits]
-        unit = MIB if what == "peak_bytes" else 1
-        handles |= _lines(axes, problems, what, unit)
-        handles |= _floor(axes, problems) if what == "step_ms" else {}
-        _dress(axes, f"{FAMILIES[family]}\nD = {d}, {logits} logits", what, problems)
+        unit = MIB if metric == "peak_bytes" else 1
+        handles |= _plot_lines(axes, problems, metric, unit)
+        handles |= _plot_floor(axes, problems) if metric == "step_ms" else {}
+        _label_axes(axes, f"{FAMILIES[family]}\nD = {d}, {logits} logits", metric, problems)
     for axes in grid[len(cells) :]:
         axes.set_axis_off()
     if handles:
@@ -111,12 +115,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def _panels(found: dict[str, Any]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+def _panels(results: dict[str, Any]) -> Iterator[tuple[str, int, list[dict[str, Any]]]]:
+    """Yield (family, width, problems by size) for each table or plot."""
     for family in FAMILIES:
-        of = [problem for problem in found["problems"] if problem["family"] == family]
-        for d in sorted({problem["d"] for problem in of}):
-            here = [problem for problem in of if problem["d"] == d]
-            yield family, d, sorted(here, key=lambda problem: (problem["n"], problem["logits"]))
+        problems = [problem for problem in results["problems"] if problem["family"] == family]
+        for d in sorted({problem["d"] for problem in problems}):
+            of_width = [problem for problem in problems if problem["d"] == d]
+            yield family, d, sorted(of_width, key=lambda problem: (problem["n"], problem["logits"]))
 
 
 def _cells(record: Record) -> list[str]:
@@ -134,45 +139,49 @@ def _cells(record: Record) -> list[str]:
     ]
 
 
-def _wrong(problems: list[dict[str, Any]]) -> Iterator[str]:
+def _disagreements(problems: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a note for each implementation whose loss or gradient differs."""
     for problem in problems:
         for record in problem["contenders"]:
             if not record.get("agrees", True):
-                off = record["difference"]
-                how = "is not finite" if off is None else f"is {off:.2%} off the first one's"
+                error = record["difference"]
+                text = "is not finite" if error is None else f"differs by {error:.2%}"
                 yield (f"- **(!) `{record['name']}` computes another loss: at N {problem['n']:,}, "
-                       f"{problem['logits']} logits, it {how}**")  # fmt: skip
+                       f"{problem['logits']} logits, it {text}**")  # fmt: skip
             elif not record.get("gradient_agrees", True):
-                off = record["gradient_difference"]
-                how = "not finite" if off is None else f"{off:.0%} off the first one's"
+                error = record["gradient_difference"]
+                text = "is not finite" if error is None else f"differs by {error:.0%}"
                 yield (f"- `{record['name']}`, N {problem['n']:,}, {problem['logits']} logits: its "
-                       f"gradient is {how}")  # fmt: skip
+                       f"gradient {text}")  # fmt: skip
 
 
 def _row(cells: Any) -> str:
     return f"| {' | '.join(str(cell).replace('|', '/') for cell in cells)} |"
 
 
-def _lines(axes: Any, problems: list[dict[str, Any]], what: str, unit: int) -> dict[str, Any]:
+def _plot_lines(
+    axes: Any, problems: list[dict[str, Any]], metric: str, unit: int
+) -> dict[str, Any]:
+    """Plot a metric of all implementations; return their legend handles."""
     points: dict[str, list[tuple[int, float]]] = {}
     for problem in problems:
         for record in problem["contenders"]:
-            if record.get(what):
-                points.setdefault(record["name"], []).append((problem["n"], record[what] / unit))
+            if record.get(metric):
+                points.setdefault(record["name"], []).append((problem["n"], record[metric] / unit))
     handles = {}
-    for name, at in points.items():
-        line, colour, marker = STYLES[name]
+    for name, xy in points.items():
+        line, color, marker = STYLES[name]
         width = 2.2 if line == "-" else 1.4
-        handles[name], *_ = axes.plot(*zip(*at, strict=True), line, color=colour, marker=marker,
+        handles[name], *_ = axes.plot(*zip(*xy, strict=True), line, color=color, marker=marker,
                                       linewidth=width, markersize=5)  # fmt: skip
     return handles
 
 
-def _floor(axes: Any, problems: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the matrix passes alone would take at the matmul's rate."""
-    least = [1e3 * problem["flops"] / problem["gemm_flops_per_s"] for problem in problems]
+def _plot_floor(axes: Any, problems: list[dict[str, Any]]) -> dict[str, Any]:
+    """Plot the time of the matrix passes at the matmul's rate."""
+    times = [1e3 * problem["flops"] / problem["gemm_flops_per_s"] for problem in problems]
     sizes = [problem["n"] for problem in problems]
-    line, *_ = axes.plot(sizes, least, color="black", linewidth=0.9, dashes=(1, 2))
+    line, *_ = axes.plot(sizes, times, color="black", linewidth=0.9, dashes=(1, 2))
     return {"matrix passes at the matmul's rate": line}
 
 
@@ -183,14 +192,14 @@ def _short(n: int) -> str:
     return str(n)
 
 
-def _dress(axes: Any, heading: str, what: str, problems: list[dict[str, Any]]) -> None:
+def _label_axes(axes: Any, heading: str, metric: str, problems: list[dict[str, Any]]) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_title(heading, fontsize=10)
-    axes.set_xlabel("32 x items a side" if heading.startswith("MaxSim") else "N, the batch")
-    axes.set_ylabel({"step_ms": "forward + backward, ms"}.get(what, "peak beyond inputs, MiB"))
+    axes.set_xlabel("32 x items per side" if heading.startswith("MaxSim") else "N, batch size")
+    axes.set_ylabel({"step_ms": "forward + backward, ms"}.get(metric, "peak above inputs, MiB"))
     sizes = sorted({problem["n"] for problem in problems})
     axes.set_xticks(sizes, [_short(n) for n in sizes])
     low, high = axes.get_ylim()

@@ -1,6 +1,6 @@
-"""Peak memory of the ring by world size, the local batch fixed (CPU, gloo).
+"""Peak memory of the ring by world size, at a fixed batch per rank (CPU, gloo).
 
-Each rank is a process of its own with one thread; the figure is the largest rank's.
+Each rank is a process with one thread; the result is the maximum over ranks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROWS, WIDTH = 4096, 256
 
 
 def ring_peaks(world_size: int, gather_mode: str = "ring") -> float:
-    """MiB above inputs and gradients, the most of any rank, of one contrastive loss."""
+    """Return peak MiB of one contrastive loss above inputs and gradients, over all ranks."""
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             subprocess.Popen(
@@ -31,19 +31,21 @@ def ring_peaks(world_size: int, gather_mode: str = "ring") -> float:
             for rank in range(world_size)
         ]  # fmt: skip
         try:
-            said = [rank.communicate(timeout=600)[0] for rank in ranks]
+            outputs = [rank.communicate(timeout=600)[0] for rank in ranks]
         finally:
             for rank in ranks:
                 rank.kill()
     if any(rank.returncode for rank in ranks):
         raise RuntimeError(f"ranks ended with {[rank.returncode for rank in ranks]}")
-    return max(float(text) for text in said)
+    return max(float(text) for text in outputs)
 
 
 def main(folder: str, rank: int, world_size: int, gather_mode: str) -> None:
+    """Run one rank; print its peak in MiB."""
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world_size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
+    )
     for rows in (64, ROWS):
         batch = Batch(rows, WIDTH)
         Path("/proc/self/clear_refs").write_text("5")

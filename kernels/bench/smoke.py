@@ -1,4 +1,4 @@
-"""A short run of the Triton kernels, for a memory checker to watch."""
+"""Short run of the Triton kernels, for a memory checker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 from gigabatch import kernels as K
 
-# That fill no block; several, not all full; full ones. The interpreter of a CPU, which shows no
-# more than that the calls are right, is given the first.
+# The sizes fill no block; several blocks, not all full; full blocks. On a CPU only the first one
+# runs: the interpreter shows no more than that the calls are right.
 SIZES = (
     (torch.bfloat16, 70, 24), (torch.bfloat16, 280, 64), (torch.bfloat16, 256, 64),
     (torch.float32, 140, 24),
@@ -15,7 +15,7 @@ SIZES = (
 
 
 def smoke() -> None:
-    """A step of each kind of kernel."""
+    """Run one step of each kind of kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype, n, d in SIZES if device == "cuda" else SIZES[:1]:
         g = torch.Generator(device).manual_seed(0)
@@ -25,14 +25,14 @@ def smoke() -> None:
         )
         scale, bias = (torch.tensor(value, device=device) for value in (5.0, -3.0))
         ids = torch.arange(n, device=device) % 50
-        gate, own = torch.sigmoid(k.detach()), K.Eq(ids, "id")
+        gate, positives = torch.sigmoid(k.detach()), K.Eq(ids, "id")
         keys, lse = K.Local(k, {"id": ids}), K.Lse("rows", scale)
         losses = [
             K.contrastive_loss(q, k, scale, backend="triton"),
             K.contrastive_loss(q, k, scale, backend="triton", cache_bytes=2**20),
             K.contrastive_loss(q, k, scale, ids_q=ids, same_id="exclude", backend="triton"),
             K.sigmoid_loss(q, k, scale, bias, backend="triton"),
-            K.lse_stats(K.GatedCosine(q, gate), keys, [lse], own, "triton").z[0].mean(),
+            K.lse_stats(K.GatedCosine(q, gate), keys, [lse], positives, "triton").z[0].mean(),
             K.maxsim(
                 q.view(-1, 14 if n % 14 == 0 else 16, d), k.view(-1, n // 2, d), backend="triton"
             ).mean(),

@@ -1,5 +1,5 @@
-"""The `triton` back end. `launch` is the host's side, the other modules hold the kernels."""
+"""Back end `triton`: `launch` is the host side; the other modules hold the kernels."""
 
-from gigabatch.kernels.fused.launch import fit, sweep, top, tune
+from gigabatch.kernels.fused.launch import specialize, sweep, tune, update_top_k
 
-__all__ = ["fit", "sweep", "top", "tune"]
+__all__ = ["specialize", "sweep", "tune", "update_top_k"]

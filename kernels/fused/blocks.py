@@ -1,7 +1,7 @@
-"""What Triton kernels do with a block [BM, BN] of pairs: products, values to broadcast, sums.
+"""Operations of Triton kernels on a block [BM, BN] of pairs: products, broadcasts, reductions.
 
-A block is reduced to one partial result a row or a key, which the host merges in a fixed order: no
-atomics, so that two runs agree to the last bit. i, j: numbers of its rows and keys.
+A block is reduced to one partial result for each row or key. The host merges them in a fixed order,
+without atomics, so that two runs give the same bits. i [BM] and j [BN] are row and key indices.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-TOGETHER = tl.constexpr(8)  # rows of blocks: the keys they share then stay in the L2 cache
+TOGETHER = tl.constexpr(8)  # rows of blocks run together: their keys stay in the L2 cache
 
 
-# A tuple of records would not do as a compile-time value, so that each is reached in one step.
+# Triton accepts no tuple of records as a compile-time value, so each is reached in one step.
 @triton.constexpr_function
 def field(record, name):
     return getattr(record, name)
@@ -36,7 +36,7 @@ def nth(records, index):
 
 @triton.jit
 def exp(x):
-    """Of base e, by the GPU's own of base 2; `tl.exp` takes more instructions."""
+    """Return e^x through the GPU's exp2; `tl.exp` takes more instructions."""
     return tl.exp2(x * LOG2E)
 
 
@@ -54,9 +54,11 @@ def per_key(values, j, n):
 def product(
     a, b, i, j, m, n, D: tl.constexpr, BD: tl.constexpr, WIDE: tl.constexpr, SQUARE: tl.constexpr
 ):
-    """<a_i, b_j>, or with SQUARE <a_i, b_j^2>, of rows of a [m, D] and b [n, D], accumulated in
-    float32; WIDE: float32 products. Rows past the last are read as the last: whoever uses the
-    result masks them."""
+    """Return <a_i, b_j>, or <a_i, b_j^2> with SQUARE, for rows of a [m, D] and b [n, D].
+
+    Sums are float32; with WIDE the products are, too. Rows past the last one read the last one: the
+    caller masks them.
+    """
     at = tl.arange(0, BD)
     x_at = a + tl.minimum(i, m - 1).to(tl.int64)[:, None] * D + at[None, :]
     y_at = b + tl.minimum(j, n - 1).to(tl.int64)[:, None] * D + at[None, :]
@@ -82,7 +84,7 @@ def product(
 
 @triton.jit
 def place(m, n, BM: tl.constexpr, BN: tl.constexpr):
-    """The block (row, column) of this program."""
+    """Return the block (row, column) of this program."""
     rows, columns = tl.cdiv(m, BM), tl.cdiv(n, BN)
     first = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
     height = tl.minimum(rows - first, TOGETHER)
@@ -92,8 +94,10 @@ def place(m, n, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def spot(i, j, m, n, row, column, ON_ROWS: tl.constexpr, EACH: tl.constexpr):
-    """Where a block's partial results go, for rows in [blocks of keys, EACH, m], else in [blocks of
-    rows, EACH, n], and which of them there are."""
+    """Return where a block's partial results are stored, and which of them exist.
+
+    The buffer is [blocks of keys, EACH, m] for rows, else [blocks of rows, EACH, n].
+    """
     if ON_ROWS:
         return column * EACH * m + i, i < m
     else:
@@ -109,8 +113,10 @@ def emit(partial, values, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
 
 @triton.jit
 def emit_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
-    """Store log-sum-exps along one axis, as a maximum and a sum relative to it; over nothing, -inf
-    and 0. (Logarithms of them would be taken by every warp.)"""
+    """Store log-sum-exps along one axis, as a maximum and a sum relative to it.
+
+    Over no pair they are -inf and 0. The host takes the logarithm: here every warp would.
+    """
     AXIS: tl.constexpr = 1 if ON_ROWS else 0
     most = tl.max(x, AXIS)
     base = tl.where(most == float("-inf"), 0.0, most)
@@ -122,7 +128,7 @@ def emit_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
 
 @triton.jit
 def phi(x, PHI: tl.constexpr):
-    """See `tiled.PHI`."""
+    """Return phi(x), as in `tiled.PHI`."""
     if PHI == "softplus":
         e = exp(-tl.abs(x))  # below 1e-4 the logarithm would round e away
         return tl.maximum(x, 0.0) + tl.where(e < 1e-4, e - 0.5 * e * e, tl.log(1.0 + e))
@@ -138,7 +144,7 @@ def phi(x, PHI: tl.constexpr):
 
 @triton.jit
 def slope(x, PHI: tl.constexpr):
-    """d phi / dx."""
+    """Return d phi / dx."""
     if PHI == "softplus":
         e = exp(-tl.abs(x))
         return tl.where(x < 0, e, 1.0) / (1.0 + e)

@@ -1,9 +1,9 @@
-"""The kernels of the dot score and of gated cosine: one sums and differentiates, one finds the best
-keys. `launch.py` calls them.
+"""Triton kernels of the dot score and of gated cosine; `launch.py` calls them.
 
-    sweep: S = Q K^T, a block a program; each term reduces its part of it; with LEARNS the gradient
-           G of all terms in S is stored, for the BLAS to make dQ = G K and dK = G^T Q of.
-    best:  S, masked; the K largest of each row of a block.
+- `sweep`: one block of S = Q K^T per program, which all reductions process. With LEARNS the
+  gradient G of all reductions with respect to S is stored. From it the BLAS computes dQ = G K and
+  dK = G^T Q.
+- `best`: the K largest scores of each row of a block, after masking.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from gigabatch.kernels.fused.rules import Step, masks, may_count, weigh, weighs
 
 @dataclass(frozen=True)
 class At:
-    """A tensor's place among the arguments, and its side: "rows", "keys", or "one" number."""
+    """A tensor's place among the arguments, and its side: "rows", "keys", or "one" (a scalar)."""
 
     place: int
     side: str
@@ -41,7 +41,7 @@ class At:
 
 @dataclass(frozen=True)
 class Term:
-    """A `tiled.Part` for the compiler."""
+    """A `tiled.Reduction` as a compile-time constant."""
 
     phi: str
     on_rows: bool
@@ -58,7 +58,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Group:
-    """Terms that share a rule. `sparse`: sums over pairs of equal values, 0 without one."""
+    """Terms that share a rule. `sparse`: all are sums over pairs of equal values, 0 without one."""
 
     rule: tuple[Step, ...]
     terms: tuple[Term, ...] = ()
@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Common:
-    """The one scale of all terms, and where its gradient goes."""
+    """The scale that all terms share, and its gradient."""
 
     scale: At
     dscale: At | None
@@ -75,7 +75,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Config:
-    """Rows, keys and width of a block; its warps, and the stages of its pipeline."""
+    """Rows, keys and width of a block; its warps and pipeline stages."""
 
     bm: int
     bn: int
@@ -86,8 +86,11 @@ class Config:
 
 @dataclass(frozen=True)
 class Setup(Config):
-    """And the vectors' width; whether the score is gated, products are in float32, and all blocks
-    are full."""
+    """A `Config`, and what else the compiler must know.
+
+    `d` is the vectors' width; `gated`: the score is `GatedCosine`; `wide`: products are float32;
+    `full`: every block is full.
+    """
 
     d: int
     gated: bool
@@ -97,7 +100,7 @@ class Setup(Config):
 
 @triton.jit
 def fetch(args, i, j, m, n, AT: tl.constexpr):
-    """Something of a term, ready to broadcast."""
+    """Load a value of a term, ready to broadcast."""
     if field(AT, "side") == "one":
         return tl.load(args[field(AT, "place")])
     elif field(AT, "side") == "rows":
@@ -108,14 +111,14 @@ def fetch(args, i, j, m, n, AT: tl.constexpr):
 
 @triton.jit
 def deliver(args, values, i, j, m, n, row, column, AT: tl.constexpr):
-    """Store a block's part of a result, if it is wanted; one number is kept a row at first."""
+    """Store a block's part of a result, if it is needed; a scalar is first kept for each row."""
     if AT is not None:
         emit(args[field(AT, "place")], values, i, j, m, n, row, column, field(AT, "side") != "keys")
 
 
 @triton.jit
 def weighted(values, mask, weights, MASKED: tl.constexpr, WEIGHED: tl.constexpr):
-    """Values times their pairs' weights; 0 where a pair does not count, whatever it holds."""
+    """Multiply values by their pairs' weights; a masked pair becomes 0, even if it holds NaN."""
     if WEIGHED:
         values = tl.where(weights > float("-inf"), values * exp(weights), 0.0)
     return tl.where(mask, values, 0.0) if MASKED else values
@@ -126,7 +129,7 @@ def run_term(
     scores, mask, weights, args, i, j, m, n, row, column, TERM: tl.constexpr,
     MASKED: tl.constexpr, WEIGHED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Emit a term's results, and return its gradient in the scores (not SCALED: in the logits)."""
+    """Store a term's results; return its gradient for the scores (not SCALED: for the logits)."""
     PHI: tl.constexpr = field(TERM, "phi")
     scale = fetch(args, i, j, m, n, field(TERM, "scale"))
     x = scores * scale
@@ -164,11 +167,11 @@ def run_term(
 
 @triton.jit
 def run_group(
-    scores, whole, args, i, j, m, n, row, column, GROUP: tl.constexpr, SCALED: tl.constexpr,
+    scores, valid, args, i, j, m, n, row, column, GROUP: tl.constexpr, SCALED: tl.constexpr,
     SETUP: tl.constexpr,
 ):  # fmt: skip
-    """All terms of one rule; the sum of what they return."""
-    mask, weights = weigh(scores, whole, args, i, j, m, n, GROUP, field(SETUP, "bd"))
+    """Run all terms of one rule; return the sum of their gradients."""
+    mask, weights = weigh(scores, valid, args, i, j, m, n, GROUP, field(SETUP, "bd"))
     total = tl.zeros_like(scores)
     for t in tl.static_range(count(GROUP, "terms")):
         total += run_term(scores, mask, weights, args, i, j, m, n, row, column,
@@ -179,9 +182,11 @@ def run_group(
 
 @triton.jit
 def make_block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr):
-    """This program's block: row, column, i, j, which pairs there are, scores, and what a gated
-    score was multiplied with, <gate_i, k_j^2>^-1/2 (see `scores.GatedCosine`). KEPT: scores are
-    "stored" to, or "loaded" from, kept [m, >= n], whose rows are `width` apart."""
+    """Return this program's block: row, column, i, j, which pairs exist, scores, and the factor
+    <gate_i, k_j^2>^-1/2 of a gated score (see `scores.GatedCosine`).
+
+    KEPT: scores are "stored" to, or "loaded" from, kept [m, >= n], whose rows are `width` apart.
+    """
     BM: tl.constexpr = field(SETUP, "bm")
     BN: tl.constexpr = field(SETUP, "bn")
     D: tl.constexpr = field(SETUP, "d")
@@ -190,12 +195,12 @@ def make_block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.cons
     i = row * BM + tl.arange(0, BM)
     j = column * BN + tl.arange(0, BN)
     if field(SETUP, "full"):
-        whole = tl.full((BM, BN), 1, tl.int1)
+        valid = tl.full((BM, BN), 1, tl.int1)
     else:
-        whole = (i < m)[:, None] & (j < n)[None, :]
+        valid = (i < m)[:, None] & (j < n)[None, :]
     at = i.to(tl.int64)[:, None] * width + j[None, :]
     if KEPT == "loaded":
-        scores = tl.load(kept + at, mask=whole, other=0.0)
+        scores = tl.load(kept + at, mask=valid, other=0.0)
     else:
         scores = product(q, k, i, j, m, n, D, BD, field(SETUP, "wide"), False)
     inverse = scores
@@ -204,8 +209,8 @@ def make_block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.cons
         inverse = tl.where(length > 1.17549435e-38, tl.rsqrt(length), 0.0)
         scores *= inverse
     if KEPT == "stored":
-        tl.store(kept + at, scores, mask=whole)
-    return row, column, i, j, whole, scores, inverse
+        tl.store(kept + at, scores, mask=valid)
+    return row, column, i, j, valid, scores, inverse
 
 
 @triton.jit
@@ -213,17 +218,17 @@ def sweep(
     q, gate, k, kept, grad, grad_gate, args, m, n, width, GROUPS: tl.constexpr,
     COMMON: tl.constexpr, KEPT: tl.constexpr, LEARNS: tl.constexpr, SETUP: tl.constexpr,
 ):  # fmt: skip
-    row, column, i, j, whole, scores, inverse = make_block(
+    row, column, i, j, valid, scores, inverse = make_block(
         q, gate, k, kept, m, n, width, KEPT, SETUP
     )
     total = tl.zeros_like(scores)
     for g in tl.static_range(len(GROUPS)):
         if field(nth(GROUPS, g), "sparse"):
             if may_count(args, i, j, m, n, nth(GROUPS, g)):  # few blocks hold a positive
-                total += run_group(scores, whole, args, i, j, m, n, row, column, nth(GROUPS, g),
+                total += run_group(scores, valid, args, i, j, m, n, row, column, nth(GROUPS, g),
                                    COMMON is None, SETUP)  # fmt: skip
         else:
-            total += run_group(scores, whole, args, i, j, m, n, row, column, nth(GROUPS, g),
+            total += run_group(scores, valid, args, i, j, m, n, row, column, nth(GROUPS, g),
                                COMMON is None, SETUP)  # fmt: skip
     if LEARNS:
         if COMMON is not None:
@@ -232,8 +237,8 @@ def sweep(
         at = i[:, None] * n + j[None, :]
         if field(SETUP, "gated"):  # A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
             total *= inverse
-            tl.store(grad_gate + at, -0.5 * total * inverse * scores, mask=whole)
-        tl.store(grad + at, total.to(grad.dtype.element_ty), mask=whole)
+            tl.store(grad_gate + at, -0.5 * total * inverse * scores, mask=valid)
+        tl.store(grad + at, total.to(grad.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -241,10 +246,10 @@ def best(
     q, gate, k, values, index, args, m, n, first, RULE: tl.constexpr, K: tl.constexpr,
     SETUP: tl.constexpr,
 ):  # fmt: skip
-    """The K best of each row of a block, descending: values and index [blocks of keys, K, m]. Keys
-    are numbered from `first`; -1 where no more are allowed."""
-    _, column, i, j, whole, scores, _ = make_block(q, gate, k, q, m, n, n, None, SETUP)
-    mask, _ = weigh(scores, whole, args, i, j, m, n, RULE, field(SETUP, "bd"))
+    """Store the K best keys of each row of a block, descending: values and index [blocks of keys,
+    K, m]. `first` is the global index of the first key; -1 where no more keys are eligible."""
+    _, column, i, j, valid, scores, _ = make_block(q, gate, k, q, m, n, n, None, SETUP)
+    mask, _ = weigh(scores, valid, args, i, j, m, n, RULE, field(SETUP, "bd"))
     left = tl.where(mask, scores, float("-inf"))
     for t in tl.static_range(K):
         most = tl.max(left, 1)

@@ -1,8 +1,8 @@
-"""MaxSim in Triton: a pair of items a program, token products never stored.
+"""MaxSim in Triton: one pair of items per program; token products are never stored.
 
-The backward pass makes a pair's products again, finds its maxima again, and multiplies with their
-one-hot matrix: a program owns a query's (or a key's) gradient and goes through all items of the
-other side in order, so nothing is added atomically and two runs agree to the last bit.
+The backward pass recomputes a pair's products and their maxima, and multiplies with the one-hot
+matrix of the maxima. A program owns a query's (or a key's) gradient and visits all items of the
+other side in order, so nothing is added atomically and two runs give the same bits.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ import triton.language as tl
 from torch import Tensor
 
 from gigabatch.kernels.maxsim import TOKENS, MaxSim
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.sources import KeyBlock
 
-TILE = 1024  # items a side whose scores are held at once
+TILE = 1024  # items per side whose scores are held at once
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit
 def _tokens(x, item, t, tokens, d, BD: tl.constexpr, WIDE: tl.constexpr):
-    """Vectors [len(t), BD] of some tokens of an item; 0 beyond the last."""
+    """Load vectors [len(t), BD] of some tokens of an item; 0 past the last."""
     at = tl.arange(0, BD)
     where = x + (item * tokens + t)[:, None].to(tl.int64) * d + at[None, :]
-    found = tl.load(where, mask=(t < tokens)[:, None] & (at < d)[None, :], other=0.0)
-    return found.to(tl.float32) if WIDE else found
+    vectors = tl.load(where, mask=(t < tokens)[:, None] & (at < d)[None, :], other=0.0)
+    return vectors.to(tl.float32) if WIDE else vectors
 
 
 @triton.jit
 def _products(q, k, real, j, u, tk):
-    """Token products of a pair of items, -inf at the key's pads."""
+    """Return token products of a pair of items, -inf at the key's padding."""
     products = tl.dot(q, tl.trans(k), input_precision="tf32x3")
     kept = tl.load(real + j * tk + u, mask=u < tk, other=0)
     return tl.where((kept != 0)[None, :], products, float("-inf"))
@@ -60,7 +60,7 @@ def _query_grad(
     q, k, real, grad, dq, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dq_it = sum_j G_ij k_ju, u the token that t chose."""
+    """Store dq_it = sum_j G_ij k_ju, where u is the token that t chose."""
     i = tl.program_id(0).to(tl.int64)
     t, u, at = tl.program_id(1) * BQ + tl.arange(0, BQ), tl.arange(0, BK), tl.arange(0, BD)
     queries = _tokens(q, i, t, tq, d, BD, WIDE)
@@ -79,7 +79,7 @@ def _key_grad(
     q, k, real, grad, dk, m, n, tq, tk, d, BQ: tl.constexpr, BK: tl.constexpr,
     BD: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """dk_ju = sum_i G_ij sum of the q_it that chose u."""
+    """Store dk_ju = sum_i G_ij times the sum of the q_it that chose u."""
     j = tl.program_id(0).to(tl.int64)
     u, at = tl.arange(0, BK), tl.arange(0, BD)
     keys = _tokens(k, j, u, tk, d, BD, WIDE)
@@ -97,7 +97,7 @@ def _key_grad(
 
 
 class FusedMaxSim(MaxSim):
-    """`MaxSim` whose tiles are made by the kernels above."""
+    """`MaxSim` whose tiles are computed by the kernels above."""
 
     needs_scratch = False
 
@@ -106,47 +106,48 @@ class FusedMaxSim(MaxSim):
 
     @staticmethod
     def fits(score: MaxSim, keys: Tensor) -> bool:
-        """Whether all tokens of a key [n, Tk, D] fit on a multiprocessor, as these kernels need."""
-        kinds = {score.operands[0].dtype, keys.dtype}
+        """Return whether all tokens of a key [n, Tk, D] fit on a multiprocessor, as required."""
+        dtypes = {score.operands[0].dtype, keys.dtype}
         small = _block(keys.shape[1]) * _block(keys.shape[2]) <= 128 * 256
-        return small and len(kinds) == 1 and torch.float64 not in kinds
+        return small and len(dtypes) == 1 and torch.float64 not in dtypes
 
-    def tile_shape(self, rows: int, columns: int, keys: Panel) -> tuple[int, int]:
+    def tile_shape(self, rows: int, columns: int, keys: KeyBlock) -> tuple[int, int]:
         return TILE, TILE
 
-    def tile(self, rows: Sequence[Tensor], keys: Panel, out: Tensor, scratch: Any) -> None:
-        q, k, real, sizes, how = self._arguments(rows, keys)
+    def tile(self, rows: Sequence[Tensor], keys: KeyBlock, out: Tensor, scratch: Any) -> None:
+        q, k, real, sizes, options = self._arguments(rows, keys)
         with torch.cuda.device_of(k):
-            _score[(len(q), len(k))](q, k, real, out, out.stride(0), *sizes, **how)
+            _score[(len(q), len(k))](q, k, real, out, out.stride(0), *sizes, **options)
         out.mul_(rows[1].unsqueeze(1))
 
     def pull(
-        self, rows: Sequence[Tensor], keys: Panel, scores: Tensor, scratch: Any,
+        self, rows: Sequence[Tensor], keys: KeyBlock, scores: Tensor, scratch: Any,
         drows: Sequence[Tensor], dk: Tensor | None, grad: Tensor,
     ) -> None:  # fmt: skip
-        q, k, real, sizes, how = self._arguments(rows, keys)
+        q, k, real, sizes, options = self._arguments(rows, keys)
         grad = grad.mul_(rows[1].unsqueeze(1)).contiguous()
         dq_here, dk_here = (torch.empty_like(x, dtype=torch.float32) for x in (q, k))
         with torch.cuda.device_of(k):
             blocks = triton.cdiv(q.shape[1], sizes[3])
-            _query_grad[(len(q), blocks)](q, k, real, grad, dq_here, len(k), *sizes, **how)
+            _query_grad[(len(q), blocks)](q, k, real, grad, dq_here, len(k), *sizes, **options)
             if dk is not None:
-                _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes, **how)
+                _key_grad[(len(k),)](q, k, real, grad, dk_here, len(q), len(k), *sizes, **options)
                 dk.add_(dk_here)
         drows[0].add_(dq_here)
 
-    def _arguments(self, rows: Sequence[Tensor], keys: Panel) -> tuple[Any, ...]:
-        """Both sides in the queries' own dtype (exact: tiles were widened from it), the mask, and
-        the kernels' sizes."""
-        kind, real = self.operands[0].dtype, keys.metadata[TOKENS]
-        q, k = rows[0].to(kind).contiguous(), torch.where(real.unsqueeze(2), keys.keys, 0).to(kind)
+    def _arguments(self, rows: Sequence[Tensor], keys: KeyBlock) -> tuple[Any, ...]:
+        """Return both sides in the queries' dtype (exact: tiles were widened from it), the mask,
+        and the kernels' sizes and options."""
+        dtype, real = self.operands[0].dtype, keys.metadata[TOKENS]
+        q, k = rows[0].to(dtype).contiguous(), torch.where(real.unsqueeze(2), keys.keys, 0)
+        k = k.to(dtype)
         tq, tk, d = q.shape[1], k.shape[1], q.shape[2]
         bq, bk, bd = _block(tq), _block(tk), _block(d)
         sizes = (tq, tk, d, min(64, bq), bk, bd, INTERPRETED)
-        # One stage: two programs then share a multiprocessor, and a whole item fits on older ones.
-        how = {"num_warps": 8 if bk * bd > 8192 else 4, "num_stages": 1}
-        return q, k.contiguous(), real.to(torch.int8).contiguous(), sizes, how
+        # With one stage two programs share a multiprocessor, and an item fits on older GPUs.
+        options = {"num_warps": 8 if bk * bd > 8192 else 4, "num_stages": 1}
+        return q, k.contiguous(), real.to(torch.int8).contiguous(), sizes, options
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return int(max(16, triton.next_power_of_2(size)))

@@ -1,7 +1,7 @@
-"""Rules in Triton: a clause is a small function, the twin of its class in `kernels/rules.py`.
+"""Rules in Triton: each clause is a small function that equals its class in `kernels/rules.py`.
 
-For the compiler a rule is a flat list of steps. `use` says what becomes of a step's mask: "and"
-ends a mask of the rule, "or" joins it to the next step's, "only" limits the next log-weight to it.
+For the compiler a rule is a flat list of steps. `use` says how a step's mask is used: "and" ends a
+mask of the rule, "or" joins it with the next step's, "only" limits the next log-weight to it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor
 
 from gigabatch.kernels import rules as R
 from gigabatch.kernels.fused.blocks import count, entry, field, per_key, per_row, product
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.sources import KeyBlock
 
 
 @dataclass(frozen=True)
 class Step:
-    """`rows`, `keys`, `extra`: places of tensors among a kernel's arguments. `width`: of vectors,
-    or of a table."""
+    """One clause. `rows`, `keys` and `extra` are places of tensors among a kernel's arguments;
+    `width` is that of vectors or of a table."""
 
     kind: str
     use: str
@@ -33,44 +33,44 @@ class Step:
 
 
 def steps(
-    rule: R.Rule, rows: slice, panel: Panel, place: Callable[[Tensor], int]
+    rule: R.Rule, rows: slice, block: KeyBlock, place: Callable[[Tensor], int]
 ) -> tuple[Step, ...]:
-    """A rule on some rows and a panel's keys; `place` puts a tensor among the arguments."""
-    found: list[Step] = []
+    """Translate a rule on some rows and a block's keys; `place` adds a tensor to the arguments."""
+    program: list[Step] = []
 
     def add(clause: R.Clause, use: str) -> None:
         if isinstance(clause, R.Either):
             add(clause.one, "or")
             add(clause.other, use)
         elif isinstance(clause, R.AtLeast):
-            found.append(Step("at least", use, place(clause.rows[rows])))
+            program.append(Step("at least", use, place(clause.rows[rows])))
         else:
             assert isinstance(clause, R.Eq | R.Table | R.AbsDiff | R.SecondScore), clause
             if isinstance(clause, R.Table) and clause.only is not None:
                 add(clause.only, "only")
-            both = place(clause.rows[rows]), place(panel.metadata[clause.keys])
+            both = place(clause.rows[rows]), place(block.metadata[clause.keys])
             if isinstance(clause, R.Eq):
-                found.append(Step("ne" if isinstance(clause, R.Ne) else "eq", use, *both))
+                program.append(Step("ne" if isinstance(clause, R.Ne) else "eq", use, *both))
             elif isinstance(clause, R.Table):
                 table = clause.table
-                found.append(Step("table", "weigh", *both, place(table), width=table.shape[1]))
+                program.append(Step("table", "weigh", *both, place(table), width=table.shape[1]))
             elif isinstance(clause, R.AbsDiff):
                 factor = torch.ones_like(clause.rows) if clause.factor is None else clause.factor
-                found.append(Step("distance", "weigh", *both, place(factor[rows])))
+                program.append(Step("distance", "weigh", *both, place(factor[rows])))
             else:
-                number = clause.scale if clause.at_most is None else clause.at_most
+                value = clause.scale if clause.at_most is None else clause.at_most
                 kind, use = ("soft", "weigh") if clause.at_most is None else ("at most", use)
-                at = place(torch.full((), number, device=panel.keys.device))
-                found.append(Step(kind, use, *both, at, clause.rows.shape[1]))
+                at = place(torch.full((), value, device=block.keys.device))
+                program.append(Step(kind, use, *both, at, clause.rows.shape[1]))
 
     for clause in rule:
         add(clause, "and")
-    return tuple(found)
+    return tuple(program)
 
 
 @triton.constexpr_function
 def masks(group, full):
-    """Whether some pairs of a block may not count (`full`: all of them exist)."""
+    """Return whether some pairs of a block may not count (`full`: all of them exist)."""
     return not full or any(step.use == "and" for step in group.rule)
 
 
@@ -81,9 +81,11 @@ def weighs(group):
 
 @triton.jit
 def may_count(args, i, j, m, n, GROUP: tl.constexpr):
-    """False only if no pair of the block can count, for a rule that begins with an equality: its
-    rows' values lie all below, or all above, its keys'. So most blocks beside the diagonal are
-    found for the cost of a row and a key."""
+    """Return False only if no pair of the block can count, for a rule that begins with an equality.
+
+    That is so if the rows' values are all below, or all above, the keys' values. Reading one row
+    and one column of values thus skips most blocks off the diagonal.
+    """
     rows = tl.load(args[field(entry(GROUP, "rule", 0), "rows")] + tl.minimum(i, m - 1))
     keys = tl.load(args[field(entry(GROUP, "rule", 0), "keys")] + tl.minimum(j, n - 1))
     return (tl.min(rows) <= tl.max(keys)) & (tl.min(keys) <= tl.max(rows))
@@ -91,14 +93,14 @@ def may_count(args, i, j, m, n, GROUP: tl.constexpr):
 
 @triton.jit
 def distance(rows, keys, factor, i, j, m, n):
-    """log(1 + factor_i |y_i - y_j|)"""
+    """Return log(1 + factor_i |y_i - y_j|)."""
     apart = tl.abs(per_row(rows, i, m) - per_key(keys, j, n)).to(tl.float32)
     return tl.log(1.0 + per_row(factor, i, m).to(tl.float32) * apart)
 
 
 @triton.jit
 def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
-    """The mask or log-weights [BM, BN] of one step."""
+    """Return the mask or log-weights [BM, BN] of one step."""
     KIND: tl.constexpr = field(STEP, "kind")
     WIDTH: tl.constexpr = field(STEP, "width")
     rows = args[field(STEP, "rows")]
@@ -121,18 +123,18 @@ def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, whole, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr):
-    """The mask and log-weights [BM, BN] of a group's rule, within `whole`."""
-    always = whole | (whole == 0)
-    never = whole & (whole == 0)
-    mask, joined, limit, weights = whole, never, always, tl.zeros_like(scores)
+def weigh(scores, valid, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr):
+    """Return the mask and log-weights [BM, BN] of a group's rule; `valid` pairs exist."""
+    always = valid | (valid == 0)
+    never = valid & (valid == 0)
+    mask, joined, limit, weights = valid, never, always, tl.zeros_like(scores)
     for s in tl.static_range(count(GROUP, "rule")):
-        found = clause(scores, args, i, j, m, n, entry(GROUP, "rule", s), BD)
+        values = clause(scores, args, i, j, m, n, entry(GROUP, "rule", s), BD)
         if field(entry(GROUP, "rule", s), "use") == "weigh":
-            weights += tl.where(limit, found, 0.0).to(tl.float32)
+            weights += tl.where(limit, values, 0.0).to(tl.float32)
             limit = always
         else:
-            joined = joined | found
+            joined = joined | values
             if field(entry(GROUP, "rule", s), "use") == "only":
                 limit = joined
             if field(entry(GROUP, "rule", s), "use") == "and":

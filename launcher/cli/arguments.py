@@ -46,7 +46,7 @@ def check_exists(source: str) -> str:
         GigabatchError: if nothing matches, or a URL's scheme is not supported.
     """
     if not os.path.exists(source):
-        from gigabatch.data.remote.places import expand, is_remote
+        from gigabatch.data.remote.locations import expand, is_remote
 
         if not is_remote(source):
             expand([source])
@@ -64,6 +64,19 @@ def _table_or_shards(source: str) -> str:
             "OUT`."
         )
     return check_exists(source)
+
+
+def check_set(name: str | None) -> str | None:
+    """Return the name of an evaluation set; an absolute path must exist.
+
+    A relative path may be inside the run's `data.root`, which is not known here.
+
+    Raises:
+        GigabatchError: if the path does not exist.
+    """
+    if name is not None and os.path.isabs(os.path.expanduser(name)):
+        check_exists(os.path.expanduser(name))
+    return name
 
 
 def _many_shards(sources: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cli.arguments import RunPath
+from gigabatch.launcher.cli.arguments import RunPath, check_set
 
 
 class Weights(StrEnum):
@@ -42,7 +42,9 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="SET",
-            help="Folder of shards, indexed on first use, or the name of one of the run's sets.",
+            callback=check_set,
+            help="Folder of shards, indexed on first use, or the name of one of the run's sets; "
+            "for text-retrieval a .jsonl file or a BEIR folder.",
         ),
     ] = None,
     task: Annotated[

@@ -22,6 +22,9 @@ def objectives(
         str | None, typer.Argument(metavar="NAME", help="Objective to explain. Default: list all.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
+    markdown: Annotated[
+        bool, typer.Option(help="Print the table of docs/objectives.md instead.")
+    ] = False,
 ) -> None:
     """List the objectives, or explain one.
 
@@ -37,6 +40,11 @@ def objectives(
 
     if name is not None and name not in OBJECTIVES:
         raise GigabatchError(f"there is no objective {name!r}. {suggest_objective(name)}")
+    if markdown:
+        from gigabatch.trainer.objectives.documentation import objectives_table
+
+        write(objectives_table())
+        return
     cards = {key: describe(key) for key in ([name] if name else OBJECTIVES)}
     if as_json:
         write(json.dumps(cards[name] if name else cards) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -29,6 +30,8 @@ def reproduce(
             metavar="FOLDER",
             help="Real drawings for the emoji-... experiments: a folder with train, val-artist "
             "and val-concept, as configs/emoji.yaml describes.",
+            exists=True,
+            file_okay=False,
         ),
     ] = None,
     seeds: Annotated[
@@ -114,8 +117,10 @@ def _select(
     without_study = tuple(paper for paper in PAPERS if paper.title in titles)
     if without_study:
         return (), without_study
-    known = ", ".join(study.name for study in (*synthetic, *on_real_data))
-    raise GigabatchError(f"{name}: no such experiment. Choose one of {known}, or all.")
+    known = [study.name for study in (*synthetic, *on_real_data)]
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f"Did you mean {close[0]}?" if close else f"Choose one of {', '.join(known)}, or all."
+    raise GigabatchError(f"{name}: no such experiment. {hint}")
 
 
 def _write_unmeasured(paper: Paper, as_json: bool) -> None:

@@ -1,8 +1,8 @@
-"""Wheel of the installed code, built without network, build tools or a checkout.
+"""A wheel of the code that runs here, built without a network, build tools or a checkout.
 
-A cluster caches uploaded wheels by file name, so the name must change whenever the code does. The
-local part of the version is therefore a digest of all files. The wheel declares no dependencies:
-the cluster's image contains them, and a job must not download anything when it starts.
+A cluster keeps uploaded wheels by file name, so the name must change when the code does: the local
+part of the version is a digest of all files. The wheel declares no dependencies. The cluster's
+image has them, and a starting job may download nothing.
 """
 
 from __future__ import annotations
@@ -15,12 +15,19 @@ from pathlib import Path
 
 from gigabatch.trainer.run.provenance import digest_of, installed_files
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # A fixed time makes equal files give an identical wheel.
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # a constant, so that the same files give the same bytes
 _TAG = "py3-none-any"
 
 
 def build_wheel(folder: Path) -> Path:
-    """Write `gigabatch-VERSION+DIGEST-py3-none-any.whl` into `folder` and return its path."""
+    """Write `gigabatch-VERSION+DIGEST-py3-none-any.whl` into a folder.
+
+    Args:
+        folder: Where to write it; must exist.
+
+    Returns:
+        The path of the wheel. The same files give the same bytes.
+    """
     version, files = wheel_version(), installed_files()
     info = f"gigabatch-{version}.dist-info"
     metadata = {
@@ -40,11 +47,11 @@ def build_wheel(folder: Path) -> Path:
 
 
 def wheel_version() -> str:
-    """Return the installed version with a digest of its files, as in `0.1.0+code.1f3870be274f`."""
+    """Return the version with a digest of the files, such as `0.1.0+code.1f3870be274f`."""
     public = distribution("gigabatch").version.partition("+")[0]
     return f"{public}+code.{digest_of(installed_files())}"
 
 
 def _digest(data: bytes) -> str:
-    encoded = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
-    return "sha256=" + encoded.rstrip("=")
+    coded = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).decode()
+    return "sha256=" + coded.rstrip("=")

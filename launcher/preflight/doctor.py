@@ -22,8 +22,8 @@ from packaging.requirements import Requirement
 
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import writable_folder
-from gigabatch.data.remote.writes import check_writable
+from gigabatch.data.remote.access import check_writable
+from gigabatch.data.remote.locations import writable_folder
 from gigabatch.data.shards.index import cache_folder
 from gigabatch.data.text.captions import ExtraText
 from gigabatch.launcher.environment import in_ray_job

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.writes import check_writable
+from gigabatch.data.remote.access import check_writable
 from gigabatch.trainer.checkpoints.download import say_newer
 from gigabatch.trainer.checkpoints.remote import RemoteRun, remote_run
 from gigabatch.trainer.config import CheckpointSettings, Config

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 
 SECRETS = "gigabatch-secrets"

@@ -1,5 +1,4 @@
-"""The engine's back ends as parameters. Triton runs under its interpreter, or on a GPU if there is
-one: the same tests either way."""
+"""Back ends as test parameters. The same tests run Triton on a GPU or under its interpreter."""
 
 from __future__ import annotations
 
@@ -21,29 +20,29 @@ SLOW_TRITON: Any = pytest.param("triton", marks=[pytest.mark.gpu if GPU else pyt
 BACKENDS = ["reference", "tiled", TRITON]
 BACKENDS_OF_FLOAT64 = ["reference", "tiled"]
 BACKENDS_WITH_SLOW_TRITON = ["reference", "tiled", SLOW_TRITON]
-# A test's own dtype: the exact ones can be held to float64, for which Triton has no kernels.
+# The dtype of exact tests: float64, except for Triton, which has no kernels for it.
 KIND = {"reference": torch.float64, "tiled": torch.float64, "triton": torch.float32}
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
-    """Up to several blocks of `small_tiles`."""
+    """Draw sizes of up to several blocks of `small_tiles`."""
     return st.integers(1, 50 if GPU else most)
 
 
 def examples(count: int) -> int:
-    """How many of a random test; on a GPU nearly each one compiles kernels, for seconds."""
+    """Return the number of examples of a random test; on a GPU most examples compile kernels."""
     return max(6, count // 8) if GPU else count
 
 
 @contextlib.contextmanager
 def small_tiles(rows: int = 5, columns: int = 4) -> Iterator[None]:
-    """Tiles, blocks and panels so small that there are several, not all full."""
+    """Make tiles, blocks and launches so small that there are several, not all full."""
     block = launch.Config(16, 16, 16, 1, 1) if GPU else launch.Config(4, 4, 4, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "ROWS", rows)
         patch.setattr(tiled, "COLUMNS", columns)
         patch.setattr(launch, "CONFIGS", {True: [block], False: [block]})
-        patch.setattr(launch, "PANEL", (40, 40) if GPU else (8, 8))
+        patch.setattr(launch, "LAUNCH_SHAPE", (40, 40) if GPU else (8, 8))
         patch.setattr(fused_maxsim, "TILE", 3)
         yield

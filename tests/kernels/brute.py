@@ -1,6 +1,6 @@
-"""The engine's sums by brute force: the whole matrix, one formula a thing, gradients by autograd.
+"""The engine's sums by brute force: dense matrices, one formula each, gradients by autograd.
 
-Shares no code with the engine. Everything is computed in the dtype of its inputs.
+It shares no code with the engine. Everything is computed in the dtype of its inputs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass
 class World:
-    """Random rows and keys with all metadata that rules can speak of."""
+    """Random rows and keys with the metadata of every kind of rule."""
 
     m: int
     n: int
@@ -51,7 +51,7 @@ class World:
 
     def metadata(self) -> dict[str, Tensor]:
         return {
-            "id": self.key_id, "role": self.key_role, "number": torch.arange(self.n),
+            "id": self.key_id, "role": self.key_role, "index": torch.arange(self.n),
             "label": self.tensors["key_label"], "teacher": self.tensors["key_teacher"],
         }  # fmt: skip
 
@@ -62,7 +62,7 @@ def dot(q: Tensor, k: Tensor) -> Tensor:
 
 
 def gated(q: Tensor, gate: Tensor, k: Tensor) -> Tensor:
-    """Materialises [M, N, D], as the paper's code does."""
+    """Compute gated cosines with a tensor [M, N, D], as Hydra's code does."""
     wide = torch.promote_types(q.dtype, torch.float32)
     left = (gate * q.to(wide)).unsqueeze(1)
     right = gate.unsqueeze(1) * k.to(wide).unsqueeze(0)
@@ -70,7 +70,7 @@ def gated(q: Tensor, gate: Tensor, k: Tensor) -> Tensor:
 
 
 def late(q: Tensor, real_q: Tensor, k: Tensor, real_k: Tensor) -> Tensor:
-    """MaxSim, an item at a time, on its real tokens alone."""
+    """Compute MaxSim for one pair of items at a time, on real tokens only."""
     rows = [
         torch.stack([(q[i][real_q[i]] @ k[j][real_k[j]].T).amax(1).mean() for j in range(len(k))])
         for i in range(len(q))
@@ -106,7 +106,7 @@ WEIGHTS: dict[str, Callable[[World], Tensor]] = {
 }
 
 
-def blend(world: World, rule: Sequence[str], scores: Tensor) -> tuple[Tensor, Tensor]:
+def combine_rule(world: World, rule: Sequence[str], scores: Tensor) -> tuple[Tensor, Tensor]:
     mask = torch.ones_like(scores, dtype=torch.bool)
     weights = torch.zeros_like(scores)
     for name in rule:
@@ -118,7 +118,7 @@ def blend(world: World, rule: Sequence[str], scores: Tensor) -> tuple[Tensor, Te
 
 
 def lse(logits: Tensor, axis: int) -> Tensor:
-    """logsumexp whose gradient is 0, not NaN, where everything is masked."""
+    """Compute logsumexp with gradient 0 instead of NaN where everything is masked."""
     empty = (logits == -torch.inf).all(axis, keepdim=True)
     z = torch.where(empty, 0, logits).logsumexp(axis)
     return torch.where(empty.squeeze(axis), -torch.inf, z)

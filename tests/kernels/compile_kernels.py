@@ -1,10 +1,9 @@
-"""Compile every Triton kernel for a GPU that need not be there, and say what it became of.
+"""Compile every Triton kernel for a GPU that need not be present, and describe the result.
 
     python compile_kernels.py 90 [PROBLEM]...
 
-The engine's own code runs on small CPU tensors; a launch compiles for the architecture and does
-nothing else, so results mean nothing. Prints a JSON line a kernel. Run in a process of its own,
-without TRITON_INTERPRET.
+The engine's code runs on small CPU tensors; a launch only compiles for the architecture, so results
+mean nothing. It prints one JSON line per kernel. Run it in a new process without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from triton.runtime.jit import JITFunction
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-class Absent:
-    """A driver of a GPU of some architecture that is not there."""
+class AbsentGpu:
+    """Driver of a GPU of some architecture that is not present."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -43,7 +42,7 @@ class Absent:
 
 
 def main(arch: int, *names: str) -> None:
-    driver.set_active(Absent(arch))
+    driver.set_active(AbsentGpu(arch))
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -68,8 +67,8 @@ def problems() -> dict[str, Any]:
     from gigabatch.kernels import fused
     from gigabatch.kernels.bench.problems import AXES
 
-    for name in ("collect", "losses", "maxsim", "stats"):
-        sys.modules[f"gigabatch.kernels.{name}"].engine_of = lambda *_: fused  # type: ignore[attr-defined]
+    for name in ("checks", "collect", "maxsim", "stats"):
+        sys.modules[f"gigabatch.kernels.{name}"].load_backend = lambda *_: fused  # type: ignore[attr-defined]
     one, n = torch.ones((), requires_grad=True), 256
 
     def rows(dtype: torch.dtype, n: int = n, d: int = 512) -> torch.Tensor:
@@ -94,14 +93,13 @@ def problems() -> dict[str, Any]:
         for clause in (clauses[name] for name in names):
             q = rows(torch.bfloat16)
             lses = [K.Lse(axis, torch.ones(n), label, (clause,)) for axis in AXES]
-            found = K.lse_stats(q, K.Local(rows(torch.bfloat16), keys), lses, clause)
-            (sum(found.z) + sum(found.positive)).sum().backward()  # type: ignore[union-attr]
+            stats = K.lse_stats(q, K.Local(rows(torch.bfloat16), keys), lses, clause)
+            (sum(stats.z) + sum(stats.positive)).sum().backward()  # type: ignore[union-attr]
 
     def gated() -> None:
         score = K.GatedCosine(rows(torch.bfloat16), torch.rand(n, 512, requires_grad=True))
-        K.lse_stats(score, K.Local(rows(torch.bfloat16)), [K.Lse("rows", one)]).z[
-            0
-        ].sum().backward()
+        stats = K.lse_stats(score, K.Local(rows(torch.bfloat16)), [K.Lse("rows", one)])
+        stats.z[0].sum().backward()
         K.row_top(score, K.Local(rows(torch.bfloat16)), 2)
 
     def others() -> None:
@@ -132,18 +130,18 @@ def problems() -> dict[str, Any]:
 
 
 def describe(kernel: Any) -> dict[str, Any]:
-    """Registers, shared memory, instructions of the tensor cores, and of spilling."""
+    """Return registers, shared memory, and numbers of tensor-core and spill instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(kernel.asm["cubin"])
         usage, code = (
-            subprocess.run([TOOLS / tool, *how, file.name], capture_output=True, text=True).stdout
-            for tool, how in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", []))
+            subprocess.run([TOOLS / tool, *flags, file.name], capture_output=True, text=True).stdout
+            for tool, flags in (("cuobjdump", ["--dump-resource-usage"]), ("nvdisasm", []))
         )
-    found = dict(re.findall(r"(REG|STACK):(\d+)", usage))
+    resources = dict(re.findall(r"(REG|STACK):(\d+)", usage))
     names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\d+ )?\s*([A-Z0-9_]+)", code)
     return {
         "kernel": kernel.metadata.name, "warps": kernel.metadata.num_warps,
-        "shared": kernel.metadata.shared, "registers": int(found["REG"]),
+        "shared": kernel.metadata.shared, "registers": int(resources["REG"]),
         "instructions": len(names), "spills": names.count("STL") + names.count("LDL"),
         "products": names.count("HGMMA") + names.count("HMMA"),
     }  # fmt: skip

@@ -14,27 +14,29 @@ from gigabatch.kernels.fused import launch
 from gigabatch.kernels.fused.maxsim import FusedMaxSim
 
 
-def patch_the_language_once() -> None:
-    """Triton's interpreter puts its own functions into the language when a kernel starts and again,
-    for three fifths of a test's time, at every call of a function of the kernel. Here it does so
-    where they are not in already."""
+def patch_triton_language_once() -> None:
+    """Make Triton's interpreter patch the language only where it is not patched yet.
+
+    It patches it when a kernel starts and again at every call of a function of the kernel, which
+    takes three fifths of a test's time.
+    """
     patch = interpreter._patch_lang
 
-    def unless_done(fn: Any) -> Any:
+    def patch_once(fn: Any) -> Any:
         langs = [lang for lang in (tl, tl.core) if any(v is lang for v in fn.__globals__.values())]
         if any(tl.core.is_builtin(lang.load) for lang in langs):
             return patch(fn)
         return SimpleNamespace(restore=lambda: None)
 
-    interpreter._patch_lang = unless_done
+    interpreter._patch_lang = patch_once
 
 
 if not torch.cuda.is_available():
-    patch_the_language_once()
+    patch_triton_language_once()
 
 
-class SeededOnTheCpu(TorchFunctionMode):
-    """Random numbers of a CPU generator are drawn there, the same as without a GPU, and moved."""
+class CpuRandomNumbers(TorchFunctionMode):
+    """Draw the numbers of a CPU generator on the CPU, the same as without a GPU; then move them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,31 +48,31 @@ class SeededOnTheCpu(TorchFunctionMode):
 
 @pytest.fixture(autouse=True)
 def launches(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A test of Triton that starts no kernel of it tests something else."""
-    given = getattr(request.node, "callspec", None)
-    given = {} if given is None else given.params
-    if given.get("backend") != "triton" or given.get("dtype") == torch.float64:
+    """Fail a test of Triton that starts none of its kernels."""
+    callspec = getattr(request.node, "callspec", None)
+    params = {} if callspec is None else callspec.params
+    if params.get("backend") != "triton" or params.get("dtype") == torch.float64:
         yield
         return
     started = []
-    start, made = launch._Part._start, FusedMaxSim._arguments
+    start, arguments = launch._Launch._start, FusedMaxSim._arguments
 
     def note(method: Any) -> Any:
-        return lambda *arguments: (started.append(1), method(*arguments))[1]
+        return lambda *values: (started.append(1), method(*values))[1]
 
-    monkeypatch.setattr(launch._Part, "_start", note(start))
-    monkeypatch.setattr(FusedMaxSim, "_arguments", note(made))
+    monkeypatch.setattr(launch._Launch, "_start", note(start))
+    monkeypatch.setattr(FusedMaxSim, "_arguments", note(arguments))
     yield
-    # Of nothing there is nothing to start.
-    empty = 0 in (given.get("m"), given.get("n")) or [] in given.values()
+    # Empty inputs start no kernel.
+    empty = 0 in (params.get("m"), params.get("n")) or [] in params.values()
     assert started or empty, "no Triton kernel was started"
 
 
 @pytest.fixture(autouse=True)
 def device(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tests marked `gpu` make their tensors on the GPU."""
+    """Create tensors on the GPU in tests marked `gpu`."""
     if request.node.get_closest_marker("gpu") is None or not torch.cuda.is_available():
         yield
         return
-    with torch.device("cuda"), SeededOnTheCpu():
+    with torch.device("cuda"), CpuRandomNumbers():
         yield

@@ -1,6 +1,6 @@
-"""The contrastive loss as plain torch writes it, with the whole matrix: what the engine must equal.
+"""Dense contrastive loss in plain torch, which the engine must equal.
 
-Shares nothing with the engine, not even its `reference` back end.
+It shares no code with the engine, not even with its `reference` back end.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Case:
     bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Case:
-        """Embeddings in `dtype`, the scale and the bias in at least float32."""
+        """Convert embeddings to `dtype`, and the scale and the bias to at least float32."""
         wide = torch.promote_types(dtype, torch.float32)
         bias = None if self.bias is None else self.bias.to(wide)
         return replace(
@@ -40,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """`dbias`: of length 0 where there is no bias."""
+    """A loss and its gradients. `dbias` has length 0 if there is no bias."""
 
     value: Tensor
     dq: Tensor
@@ -63,7 +63,7 @@ def make_case(
     symmetric: bool = True, same_id: Literal["positive", "exclude"] = "positive",
     label_smoothing: float = 0.0, biased: bool = False,
 ) -> Case:  # fmt: skip
-    """Rows of unit length, float64. `ids`: how many codes are drawn from; None: no codes."""
+    """Make rows of unit length, float64. `ids`: number of different ids; None: no ids."""
     g = torch.Generator().manual_seed(seed)
     q, k = (
         torch.nn.functional.normalize(torch.randn(rows, d, generator=g, dtype=torch.float64), dim=1)
@@ -79,7 +79,7 @@ def make_case(
 
 
 def positives(case: Case) -> Tensor:
-    """bool [M, N]"""
+    """Return bool [M, N]."""
     if case.same_id == "exclude":
         return torch.eye(len(case.q), dtype=torch.bool)
     return equal_ids(case)
@@ -93,13 +93,13 @@ def equal_ids(case: Case) -> Tensor:
 
 def dense_loss(case: Case) -> Tensor:
     logits = case.scale * (case.q @ case.k.T)
-    own = positives(case)
-    allowed = ~equal_ids(case) | own if case.same_id == "exclude" else torch.ones_like(own)
+    mask = positives(case)
+    allowed = ~equal_ids(case) | mask if case.same_id == "exclude" else torch.ones_like(mask)
     biased = logits if case.bias is None else logits + case.bias
-    rows = one_way(biased, own, allowed, case.label_smoothing)
+    rows = one_way(biased, mask, allowed, case.label_smoothing)
     if not case.symmetric:
         return rows
-    return (rows + one_way(logits.T, own.T, allowed.T, case.label_smoothing)) / 2
+    return (rows + one_way(logits.T, mask.T, allowed.T, case.label_smoothing)) / 2
 
 
 def one_way(logits: Tensor, mask: Tensor, allowed: Tensor, smoothing: float) -> Tensor:
@@ -112,11 +112,11 @@ def one_way(logits: Tensor, mask: Tensor, allowed: Tensor, smoothing: float) -> 
 
 
 def differentiate(case: Case, backend: str | None = None, dense: bool = False) -> Result:
-    """The loss and its gradients, by the engine or, `dense`, by plain torch in the same dtypes."""
+    """Differentiate the engine's loss or, with `dense`, plain torch's in the same dtypes."""
 
     def engine(c: Case) -> Tensor:
-        given = {field.name: getattr(c, field.name) for field in fields(c)}
-        return contrastive_loss(**given, backend=backend)
+        arguments = {field.name: getattr(c, field.name) for field in fields(c)}
+        return contrastive_loss(**arguments, backend=backend)
 
     return differentiate_with(dense_loss if dense else engine, case)
 
@@ -131,20 +131,20 @@ def differentiate_with(loss: Callable[[Case], Tensor], case: Case) -> Result:
 
 
 def assert_as_exact_as_torch(
-    case: Case, ours: Result, loss: Callable[[Case], Tensor] = dense_loss
+    case: Case, result: Result, loss: Callable[[Case], Tensor] = dense_loss
 ) -> None:
-    """Errors against float64 stay within twice those of plain torch in the same dtype.
+    """Assert that errors against float64 are at most twice those of plain torch in the same dtype.
 
-    Plain torch may be right by luck, so a floor is allowed: some roundings of logits as large as
-    these, in float32 at least, and one rounding of each result to its dtype. Label smoothing is
-    added outside the tiles, so that two gradients meet which were each rounded to the inputs'
-    dtype: where they cancel, that rounding shows.
+    Plain torch may be exact by chance, so a floor is allowed: a few rounding errors of the logits,
+    in at least float32, and one rounding of each result to its dtype. Label smoothing is added
+    outside the tiles: it sums two gradients that were each rounded to the inputs' dtype, which
+    shows where they cancel.
     """
-    exact, plain = (differentiate_with(loss, c) for c in (case.to(torch.float64), case))
-    kind = torch.promote_types(case.q.dtype, torch.float32)
+    exact, baseline = (differentiate_with(loss, c) for c in (case.to(torch.float64), case))
+    dtype = torch.promote_types(case.q.dtype, torch.float32)
     size = float((case.scale * (case.q.double() @ case.k.double().T)).abs().max())
     size += 0 if case.bias is None else float(case.bias.abs().max())
-    rounding = 16 * torch.finfo(kind).eps * (1 + size)
+    rounding = 16 * torch.finfo(dtype).eps * (1 + size)
     length = float(max(case.q.double().norm(dim=1).max(), case.k.double().norm(dim=1).max()))
     slope = float(case.scale) * length / max(1, min(len(case.q), len(case.k))) ** 0.5
     floors = {
@@ -155,9 +155,9 @@ def assert_as_exact_as_torch(
         "dbias": 1.0,
     }
     for name, floor in floors.items():
-        truth, got, torchs = (getattr(result, name) for result in (exact, ours, plain))
-        assert got.dtype == (kind if name == "value" else torchs.dtype)
-        error, allowed = ((t.double() - truth).norm() for t in (got, torchs))
+        truth, got, plain = (getattr(r, name) for r in (exact, result, baseline))
+        assert got.dtype == (dtype if name == "value" else plain.dtype)
+        error, allowed = ((t.double() - truth).norm() for t in (got, plain))
         rows = max(len(case.q), len(case.k)) ** 0.5
         outside = case.label_smoothing * float(case.scale) * length * rows * (name in ("dq", "dk"))
         stored = torch.finfo(got.dtype).eps * (truth.norm() + outside)

@@ -1,7 +1,8 @@
-"""Groups of gloo ranks, one after another, a process a rank: every job of `jobs`, a rank's slices;
-results saved as OUT/WORLD_SIZE/RANK.pt.
+"""Groups of gloo ranks, one process per rank, which run every job on their slices.
 
-python loss_ranks.py OUT WORLD_SIZE...
+    python loss_ranks.py OUT WORLD_SIZE...
+
+Groups run one after another. Results are saved as OUT/WORLD_SIZE/RANK.pt.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ from gigabatch.kernels import (
     take,
 )
 
-SCHEDULES: tuple[Literal["gather", "ring"], ...] = ("gather", "ring")
+GATHER_MODES: tuple[Literal["gather", "ring"], ...] = ("gather", "ring")
 
 
 @dataclass(frozen=True)
 class RankCase:
-    """A whole batch, and how many of its queries and keys each rank holds."""
+    """A global batch, and how many of its queries and keys each rank holds."""
 
-    whole: Case
+    full: Case
     queries: tuple[int, ...]
     keys: tuple[int, ...]
     backend: str = "tiled"
@@ -54,10 +55,10 @@ class RankCase:
 
 
 def cases(world_size: int) -> dict[str, RankCase]:
-    """For `contrastive_loss`."""
+    """Return cases for `contrastive_loss`."""
     even = (6,) * world_size
     uneven = tuple(3 + 4 * rank for rank in range(world_size))
-    falling = uneven[::-1]
+    reversed_ = uneven[::-1]
     first_empty = (0, *(5,) * (world_size - 1)) if world_size > 1 else even
     last_empty = first_empty[::-1]
     made: dict[str, RankCase] = {}
@@ -68,41 +69,41 @@ def cases(world_size: int) -> dict[str, RankCase]:
         ("uneven, ids", uneven, uneven, 5, True, 10.0),
         ("few positives", uneven, uneven, 80, True, 10.0),
         ("few positives, one way", uneven, uneven, 80, False, 10.0),
-        ("keys dealt otherwise", uneven, falling, 9, True, 10.0),
+        ("keys assigned otherwise", uneven, reversed_, 9, True, 10.0),
         ("first rank without rows", first_empty, first_empty, None, True, 10.0),
         ("last rank without rows", last_empty, last_empty, 6, True, 1.0),
         ("one rank without queries, another without keys", first_empty, last_empty, 4, True, 10.0),
     ]:
-        whole = make_case(sum(queries), sum(keys), 7, scale, ids, len(made), symmetric)
-        made[name] = RankCase(whole.to(torch.float32), queries, keys)
-    stranger = make_case(sum(even), sum(even), 7).to(torch.float32)
-    number = torch.arange(sum(even))
-    nothing = Case(stranger.q, stranger.k, stranger.scale, number, number + 1000)
-    made["no positive at all"] = RankCase(nothing, even, even)
+        full = make_case(sum(queries), sum(keys), 7, scale, ids, len(made), symmetric)
+        made[name] = RankCase(full.to(torch.float32), queries, keys)
+    batch = make_case(sum(even), sum(even), 7).to(torch.float32)
+    index = torch.arange(sum(even))
+    unmatched = Case(batch.q, batch.k, batch.scale, index, index + 1000)
+    made["no positives"] = RankCase(unmatched, even, even)
     made["half precision"] = RankCase(make_case(20 * world_size, 20 * world_size, 7).to(
         torch.bfloat16), (20,) * world_size, (20,) * world_size)  # fmt: skip
-    made["reference"] = RankCase(made["uneven, ids"].whole, uneven, uneven, "reference")
+    made["reference"] = RankCase(made["uneven, ids"].full, uneven, uneven, "reference")
     total = sum(uneven)
     for name, same_id, smoothing, biased, symmetric in [
         ("biased", "positive", 0.0, True, True),
         ("smoothed", "positive", 0.2, True, True),
         ("excluded", "exclude", 0.0, False, True),
-        ("excluded and all else", "exclude", 0.2, True, True),
-        ("excluded and all else, one way", "exclude", 0.2, True, False),
+        ("excluded, smoothed, biased", "exclude", 0.2, True, True),
+        ("excluded, smoothed, biased, one way", "exclude", 0.2, True, False),
     ]:
-        whole = make_case(total, total, 7, 10.0, 5, 3, symmetric, same_id, smoothing, biased)  # type: ignore[arg-type]
-        ids = whole.ids_q  # a sample's two sides share its id
-        made[name] = RankCase(replace(whole.to(torch.float32), ids_k=ids), uneven, uneven)
+        full = make_case(total, total, 7, 10.0, 5, 3, symmetric, same_id, smoothing, biased)  # type: ignore[arg-type]
+        ids = full.ids_q  # both sides of a sample share its id
+        made[name] = RankCase(replace(full.to(torch.float32), ids_k=ids), uneven, uneven)
     return made
 
 
 def sigmoid_case(case: Case) -> Case:
-    """The same batch for the sigmoid loss, whose bias is one number."""
+    """Return the same batch for the sigmoid loss, whose bias is one number."""
     return replace(case, ids_q=None, ids_k=None, bias=torch.tensor(-3.0), symmetric=True)
 
 
 def tokens(world_size: int) -> tuple[dict[str, Tensor], tuple[int, ...]]:
-    """Token vectors and masks of a whole batch, and the rows of each rank."""
+    """Return token vectors and masks of a global batch, and the number of rows of each rank."""
     uneven = tuple(2 + rank for rank in range(world_size))
     g = torch.Generator().manual_seed(0)
     made = {
@@ -122,110 +123,112 @@ Results = dict[str, dict[str, Tensor]]
 def contrast(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
     results: Results = {}
     for name, case in cases(world_size).items():
-        whole, (mine_q, mine_k) = case.whole, case.slices(rank)
+        full, (slice_q, slice_k) = case.full, case.slices(rank)
         x = leaves(
-            q=whole.q[mine_q], k=whole.k[mine_k], scale=whole.scale,
-            bias=None if whole.bias is None else whole.bias[mine_k],
+            q=full.q[slice_q], k=full.k[slice_k], scale=full.scale,
+            bias=None if full.bias is None else full.bias[slice_k],
         )  # fmt: skip
         value = contrastive_loss(
             **x,
-            ids_q=None if whole.ids_q is None else whole.ids_q[mine_q],
-            ids_k=None if whole.ids_k is None else whole.ids_k[mine_k],
-            symmetric=whole.symmetric, same_id=whole.same_id,
-            label_smoothing=whole.label_smoothing, group=dist.group.WORLD, gather_mode=gather_mode,
+            ids_q=None if full.ids_q is None else full.ids_q[slice_q],
+            ids_k=None if full.ids_k is None else full.ids_k[slice_k],
+            symmetric=full.symmetric, same_id=full.same_id,
+            label_smoothing=full.label_smoothing, group=dist.group.WORLD, gather_mode=gather_mode,
             backend=case.backend,
         )  # fmt: skip
         results[name] = differentiate(value, x)
-        if case.queries == case.keys and whole.q.dtype == torch.float32:
-            pair = sigmoid_case(whole)
-            y = leaves(q=pair.q[mine_q], k=pair.k[mine_k], scale=pair.scale, bias=pair.bias)
+        if case.queries == case.keys and full.q.dtype == torch.float32:
+            pair = sigmoid_case(full)
+            y = leaves(q=pair.q[slice_q], k=pair.k[slice_k], scale=pair.scale, bias=pair.bias)
             value = sigmoid_loss(**y, group=dist.group.WORLD, gather_mode=gather_mode)
             results[f"sigmoid: {name}"] = differentiate(value, y)
     return results
 
 
 def late(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    whole, sizes = tokens(world_size)
-    mine = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    x = leaves(q=whole["q"][mine], k=whole["k"][mine], scale=torch.tensor(9.0))
-    masks = {name: whole[name][mine] for name in ("mask_q", "mask_k")}
+    full, sizes = tokens(world_size)
+    rows = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+    x = leaves(q=full["q"][rows], k=full["k"][rows], scale=torch.tensor(9.0))
+    masks = {name: full[name][rows] for name in ("mask_q", "mask_k")}
     value = late_interaction_loss(**x, **masks, group=dist.group.WORLD, gather_mode=gather_mode)
     return {"late": differentiate(value, x)}
 
 
 def sources(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """A batch and a queue, temperatures of every row and key; keys taken from other ranks."""
+    """Run a batch and a queue, a scale for every row and key, and keys taken from other ranks."""
     case = cases(world_size)["uneven, ids"]
-    whole, (mine_q, mine_k) = case.whole, case.slices(rank)
-    assert whole.ids_q is not None
-    assert whole.ids_k is not None
+    full, (slice_q, slice_k) = case.full, case.slices(rank)
+    assert full.ids_q is not None
+    assert full.ids_k is not None
     g = torch.Generator().manual_seed(9)
     queue = torch.randn(5, 7, generator=g)
     row_scale, key_scale, bias = (
-        torch.rand(n, generator=g) for n in (len(whole.q), len(whole.k), len(whole.k))
+        torch.rand(n, generator=g) for n in (len(full.q), len(full.k), len(full.k))
     )
-    x = leaves(q=whole.q[mine_q], k=whole.k[mine_k], row_scale=row_scale[mine_q],
-               key_scale=key_scale[mine_k], bias=bias[mine_k])  # fmt: skip
-    batch = key_source(x["k"], {"id": whole.ids_k[mine_k]}, dist.group.WORLD, gather_mode)
+    x = leaves(q=full.q[slice_q], k=full.k[slice_k], row_scale=row_scale[slice_q],
+               key_scale=key_scale[slice_k], bias=bias[slice_k])  # fmt: skip
+    batch = key_source(x["k"], {"id": full.ids_k[slice_k]}, dist.group.WORLD, gather_mode)
     keys = Concat(batch, Local(queue, {"id": torch.arange(5)}))
     padded = torch.cat([x["bias"], torch.zeros(5)])
     lses = [Lse("rows", x["row_scale"], padded), Lse("rows", -x["row_scale"])]
-    rows = lse_stats(x["q"], keys, lses, Eq(whole.ids_q[mine_q], "id"))
-    columns = lse_stats(x["q"], batch, [Lse("columns", x["key_scale"])], Eq(whole.ids_q[mine_q],
+    rows = lse_stats(x["q"], keys, lses, Eq(full.ids_q[slice_q], "id"))
+    columns = lse_stats(x["q"], batch, [Lse("columns", x["key_scale"])], Eq(full.ids_q[slice_q],
                                                                             "id"))  # fmt: skip
     values, index = row_top(x["q"], keys, 3)
     chosen = (take(keys, index[:, 1]).keys * x["q"]).sum(1)
-    everyone = gather_rows(x["q"], dist.group.WORLD)
-    found = {
+    all_rows = gather_rows(x["q"], dist.group.WORLD)
+    outputs = {
         "z": rows.z[0], "z inverse": rows.z[1], "positive": rows.positive[0],
         "column z": columns.z[0], "column positive": columns.positive[0], "chosen": chosen,
     }  # fmt: skip
-    weight = torch.arange(1, len(everyone) + 1).unsqueeze(1)
-    total = sum((v.sum() for v in found.values()), (rank + 1) * (everyone.square() * weight).sum())
+    weight = torch.arange(1, len(all_rows) + 1).unsqueeze(1)
+    gathered = (rank + 1) * (all_rows.square() * weight).sum()
+    total = sum((v.sum() for v in outputs.values()), gathered)
     result = differentiate(total, x)
-    return {"sources": {**result, **{n: v.detach() for n, v in found.items()}, "top": values}}
+    return {"sources": {**result, **{n: v.detach() for n, v in outputs.items()}, "top": values}}
 
 
 def constants(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """Keys that are constants on no rank, on the first alone, and on all: log-sum-exps over rows
-    and columns, and what gradients there are."""
+    """Run keys that are constants on no rank, on the first rank only, and on all: log-sum-exps over
+    rows and columns, and the gradients that exist."""
     case = cases(world_size)["uneven, ids"]
-    mine_q, mine_k = case.slices(rank)
-    found: Results = {}
-    for of, constant in (("none", False), ("first", rank == 0), ("all", True)):
-        x = leaves(q=case.whole.q[mine_q], k=case.whole.k[mine_k], scale=case.whole.scale)
+    slice_q, slice_k = case.slices(rank)
+    results: Results = {}
+    for ranks, constant in (("none", False), ("first", rank == 0), ("all", True)):
+        x = leaves(q=case.full.q[slice_q], k=case.full.k[slice_k], scale=case.full.scale)
         k = x.pop("k").detach() if constant else x["k"]
         keys = key_source(k, {}, dist.group.WORLD, gather_mode)
         lses = [Lse("rows", x["scale"]), Lse("columns", x["scale"])]
         stats = lse_stats(x["q"], keys, lses)
         result = differentiate(stats.z[0].sum() + (rank + 1) * stats.z[1].sum(), x)
-        found[f"constants: {of}"] = {**result, "learns": torch.tensor(keys.learns)}
-    return found
+        requires_grad = torch.tensor(keys.requires_grad)
+        results[f"constants: {ranks}"] = {**result, "requires_grad": requires_grad}
+    return results
 
 
 def refusals(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """Faults of rank 0 alone, which every rank must hear of: none may be left waiting."""
+    """Run calls that are invalid only on rank 0; every rank must raise, and none may wait."""
     q, scale, group = torch.zeros(4, 3, 2), torch.tensor(1.0), dist.group.WORLD
     mask = torch.ones(4, 3, dtype=torch.bool)
     mask[2] = rank != 0
-    broken = torch.zeros(4, 2)
-    broken[0, 0] = torch.nan if rank == 0 else 0.0
-    unlike = torch.zeros(4, 2, dtype=torch.float64 if rank == 0 else torch.float32)
+    with_nan = torch.zeros(4, 2)
+    with_nan[0, 0] = torch.nan if rank == 0 else 0.0
+    mixed = torch.zeros(4, 2, dtype=torch.float64 if rank == 0 else torch.float32)
     calls = {
         "no token": lambda: late_interaction_loss(q, q, scale, mask_q=mask, group=group),
         "not finite": lambda: contrastive_loss(
-            broken, broken, scale, group=group, gather_mode=gather_mode, validate=True
+            with_nan, with_nan, scale, group=group, gather_mode=gather_mode, validate=True
         ),
-        "unlike": lambda: contrastive_loss(
-            unlike, unlike, scale, group=group, gather_mode=gather_mode
+        "mixed dtypes": lambda: contrastive_loss(
+            mixed, mixed, scale, group=group, gather_mode=gather_mode
         ),
         "no positive": lambda: contrastive_loss(
-            broken, broken, scale, ids_q=torch.arange(4), ids_k=torch.arange(4) + 9 * (rank == 0),
+            q[:, 0], q[:, 0], scale, ids_q=torch.arange(4), ids_k=torch.arange(4) + 9 * (rank == 0),
             group=group, gather_mode=gather_mode, validate=True,
         ),
     }  # fmt: skip
     if world_size == 1:
-        del calls["unlike"]
+        del calls["mixed dtypes"]
     refused = {}
     for name, call in calls.items():
         try:
@@ -253,8 +256,8 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     )
     jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, constants, refusals)
     results: dict[str, Results] = {}
-    for gather_mode in SCHEDULES:
-        for again in range(2):  # a second time: the same to the last bit
+    for gather_mode in GATHER_MODES:
+        for again in range(2):  # the second run must give the same bits
             key = gather_mode if again == 0 else f"{gather_mode} again"
             results[key] = {}
             for job in jobs:
@@ -265,7 +268,7 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
 
 
 def run_group(out: Path, world_size: int) -> None:
-    """Its ranks are forks: what was imported here need not be imported again."""
+    """Fork the ranks, so that they need not import anything again."""
     out.mkdir()
     fork = mp.get_context("fork").Process
     arguments = (str(out / "store"), out, world_size)
@@ -284,7 +287,7 @@ def run_rank(rank: int, store: str, out: Path, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    # Here, so that tests of the engine alone can read this file's cases without the trainer.
+    # Imported here because tests of the engine import this module without the trainer.
     from gigabatch.trainer.distributed import leave
 
     for size in map(int, sys.argv[2:]):

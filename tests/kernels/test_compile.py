@@ -1,4 +1,4 @@
-"""The Triton kernels for GPUs that are not here: whether they compile, and to what."""
+"""Compilation of the Triton kernels for GPUs that are not present."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-# Compiling takes a good part of the time. What an A100 has no room for shows where most is held at
-# once; the rest is the same code for either GPU.
+# Compiling is slow, so the A100 only compiles the kernels that need most shared memory; the rest is
+# the same code for both GPUs.
 PROBLEMS = {
     80: ["bf16", "cached", "fp16", "gated", "odd sizes", "maxsim"],
     90: ["bf16", "cached", "fp32", "rules", "second scores", "gated", "maxsim", "small maxsim",
          "fp32 maxsim"],
 }  # fmt: skip
-SHARED = {80: 166_912, 90: 232_448}  # bytes that a block may have, on an A100 and on an H100
+SHARED = {80: 166_912, 90: 232_448}  # bytes per block on an A100 and an H100
 
 
 @pytest.mark.slow
@@ -30,16 +30,16 @@ def test_every_kernel_compiles_to_tensor_core_code(arch: int) -> None:
         capture_output=True, text=True, timeout=570, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {kernel["kernel"] for kernel in found} == {
+    compiled = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {kernel["kernel"] for kernel in compiled} == {
         "sweep", "best", "_score", "_query_grad", "_key_grad",
     }  # fmt: skip
-    for kernel in found:
+    for kernel in compiled:
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["spills"] <= kernel["instructions"] / 4, kernel
-    # Only where scores were kept there is nothing to multiply.
-    without = [kernel["problem"] for kernel in found if kernel["products"] == 0]
+    # Only a kernel that loads cached scores multiplies nothing.
+    without = [kernel["problem"] for kernel in compiled if kernel["products"] == 0]
     assert without == [name for name in PROBLEMS[arch] if name == "cached"]
-    # The loss that matters most: its backward pass lives in registers.
-    backward = [kernel for kernel in found if kernel["problem"] == "bf16"][1]
+    # The backward pass of the most important loss fits in registers.
+    backward = [kernel for kernel in compiled if kernel["problem"] == "bf16"][1]
     assert backward["spills"] <= 16, backward

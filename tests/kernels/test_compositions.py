@@ -1,7 +1,7 @@
-"""Every objective that section 2.2 of the catalogue composes, as a few lines over the engine.
+"""Published objectives as a few lines over the engine.
 
-Each is checked twice: its derivative against finite differences, and its value against the whole
-matrix. Numbers are the catalogue's; scores S, rules M and P, sources K and heads H as there.
+Each is checked twice: its derivative against finite differences, and its value against the dense
+formula.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ SELF = torch.eye(N, dtype=torch.bool)
 
 
 def source(k: Tensor) -> Local:
-    columns = {"id": IDS, "number": OWN, "group": GROUP, "label": LABEL, "role": ROLE}
+    columns = {"id": IDS, "index": OWN, "group": GROUP, "label": LABEL, "role": ROLE}
     return Local(k, {**columns, "teacher": TEACHER})
 
 
 def ce(logits: Tensor, share: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Mean over rows of Z - sum_j P_ij x_ij, by the whole matrix."""
+    """Sum Z - sum_j P_ij x_ij over the rows with a positive, by the dense formula."""
     z = brute.lse(logits if allowed is None else logits.masked_fill(~allowed, -torch.inf), 1)
     p = share.double()
     keep = p.sum(1) > 0
@@ -84,7 +84,7 @@ def engine_ce(
 
 @dataclass(frozen=True)
 class Composition:
-    """`engine` and `dense` take the same inputs, made from `shapes`."""
+    """An objective by the engine and by the dense formula, on inputs of these shapes."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -93,8 +93,9 @@ class Composition:
 
 
 QK = ((N, D), (N, D))
-not_self, not_same, same = Ne(OWN, "number"), Ne(IDS, "id"), Eq(IDS, "id")
-own = Eq(OWN, "number")
+not_self, not_same, same = Ne(OWN, "index"), Ne(IDS, "id"), Eq(IDS, "id")
+own_key = Eq(OWN, "index")
+below_threshold = Either(SecondScore(TEACHER, "teacher", at_most=0.3), own_key)
 
 
 def hydra(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
@@ -106,15 +107,15 @@ def hydra(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
 def dense_hydra(q: Tensor, k: Tensor, gate: Tensor) -> Tensor:
     scores = 5 * brute.gated(q, gate, k)
     z = brute.lse(scores.masked_fill(SAME, -torch.inf), 1)
-    each = torch.where(SAME, F.softplus(z[:, None] - scores), 0).sum(1)
-    return (each / SAME.sum(1)).sum()
+    sums = torch.where(SAME, F.softplus(z[:, None] - scores), 0).sum(1)
+    return (sums / SAME.sum(1)).sum()
 
 
 def queued(q: Tensor, k: Tensor, rule: tuple, group_of_queue: Tensor) -> Tensor:  # type: ignore[type-arg]
-    extra = {"number": torch.full((5,), -1), "group": group_of_queue}
-    batch = {"number": OWN, "group": GROUP}
+    extra = {"index": torch.full((5,), -1), "group": group_of_queue}
+    batch = {"index": OWN, "group": GROUP}
     keys = Concat(Local(k, batch), Local(draw(5, D, seed=3), extra))
-    s = lse_stats(q, keys, [Lse("rows", 2 * ONE, None, rule)], own)
+    s = lse_stats(q, keys, [Lse("rows", 2 * ONE, None, rule)], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
 
@@ -157,10 +158,10 @@ def dense_circle(q: Tensor, k: Tensor) -> Tensor:
 
 def hinge(q: Tensor, k: Tensor, hardest: bool) -> Tensor:
     keys, score = source(k), Dot(q)
-    mine = (q * k).sum(1)
+    positive_score = (q * k).sum(1)
     if hardest:
-        return h.hinge_hardest(score, keys, (not_same,), mine, LABEL).sum()
-    return h.hinge_mean(score, keys, (not_same,), mine, LABEL, OTHER.sum(1)).sum()
+        return h.hinge_hardest(score, keys, (not_same,), positive_score, LABEL).sum()
+    return h.hinge_mean(score, keys, (not_same,), positive_score, LABEL, OTHER.sum(1)).sum()
 
 
 def dense_hinge(q: Tensor, k: Tensor, hardest: bool) -> Tensor:
@@ -171,7 +172,7 @@ def dense_hinge(q: Tensor, k: Tensor, hardest: bool) -> Tensor:
 
 
 def sog(q: Tensor, k: Tensor, log_tau: Tensor) -> Tensor:
-    """iSogCLR with the estimate u equal to the batch's own mean; the weight is a constant, so the
+    """iSogCLR, if the estimate u equals the batch's mean: the weight is a constant, so the
     derivative is that of sum_j w_ij h_ij with w fixed."""
     tau = log_tau.exp()
     (z,) = lse_stats(q, source(k), [Lse("rows", 1 / tau, None, (not_self,))]).z
@@ -196,7 +197,7 @@ def dense_symile(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def symile_shuffled(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """Its O(N) form: a row's own place holds the true tuple, which lies outside the panel."""
+    """Symile's O(N) form: the true tuple replaces the row's own key and is scored separately."""
     shuffle = torch.tensor([3, 0, 5, 1, 2, 4])
     keys = Products([b, c], [(0, shuffle)])
     positive = (a * b * c).sum(1)
@@ -213,11 +214,11 @@ def dense_symile_shuffled(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def quantile(q: Tensor, k: Tensor) -> Tensor:
-    """Keys above the row's upper half: thresholds between the third and fourth best."""
+    """Keep the three best keys of a row: the threshold is between the third and fourth best."""
     keys = source(k)
     best, _ = row_top(q, keys, 4)
-    hard = Either(AtLeast(best[:, 2:].mean(1)), own)
-    return engine_ce(q, k, own, (hard,))
+    hard = Either(AtLeast(best[:, 2:].mean(1)), own_key)
+    return engine_ce(q, k, own_key, (hard,))
 
 
 def dense_quantile(q: Tensor, k: Tensor) -> Tensor:
@@ -233,19 +234,19 @@ OWN_ALPHA = torch.tensor([[0.0, 1.1], [1.1, 0.0]], dtype=torch.float64)
 
 
 def temporal(q: Tensor, k: Tensor) -> Tensor:
-    """Pairs and their reversals: strangers' reversals weigh e^-0.7, one's own e^0.4."""
-    keys = Local(k, {"number": OWN, "reversed": REVERSED, "pair": PAIR})
+    """Pairs and their reversals: those of other pairs weigh e^-0.7, the row's own e^0.4."""
+    keys = Local(k, {"index": OWN, "reversed": REVERSED, "pair": PAIR})
     rule = (Table(REVERSED, "reversed", ALPHA),
             Table(REVERSED, "reversed", OWN_ALPHA, only=Eq(PAIR, "pair")))  # fmt: skip
-    s = lse_stats(q, keys, [Lse("rows", ONE, None, rule)], own)
+    s = lse_stats(q, keys, [Lse("rows", ONE, None, rule)], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
 
 def dense_temporal(q: Tensor, k: Tensor) -> Tensor:
     logits = q @ k.T
     cross = ALPHA[REVERSED][:, REVERSED]
-    mine = torch.where(PAIR[:, None] == PAIR[None, :], OWN_ALPHA[REVERSED][:, REVERSED], 0)
-    z = (logits + cross + mine).logsumexp(1)
+    within = torch.where(PAIR[:, None] == PAIR[None, :], OWN_ALPHA[REVERSED][:, REVERSED], 0)
+    z = (logits + cross + within).logsumexp(1)
     return (z - logits.diagonal()).sum()
 
 
@@ -254,7 +255,7 @@ LAMBDA = torch.tensor([0.2, 0.1, 0.3, 0.25, 0.15, 0.4], dtype=torch.float64)
 
 def supremix(q: Tensor, k: Tensor) -> Tensor:
     """Real negatives and mixtures lam z_i + (1 - lam) z_j, whose scores are affine in the real
-    ones: a scale a row, and a constant a row outside the sum."""
+    ones: a scale for each row, and a constant for each row outside the sum."""
     mixed = Lse("rows", 3 * (1 - LAMBDA), None, (AbsDiff(LABEL, "label", 1 - LAMBDA), not_self))
     real = Lse("rows", 3 * ONE, None, (AbsDiff(LABEL, "label"), not_self))
     s = lse_stats(q, source(k), [real, mixed], (same, not_self))
@@ -275,7 +276,7 @@ def dense_supremix(q: Tensor, k: Tensor) -> Tensor:
 
 
 def mixed_positive(q: Tensor, k: Tensor) -> Tensor:
-    """A positive made of two keys of other rows, scored outside the panel."""
+    """A positive mixed from two keys of other rows, scored separately."""
     keys, one, two = source(k), torch.tensor([2, 3, 4, 5, 0, 1]), torch.tensor([1, 0, 3, 2, 5, 4])
     made = LAMBDA[:, None] * take(keys, one).keys + (1 - LAMBDA)[:, None] * take(keys, two).keys
     (z,) = lse_stats(q, keys, [Lse("rows", ONE)]).z
@@ -289,7 +290,7 @@ def dense_mixed_positive(q: Tensor, k: Tensor) -> Tensor:
 
 
 def low_rank(q: Tensor, k: Tensor, f: Tensor) -> Tensor:
-    """Soft positives from features: P_ij = <f_i, f_j>, no tile involved."""
+    """Soft positives from features: P_ij = <f_i, f_j>, without a tile."""
     share = f.softmax(1)
     (z,) = lse_stats(q, source(k), [Lse("rows", ONE)]).z
     return (z - h.soft_positives(q, k, share, share)).sum()
@@ -306,9 +307,9 @@ def dense_kde(x: Tensor, y: Tensor) -> Tensor:
     def kernel(a: Tensor) -> Tensor:
         return -(a[:, None] - a[None]).square().sum(2) / (2 * 0.5)
 
-    alone = kernel(x).masked_fill(SELF, -torch.inf).logsumexp(1) - torch.log(ONE * (N - 1))
-    both = kernel(torch.cat([x, y], 1)).logsumexp(1) - torch.log(ONE * N)
-    return alone.logsumexp(0) + both.mean()
+    marginal = kernel(x).masked_fill(SELF, -torch.inf).logsumexp(1) - torch.log(ONE * (N - 1))
+    joint = kernel(torch.cat([x, y], 1)).logsumexp(1) - torch.log(ONE * N)
+    return marginal.logsumexp(0) + joint.mean()
 
 
 def assigned(q: Tensor, prototypes: Tensor) -> Tensor:
@@ -320,77 +321,76 @@ def assigned(q: Tensor, prototypes: Tensor) -> Tensor:
 
 
 def fcco_weighted(q: Tensor, k: Tensor, log_u: Tensor) -> Tensor:
-    """FCCO's derivative is that of sum_j w_ij h_ij, w fixed."""
+    """FCCO, whose derivative is that of sum_j w_ij h_ij with w fixed."""
     tau = 0.3 * ONE
     (z,) = lse_stats(q, source(k), [Lse("rows", 1 / tau, None, (not_self,))]).z
     return h.fcco(z - (q * k).sum(1) / tau, tau, log_u.detach(), N - 1).sum()
 
 
 COMPOSITIONS = [
-    Composition("2: popularity bias", (*QK, (N,)),
+    Composition("cold-start recommendation: popularity bias", (*QK, (N,)),
                 lambda q, k, b: contrastive_loss(q, k, ONE, ids_q=IDS, bias=b, symmetric=False),
                 lambda q, k, b: ce(q @ k.T + b, SAME) / N),
-    Composition("3: S4 P2 M8 PAIR", (*QK, (N, D)), hydra, dense_hydra),
-    Composition("5: P1 M6 CE", QK, quantile, dense_quantile),
-    Composition("6: P1 K1+K2 CE", QK, lambda q, k: queued(q, k, (), QUEUE_GROUPS),
+    Composition("Hydra: gated cosine, pair-wise", (*QK, (N, D)), hydra, dense_hydra),
+    Composition("uniformity study: hard negatives by quantile", QK, quantile, dense_quantile),
+    Composition("CoCoSoDa: batch and queue", QK, lambda q, k: queued(q, k, (), QUEUE_GROUPS),
                 lambda q, k: dense_queued(q, k, None)),
-    Composition("7: P2 CIRCLE", QK, circle, dense_circle),
-    Composition("8: K8 P2 LSE+", QK, local_groups, dense_local_groups),
-    Composition("1, 24: P2 HINGE hardest", QK, lambda q, k: hinge(q, k, True),
+    Composition("HCL: circle", QK, circle, dense_circle),
+    Composition("CACE-Net: local groups, LSE+", QK, local_groups, dense_local_groups),
+    Composition("PC2, UAR: hardest hinge", QK, lambda q, k: hinge(q, k, True),
                 lambda q, k: dense_hinge(q, k, True)),
-    Composition("30: HINGE mean", QK, lambda q, k: hinge(q, k, False),
+    Composition("SimCTG: mean hinge", QK, lambda q, k: hinge(q, k, False),
                 lambda q, k: dense_hinge(q, k, False)),
-    Composition("12: P2 M7 CE", QK,
+    Composition("UniCon-HA: weights by role", QK,
                 lambda q, k: engine_ce(q, k, (same,), (Table(ROLE, "role", ALPHA), not_self)),
                 lambda q, k: (
                     (q @ k.T + ALPHA[ROLE][:, ROLE]).masked_fill(SELF, -torch.inf).logsumexp(1)
                     - (SAME * (q @ k.T)).sum(1) / SAME.sum(1)).sum()),
-    Composition("14: P1 T3, per-row temperatures", (*QK, (N,)), sog, dense_sog),
-    Composition("17: K4 P5 CE", QK, assigned,
+    Composition("iSogCLR: scale per row", (*QK, (N,)), sog, dense_sog),
+    Composition("clustering: soft assignment to prototypes", QK, assigned,
                 lambda q, k: ce(2 * q @ k.T, (3 * TEACHER @ TEACHER.T).softmax(1))),
-    Composition("21, 54: P4 of low rank", (*QK, (N, 3)), low_rank,
+    Composition("SPACE-2: soft positives of low rank", (*QK, (N, 3)), low_rank,
                 lambda q, k, f: ce_soft(q @ k.T, f.softmax(1))),
-    Composition("27: P2 M1 CE (SupCon)", ((N, D),),
+    Composition("SupCon", ((N, D),),
                 lambda z: engine_ce(z, z, (same, not_self), (not_self,), 2 * ONE),
                 lambda z: ce(2 * z @ z.T, SAME & ~SELF, ~SELF)),
-    Composition("28: S5 KDE", QK, kde, dense_kde),
-    Composition("34: S3 K7, all pairings", ((N, D),) * 3, symile, dense_symile),
-    Composition("34: S3 K7, shuffled", ((N, D),) * 3, symile_shuffled, dense_symile_shuffled),
-    Composition("36: K5 M5 CE", QK, temporal, dense_temporal),
-    Composition("37, 45, 51: P2/P3 CE, both ways", (*QK, ()),
+    Composition("SepCLR: kernel density", QK, kde, dense_kde),
+    Composition("Symile: all pairings", ((N, D),) * 3, symile, dense_symile),
+    Composition("Symile: shuffled", ((N, D),) * 3, symile_shuffled, dense_symile_shuffled),
+    Composition("TeminAL: reversed captions", QK, temporal, dense_temporal),
+    Composition("1-to-K: several positives, symmetric", (*QK, ()),
                 lambda q, k, s: contrastive_loss(q, k, s.exp(), ids_q=IDS),
                 lambda q, k, s: (
                     ce(s.exp() * q @ k.T, SAME) + ce(s.exp() * k @ q.T, SAME)) / N / 2),
-    Composition("39: K5 M4 CE", QK,
-                lambda q, k: engine_ce(
-                    q, k, own, (Either(SecondScore(TEACHER, "teacher", at_most=0.3), own),)),
+    Composition("MultiCSR: teacher threshold", QK,
+                lambda q, k: engine_ce(q, k, own_key, (below_threshold,)),
                 lambda q, k: ce(q @ k.T, SELF, (TEACHER @ TEACHER.T <= 0.3) | SELF)),
-    Composition("40: P7 smoothing, M8", QK,
+    Composition("CLIP with label smoothing and excluded ids", QK,
                 lambda q, k: contrastive_loss(q, k, ONE, ids_q=IDS, same_id="exclude",
                                               label_smoothing=0.1, symmetric=False),
                 lambda q, k: smoothed(q @ k.T, OTHER | SELF, 0.1) / N),
-    Composition("41: M2 P1 CE", QK,
-                lambda q, k: engine_ce(q, k, own, (Eq(GROUP, "group"),)),
+    Composition("mixture of experts: negatives of one domain", QK,
+                lambda q, k: engine_ce(q, k, own_key, (Eq(GROUP, "group"),)),
                 lambda q, k: ce(q @ k.T, SELF, GROUP[:, None] == GROUP[None, :])),
-    Composition("42: P2 M3 K6 CE", QK, supremix, dense_supremix),
-    Composition("42: K6, mixed positives", QK, mixed_positive, dense_mixed_positive),
-    Composition("46: K2 per group, M2 P1", QK,
+    Composition("SupReMix: label distance and mixtures", QK, supremix, dense_supremix),
+    Composition("SupReMix: mixed positives", QK, mixed_positive, dense_mixed_positive),
+    Composition("CCP: queue per language", QK,
                 lambda q, k: queued(q, k, (Eq(GROUP, "group"),), QUEUE_GROUPS),
                 lambda q, k: dense_queued(q, k, SAME_GROUP)),
-    Composition("44: K3, swapped sides", QK,
+    Composition("DefSent+: frozen table as queries", QK,
                 lambda q, k: columns_ce(k, q), lambda q, k: ce(q @ k.T, SAME)),
-    Composition("49: K9 M7", QK,
-                lambda q, k: engine_ce(q, k, own, (Either(Ne(ROLE, "role"), own),)),
+    Composition("COCONUT: negatives of another role", QK,
+                lambda q, k: engine_ce(q, k, own_key, (Either(Ne(ROLE, "role"), own_key),)),
                 lambda q, k: ce(q @ k.T, SELF, (ROLE[:, None] != ROLE[None, :]) | SELF)),
-    Composition("53: K10 T4, own temperatures both ways", (*QK, (N,)),
+    Composition("CLSR: scale per item, symmetric", (*QK, (N,)),
                 lambda q, k, t: both_ways(q, k, t.exp()),
                 lambda q, k, t: ce(t.exp()[:, None] * q @ k.T, SELF)
                 + ce(t.exp()[:, None] * k @ q.T, SELF)),
-    Composition("25: S2 P1 CE", ((N, 3, D), (N, 2, D)),
+    Composition("FILIP: late interaction", ((N, 3, D), (N, 2, D)),
                 lambda q, k: late_interaction_loss(q, k, 2 * ONE),
                 lambda q, k: ce(2 * maxsim_of(q, k), SELF) / N / 2
                 + ce(2 * maxsim_of(k, q), SELF) / N / 2),
-    Composition("25, 46: S2 M2 CE", ((N, 3, D), (N, 2, D)),
+    Composition("late interaction within groups", ((N, 3, D), (N, 2, D)),
                 lambda q, k: late_groups(q, k),
                 lambda q, k: ce(maxsim_of(q, k), SELF, GROUP[:, None] == GROUP[None, :])),
 ]  # fmt: skip
@@ -407,16 +407,16 @@ def smoothed(logits: Tensor, allowed: Tensor, e: float) -> Tensor:
 
 
 def columns_ce(table: Tensor, q: Tensor) -> Tensor:
-    """A table too large for one rank: its rows stay, the batch travels as the keys, and what
-    belongs to a batch row is a column's."""
+    """A table too large to travel: its rows are the queries, the batch's rows are the keys, and the
+    loss of a batch row is that of a column."""
     s = lse_stats(table, source(q), [Lse("columns", ONE)], same)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
 
 def both_ways(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
-    s = lse_stats(q, source(k), [Lse("rows", scale), Lse("columns", scale)], own)
-    each = zip(s.z, s.positive, s.weight, strict=True)
-    return sum((h.cross_entropy(*one).sum() for one in each), 0 * ONE)
+    s = lse_stats(q, source(k), [Lse("rows", scale), Lse("columns", scale)], own_key)
+    directions = zip(s.z, s.positive, s.weight, strict=True)
+    return sum((h.cross_entropy(*values).sum() for values in directions), 0 * ONE)
 
 
 def maxsim_of(q: Tensor, k: Tensor) -> Tensor:
@@ -424,8 +424,8 @@ def maxsim_of(q: Tensor, k: Tensor) -> Tensor:
 
 
 def late_groups(q: Tensor, k: Tensor) -> Tensor:
-    keys = Local(k, token_keys(k, None, number=OWN, group=GROUP))
-    s = lse_stats(MaxSim(q), keys, [Lse("rows", ONE, None, (Eq(GROUP, "group"),))], own)
+    keys = Local(k, token_keys(k, None, index=OWN, group=GROUP))
+    s = lse_stats(MaxSim(q), keys, [Lse("rows", ONE, None, (Eq(GROUP, "group"),))], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
 
@@ -436,7 +436,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=lambda c: c.name)
-def test_composition_equals_the_whole_matrix(composition: Composition) -> None:
+def test_composition_equals_dense_formula(composition: Composition) -> None:
     inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(composition.shapes)]
     got, want = composition.engine(*inputs), composition.dense(*inputs)
     torch.testing.assert_close(got, want)
@@ -450,14 +450,14 @@ def test_composition_equals_the_whole_matrix(composition: Composition) -> None:
 
 
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=lambda c: c.name)
-def test_gradcheck(composition: Composition) -> None:
+def test_gradcheck_of_composition(composition: Composition) -> None:
     inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(composition.shapes)]
-    # Along one random direction: each element was compared with the dense gradient above.
+    # One random direction is enough: every element was compared with the dense gradient above.
     assert torch.autograd.gradcheck(composition.engine, inputs, fast_mode=True)
 
 
-def test_the_stored_normaliser_replaces_the_batch_one() -> None:
-    """FCCO is a stopped weight times Z, so finite differences do not apply; its gradient does."""
+def test_fcco_gradient_uses_the_stored_normalizer() -> None:
+    """FCCO has a weight without gradient, so compare with its formula, not finite differences."""
     q, k = (draw(N, D, seed=i).requires_grad_() for i in range(2))
     log_u = draw(N, seed=2)
     got = torch.autograd.grad(fcco_weighted(q, k, log_u), (q, k))

@@ -1,4 +1,4 @@
-"""`lse_stats`, `pair_sum` and `row_top` against brute force, over everything that combines."""
+"""`lse_stats`, `pair_sum` and `row_top` against brute force, over combinations of all features."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def clause(w: World, name: str) -> Any:
     return {
         "eq": equal,
         "ne": Ne(w.row_id, "id"),
-        "not self": Ne(rows, "number"),
-        "either": Either(Ne(w.row_id, "id"), Eq(rows, "number")),
+        "not self": Ne(rows, "index"),
+        "either": Either(Ne(w.row_id, "id"), Eq(rows, "index")),
         "teacher": SecondScore(keys["row_teacher"], "teacher", at_most=0.5),
         "at least": AtLeast(keys["threshold"]),
         "table": Table(w.row_role, "role", keys["table"]),
@@ -76,7 +76,7 @@ def rule_of(w: World, names: Sequence[str]) -> tuple[Any, ...]:
 
 
 class Problem:
-    """One random use of the engine: its results and gradients, by the engine and by brute force."""
+    """A random use of the engine, computed by the engine and by brute force."""
 
     def __init__(
         self, world: World, score: str, axes: Sequence[str], rule: Sequence[str],
@@ -105,11 +105,11 @@ class Problem:
         score = Dot(x["q"]) if self.score == "dot" else GatedCosine(x["q"], x["gate"])
         rule = rule_of(w, self.rule)
         lses = [Lse(axis, x[f"{axis} scale"], x.get(f"{axis} bias"), rule) for axis in self.axes]
-        found = lse_stats(
+        stats = lse_stats(
             score, Local(x["k"], w.metadata()), lses,
             rule_of(w, self.positives) if self.positives else None, backend, cache_bytes,
         )  # fmt: skip
-        return [*found.z, *found.positive, *found.weight]
+        return [*stats.z, *stats.positive, *stats.weight]
 
     def brute(self, x: dict[str, Tensor], rule_scores: Tensor | None = None) -> list[Tensor]:
         w = self.world
@@ -118,7 +118,7 @@ class Problem:
             else brute.gated(x["q"], x["gate"], x["k"])
         )  # fmt: skip
         judged = scores if rule_scores is None else rule_scores
-        mask, weights = brute.blend(w, self.rule, judged)
+        mask, weights = brute.combine_rule(w, self.rule, judged)
         z, positive, weight = [], [], []
         for axis in self.axes:
             a, scale = int(axis == "rows"), x[f"{axis} scale"]
@@ -127,7 +127,7 @@ class Problem:
                 logits = logits + x[f"{axis} bias"].unsqueeze(1 - a)
             z.append(brute.lse((logits + weights).masked_fill(~mask, -torch.inf), a))
             if self.positives:
-                keep, lw = brute.blend(w, self.positives, judged)
+                keep, lw = brute.combine_rule(w, self.positives, judged)
                 share = torch.where(keep, lw.exp(), 0)
                 positive.append((share * logits).sum(a))
                 weight.append(share.sum(a).detach())
@@ -135,7 +135,7 @@ class Problem:
 
 
 def differentiate(results: list[Tensor], inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Results, then gradients of a fixed linear function of them (of what is finite)."""
+    """Return results, then gradients of a fixed linear function of the finite ones."""
     g = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=results[0].dtype)
     for r in results:
@@ -152,8 +152,11 @@ def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def assert_close(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], big: float) -> None:
-    """Errors against float64 are at most twice plain torch's, but for a few roundings of the
-    largest logit `big`, by which plain torch may be right by luck: an exp's relative error."""
+    """Assert that errors against float64 are at most twice those of plain torch.
+
+    Plain torch may be exact by chance, so a few rounding errors of the largest logit `big` (an
+    exp's relative error) are allowed.
+    """
     for i, (got, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
         exact = exact.to(got.dtype).double().where(exact.abs() > torch.finfo(got.dtype).max, exact)
         finite = exact.isfinite()
@@ -190,7 +193,7 @@ def test_statistics_equal_brute_force(
     with small_tiles():
         got = differentiate(problem.engine(ours, backend), ours)
     plain, exact = leaves(problem.inputs), leaves(problem.to(torch.float64))
-    # A mask by score must judge the same scores, or the comparison means nothing.
+    # A mask by score must compare the same scores, or results differ at the threshold.
     judged = brute.dot(world.tensors["q"], world.tensors["k"]) if score == "dot" else brute.gated(
         world.tensors["q"], world.tensors["gate"], world.tensors["k"])  # fmt: skip
     if "at least" in rule:
@@ -198,7 +201,7 @@ def test_statistics_equal_brute_force(
     other = differentiate(problem.brute(plain, judged), plain)
     truth = differentiate(problem.brute(exact, judged.double()), exact)
     biggest = max(float(v.abs().max()) for n_, v in problem.inputs.items() if "scale" in n_)
-    # Small gates amplify every rounding.
+    # Small gates amplify rounding errors.
     assert_close(got, other, truth, (4 + biggest) * (64 if score == "gated" else 1))
 
 
@@ -208,11 +211,11 @@ def test_statistics_equal_brute_force(
     **SIZES, seed=st.integers(0, 10**6), rule=RULES, positives=POSITIVES,
     score=st.sampled_from(["dot", "dot", "gated"]), vectors=st.booleans(), room=st.integers(0, 800),
 )  # fmt: skip
-def test_kept_scores_change_no_bit(
+def test_score_cache_changes_no_bit(
     backend: str, m: int, n: int, d: int, seed: int, rule: list[str], positives: list[str],
     score: str, vectors: bool, room: int,
 ) -> None:  # fmt: skip
-    """Whether there is room for none of them, for some rows, or for all."""
+    """The cache has room for no row, some rows or all."""
     world = World(m, n, d, seed, torch.float32)
     problem = Problem(world, score, ["columns", "rows"], rule, positives, vectors, True, 3.0)
     results = []
@@ -228,38 +231,38 @@ BACKENDS = ["tiled", TRITON]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_scale_s_gradient_goes_to_the_tensor_it_came_from(backend: str) -> None:
-    """Though another shares its memory."""
+def test_scales_that_share_memory_get_separate_gradients(backend: str) -> None:
+    """Two scales that share memory but not their graph get separate gradients."""
     w = World(6, 7, 4, 0, torch.float32)
     one = torch.tensor(3.0, requires_grad=True)
     other = one.detach().requires_grad_()
-    apart = torch.tensor(3.0, requires_grad=True)
-    found = []
-    for scale in (other, apart):
+    separate = torch.tensor(3.0, requires_grad=True)
+    grads = []
+    for scale in (other, separate):
         keys = Local(w.tensors["k"])
         both = [Lse("rows", one), Lse("columns", scale)]
         total = torch.cat(lse_stats(w.tensors["q"], keys, both, backend=backend).z).square().sum()
-        found.append(torch.autograd.grad(total, (one, scale)))
-    for got, want in zip(*found, strict=True):
+        grads.append(torch.autograd.grad(total, (one, scale)))
+    for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_has_no_weight_may_hold_anything(backend: str) -> None:
-    """A positive of weight 0 whose key is masked by a bias of -inf."""
+def test_pairs_of_weight_zero_may_be_infinite(backend: str) -> None:
+    """A positive of weight 0 may have a logit of -inf, from its key's bias."""
     w = World(3, 4, 5, 0, torch.float32)
     bias = torch.tensor([0.0, -torch.inf, 0.0, 0.0])
     keys = Local(w.tensors["k"], {"code": torch.tensor([0, 1, 0, 0])})
     rule = Table(torch.zeros(3, dtype=torch.int64), "code", torch.tensor([[0.0, -torch.inf]]))
     lse = Lse("rows", torch.tensor(2.0), bias)
-    found = lse_stats(w.tensors["q"], keys, [lse], rule, backend)
+    stats = lse_stats(w.tensors["q"], keys, [lse], rule, backend)
     scores = 2 * w.tensors["q"] @ w.tensors["k"].T
-    torch.testing.assert_close(found.positive[0], scores[:, [0, 2, 3]].sum(1))
-    assert found.weight[0].tolist() == [3, 3, 3]
+    torch.testing.assert_close(stats.positive[0], scores[:, [0, 2, 3]].sum(1))
+    assert stats.weight[0].tolist() == [3, 3, 3]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_limits_a_weight_does_not_limit_the_best_keys(backend: str) -> None:
+def test_row_top_ignores_log_weights_and_their_limits(backend: str) -> None:
     w = World(6, 9, 4, 0, torch.float32)
     few = Either(Eq(w.row_id, "id"), Ne(w.row_role, "role"))
     weight = Table(w.row_role, "role", w.tensors["table"], only=few)
@@ -272,7 +275,7 @@ def test_what_limits_a_weight_does_not_limit_the_best_keys(backend: str) -> None
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.float64])
-def test_labels_of_any_kind_have_a_distance(backend: str, dtype: torch.dtype) -> None:
+def test_abs_diff_accepts_labels_of_any_dtype(backend: str, dtype: torch.dtype) -> None:
     w = World(3, 4, 5, 0, torch.float32)
     rows, columns = torch.tensor([0, 1, 5]).to(dtype), torch.tensor([3, 1, 2, 2]).to(dtype)
     lse = Lse("rows", torch.tensor(2.0), None, (AbsDiff(rows, "label"),))
@@ -321,7 +324,7 @@ def test_pair_sums_equal_brute_force(
         logits = scores * (x["scale"][:, None] if vectors else x["scale"]) + x["shift"][:, None]
         return logits + x["bias"] if biased else logits
 
-    def clear(x: dict[str, Tensor]) -> Tensor:
+    def distance_to_step(x: dict[str, Tensor]) -> Tensor:
         return logits_of(x).detach().abs()
 
     def dense(x: dict[str, Tensor]) -> list[Tensor]:
@@ -331,7 +334,7 @@ def test_pair_sums_equal_brute_force(
             "relu": logits.clamp(min=0),
             "step": (logits >= 0).to(dtype),
         }[phi]
-        mask, weights = brute.blend(w, rule, scores)
+        mask, weights = brute.combine_rule(w, rule, scores)
         out = torch.where(mask, value * weights.exp(), 0).sum(1)
         return [out.sum() if total else out]
 
@@ -340,10 +343,10 @@ def test_pair_sums_equal_brute_force(
         got, want = engine(ours), dense(truth)
         if phi == "step":
             assert not got[0].requires_grad
-            # Where no logit is next to the step, at which a rounding decides.
-            sure = (clear(truth) > bound * (1 + scale)).all(1)
-            sure = sure.all() if total else sure
-            torch.testing.assert_close(got[0][sure], want[0][sure])
+            # Compare only where no logit is so close to the step that rounding decides.
+            certain = (distance_to_step(truth) > bound * (1 + scale)).all(1)
+            certain = certain.all() if total else certain
+            torch.testing.assert_close(got[0][certain], want[0][certain])
             return
         got, want = differentiate(got, ours), differentiate(want, truth)
     for one, other in zip(got, want, strict=True):
@@ -357,7 +360,7 @@ def test_pair_sums_equal_brute_force(
 @given(
     **SIZES, seed=st.integers(0, 10**6), rule=RULES, k=st.integers(1, 20), gated=st.booleans()
 )  # fmt: skip
-def test_the_best_keys_are_those_of_a_sort(
+def test_row_top_equals_sorting(
     backend: str, m: int, n: int, d: int, seed: int, rule: list[str], k: int, gated: bool
 ) -> None:
     w = World(m, n, d, seed, torch.float32 if backend == "triton" else torch.float64)
@@ -366,9 +369,9 @@ def test_the_best_keys_are_those_of_a_sort(
         score, scores = GatedCosine(t["q"], t["gate"]), brute.gated(t["q"], t["gate"], t["k"])
     else:
         score, scores = Dot(t["q"]), brute.dot(t["q"], t["k"])
-    if "at least" in rule:  # a mask by score must judge the same scores
+    if "at least" in rule:  # a mask by score must compare the same scores
         assume((scores - t["threshold"][:, None]).abs().min() > 1e-4)
-    mask, _ = brute.blend(w, [name for name in rule if name in brute.MASKS], scores)
+    mask, _ = brute.combine_rule(w, [name for name in rule if name in brute.MASKS], scores)
     with small_tiles():
         keys = Local(t["k"], w.metadata())
         values, index = row_top(score, keys, k, rule_of(w, rule), backend)
@@ -376,15 +379,15 @@ def test_the_best_keys_are_those_of_a_sort(
     want = torch.full((m, max(k, n)), -torch.inf, dtype=scores.dtype)
     want[:, :n] = allowed
     torch.testing.assert_close(values, want.sort(1, descending=True).values[:, :k])
-    found = index >= 0
-    assert torch.equal(found, values > -torch.inf)
-    assert (index[~found] == -1).all()
+    exists = index >= 0
+    assert torch.equal(exists, values > -torch.inf)
+    assert (index[~exists] == -1).all()
     at = index.clamp(min=0).clamp(max=n - 1)
-    torch.testing.assert_close(values[found], allowed.gather(1, at)[found])
+    torch.testing.assert_close(values[exists], allowed.gather(1, at)[exists])
 
 
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
-def test_arguments_that_do_not_fit_are_refused(backend: str) -> None:
+def test_invalid_arguments_raise_value_error(backend: str) -> None:
     w = World(4, 5, 3, 0)
     q, keys, one = w.tensors["q"], Local(w.tensors["k"], w.metadata()), torch.ones(())
     for lse, says in [
@@ -400,7 +403,7 @@ def test_arguments_that_do_not_fit_are_refused(backend: str) -> None:
         pair_sum(q, keys, "sine", one, one, backend=backend)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shift of rows .* got \(5,\)"):
         pair_sum(q, keys, "relu", one, torch.ones(5), backend=backend)
-    with pytest.raises(ValueError, match="ask for at least one key"):
+    with pytest.raises(ValueError, match="k is 0; it must be at least 1"):
         row_top(q, keys, 0)
     with pytest.raises(ValueError, match="backend is 'fast'"):
         lse_stats(q, keys, [Lse("rows", one)], backend="fast")

@@ -1,5 +1,7 @@
-"""What only a GPU can show: sizes that an interpreter cannot take, memory, the choice of blocks.
-Everything smaller is in the other modules, whose `triton` cases run on the GPU too."""
+"""Tests that need a GPU: large sizes, memory, the choice of blocks.
+
+Smaller tests are in the other modules, whose `triton` cases also run on the GPU.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def step(q: torch.Tensor, k: torch.Tensor, backend: str, **options: int) -> list
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("n", "d"), [(4096, 512), (9001, 768), (3000, 100)])
-def test_a_large_loss_equals_the_reference_twice(dtype: torch.dtype, n: int, d: int) -> None:
+def test_large_loss_equals_reference_on_every_run(dtype: torch.dtype, n: int, d: int) -> None:
     q, k = unit(n, d, seed=0, dtype=dtype), unit(n, d, seed=1, dtype=dtype)
     exact, first = step(q, k, "reference"), step(q, k, "triton")
     for got, want in zip(first, exact, strict=True):
@@ -38,21 +40,21 @@ def test_a_large_loss_equals_the_reference_twice(dtype: torch.dtype, n: int, d: 
         assert all(map(torch.equal, first, again))
 
 
-def test_a_gated_score_equals_the_reference() -> None:
+def test_gated_score_equals_reference() -> None:
     q, k, gate = (unit(2000, 256, seed=s, dtype=torch.float32) for s in range(3))
     ids, results = torch.arange(2000, device="cuda") // 2, []
     for backend in ("reference", "triton"):
         keys = Local(k, {"id": ids})
         lse = Lse("rows", torch.tensor(20.0, device="cuda"))
-        found = lse_stats(GatedCosine(q, gate), keys, [lse], Eq(ids, "id"), backend)
-        total = (found.z[0] - found.positive[0] / found.weight[0]).mean()
+        stats = lse_stats(GatedCosine(q, gate), keys, [lse], Eq(ids, "id"), backend)
+        total = (stats.z[0] - stats.positive[0] / stats.weight[0]).mean()
         results.append([total, *torch.autograd.grad(total, (q, k, gate))])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other.float(), rtol=1e-3, atol=1e-5)
 
 
-def test_offsets_beyond_two_to_the_31() -> None:
-    """4,096 rows of 700,000 kept scores."""
+def test_cached_scores_beyond_two_to_the_31_give_the_same_bits() -> None:
+    """The cache holds 4,096 rows of 700,000 scores, more than 2^31 numbers."""
     q, k = unit(4096, 64, seed=0), unit(700_000, 64, seed=1)
     one, results = torch.tensor(5.0, device="cuda"), []
     for cache_bytes in (0, 12 * GIB):
@@ -64,7 +66,7 @@ def test_offsets_beyond_two_to_the_31() -> None:
     torch.testing.assert_close(results[0][0][4096 - 64 : 4096], want, rtol=1e-5, atol=1e-4)
 
 
-def test_a_million_rows_take_twelve_gib() -> None:
+def test_million_rows_take_less_than_twelve_gib() -> None:
     n = 2**20
     q, k = unit(n, 768, seed=0), unit(n, 768, seed=1)
     torch.cuda.reset_peak_memory_stats()
@@ -76,7 +78,7 @@ def test_a_million_rows_take_twelve_gib() -> None:
     assert peak < 12 * GIB, peak / GIB
 
 
-def test_maxsim_of_large_items_equals_the_reference_twice() -> None:
+def test_maxsim_of_large_items_equals_reference_on_every_run() -> None:
     q, k = unit(24, 196, 256, seed=0), unit(40, 77, 256, seed=1)
     results = []
     for backend in ("reference", "triton", "triton"):
@@ -85,10 +87,10 @@ def test_maxsim_of_large_items_equals_the_reference_twice() -> None:
     for want, got, again in zip(*results, strict=True):
         assert torch.equal(got, again)
         error = (got.double() - want.double()).norm() / want.double().norm()
-        assert error < 1e-2, error  # of two products next to each other either may be the larger
+        assert error < 1e-2, error  # of two almost equal products either may be the maximum
 
 
-def test_tuning_chooses_of_the_list_and_changes_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tuning_chooses_a_listed_block_and_keeps_values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "_CHOSEN", {})
     q, k = unit(4096, 512, seed=0), unit(4096, 512, seed=1)
     before = step(q, k, "triton")

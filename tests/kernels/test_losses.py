@@ -40,7 +40,7 @@ CASES = st.builds(
     n=st.integers(1, 40),
     d=st.integers(1, 17),
     scale=st.floats(-2, 2).map(lambda exponent: 10**exponent),
-    ids=st.integers(1, 60),  # from all alike to hardly any positive
+    ids=st.integers(1, 60),  # from all equal to few positives
     seed=st.integers(0, 10**6),
     symmetric=st.booleans(),
     label_smoothing=st.sampled_from([0.0, 0.1, 0.5]),
@@ -64,10 +64,10 @@ SQUARES = st.builds(
 )  # fmt: skip
 
 
-@pytest.fixture(params=["whole", "ragged"])
+@pytest.fixture(params=["one tile", "partial tiles"])
 def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Tiles larger than these inputs, then so small that there are many, not all full."""
-    with small_tiles(7, 5) if request.param == "ragged" else contextlib.nullcontext():
+    """Use tiles larger than the inputs, then tiles so small that there are many, not all full."""
+    with small_tiles(7, 5) if request.param == "partial tiles" else contextlib.nullcontext():
         yield
 
 
@@ -82,16 +82,14 @@ def checked(case: Case, backend: str) -> Result:
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(60))
 @given(case=CASES | EXCLUDED)
-def test_value_and_gradients_equal_the_dense_ones(
-    backend: str, dtype: torch.dtype, case: Case
-) -> None:
+def test_value_and_gradients_equal_dense_loss(backend: str, dtype: torch.dtype, case: Case) -> None:
     checked(case.to(dtype), backend)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=examples(60))
 @given(case=CASES | EXCLUDED)
-def test_ragged_tiles_equal_the_dense_matrix(dtype: torch.dtype, case: Case) -> None:
+def test_partial_tiles_equal_dense_loss(dtype: torch.dtype, case: Case) -> None:
     with small_tiles(7, 5):
         checked(case.to(dtype), "tiled")
 
@@ -99,7 +97,7 @@ def test_ragged_tiles_equal_the_dense_matrix(dtype: torch.dtype, case: Case) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=examples(40))
 @given(case=SQUARES)
-def test_without_ids_row_i_matches_key_i(backend: str, case: Case) -> None:
+def test_without_ids_loss_equals_clip(backend: str, case: Case) -> None:
     assert case.ids_q is None
     ours = checked(case.to(torch.float32), backend)
     logits = case.scale * case.q @ case.k.T
@@ -111,15 +109,15 @@ def test_without_ids_row_i_matches_key_i(backend: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ids_of_the_queries_alone_hold_for_the_keys_too(backend: str) -> None:
+def test_ids_q_without_ids_k_apply_to_both_sides(backend: str) -> None:
     case = make_case(20, 20, 8, ids=7).to(KIND[backend])
-    alone = Case(case.q, case.k, case.scale, case.ids_q)
+    one_sided = Case(case.q, case.k, case.scale, case.ids_q)
     both = Case(case.q, case.k, case.scale, case.ids_q, case.ids_q)
-    assert differentiate(alone, backend).equal(differentiate(both, backend))
-    checked(alone, backend)
+    assert differentiate(one_sided, backend).equal(differentiate(both, backend))
+    checked(one_sided, backend)
 
 
-def test_the_default_back_end_is_tiled() -> None:
+def test_default_back_end_is_tiled() -> None:
     case = make_case(30, 20, 8).to(torch.float32)
     assert differentiate(case).equal(differentiate(case, "tiled"))
 
@@ -127,7 +125,7 @@ def test_the_default_back_end_is_tiled() -> None:
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.usefixtures("tiles")
-def test_gradcheck(backend: str, symmetric: bool) -> None:
+def test_gradcheck_of_contrastive_loss(backend: str, symmetric: bool) -> None:
     case = make_case(9, 12, 4, scale=3.0, ids=5, symmetric=symmetric)
 
     def loss(q: Tensor, k: Tensor, scale: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ def test_gradcheck(backend: str, symmetric: bool) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.usefixtures("tiles")
-def test_gradcheck_of_several_statistics_with_scales_of_their_own(backend: str) -> None:
+def test_gradcheck_of_statistics_with_separate_scales(backend: str) -> None:
     case = make_case(9, 12, 4, ids=5)
     assert case.ids_q is not None
     assert case.ids_k is not None
@@ -150,8 +148,8 @@ def test_gradcheck_of_several_statistics_with_scales_of_their_own(backend: str) 
 
     def stats(q: Tensor, k: Tensor, *scales: Tensor) -> tuple[Tensor, ...]:
         lses = [Lse("rows", scales[0]), Lse("columns", scales[1]), Lse("rows", scales[2])]
-        found = lse_stats(q, Local(k, {"id": ids_k}), lses, Eq(ids_q, "id"), backend)
-        return (*found.z, *found.positive)
+        result = lse_stats(q, Local(k, {"id": ids_k}), lses, Eq(ids_q, "id"), backend)
+        return (*result.z, *result.positive)
 
     scales = [torch.tensor(s, dtype=torch.float64) for s in (0.5, 2.0, 7.0)]
     inputs = tuple(t.clone().requires_grad_() for t in (case.q, case.k, *scales))
@@ -160,23 +158,23 @@ def test_gradcheck_of_several_statistics_with_scales_of_their_own(backend: str) 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("tiles")
-def test_statistics_are_what_their_formulas_say(backend: str) -> None:
+def test_statistics_equal_their_formulas(backend: str) -> None:
     case = make_case(23, 17, 6, ids=9).to(KIND[backend])
     assert case.ids_q is not None
     assert case.ids_k is not None
     lses = [Lse("columns", torch.tensor(2.0)), Lse("rows", torch.tensor(30.0))]
     keys = Local(case.k, {"id": case.ids_k})
-    found = lse_stats(case.q, keys, lses, Eq(case.ids_q, "id"), backend)
+    stats = lse_stats(case.q, keys, lses, Eq(case.ids_q, "id"), backend)
     scores, mask = case.q @ case.k.T, positives(case)
-    torch.testing.assert_close(found.z[0], (2 * scores).logsumexp(0))
-    torch.testing.assert_close(found.z[1], (30 * scores).logsumexp(1))
-    torch.testing.assert_close(found.positive[0], 2 * (scores * mask).sum(0))
-    torch.testing.assert_close(found.positive[1], 30 * (scores * mask).sum(1))
-    assert [c.tolist() for c in found.weight] == [mask.sum(0).tolist(), mask.sum(1).tolist()]
+    torch.testing.assert_close(stats.z[0], (2 * scores).logsumexp(0))
+    torch.testing.assert_close(stats.z[1], (30 * scores).logsumexp(1))
+    torch.testing.assert_close(stats.positive[0], 2 * (scores * mask).sum(0))
+    torch.testing.assert_close(stats.positive[1], 30 * (scores * mask).sum(1))
+    assert [c.tolist() for c in stats.weight] == [mask.sum(0).tolist(), mask.sum(1).tolist()]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_is_refused_not_wrong(backend: str) -> None:
+def test_second_derivative_raises_runtime_error(backend: str) -> None:
     case = make_case(6, 6, 4).to(KIND[backend])
     q = case.q.clone().requires_grad_()
     weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
@@ -191,16 +189,16 @@ def test_a_second_derivative_is_refused_not_wrong(backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("tiles")
-def test_rows_without_a_positive_weigh_nothing(backend: str, dtype: torch.dtype) -> None:
-    """Neither in the sum nor in the count, though they stay negatives of the other side."""
+def test_rows_without_positive_have_weight_zero(backend: str, dtype: torch.dtype) -> None:
+    """They count neither in the sum nor in the mean, but stay negatives of the other side."""
     case = make_case(12, 15, 8, symmetric=False).to(dtype)
     assert case.ids_q is not None
     ids_q = case.ids_q.clone()
     ids_q[[2, 5, 11]] = -1  # no key has it
-    with_strangers = Case(case.q, case.k, case.scale, ids_q, case.ids_k, symmetric=False)
+    with_unmatched = Case(case.q, case.k, case.scale, ids_q, case.ids_k, symmetric=False)
     kept = ids_q != -1
     without = Case(case.q[kept], case.k, case.scale, ids_q[kept], case.ids_k, symmetric=False)
-    one, two = checked(with_strangers, backend), checked(without, backend)
+    one, two = checked(with_unmatched, backend), checked(without, backend)
     torch.testing.assert_close(one.value, two.value)
     assert (one.dq[~kept] == 0).all()
     torch.testing.assert_close(one.dq[kept], two.dq)
@@ -210,10 +208,13 @@ def test_rows_without_a_positive_weigh_nothing(backend: str, dtype: torch.dtype)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.usefixtures("tiles")
-def test_no_positive_at_all_gives_zero(backend: str, dtype: torch.dtype, symmetric: bool) -> None:
+def test_batch_without_positives_gives_zero(
+    backend: str, dtype: torch.dtype, symmetric: bool
+) -> None:
     case = make_case(12, 15, 8, scale=100.0).to(dtype)
-    nothing = Case(case.q, case.k, case.scale, torch.arange(12), 100 + torch.arange(15), symmetric)
-    result = differentiate(nothing, backend)
+    ids_q, ids_k = torch.arange(12), 100 + torch.arange(15)
+    unmatched = Case(case.q, case.k, case.scale, ids_q, ids_k, symmetric)
+    result = differentiate(unmatched, backend)
     for tensor in result.tensors():
         assert (tensor == 0).all()
 
@@ -245,8 +246,8 @@ def test_scores_of_128_do_not_overflow(backend: str, dtype: torch.dtype, scale: 
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.parametrize("offset", [128.0, -128.0])
 @pytest.mark.usefixtures("tiles")
-def test_a_common_offset_of_all_logits_changes_nothing(backend: str, offset: float) -> None:
-    """exp(12800) is no float: only a true maximum saves the sums."""
+def test_common_offset_of_logits_changes_nothing(backend: str, offset: float) -> None:
+    """exp(12800) overflows, so sums must subtract the true maximum."""
     case = make_case(13, 11, 6, scale=100.0)
     one, minus = torch.ones(13, 1).double(), torch.full((11, 1), offset).double()
     moved = Case(
@@ -260,42 +261,42 @@ def test_a_common_offset_of_all_logits_changes_nothing(backend: str, offset: flo
 
 
 @pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
-def test_late_gradients_survive_bfloat16(backend: str) -> None:
-    """Rows found almost surely: the positive weight must be taken off before G is rounded."""
+def test_late_gradients_are_exact_in_bfloat16(backend: str) -> None:
+    """With probabilities near 1 the positive weight must be subtracted before G is rounded."""
     case = make_case(64, 64, 32, scale=100.0, ids=None, seed=4)
     near = torch.nn.functional.normalize(case.q + 1.3 * case.k, dim=1)
     late = Case(case.q, near, case.scale).to(torch.bfloat16)
     ours = differentiate(late, backend)
     exact = differentiate(late.to(torch.float64), dense=True)
     plain = differentiate(late, dense=True)
-    error, torchs = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
+    error, plain_error = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
     assert error < 0.01 * exact.dq.norm()
-    assert error < 0.1 * torchs
+    assert error < 0.1 * plain_error
 
 
 @pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
 @pytest.mark.parametrize("noise", [1.5, 2.0, 2.5])  # losses of about 1e-12, 1e-5 and 1e-3
-def test_late_gradients_are_as_good_as_before_in_float32(backend: str, noise: float) -> None:
-    """Where nearly every probability is 0 or 1, noise on those would drown the gradient."""
+def test_late_gradients_are_exact_in_float32(backend: str, noise: float) -> None:
+    """If nearly every probability is 0 or 1, rounding errors in them would hide the gradient."""
     case = make_case(256, 256, 64, scale=100.0, ids=None, seed=4)
     far = noise * torch.nn.functional.normalize(case.k, dim=1)
     late = Case(case.q, torch.nn.functional.normalize(case.q + far, dim=1), case.scale)
     late = late.to(torch.float32)
     exact = differentiate(late.to(torch.float64), dense=True)
     ours, plain = differentiate(late, backend), differentiate(late, dense=True)
-    error, torchs = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
-    assert error <= 16 * torchs, (error / exact.dq.norm(), torchs / exact.dq.norm())
+    error, plain_error = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
+    assert error <= 16 * plain_error, (error, plain_error, exact.dq.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_two_calls_agree_to_the_last_bit(backend: str, dtype: torch.dtype) -> None:
+def test_two_calls_give_the_same_bits(backend: str, dtype: torch.dtype) -> None:
     case = make_case(600, 600, 16, ids=50).to(dtype)
     assert differentiate(case, backend).equal(differentiate(case, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_tiles_larger_than_one_panel_of_the_default_size(backend: str) -> None:
+def test_inputs_larger_than_a_default_tile_equal_dense_loss(backend: str) -> None:
     case = make_case(tiled.ROWS + 3, tiled.COLUMNS + 5, 3, ids=900)
     checked(case.to(torch.float32), backend)
 
@@ -313,7 +314,7 @@ def test_permuting_rows_permutes_gradients(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_layouts_do_not_matter(backend: str) -> None:
+def test_memory_layout_changes_nothing(backend: str) -> None:
     case = make_case(20, 24, 8).to(KIND[backend])
     strided = Case(
         case.q.T.contiguous().T, case.k.repeat(1, 2)[:, :8], case.scale, case.ids_q, case.ids_k
@@ -325,10 +326,10 @@ def test_layouts_do_not_matter(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_of_one_input_alone(backend: str) -> None:
+def test_gradient_of_a_single_input_is_the_same(backend: str) -> None:
     case = make_case(20, 24, 8).to(KIND[backend])
-    whole = differentiate(case, backend)
-    for name, expected in (("q", whole.dq), ("k", whole.dk), ("scale", whole.dscale)):
+    full = differentiate(case, backend)
+    for name, expected in (("q", full.dq), ("k", full.dk), ("scale", full.dscale)):
         inputs = {n: getattr(case, n).clone() for n in ("q", "k", "scale")}
         inputs[name].requires_grad_()
         loss = contrastive_loss(**inputs, ids_q=case.ids_q, ids_k=case.ids_k, backend=backend)
@@ -337,8 +338,8 @@ def test_gradients_of_one_input_alone(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_same_tensor_on_both_sides(backend: str) -> None:
-    """Text against text: both gradients flow into the one tensor."""
+def test_same_tensor_on_both_sides_gets_both_gradients(backend: str) -> None:
+    """Text against text: both gradients are added in the one tensor."""
     case = make_case(15, 1, 6).to(KIND[backend])
     q = case.q.clone().requires_grad_()
     contrastive_loss(q, q, case.scale, backend=backend).backward()
@@ -348,7 +349,7 @@ def test_the_same_tensor_on_both_sides(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_smoothing_is_the_one_of_torch(backend: str) -> None:
+def test_label_smoothing_matches_torch(backend: str) -> None:
     case = replace(make_case(20, 20, 8, ids=None, symmetric=False), label_smoothing=0.1)
     case = case.to(KIND[backend])
     target = torch.arange(20)
@@ -359,21 +360,21 @@ def test_smoothing_is_the_one_of_torch(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_exclusion_equals_dropping_the_other_copies(backend: str) -> None:
-    """A batch holds a sample twice: each copy's loss is that of the batch without the other."""
+def test_exclude_equals_dropping_other_copies(backend: str) -> None:
+    """If a batch holds a sample twice, each copy has the loss of the batch without the other."""
     case = make_case(6, 6, 4, ids=None, symmetric=False).to(KIND[backend])
     ids = torch.tensor([0, 1, 2, 3, 4, 0])
     q, k = case.q.clone(), case.k.clone()
     q[5], k[5] = q[0], k[0]
-    whole = Case(q, k, case.scale, ids, ids, False, "exclude")
+    doubled = Case(q, k, case.scale, ids, ids, False, "exclude")
     once = Case(q[:5], k[:5], case.scale, symmetric=False)
     logits = case.scale * q @ k.T
     kept = torch.tensor([[True] * 5 + [False]] * 5 + [[False] + [True] * 5])
     for row in range(1, 5):
         kept[row, 5] = True
     rows = [logits[i][kept[i]].logsumexp(0) - logits[i, i] for i in range(6)]
-    torch.testing.assert_close(differentiate(whole, backend).value, torch.stack(rows).mean())
-    twice = differentiate(replace(whole, same_id="positive"), backend)
+    torch.testing.assert_close(differentiate(doubled, backend).value, torch.stack(rows).mean())
+    twice = differentiate(replace(doubled, same_id="positive"), backend)
     assert not torch.isclose(twice.value, differentiate(once, backend).value)
 
 
@@ -386,7 +387,7 @@ def sigmoid_of(backend: str | None) -> Callable[[Case], Tensor]:
 
 
 def dense_sigmoid(case: Case) -> Tensor:
-    """As the paper's code has it, at least in float32."""
+    """Compute SigLIP's loss in the form of the paper's code, in at least float32."""
     wide = torch.promote_types(case.q.dtype, torch.float32)
     logits = case.scale * (case.q.to(wide) @ case.k.to(wide).T) + case.bias
     labels = 2 * torch.eye(len(logits), dtype=wide) - 1
@@ -403,7 +404,7 @@ def dense_sigmoid(case: Case) -> Tensor:
     bias=st.sampled_from([0.0, -10.0, 50.0]),
     seed=st.integers(0, 10**6),
 )
-def test_the_sigmoid_loss_equals_the_dense_one(
+def test_sigmoid_loss_equals_dense_loss(
     backend: str, dtype: torch.dtype, n: int, d: int, exponent: float, bias: float, seed: int
 ) -> None:
     case = make_case(n, n, d, 10**exponent, None, seed)
@@ -415,8 +416,8 @@ def test_the_sigmoid_loss_equals_the_dense_one(
     assert_as_exact_as_torch(case, ours, dense_sigmoid)
 
 
-def test_late_positives_of_the_sigmoid_loss_keep_their_gradient() -> None:
-    """Their terms, e^-40, would vanish in the rounding of a sum they were taken off."""
+def test_late_sigmoid_positives_keep_their_gradient() -> None:
+    """Their terms, e^-40, would vanish if they were subtracted from a rounded sum."""
     q = torch.eye(4, requires_grad=True)
     scale, bias = torch.tensor(80.0), torch.tensor(-40.0)
     sigmoid_loss(q, torch.eye(4), scale, bias).backward()
@@ -426,8 +427,8 @@ def test_late_positives_of_the_sigmoid_loss_keep_their_gradient() -> None:
 
 
 @pytest.mark.parametrize("total", [True, False])
-def test_a_sum_without_gradient_does_not_make_one(total: bool) -> None:
-    """Three passes only where somebody learns; an evaluation costs one."""
+def test_pair_sum_without_grad_computes_no_gradient(total: bool) -> None:
+    """An evaluation takes one matrix pass instead of three."""
     case = make_case(6, 6, 4)
     with torch.no_grad():
         q = case.q.clone().requires_grad_()
@@ -435,21 +436,21 @@ def test_a_sum_without_gradient_does_not_make_one(total: bool) -> None:
     assert not out.requires_grad
 
 
-def test_groups_may_hold_more_keys_than_rows() -> None:
-    """As with several captions an image: within each group, the loss of that group alone."""
+def test_groups_with_more_keys_than_rows_equal_separate_losses() -> None:
+    """With several captions per image, each group has the loss of a separate batch."""
     torch.manual_seed(0)
     q, k = torch.randn(5, 4, dtype=torch.float64), torch.randn(12, 4, dtype=torch.float64)
     ids_q, ids_k = torch.arange(5), torch.arange(12) % 5
     groups_q, groups_k = ids_q % 2, ids_k % 2
     scale = torch.tensor(3.0, dtype=torch.float64)
-    together = contrastive_loss(
+    combined = contrastive_loss(
         q, k, scale, ids_q=ids_q, ids_k=ids_k, groups_q=groups_q, groups_k=groups_k, symmetric=False
     )
-    apart = [
+    separate = [
         contrastive_loss(
             q[groups_q == g], k[groups_k == g], scale, ids_q=ids_q[groups_q == g],
             ids_k=ids_k[groups_k == g], symmetric=False,
         ) * (groups_q == g).sum()
         for g in (0, 1)
     ]  # fmt: skip
-    torch.testing.assert_close(together, sum(apart) / 5)
+    torch.testing.assert_close(combined, sum(separate) / 5)

@@ -29,7 +29,7 @@ SIZES = {
 def tokens(
     n: int, t: int, d: int, seed: int, dtype: torch.dtype = torch.float64
 ) -> tuple[Tensor, Tensor]:
-    """Unit vectors, and a mask that leaves each row a token; its pads are NaN."""
+    """Make unit vectors and a mask with a token in every row; padding is NaN."""
     g = torch.Generator().manual_seed(seed)
     x = torch.nn.functional.normalize(torch.randn(n, t, d, generator=g, dtype=torch.float64), dim=2)
     real = torch.rand(n, t, generator=g) < 0.6
@@ -40,7 +40,7 @@ def tokens(
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @settings(max_examples=60, deadline=None)
 @given(**SIZES)
-def test_scores_and_gradients_are_those_of_the_real_tokens(
+def test_scores_and_gradients_ignore_padding(
     dtype: torch.dtype, m: int, n: int, tq: int, tk: int, d: int, seed: int
 ) -> None:
     (q, real_q), (k, real_k) = tokens(m, tq, d, seed, dtype), tokens(n, tk, d, seed + 1, dtype)
@@ -63,7 +63,7 @@ def test_scores_and_gradients_are_those_of_the_real_tokens(
         - values[:, -2]
         for i in range(m) for j in range(n) if int(real_k[j].sum()) > 1
     ]  # fmt: skip
-    if all(bool((gap > 1e-4).all()) for gap in gaps):  # else the maximum is a matter of rounding
+    if all(bool((gap > 1e-4).all()) for gap in gaps):  # else rounding decides the maximum
         wants = torch.autograd.grad((want * weight.double()).sum(), truth)
         stored = torch.finfo(dtype).eps
         for grad, exact in zip((dq, dk), wants, strict=True):
@@ -78,7 +78,7 @@ def test_scores_and_gradients_are_those_of_the_real_tokens(
 
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_the_loss_scores_each_direction_its_own_way(backend: str, symmetric: bool) -> None:
+def test_loss_uses_a_separate_score_per_direction(backend: str, symmetric: bool) -> None:
     (q, real_q), (k, real_k) = tokens(5, 4, 6, 0), tokens(5, 3, 6, 1)
     scale = torch.tensor(7.0, dtype=torch.float64, requires_grad=True)
     loss = late_interaction_loss(
@@ -98,9 +98,9 @@ def test_the_loss_scores_each_direction_its_own_way(backend: str, symmetric: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(5, 4, 6), (3, 70, 20)])  # more tokens than a block, too
+@pytest.mark.parametrize("shape", [(5, 4, 6), (3, 70, 20)])  # also more tokens than a block holds
 @pytest.mark.parametrize("backend", [TRITON])
-def test_the_compiled_kernels_agree(
+def test_triton_kernels_equal_tiled(
     backend: str, dtype: torch.dtype, shape: tuple[int, int, int]
 ) -> None:
     n, tq, d = shape
@@ -121,7 +121,7 @@ def test_the_compiled_kernels_agree(
     "room",
     [0, pytest.param(20, marks=pytest.mark.slow), pytest.param(10**6, marks=pytest.mark.slow)],
 )
-def test_kept_scores_change_no_bit(backend: str, room: int) -> None:
+def test_score_cache_changes_no_bit(backend: str, room: int) -> None:
     results = []
     for cache_bytes in (0, room):
         (q, real_q), (k, real_k) = (
@@ -133,39 +133,40 @@ def test_kept_scores_change_no_bit(backend: str, room: int) -> None:
                 q, k, scale, mask_q=real_q, mask_k=real_k, backend=backend, cache_bytes=cache_bytes
             )
             results.append([loss, *torch.autograd.grad(loss, (q, k, scale))])
-    ways = (q.double(), real_q, k.double(), real_k), (k.double(), real_k, q.double(), real_q)
+    directions = (q.double(), real_q, k.double(), real_k), (k.double(), real_k, q.double(), real_q)
     both = [
-        torch.nn.functional.cross_entropy(7 * brute.late(*way), torch.arange(5)) for way in ways
+        torch.nn.functional.cross_entropy(7 * brute.late(*direction), torch.arange(5))
+        for direction in directions
     ]
     torch.testing.assert_close(results[0][0].double(), sum(both) / 2, rtol=1e-5, atol=1e-5)
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
 
 
-def test_tokens_of_two_kinds_are_scored_in_the_wider() -> None:
+def test_mixed_token_dtypes_use_the_wider_one() -> None:
     (q, _), (k, _) = tokens(3, 4, 6, 0, torch.bfloat16), tokens(3, 3, 6, 1, torch.float32)
     q, k = q.detach().nan_to_num(), k.detach().nan_to_num()
     torch.testing.assert_close(maxsim(q, k, backend="triton"), maxsim(q, k))
 
 
 @pytest.mark.parametrize("backend", BACKENDS_OF_FLOAT64)
-def test_statistics_over_token_scores(backend: str) -> None:
-    """MaxSim feeds the same sums as any score: here with a rule and along both axes."""
+def test_statistics_over_token_scores_equal_their_formulas(backend: str) -> None:
+    """MaxSim works with rules and along both axes, as any score does."""
     (q, real_q), (k, real_k) = tokens(5, 4, 6, 0), tokens(7, 3, 6, 1)
     ids = torch.tensor([0, 1, 0, 2, 2]), torch.tensor([0, 0, 1, 2, 2, 1, 5])
     one = torch.ones((), dtype=torch.float64)
-    found = lse_stats(
+    stats = lse_stats(
         MaxSim(q, real_q), Local(k, token_keys(k, real_k, id=ids[1])),
         [Lse("rows", 3 * one), Lse("columns", one)], Eq(ids[0], "id"), backend,
     )  # fmt: skip
     scores = brute.late(q, real_q, k, real_k)
-    torch.testing.assert_close(found.z[0], (3 * scores).logsumexp(1))
-    torch.testing.assert_close(found.z[1], scores.logsumexp(0))
+    torch.testing.assert_close(stats.z[0], (3 * scores).logsumexp(1))
+    torch.testing.assert_close(stats.z[1], scores.logsumexp(0))
     mask = ids[0][:, None] == ids[1][None, :]
-    torch.testing.assert_close(found.positive[1], (scores * mask).sum(0))
+    torch.testing.assert_close(stats.positive[1], (scores * mask).sum(0))
 
 
-def test_of_equal_tokens_the_first_takes_the_gradient() -> None:
+def test_gradient_of_equal_maxima_goes_to_the_first() -> None:
     q = torch.ones(1, 1, 2, requires_grad=True)
     k = torch.ones(1, 3, 2, requires_grad=True)
     maxsim(q, k).sum().backward()
@@ -173,15 +174,15 @@ def test_of_equal_tokens_the_first_takes_the_gradient() -> None:
     assert k.grad[0].sum(1).tolist() == [2, 0, 0]
 
 
-def test_pairs_score_a_row_with_its_own_key() -> None:
+def test_pairs_equal_the_diagonal() -> None:
     (q, real_q), (k, real_k) = tokens(5, 4, 6, 0), tokens(5, 3, 6, 1)
-    own = MaxSim(q, real_q).pairs(Local(k, token_keys(k, real_k)).panel)
-    torch.testing.assert_close(own, brute.late(q, real_q, k, real_k).diagonal())
+    scores = MaxSim(q, real_q).pairs(Local(k, token_keys(k, real_k)).block)
+    torch.testing.assert_close(scores, brute.late(q, real_q, k, real_k).diagonal())
 
 
-def test_misfits_are_refused() -> None:
+def test_invalid_tokens_and_masks_raise() -> None:
     q, k, none = torch.zeros(2, 3, 4), torch.zeros(2, 3, 4), torch.zeros(2, 3, dtype=torch.bool)
-    for arguments, error, says in [
+    for arguments, error, message in [
         ((q[0], k), ValueError, r"q must be \[n, tokens, D\]; got \(3, 4\)"),
         ((q, k[..., :2]), ValueError, "share a width; got 4 and 2"),
         ((q, k, none), ValueError, "mask_q: row 0 has no token"),
@@ -189,7 +190,7 @@ def test_misfits_are_refused() -> None:
         ((q, k, none.float()), TypeError, r"mask_q must be bool; got torch\.float32"),
         ((q, k, None, none[:, :2]), ValueError, r"mask_k must be \[2, 3\] on cpu; got \[2, 2\]"),
     ]:
-        with pytest.raises(error, match=says):
+        with pytest.raises(error, match=message):
             maxsim(*arguments)
     with pytest.raises(ValueError, match=r"q and k must be \[n, tokens, D\]"):
         late_interaction_loss(q[0], k[0], torch.tensor(1.0))

@@ -1,4 +1,4 @@
-"""Peak memory, measured in fresh processes: linear in the batch for all that the engine can do."""
+"""Peak memory, measured in new processes: linear in the batch for every use of the engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import json, sys, torch
 from gigabatch.kernels import tiled
 from gigabatch.kernels.bench.memory import measure
 torch.set_num_threads(1)
-tiled.ROWS, tiled.COLUMNS = 128, 512  # so small that tiles do not hide what grows
+tiled.ROWS, tiled.COLUMNS = 128, 512  # so small that tiles do not hide growth
 print(json.dumps({name: measure(name, int(sys.argv[1]), 16)["peak_mib"] for name in sys.argv[2:]}))
 """
 
@@ -32,37 +32,37 @@ def peaks(n: int, names: list[str]) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-def test_every_clause_score_and_source_is_linear() -> None:
+def test_memory_of_every_problem_is_linear_in_batch() -> None:
     names = [name for name in PROBLEMS if name not in DENSE]
-    found = [peaks(n, names) for n in SIZES]
+    by_size = [peaks(n, names) for n in SIZES]
     for name in names:
-        extra = [max(one[name], 4.0) for one in found]  # MiB; less is the allocator's noise
-        # One byte a pair would be 36 MiB at the largest size.
+        extra = [max(mib[name], 4.0) for mib in by_size]  # below 4 MiB the allocator's noise shows
+        # One byte per pair would be 36 MiB at the largest size.
         assert extra[-1] < 24, (name, extra)
         assert fit_exponent(SIZES, extra) <= 1.1, (name, extra)
 
 
-def test_a_dense_mask_would_be_noticed() -> None:
-    found = [measure_afresh("dense", n, 16, threads=1)["peak_mib"] for n in SIZES]
-    assert fit_exponent(SIZES, found) > 1.7
-    assert found[-1] * MIB > 3 * 4 * SIZES[-1] ** 2
+def test_memory_of_dense_form_is_quadratic() -> None:
+    peak_mib = [measure_afresh("dense", n, 16, threads=1)["peak_mib"] for n in SIZES]
+    assert fit_exponent(SIZES, peak_mib) > 1.7
+    assert peak_mib[-1] * MIB > 3 * 4 * SIZES[-1] ** 2
 
 
-def test_late_interaction_holds_no_token_matrix() -> None:
+def test_maxsim_memory_is_below_the_token_matrix() -> None:
     keys = (192, 384, 768)
-    found = [measure_afresh("maxsim", n, 16, threads=1)["peak_mib"] for n in keys]
+    peak_mib = [measure_afresh("maxsim", n, 16, threads=1)["peak_mib"] for n in keys]
     # The token products of 256 x 768 items are 1.5 GiB.
-    assert max(found) < 64
-    assert fit_exponent(keys, found) <= 1.1
+    assert max(peak_mib) < 64
+    assert fit_exponent(keys, peak_mib) <= 1.1
 
 
-def test_the_peak_of_the_ring_does_not_grow_with_the_world() -> None:
+def test_ring_peak_does_not_grow_with_world_size() -> None:
     three, four = ring_peaks(3), ring_peaks(4)
     assert four < 1.1 * three + 2
     assert ring_peaks(4, "gather") > four + 8
 
 
-def test_problems_that_are_dense_and_not_agree() -> None:
+def test_engine_problems_equal_dense_problems() -> None:
     batches = [Batch(64, 8) for _ in range(5)]
     names = ("contrastive", "dense", "dense, one matrix", "sigmoid", "dense sigmoid")
     values = [step(name, batch) for name, batch in zip(names, batches, strict=True)]
@@ -70,7 +70,7 @@ def test_problems_that_are_dense_and_not_agree() -> None:
     assert values[3] == pytest.approx(values[4], rel=1e-5)
 
 
-def test_the_command_line_measures() -> None:
+def test_bench_memory_command_prints_peak() -> None:
     assert measure("ids", 512, 8)["peak_mib"] < 64
     command = [sys.executable, "-m", "gigabatch.launcher", "bench", "memory"]
     done = subprocess.run(

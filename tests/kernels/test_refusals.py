@@ -12,7 +12,7 @@ IDS = torch.arange(4)
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "says"),
+    ("changed", "error", "message"),
     [
         ({"q": torch.zeros(4)}, ValueError, r"must be \[n, D\]; got \(4,\) and \(4, 3\)"),
         ({"k": torch.zeros(4, 3, 1)}, ValueError, r"must be \[n, D\]; got .* and \(4, 3, 1\)"),
@@ -53,19 +53,19 @@ IDS = torch.arange(4)
         ({"teacher_q": Q, "teacher_k": Q[:, :2]}, ValueError, r"teacher_k must be \[4, E\]; got"),
         ({"teacher_q": IDS[:, None]}, TypeError, "teacher_q must be floating, on cpu; got .*int64"),
         ({"teacher_k": Q}, ValueError, "give teacher_q with teacher_k"),
-        ({"teacher_q": Q, "label_smoothing": 0.1}, ValueError, "a teacher leaves out"),
+        ({"teacher_q": Q, "label_smoothing": 0.1}, ValueError, "leave out groups and teacher"),
         ({"gather_mode": "tree"}, ValueError, "gather_mode is 'tree'; choose gather or ring"),
         ({"backend": "fast"}, ValueError, "backend is 'fast'; choose one of reference, tiled"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(
-    changed: dict[str, Any], error: type[Exception], says: str
+def test_contrastive_loss_rejects_invalid_arguments(
+    changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         contrastive_loss(**({"q": Q, "k": K, "scale": SCALE} | changed))
 
 
-def test_lse_stats_refuses_an_unknown_back_end() -> None:
+def test_lse_stats_rejects_unknown_back_end() -> None:
     keys = Local(K, {"id": IDS})
     with pytest.raises(ValueError, match="backend is 'fast'; choose one of reference, tiled"):
         lse_stats(Q, keys, [Lse("rows", SCALE)], Eq(IDS, "id"), "fast")
@@ -75,7 +75,7 @@ BIAS = torch.tensor(0.0)
 
 
 @pytest.mark.parametrize(
-    ("changed", "error", "says"),
+    ("changed", "error", "message"),
     [
         ({"q": torch.zeros(4)}, ValueError, r"must be \[n, D\]"),
         ({"k": K.double()}, TypeError, "share a floating dtype"),
@@ -86,23 +86,23 @@ BIAS = torch.tensor(0.0)
         ({"backend": "fast"}, ValueError, "backend is 'fast'"),
     ],
 )
-def test_sigmoid_loss_refuses_what_does_not_fit(
-    changed: dict[str, Any], error: type[Exception], says: str
+def test_sigmoid_loss_rejects_invalid_arguments(
+    changed: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=says):
+    with pytest.raises(error, match=message):
         sigmoid_loss(**({"q": Q, "k": K, "scale": SCALE, "bias": BIAS} | changed))
 
 
 @pytest.mark.parametrize("name", ["q", "k", "scale", "bias"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_validation_finds_what_is_not_finite(name: str, value: float) -> None:
-    given = {"q": Q.clone(), "k": K.clone(), "scale": SCALE.clone(), "bias": torch.zeros(4)}
-    given[name].view(-1)[0] = value
+def test_validate_raises_for_non_finite_values(name: str, value: float) -> None:
+    arguments = {"q": Q.clone(), "k": K.clone(), "scale": SCALE.clone(), "bias": torch.zeros(4)}
+    arguments[name].view(-1)[0] = value
     with pytest.raises(ValueError, match=f"{name} holds 1 values that are NaN or infinite"):
-        contrastive_loss(**given, validate=True)
+        contrastive_loss(**arguments, validate=True)
 
 
-def test_validation_refuses_rows_without_a_positive() -> None:
+def test_validate_raises_for_rows_without_positive() -> None:
     ids_k, counts = torch.tensor([0, 1, 9, 9]), dict[str, torch.Tensor]()
     contrastive_loss(Q, K, SCALE, ids_q=IDS, ids_k=ids_k, counts=counts)
     assert {name: int(count) for name, count in counts.items()} == {

@@ -1,4 +1,4 @@
-"""What callers do to the engine: layouts, threads, half precision, autocast, misfits."""
+"""Robustness of the engine: layouts, threads, half precision, autocast, invalid arguments."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from gigabatch.kernels import (
     GatedCosine,
     Local,
     Lse,
+    Ne,
     Products,
     Ragged,
     SecondScore,
@@ -42,12 +43,12 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def permuted(x: Tensor) -> Tensor:
-    """The same values, the first two axes the other way round in memory."""
+    """Return the same values with the first two axes swapped in memory."""
     return x.transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_gradients_of_token_major_tensors_are_not_lost(backend: str) -> None:
+def test_token_major_tensors_give_the_same_gradients(backend: str) -> None:
     q, k = draw(5, 4, 6).requires_grad_(), draw(5, 3, 6, seed=1).requires_grad_()
     others = permuted(q.detach()), permuted(k.detach())
     for loss in (
@@ -59,7 +60,7 @@ def test_gradients_of_token_major_tensors_are_not_lost(backend: str) -> None:
             torch.testing.assert_close(got, grad)
 
 
-def test_matrices_stored_by_column() -> None:
+def test_column_major_matrices_give_the_same_gradients() -> None:
     q, k = draw(6, 4).requires_grad_(), draw(6, 4, seed=1).requires_grad_()
     others = permuted(q.detach()), permuted(k.detach())
     bias = torch.tensor(-3.0)
@@ -100,13 +101,13 @@ print("same")
 
 
 @pytest.mark.slow
-def test_two_threads_give_the_same_bits_every_time() -> None:
+def test_two_threads_give_the_same_bits_on_every_run() -> None:
     done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
     assert done.stdout.strip() == "same", done.stderr
 
 
-def test_half_precision_gradients_are_scaled_before_they_are_rounded() -> None:
-    """In fp16 the sum over pairs would overflow, though its mean does not."""
+def test_half_precision_gradients_are_scaled_before_rounding() -> None:
+    """In fp16 the sum over pairs would overflow; the mean does not."""
     n = 8192
     q = torch.zeros(n, 2, dtype=torch.float16)
     q[:, 0] = 1
@@ -116,7 +117,7 @@ def test_half_precision_gradients_are_scaled_before_they_are_rounded() -> None:
     torch.testing.assert_close(q.grad[:, 0], torch.full((n,), 10.0 * (n - 1) / n).half())
 
 
-def test_autocast_around_the_engine_changes_nothing() -> None:
+def test_outer_autocast_changes_no_bit() -> None:
     q, k, teacher = draw(8, 4), draw(8, 4, seed=1), draw(8, 5, seed=2)
     q, k, teacher = (t.float() for t in (q, k, teacher))
     tokens = draw(5, 3, 4).float()
@@ -128,17 +129,17 @@ def test_autocast_around_the_engine_changes_nothing() -> None:
         (dq,) = torch.autograd.grad(s.z[0].sum(), x)
         smooth = contrastive_loss(x, k, 9 * ONE, label_smoothing=0.3)
         score = GatedCosine(q, q.abs())
-        own = score.pairs(Local(k).panel)
-        return [*s.z, dq, smooth, own, maxsim(tokens, tokens), *row_top(q, Local(k), 3)]
+        pairs = score.pairs(Local(k).block)
+        return [*s.z, dq, smooth, pairs, maxsim(tokens, tokens), *row_top(q, Local(k), 3)]
 
-    plain = results()
+    without = results()
     with torch.autocast("cpu", torch.bfloat16):
         cast = results()
-    assert all(map(torch.equal, plain, cast))
+    assert all(map(torch.equal, without, cast))
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_a_bias_of_minus_infinity_is_a_mask(backend: str) -> None:
+def test_bias_of_minus_infinity_masks_like_a_rule(backend: str) -> None:
     q, k, ids = draw(4, 3), draw(4, 3, seed=1), torch.tensor([0, 1, 0, 2])
     bias = torch.tensor([0, -torch.inf, 0, 0], dtype=torch.float64)
     keys, equal = Local(k, {"id": ids}), Eq(ids, "id")
@@ -150,20 +151,33 @@ def test_a_bias_of_minus_infinity_is_a_mask(backend: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_a_row_without_negatives_is_harmless_to_every_head() -> None:
-    nothing = torch.tensor([-torch.inf, 0.0], requires_grad=True)
+def test_row_without_negatives_gives_zero_in_loss_terms() -> None:
+    z = torch.tensor([-torch.inf, 0.0], requires_grad=True)
     zero = torch.zeros(2)
     for value in (
-        loss_terms.fcco(nothing, ONE, zero, 5),
-        loss_terms.lse_plus(nothing, nothing),
-        loss_terms.circle(nothing, zero),
+        loss_terms.fcco(z, ONE, zero, 5),
+        loss_terms.lse_plus(z, z),
+        loss_terms.circle(z, zero),
     ):
         assert value[0] == 0
-        (grad,) = torch.autograd.grad(value.sum(), nothing, allow_unused=True)
+        (grad,) = torch.autograd.grad(value.sum(), z, allow_unused=True)
         assert grad is None or grad.isfinite().all()
 
 
-def test_ragged_groups_are_kept_apart_whatever_the_panel() -> None:
+def test_cross_entropy_of_row_without_keys_is_minus_infinity() -> None:
+    """With the positives masked out of `z`, a row without negatives has z = -inf."""
+    q, k = draw(3, 4).requires_grad_(), draw(3, 4, seed=1).requires_grad_()
+    ids = torch.tensor([0, 0, 0])
+    keys, same = Local(k, {"id": ids, "index": torch.arange(3)}), Eq(torch.arange(3), "index")
+    s = lse_stats(q, keys, [Lse("rows", ONE.double(), None, (Ne(ids, "id"),))], same)
+    loss = loss_terms.cross_entropy(s.z[0], s.positive[0], s.weight[0])
+    assert (loss == -torch.inf).all()
+    grads = torch.autograd.grad(loss.sum(), (q, k))
+    for grad, other in zip(grads, (k, q), strict=True):
+        torch.testing.assert_close(grad, -other)
+
+
+def test_ragged_groups_stay_separate_at_any_block_size() -> None:
     q, k, groups = draw(4, 3), draw(4, 3, seed=1), torch.tensor([0, 0, 1, 1])
     ids = torch.tensor([5, 6, 5, 6])
     for rows in (1, 100):
@@ -177,7 +191,7 @@ def test_ragged_groups_are_kept_apart_whatever_the_panel() -> None:
         torch.testing.assert_close(out[2:], torch.nn.functional.softplus(q[2:] @ k[2:].T).sum(1))
 
 
-def test_gates_however_small_keep_their_direction() -> None:
+def test_tiny_gates_keep_their_direction() -> None:
     q, k, gate = draw(4, 3), draw(4, 3, seed=1), draw(4, 3, seed=2).abs()
     want = lse_stats(GatedCosine(q, gate), Local(k), [Lse("rows", ONE.double())]).z[0]
     tiny = GatedCosine(q.float(), 1e-25 * gate.float())
@@ -185,15 +199,15 @@ def test_gates_however_small_keep_their_direction() -> None:
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
 
 
-def test_dtypes_may_differ_between_the_parts() -> None:
-    """A bf16 batch and a float32 queue; float32 queries with float64 temperatures."""
+def test_mixed_dtypes_are_promoted() -> None:
+    """A bf16 batch with a float32 queue; float32 queries with a float64 scale."""
     q, k, queue = draw(4, 3), draw(4, 3, seed=1).bfloat16(), draw(5, 3, seed=2).float()
     leaves = q.float().requires_grad_(), k.requires_grad_()
     keys = Concat(Local(leaves[1]), Local(queue))
     scale = torch.tensor(3.0, dtype=torch.float64)
     z = lse_stats(leaves[0], keys, [Lse("rows", scale)]).z[0]
-    whole = torch.cat([k.double(), queue.double()])
-    torch.testing.assert_close(z.double(), (3 * q @ whole.T).logsumexp(1), rtol=1e-6, atol=1e-6)
+    all_keys = torch.cat([k.double(), queue.double()])
+    torch.testing.assert_close(z.double(), (3 * q @ all_keys.T).logsumexp(1), rtol=1e-6, atol=1e-6)
     dq, dk = torch.autograd.grad(z.sum(), leaves)
     assert (dq.dtype, dk.dtype) == (torch.float32, torch.bfloat16)
     assert take(keys, torch.tensor([0, 8])).keys.dtype == torch.float32
@@ -209,7 +223,7 @@ def rule_case(name: str, value: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("call", "says"),
+    ("call", "message"),
     [
         (lambda: rule_case("id", Eq(torch.arange(3), "id")), "Eq.rows must have 4 entries"),
         (lambda: rule_case("id", Eq(torch.arange(9), "id")), "Eq.rows must have 4 entries"),
@@ -230,7 +244,7 @@ def rule_case(name: str, value: Any) -> None:
             lambda: rule_case(
                 "id", Table(torch.zeros(4).long(), "id", torch.zeros(1, 4, requires_grad=True))
             ),
-            "Table.table wants a gradient; rules are constants",
+            "Table.table requires a gradient, but rules are constants",
         ),
         (lambda: Local(draw(4, 3), {"id": torch.arange(3)}), "metadata 'id' must have 4 entries"),
         (lambda: take(Local(draw(4, 3)), torch.tensor([7])), r"index must lie in \[-1, 4\)"),
@@ -239,6 +253,6 @@ def rule_case(name: str, value: Any) -> None:
         (lambda: Products([draw(4, 3), draw(5, 3)], [(0, 0)]), "factors must share a shape"),
     ],
 )
-def test_misfits_are_refused(call: Any, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+def test_invalid_rules_and_indices_raise_value_error(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         call()

@@ -1,4 +1,4 @@
-"""Compound sources and what is fetched from sources, against the matrix they stand for."""
+"""Compound sources, and rows taken from sources, against equivalent dense matrices."""
 
 from __future__ import annotations
 
@@ -42,39 +42,39 @@ def grads(total: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
     return torch.autograd.grad(total, inputs)
 
 
-def everything(found: Stats) -> Tensor:
-    """A function of all results that weighs each one differently."""
-    values = torch.cat([*found.z, *found.positive])
+def weighted_total(stats: Stats) -> Tensor:
+    """Sum all finite results, each with another weight."""
+    values = torch.cat([*stats.z, *stats.positive])
     return (torch.where(values.isfinite(), values, 0) * torch.arange(1, len(values) + 1)).sum()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_sources_in_a_row_are_one_source(backend: str) -> None:
-    """A batch, a queue without gradient and hard negatives, as if they were one tensor of keys."""
+def test_concat_equals_one_source(backend: str) -> None:
+    """A batch, a queue without gradient and hard negatives behave like one tensor of keys."""
     w = World(6, 11, 4, 0, KIND[backend])
     q, k, bias = (leaf(w.tensors[name]) for name in ("q", "k", "key_bias"))
-    whole = Local(k, w.metadata())
+    single = Local(k, w.metadata())
     parts = [slice(0, 5), slice(5, 8), slice(8, 11)]
     pieces = [leaf(k[part]) for part in parts]
     pieces[1] = pieces[1].detach()
     metadata = [{n: column[part] for n, column in w.metadata().items()} for part in parts]
     joined = Concat(*(Local(p, m) for p, m in zip(pieces, metadata, strict=True)))
     assert joined.total == joined.held == 11
-    rule, scale = (Ne(torch.arange(6), "number"),), w.tensors["key_scale"]
+    rule, scale = (Ne(torch.arange(6), "index"),), w.tensors["key_scale"]
 
     def stats(source: KeySource) -> Stats:
         lses = [Lse("rows", ONE, bias, rule), Lse("columns", scale)]
         return lse_stats(q, source, lses, Eq(w.row_id, "id"), backend)
 
-    one, other = stats(whole), stats(joined)
+    one, other = stats(single), stats(joined)
     results = [(*s.z, *s.positive, *s.weight) for s in (one, other)]
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
-    dq, dk, dbias = grads(everything(one), q, k, bias)
-    got = grads(everything(other), q, pieces[0], pieces[2], bias)
+    dq, dk, dbias = grads(weighted_total(one), q, k, bias)
+    got = grads(weighted_total(other), q, pieces[0], pieces[2], bias)
     for a, b in zip((dq, dk[:5], dk[8:], dbias), got, strict=True):
         torch.testing.assert_close(a, b)
-    assert torch.equal(row_top(q, joined, 3, (), backend)[1], row_top(q, whole, 3)[1])
+    assert torch.equal(row_top(q, joined, 3, (), backend)[1], row_top(q, single, 3)[1])
     index = torch.tensor([0, 10, 6, -1, 10])
     torch.testing.assert_close(take(joined, index).keys[:3], k[[0, 10, 6]])
     assert torch.equal(take(joined, index).metadata["id"][:3], w.key_id[[0, 10, 6]])
@@ -83,21 +83,21 @@ def test_sources_in_a_row_are_one_source(backend: str) -> None:
     assert dk.sum(1).tolist() == [0, 0, 8]
 
 
-class Heard(Local):
-    """Notes what each sweep asks of it."""
+class RecordingSource(Local):
+    """Records the merges that each pass requests."""
 
     def __init__(self, k: Tensor, metadata: Mapping[str, Tensor]) -> None:
         super().__init__(k, metadata)
-        self.asked: list[Sequence[Merge]] = []
+        self.requested: list[Sequence[Merge]] = []
 
     def fold(self, work: Work, columns: Sequence[Tensor], merges: Sequence[Merge]) -> list[Tensor]:
-        self.asked.append(merges)
+        self.requested.append(merges)
         return super().fold(work, columns, merges)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("form", ["dot", "gated", "maxsim"])
-def test_constant_keys_cost_no_gradient_and_change_no_other(backend: str, form: str) -> None:
+def test_constant_keys_request_no_gradient(backend: str, form: str) -> None:
     w = World(6, 11, 4, 0, KIND[backend])
     vectors, gate = w.tensors["q"], w.tensors["gate"]
     scores: dict[str, Callable[[Tensor], Score]] = {
@@ -106,20 +106,20 @@ def test_constant_keys_cost_no_gradient_and_change_no_other(backend: str, form: 
         "maxsim": lambda q: MaxSim(q.unflatten(1, (2, 2))),
     }
 
-    def found(k: Tensor) -> tuple[Heard, tuple[Tensor, ...]]:
+    def run(k: Tensor) -> tuple[RecordingSource, tuple[Tensor, ...]]:
         q, scale = leaf(vectors), leaf(ONE)
         tokens = k.unflatten(1, (2, 2)) if form == "maxsim" else k
         real = torch.ones(len(k), 2, dtype=torch.bool)
-        keys = Heard(tokens, {**w.metadata(), TOKENS: real})
+        keys = RecordingSource(tokens, {**w.metadata(), TOKENS: real})
         lses = [Lse("rows", scale), Lse("columns", scale)]
         stats = lse_stats(scores[form](q), keys, lses, Eq(w.row_id, "id"), backend)
-        learnt = [q, scale, *([k] if k.requires_grad else [])]
-        return keys, grads(everything(stats), *learnt)
+        leaves = [q, scale, *([k] if k.requires_grad else [])]
+        return keys, grads(weighted_total(stats), *leaves)
 
-    constant, (dq, dscale) = found(w.tensors["k"])
-    learning, (dq_too, dscale_too, dk) = found(leaf(w.tensors["k"]))
-    assert ["grad" in merges for merges in constant.asked] == [False, False]
-    assert ["grad" in merges for merges in learning.asked] == [False, True]
+    constant, (dq, dscale) = run(w.tensors["k"])
+    learning, (dq_too, dscale_too, dk) = run(leaf(w.tensors["k"]))
+    assert ["grad" in merges for merges in constant.requested] == [False, False]
+    assert ["grad" in merges for merges in learning.requested] == [False, True]
     assert torch.equal(dq, dq_too)
     assert torch.equal(dscale, dscale_too)
     assert dk.any()
@@ -137,7 +137,7 @@ def test_constant_keys_cost_no_gradient_and_change_no_other(backend: str, form: 
         ([], [1, 2]),
     ],
 )
-def test_ragged_keys_are_a_block_diagonal_matrix(
+def test_ragged_equals_a_block_diagonal_mask(
     backend: str, rows: int, row_groups: list[int], key_groups: list[int]
 ) -> None:
     m, n = len(row_groups), len(key_groups)
@@ -155,11 +155,12 @@ def test_ragged_keys_are_a_block_diagonal_matrix(
     ragged = stats(Ragged(k, codes[1], codes[0], column, rows=rows))
     for a, b in zip((*dense.z, *dense.positive), (*ragged.z, *ragged.positive), strict=True):
         torch.testing.assert_close(a, b)
-    for a, b in zip(grads(everything(dense), q, k), grads(everything(ragged), q, k), strict=True):
+    both = (grads(weighted_total(stats), q, k) for stats in (dense, ragged))
+    for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_ragged_keys_must_be_sorted() -> None:
+def test_unsorted_ragged_groups_raise_value_error() -> None:
     k, sorted_, mixed = torch.zeros(3, 2), torch.tensor([0, 1, 1]), torch.tensor([1, 0, 1])
     with pytest.raises(ValueError, match="row_groups must be int64 and sorted"):
         Ragged(k, sorted_, mixed)
@@ -169,8 +170,8 @@ def test_ragged_keys_must_be_sorted() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("modalities", [3, 4])
-def test_product_keys_score_all_pairings(backend: str, modalities: int) -> None:
-    """Symile's O(N^2) form: anchors against every combination of the other modalities' rows."""
+def test_products_score_all_pairings(backend: str, modalities: int) -> None:
+    """Symile's O(N^2) form scores anchors with every combination of the other modalities' rows."""
     n, factors = 4, modalities - 1
     g = torch.Generator().manual_seed(0)
     a, *others = (
@@ -179,7 +180,7 @@ def test_product_keys_score_all_pairings(backend: str, modalities: int) -> None:
     )
     keys = Products(others, all_pairings(n, factors))
     assert keys.total == n**factors
-    found = lse_stats(a, keys, [Lse("rows", ONE)], Eq(torch.arange(n), "tuple"), backend)
+    result = lse_stats(a, keys, [Lse("rows", ONE)], Eq(torch.arange(n), "tuple"), backend)
     combinations = list(itertools.product(range(n), repeat=factors))
     scores = torch.stack([
         torch.stack([
@@ -188,24 +189,38 @@ def test_product_keys_score_all_pairings(backend: str, modalities: int) -> None:
         ])
         for i in range(n)
     ])  # fmt: skip
-    own = torch.stack([scores[i, combinations.index((i,) * factors)] for i in range(n)])
-    torch.testing.assert_close(found.z[0], scores.logsumexp(1))
-    torch.testing.assert_close(found.positive[0], own)
-    assert (found.weight[0] == 1).all()
-    ours = grads((found.z[0] - found.positive[0]).sum(), a, *others)
-    for got, want in zip(ours, grads((scores.logsumexp(1) - own).sum(), a, *others), strict=True):
+    true_scores = torch.stack([scores[i, combinations.index((i,) * factors)] for i in range(n)])
+    torch.testing.assert_close(result.z[0], scores.logsumexp(1))
+    torch.testing.assert_close(result.positive[0], true_scores)
+    assert (result.weight[0] == 1).all()
+    got_grads = grads((result.z[0] - result.positive[0]).sum(), a, *others)
+    expected = grads((scores.logsumexp(1) - true_scores).sum(), a, *others)
+    for got, want in zip(got_grads, expected, strict=True):
         torch.testing.assert_close(got, want)
 
 
-def test_shuffled_product_keys_know_a_true_tuple_made_by_chance() -> None:
+def test_products_of_float32_factors_work_in_the_reference_back_end() -> None:
+    """Gradients there are float64 and must be added to those of the factors."""
+    a, b, c = (torch.randn(4, 3, generator=torch.Generator().manual_seed(i)).requires_grad_()
+               for i in range(3))  # fmt: skip
+    keys = Products([b, c], [(0, 0), (0, 1)])
+    results = []
+    for backend in ("reference", "tiled"):
+        (z,) = lse_stats(a, keys, [Lse("rows", ONE.float())], backend=backend).z
+        results.append((z, *grads(z.sum(), a, b, c)))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_shuffled_products_mark_true_tuples() -> None:
     b, c = torch.randn(4, 3), torch.randn(4, 3)
     keys = Products([b, c], [(torch.tensor([2, 1, 0, 3]), torch.tensor([2, 0, 1, 3]))])
-    panels: list[Tensor] = []
-    keys.fold(lambda panel, _: panels.append(panel.metadata["tuple"]) or [], [], [])
-    assert [p.tolist() for p in panels] == [[2, -1, -1, 3]]
+    tuples: list[Tensor] = []
+    keys.fold(lambda block, _: tuples.append(block.metadata["tuple"]) or [], [], [])
+    assert [t.tolist() for t in tuples] == [[2, -1, -1, 3]]
 
 
-def test_a_key_bias_travels_through_every_source() -> None:
+def test_key_bias_is_split_over_concatenated_sources() -> None:
     w = World(5, 6, 3, 2)
     q, bias = leaf(w.tensors["q"]), leaf(w.tensors["key_bias"])
     keys = Concat(Local(w.tensors["k"][:2]), Local(w.tensors["k"][2:]))
@@ -220,16 +235,16 @@ def test_a_key_bias_travels_through_every_source() -> None:
         torch.testing.assert_close(a, b)
 
 
-def test_without_a_group_rows_are_their_own_gathering() -> None:
+def test_gather_rows_without_group_returns_its_input() -> None:
     rows = torch.randn(3, 2, requires_grad=True)
     assert gather_rows(rows, None) is rows
 
 
-def test_columns_that_no_row_sees_are_empty() -> None:
+def test_fully_masked_rows_and_columns_give_minus_infinity() -> None:
     w = World(3, 4, 2, 0)
     never = Eq(torch.full((3,), 77), "id")
     for axis in ("rows", "columns"):
-        found = lse_stats(w.tensors["q"], Local(w.tensors["k"], w.metadata()),
+        stats = lse_stats(w.tensors["q"], Local(w.tensors["k"], w.metadata()),
                           [Lse(axis, ONE, None, (never,))])  # fmt: skip
         want = lse(torch.full((3, 4), -torch.inf), int(axis == "rows"))
-        assert torch.equal(found.z[0], want.double())
+        assert torch.equal(stats.z[0], want.double())

@@ -1,4 +1,4 @@
-"""`gigabatch.kernels` for others: torch alone."""
+"""`gigabatch.kernels` as a library: it needs only torch."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from importlib.abc import MetaPathFinder
 
 known = {name.partition(".")[0] for name in sys.modules} | set(sys.stdlib_module_names)
 
-class TorchAlone(MetaPathFinder):
+class OnlyTorch(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] not in known | {"gigabatch"}:
-            raise ImportError(f"{name} is not torch's")
+            raise ImportError(f"{name} is not needed by torch")
 
 for forbidden in ("webdataset", "pydantic", "pyarrow", "deepspeed", "ray", "transformers"):
     assert forbidden not in known
-sys.meta_path.insert(0, TorchAlone())
+sys.meta_path.insert(0, OnlyTorch())
 
 from gigabatch.kernels import contrastive_loss
 
@@ -36,7 +36,7 @@ assert all(n.startswith("gigabatch.kernels") for n in others), others
 try:
     import webdataset
 except ImportError:
-    print("alone")
+    print("only torch")
 """
 
 
@@ -48,22 +48,22 @@ def run(script: str, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def test_the_engine_needs_torch_alone() -> None:
-    assert run(LOSS) == "alone"
+def test_engine_imports_only_torch() -> None:
+    assert run(LOSS) == "only torch"
 
 
 COLLECT = """
 import sys
 from importlib.abc import MetaPathFinder
 
-class Nothing(MetaPathFinder):
+class Blocker(MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.startswith(("gigabatch.trainer", "gigabatch.data", "gigabatch.launcher")) or (
             name.partition(".")[0] in ("ray", "deepspeed", "webdataset", "pydantic", "typer")
         ):
             raise ModuleNotFoundError(name)
 
-sys.meta_path.insert(0, Nothing())
+sys.meta_path.insert(0, Blocker())
 import pytest
 
 folder = sys.argv[1]
@@ -75,7 +75,7 @@ sys.exit(pytest.main([
 
 
 @pytest.mark.slow
-def test_the_engine_s_tests_need_nothing_else_of_gigabatch() -> None:
-    """So that a machine with a GPU, torch and pytest can run them."""
-    said = run(COLLECT, str(Path(__file__).parent))  # or it ends with another exit code
-    assert "test_gpu.py::" in said
+def test_engine_tests_collect_without_the_rest_of_gigabatch() -> None:
+    """A machine with a GPU, torch and pytest can run them."""
+    output = run(COLLECT, str(Path(__file__).parent))
+    assert "test_gpu.py::" in output

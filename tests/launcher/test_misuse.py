@@ -18,7 +18,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     ("overrides", "words"),
     [
         (["train.stpes=3"], "Did you mean train.steps?"),
-        (["batch.micro_size=5"], "cannot be cut"),
+        (["batch.micro_size=5"], "cannot be split"),
         (["data.root=/no/such/folder"], "data.root: /no/such/folder is not a folder"),
         (["data.root=demo:birds"], "demo:glyphs"),
         (["data.train=nothing"], "nothing: is not a folder"),
@@ -36,7 +36,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.group=lagn"], "data.group: no sample of"),
         (
             ["data.train=mute", "data.missing=mask", "objective.positives=null"],
-            "no caption was found. Set data.captions",
+            "there are no captions. Set data.captions",
         ),
         (["data.text.tokenizer=no/such"], "text.tokenizer: 'no/such'"),
         (["run.name=taken"], "taken exists and is not a run"),

@@ -207,22 +207,19 @@ def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> Non
         assert report["rows"] > 0
 
 
-def test_invalid_further_towers_raise(tmp_path: Path) -> None:
+def test_invalid_extra_towers_raise(tmp_path: Path) -> None:
     path = config_in(tmp_path)
     taps = "objective.taps=[numbers, text]"
-    for settings, why in (
+    for settings, message in (
         ([NUMBERS], "towers.more.numbers: the objective does not read it"),
-        ([taps], "there is no tower 'numbers'; there are image, text"),
+        ([taps], "there is no tower 'numbers'; the towers are image, text"),
         (["towers.more.sample={kind: vector, size: 2}"], "'sample' is a reserved name"),
         (["towers.more.Loud={kind: vector, size: 2}"], "towers.more.Loud"),
-        (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: Field required"),
+        (["towers.more.numbers={kind: vector}", taps], "towers.more.numbers.size: is missing"),
         ([NUMBERS, "towers.more.numbers.siez=4", taps], "towers.more.numbers.siez"),
         ([NUMBERS, "towers.more.numbers.std=[1, 2]", taps], "std: 2 numbers for a vector of size"),
         ([NUMBERS, taps, "objective.positives=numbers"], "rename the tower"),
-        (
-            [PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"],
-            "multiple of heads",
-        ),
+        ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "multiple of heads"),
         (
             ["objective.name=supcon", "eval.every_steps=1", "checkpoint.best=eval/val/x"],
             "image alo",
@@ -230,7 +227,7 @@ def test_invalid_further_towers_raise(tmp_path: Path) -> None:
     ):
         with pytest.raises(GigabatchError) as refused:
             load_config(path, settings)
-        assert why in str(refused.value)
+        assert message in str(refused.value)
     config = load_config(path, [NUMBERS, PATH, "objective={name: symile, taps: [numbers, path]}"])
     assert parse_config(dump_config(config), "again") == config
 

@@ -161,7 +161,7 @@ def test_exact_step_with_two_texts_equals_one_graph(
     assert report["gap"] < 1e-5, report
 
 
-def test_invalid_further_texts_raise(pairs: Path) -> None:
+def test_invalid_extra_texts_raise(pairs: Path) -> None:
     more = "towers.more={query: {kind: text, %s}}"
     for settings, message in (
         ([more % "field: a"], "set either `share: text`"),
@@ -169,7 +169,7 @@ def test_invalid_further_texts_raise(pairs: Path) -> None:
         ([more % "share: image"], "towers.more.query.share"),
         ([more % "tower: {kind: conv, widht: 3}"], "towers.more.query.tower.widht"),
         (["towers.more.query.length=21"], "at most data.text.length=20 tokens"),
-        (["objective={name: supcon, taps: [query, query@1]}"], "the tower of the text must be"),
+        (["objective={name: supcon, taps: [query, query@1]}"], "the text tower must exist"),
         (["train.init_from=x", "train.init_parts=[query]"], "no such tower; it has text"),
     ):
         with pytest.raises(GigabatchError) as refused:

@@ -14,9 +14,9 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.files import sync_folder
-from gigabatch.data.remote import ranges
-from gigabatch.data.remote.places import writable_folder
-from gigabatch.data.remote.ranges import Retry
+from gigabatch.data.remote import access
+from gigabatch.data.remote.access import Retry
+from gigabatch.data.remote.locations import writable_folder
 from gigabatch.trainer.checkpoints.format import damage_in, latest_checkpoint
 from gigabatch.trainer.checkpoints.remote import Files, RemoteRun
 from gigabatch.trainer.run.folder import RunFolder
@@ -159,4 +159,4 @@ def _sizes(manifest: Path) -> dict[str, Any]:
 def _fetch(place: RemoteRun, files: Files, name: str, to: Path) -> None:
     to.parent.mkdir(exist_ok=True)
     found = files[name]
-    ranges.fetch(found.url, found.bytes, to, found.version, place.retry)
+    access.fetch(found.url, found.bytes, to, found.version, place.retry)

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote import writes
-from gigabatch.data.remote.places import writable_folder
-from gigabatch.data.remote.ranges import Retry, ShardState
+from gigabatch.data.remote import access
+from gigabatch.data.remote.access import Retry, ShardState
+from gigabatch.data.remote.locations import writable_folder
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.run.folder import RunFolder
 
@@ -37,7 +37,7 @@ class RemoteRun:
     retry: Retry = field(default_factory=Retry)
 
     def files(self, folder: str = "") -> Files:
-        return writes.find(f"{self.url}/{folder}".rstrip("/"), self.retry)
+        return access.find(f"{self.url}/{folder}".rstrip("/"), self.retry)
 
     def steps(self, files: Files | None = None) -> list[int]:
         """Steps whose copy is complete, oldest first; whether they are sound is not asked."""
@@ -45,13 +45,13 @@ class RemoteRun:
         return sorted(int(match[1]) for match in found if match)
 
     def read(self, name: str) -> str | None:
-        return writes.read_text(f"{self.url}/{name}", self.retry)
+        return access.read_text(f"{self.url}/{name}", self.retry)
 
     def write(self, path: Path, name: str, new: bool = False) -> None:
-        writes.write(path, f"{self.url}/{name}", new, self.retry)
+        access.write(path, f"{self.url}/{name}", new, self.retry)
 
     def remove(self, name: str) -> None:
-        writes.remove(f"{self.url}/{name}", self.retry)
+        access.remove(f"{self.url}/{name}", self.retry)
 
     def newest_attempt(self) -> int:
         """The highest that has begun to copy; 0 where none has."""
@@ -62,7 +62,7 @@ class RemoteRun:
         """Make the folder this run's. Raises GigabatchError where it is another's."""
         try:
             self.write(run.environment, "environment.json", new=True)
-        except writes.FileTaken:
+        except access.FileTaken:
             self.refuse_other(run)
 
     def refuse_other(self, run: RunFolder) -> None:
@@ -81,7 +81,7 @@ class RemoteRun:
         name = f"attempts/{attempt:06d}.json"
         try:
             self.write(run.attempt_file(attempt), name, new=True)
-        except writes.FileTaken:  # by this attempt, if an answer was lost
+        except access.FileTaken:  # by this attempt, if an answer was lost
             if self.read(name) != run.attempt_file(attempt).read_text():
                 raise self._overtaken(attempt) from None
         self.refuse_overtaken(run, attempt)

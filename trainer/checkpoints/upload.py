@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.ranges import Retry
-from gigabatch.data.remote.writes import FileTaken
+from gigabatch.data.remote.access import FileTaken, Retry
 from gigabatch.trainer.checkpoints.remote import Overtaken, RemoteRun
 from gigabatch.trainer.checkpoints.retention import steps_to_keep
 from gigabatch.trainer.config import CheckpointSettings

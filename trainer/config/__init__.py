@@ -78,56 +78,56 @@ class Config(Settings):
     """Workers: launcher, number, placement, environment and restarts."""
 
     @model_validator(mode="after")
-    def _batch_is_cut(self) -> Self:
+    def _check(self) -> Self:
         size, micro = self.batch.global_size, self.batch.micro_size
         if size % micro:
             near = max(d for d in range(1, min(micro, size) + 1) if size % d == 0)
             raise ValueError(
-                f"batch.global_size ({size}) cannot be cut into micro-batches of "
+                f"batch.global_size ({size}) cannot be split into micro-batches of "
                 f"batch.micro_size ({micro}); the nearest size that divides it is {near}"
             )
         for objective in singles(self.objective):
             self._check_taps(objective)
         self.objective.check(self)
-        self._refuse_idle()
-        self._refuse_unmeasured()
+        self._check_towers_are_read()
+        self._check_best_is_measured()
         return self
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """Those that the objective reads: of image and text, then of `towers.more`. No other is
-        read of the samples or has a tower."""
+        """The modalities that the objective reads: image and text first, then those of
+        `towers.more`. Others are neither decoded nor have a tower."""
         read = {parse_tap(tap).modality for tap in taps_of(self.objective)}
         return tuple(name for name in ("image", "text", *self.towers.more) if name in read)
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Those of them that are texts."""
+        """The modalities that are texts."""
         others = {name for name, t in self.towers.more.items() if isinstance(t, ExtraTextTower)}
         return tuple(name for name in self.modalities if name in {"text", *others})
 
     @property
     def shared(self) -> dict[str, str]:
-        """Modality -> the other one whose tower reads it too."""
-        given = {name: getattr(self.towers.more.get(name), "share", None) for name in self.texts}
-        return {name: owner for name, owner in given.items() if owner}
+        """Modality -> the modality whose tower also reads it."""
+        owners = {name: getattr(self.towers.more.get(name), "share", None) for name in self.texts}
+        return {name: owner for name, owner in owners.items() if owner}
 
     @property
-    def places(self) -> set[tuple[str, str]]:
-        """(modality whose tower it is, place) of all that the objective reads."""
+    def outputs_read(self) -> set[tuple[str, str]]:
+        """(modality of the tower, output) of every tap that the objective reads."""
         read, shared = map(parse_tap, taps_of(self.objective)), self.shared
         return {(shared.get(tap.modality, tap.modality), tap.output) for tap in read}
 
     def tower(self, modality: str) -> TowerKind:
-        """The description of a modality's tower."""
+        """Return the settings of the tower that reads a modality."""
         modality = self.shared.get(modality, modality)
-        found = self.towers.more.get(modality) or getattr(self.towers, modality)
-        own = found.tower if isinstance(found, ExtraTextTower) else found
-        assert isinstance(own, TowerKind)
-        return own
+        tower = self.towers.more.get(modality) or getattr(self.towers, modality)
+        tower = tower.tower if isinstance(tower, ExtraTextTower) else tower
+        assert isinstance(tower, TowerKind)
+        return tower
 
     def text_length(self, modality: str) -> int:
-        """Tokens of a text."""
+        """Return the number of tokens of a text."""
         return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length
 
     def _check_taps(self, objective: SingleSettings) -> None:
@@ -139,28 +139,28 @@ class Config(Settings):
                     f"{', '.join(sorted(modalities))}"
                 )
 
-    def _refuse_idle(self) -> None:
-        """Towers and heads that no objective reads, and names that stand for two things."""
-        for name, place in sorted(self.places):
-            if place == "projection" and (name, "head") not in self.places:
+    def _check_towers_are_read(self) -> None:
+        """Refuse towers and heads that no objective reads, and ambiguous names."""
+        for name, output in sorted(self.outputs_read):
+            if output == "projection" and (name, "head") not in self.outputs_read:
                 raise ValueError(
-                    f"objective.taps: {name}.projection is after a second head; the first, which "
-                    f"retrieval and `gigabatch embed` read, would never be trained. Read {name} "
-                    "too, in a sum, or instead"
+                    f"objective.taps: {name}.projection is after a second head; the first head, "
+                    f"which retrieval reads, would never be trained. Use {name} too, in a sum, or "
+                    "instead"
                 )
         for name in self.towers.more:
             if name not in self.modalities:
                 raise ValueError(
-                    f"towers.more.{name}: the objective does not read it; name it in "
-                    "objective.taps, or leave it out"
+                    f"towers.more.{name}: the objective does not read it; add it to "
+                    "objective.taps, or remove it"
                 )
             if name in self.shared and (
                 "text" not in self.modalities or self.text_length(name) > self.data.text.length
             ):
                 raise ValueError(
-                    f"towers.more.{name}.share: the tower of the text must be there (name text in "
-                    f"objective.taps), and takes at most data.text.length={self.data.text.length} "
-                    "tokens"
+                    f"towers.more.{name}.share: the text tower must exist (add text to "
+                    f"objective.taps), and it reads at most data.text.length="
+                    f"{self.data.text.length} tokens"
                 )
             if name in (*columns_of(self.objective), self.data.group):
                 raise ValueError(
@@ -173,23 +173,23 @@ class Config(Settings):
                     f"{', '.join(m for m in self.modalities if m not in self.shared)}"
                 )
 
-    def _refuse_unmeasured(self) -> None:
+    def _check_best_is_measured(self) -> None:
         best, sets = self.checkpoint.best, [Path(name).name for name in self.eval.sets]
         if best is None:
             return
         _, measured, metric = best.split("/")
         if len(self.modalities) < 2:
             raise ValueError(
-                f"checkpoint.best: {best} is never measured: retrieval takes two modalities, and "
+                f"checkpoint.best: {best} is never measured: retrieval needs two modalities, and "
                 f"the objective reads {self.modalities[0]} alone"
             )
         if measured not in sets or not self.eval.every_steps:
             raise ValueError(
-                f"checkpoint.best: {best} is never measured while training; name one of eval.sets "
+                f"checkpoint.best: {best} is never measured during training; use one of eval.sets "
                 f"({', '.join(sets) or 'none'}) and set eval.every_steps"
             )
         if metric.endswith("_rank"):
-            raise ValueError(f"checkpoint.best: {best} is better when lower; take a recall")
+            raise ValueError(f"checkpoint.best: {best} is better when lower; use a recall")
 
 
 def singles(settings: ObjectiveSettings) -> tuple[SingleSettings, ...]:

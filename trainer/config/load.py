@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import is_remote
+from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.keys import (
     generic,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.places import writable_folder
+from gigabatch.data.remote.locations import writable_folder
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import ONE_OR_MORE, Amount, Count, Fraction
 

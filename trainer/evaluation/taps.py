@@ -80,7 +80,7 @@ def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) ->
 def _module(roots: Mapping[str, nn.Module], tap: str, name: str) -> nn.Module:
     """Find the module at a tap, or name some that exist."""
     root, _, path = tap.partition(".")
-    modules = dict(roots[root].named_modules()) if root in roots else {}
+    modules: dict[str, nn.Module] = dict(roots[root].named_modules()) if root in roots else {}
     if path in modules:
         return modules[path]
     inner = {r: [f"{r}.{path}" for path, _ in m.named_modules() if path] for r, m in roots.items()}

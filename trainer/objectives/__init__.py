@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.kernels.stats import engine_of
+from gigabatch.kernels.stats import load_backend
 from gigabatch.trainer.objectives import registry
 from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.registry import OBJECTIVES
@@ -76,7 +76,7 @@ def build_objective(
     """
     for single in settings.singles():
         try:
-            engine_of(getattr(single, "backend", None), torch.empty(0, device=device))
+            load_backend(getattr(single, "backend", None), torch.empty(0, device=device))
         except ValueError as error:
             raise GigabatchError(f"objective.backend: {error}") from None
     return registry.build(settings, group=group, width=width).to(device)

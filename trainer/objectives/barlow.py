@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from gigabatch.kernels.collect import sum_rows
+from gigabatch.kernels.collect import sum_over_ranks
 from gigabatch.trainer.fields import Pair
 from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Objective
 from gigabatch.trainer.objectives.common import valid_pairs
@@ -56,12 +56,14 @@ class Barlow(Objective[BarlowSettings]):
         a, b = valid_pairs(outputs, meta, self.settings.taps).vectors
         # Only sums leave a rank, and each is differentiated on every rank. The means are constants:
         # the gradient through them would be a sum of centered rows, which is 0.
-        count = sum_rows(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
-        means = sum_rows(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
+        count = sum_over_ranks(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
+        means = (
+            sum_over_ranks(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
+        )
         a, b = a - means[0], b - means[1]
-        moments = sum_rows(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
+        moments = sum_over_ranks(torch.stack([_square_sums(a), _square_sums(b)]), ctx.group)
         deviation = (moments / count).clamp(min=1e-12).sqrt()
-        c = sum_rows(a.T @ b, ctx.group) / count / (deviation[0].unsqueeze(1) * deviation[1])
+        c = sum_over_ranks(a.T @ b, ctx.group) / count / (deviation[0].unsqueeze(1) * deviation[1])
         diagonal = c.diagonal()
         off = c.square().sum() - diagonal.square().sum()
         value = (diagonal - 1).square().sum() + self.settings.off_diagonal * off

@@ -145,7 +145,7 @@ def weighted_mean(values: Tensor, weights: Tensor, ctx: Context) -> Tensor:
 def mean_metric(values: Tensor, ctx: Context) -> Tensor:
     """Return the mean over all ranks' rows [n], the same on every rank, without gradient."""
     sums = torch.stack([values.detach().sum(), values.new_tensor(float(len(values)))])
-    total, count = all_sum(sums, ctx.group)
+    total, count = all_sum(sums, ctx.group).unbind()
     return total / count.clamp(min=1)
 
 
@@ -171,7 +171,8 @@ def clamp_inward(x: Tensor, floor: float = -math.inf, ceiling: float = math.inf)
     A plain clamp has no gradient beyond its limit, so the parameter could never return. Clamping
     the parameter itself fails where the optimizer keeps its own copy.
     """
-    return _ClampInward.apply(x, floor, ceiling)
+    clamped: Tensor = _ClampInward.apply(x, floor, ceiling)  # type: ignore[no-untyped-call]
+    return clamped
 
 
 class _ClampInward(torch.autograd.Function):

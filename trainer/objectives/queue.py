@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gigabatch.kernels import Eq, Local, Lse, Ne, gather_rows, key_source, lse_stats
 from gigabatch.kernels.loss_terms import cross_entropy
-from gigabatch.kernels.rules import joined
+from gigabatch.kernels.rules import combine_ids
 from gigabatch.trainer.fields import Count, Fraction, Pair
 from gigabatch.trainer.objectives.base import Card, Context, Loss, Needs, Updates
 from gigabatch.trainer.objectives.common import (
@@ -117,7 +117,7 @@ class Queue(Scaled[QueueSettings]):
         ids = pairs.columns[settings.positives or "sample"]
         groups = pairs.columns[self.within] if self.within else torch.zeros_like(ids)
         rule = (Eq(groups, "group"),) if self.within else ()
-        ids = joined(ids, groups) if self.within else ids
+        ids = combine_ids(ids, groups) if self.within else ids
         columns = {"id": ids, "group": groups}
         keys = key_source(k, columns, ctx.group, settings.gather_mode)
         lses = [Lse("rows", scale, None, rule), Lse("columns", scale, None, rule)]

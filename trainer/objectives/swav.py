@@ -105,7 +105,7 @@ class SwAV(Objective[SwAVSettings]):
             # No sample of the batch has all three taps. The loss still needs a graph on each rank.
             zero = torch.stack([rows.sum() for rows in vectors]).sum()
             return Loss(zero, {"confidence": zero.detach()})
-        losses, confidence = _SwappedPrediction.apply(
+        losses, confidence = _SwappedPrediction.apply(  # type: ignore[no-untyped-call]
             *vectors[:2], F.normalize(prototypes, dim=1), settings, ctx.group
         )
         value = weighted_mean(losses, torch.ones_like(losses), ctx)
@@ -222,4 +222,5 @@ def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
     """Split a matrix by rows: on a CPU into 1 MiB of float32, which a cache holds; on a GPU into
     256 MiB, because each part costs kernel launches."""
     elements = 2**18 if matrix.device.type == "cpu" else 2**26
-    return matrix.split(max(1, elements // max(1, matrix.shape[1])))
+    parts: tuple[Tensor, ...] = matrix.split(max(1, elements // max(1, matrix.shape[1])))
+    return parts

@@ -130,7 +130,7 @@ class Symile(Scaled[SymileSettings]):
                 torch.from_numpy(permute(np.arange(n), n, key(rng_key, i))).to(rows.device)
                 for i in range(len(factors))
             ]
-            pairings, rule = [shuffles], [Ne(numbers, "number"), Ne(numbers, "tuple")]
+            pairings, rule = [shuffles], [Ne(numbers, "index"), Ne(numbers, "tuple")]
         lse = Lse("rows", scale, None, rule)
         (z,) = lse_stats(rows, Products(factors, pairings), [lse], backend=self.settings.backend).z
         return torch.logaddexp(z, positive) - positive

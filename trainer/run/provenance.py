@@ -7,6 +7,7 @@ where it is not that of the attempt before.
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 import time
@@ -21,6 +22,7 @@ _PACKAGES = (
     "gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "tokenizers", "numpy",
     "pillow",
 )  # fmt: skip
+_SUFFIXES = (".py", ".yaml", "py.typed")  # of the files that a wheel holds
 
 
 def provenance() -> dict[str, Any]:
@@ -84,13 +86,16 @@ def digest_of(files: Mapping[str, bytes]) -> str:
 
 
 def installed_files() -> dict[str, bytes]:
-    """`gigabatch/...` -> content of every file of the package, sorted by name."""
-    found: dict[str, bytes] = {}
+    """Return the content of every file of the package by its name (`gigabatch/...`), sorted.
+
+    The result is the same for a wheel, an editable install and a strict editable install.
+    """
+    contents: dict[str, bytes] = {}
     for root in map(Path, gigabatch.__path__):
-        for path in root.rglob("*"):
-            name = path.relative_to(root)
-            compiled = "__pycache__" in name.parts or path.suffix == ".pyc"
-            if path.is_file() and not compiled:  # (a link to a file that is gone is no file)
-                # As an import would choose: the first folder that has it.
-                found.setdefault(f"gigabatch/{name.as_posix()}", path.read_bytes())
-    return dict(sorted(found.items()))
+        for folder, _, names in os.walk(root, followlinks=True):  # an editable install has links
+            for path in (Path(folder, name) for name in names if name.endswith(_SUFFIXES)):
+                name = f"gigabatch/{path.relative_to(root).as_posix()}"
+                # Like an import: the first folder wins. A link to a removed file is no file.
+                if path.is_file() and name not in contents:
+                    contents[name] = path.read_bytes()
+    return dict(sorted(contents.items()))

@@ -47,11 +47,11 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         _refuse_inexact(encoder, data.key)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
-        if (name, "tokens") in config.places:
+        if (name, "tokens") in config.outputs_read:
             heads[further_head(name, "tokens")] = _token_head(
                 encoder, name, config.towers.width, settings
             )
-        if (name, "projection") in config.places:
+        if (name, "projection") in config.outputs_read:
             heads[further_head(name, "projection")] = _head(
                 encoder.width, config.towers.width, settings.head
             )

@@ -1,4 +1,4 @@
-"""A cache of shards that lie on a web server."""
+"""Helpers for tests of the shard cache, whose shards are on a web server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 
 from servers import FailingServer
 
+from gigabatch.data.remote.access import Retry, ShardState
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.ranges import Retry, ShardState
 
 SIZE = 4_000
 NAMES = [f"s{i}.tar" for i in range(6)]
 QUICK = Retry(attempts=3, first_wait_s=0.01, timeout_s=5)
-PATIENT = Retry(attempts=3, first_wait_s=0.01, timeout_s=60)
+LONG = Retry(attempts=3, first_wait_s=0.01, timeout_s=60)
 FORK = multiprocessing.get_context("fork")
 
 
@@ -29,7 +29,7 @@ def content(url: str) -> bytes:
 
 
 def make(tmp_path: Path, shards: float = 100, retry: Retry = QUICK) -> ShardCache:
-    """A cache that holds so many shards."""
+    """Return a cache with room for `shards` shards."""
     return ShardCache(tmp_path / "cache", int(shards * SIZE), retry)
 
 
@@ -47,12 +47,12 @@ def prefetch(cache: ShardCache, *shards: ShardState) -> None:
 
 
 def downloads(web: FailingServer, shard: ShardState | None = None) -> int:
-    """Requests for a shard's bytes, not for its size."""
+    """Count requests for a shard's bytes, without those for its size."""
     path = "/" + shard.url.rpartition("/")[2] if shard else "*"
     return web.count(path=path, range=f"0-{SIZE - 1}")
 
 
-def held(cache: ShardCache) -> list[str]:
+def cached_names(cache: ShardCache) -> list[str]:
     return sorted(p.name for p in cache.folder.iterdir() if p.name != "lock")
 
 
@@ -60,10 +60,10 @@ def parts(cache: ShardCache) -> list[Path]:
     return list(cache.folder.glob("*.part"))
 
 
-def wait_for(true: Callable[[], object], what: str) -> None:
+def wait_for(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + 20
-    while not true():
-        assert time.monotonic() < deadline, what
+    while not condition():
+        assert time.monotonic() < deadline, f"not in 20 s: {what}"
         time.sleep(0.005)
 
 
@@ -85,16 +85,13 @@ def join(*processes: BaseProcess) -> None:
 
 
 def read_all(cache: ShardCache, shards: list[ShardState], begin: Any = None) -> None:
-    """In a process: every shard, compared."""
+    """Read every shard and compare it, in a process of its own."""
     if begin:
         begin.wait()
     for shard in shards:
         assert read(cache, shard) == content(shard.url)
 
 
-# One download
-
-
-def prefetch_here(cache: ShardCache, shards: list[ShardState]) -> None:
+def prefetch_and_wait(cache: ShardCache, shards: list[ShardState]) -> None:
     prefetch(cache, *shards)
-    wait_for(lambda: all(cache.path(shard).exists() for shard in shards), "all are fetched")
+    wait_for(lambda: all(cache.path(shard).exists() for shard in shards), "all shards are fetched")

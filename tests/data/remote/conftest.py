@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from caching import NAMES, content
-from far import NUMBERS, SIZES, Far
+from remote_folder import NUMBERS, SIZES, RemoteFolder
 from servers import FailingServer, s3_server, upload, web_server
 
-from gigabatch.data.remote.places import stat_all
-from gigabatch.data.remote.ranges import ShardState
+from gigabatch.data.remote.access import ShardState
+from gigabatch.data.remote.locations import stat_all
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,8 @@ def set_of_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(set_of_files: Path, tmp_path: Path) -> Path:
-    """A copy that a test may change."""
-    copy = tmp_path / "far" / "set"
+    """A copy of the files that a test may change."""
+    copy = tmp_path / "remote" / "set"
     copy.mkdir(parents=True)
     for path in set_of_files.iterdir():
         (copy / path.name).write_bytes(path.read_bytes())
@@ -35,37 +35,41 @@ def folder(set_of_files: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def site(folder: Path) -> Iterator[Far]:
+def site(folder: Path) -> Iterator[RemoteFolder]:
+    """The folder on a web server."""
     with web_server(folder.parent) as server:
-        yield Far(f"{server.url}/set", server, folder)
+        yield RemoteFolder(f"{server.url}/set", server, folder)
 
 
 @pytest.fixture(scope="module")
-def s3_of_all() -> Iterator[FailingServer]:
+def s3_of_module() -> Iterator[FailingServer]:
     with s3_server() as server:
         yield server
 
 
 @pytest.fixture
-def s3(folder: Path, s3_of_all: FailingServer) -> Far:
+def s3(folder: Path, s3_of_module: FailingServer) -> RemoteFolder:
+    """The folder in a bucket of an S3 server."""
     bucket = f"bucket-{next(NUMBERS)}"
-    s3_of_all.heal()
-    upload(s3_of_all, folder, bucket, "a/set")
-    stat_all([f"s3://{bucket}/a/set/s0.tar"])  # the first client takes a good part of a second
-    s3_of_all.requests.clear()
-    return Far(f"s3://{bucket}/a/set", s3_of_all, folder)
+    s3_of_module.clear_rules()
+    upload(s3_of_module, folder, bucket, "a/set")
+    stat_all([f"s3://{bucket}/a/set/s0.tar"])  # tests with short limits start with a client
+    s3_of_module.requests.clear()
+    return RemoteFolder(f"s3://{bucket}/a/set", s3_of_module, folder)
 
 
 @pytest.fixture(params=["site", pytest.param("s3", marks=pytest.mark.slow)])
-def far(request: pytest.FixtureRequest) -> Far:
-    found = request.getfixturevalue(request.param)
-    assert isinstance(found, Far)
-    return found
+def remote(request: pytest.FixtureRequest) -> RemoteFolder:
+    """The folder on a web server and, in slow tests, on an S3 server."""
+    remote = request.getfixturevalue(request.param)
+    assert isinstance(remote, RemoteFolder)
+    return remote
 
 
 @pytest.fixture
 def web(tmp_path: Path) -> Iterator[FailingServer]:
-    folder = tmp_path / "far"
+    """A web server of shards with random content."""
+    folder = tmp_path / "remote"
     folder.mkdir()
     for name in NAMES:
         (folder / name).write_bytes(content(name))
@@ -75,14 +79,15 @@ def web(tmp_path: Path) -> Iterator[FailingServer]:
 
 @pytest.fixture
 def states(web: FailingServer) -> list[ShardState]:
-    found = stat_all([f"{web.url}/{name}" for name in NAMES])
+    """The states of the shards on `web`."""
+    states = stat_all([f"{web.url}/{name}" for name in NAMES])
     web.requests.clear()
-    return found
+    return states
 
 
 @pytest.fixture
 def started() -> Iterator[list[BaseProcess]]:
-    """Processes that are killed if they outlive the test."""
+    """A list of processes to kill after the test."""
     processes: list[BaseProcess] = []
     yield processes
     for process in processes:

@@ -1,12 +1,12 @@
-"""Real servers on this machine that fail on purpose: a web server of a folder, and an S3 server
-(moto) behind a proxy that fails in the same ways.
+"""Local servers that fail on purpose: a web server of a folder, and an S3 server (moto) behind a
+proxy that fails in the same ways.
 
     with web_server(folder) as web:
         web.status(500, times=2)
         ... read web.url + "/a.tar" ...
         assert web.count("GET", "*/a.tar") == 3
 
-Rules are tried in the order they were made; the first that holds for a request acts on it.
+Rules are tried in the order of their creation; the first that matches a request acts on it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from typing import Any
 
 import pytest
 
-from gigabatch.data.remote.transport import forget_connections
-
 HTML = b"<!DOCTYPE html><html><body>Please sign in.</body></html>"
 SIGNED = "AWS4-HMAC-SHA256 Credential=test/20260101/us-east-1/s3/aws4_request, Signature=test"
 HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
@@ -35,7 +33,7 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
 
 @dataclass(frozen=True)
 class Request:
-    """`range`: the bytes asked for, as the header has them, such as "0-99"; empty for all."""
+    """`range` is the header's, such as "0-99"; empty for a complete file."""
 
     method: str
     path: str
@@ -59,8 +57,11 @@ Origin = Callable[[Request], Answer]
 
 @dataclass
 class Rule:
-    """What to do with requests for `path` (a pattern): the first `skip` pass, the next `times`
-    (None: all) are acted upon; of these, with `every` = n, each n-th."""
+    """What to do with requests for `path` (a pattern).
+
+    The first `skip` pass; the rule acts on the next `times` (None: all), with `every` = n on one in
+    n of these.
+    """
 
     act: str
     value: Any = None
@@ -71,7 +72,7 @@ class Rule:
     every: int = 1
     seen: int = field(default=0, init=False)
 
-    def holds(self, request: Request) -> bool:
+    def matches(self, request: Request) -> bool:
         if request.method != self.method or not fnmatch.fnmatchcase(request.path, self.path):
             return False
         self.seen += 1
@@ -99,7 +100,7 @@ class FailingServer:
         return f"http://127.0.0.1:{self._http.server_port}"
 
     def count(self, method: str = "GET", path: str = "*", range: str = "*") -> int:
-        """How many such requests came; the arguments are patterns."""
+        """Count the requests that fit; the arguments are patterns."""
         with self._lock:
             return sum(
                 fnmatch.fnmatchcase(r.method, method)
@@ -108,35 +109,35 @@ class FailingServer:
                 for r in self.requests
             )
 
-    def status(self, code: int, **where: Any) -> None:
+    def status(self, code: int, body: bytes = b"failed on purpose", **where: Any) -> None:
         """Answer with an error."""
-        self.rules.append(Rule("status", code, **where))
+        self.rules.append(Rule("status", (code, body), **where))
 
     def stall(self, seconds: float, **where: Any) -> None:
         """Send half of the body, then nothing for `seconds`, then hang up."""
         self.rules.append(Rule("stall", seconds, **where))
 
-    def cut(self, **where: Any) -> None:
+    def hang_up(self, **where: Any) -> None:
         """Hang up after half of the body."""
-        self.rules.append(Rule("cut", **where))
+        self.rules.append(Rule("hang_up", **where))
 
     def drip(self, rest: float, **where: Any) -> None:
-        """Send the body in 20 pieces, with so many seconds' rest after each."""
+        """Send the body in 20 pieces, with `rest` seconds after each piece."""
         self.rules.append(Rule("drip", rest, **where))
 
     def ignore_range(self, rest: float = 0, **where: Any) -> None:
-        """Send the whole file, whatever range is asked for, dripping if told so."""
-        self.rules.append(Rule("whole", rest, **where))
+        """Send the complete file for any range, as `drip` does if `rest` is positive."""
+        self.rules.append(Rule("complete", rest, **where))
 
     def send_html(self, **where: Any) -> None:
-        """Send a web page in place of the file, and call it a success."""
+        """Send a web page instead of the file, with status 200."""
         self.rules.append(Rule("html", **where))
 
     def before(self, call: Callable[[], object], **where: Any) -> None:
-        """Call a function, which may change files, before the request is answered."""
+        """Call a function, which may change files, before answering."""
         self.rules.append(Rule("call", call, **where))
 
-    def heal(self) -> None:
+    def clear_rules(self) -> None:
         with self._lock:
             self.rules.clear()
 
@@ -149,16 +150,16 @@ class FailingServer:
     def _rule(self, request: Request) -> Rule:
         with self._lock:
             self.requests.append(request)
-            return next((rule for rule in self.rules if rule.holds(request)), Rule("pass"))
+            return next((rule for rule in self.rules if rule.matches(request)), Rule("pass"))
 
     def _answer(self, request: Request, rule: Rule) -> Answer:
         if rule.act == "status":
-            return Answer(rule.value, {"Content-Type": "text/plain"}, b"failed on purpose")
+            return Answer(rule.value[0], {"Content-Type": "text/plain"}, rule.value[1])
         if rule.act == "html":
             return Answer(200, {"Content-Type": "text/html"}, HTML)
         if rule.act == "call":
             rule.value()
-        if rule.act == "whole":
+        if rule.act == "complete":
             headers = {k: v for k, v in request.headers.items() if k != "range"}
             request = Request(request.method, request.path, headers, request.body)
         return self.origin(request)
@@ -183,7 +184,7 @@ class FailingServer:
                 self.end_headers()
                 if self.command == "HEAD":
                     return
-                if rule.act in ("cut", "stall"):
+                if rule.act in ("hang_up", "stall"):
                     self.wfile.write(answer.body[: len(answer.body) // 2])
                     self.wfile.flush()
                     server._closing.wait(rule.value or 0)
@@ -192,7 +193,7 @@ class FailingServer:
                 piece = len(answer.body) // 20 + 1
                 for start in range(0, len(answer.body), piece):
                     self.wfile.write(answer.body[start : start + piece])
-                    server._closing.wait(rule.value if rule.act in ("drip", "whole") else 0)
+                    server._closing.wait(rule.value if rule.act in ("drip", "complete") else 0)
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
@@ -207,7 +208,7 @@ class FailingServer:
 
 
 def folder_origin(folder: Path) -> Origin:
-    """The files of a folder, read anew at each request; folders as a page of links."""
+    """Serve the files of a folder as they are now, and folders as a page of links."""
 
     def answer(request: Request) -> Answer:
         path = folder / request.path.partition("?")[0].lstrip("/")
@@ -221,12 +222,12 @@ def folder_origin(folder: Path) -> Origin:
             "Content-Type": "application/x-tar",
             "ETag": f'"{status.st_mtime_ns:x}-{status.st_size:x}"',
         }
-        return _ranged(request, headers, body)
+        return ranged(request, headers, body)
 
     return answer
 
 
-def _ranged(request: Request, headers: dict[str, str], body: bytes) -> Answer:
+def ranged(request: Request, headers: dict[str, str], body: bytes) -> Answer:
     if not request.range:
         return Answer(200, headers, body)
     first, last = (int(number) for number in request.range.split("-"))
@@ -238,18 +239,18 @@ def _ranged(request: Request, headers: dict[str, str], body: bytes) -> Answer:
 
 
 def upstream_origin(host: str, port: int) -> Origin:
-    """Another server: a reverse proxy."""
+    """Pass requests on to another server."""
 
     def answer(request: Request) -> Answer:
         upstream = http.client.HTTPConnection(host, port, timeout=30)
         try:
             upstream.request(request.method, request.path, request.body, request.headers)
-            found = upstream.getresponse()
-            body = found.read()
+            response = upstream.getresponse()
+            body = response.read()
         finally:
             upstream.close()
-        headers = {k: v for k, v in found.getheaders() if k.lower() not in HOP_BY_HOP}
-        return Answer(found.status, headers, body)
+        headers = {k: v for k, v in response.getheaders() if k.lower() not in HOP_BY_HOP}
+        return Answer(response.status, headers, body)
 
     return answer
 
@@ -267,13 +268,7 @@ def web_server(folder: Path) -> Iterator[FailingServer]:
 
 @contextmanager
 def s3_server() -> Iterator[FailingServer]:
-    """An empty S3; this process, and those it starts meanwhile, find it and may use it.
-
-    s3fs names no end point of its own unless one is configured, and botocore, below it, takes
-    AWS_ENDPOINT_URL from the environment when the client is made. (FSSPEC_S3_ENDPOINT_URL would do
-    too, but fsspec reads it at import, too early for a test.) Clients live as long as their
-    process, so those made for another end point are forgotten.
-    """
+    """Start an empty S3 server; the environment leads this process and its children to it."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -288,24 +283,25 @@ def s3_server() -> Iterator[FailingServer]:
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             environment.delenv(name, raising=False)
-        forget_connections()
         try:
             _send(server, "POST", "moto-api/reset")  # its buckets belong to the process
             yield server
         finally:
-            forget_connections()
             server.close()
             moto.stop()
 
 
 def make_bucket(server: FailingServer, bucket: str) -> None:
-    """Make a bucket of an S3 server, unless it is there."""
-    with suppress(urllib.error.HTTPError):  # 409
+    """Create a bucket on an S3 server unless it exists."""
+    try:
         _send(server, "PUT", bucket)
+    except urllib.error.HTTPError as error:
+        if error.code != 409:
+            raise
 
 
 def upload(server: FailingServer, folder: Path, bucket: str, prefix: str) -> None:
-    """Put the files of a folder into an S3 server, as s3://BUCKET/PREFIX/NAME."""
+    """Upload the files of a folder to an S3 server, as s3://BUCKET/PREFIX/NAME."""
     make_bucket(server, bucket)
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         _send(server, "PUT", f"{bucket}/{prefix}/{path.name}", path.read_bytes())

@@ -17,17 +17,17 @@ from typing import Any
 import pytest
 from caching import (
     FORK,
-    PATIENT,
+    LONG,
     QUICK,
     SIZE,
+    cached_names,
     content,
     downloads,
-    held,
     join,
     make,
     parts,
     prefetch,
-    prefetch_here,
+    prefetch_and_wait,
     read,
     read_all,
     start,
@@ -36,12 +36,12 @@ from caching import (
 from servers import FailingServer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote.access import ShardState
 from gigabatch.data.remote.cache import GIB, ShardCache, node_cache
-from gigabatch.data.remote.places import stat_all
-from gigabatch.data.remote.ranges import ShardState
+from gigabatch.data.remote.locations import stat_all
 
 
-def test_a_shard_is_fetched_once_and_then_read_from_its_copy(
+def test_shard_is_fetched_once_then_read_from_its_copy(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
@@ -52,10 +52,10 @@ def test_a_shard_is_fetched_once_and_then_read_from_its_copy(
     assert len(web.requests) == asked
     assert downloads(web) == len(states)
     assert parts(cache) == []
-    assert len(held(cache)) == len(states)
+    assert len(cached_names(cache)) == len(states)
 
 
-def test_a_descriptor_is_read_only_and_does_not_leak_into_programs(
+def test_descriptor_is_read_only_and_not_inheritable(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     file = make(tmp_path).open(*vars(states[0]).values())
@@ -65,11 +65,11 @@ def test_a_descriptor_is_read_only_and_does_not_leak_into_programs(
     os.close(file)
 
 
-def test_processes_and_threads_that_open_a_shard_at_once_share_one_download(
+def test_concurrent_processes_and_threads_share_one_download(
     web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
     cache = make(tmp_path)
-    web.before(lambda: time.sleep(0.2), path="/s0.tar", times=2)  # lets all of them come
+    web.before(lambda: time.sleep(0.2), path="/s0.tar", times=2)  # time for all to arrive
     begin = FORK.Barrier(4)
     processes = [start(started, read_all, cache, states[:2], begin) for _ in range(4)]
     threads = [threading.Thread(target=read_all, args=(cache, states[:2])) for _ in range(2)]
@@ -82,29 +82,29 @@ def test_processes_and_threads_that_open_a_shard_at_once_share_one_download(
     assert parts(cache) == []
 
 
-def test_another_version_or_size_is_another_copy(
+def test_other_version_or_size_is_another_copy(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     assert read(cache, states[0]) == content(states[0].url)
-    (tmp_path / "far" / "s0.tar").write_bytes(b"new" * 50)
+    (tmp_path / "remote" / "s0.tar").write_bytes(b"new" * 50)
     new = stat_all([states[0].url])[0]
     assert read(cache, new) == b"new" * 50
     with pytest.raises(GigabatchError, match="changed after it was indexed"):
         read(cache, ShardState(new.url, new.bytes, "other"))
-    assert len(held(cache)) == 2  # the failed one left nothing
+    assert len(cached_names(cache)) == 2  # the failed one left nothing
 
 
 # Crashes
 
 
-def test_a_process_killed_in_its_download_is_replaced_by_one_that_waits(
+def test_waiting_process_takes_over_from_a_killed_download(
     web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, retry=PATIENT)
+    cache = make(tmp_path, retry=LONG)
     web.stall(60, path="/s0.tar", skip=1, times=1)
     first = start(started, read_all, cache, states[:1])
-    wait_for(lambda: downloads(web) == 1, "the first process asked")
+    wait_for(lambda: downloads(web) == 1, "the first process sends its request")
     waiting = start(started, read_all, cache, states[:1])
     time.sleep(0.2)
     assert waiting.is_alive()
@@ -128,24 +128,24 @@ def _prefetch_and_fork(cache: ShardCache, shard: ShardState, pipe: Any) -> None:
     time.sleep(60)
 
 
-def test_a_lock_does_not_live_on_in_a_child_of_the_process_that_was_killed(
+def test_lock_of_killed_process_is_free_though_its_child_lives(
     web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, retry=PATIENT)
+    cache = make(tmp_path, retry=LONG)
     web.stall(60, path="/s0.tar", skip=1, times=1)
     here, there = FORK.Pipe()
     first = start(started, _prefetch_and_fork, cache, states[0], there)
     child = here.recv()
     try:
-        wait_for(lambda: downloads(web) == 1, "the first process asked")
+        wait_for(lambda: downloads(web) == 1, "the first process sends its request")
         first.kill()
         join(start(started, read_all, cache, states[:1]))
-        os.kill(child, 0)  # it still lives
+        os.kill(child, 0)  # the child is alive
     finally:
         os.kill(child, signal.SIGKILL)
 
 
-def test_what_a_killed_process_left_is_removed_or_written_anew(
+def test_parts_of_killed_processes_are_removed_or_overwritten(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path, shards=1)
@@ -153,11 +153,11 @@ def test_what_a_killed_process_left_is_removed_or_written_anew(
     for shard in states[:3]:
         cache.path(shard).with_suffix(".part").write_bytes(b"half" * (SIZE // 4))
     assert read(cache, states[0]) == content(states[0].url)
-    assert held(cache) == [cache.path(states[0]).name]
+    assert cached_names(cache) == [cache.path(states[0]).name]
 
 
 @pytest.mark.parametrize("size", [0, SIZE - 1, SIZE + 1])
-def test_a_copy_of_the_wrong_size_is_fetched_again(
+def test_copy_of_wrong_size_is_fetched_again(
     size: int, web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
@@ -167,55 +167,53 @@ def test_a_copy_of_the_wrong_size_is_fetched_again(
     assert downloads(web) == 2
 
 
-def test_a_failed_download_is_an_error_and_leaves_nothing(
+def test_failed_download_raises_and_leaves_no_file(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     web.status(500, path="/s0.tar", skip=1)
     with pytest.raises(GigabatchError, match=r"s0\.tar: bytes 0 to 4000 could not be read in 3"):
         read(cache, states[0])
-    assert held(cache) == []
-    web.heal()
+    assert cached_names(cache) == []
+    web.clear_rules()
     assert read(cache, states[0]) == content(states[0].url)
 
 
 # Room
 
 
-def test_the_least_recently_opened_copies_go_first(
+def test_least_recently_opened_copies_are_evicted_first(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path, shards=3)
     for number in (0, 1, 2, 0, 3):
         read(cache, states[number])
-    assert held(cache) == sorted(cache.path(states[i]).name for i in (2, 0, 3))
+    assert cached_names(cache) == sorted(cache.path(states[i]).name for i in (2, 0, 3))
     read(cache, states[4])
-    assert held(cache) == sorted(cache.path(states[i]).name for i in (0, 3, 4))
+    assert cached_names(cache) == sorted(cache.path(states[i]).name for i in (0, 3, 4))
 
 
-def test_evicted_copies_stay_readable_to_who_has_them_open(
-    states: list[ShardState], tmp_path: Path
-) -> None:
+def test_evicted_copy_stays_readable_while_open(states: list[ShardState], tmp_path: Path) -> None:
     cache = make(tmp_path, shards=2)
     files = [cache.open(s.url, s.bytes, s.version) for s in states]
-    assert len(held(cache)) == 2
+    assert len(cached_names(cache)) == 2
     for file, shard in zip(files, states, strict=True):
         assert os.pread(file, SIZE, 0) == content(shard.url)
         os.close(file)
 
 
-def test_nothing_else_in_the_folder_is_counted_or_removed(
+def test_foreign_files_are_neither_counted_nor_removed(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path, shards=1)
     cache.folder.mkdir()
-    (cache.folder / "mine.tar").write_bytes(bytes(9 * SIZE))
+    (cache.folder / "foreign.tar").write_bytes(bytes(9 * SIZE))
     for shard in states[:2]:
         assert read(cache, shard) == content(shard.url)
-    assert held(cache) == sorted([cache.path(states[1]).name, "mine.tar"])
+    assert cached_names(cache) == sorted([cache.path(states[1]).name, "foreign.tar"])
 
 
-def test_a_shard_larger_than_the_cache_says_which_key_to_raise(
+def test_shard_larger_than_the_cache_names_the_config_key(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     with pytest.raises(GigabatchError, match=r"s0\.tar: .*set data\.cache_gib higher") as caught:
@@ -225,8 +223,7 @@ def test_a_shard_larger_than_the_cache_says_which_key_to_raise(
 
 
 class _Watch:
-    """Looks at the folder all the time, while nobody makes room; `most`: the largest total seen,
-    in bytes."""
+    """Measures the folder repeatedly; `most` is the largest total, in bytes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.most, self.ended = folder, 0, threading.Event()
@@ -253,7 +250,7 @@ class _Watch:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("room", [1, 2, 4])
-def test_many_processes_in_little_room_read_the_right_bytes_within_the_limit(
+def test_many_processes_in_a_small_cache_stay_within_the_limit(
     room: int, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
     cache = make(tmp_path, shards=room)
@@ -264,7 +261,7 @@ def test_many_processes_in_little_room_read_the_right_bytes_within_the_limit(
         start(started, read_all, cache, order.sample(states * 4, 4 * len(states)), begin)
         for _ in range(5)
     ]
-    watch = _Watch(cache.folder)  # after the forks: it locks
+    watch = _Watch(cache.folder)  # after the forks, because it locks
     try:
         begin.wait(20)
         join(*processes)
@@ -274,20 +271,20 @@ def test_many_processes_in_little_room_read_the_right_bytes_within_the_limit(
     assert parts(cache) == []
 
 
-def test_a_download_waits_until_others_leave_room(
+def test_download_waits_until_others_leave_room(
     web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
     cache = make(tmp_path, shards=1)
     go = threading.Event()
     web.before(lambda: go.wait(20), path="/s0.tar", skip=1, times=1)
     first = start(started, read_all, cache, states[:1])
-    wait_for(lambda: downloads(web) == 1, "the first process asked")
+    wait_for(lambda: downloads(web) == 1, "the first process sends its request")
     second = start(started, read_all, cache, states[1:2])
     time.sleep(0.3)
     assert downloads(web, states[1]) == 0
     go.set()
     join(first, second)
-    assert held(cache) == [cache.path(states[1]).name]
+    assert cached_names(cache) == [cache.path(states[1]).name]
 
 
 @pytest.fixture
@@ -301,28 +298,28 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_full_disk_costs_the_other_copies_and_then_is_an_error(
+def test_full_disk_evicts_all_copies_then_raises(
     small_disk: Path, web: FailingServer, states: list[ShardState]
 ) -> None:
     cache = ShardCache(small_disk / "cache", 10**9, QUICK)
     for shard in states[:3]:
         read(cache, shard)
-    (small_disk / "ballast").write_bytes(bytes(20_480 - 4_096))  # what others wrote
+    (small_disk / "ballast").write_bytes(bytes(20_480 - 4_096))  # files of other programs
     (small_disk / "more").write_bytes(bytes(4_096))
     for shard in (states[3], states[4], states[5]):
         assert read(cache, shard) == content(shard.url)
-    assert cache.path(states[5]).name in held(cache)
-    assert cache.path(states[0]).name not in held(cache)
-    for name in held(cache):
+    assert cache.path(states[5]).name in cached_names(cache)
+    assert cache.path(states[0]).name not in cached_names(cache)
+    for name in cached_names(cache):
         (cache.folder / name).unlink()
-    (small_disk / "more").write_bytes(bytes(16_384))  # and now there is no room at all
+    (small_disk / "more").write_bytes(bytes(16_384))  # now there is no room at all
     with pytest.raises(GigabatchError, match=r"no room for .*No space left.*Free some space"):
         read(cache, states[0])
-    assert held(cache) == []
-    assert downloads(web, states[0]) == 1 + 2  # a full disk is not the server's fault: no retries
+    assert cached_names(cache) == []
+    assert downloads(web, states[0]) == 1 + 2  # a full disk is no reason to repeat a request
 
 
-def test_a_folder_that_cannot_be_used_says_where_to_set_it(
+def test_unusable_folder_names_the_variable_to_set(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -331,17 +328,17 @@ def test_a_folder_that_cannot_be_used_says_where_to_set_it(
         read(cache, states[0])
 
 
-def test_a_pickle_takes_the_settings_along(states: list[ShardState], tmp_path: Path) -> None:
+def test_pickle_keeps_the_settings(states: list[ShardState], tmp_path: Path) -> None:
     cache = make(tmp_path, shards=2)
-    prefetch_here(cache, states[:1])
+    prefetch_and_wait(cache, states[:1])
     other = pickle.loads(pickle.dumps(cache))
     assert (other.folder, other.limit_bytes, other.retry) == (cache.folder, 2 * SIZE, QUICK)
-    prefetch_here(other, states[1:2])
+    prefetch_and_wait(other, states[1:2])
     cache.close()
     other.close()
 
 
-def test_the_nodes_cache_is_one_object_in_the_cache_folder(
+def test_node_cache_is_one_object_per_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path))

@@ -9,17 +9,17 @@ from pathlib import Path
 
 import pytest
 from caching import (
-    PATIENT,
+    LONG,
     SIZE,
+    cached_names,
     content,
     downloads,
-    held,
     join,
     make,
     no_threads,
     parts,
     prefetch,
-    prefetch_here,
+    prefetch_and_wait,
     read,
     read_all,
     start,
@@ -29,16 +29,16 @@ from servers import FailingServer
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote import cache as cache_module
-from gigabatch.data.remote.ranges import ShardState
+from gigabatch.data.remote.access import ShardState
 
 
-def test_prefetched_shards_are_there_when_they_are_opened(
+def test_opening_prefetched_shards_needs_no_request(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     prefetch(cache, *states, *states)
-    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == len(states), "all are fetched")
-    wait_for(lambda: not parts(cache), "and renamed")
+    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == len(states), "all shards are fetched")
+    wait_for(lambda: not parts(cache), "all parts are renamed")
     asked = len(web.requests)
     read_all(cache, states)
     assert len(web.requests) == asked
@@ -46,63 +46,62 @@ def test_prefetched_shards_are_there_when_they_are_opened(
     cache.close()
 
 
-def test_an_open_waits_for_the_prefetch_of_its_own_process(
+def test_open_waits_for_the_prefetch_of_its_process(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     web.before(lambda: time.sleep(0.3), path="/s0.tar", skip=1, times=1)
     prefetch(cache, states[0])
-    wait_for(lambda: downloads(web) == 1, "it is asked for")
+    wait_for(lambda: downloads(web) == 1, "the request arrives")
     assert read(cache, states[0]) == content(states[0].url)
     assert downloads(web) == 1
     cache.close()
 
 
-def test_a_prefetch_that_fails_leaves_it_to_the_open(
+def test_open_reports_the_error_of_a_failed_prefetch(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     web.status(404, path="/s0.tar", times=2)
     prefetch(cache, states[0])
-    wait_for(lambda: web.count(path="/s0.tar") == 1, "it is asked for")
-    wait_for(lambda: not parts(cache), "it is given up")
+    wait_for(lambda: web.count(path="/s0.tar") == 1, "the request arrives")
+    wait_for(lambda: not parts(cache), "the prefetch ends")
     with pytest.raises(GigabatchError, match="HTTP 404"):
         read(cache, states[0])
     assert read(cache, states[0]) == content(states[0].url)
-    prefetch(cache, states[0], states[1])  # the threads are still there
+    prefetch(cache, states[0], states[1])  # the threads still run
     wait_for(lambda: cache.path(states[1]).exists(), "the next is fetched")
     cache.close()
 
 
-def test_a_shard_that_waits_is_not_queued_again(
+def test_pending_shard_is_not_queued_again(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     go = threading.Event()
     for path in ("/s0.tar", "/s1.tar"):
         web.before(lambda: go.wait(20), path=path, times=1)
-    (tmp_path / "far" / "s2.tar").unlink()
+    (tmp_path / "remote" / "s2.tar").unlink()
     prefetch(cache, *states[:2], *states[2:3] * 5)
-    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "both threads are at work")
+    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "both threads send a request")
     go.set()
     prefetch(cache, states[3])
     wait_for(lambda: cache.path(states[3]).exists(), "the last is fetched")
     cache.close()
-    wait_for(no_threads, "all is done")
+    wait_for(no_threads, "the threads end")
     assert web.count(path="/s2.tar") == 1
 
 
-def test_processes_that_prefetch_the_same_shards_share_the_work(
+def test_processes_share_the_work_of_prefetching(
     web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
-    """While one is at the first two, the other goes on to what is left."""
-    cache = make(tmp_path, retry=PATIENT)
+    cache = make(tmp_path, retry=LONG)
     go = threading.Event()
     for path in ("/s0.tar", "/s1.tar"):
         web.before(lambda: go.wait(20), path=path, skip=1, times=1)
     busy = start(started, read_all, cache, states[:1])
     busy_too = start(started, read_all, cache, states[1:2])
-    wait_for(lambda: downloads(web) == 2, "both are at it")
+    wait_for(lambda: downloads(web) == 2, "both send a request")
     prefetch(cache, *states)
     wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4, "the others are fetched")
     go.set()
@@ -111,20 +110,23 @@ def test_processes_that_prefetch_the_same_shards_share_the_work(
     cache.close()
 
 
-def test_closing_drops_what_waits_and_the_cache_goes_on(
+def test_close_drops_pending_shards_and_the_cache_remains_usable(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     cache = make(tmp_path)
     go = threading.Event()
     web.before(lambda: go.wait(20), times=cache_module.FETCHERS)
     prefetch(cache, *states)
-    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "the first are asked for")
+    wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "the first requests arrive")
     cache.close()
     go.set()
-    wait_for(lambda: not any(t.name == "shard prefetch" for t in threading.enumerate()), "they end")
+    wait_for(
+        lambda: not any(t.name == "shard prefetch" for t in threading.enumerate()),
+        "the threads end",
+    )
     assert downloads(web) == cache_module.FETCHERS
     prefetch(cache, states[-1])
-    wait_for(lambda: cache.path(states[-1]).exists(), "it is fetched")
+    wait_for(lambda: cache.path(states[-1]).exists(), "the shard is fetched")
     cache.close()
 
 
@@ -139,7 +141,7 @@ sys.stdin.readline()
 """
 
 
-def test_a_process_ends_without_waiting_for_its_prefetch(
+def test_process_ends_without_waiting_for_its_prefetch(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     web.stall(60, path="/s0.tar", skip=1, times=1)
@@ -147,7 +149,7 @@ def test_a_process_ends_without_waiting_for_its_prefetch(
     script = [sys.executable, "-c", AHEAD, states[0].url, str(SIZE), str(cache.folder)]
     with subprocess.Popen(script, stdin=subprocess.PIPE) as process:
         try:
-            wait_for(lambda: downloads(web) == 1, "it is asked for")
+            wait_for(lambda: downloads(web) == 1, "the request arrives")
             process.communicate(b"\n", timeout=20)
         finally:
             process.kill()
@@ -157,11 +159,11 @@ def test_a_process_ends_without_waiting_for_its_prefetch(
     assert parts(cache) == []
 
 
-def test_a_forked_process_has_a_prefetch_of_its_own(
+def test_forked_process_prefetches_by_itself(
     states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
 ) -> None:
     cache = make(tmp_path)
-    prefetch_here(cache, states[:2])
-    join(*(start(started, prefetch_here, cache, states[i : i + 2]) for i in (2, 4)))
-    assert len(held(cache)) == len(states)
+    prefetch_and_wait(cache, states[:2])
+    join(*(start(started, prefetch_and_wait, cache, states[i : i + 2]) for i in (2, 4)))
+    assert len(cached_names(cache)) == len(states)
     cache.close()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from far import Far
+from remote_folder import RemoteFolder
 from servers import upload
 from tarfiles import contents, write_tar
 
@@ -14,7 +14,7 @@ from gigabatch.data.shards.indexing import open_index
 
 
 @pytest.mark.slow
-def test_a_folder_of_a_bucket_and_a_view_of_it_are_packed(s3: Far, tmp_path: Path) -> None:
+def test_pack_bucket_folder_and_its_filtered_view(s3: RemoteFolder, tmp_path: Path) -> None:
     for name in "ab":
         write_tar(tmp_path / "set" / f"{name}.tar", {f"{name}.txt": name.encode()})
     bucket = s3.url.removeprefix("s3://").partition("/")[0]
@@ -23,7 +23,7 @@ def test_a_folder_of_a_bucket_and_a_view_of_it_are_packed(s3: Far, tmp_path: Pat
     pack(url, tmp_path / "all")
     assert contents(tmp_path / "all" / "all-000000.tar") == {"a.txt": b"a", "b.txt": b"b"}
     create_view(open_index(url), "key == 'b'", tmp_path / "view")
-    made = json.loads((tmp_path / "view" / "manifest.json").read_text())["view"]
-    assert made == {"source": url, "where": "key == 'b'"}
+    view = json.loads((tmp_path / "view" / "manifest.json").read_text())["view"]
+    assert view == {"source": url, "where": "key == 'b'"}
     pack(tmp_path / "view", tmp_path / "some")
     assert contents(tmp_path / "some" / "some-000000.tar") == {"b.txt": b"b"}

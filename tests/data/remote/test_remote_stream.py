@@ -1,5 +1,4 @@
-"""Training data over the network, from servers that fail on purpose: the same batches as from a
-local folder, nothing missing, nothing twice."""
+"""Training data from servers that fail on purpose: the same batches as from a local folder."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase
+from gigabatch.data.remote.access import Retry
 from gigabatch.data.remote.cache import ShardCache
-from gigabatch.data.remote.ranges import Retry
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.shards.reader import Reader
@@ -46,10 +45,10 @@ def s3(folder: Path) -> Iterator[tuple[FailingServer, str]]:
 
 
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path / "cache"))
     yield
-    gc.collect()  # a traceback holds loader workers, which else end in the midst of another test
+    gc.collect()  # loader workers that a traceback references end now, not in another test
 
 
 @pytest.fixture
@@ -72,39 +71,39 @@ def read(index: Index, tokenizer: Path, cache: ShardCache, workers: int) -> list
 
 
 @pytest.mark.parametrize(
-    ("place", "workers"),
+    ("serve", "workers"),
     [(web, 0), (web, 2), (s3, 2), pytest.param(s3, 0, marks=pytest.mark.slow)],
 )
-def test_a_server_that_fails_and_stalls_changes_nothing(
-    place: Any,
+def test_batches_from_failing_server_equal_local_batches(
+    serve: Any,
     workers: int,
     shards: Path,
     tokenizer: Path,
     tmp_path: Path,
 ) -> None:
     local = open_index(shards / "train")
-    with place(shards / "train") as (server, pattern):
+    with serve(shards / "train") as (server, pattern):
         index = open_index(pattern)
         assert index.digest == local.digest
         server.requests.clear()
         server.status(500, path="*train-000.tar", times=2)
-        server.cut(path="*train-001.tar", times=2)
+        server.hang_up(path="*train-001.tar", times=2)
         server.stall(5, path="*train-002.tar", times=1)
         server.status(503, path="*train-003.tar", times=3)
         cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
-        found = read(index, tokenizer, cache, workers)
-        fetched = {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
+        batches = read(index, tokenizer, cache, workers)
+        counts = {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
         again = read(index, tokenizer, cache, workers)
-        assert fetched == {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
+        assert counts == {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
     expected = read(local, tokenizer, cache, 0)
-    assert_equal(found, expected)
+    assert_equal(batches, expected)
     assert_equal(again, expected)
-    seen = [key for batch in found for key in batch.keys][:200]
-    assert len(set(seen)) == 200  # five steps of 40 are one epoch
-    assert fetched[0] >= 3 <= fetched[1]  # they did fail
+    keys = [key for batch in batches for key in batch.keys][:200]
+    assert len(set(keys)) == 200  # five steps of 40 are one epoch
+    assert counts[0] >= 3 <= counts[1]  # the server did fail
 
 
-def test_a_server_that_stays_down_ends_the_stream_with_its_reason(
+def test_server_that_stays_down_ends_the_stream_with_the_reason(
     shards: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     with web(shards / "train") as (server, pattern):
@@ -119,9 +118,7 @@ def test_a_server_that_stays_down_ends_the_stream_with_its_reason(
     assert "\n" not in message
 
 
-def test_a_shard_that_was_replaced_on_the_server_is_noticed_at_the_start(
-    shards: Path, tmp_path: Path
-) -> None:
+def test_replaced_remote_shard_changes_the_index(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()
     for shard in (shards / "train").glob("*.tar"):
@@ -135,36 +132,36 @@ def test_a_shard_that_was_replaced_on_the_server_is_noticed_at_the_start(
             open_index(pattern)
 
 
-def test_a_copy_that_went_bad_here_is_fetched_again(shards: Path, tmp_path: Path) -> None:
+def test_damaged_local_copy_is_fetched_again(shards: Path, tmp_path: Path) -> None:
     with web(shards / "train") as (_, pattern):
         index = open_index(pattern)
         cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
         with Reader(index, cache) as reader:
-            whole = reader.read(7, "png")
+            original = reader.read(7, "png")
         (copy,) = cache.folder.glob("*.tar")
         overwrite(copy, index.member_span(7, "png")[0] + 60, b"\0\1\2")
         with Reader(index, cache) as reader:
-            assert reader.read(7, "png") == whole
+            assert reader.read(7, "png") == original
 
 
-def test_indexing_keeps_to_the_cache_that_it_is_given(shards: Path, tmp_path: Path) -> None:
+def test_indexing_uses_the_cache_argument(shards: Path, tmp_path: Path) -> None:
     with web(shards / "train") as (_, pattern):
         small = ShardCache(tmp_path / "small", 1000, RETRY)
         with pytest.raises(GigabatchError, match=r"data\.cache_gib"):
             open_index(pattern, cache=small)
-        given = ShardCache(tmp_path / "given", 1 << 30, RETRY)
-        open_index(pattern, cache=given)
-        assert len(list(given.folder.glob("*.tar"))) == 4
+        other = ShardCache(tmp_path / "other", 1 << 30, RETRY)
+        open_index(pattern, cache=other)
+        assert len(list(other.folder.glob("*.tar"))) == 4
 
 
-def test_damage_on_the_way_is_named_by_url_and_byte(shards: Path, tmp_path: Path) -> None:
+def test_damaged_remote_shards_are_named_by_url_and_byte(shards: Path, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()
-    whole = (shards / "train" / "train-000.tar").read_bytes()
-    (folder / "train-000.tar").write_bytes(whole[:4000])
+    complete = (shards / "train" / "train-000.tar").read_bytes()
+    (folder / "train-000.tar").write_bytes(complete[:4000])
     (folder / "train-001.tar").write_bytes(b"<html>Please sign in</html>" * 99)
     with web_server(folder) as server, pytest.raises(GigabatchError) as caught:
         open_index(f"{server.url}/train-{{000..001}}.tar")
-    cut, page = str(caught.value).split("\n")
-    assert cut.startswith(f"{server.url}/train-000.tar: at byte ")
+    truncated, page = str(caught.value).split("\n")
+    assert truncated.startswith(f"{server.url}/train-000.tar: at byte ")
     assert page.startswith(f"{server.url}/train-001.tar: at byte 0: this is not a tar file")

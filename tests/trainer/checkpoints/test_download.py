@@ -11,7 +11,7 @@ import pytest
 from support_copies import copy, make_run, save
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.ranges import Retry
+from gigabatch.data.remote.access import Retry
 from gigabatch.trainer.checkpoints.download import (
     copied_config,
     fetch_newer,

@@ -95,5 +95,7 @@ def test_run_keeps_its_best_and_every_mth_checkpoint(shards: Path, tmp_path: Pat
 
 def test_misspelled_best_metric_raises_with_its_name(shards: Path, tmp_path: Path) -> None:
     overrides = ["train.steps=4", "eval.every_steps=1", "checkpoint.best=eval/val/mean_recal@10"]
-    with pytest.raises(GigabatchError, match=r"no metric eval/val/mean_recal@10; there are .*@10"):
+    with pytest.raises(
+        GigabatchError, match=r"no metric eval/val/mean_recal@10. Set it to one of .*@10"
+    ):
         train(shards, tmp_path, *overrides)

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from far import NUMBERS
+from remote_folder import NUMBERS
 from servers import FailingServer, make_bucket, s3_server
 from support_copies import MANY, copy, make_run, save
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.remote.ranges import Retry
-from gigabatch.data.remote.writes import FileTaken, check_writable, write
+from gigabatch.data.remote.access import FileTaken, Retry, check_writable, write
 from gigabatch.trainer.checkpoints.remote import Overtaken, RemoteRun
 from gigabatch.trainer.checkpoints.upload import Copier, copy_checkpoint, retain_copies
 from gigabatch.trainer.config import CheckpointSettings
@@ -36,7 +35,7 @@ def server() -> Iterator[FailingServer]:
 def s3(server: FailingServer) -> RemoteRun:
     """An empty place on S3, whose first client is made."""
     bucket = f"copies-{next(NUMBERS)}"
-    server.heal()
+    server.clear_rules()
     make_bucket(server, bucket)
     place = RemoteRun(f"s3://{bucket}/far/a", QUICK)
     assert place.files() == {}
@@ -134,7 +133,7 @@ def test_errors_in_mid_copy_are_borne(
 ) -> None:
     save(run, 3)
     server.status(503, method="PUT", path="*moments*", times=1)
-    server.cut(method="PUT", path="*towers*", times=2)  # the answer is lost: it was written
+    server.hang_up(method="PUT", path="*towers*", times=2)  # the answer is lost: it was written
     copiers.append(copier := Copier(s3, run, 1, MANY))
     copier.offer(3)
     copier.wait(lambda: None)
@@ -165,7 +164,7 @@ def test_a_copy_that_fails_is_loud_and_the_next_is_tried(
     assert "attempt 2 of 3: HTTP 500" in told()
     assert "step-00000006 was NOT COPIED to s3://" in told()
     assert "could not be written in 3 attempts" in told()
-    server.heal()
+    server.clear_rules()
     save(run, 9)
     copier.offer(9)
     copier.wait(lambda: None)

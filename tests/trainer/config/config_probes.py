@@ -214,7 +214,7 @@ def see_grace(config: Config, folder: Path) -> Any:
 
 
 def see_ray(config: Config, folder: Path) -> Any:
-    """What Ray is told."""
+    """The settings that Ray receives."""
     cluster = config.cluster
     return [str(scaling(cluster)), worker_settings(cluster), start_settings(cluster)]
 
@@ -236,7 +236,7 @@ def see_weights(config: Config, folder: Path) -> Any:
 
 
 def see_lines(config: Config, folder: Path) -> Any:
-    others = [each for each in config.towers.more.values() if isinstance(each, ExtraText)]
+    others = [tower for tower in config.towers.more.values() if isinstance(tower, ExtraText)]
     places = [config.data.captions, *others]
     return [read_captions(b"one\ntwo", place, "here") for place in places]
 
@@ -244,10 +244,10 @@ def see_lines(config: Config, folder: Path) -> Any:
 def leavings(run: RunFolder) -> Any:
     lines = read_metrics(run.metrics)
     tags = ("train/loss", "train/logit_scale", "step")
-    told = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
+    starts = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
     return [
         run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
-        [{tag: line.get(tag) for tag in tags} for line in lines], told, run.samples.exists(),
+        [{tag: line.get(tag) for tag in tags} for line in lines], starts, run.samples.exists(),
         sorted({p.name for p in run.path.rglob("*.safetensors")}),
     ]  # fmt: skip
 

@@ -82,16 +82,19 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("cluster.env={'a b': 1}", "not a valid name of a variable"),
         ("eval.sets=[a/val, b/val]", "share a folder name"),
         ("objective.init_logit_scale=200", "scale_max"),
-        ("checkpoint.copy_to=/some/folder", "checkpoint: copy_to: /some/folder: not a place that"),
+        (
+            "checkpoint.copy_to=/some/folder",
+            "checkpoint: copy_to: /some/folder: cannot be written to",
+        ),
         (
             "checkpoint.copy_to=https://host/x",
-            "it begins with one of s3://, gs://, gcs://, file://",
+            "Name a URL with one of s3://, gs://, gcs://, az://, file://",
         ),
-        ("checkpoint.copy_to=s3::file://x/y", "not a place that can be written to"),
+        ("checkpoint.copy_to=s3::file://x/y", "cannot be written to"),
         ("checkpoint.copy_to=s3://", "a folder is named as s3://BUCKET/FOLDER"),
         ("checkpoint.copy_to=file://some/folder", "a folder is named as file:///FOLDER"),
-        ("checkpoint.copy_to='s3://bucket/a*'", "no pattern"),
-        ("checkpoint.copy_to=s3://bucket/../a", "no pattern, empty part"),
+        ("checkpoint.copy_to='s3://bucket/a*'", "without patterns"),
+        ("checkpoint.copy_to=s3://bucket/../a", "without patterns, empty parts"),
         ("towers.image.widths=[8]", "give one depth per width"),
         ("data: {", "the value"),
         ("train.steps=!!python/object/apply:os.getcwd []", "not valid YAML"),
@@ -146,7 +149,7 @@ def test_every_recipe_is_valid(recipe: str) -> None:
     "secret", ["s3://key:HUSH@bucket/a", "s3://bucket/a?signature=HUSH", "file://u:HUSH@/folder"]
 )
 def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> None:
-    with pytest.raises(GigabatchError, match="refused: it would stand in configs") as error:
+    with pytest.raises(GigabatchError, match="which would be written to configs and logs") as error:
         parse_config("", "c", [f"checkpoint.copy_to={secret}"])
     assert "HUSH" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""No key that nothing reads: each key of the config, changed, must change something real."""
+"""Every key of the config has an effect: changed, it changes something that a probe observes."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def test_key_of_the_launcher_has_an_effect(
 def assert_effect(key: str, shards: Path, tmp_path: Path) -> None:
     override, probe, both = KEYS[key]
     before = observe(probe, both, shards, tmp_path / "before")
-    own = key.replace("NAME", "sensor")
-    whole = override if override.startswith("data.") else f"{own}={override}"
-    after = observe(probe, [*both, whole], shards, tmp_path / "after")
+    name = key.replace("NAME", "sensor")
+    assignment = override if override.startswith("data.") else f"{name}={override}"
+    after = observe(probe, [*both, assignment], shards, tmp_path / "after")
     assert after != before
 
 

@@ -67,7 +67,7 @@ def test_kind_override_still_rejects_misspelled_keys_of_the_file() -> None:
     ("override", "words"),
     [
         ("towers.image.kind=module", "towers.image.module: is missing; towers.image.kind=module"),
-        ("towers.image.kind=huggingface", "with towers.image.kind=huggingface, give either `name`"),
+        ("towers.image.kind=huggingface", "with towers.image.kind=huggingface, set either `name`"),
         ("objective.name=symile", "objective.taps: is missing; objective.name=symile needs it: "),
         ("objective.name=sum", "objective.terms: is missing; objective.name=sum needs it: "),
         ("objective.name=clip", "no objective 'clip'. Did you mean infonce (CLIP's symmetric"),

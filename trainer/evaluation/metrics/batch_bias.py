@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.data.rng import key, permute
-from gigabatch.trainer.objectives import Context, Objective, build_objective, parse_settings
+from gigabatch.trainer.objectives import Context, Loss, Objective, build_objective, parse_settings
 
 MISSING_VARIANCE = 0.01
 """Share of u's final variance that is still missing when averaging begins."""
@@ -145,7 +145,7 @@ def _gradient(objective: Objective[Any], pairs: Pairs, state: Tensor) -> tuple[T
     sides = [side.clone().requires_grad_() for side in (pairs.q, pairs.k)]
     with torch.enable_grad():
         outputs = dict(zip(("image", "text"), sides, strict=True))
-        loss = objective(outputs, _meta(pairs, state), CONTEXT)
+        loss: Loss = objective(outputs, _meta(pairs, state), CONTEXT)
         loss.value.backward()
     return torch.stack([_tangent(side) for side in sides]), loss.updates()["state"]
 
@@ -153,7 +153,8 @@ def _gradient(objective: Objective[Any], pairs: Pairs, state: Tensor) -> tuple[T
 @torch.no_grad()
 def _updated_state(objective: Objective[Any], pairs: Pairs, state: Tensor) -> Tensor:
     """Return the new table rows."""
-    loss = objective({"image": pairs.q, "text": pairs.k}, _meta(pairs, state), CONTEXT)
+    outputs = {"image": pairs.q, "text": pairs.k}
+    loss: Loss = objective(outputs, _meta(pairs, state), CONTEXT)
     return loss.updates()["state"]
 
 

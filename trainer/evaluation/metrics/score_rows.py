@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gigabatch.kernels import MaxSim, gather_rows, maxsim, token_keys
-from gigabatch.kernels.sources import Panel
+from gigabatch.kernels.sources import KeyBlock
 
 Scorer = Callable[[slice], Tensor]
 """Maps a slice of b queries to their scores with all N keys, float32 [b, N]."""
@@ -119,7 +119,7 @@ def score_pairs(queries: Rows, keys: Rows) -> Tensor:
     for part in blocks(len(q), q.shape[1] * k.shape[1]):
         metadata = token_keys(k[part], keys.mask[part])
         score = MaxSim(q[part].double(), queries.mask[part])
-        out[part] = score.pairs(Panel(k[part], metadata, 0)).float()
+        out[part] = score.pairs(KeyBlock(k[part], metadata, 0)).float()
     return out
 
 

@@ -133,7 +133,8 @@ def intervals(
 def _members(groups: Tensor) -> tuple[Tensor, ...]:
     """Return the rows of each group, int64."""
     counts = groups.unique(return_counts=True)[1]
-    return groups.argsort(stable=True).split(counts.tolist())
+    members: tuple[Tensor, ...] = groups.argsort(stable=True).split(counts.tolist())
+    return members
 
 
 def _resample(size: int, seed: int, number: int) -> Tensor:
