@@ -28,4 +28,4 @@ def test_layout_lists_the_top_level_packages() -> None:
     block = TEXT.split("## Repository layout", 1)[1]
     listed = set(re.findall(r"(?m)^(\w+)/ ", block))
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert packages | {"docs", "tests"} == listed
+    assert packages | {"docs", "examples", "tests"} == listed
