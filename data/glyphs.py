@@ -1,4 +1,4 @@
-"""`demo:glyphs`: an image-text set rendered in seconds from the fonts that matplotlib ships.
+"""`demo:glyphs`: an image-text set rendered from the fonts that matplotlib ships.
 
 An image shows one character of one typeface; its caption is the character's Unicode name. Splits:
 
@@ -39,7 +39,7 @@ UNSEEN_FACE = "STIXGeneral"
 
 
 def glyphs_root() -> Path:
-    """Return the folder of the demo set; the first call renders it (a few seconds, 60 MB).
+    """Return the folder of the demo set; the first call renders it (about 30 s, 60 MB).
 
     Raises:
         GigabatchError: if the cache folder cannot be written.

@@ -29,7 +29,6 @@ OBJECTIVE_BLOCKS = re.findall(r"```yaml\n(.*?)```", (DOCS / "objectives.md").rea
 STYLE = (ROOT / "CONTRIBUTING.md").read_text()
 AMBIGUOUS = {"plain", "ours", "deal", "cut", "spread", "bar", "starts"}
 """Words of the style table that are right in another sense."""
-OLD_PAGES = ("evaluation.md", "operations.md")
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -78,9 +77,7 @@ def test_linked_files_exist(page: Path) -> None:
         assert target.exists() or target in generated, link
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if page.name not in OLD_PAGES], ids=lambda path: path.stem
-)
+@page_of
 def test_words_are_those_of_the_style_table(page: Path) -> None:
     table = re.findall(r"(?m)^\|[^|]+\|([^|]+)\|$", STYLE.partition("| Write | Not |")[2])
     words = {word.strip() for cell in table[1:] for word in cell.split(",")} - AMBIGUOUS

@@ -18,7 +18,12 @@ ALLOWED = {
     "data": {"data"},
     "kernels": {"kernels"},
 }
-REGISTRIES = {"trainer/objectives", "launcher/experiments/studies", "trainer/evaluation/tasks"}
+REGISTRIES = {
+    "trainer/objectives",
+    "trainer/towers",
+    "trainer/evaluation/tasks",
+    "launcher/experiments/studies",
+}
 MAX_MODULES = 20
 INSIDE_LAUNCHER = {
     # folder -> folders of launcher that it must not import

@@ -97,11 +97,11 @@ def data_root(config: Config) -> str:
     if root == glyphs.NAME:
         return str(glyphs.glyphs_root())
     if root.startswith("demo:"):
-        raise GigabatchError(f"data.root: {root!r} is not a demo set; there is {glyphs.NAME}.")
+        raise GigabatchError(f"data.root: there is no demo set {root!r}. Use {glyphs.NAME}.")
     is_folder = is_remote(root) or Path(root).is_dir()
     hint = None if Path(root).is_dir() else pack_hint(root)
     if hint or not is_folder:
-        hint = hint or "Set it to the folder of shards."
+        hint = hint or "Set it to a folder of shards."
         raise GigabatchError(f"data.root: {root} is not a folder. {hint}")
     return root
 

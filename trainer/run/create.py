@@ -75,16 +75,16 @@ def _is_empty(path: Path) -> bool:
 
 
 def resolve_epochs(config: Config, samples: int) -> Config:
-    """Return a config whose length is in steps: `train.epochs` replaced by `train.steps`.
+    """Return the config with `train.epochs` converted to `train.steps`.
 
     Args:
-        config: A config of a new run; one without `train.epochs` is returned as it is.
-        samples: Samples of all training sources together, one epoch.
+        config: The config of a new run. Returned unchanged if it has no `train.epochs`.
+        samples: Number of samples of all training sources together: one epoch.
     """
     epochs = config.train.epochs
     if epochs is None:
         return config
-    # Of the decimal digits: 0.07 * 100 is above 7 in floating point, and would round up to 8.
+    # Exact decimals: in floating point 0.07 * 100 is above 7 and would round up to 8.
     exact = Fraction(str(epochs)) * samples / config.batch.global_size
     steps = max(1, math.ceil(exact))
     log.info(

@@ -1,7 +1,7 @@
-"""What a run is trained by: this code, named by a digest of its files, and the packages below it.
+"""The code and package versions that train a run, recorded by every attempt.
 
-Only the same code gives the same losses to the last bit, so each attempt records its own, and says
-where it is not that of the attempt before.
+Losses are equal to the last bit only with equal code. So an attempt compares its code and packages
+with those of the attempt before and logs what differs.
 """
 
 from __future__ import annotations
@@ -22,18 +22,22 @@ _PACKAGES = (
     "gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "tokenizers", "numpy",
     "pillow",
 )  # fmt: skip
-_SUFFIXES = (".py", ".yaml", "py.typed")  # of the files that a wheel holds
+_SUFFIXES = (".py", ".yaml", "py.typed")  # the files that a wheel holds
 
 
 def provenance() -> dict[str, Any]:
-    """`code`: the digest of this code; `packages`: the version of each, None where it is not
-    installed; `python`: its version."""
+    """Return the digest of this code and the versions of Python and of the packages it uses.
+
+    Returns:
+        `code`: the digest. `packages`: a version by package name, None if it is not installed.
+        `python`: the version of Python.
+    """
     packages = {name: _version(name) for name in _PACKAGES}
     return {"code": code_digest(), "packages": packages, "python": platform.python_version()}
 
 
 def environment() -> dict[str, Any]:
-    """`provenance`, and where and how this process was started."""
+    """Return `provenance()` with the host, the platform, the command and the start time."""
     return {
         **provenance(),
         "platform": platform.platform(),
@@ -44,25 +48,29 @@ def environment() -> dict[str, Any]:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two of `provenance`, as `NAME OLD -> NEW`; nothing where `old` does not
-    tell. The same code may go by two versions (a job's wheel), so its digest alone counts."""
+    """Return the differences between two results of `provenance()`, as `NAME OLD -> NEW`.
+
+    The version of gigabatch is not compared, only its digest: the wheel of a job has another version
+    for the same code. If `old` was written before digests were recorded, the list is empty.
+    """
     if "code" not in old:
         return []
-    before, after = _named(old), _named(new)
-    found = [
+    before, after = _versions(old), _versions(new)
+    differences = [
         f"{name} {before[name]} -> {after[name]}"
         for name in after
         if name != "gigabatch" and name in before and before[name] != after[name]
     ]
     if old["code"] != new["code"]:
-        found.insert(0, f"gigabatch {before['gigabatch']} -> {after['gigabatch']}")
-    return found
+        differences.insert(0, f"gigabatch {before['gigabatch']} -> {after['gigabatch']}")
+    return differences
 
 
-def _named(found: Mapping[str, Any]) -> dict[str, str]:
-    packages = {name: each or "(none)" for name, each in found["packages"].items()}
-    own = f"{packages['gigabatch']} (code {found['code']})"
-    return {**packages, "gigabatch": own, "Python": found["python"]}
+def _versions(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return what to print as the version of each package, of Python and of gigabatch."""
+    packages = {name: version or "(none)" for name, version in record["packages"].items()}
+    gigabatch_version = f"{packages['gigabatch']} (code {record['code']})"
+    return {**packages, "gigabatch": gigabatch_version, "Python": record["python"]}
 
 
 def _version(package: str) -> str | None:
@@ -73,12 +81,12 @@ def _version(package: str) -> str | None:
 
 
 def code_digest() -> str:
-    """Of every Python file of the package, such as `1f3870be274f`; recipes do not count."""
+    """Return the digest of the package's Python files, such as `1f3870be274f`, without recipes."""
     return digest_of({n: data for n, data in installed_files().items() if n.endswith(".py")})
 
 
 def digest_of(files: Mapping[str, bytes]) -> str:
-    """12 hexadecimal digits that change with any name or byte."""
+    """Return 12 hexadecimal digits that change with any name or byte of the files."""
     digest = hashlib.sha256()
     for name, data in files.items():
         digest.update(f"{name}\0{len(data)}\0".encode() + data)

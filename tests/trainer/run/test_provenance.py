@@ -28,7 +28,7 @@ def changed(**packages: str | None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("new", "told"),
+    ("new", "expected"),
     [
         (OLD, []),
         ({**OLD, "code": "9a0364b9e99b"},
@@ -38,11 +38,11 @@ def changed(**packages: str | None) -> dict[str, Any]:
         (changed(ray="2.60.0"), ["ray (none) -> 2.60.0"]),
         ({**OLD, "python": "3.12.1"}, ["Python 3.11.7 -> 3.12.1"]),
         (changed(gigabatch="0.1.0+code.77"), []),  # the same code, from a job's wheel
-        (changed(pillow="12.0"), []),  # of which the old one told nothing
+        (changed(pillow="12.0"), []),  # OLD has no version of pillow
     ],
 )  # fmt: skip
-def test_changes_are_named_with_both_versions(new: dict[str, Any], told: list[str]) -> None:
-    assert changes(OLD, new) == told
+def test_changes_are_named_with_both_versions(new: dict[str, Any], expected: list[str]) -> None:
+    assert changes(OLD, new) == expected
 
 
 def test_a_record_that_tells_no_code_differs_from_none() -> None:
