@@ -61,9 +61,9 @@ def parts(cache: ShardCache) -> list[Path]:
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, f"not in 20 s: {what}"
+        assert time.monotonic() < deadline, f"not in 60 s: {what}"
         time.sleep(0.005)
 
 
@@ -80,7 +80,7 @@ def start(started: list[BaseProcess], target: Callable[..., None], *arguments: A
 
 def join(*processes: BaseProcess) -> None:
     for process in processes:
-        process.join(30)
+        process.join(90)
         assert process.exitcode == 0
 
 

@@ -28,6 +28,7 @@ from caching import (
 from servers import FailingServer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.locks import locked
 from gigabatch.data.remote import cache as cache_module
 from gigabatch.data.remote.access import ShardState
 
@@ -133,7 +134,6 @@ def test_close_drops_pending_shards_and_the_cache_remains_usable(
 AHEAD = """
 import sys
 from pathlib import Path
-from gigabatch.data.remote.cache import ShardCache
 url, size, folder = sys.argv[1:]
 cache = ShardCache(Path(folder), 10**9)
 cache.prefetch(url, int(size), "")
@@ -157,6 +157,19 @@ def test_process_ends_without_waiting_for_its_prefetch(
     assert len(parts(cache)) == 1
     read_all(cache, states[1:2])
     assert parts(cache) == []
+
+
+def test_eviction_by_another_process_does_not_stop_prefetch(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make(tmp_path)
+    cache.folder.mkdir()
+    with locked(cache.folder / "lock"), locked(cache.path(states[0]).with_suffix(".part")):
+        # As an eviction does while it looks for abandoned parts.
+        prefetch(cache, states[0])
+        time.sleep(0.3)  # the prefetch thread tries to lock the part
+    wait_for(lambda: cache.path(states[0]).exists(), "the shard is fetched")
+    cache.close()
 
 
 def test_forked_process_prefetches_by_itself(
