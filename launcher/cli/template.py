@@ -40,7 +40,7 @@ def template(
       gigabatch template slurm my.yaml cluster.workers=16 --out run.sbatch && sbatch run.sbatch
       gigabatch template kuberay my.yaml --image registry/gigabatch:1 | kubectl apply -f -
     """
-    from gigabatch.launcher.templates import render
+    from gigabatch.launcher.templates.render import render
 
     text = render(kind, config, overrides or [], image, gpus_per_node)
     if out is None:

@@ -15,12 +15,14 @@ from gigabatch.launcher.templates.plan import (
     start_script,
     to_yaml,
 )
+from gigabatch.launcher.templates.registry import template
 from gigabatch.trainer.config.load import dump_config
 
 _FOLDER = "/etc/gigabatch"
 _WEEK = 7 * 24 * 3600
 
 
+@template("kuberay", starts_ray=True)
 def kuberay(plan: Plan) -> str:
     """Return a ConfigMap and a RayJob as YAML."""
     config_map = {

@@ -6,11 +6,13 @@ import shlex
 from typing import Any
 
 from gigabatch.launcher.templates.plan import Plan, commented, to_yaml
+from gigabatch.launcher.templates.registry import template
 
 _TOKEN = "~/.ray/auth_token"
 _AUTH = "export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$HOME/.ray/auth_token"
 
 
+@template("ray-cluster", starts_ray=True)
 def ray_cluster(plan: Plan) -> str:
     """Return a cluster config as YAML; its header explains how to submit the run."""
     nodes = plan.nodes

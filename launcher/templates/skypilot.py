@@ -12,6 +12,7 @@ from gigabatch.launcher.templates.plan import (
     start_script,
     to_yaml,
 )
+from gigabatch.launcher.templates.registry import template
 
 _CONFIG = "/tmp/gigabatch-config.yaml"
 # Each torchrun process runs the start script, which starts or resumes the run.
@@ -25,6 +26,7 @@ torchrun --nnodes="$SKYPILOT_NUM_NODES" --nproc-per-node={count} \\
 """
 
 
+@template("skypilot")
 def skypilot(plan: Plan) -> str:
     """Return a task as YAML."""
     count = plan.workers_per_node

@@ -6,12 +6,14 @@ import shlex
 
 from gigabatch.launcher.signals import REQUEUE
 from gigabatch.launcher.templates.plan import Plan, commented, start_script
+from gigabatch.launcher.templates.registry import template
 
 _RANKS = """\
 export RANK="$SLURM_PROCID" LOCAL_RANK="$SLURM_LOCALID" WORLD_SIZE="$SLURM_NTASKS"
 """
 
 
+@template("slurm", needs_image=False)
 def slurm(plan: Plan) -> str:
     """Return a batch script for sbatch."""
     gpus = f"#SBATCH --gpus-per-node={plan.workers_per_node}\n" if plan.gpus_per_node else ""

@@ -19,7 +19,10 @@ from support import Command, losses, wait_for_step
 from test_misuse import outcome
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.templates import TEMPLATES, render
+from gigabatch.launcher import templates
+from gigabatch.launcher.templates import registry
+from gigabatch.launcher.templates.registry import all_templates
+from gigabatch.launcher.templates.render import render
 from gigabatch.trainer.config.load import parse_config
 
 SECRET = "hf_do_not_write_me_down"
@@ -47,7 +50,34 @@ def check_bash_syntax(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("kind", TEMPLATES)
+NEW = """
+from gigabatch.launcher.templates.plan import Plan
+from gigabatch.launcher.templates.registry import template
+
+
+@template("nomad", needs_image=False)
+def nomad(plan: Plan) -> str:
+    return f"job {plan.label} on {plan.nodes} nodes"
+"""
+
+
+def test_new_file_is_a_new_template(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "nomad.py").write_text(NEW)
+    monkeypatch.setattr(registry, "_TEMPLATES", all_templates())
+    monkeypatch.setattr(templates, "__path__", [*templates.__path__, str(tmp_path)])
+    assert render("nomad", tiny, ["run.name=a"], None, 0) == "job a on 1 nodes"
+    assert list(all_templates()) == ["kuberay", "nomad", "ray-cluster", "skypilot", "slurm"]
+
+
+def test_second_template_of_a_name_is_rejected() -> None:
+    all_templates()
+    with pytest.raises(ValueError, match="name 'slurm' is taken"):
+        registry.template("slurm")(lambda plan: "")
+
+
+@pytest.mark.parametrize("kind", all_templates())
 def test_templates_contain_no_secrets(kind: str, tiny: Path) -> None:
     assert SECRET not in render_template(kind, tiny)
 
@@ -140,7 +170,7 @@ def test_skypilot_starts_torchrun_on_each_node(awkward: Path) -> None:
 
 
 def test_invalid_template_options_are_rejected(tiny: Path) -> None:
-    with pytest.raises(GigabatchError, match="choose kuberay, slurm, ray-cluster, skypilot"):
+    with pytest.raises(GigabatchError, match="choose kuberay, ray-cluster, skypilot, slurm"):
         render_template("nomad", tiny)
     with pytest.raises(GigabatchError, match="--image"):
         render("kuberay", tiny, RAY, None, 2)

@@ -17,39 +17,8 @@ from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import base
 from gigabatch.trainer.towers.base import Slot, TowerKind, kinds_of, tower_kind
 
-MEAN_COLOR = '''
-"""Tower kind `mean_color`: a linear map of each image's mean color."""
-
-from typing import Literal
-
-from torch import Tensor, nn
-
-from gigabatch.trainer.fields import Count
-from gigabatch.trainer.towers.base import TowerInput, TowerKind, tower_kind
-
-
-@tower_kind("image")
-class MeanColorTower(TowerKind):
-    """A linear map of the mean color."""
-
-    kind: Literal["mean_color"]
-    """Kind of image tower; mean_color: a linear map of each image's mean color."""
-    width: Count = 8
-    """Width of the linear map."""
-
-    def build(self, data: TowerInput) -> nn.Module:
-        return MeanColorEncoder(data.image.channels, self.width)
-
-
-class MeanColorEncoder(nn.Module):
-    def __init__(self, channels: int, width: int) -> None:
-        super().__init__()
-        self.width = width
-        self.linear = nn.Linear(channels, width)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.linear(images.mean((2, 3)))
-'''
+MEAN_COLOR = (Path(__file__).parents[3] / "docs/tutorials/mean_color.py").read_text()
+"""The example of docs/tutorials/extend.md."""
 SLOTS: tuple[Slot, ...] = get_args(Slot)
 
 
