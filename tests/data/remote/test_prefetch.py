@@ -134,6 +134,7 @@ def test_close_drops_pending_shards_and_the_cache_remains_usable(
 AHEAD = """
 import sys
 from pathlib import Path
+from gigabatch.data.remote.cache import ShardCache
 url, size, folder = sys.argv[1:]
 cache = ShardCache(Path(folder), 10**9)
 cache.prefetch(url, int(size), "")
