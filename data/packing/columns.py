@@ -49,7 +49,7 @@ class PackSettings(Settings):
     shard_bytes: int = Field(512 << 20, ge=1 << 14)
     """Maximum size of a shard in bytes; a larger sample gets a separate shard."""
     shuffle_seed: int | None = None
-    """Seed for shuffling the rows, so that each shard contains a mix. Default: the table's order."""
+    """Seed for shuffling the rows, so that shards contain a mix. Default: the table's order."""
     prefix: str | None = Field(None, pattern=rf"^{PREFIX}$")
     """First part of the shards' file names. Default: the output folder's name."""
 

@@ -73,7 +73,8 @@ def test_read_range_after_permanent_error_names_range_and_reason(
     begin(remote.server)
     url = f"{remote.url}/s0.tar"
     message = error_message(read_range, url, 5, 900, limits(error))
-    assert message.startswith(f"{url}: bytes 5 to 900 could not be read in 3 attempts; the last error: ")
+    problem = "bytes 5 to 900 could not be read in 3 attempts; the last error: "
+    assert message.startswith(f"{url}: {problem}")
     assert why in message
     assert remote.server.count() == 3
 

@@ -119,9 +119,7 @@ def test_missing_files_raise_with_their_path(tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match=r"none.jsonl: does not exist. Name a JSONL file"):
         open_collection(tmp_path / "none.jsonl")
     folder = write_beir(tmp_path / "set")
-    with pytest.raises(
-        GigabatchError, match=r"dev.tsv: does not exist; the splits are: test"
-    ):
+    with pytest.raises(GigabatchError, match=r"dev.tsv: does not exist; the splits are: test"):
         open_collection(folder, "dev")
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(GigabatchError, match=r"corpus.jsonl: cannot be read: No such file"):
