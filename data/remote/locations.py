@@ -179,7 +179,8 @@ def stat_all(urls: Sequence[str], threads: int = 32, retry: Retry = Retry()) -> 
         retry: Limits of a request.
 
     Raises:
-        GigabatchError: names the first file that is missing, unreadable or without a size.
+        GigabatchError: if a file is missing, unreadable or without a size; the message names the
+            first.
     """
     remote = [url for url in urls if is_remote(url) and not url.startswith("http")]
     folders = Counter(url.rpartition("/")[0] for url in remote)
