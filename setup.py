@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 # Links to the folders, so that an editable install is one line in a .pth file: new modules are
 # importable at once, and type checkers and editors see what the interpreter sees. (A folder
-# `gigabatch` beside the others would hide the installed package in a checkout.)
+# `gigabatch` next to the others would hide the installed package in a checkout.)
 SOURCE = Path(".src/gigabatch")
 FOLDERS = ["launcher", "trainer", "data", "kernels", "configs"]
 
@@ -21,7 +21,8 @@ packages = ["gigabatch"]
 for folder in FOLDERS:
     packages += [f"gigabatch.{folder}.{name}".rstrip(".") for name in ["", *find_packages(folder)]]
 
-# The lower bounds were installed and tested together on Python 3.11; none has a known advisory.
+# The lower bounds were installed and tested together on Python 3.11; none has a known
+# security advisory.
 REMOTE = [
     "obstore>=0.11",
     "boto3>=1.40",  # credentials from AWS profiles and roles
@@ -60,7 +61,7 @@ setup(
         "typer>=0.16,<1",
         "rich>=13.7",
         "pillow>=12.3",
-        "matplotlib>=3.10",  # its fonts are the demo set; pictures in the README
+        "matplotlib>=3.10",  # fonts of the demo set; pictures in the README
         "fonttools>=4.60.2",
         "requests>=2.33",
         "aiohttp>=3.14.3",
@@ -76,7 +77,7 @@ setup(
             "pytest-timeout>=2.4",
             "hypothesis>=6.150",
             "jsonschema>=4.23",
-            "moto[s3]>=5.1.20",  # with flask, its server; moto[server] needs far more
+            "moto[s3]>=5.1.20",  # its server needs flask; moto[server] needs far more
             "flask>=3.1.3",
             "flask-cors>=6",
             "setuptools>=78.1.1",

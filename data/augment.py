@@ -1,4 +1,4 @@
-"""Augmentation of a batch of images on its device, as a pure function of (images, RNG key).
+"""Augment a batch of images on its device, as a pure function of (images, RNG key).
 
 Uniform random numbers [B, k] become one affine map, one color matrix and so on for each image;
 `image_ops.py` applies them. The same key gives the same pixels, which is how the second forward
@@ -22,7 +22,7 @@ class Augmentation(Settings):
     """Ranges of the random changes; 0 turns a change off. Every draw is uniform."""
 
     crop: float = Field(0.0, ge=0, le=1)
-    """Smallest share of the area that a random resized crop keeps (0.08 is strong); 0: no crop."""
+    """Minimum share of the area that a random resized crop keeps (0.08 is strong); 0: no crop."""
     zoom: float = Field(0.0, ge=0, lt=1)
     """Scale the image by exp(u), u within +-zoom."""
     aspect: float = Field(0.0, ge=0, lt=1)
@@ -64,7 +64,7 @@ class Augmentation(Settings):
         return any((self.brightness, self.contrast, self.saturation, self.hue, self.grey))
 
 
-_DRAWS = 12  # fixed: another number of columns would change every draw of an old run
+_DRAWS = 12  # fixed: a different number would change every draw of an old run
 _ERASED_AREA = (0.02, 0.33)  # Zhong et al. 2020, Random Erasing
 _ERASED_ASPECT = 1 / 0.3
 
@@ -134,7 +134,7 @@ def _crop_boxes(crop: Tensor, draws: Tensor, s: Augmentation) -> Tensor:
 
 
 def _affine_within(boxes: Tensor, affine: Tensor) -> Tensor:
-    """Compose maps so that [-1, 1] of `affine` spans the box: the crop comes before the moves."""
+    """Compose maps so that [-1, 1] of `affine` spans the box; the crop then precedes the moves."""
     size, center = boxes.view(-1, 2, 2, 1).unbind(1)
     return torch.cat([affine[:, :, :2] * size, affine[:, :, 2:] * size + center], 2)
 
@@ -168,7 +168,7 @@ def _blur_kernels(draw: Tensor, limit: float) -> Tensor:
     """Return Gaussians of standard deviation up to `limit`, cut off at 3 `limit`: [B, 2 R + 1]."""
     radius = math.ceil(3 * limit)
     offsets = torch.arange(-radius, radius + 1, device=draw.device)
-    sigma = (draw * limit).clamp(min=1e-3)  # blurs nothing; 0 would give 0 / 0
+    sigma = (draw * limit).clamp(min=1e-3)  # 1e-3 blurs nothing; 0 would give 0 / 0
     weights = torch.exp(-(offsets**2) / (2 * sigma**2))
     return weights / weights.sum(1, keepdim=True)
 

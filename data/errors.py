@@ -10,4 +10,4 @@ class GigabatchError(Exception):
 
 
 class BadSample(GigabatchError):
-    """One sample whose bytes cannot be used. A run substitutes another sample and records it."""
+    """Raised for a sample that cannot be used. A run substitutes another sample and records it."""

@@ -1,4 +1,4 @@
-"""Atomic file writes: a file appears complete and synced, or not at all."""
+"""Write files atomically: a file appears complete and synced, or not at all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def atomic_replace(
 
     Args:
         path: The file to write; its folder must exist.
-        install: Moves the temporary file to `path`; None is `os.replace`.
+        install: Function that moves the temporary file to `path`; None uses `os.replace`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as lock:
@@ -47,7 +47,7 @@ def atomic_create(path: Path) -> AbstractContextManager[Path]:
 def _link(temporary: Path, path: Path) -> None:
     """Move `temporary` to `path`; raise FileExistsError if `path` exists."""
     try:
-        os.link(temporary, path)  # of two writers only one succeeds
+        os.link(temporary, path)  # only one of two writers succeeds
     except FileExistsError:
         raise
     except OSError:  # a file system without hard links
@@ -64,7 +64,7 @@ def remove_stale_temporaries(folder: Path, pattern: str) -> None:
 
     Args:
         folder: The folder to clean.
-        pattern: Glob pattern of the files that the temporaries were to become.
+        pattern: Glob pattern of the final names of the files.
     """
     for path in folder.glob(f".{pattern}.*.tmp"):
         with suppress(OSError), open(path, "rb") as file:

@@ -31,9 +31,9 @@ from gigabatch.data.shards.index import cache_folder
 log = logging.getLogger(__name__)
 NAME = "demo:glyphs"
 VERSION = 1
-IMAGE_SIZE = 32  # pixels a side
-INK_SIZE = 26  # pixels of the longer side of a character
-HELD_OUT_SHARE = 0.05  # of the code points
+IMAGE_SIZE = 32  # side length in pixels
+INK_SIZE = 26  # longer side of a character in pixels
+HELD_OUT_SHARE = 0.05  # fraction of the code points absent from `train`
 SHARD_SAMPLES = 4096
 UNSEEN_FACE = "STIXGeneral"
 
@@ -53,7 +53,7 @@ def glyphs_root() -> Path:
         _write_set(temporary)
         os.rename(temporary, root)
     except OSError as error:
-        if not root.is_dir():  # otherwise another process was faster
+        if not root.is_dir():  # otherwise another process has written it
             raise GigabatchError(
                 f"{root}: cannot write the demo set: {error}. Set GIGABATCH_CACHE to a folder "
                 "with 100 MB free."
@@ -87,8 +87,8 @@ def _write_set(root: Path) -> None:
 
 def _write_shards(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Write one split, shuffled."""
-    # Then every shard holds all faces, and a run's window of shards mixes them fully.
     folder.mkdir(parents=True)
+    # Shuffle, so that every shard contains all faces and a run's window of shards mixes them fully.
     order = np.argsort(permute(np.arange(len(rows)), len(rows), key("glyphs", folder.name)))
     for shard, first in enumerate(range(0, len(rows), SHARD_SAMPLES)):
         with wds.TarWriter(str(folder / f"{folder.name}-{shard:05d}.tar"), mtime=0) as writer:

@@ -1,4 +1,4 @@
-"""Image operations on a batch, with parameters given per image; nothing here is random.
+"""Apply image operations to a batch, with parameters per image; nothing here is random.
 
 `ImageTransforms` holds the parameters and `apply_transforms` applies them. Every operation except
 the color matrix is elementwise or a `grid_sample`, so a row's result does not depend on the batch.
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _CPU_BLOCK = 1 << 19
-"""Floats that a CPU thread processes at a time. They fit in its cache, which makes it 1.5 to 2
-times faster."""
+"""Number of floats that a CPU thread processes at a time. They fit in its cache, which makes it 1.5
+to 2 times as fast."""
 
 
 class ImageTransforms(NamedTuple):

@@ -1,4 +1,7 @@
-"""Exclusive locks on files that others may rename or remove, freed when their process ends."""
+"""Exclusive locks on files that other processes may rename or remove.
+
+A lock is released when its process ends.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ _held: set[FileIO] = set()
 
 def _after_fork() -> None:
     for file in _held:
-        file.close()  # or the lock would outlive the process that took it
+        file.close()  # otherwise the lock would outlive its process
     _held.clear()
 
 
@@ -39,17 +42,17 @@ def locked(path: Path, wait: bool = True) -> Iterator[FileIO | None]:
             if not _lock(file, wait):
                 yield None
                 return
-            if _is_at(path, file):  # else it was renamed or removed during the wait
+            if _is_at(path, file):  # otherwise it was renamed or removed
                 yield file
                 return
         finally:
             _held.discard(file)
-            fcntl.flock(file, fcntl.LOCK_UN)  # at once, even if a child still has the descriptor
+            fcntl.flock(file, fcntl.LOCK_UN)  # needed if a child shares the descriptor
             file.close()
 
 
 def remove_unlocked(path: Path) -> None:
-    """Remove a file that nobody has locked, because its process is gone."""
+    """Remove a file unless a process holds its lock; without one, its writer has ended."""
     try:
         file = FileIO(str(path))
     except FileNotFoundError:

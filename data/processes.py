@@ -1,4 +1,4 @@
-"""Child processes: they exit with their parent and ignore Ctrl-C."""
+"""Start child processes that exit with their parent and ignore Ctrl-C."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ def exit_with_parent(number: signal.Signals) -> None:
 def ctrl_c_deferred() -> Iterator[None]:
     """Defer Ctrl-C to the end of the block.
 
-    Processes started inside inherit the block and never receive Ctrl-C, not even while they import.
+    Processes started inside inherit the blocked signal and never receive Ctrl-C, not even while
+    they import modules.
     """
     old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:

@@ -1,6 +1,6 @@
 """Counter-based random numbers: pure functions of (key, index).
 
-No generator with a moving state is used in a run. The shuffle, the augmentation and the dropout
+A run uses no generator with mutable state. The shuffle, the augmentation and the dropout
 seeds are functions of (seed, purpose, location), so a run can start at any step, on any number of
 workers, and see the same numbers. Libraries may change their generators between versions; these
 functions are fixed and versioned, and `tests/data/test_rng.py` pins their values.
@@ -52,13 +52,13 @@ def permute(index: I64, size: int, rng_key: int) -> I64:
 
     The permutation is a balanced Feistel network over the next even number of bits. A result
     outside [0, size) goes through the network again until it is inside, at most four times on
-    average. The cost is proportional to `len(index)`, not to `size`, so seeking needs no table and
-    no sort.
+    average. The cost is proportional to `len(index)`, not to `size`, so seeking needs no table or
+    sort.
 
     Args:
         index: int64 [n], values in [0, size).
         size: Number of elements permuted.
-        rng_key: Selects the permutation.
+        rng_key: 64-bit key that selects the permutation.
 
     Returns:
         int64 [n], the image of each index.

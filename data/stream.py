@@ -1,8 +1,8 @@
 """The stream of micro-batches, as a `webdataset.DataPipeline`.
 
 The source stage yields the decoded samples of this rank's micro-batches in order. The user's
-webdataset stages follow, one sample in, one sample out. The last stage tokenizes and collates. The
-only state is the step at which the stream starts.
+webdataset stages follow; each returns one sample per sample. The last stage tokenizes and collates.
+The only state is the step at which the stream starts.
 """
 
 from __future__ import annotations
@@ -35,28 +35,29 @@ from gigabatch.data.shards.sources import Sources
 
 Stage = Callable[[Iterator[Sample]], Iterator[Sample]]
 PREFETCH_MICRO_BATCHES = 16
-"""Micro-batches whose remote shards are fetched before they are needed."""
+"""Number of micro-batches whose remote shards are fetched in advance."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Samples that pass the towers together: the unit of work and of randomness.
+    """Samples that pass through the towers together: the unit of work and of randomness.
 
     Attributes:
         step: The training step, from 1; 0 in an evaluation.
-        number: The micro-batch's number in its step. With the run's seed, (step, number) is the
-            RNG key of everything random in it.
-        real: False for padding: it runs through the towers so that collectives match, and counts
-            for nothing.
+        number: The micro-batch's number in its step. The run's seed, the step and this number
+            form the RNG key of all its random numbers.
+        real: False for padding, which passes through the towers so that collectives match, and
+            does not affect the results.
         keys: The samples' keys.
         tensors: B rows each, by name:
             `image`: uint8 [B, C, H, W].
-            `text`: int64 [B, L], with `text_mask` bool [B, L]; with K captions a sample, B K rows.
+            `text`: int64 [B, L], with `text_mask` bool [B, L]; B K rows with K captions per sample.
             A modality in `more`: a text like the above; a vector, float32 [B, size]; vectors,
             float32 [B, L, size] with `NAME_mask` bool [B, L]; audio, float32 [B, T] with
             `NAME_length` int64 [B].
             An array member: [B, ...].
-            `NAME_present`: bool, true where the row has that modality; if some may be missing.
+            `NAME_present`: bool, true where the row has that modality; exists only if modalities
+            may be missing.
             `sample`: int64 [B], sample numbers.
             A requested column: int64 [B] codes, float32 [B] numbers or float32 [B, size] vectors.
         substitutions: The unusable samples of this micro-batch and their substitutes.
@@ -72,7 +73,7 @@ class MicroBatch:
     more: tuple[str, ...] = ()
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Return a copy whose tensors are on `device`; copies may still be under way."""
+        """Return a copy whose tensors are on `device`; the transfers may still be in progress."""
         moved = {name: t.to(device, non_blocking=True) for name, t in self.tensors.items()}
         return replace(self, tensors=moved)
 
@@ -84,8 +85,8 @@ class MicroBatch:
 class MicroBatchSource(IterableDataset[Sample]):
     """The source stage: decoded samples of this rank's micro-batches.
 
-    Loader workers take micro-batches in turn. Each micro-batch reseeds torch, numpy and `random`,
-    so that a user's random stage gives the same result on any rank and loader worker.
+    Loader workers take micro-batches round-robin. Each micro-batch reseeds torch, numpy and
+    `random`, so that a user's random stage gives the same result on any rank and loader worker.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class MicroBatchSource(IterableDataset[Sample]):
 
 
 def _prefetch_shards(plans: Iterator[MicroBatchPlan], sources: Sources) -> Iterator[MicroBatchPlan]:
-    """Yield the plans; start fetching the remote shards of those that follow."""
+    """Yield the plans, and start fetching the remote shards of the plans that follow."""
     ahead: deque[MicroBatchPlan] = deque()
     for plan in plans:
         sources.prefetch(np.array(plan.samples, np.int64))
@@ -170,7 +171,7 @@ def _prefetch_shards(plans: Iterator[MicroBatchPlan], sources: Sources) -> Itera
 
 def _worker_share(plans: Iterable[MicroBatchPlan]) -> Iterator[MicroBatchPlan]:
     """Yield every n-th plan in each of n loader workers."""
-    # The loader takes micro-batches from its workers in turn, so this keeps their order.
+    # The loader takes micro-batches from its workers round-robin, so this keeps their order.
     worker = get_worker_info()
     offset, stride = (worker.id, worker.num_workers) if worker else (0, 1)
     return islice(plans, offset, None, stride)
@@ -200,7 +201,7 @@ class CollateStage:
         samples = iter(samples)
         for plan in _worker_share(self.plans):
             rows = list(islice(samples, len(plan.samples)))
-            # Checked against the plan, so that a stage cannot even drop a full micro-batch unseen.
+            # Compare with the plan: otherwise a stage could drop a full micro-batch unnoticed.
             expected = [(plan.step, plan.number, row) for row in range(len(plan.samples))]
             if [row.get("__position__") for row in rows] != expected:
                 raise GigabatchError(
@@ -258,18 +259,18 @@ def open_stream(
     Args:
         indexes: The sources, in the order of their source numbers.
         plans: The micro-batches to read; must allow more than one pass.
-        fields: What to decode of every sample.
-        tokenizer: A `tokenizer.json`; required if `fields` has text.
+        fields: Fields to decode from every sample.
+        tokenizer: Path of a `tokenizer.json`; required if `fields` has text.
         seed: The run's seed.
-        workers: Loader processes; 0 reads in this process.
-        prefetch: Micro-batches that a loader worker keeps ready.
-        stages: The user's webdataset stages, from decoded sample to decoded sample.
+        workers: Number of loader processes; 0 reads in this process.
+        prefetch: Number of micro-batches that each loader worker keeps ready.
+        stages: The user's webdataset stages; each maps decoded samples to decoded samples.
         pin_memory: Return tensors in pinned memory.
-        cache: Holds copies of remote shards; None uses this node's cache.
+        cache: Cache of remote shards; None uses this node's cache.
 
     Raises:
-        GigabatchError: if samples lack a modality or field; iterating raises it for data that
-            cannot be read.
+        GigabatchError: if samples lack a modality or field. Iteration also raises it if data cannot
+            be read.
     """
     pipeline = wds.DataPipeline(
         MicroBatchSource(indexes, plans, fields, seed, cache),
@@ -309,7 +310,7 @@ def load_stage(path: str) -> Stage:
 
 
 def group_by_step(stream: Iterable[MicroBatch], per_step: int) -> Iterator[list[MicroBatch]]:
-    """Yield a rank's micro-batches in lists of `per_step`, one list a step."""
+    """Yield a rank's micro-batches in lists of `per_step`, one list per step."""
     iterator = iter(stream)
     for first in iterator:
         rest = (next(iterator) for _ in range(per_step - 1))

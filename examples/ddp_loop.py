@@ -34,7 +34,7 @@ class TwoTowers(nn.Module):
 
 
 def synthetic_pairs(seed: int) -> tuple[Tensor, Tensor]:
-    """Return images [BATCH, 64] and texts [BATCH, 48] made from the same hidden vectors."""
+    """Return images [BATCH, 64] and texts [BATCH, 48] made from the same latent vectors."""
     fixed = torch.Generator().manual_seed(0)
     to_image = torch.randn(LATENT_DIM, IMAGE_DIM, generator=fixed)
     to_text = torch.randn(LATENT_DIM, TEXT_DIM, generator=fixed)
@@ -48,7 +48,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(TwoTowers())
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loss_fn = ContrastiveLoss()  # finds the default process group by itself
+    loss_fn = ContrastiveLoss()  # uses the default process group
 
     for step in range(1, STEPS + 1):
         # A data loader with a DistributedSampler would do this split.

@@ -30,7 +30,7 @@ from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions
 
 SHUFFLE = 1000
-"""Samples in the shuffle buffer."""
+"""Number of samples in the shuffle buffer."""
 
 
 def unsupported(setup: Setup) -> str:
@@ -107,7 +107,7 @@ def decode(held: HeldBatches) -> Pieces:
 
 
 def fit(image: Image.Image, settings: ImageSettings) -> Tensor:
-    """Resize the shorter side and crop the center; returns uint8 [C, S, S]."""
+    """Resize the shorter side and crop the center; return uint8 [C, S, S]."""
     size = settings.size
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)

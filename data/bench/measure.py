@@ -1,6 +1,6 @@
-"""Timing of the implementations of a stage.
+"""Time the implementations of a stage.
 
-They take turns, so that other load on the machine affects all of them alike.
+Their turns alternate, so that other load on the machine affects all of them alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from gigabatch.data.bench.stages import BASELINE, GIGABATCH, Variant
 from gigabatch.data.errors import GigabatchError
 
 Record = dict[str, Any]
-"""JSON values of one stage. Its implementations are in `arms`, their turns in `each`."""
+"""JSON values of one stage. `arms` lists the implementations, each with its timed turns in
+`each`."""
 
 
 def time_turn(variant: Variant, seconds: float) -> tuple[float, float]:
@@ -51,10 +52,10 @@ def time_turn(variant: Variant, seconds: float) -> tuple[float, float]:
 
 
 def compare(variants: Sequence[Variant], seconds: float, repeats: int, record: Record) -> None:
-    """Time all implementations of a stage in turns.
+    """Time all implementations of a stage, alternating between them.
 
-    `record` is updated after each round, so Ctrl-C keeps the finished rounds. An exception of
-    another package ends only its implementation.
+    `record` is updated after each round, so Ctrl-C keeps the finished rounds. An exception in an
+    implementation other than gigabatch ends only that implementation.
 
     Args:
         variants: Implementations of one stage.

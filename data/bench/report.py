@@ -1,4 +1,4 @@
-"""Report of the benchmark: lines, Markdown tables, JSON, and the bottleneck."""
+"""Report the benchmark: lines, Markdown tables, JSON, and the bottleneck."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def bottleneck(rates: Mapping[str, float], workers: int, cores: int) -> str:
     stages, or all of them if there are no workers.
 
     Args:
-        rates: Samples/s of each stage when run separately in one process.
+        rates: Samples per second of each stage, run separately in one process.
         workers: Number of loader workers.
         cores: Number of available cores.
     """
@@ -48,7 +48,7 @@ def bottleneck(rates: Mapping[str, float], workers: int, cores: int) -> str:
 
 
 def stage_rates(stages: list[Record]) -> dict[str, float]:
-    """Return the samples/s of gigabatch in each measured stage."""
+    """Return the samples per second of gigabatch in each measured stage."""
     return {
         record["stage"]: result["samples_per_s"]
         for record in stages

@@ -1,4 +1,4 @@
-"""Benchmark of data loading: speed of each stage, and the bottleneck."""
+"""Benchmark data loading: measure the speed of each stage, and find the bottleneck."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def run(
     repeats: int = REPEATS,
     max_turn_s: float = MAX_TURN_S,
 ) -> int:
-    """Measure and report; Ctrl-C ends it early with the results so far.
+    """Measure all stages and report; Ctrl-C stops early and reports the results so far.
 
     Args:
         setup: Data to read.
-        minutes: Approximate duration; no stage starts later.
+        minutes: Approximate duration in minutes; no stage starts later.
         out: Folder for `data.json` and `data.md`; None writes no files.
-        say: Prints a line.
+        say: Function that prints a line.
         machine: Facts to report in addition to versions and cores.
         command: Command line to report.
         repeats: Number of turns of each implementation.
@@ -97,7 +97,7 @@ def bench(
 
     Args:
         setup: Data to read.
-        minutes: Approximate duration; no stage starts later.
+        minutes: Approximate duration in minutes; no stage starts later.
         say: Called with a line of results after each stage.
         repeats: Number of turns of each implementation.
         max_turn_s: Maximum duration of a turn in seconds.
@@ -160,7 +160,7 @@ def _implementations(setup: Setup) -> dict[str, str]:
 
 
 def _warm_page_cache(setup: Setup) -> bool:
-    """Read local shards once if they fit the system's page cache; returns whether they do."""
+    """Read local shards once if they fit the system's page cache; return whether they do."""
     local = [name for name in setup.shards if not is_remote(name)]
     if sum(map(os.path.getsize, local)) > CACHED_BYTES:
         return False
@@ -173,7 +173,10 @@ def _warm_page_cache(setup: Setup) -> bool:
 
 @contextmanager
 def _torch_threads(threads: int | None) -> Iterator[None]:
-    """Set the number of torch threads, as loader workers have one; None keeps it."""
+    """Set the number of torch threads inside the block; None leaves it unchanged.
+
+    Loader workers use one thread.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:

@@ -1,4 +1,4 @@
-"""Input of the benchmark: the data of a run, as its config describes it."""
+"""Define the input of the benchmark: the data of a run, as its config describes it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gigabatch.data.shards.index import Index
 from gigabatch.data.stream import Stage
 
 SIZE_SAMPLE = 8
-"""Number of micro-batches from which the usual size is determined."""
+"""Number of micro-batches used to estimate the typical size; the largest one counts."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Setup:
 
     @cached_property
     def shards(self) -> list[str]:
-        """Names of all shards that hold samples."""
+        """Names of all shards that contain samples."""
         return [shard.name for index in self.indexes for shard in index.shards if shard.samples]
 
     @property

@@ -1,6 +1,6 @@
-"""Shards of synthetic photographs, so that a benchmark needs no data.
+"""Write shards of synthetic photographs, so that a benchmark needs no data.
 
-An image is a few shapes under noise with a 1/f spectrum, which photographs have too. Its JPEG
+An image is a few shapes under noise with a 1/f spectrum, like that of photographs. Its JPEG
 therefore has the size and the decoding cost of a photograph's.
 """
 

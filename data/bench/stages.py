@@ -30,7 +30,7 @@ class Variant:
         name: Name of the implementation.
         open: Starts an endless generator of pieces of work.
         group: Number of pieces timed as one unit; also the number of warm-up pieces. Equals the
-            number of loader workers, which deliver pieces in turns.
+            number of loader workers, which deliver pieces round-robin.
     """
 
     stage: str
@@ -40,8 +40,8 @@ class Variant:
 
 
 def loading_stage(workers: int) -> str:
-    """Return the name of the stage that does everything in the loader."""
-    return f"together, {_worker_count(workers)}"
+    """Return the name of the stage that runs all loader stages at once."""
+    return f"all loader stages, {_worker_count(workers)}"
 
 
 def full_stage(workers: int) -> str:

@@ -1,4 +1,4 @@
-"""Work of each stage of the gigabatch reader, repeated endlessly in counted pieces.
+"""Repeat the work of each stage of the gigabatch reader endlessly, in counted pieces.
 
 A piece is (samples, bytes). Bytes count members read, encoded images and texts, or tensors created.
 """
@@ -29,7 +29,7 @@ from gigabatch.data.stream import MicroBatch, MicroBatchSource, open_stream
 from gigabatch.data.text.tokenizer import encode, load_tokenizer
 
 HELD_SAMPLES, HELD_BYTES = 2048, 256 << 20
-"""Limits of `HeldBatches`; it stops at the first micro-batch that reaches one of them."""
+"""Limits of `HeldBatches`, which stops at the first micro-batch that reaches one of them."""
 Raw = dict[str, bytes | DamagedMember]
 Pieces = Generator[tuple[int, int], None, None]
 

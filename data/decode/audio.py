@@ -1,4 +1,4 @@
-"""Decoding of audio to a mono waveform of fixed rate and length, truncated or zero-padded."""
+"""Decode audio to a mono waveform of fixed rate and length, truncated or zero-padded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MARGIN_S = 0.1
 """Seconds read beyond the kept part: the reach of the resampling filter, so that the end of the
 kept part is the same as in the full file."""
 _MISSING_SAMPLES = 3 * 1152
-"""Samples that may be missing: codecs drop up to three of their frames at the ends."""
+"""Number of samples that may be missing: codecs drop up to three of their frames at the ends."""
 
 F32 = NDArray[np.float32]
 
@@ -33,7 +33,7 @@ class AudioSettings(Settings):
     """Rate and length of audio; all channels are averaged to one."""
 
     rate: int = Field(16000, ge=1_000, le=192_000)
-    """Samples per second; audio of another rate is resampled."""
+    """Samples per second; audio of a different rate is resampled."""
     seconds: float = Field(10.0, ge=0.01, le=3600)
     """Length in seconds; longer audio is truncated, shorter audio padded with silence."""
 
@@ -49,7 +49,7 @@ def decode_audio(data: bytes, settings: AudioSettings, where: str) -> tuple[Tens
     Args:
         data: Contents of the file.
         settings: Rate and length of the result.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Returns:
         The waveform, float32 [settings.samples], and the number of samples before the padding.
@@ -74,7 +74,7 @@ def decode_audio(data: bytes, settings: AudioSettings, where: str) -> tuple[Tens
 
 
 def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
-    """Read the first seconds as mono; returns float32 [T] and the rate."""
+    """Read the first seconds as mono; return float32 [T] and the rate."""
     import soundfile
 
     try:
@@ -84,7 +84,7 @@ def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
             expected = expected_samples(data, file.format, file.frames, wanted)
             # Integers are several times as fast to read from a WAV file as floats.
             dtype = "int16" if file.subtype == "PCM_16" else "float32"
-            # At most `wanted`: memory must not depend on the length that a header claims.
+            # Read at most `wanted`: memory must not depend on the length that a header claims.
             frames = file.read(min(wanted, file.frames), dtype=dtype, always_2d=True)
             kind, rate = file.format, file.samplerate
     except soundfile.LibsndfileError as error:  # its str() contains a memory address
@@ -101,7 +101,7 @@ def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
 
 
 def _check_header(file: Any, where: str) -> None:
-    """Raise BadSample for a format that is not supported or a header with absurd values."""
+    """Raise BadSample for an unsupported format or a header with implausible values."""
     if file.format not in _FORMATS:
         raise _error(where, f"{file.format} is not one of {', '.join(AUDIO_MEMBERS)}")
     if not _RATES[0] <= file.samplerate <= _RATES[1] or file.channels > _MAX_CHANNELS:

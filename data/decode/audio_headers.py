@@ -1,4 +1,4 @@
-"""Checks of an audio file's length against its own headers.
+"""Check an audio file's length against its own headers.
 
 libsndfile silently reads what is left of a truncated WAV, OGG or MP3 file; for FLAC it raises an
 error. All lengths are in samples of one channel.
@@ -9,12 +9,12 @@ from __future__ import annotations
 _UNKNOWN_SIZE = 0x7FFFF000
 """Programs that stream a WAV file write a size of at least this."""
 _OGG_LAST_PAGE = 4
-_KBPS = {  # MPEG layer III bit rates by four bits of the header: for version 1; for 2 and 2.5
+_KBPS = {  # MPEG layer III bit rates by four bits of the header; True: version 1, False: 2 and 2.5
     True: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
     False: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
 }
 _RATES = (44100, 48000, 32000)
-_HALVINGS = {3: 0, 2: 1, 0: 2}  # of the rate, by the header's version bits
+_HALVINGS = {3: 0, 2: 1, 0: 2}  # halvings of the rate, by the version bits
 
 
 def is_truncated(data: bytes, kind: str) -> bool:
@@ -37,7 +37,7 @@ def expected_samples(data: bytes, kind: str, frames: int, limit: int) -> int:
         kind: libsndfile's name of the format.
         frames: libsndfile's number of samples. For an MP3 without a Xing header it is a guess from
             the bit rate of the first frame, so the frames are counted instead.
-        limit: Counting may stop here.
+        limit: Number of samples at which counting may stop.
     """
     return frames if kind != "MP3" or _has_xing(data) else _count_mp3_samples(data, limit)
 

@@ -1,6 +1,6 @@
-"""Collation of decoded samples into the tensors of a micro-batch.
+"""Collate decoded samples into the tensors of a micro-batch.
 
-Loader workers write the tensors into shared memory, from where the training process takes them
+Loader workers write the tensors into shared memory, from which the training process reads them
 without a copy.
 """
 
@@ -27,7 +27,7 @@ class Collate:
     """Stacks the samples of one micro-batch.
 
     Args:
-        fields: What was decoded of every sample.
+        fields: Fields that were decoded from every sample.
         tokenizer_json: Contents of `tokenizer.json`; required if `fields` has text.
     """
 
@@ -76,7 +76,7 @@ class Collate:
         )
 
     def _captions(self, rows: Sequence[Sample]) -> dict[str, Tensor]:
-        """Return the tokens of the captions, `most` rows a sample with `choose: all`."""
+        """Return the tokens of the captions, `most` rows per sample with `choose: all`."""
         settings = self.fields.text
         assert settings is not None
         per_sample = settings.most if settings.choose == "all" else 1
@@ -117,13 +117,13 @@ def _audio_or_vectors(
 
 @lru_cache(maxsize=8)
 def _tokenizer(text: str, length: int | None) -> Tokenizer:
-    """Parse a tokenizer, once a process since it cannot be pickled; `length` replaces its own."""
+    """Parse a tokenizer once per process, as it cannot be pickled; `length` replaces its own."""
     tokenizer = Tokenizer.from_str(text)
     return tokenizer if length is None else with_length(tokenizer, length)
 
 
 def _stack(parts: Sequence[Tensor | None], blank: Tensor) -> Tensor:
-    """Stack tensors [...] to [n, ...], `blank` for None."""
+    """Stack tensors [...] to [n, ...]; `blank` replaces None."""
     rows = [blank if part is None else part for part in parts]
     try:
         return torch.stack(rows, out=_empty_shared((len(rows), *blank.shape), blank.dtype))

@@ -1,4 +1,4 @@
-"""What a stream decodes of every sample: members, modalities, json columns."""
+"""Decode the fields of a sample: modalities from its members, columns from its json."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ ExtraModality = AudioSettings | VectorSettings | ExtraText
 
 @dataclass(frozen=True)
 class Fields:
-    """What a stream yields of every sample.
+    """The fields to decode from every sample.
 
     Attributes:
-        image: How images are decoded; None leaves them out.
-        text: How captions are read; None leaves them out.
-        more: Further modalities, by names of the user's.
-        arrays: Extensions of .npy members to yield as they are; every array has the same shape.
+        image: Settings of images; None omits them.
+        text: Settings of captions; None omits them.
+        more: Settings of additional modalities, by the user's name for each.
+        arrays: Extensions of .npy members to yield unchanged; all arrays have the same shape.
         columns: Fields of the json member to yield as integer codes.
         numbers: Fields of the json member to yield as numbers.
-        vectors: Vectors that no tower reads, by name.
-        allow_missing: Samples may lack a modality or vector, which is then masked.
+        vectors: Settings of vectors that no tower reads, by name.
+        allow_missing: Accept samples that lack a modality or vector, which is then masked.
     """
 
     image: ImageSettings | None = None
@@ -83,7 +83,7 @@ class Fields:
 
     @property
     def texts_only(self) -> Fields:
-        """The same fields without everything that is not text."""
+        """These fields, reduced to texts."""
         more = {name: s for name, s in self.more.items() if isinstance(s, ExtraText)}
         return Fields(text=self.text, more=more, allow_missing=self.allow_missing)
 
@@ -108,7 +108,7 @@ class Fields:
         return tuple(extensions)
 
     def unindexed_columns(self, index: Index) -> list[str]:
-        """Return the columns that the index lacks: they are parsed from every sample's json."""
+        """Return the columns that the index lacks, which are parsed from every sample's json."""
         codes = [c for c in self.columns if c != SOURCE_COLUMN and c not in index.columns]
         return [*codes, *self.numbers]
 
@@ -117,8 +117,8 @@ class Fields:
 
         Args:
             raw: The sample's members.
-            where: Names the sample, for errors.
-            rng_key: Key of the choice of a caption; None takes the first.
+            where: Name of the sample, for error messages.
+            rng_key: Key of the random choice of a caption; None chooses the first.
 
         Returns:
             By modality: `image` uint8 [C, S, S]; `text` a string or a list of captions; further
@@ -163,14 +163,14 @@ class Fields:
     def column_values(
         self, source: int, index: Index, row: int, raw: RawMembers, where: str
     ) -> dict[str, int | float]:
-        """Return the columns of one sample, from the index if it holds them, else from the json.
+        """Return the columns of one sample, from the index if it has them, else from the json.
 
         Args:
             source: Number of the source.
             index: Index of the source.
             row: The sample's row in it.
             raw: The sample's members.
-            where: Names the sample, for errors.
+            where: Name of the sample, for error messages.
 
         Raises:
             BadSample: if the json is damaged or lacks a column.
@@ -211,9 +211,9 @@ def captions_for_tokenizer(
 
     Args:
         indexes: The sources.
-        fields: What the run decodes; only its texts are read.
-        limit: Most samples to read; they are evenly spaced.
-        cache: Holds copies of remote shards; None uses this node's cache.
+        fields: Fields that the run decodes; only the texts are read.
+        limit: Maximum number of samples to read, evenly spaced.
+        cache: Cache of remote shards; None uses this node's cache.
     """
     step = -(-sum(map(len, indexes)) // limit)
     texts = fields.texts_only

@@ -1,4 +1,4 @@
-"""Decoding of image, array and json members. Nothing here unpickles or starts a program."""
+"""Decode image, array and json members. Nothing here unpickles or starts a program."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ImageSettings(Settings):
     """Size, channels and normalization of images."""
 
     size: int = Field(224, ge=8)
-    """Pixels a side: the shorter side is resized to it, then the center is cropped."""
+    """Side length in pixels: the shorter side is resized to it, then the center is cropped."""
     channels: Literal[1, 3] = 3
     """Color channels: 3 for RGB, 1 for gray."""
     mean: float = 0.5
@@ -41,7 +41,7 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
     Args:
         data: Contents of the file.
         settings: Size and channels.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Returns:
         uint8 [C, S, S], a view of memory laid out as [S, S, C].
@@ -58,13 +58,13 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
                 image: Image.Image = Image.alpha_composite(white, file.convert("RGBA"))
             else:
                 image = file
-            if image.mode.startswith("I"):  # 16 bits a pixel, which `convert` would clip
+            if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip
                 image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             mode = "L" if settings.channels == 1 else "RGB"
             image.load()
             image = image if image.mode == mode else image.convert(mode)
             image = _resize_and_crop(image, size)
-    except Exception as error:  # Pillow raises all kinds of errors for odd files, even asserts
+    except Exception as error:  # Pillow raises many types, even AssertionError
         raise BadSample(
             f"{where}: the image cannot be decoded: {error or type(error).__name__}. Restore or "
             "remove the sample."
@@ -89,7 +89,18 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def decode_array(data: bytes, where: str) -> Tensor:
-    """Decode a .npy member of numbers or booleans; raises BadSample. Never unpickles."""
+    """Decode a .npy member of numbers or booleans, without unpickling.
+
+    Args:
+        data: Contents of the member.
+        where: Name of the sample, for error messages.
+
+    Returns:
+        The array as a tensor of the same shape and dtype.
+
+    Raises:
+        BadSample: if the member cannot be read.
+    """
     try:
         return torch.from_numpy(load_array(data, where))
     except TypeError as error:
@@ -97,7 +108,11 @@ def decode_array(data: bytes, where: str) -> Tensor:
 
 
 def load_array(data: bytes, where: str) -> Array:
-    """Return the array of a .npy member in this machine's byte order; raises BadSample."""
+    """Return the array of a .npy member in this machine's byte order.
+
+    Raises:
+        BadSample: if the member cannot be read.
+    """
     try:
         array = np.load(io.BytesIO(data), allow_pickle=False)
         return array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -120,13 +135,13 @@ def decode_column(data: bytes, column: str, where: str) -> int:
     Args:
         data: Contents of the json member.
         column: Name of the field.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Raises:
         BadSample: if the json cannot be read or lacks the field.
     """
     value = _json_field(data, column, where)
-    if value is None:  # an error: samples of unknown value are not equal to each other
+    if value is None:  # unknown values are not equal to each other
         raise BadSample(
             f"{where}: its json member has no {column!r}. Set objective.positives "
             "(`gigabatch eval`: --positives FIELD, or none) to a field that every sample has."
@@ -140,7 +155,7 @@ def decode_number(data: bytes, column: str, where: str) -> float:
     Args:
         data: Contents of the json member.
         column: Name of the field.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Raises:
         BadSample: if the json cannot be read or the field is not a finite number.

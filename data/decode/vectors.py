@@ -1,4 +1,4 @@
-"""Vectors of numbers from a .npy member or from json fields.
+"""Read vectors of numbers from a .npy member or from json fields.
 
 A sample has one vector (an embedding, a row of a table) or several (a set, a sequence).
 """
@@ -23,7 +23,7 @@ class VectorSettings(Settings):
     """Location and size of a sample's vector."""
 
     size: int = Field(ge=1, strict=True)
-    """Numbers in a vector."""
+    """Number of values in a vector."""
     member: str = "npy"
     """Extension of the .npy member that holds the vector, such as `npy` or `gaze.npy`."""
     fields: tuple[str, ...] = ()
@@ -40,11 +40,11 @@ class VectorsSettings(VectorSettings):
     """Location and size of a sample's set or sequence of vectors."""
 
     length: int = Field(ge=1, strict=True)
-    """Most vectors kept of a sample; further ones are dropped."""
+    """Maximum number of vectors of a sample; additional ones are dropped."""
 
 
 class MissingVector(BadSample):
-    """A sample has no vector; allowed if modalities may be missing."""
+    """Raised if a sample has no vector; not an error if modalities may be missing."""
 
 
 def read_vectors(data: bytes, settings: VectorSettings, where: str) -> Tensor:
@@ -53,19 +53,20 @@ def read_vectors(data: bytes, settings: VectorSettings, where: str) -> Tensor:
     Args:
         data: Contents of the member `settings.extension`.
         settings: Size of the vectors; `VectorsSettings` reads several.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Returns:
         float32 [size]; with `VectorsSettings`, float32 [n, size], n from 1 to `length`.
 
     Raises:
-        BadSample: if there is no such array of finite numbers; MissingVector if there is none.
+        MissingVector: if the sample has no vector.
+        BadSample: if the vector cannot be read, has the wrong size, or is not finite.
     """
     array = _from_json(data, settings, where) if settings.fields else load_array(data, where)
     subject = f"{where}: its vector ({', '.join(settings.fields) or settings.member})"
     if array.dtype.kind not in "biuf":
         kind = "complex numbers" if array.dtype.kind == "c" else f"no numbers ({array.dtype})"
-        raise BadSample(f"{subject} holds {kind}.")
+        raise BadSample(f"{subject} contains {kind}.")
     if array.dtype != np.float32:
         with np.errstate(over="ignore"):  # overflow gives infinity, which is rejected below
             array = array.astype(np.float32)
@@ -78,11 +79,11 @@ def read_vectors(data: bytes, settings: VectorSettings, where: str) -> Tensor:
             )
         array = array[: settings.length]
     elif array.size != settings.size:
-        raise BadSample(f"{subject} holds {array.size} numbers, not {settings.size} (`size`).")
+        raise BadSample(f"{subject} contains {array.size} numbers, not {settings.size} (`size`).")
     else:
         array = array.reshape(-1)
     if not np.isfinite(array).all():
-        raise BadSample(f"{subject} holds values that are not finite.")
+        raise BadSample(f"{subject} contains values that are not finite.")
     return torch.from_numpy(array)
 
 
@@ -102,8 +103,8 @@ def _from_json(data: bytes, settings: VectorSettings, where: str) -> Array:
 
 
 def _to_array(value: Any, name: str) -> Array:
-    """Convert a json value to float64 [...] of at least one axis; ValueError if not numbers."""
+    """Convert a json value to float64 [...] of at least one axis; ValueError if not numeric."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":  # also rejects numbers written as text
-        raise ValueError(f"{name} holds no numbers: {value!r:.60}")
+        raise ValueError(f"{name} contains no numbers: {value!r:.60}")
     return np.atleast_1d(array.astype(np.float64))

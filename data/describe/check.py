@@ -1,4 +1,4 @@
-"""Check of a data set: rereads members, compares checksums, and decodes samples."""
+"""Check a data set: reread members, compare checksums, and decode samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gigabatch.data.shards.index import I64, Index
 from gigabatch.data.shards.reader import DamagedMember, Reader
 
 CHUNK = 64
-"""Samples checked at a time."""
+"""Number of samples checked at a time."""
 LISTED = 20
 """Maximum number of bad samples, and of shards, that a report lists."""
 Progress = Callable[[int, int], None]

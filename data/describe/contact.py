@@ -1,4 +1,4 @@
-"""Contact sheet: one picture that shows samples of a set, images with captions below.
+"""Draw a contact sheet: one picture of samples of a set, with captions below the images.
 
 The set is split into as many equal ranges as the sheet has cells; each cell shows a random sample
 of its range. A crossed box with the reason replaces an image that cannot be shown.
@@ -26,7 +26,7 @@ from gigabatch.data.text.captions import CaptionSettings, read_captions
 CELL, GAP, LINE, TITLE = 128, 12, 18, 30
 """Pixels: maximum side of an image, gap between cells, height of a caption and of the title."""
 WRAP = 21
-"""Characters in a line of a crossed box."""
+"""Maximum number of characters in a line of a crossed box."""
 PAPER, FRAME, INK, ERROR = "#ffffff", "#d0d0d0", "#202020", "#c02020"
 
 
@@ -56,7 +56,7 @@ def contact_sheet(
         index: Set to show.
         captions: Caption to show below an image.
         out: File to write.
-        columns: Cells in a row; fewer if the set has fewer samples.
+        columns: Number of cells in a row; fewer if the set has fewer samples.
         rows: Number of rows.
         seed: Seed for the choice of samples.
 
@@ -87,7 +87,7 @@ def contact_sheet(
     except OSError as error:
         raise GigabatchError(
             f"{out}: the contact sheet cannot be written: {error.strerror or error}. Choose "
-            "another file."
+            "a different file."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Statistics of sample content: image headers, captions, and unusable samples."""
+"""Compute statistics of sample content: image headers, captions, unusable samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gigabatch.data.shards.reader import DamagedMember, Reader
 from gigabatch.data.text.captions import CaptionSettings, MissingCaption, read_captions, value_at
 
 SMALL = (64, 224)
-"""Limits in pixels; images whose shorter side is below each are counted."""
+"""Limits in pixels; the images whose shorter side is below each limit are counted."""
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 """Exceptions that PIL raises for a file it cannot read."""
 MAX_NAMES = 1000
@@ -75,7 +75,7 @@ class CaptionStats:
     Attributes:
         samples: Number of samples with a caption.
         missing: Number of samples without the member.
-        empty: Number of samples whose member holds no caption.
+        empty: Number of samples whose member contains no caption.
         per_sample: Distribution of the number of captions of a sample.
         characters: Distribution of a caption's length in characters.
         words: Distribution of a caption's length in words.
@@ -193,7 +193,7 @@ class Captions:
         """Count the captions of a sample.
 
         Raises:
-            BadSample: if there is none.
+            BadSample: if there are none, or they cannot be read.
         """
         try:
             captions = read_captions(data, self.settings, "")
@@ -215,7 +215,7 @@ class Captions:
         """Return the statistics of all captions counted so far.
 
         Args:
-            reader: Rereads the most frequent captions, whose text was not kept.
+            reader: Reader for the most frequent captions, whose text was not kept.
         """
         hashes = np.frombuffer(self.hashes, np.uint64)
         ordered = np.sort(hashes)
@@ -291,7 +291,7 @@ def count_member(
 
 
 def mapping_keys(data: bytes, settings: CaptionSettings) -> list[str]:
-    """Return the keys of a mapping of captions; empty if `data` holds no mapping."""
+    """Return the keys of a mapping of captions; empty if `data` contains no mapping."""
     if settings.field is None:
         return []
     captions = value_at(json.loads(data), settings.field)

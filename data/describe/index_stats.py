@@ -1,4 +1,4 @@
-"""Statistics from an index: counts, sizes, equal members, values of fields.
+"""Compute statistics from an index: counts, sizes, equal members, values of fields.
 
 Shards are read only to compare a few members that appear equal. Index columns are read in chunks;
 at most eight bytes per sample are held at a time.
@@ -23,7 +23,7 @@ TOP = 10
 MAX_DISTINCT = 100_000
 """Maximum number of distinct values that are counted separately."""
 CHUNK = 1 << 17
-"""Rows whose values are counted at a time."""
+"""Number of rows whose values are counted at a time."""
 QUANTILES = (0.5, 0.95, 0.99)
 GROUPS, COPIES = 5, 3
 """Number of groups of equal members that are listed, and of members compared in each."""
@@ -84,7 +84,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Column:
-    """Statistics of a json field that the index holds; `min` and `max` exist for numbers only."""
+    """Statistics of an indexed json field; `min` and `max` are None unless it is numeric."""
 
     name: str
     nulls: int
@@ -117,7 +117,7 @@ class Duplicates:
 
 
 class Tally:
-    """Counter of values that keeps separate counts for the first MAX_DISTINCT distinct ones."""
+    """Counts values; keeps separate counts for the first MAX_DISTINCT distinct values."""
 
     def __init__(self) -> None:
         self.counts: dict[Any, int] = {}
@@ -280,7 +280,7 @@ def find_duplicates(index: Index, choices: Sequence[str]) -> Duplicates | None:
 
 
 def equal_runs(ordered: NDArray[Any]) -> tuple[I64, I64]:
-    """Find runs of two or more equal values in a sorted array; returns int64 begins, lengths."""
+    """Find runs of two or more equal values in a sorted array; return int64 starts, lengths."""
     same = np.zeros(len(ordered) + 1, np.int8)
     same[1:-1] = ordered[1:] == ordered[:-1]
     changes = np.flatnonzero(np.diff(same))
@@ -288,7 +288,7 @@ def equal_runs(ordered: NDArray[Any]) -> tuple[I64, I64]:
 
 
 def _member_keys(index: Index, members: Sequence[str], rows: I64) -> tuple[NDArray[np.bool_], U64]:
-    """Return which rows have one of `members`, and size << 32 | CRC-32C of the first present."""
+    """Return which rows have one of `members`, and size << 32 | CRC-32C of the first they have."""
     present = np.zeros(len(rows), bool)
     keys = np.zeros(len(rows), np.uint64)
     for name in members:
@@ -300,7 +300,7 @@ def _member_keys(index: Index, members: Sequence[str], rows: I64) -> tuple[NDArr
 
 
 def _first_samples(index: Index, members: Sequence[str], wanted: U64) -> list[list[int]]:
-    """Find the first COPIES samples with each of the keys `wanted`."""
+    """Find up to COPIES samples for each key in `wanted`."""
     groups: dict[int, list[int]] = {int(key): [] for key in wanted}
     for rows in row_chunks(index) if groups else ():
         present, keys = _member_keys(index, members, rows)

@@ -1,4 +1,4 @@
-"""Description of a data set, as numbers and as text.
+"""Describe a data set, as numbers and as text.
 
 Counts, sizes, equal images and indexed fields cover all samples and come from the index. Image
 headers and captions cover only the samples that are opened.
@@ -39,7 +39,7 @@ from gigabatch.data.shards.reader import Reader
 from gigabatch.data.text.captions import CaptionSettings
 
 CHUNK = 64
-"""Samples read at a time."""
+"""Number of samples read at a time."""
 LISTED = 10
 """Maximum number of values or bad samples that the text lists."""
 VALUE_WIDTH = 76
@@ -59,7 +59,7 @@ class SetStats:
         samples: Number of samples.
         per_shard: Distribution of the number of samples in a shard.
         members: Statistics of each kind of member.
-        checksums: Whether the index holds checksums.
+        checksums: Whether the index contains checksums.
         duplicates: Samples with equal images; None without images or checksums.
         columns: Statistics of each indexed json field.
         opened: Number of opened samples.
@@ -231,7 +231,7 @@ def _captions(stats: SetStats) -> Iterator[str]:
     )
     yield f"  scripts (of most letters): {_frequent(captions.scripts)}"
     if captions.keys:
-        yield f"  {stats.caption_member} holds: {_frequent(captions.keys, captions.samples)}"
+        yield f"  {stats.caption_member} contains: {_frequent(captions.keys, captions.samples)}"
     yield (
         f"  {captions.distinct:,} distinct captions; {_part(captions.repeated, captions.samples)} "
         "of the samples share one with another sample"

@@ -1,4 +1,4 @@
-"""Assignment of samples to micro-batches and of micro-batches to ranks."""
+"""Assign samples to micro-batches, and micro-batches to ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class MicroBatchPlan:
 
 @dataclass(frozen=True)
 class TrainPlans:
-    """This rank's micro-batches of steps `first_step` to `last_step`, padding included."""
+    """This rank's micro-batches of steps `first_step` to `last_step`, including padding."""
 
     mixture: Mixture
     global_size: int
@@ -43,7 +43,7 @@ class TrainPlans:
 
     @property
     def per_step(self) -> int:
-        """Micro-batches of this rank in a step."""
+        """Number of micro-batches of this rank in a step, including padding."""
         return micro_batches_per_rank(self.global_size // self.micro_size, self.world_size)
 
     def __iter__(self) -> Iterator[MicroBatchPlan]:
@@ -54,7 +54,7 @@ class TrainPlans:
 
 @dataclass(frozen=True)
 class EvalPlans:
-    """This rank's share of samples 0 to `count` - 1, in order, padding included.
+    """This rank's share of samples 0 to `count` - 1, in order, including padding.
 
     The last real micro-batch may be shorter than `micro_size`.
     """
@@ -72,7 +72,7 @@ class EvalPlans:
 def _rank_plans(
     samples: I64, micro_size: int, world_size: int, rank: int, step: int
 ) -> Iterator[MicroBatchPlan]:
-    """Yield the micro-batches of one rank, then padding up to the count of every rank."""
+    """Yield the micro-batches of one rank, then padding up to the number that every rank has."""
     count = -(-len(samples) // micro_size)
     numbers = micro_batch_range(count, world_size, rank)
     for number in numbers:

@@ -1,4 +1,4 @@
-"""The shuffled order of one source's samples, and the split of a global batch over ranks.
+"""Compute the shuffled order of one source, and the split of a global batch over ranks.
 
 Both are formulas without state. The order maps position -> (epoch, row):
 
@@ -6,10 +6,10 @@ Both are formulas without state. The order maps position -> (epoch, row):
 2. The permuted shards are grouped into windows of `window` consecutive shards.
 3. The samples inside a window are permuted.
 
-So every sample occurs once an epoch. A global batch is a range of positions of one or several
-sources (`mixture.py`). Sorted by sample number, and so by shard, it is split into numbered
-micro-batches, and each rank gets a contiguous range of them. The world size only decides which rank
-gets which micro-batch.
+Every sample therefore occurs once per epoch. A global batch is a range of positions of one or
+several sources (`mixture.py`). It is sorted by sample number, and thus by shard, and split into
+numbered micro-batches; each rank gets a contiguous range of them. The world size only decides which
+rank gets which micro-batch.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ import numpy as np
 from gigabatch.data.rng import I64, key, permute, permute_elementwise
 
 EPOCHS_CACHED = 2
-"""Epochs whose shard order is kept: a batch may lie in two."""
+"""Number of epochs whose shard order is cached; a batch may span two."""
 
 
 class ShuffledOrder:
     """A shuffled, endless order of a set of shards.
 
-    A value: compared by its arguments, and pickled as them.
+    Immutable. Two orders are equal if their arguments are; pickling stores only the arguments.
 
     Args:
-        shard_sizes: Samples of every shard, int64 [S]; a shard may be empty.
-        seed: Selects the order.
-        window: Shards whose samples are mixed. 1 shuffles only inside a shard; S or more is a full
-            shuffle.
+        shard_sizes: int64 [S], number of samples in every shard; a shard may be empty.
+        seed: Seed that selects the order.
+        window: Number of consecutive shards whose samples are mixed. 1 shuffles only inside a
+            shard; S or more is a full shuffle.
     """
 
     def __init__(self, shard_sizes: Sequence[int] | I64, seed: int, window: int) -> None:
@@ -124,5 +124,5 @@ def micro_batch_range(micro_batches: int, world_size: int, rank: int) -> range:
 
 
 def micro_batches_per_rank(micro_batches: int, world_size: int) -> int:
-    """Return the micro-batches of every rank, padding included, so that collectives match."""
+    """Return the number of micro-batches per rank, including padding, so that collectives match."""
     return -(-micro_batches // world_size)

@@ -1,10 +1,10 @@
-"""The order of one source in batches of one group, such as a domain or a language.
+"""Order one source so that each batch contains one group, such as a domain or a language.
 
 In every epoch, each group is shuffled and split into full batches. The samples left over go to a
 pool. The pools of consecutive epochs form one sequence, which is split into mixed batches. By the
 start of epoch e, floor(e * n / batch) batches of the n samples have occurred, so seeking is a
-division. Which samples are left over and the order of the batches change with the epoch. Nothing
-marks a mixed batch but its samples' groups: the objective masks pairs of different groups.
+division. Which samples are left over and the order of the batches change with the epoch. A mixed
+batch is not marked; the objective masks pairs of different groups.
 
 The shuffle covers the full source, not a window of shards, so the source should be on a local disk.
 """
@@ -18,16 +18,16 @@ from gigabatch.data.rng import I64, key, permute, permute_elementwise
 
 
 class GroupedOrder:
-    """A shuffled, endless order in which every `batch` positions share a group, or are mixed.
+    """A shuffled, endless order in which each batch contains one group, or is mixed.
 
-    A value: compared by its contents. It takes 4 bytes a sample (8 from 2^31 samples on), and 20
-    more while it is built.
+    Immutable. Two orders are equal if their arguments are. An order takes 4 bytes per sample (8
+    from 2^31 samples on), and 20 more during construction.
 
     Args:
         codes: Group of every sample, integers [n]. Every value is a group, including the one that
             means "unknown".
-        batch: Positions of a batch.
-        seed: Selects the order.
+        batch: Number of positions in a batch.
+        seed: Seed that selects the order.
     """
 
     def __init__(self, codes: NDArray[np.integer], batch: int, seed: int) -> None:
@@ -68,7 +68,7 @@ class GroupedOrder:
 
     def _locate_in_batch(self, number: int, offsets: I64) -> tuple[I64, I64]:
         """Return (epoch, row) at offsets in batch `number`."""
-        # A batch belongs to the epoch in which its last sample would lie if epochs of n samples
+        # A batch belongs to the epoch in which its last sample would be if epochs of n samples
         # followed each other.
         epoch = ((number + 1) * self.batch - 1) // self.epoch_size
         first = epoch * self.epoch_size // self.batch
@@ -96,8 +96,8 @@ class GroupedOrder:
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
-            # Each epoch starts at another group; otherwise the same groups would always be split
-            # between two mixed batches.
+            # Each epoch starts at a different group; otherwise the same groups would always be
+            # split between two mixed batches.
             begin = self._pool_offsets[key(self.seed, "pool", epoch) % len(self._codes)]
             offset = (offsets[here] + begin) % pool_size
             groups = np.searchsorted(self._pool_offsets, offset, side="right") - 1

@@ -1,7 +1,7 @@
-"""A weighted mixture of sources as a formula: position -> (source, epoch, row).
+"""Mix weighted sources by a formula: position -> (source, epoch, row).
 
 Positions are grouped into units (one sample, or a full batch of one source), and units into blocks.
-In each block every source has exactly its share of the units; a random permutation decides which.
+In each block every source has exactly its share of the units, placed by a random permutation.
 Each source is read in its own order. A position's place in that order follows from the full blocks
 before it (a product) and the block that it is in (a count), so seeking costs the same everywhere
 and no state is kept. To allow this, weights apply to full blocks. A single source is read in its
@@ -24,10 +24,10 @@ from gigabatch.data.rng import I64, key, permute
 SAMPLE_BITS = 40
 """A sample number is `source << SAMPLE_BITS | row`: one int64, unique over all sources."""
 SAMPLE_BLOCK = 10_000
-"""Units of a block if a unit is a sample: weights are exact to 0.01 %."""
+"""Number of units in a block if a unit is a sample; weights are then exact to 0.01 %."""
 BATCH_BLOCK = 100
-"""Units of a block if a unit is a batch. Enough for weights of 1 %; few enough that a source of 1 %
-is never absent for 200 steps, and that new weights apply within 100."""
+"""Number of units in a block if a unit is a batch. It is large enough for weights of 1 %, and small
+enough that a source of 1 % is never absent for 200 steps and new weights apply within 100 steps."""
 
 
 class SampleOrder(Protocol):
@@ -49,7 +49,7 @@ class Phase(NamedTuple):
 
 
 class Locations(NamedTuple):
-    """What lies at n positions: source number, epoch of the source, row; int64 [n] each."""
+    """The samples at n positions: source number, epoch of the source, row; int64 [n] each."""
 
     source: I64
     epoch: I64
@@ -62,10 +62,10 @@ class Mixture:
 
     Args:
         orders: The order of every source.
-        phases: Weights; the first phase starts at 0, and starts increase.
-        seed: Selects the order.
-        unit: Consecutive positions that come from one source: 1, or the global batch size for
-            batches of one source.
+        phases: Weights of the sources; the first phase starts at 0, and starts increase.
+        seed: Seed that selects the order.
+        unit: Number of consecutive positions that come from one source: 1, or the global batch
+            size for batches of one source.
 
     Raises:
         GigabatchError: if a phase gives a source less than one unit in a block, or a source is
@@ -86,12 +86,12 @@ class Mixture:
             )
         for source, order in enumerate(self.orders):
             if not order.epoch_size:
-                raise GigabatchError(f"data.train[{source}]: it has no sample. Leave it out.")
+                raise GigabatchError(f"data.train[{source}]: contains no samples. Remove it.")
         _ = self._counts  # raises if weights are invalid
 
     @property
     def block(self) -> int:
-        """Units of a block."""
+        """Number of units in a block."""
         return SAMPLE_BLOCK if self.unit == 1 else BATCH_BLOCK
 
     @cached_property
@@ -102,17 +102,17 @@ class Mixture:
 
     @cached_property
     def _counts(self) -> I64:
-        """Units of every source in a block, int64 [phases, S]."""
+        """Number of units of every source in a block, int64 [phases, S]."""
         counts = [self._units_of_phase(phase) for phase in self.phases]
         return np.array(counts, np.int64).reshape(len(self.phases), len(self.orders))
 
     def _units_of_phase(self, phase: Phase) -> list[int]:
-        """Check a phase's weights; return the units of every source in a block."""
+        """Check a phase's weights; return the number of units of every source in a block."""
         where = f"from sample {phase.start} on"
         if len(phase.weights) != len(self.orders):
             raise GigabatchError(
                 f"data.curriculum: {len(phase.weights)} weights for {len(self.orders)} sources "
-                f"{where}. Give one weight per source."
+                f"{where}. Set one weight per source."
             )
         total = sum(phase.weights)
         if not 0 < total < inf or min(phase.weights) < 0:
@@ -133,7 +133,7 @@ class Mixture:
 
     @cached_property
     def _units_before_phase(self) -> I64:
-        """Units of every source before every phase, int64 [phases, S]."""
+        """Number of units of every source before every phase, int64 [phases, S]."""
         blocks = np.diff(self._first_block)
         before = np.zeros_like(self._counts)
         np.cumsum(blocks[:, None] * self._counts[:-1], axis=0, out=before[1:])
@@ -185,7 +185,7 @@ class Mixture:
         return int(np.searchsorted(self._first_block, block, side="right")) - 1
 
     def _units_before_block(self, block: int, phase: int) -> I64:
-        """Return the units of every source before a block, int64 [S]."""
+        """Return the number of units of every source before a block, int64 [S]."""
         blocks = block - self._first_block[phase]
         before: I64 = self._units_before_phase[phase] + blocks * self._counts[phase]
         return before
@@ -198,7 +198,7 @@ class Mixture:
 
 def apportion(weights: tuple[float, ...], seats: int) -> list[int]:
     """Distribute seats in proportion to weights, by largest remainder; the first wins a tie."""
-    # In fractions: a rounded sum could differ between machines.
+    # Use fractions: a rounded sum could differ between machines.
     total = sum(map(Fraction, weights))
     quotas = [Fraction(weight) * seats / total for weight in weights]
     counts = [int(quota) for quota in quotas]
@@ -209,7 +209,7 @@ def apportion(weights: tuple[float, ...], seats: int) -> list[int]:
 
 
 def _count_earlier(source: I64) -> I64:
-    """Count earlier entries of the same source; returns int64 [n]."""
+    """Count earlier entries of the same source; return int64 [n]."""
     order = np.argsort(source, kind="stable")
     counts = np.bincount(source)
     earlier = np.empty_like(source)
@@ -218,7 +218,7 @@ def _count_earlier(source: I64) -> I64:
 
 
 def to_sample_number(source: I64, row: I64) -> I64:
-    """Combine source numbers and rows to sample numbers, int64 [n]."""
+    """Combine source numbers and rows into sample numbers, int64 [n]."""
     return (source << SAMPLE_BITS) | row
 
 
@@ -230,13 +230,13 @@ def from_sample_number(number: I64) -> tuple[I64, I64]:
 def batch_sample_numbers(mixture: Mixture, step: int, global_size: int) -> I64:
     """Return the sample numbers of a global batch, sorted: by source, then by shard.
 
-    A batch that straddles two epochs may hold a sample twice. Both rows then have the same number,
+    A batch that spans two epochs may contain a sample twice. Both rows then have the same number,
     by which the objective recognizes them.
 
     Args:
         mixture: The order.
         step: The training step, from 1.
-        global_size: Samples of a global batch.
+        global_size: Number of samples in a global batch.
 
     Returns:
         int64 [global_size].

@@ -1,4 +1,4 @@
-"""Roles of a table's columns: file, caption, key, JSON; set by the user or guessed."""
+"""Assign roles to a table's columns (file, caption, key, JSON), as set by the user or guessed."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class PackSettings(Settings):
     shard_bytes: int = Field(512 << 20, ge=1 << 14)
     """Maximum size of a shard in bytes; a larger sample gets a separate shard."""
     shuffle_seed: int | None = None
-    """Seed for shuffling the rows, so that each shard holds a mix. Default: the table's order."""
+    """Seed for shuffling the rows, so that shards contain a mix. Default: the table's order."""
     prefix: str | None = Field(None, pattern=rf"^{PREFIX}$")
     """First part of the shards' file names. Default: the output folder's name."""
 
@@ -60,7 +60,7 @@ class Columns:
 
     Attributes:
         file: Column of files; None if rows have no file.
-        embedded: Whether that column holds file contents rather than names.
+        embedded: Whether that column contains files rather than file names.
         captions: Columns of captions; the first becomes the `txt` member.
         key: Column of sample keys; None numbers the rows.
         extra: Columns that go into the json member.
@@ -79,9 +79,9 @@ class Columns:
         return list(dict.fromkeys(names))
 
     def in_json(self, row: Row) -> Sequence[str]:
-        """Return the columns of a row that its json member holds.
+        """Return the columns of a row that go into its json member.
 
-        A list of captions is included: `txt` holds only the first of them.
+        A list of captions is included, because `txt` holds only the first of them.
         """
         caption_is_list = any(isinstance(row.get(name), list) for name in self.captions[:1])
         captions = self.captions if caption_is_list else self.captions[1:]
@@ -92,7 +92,7 @@ def choose_columns(table: Table, settings: PackSettings) -> Columns:
     """Assign roles to the columns of a table.
 
     Raises:
-        GigabatchError: if a column does not exist, or a role fits none or several columns; the
+        GigabatchError: if a column does not exist, or no column or several columns fit a role; the
             message lists the columns.
     """
     binary = [name for name, column_type in table.types.items() if _is_file(column_type)]
@@ -120,7 +120,7 @@ def choose_columns(table: Table, settings: PackSettings) -> Columns:
         _resolve(table, "json_columns", name, ())
         if _contains_bytes(table.types.get(name)):
             raise GigabatchError(
-                f"{table.source}: column {name!r} holds bytes, which JSON cannot represent. Set "
+                f"{table.source}: column {name!r} contains bytes, which JSON cannot represent. Set "
                 "json_columns to the columns to include; the columns are "
                 f"{', '.join(table.columns)}."
             )

@@ -1,4 +1,4 @@
-"""Output folder of a pack: lock, saved state, and atomic file creation.
+"""Manage the output folder of a pack: lock, saved state, atomic file creation.
 
 `pack.json` records the source, the settings, and the finished shards. A shard is written under a
 temporary name, synced and renamed before it is recorded there.
@@ -96,7 +96,7 @@ def locked(out: Path) -> Iterator[None]:
             if not os.path.exists(out / LOCK) or not os.path.samestat(
                 os.fstat(file.fileno()), os.stat(out / LOCK)
             ):
-                continue  # The previous holder deleted this lock file after we opened it.
+                continue  # The previous holder deleted this lock file after it was opened here.
             try:
                 yield
             finally:
@@ -110,8 +110,8 @@ def open_state(out: Path, samples: Samples) -> State:
     """Load the state of an earlier attempt, or create a new one.
 
     Raises:
-        GigabatchError: if `out` holds files of something else, the earlier attempt had another
-            source or other settings, or one of its shards has changed.
+        GigabatchError: if `out` contains other files, the earlier attempt had a different source
+            or different settings, or one of its shards has changed.
     """
     state = State(samples.fingerprint, samples.settings.model_dump(mode="json"))
     if (out / MANIFEST).exists():
@@ -134,8 +134,8 @@ def open_state(out: Path, samples: Samples) -> State:
         path = out / shard["name"]
         if not path.exists() or path.stat().st_size != shard["bytes"]:
             raise GigabatchError(
-                f"{path}: this finished shard is now missing or has another size. Restore it, or "
-                "pack into another folder."
+                f"{path}: this finished shard is now missing or has a different size. Restore it, "
+                "or pack into another folder."
             )
     return state
 
@@ -156,8 +156,8 @@ def _load_state(out: Path, new: State) -> State:
         )
     if state.source != new.source:
         raise GigabatchError(
-            f"{out}: this folder holds a pack of another source, or the source has changed. Pack "
-            "into another folder."
+            f"{out}: this folder contains a pack of a different source, or the source has "
+            "changed. Pack into another folder."
         )
     differences = [
         f"{name} {state.settings.get(name)!r}, now {value!r}"
@@ -166,8 +166,8 @@ def _load_state(out: Path, new: State) -> State:
     ]
     if differences:
         raise GigabatchError(
-            f"{out}: this pack was started with other settings: {', '.join(differences)}. Use the "
-            "first values, or pack into another folder."
+            f"{out}: this pack was started with different settings: {', '.join(differences)}. Use "
+            "the original values, or pack into another folder."
         )
     return state
 
@@ -203,7 +203,7 @@ def publish(finished: Path, final: Path) -> None:
     """Rename a finished file to `final`.
 
     Raises:
-        GigabatchError: if `final` exists with other content.
+        GigabatchError: if `final` exists with different content.
     """
     if not final.exists():
         os.rename(finished, final)

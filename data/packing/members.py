@@ -1,4 +1,4 @@
-"""Conversion of a table row's values to sample members: file, caption, JSON."""
+"""Convert a table row's values to sample members: file, caption, JSON."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _MAGIC = (
 
 
 class InvalidRow(Exception):
-    """A row that must be corrected in the table; `skip_missing` does not apply to it."""
+    """Raised for a row that must be corrected in the table; `skip_missing` does not apply to it."""
 
 
 def relative_name(name: Any) -> str | None:
-    """Validate a file name from a table.
+    """Validate a file name from a table and return it; None if there is none.
 
     Raises:
         InvalidRow: if it is not text, is a URL, or points outside the folder.
@@ -132,10 +132,10 @@ def _to_json(value: Any) -> Any:
 
 
 class NumericColumns:
-    """Detection of a CSV file's columns whose values are all numbers; CSV has no types.
+    """Detects the columns of a CSV file whose values are all numbers; CSV has no types.
 
     Only values that JSON writes exactly as they appear count as numbers, so nothing is lost:
-    `007`, `1.10`, and codes in a column that also holds `n/a` stay text.
+    `007`, `1.10`, and codes in a column that also contains `n/a` stay text.
     """
 
     def __init__(self, columns: Iterable[str]) -> None:

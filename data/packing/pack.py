@@ -1,4 +1,4 @@
-"""Packing of a table or of shards into WebDataset shards: atomic and resumable.
+"""Pack a table or shards into WebDataset shards: atomic and resumable.
 
 The content of a shard depends only on the source and the settings. A pack that was killed resumes
 with the next shard and produces the same bytes as an uninterrupted one. It never overwrites files
@@ -67,7 +67,7 @@ def pack(
         source: A table (a file, or a folder of files of one format), or a folder or pattern of
             WebDataset shards.
         out: Output folder; created if needed.
-        settings: Defaults to `PackSettings()`.
+        settings: Settings of the pack; None uses `PackSettings()`.
         progress: Called with the number of rows done and their total.
 
     Returns:
@@ -91,9 +91,7 @@ def pack(
             if not state.complete:
                 total = samples.check()
                 if not total:
-                    raise GigabatchError(
-                        f"{source}: there are no rows. Choose a source that holds some."
-                    )
+                    raise GigabatchError(f"{source}: there are no rows. Choose a source with rows.")
                 save_state(out, state)
                 _write_shards(out, state, samples, _throttle(progress, total))
             return state.report()
@@ -122,12 +120,12 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
         return ShardSamples(open_index(str(source)), settings)
     if "view" in read_manifest(path):
         return ShardSamples(open_index(path), settings)
-    is_folder = os.path.isdir(path)  # Unlike Path.is_dir, returns False for a name too long.
+    is_folder = os.path.isdir(path)  # Path.is_dir would raise for a name that is too long.
     tables = table_files(path) if is_folder else []
     shards = is_folder and any(path.glob("*.tar"))
     if shards and tables:
         raise GigabatchError(
-            f"{source}: the folder holds both shards and tables ({tables[0].name}). Specify the "
+            f"{source}: the folder contains both shards and tables ({tables[0].name}). Specify the "
             f"table, or the shards as {path / '*.tar'}."
         )
     is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
@@ -170,7 +168,7 @@ class _Shard:
 def _fill_shard(
     file: BinaryIO, items: _Peekable, settings: PackSettings, report: Callable[[int], None]
 ) -> _Shard:
-    """Write samples until the shard is full; `report` gets the number of rows taken."""
+    """Write samples until the shard is full; `report` receives the number of rows taken."""
     import webdataset as wds
 
     shard = _Shard()
@@ -205,7 +203,7 @@ def _tar_bytes(sample: Sample) -> int:
 
 
 def _file_size(size: int) -> int:
-    """Compute the size of a tar file from its members' size: end mark, padded to records."""
+    """Compute the size of a tar file from its members' size: add the end mark, pad to records."""
     return _round_up(size + 2 * BLOCKSIZE, RECORDSIZE)
 
 

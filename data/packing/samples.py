@@ -1,4 +1,4 @@
-"""Sources of packed samples: rows of a table, or samples of other shards.
+"""Read the samples to pack: rows of a table, or samples of other shards.
 
 A source is checked completely before anything is written. Its order is a formula, so packing can
 resume at any row.
@@ -43,7 +43,7 @@ Sample = dict[str, Any]
 LISTED_ROWS = 5
 """Maximum number of rows listed in an error."""
 THREADS = 32
-"""Files opened in parallel; on a shared file system, opening one takes milliseconds."""
+"""Number of files opened in parallel; on a shared file system, opening one takes milliseconds."""
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class TableSamples:
     def _convert(
         self, rows: Iterable[tuple[int, Row]], load: bool
     ) -> Iterator[tuple[int, Sample | Skipped | InvalidRow]]:
-        """Convert numbered rows to samples, in order; without their files if not `load`."""
+        """Convert numbered rows to samples, in order; `load=False` omits their files."""
 
         def convert(numbered: tuple[int, Row]) -> tuple[int, Sample | Skipped | InvalidRow]:
             try:
@@ -231,7 +231,7 @@ class TableSamples:
         return name, data if isinstance(data, str) else {str(extension(name)): data}
 
     def _embedded_file(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        """Take the type from the file's name if it has a known one, else from its first bytes."""
+        """Return name and member; its type comes from a known extension or from its first bytes."""
         file = value if isinstance(value, dict) else {"bytes": value}
         name, data = file.get("path"), file["bytes"]
         if not load:
@@ -272,7 +272,7 @@ class ShardSamples:
         for name in ("folder", "file_column", "caption_column", "key_column", "json_columns"):
             if getattr(settings, name):
                 raise GigabatchError(
-                    f"{index.source}: {name} applies to tables, but this source holds shards. "
+                    f"{index.source}: {name} applies to tables, but this source contains shards. "
                     f"Remove {name}."
                 )
 
@@ -322,8 +322,8 @@ def find_repeated_key(keys: Callable[[], Iterator[str]]) -> str | None:
     """Describe the first key that occurs twice; None if all differ.
 
     Args:
-        keys: Returns an iterator over all keys. Called again if hashes collide, so that only eight
-            bytes per key are held.
+        keys: Function that returns an iterator over all keys. It is called again if hashes repeat,
+            so that only eight bytes per key are in memory.
     """
     hashes, counts = np.unique(np.fromiter(map(hash, keys()), np.int64), return_counts=True)
     repeated_hashes = set(hashes[counts > 1].tolist())

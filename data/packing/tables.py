@@ -1,7 +1,7 @@
-"""Tables in common formats, read in batches: CSV, TSV, JSON lines, Parquet, Arrow.
+"""Read tables in common formats, in batches: CSV, TSV, JSON lines, Parquet, Arrow.
 
 A table is one file, or a folder whose files have one format and are read in the order of their
-names. Rows are numbered from 0, without the header. Only `RowStore`, which serves rows in another
+names. Rows are numbered from 0, without the header. Only `RowStore`, which returns rows in any
 order, loads a table into memory.
 """
 
@@ -33,7 +33,7 @@ BATCH_ROWS = 1024
 FILE_BATCH_ROWS = 32
 """Rows read at a time if they contain whole files."""
 CELL_BYTES = 64 << 20
-"""Maximum size of a CSV cell; an unclosed quote would otherwise take in the rest of the file."""
+"""Maximum size of a CSV cell; an unclosed quote would otherwise include the rest of the file."""
 
 
 class _Read(Protocol):
@@ -144,7 +144,7 @@ def _slice(batch: RowBatch, first: int, rows: int) -> RowBatch:
 
 
 def table_files(source: Path) -> list[Path]:
-    """Return the files of a table in order; empty for a folder that holds none."""
+    """Return the files of a table in order; empty for a folder without tables."""
     if not source.is_dir():
         return [source]
     # `datasets` caches results in `cache-*.arrow` next to a data set.
@@ -165,7 +165,7 @@ def open_table(source: Path) -> Table:
     files = table_files(source)
     suffixes = {path.suffix.lower() for path in files}
     if len(suffixes) != 1 or not suffixes <= set(SUFFIXES):
-        several = f"; it holds {', '.join(sorted(suffixes))}" if len(suffixes) > 1 else ""
+        several = f"; it contains {', '.join(sorted(suffixes))}" if len(suffixes) > 1 else ""
         raise GigabatchError(
             f"{source}: not a table{several}. Name a file that ends in {', '.join(SUFFIXES)}, or a "
             "folder whose files have one of these formats."
@@ -183,7 +183,7 @@ def open_table(source: Path) -> Table:
                 f"{path}: columns {', '.join(sorted(differences))} or their types differ from "
                 f"{files[0].name}. Pack the two files separately."
             )
-    # Lines of JSON may differ in their fields: take the union over all files.
+    # JSON lines may differ in their fields: take the union over all files.
     columns = tuple(dict.fromkeys(name for file_columns, _, _ in opened for name in file_columns))
     parts = tuple(part for _, _, parts in opened for part in parts)
     state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]

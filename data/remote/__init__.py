@@ -1,1 +1,1 @@
-"""Shards that lie elsewhere: their addresses, reads over the network, copies on this node."""
+"""Remote shards: addresses, reads over the network, copies on this node."""

@@ -1,4 +1,4 @@
-"""Remote files: their state, listings, reads, copies, writes and removals, all with retries."""
+"""Access remote files with retries: state, listing, reading, copying, writing, removal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 CHUNK = 8 << 20
 """Bytes per request when a complete file is copied."""
 VERSIONS = ("ETag", "e_tag", "blob_id", "oid", "Last-Modified", "last_modified", "mtime")
-"""Fields that tell versions of a file apart, best first; servers differ in what they send."""
+"""Fields that identify the version of a file, best first; servers differ in what they send."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Retry:
     """Limits of one remote request.
 
     The wait before an attempt doubles each time, and up to half of it is added, so that processes
-    do not return at the same moment. An attempt may take `timeout_s` seconds.
+    do not retry at the same moment. An attempt may take `timeout_s` seconds.
     """
 
     attempts: int = 5
@@ -41,38 +41,54 @@ class Retry:
 
     def wait_s(self, attempt: int, url: str) -> float:
         """Return the seconds to wait after failed attempt number `attempt`, from 1."""
-        spread = zlib.crc32(f"{url} {attempt} {os.getpid()}".encode()) / (1 << 32)
-        return self.first_wait_s * 2.0 ** (attempt - 1) * (1 + spread / 2)
+        jitter = zlib.crc32(f"{url} {attempt} {os.getpid()}".encode()) / (1 << 32)
+        return self.first_wait_s * 2.0 ** (attempt - 1) * (1 + jitter / 2)
 
 
 @dataclass(frozen=True)
 class ShardState:
-    """A file as it is now."""
+    """The current state of a file."""
 
     url: str  # or an absolute path
     bytes: int
-    version: str  # changes when the file does; empty if the server sends nothing of the kind
+    version: str  # changes when the file does; empty if the server reports no version
 
 
 QUICK = Retry(attempts=2, first_wait_s=0.5, timeout_s=15.0)
 
 
 class FileTaken(GigabatchError):
-    """A new file was to be written where a file exists."""
+    """Raised when an exclusive write finds an existing file."""
 
 
 class _DiskError(Exception):
-    """Wraps an OSError of the local disk, which another request cannot change."""
+    """Wraps an OSError of the local disk, which a retry cannot fix."""
 
 
 def stat(url: str, retry: Retry = Retry()) -> ShardState:
-    """Return the state of a file; raise GigabatchError if it is missing or cannot be read."""
+    """Return the state of a file.
+
+    Raises:
+        GigabatchError: if the file is missing, cannot be read, or has no known size.
+    """
     info = retrying(url, "its size", retry, lambda: transport.info(url, retry.timeout_s))
     return as_state(url, info)
 
 
 def entries(url: str, retry: Retry = Retry(), recursive: bool = False) -> dict[str, Info]:
-    """Return URL -> info of the files in a folder, below it, or matching a glob; often none."""
+    """Return URL -> info of the files in a folder, or of those that match a glob.
+
+    Args:
+        url: Folder or glob.
+        retry: Limits of the request.
+        recursive: Include all files below the folder.
+
+    Returns:
+        An empty dict if there are no files.
+
+    Raises:
+        GigabatchError: as `retrying`.
+    """
     return retrying(
         url, "its listing", retry, lambda: transport.entries(url, retry.timeout_s, recursive)
     )
@@ -91,7 +107,11 @@ def as_state(url: str, info: Info) -> ShardState:
 
 
 def read_range(url: str, start: int, end: int, retry: Retry = Retry()) -> bytes:
-    """Return the bytes [start, end) of a remote file; raise GigabatchError as `retrying` does."""
+    """Return the bytes [start, end) of a remote file.
+
+    Raises:
+        GigabatchError: as `retrying`.
+    """
     data = bytearray()
 
     def once() -> None:
@@ -106,7 +126,8 @@ def read_range(url: str, start: int, end: int, retry: Retry = Retry()) -> bytes:
 def fetch(url: str, size: int, to: Path, version: str = "", retry: Retry = Retry()) -> None:
     """Copy a remote file of `size` bytes to `to`, completely or not at all.
 
-    Raises GigabatchError as `retrying` does, or if the file has another size or version.
+    Raises:
+        GigabatchError: as `retrying`, or if the file has a different size or version.
     """
     fresh = to.with_name(f".{to.name}.{os.getpid()}.part")
     try:
@@ -120,7 +141,9 @@ def fetch(url: str, size: int, to: Path, version: str = "", retry: Retry = Retry
 def copy(shard: ShardState, file: FileIO, retry: Retry = Retry()) -> None:
     """Write a remote file to the start of an open local one, and sync it.
 
-    Raises GigabatchError as `fetch` does; OSError if `file` cannot be written.
+    Raises:
+        GigabatchError: as `fetch`.
+        OSError: if `file` cannot be written.
     """
     _refuse_changed(shard, retry)
     at = 0
@@ -130,7 +153,7 @@ def copy(shard: ShardState, file: FileIO, retry: Retry = Retry()) -> None:
         def once(at: int = at, end: int = end) -> int:
             done = at
 
-            def write(data: bytes) -> None:  # unbuffered: a fork meanwhile cannot write twice
+            def write(data: bytes) -> None:  # unbuffered, so that a fork cannot repeat it
                 nonlocal done
                 view = memoryview(data)
                 try:
@@ -145,7 +168,7 @@ def copy(shard: ShardState, file: FileIO, retry: Retry = Retry()) -> None:
 
         at += retrying(shard.url, f"bytes {at} to {end}", retry, once)
     os.fsync(file.fileno())
-    _refuse_changed(shard, retry)  # or part of it may be old and part new
+    _refuse_changed(shard, retry)  # otherwise part of the copy may be old and part new
 
 
 def _refuse_changed(shard: ShardState, retry: Retry) -> None:
@@ -154,15 +177,26 @@ def _refuse_changed(shard: ShardState, retry: Retry) -> None:
         raise GigabatchError(
             f"{shard.url}: changed after it was indexed: {now.bytes} bytes, version "
             f"{now.version or 'unknown'}; it was {shard.bytes} bytes, version "
-            f"{shard.version or 'unknown'}. Put the old file back, or index the set again."
+            f"{shard.version or 'unknown'}. Restore the old file, or index the set again."
         )
 
 
 def retrying(url: str, what: str, retry: Retry, once: Callable[[], T], done: str = "read") -> T:
-    """Return `once()`, repeated after failures with growing waits.
+    """Call `once`, and repeat it after failures with increasing waits.
 
-    Messages say that `what` of `url` could not be `done`. Raises GigabatchError after the last
-    attempt, and at once if the file is missing, access is denied or a package is not installed.
+    Args:
+        url: The file, for messages.
+        what: Subject of messages, such as "its size".
+        retry: Limits of the request.
+        once: Makes one attempt.
+        done: Participle for messages: `what` could not be `done`.
+
+    Returns:
+        The result of the first attempt that succeeds.
+
+    Raises:
+        GigabatchError: after the last attempt; at once if the file is missing, access is denied or
+            a package is not installed.
     """
     for attempt in range(1, retry.attempts + 1):
         try:
@@ -186,8 +220,8 @@ def retrying(url: str, what: str, retry: Retry, once: Callable[[], T], done: str
                 ) from error
             if attempt == retry.attempts:
                 raise GigabatchError(
-                    f"{url}: {what} could not be {done} in {attempt} attempts, the last: {why}. "
-                    "Check the server and the network, then start again."
+                    f"{url}: {what} could not be {done} in {attempt} attempts; the last error: "
+                    f"{why}. Check the server and the network, then start again."
                 ) from error
             wait = retry.wait_s(attempt, url)
             log.warning(
@@ -202,7 +236,8 @@ def write(path: Path, url: str, new: bool = False, retry: Retry = Retry()) -> No
     """Write a local file to `url`, completely or not at all.
 
     Raises:
-        FileTaken: if `new` and the file exists, perhaps from an attempt whose answer was lost.
+        FileTaken: if `new` and the file exists, perhaps from an earlier attempt whose response was
+            lost.
         GigabatchError: as `retrying`.
     """
 
@@ -216,18 +251,30 @@ def write(path: Path, url: str, new: bool = False, retry: Retry = Retry()) -> No
 
 
 def remove(url: str, retry: Retry = Retry()) -> None:
-    """Remove a file if it exists; raise GigabatchError as `write` does."""
+    """Remove a file if it exists.
+
+    Raises:
+        GigabatchError: as `retrying`.
+    """
     retrying(url, "the file", retry, lambda: transport.remove(url, retry.timeout_s), "removed")
 
 
 def find(url: str, retry: Retry = Retry()) -> dict[str, ShardState]:
-    """Return every file below a folder by its path from there; often none."""
+    """Return the state of every file below a folder, by path relative to the folder.
+
+    Raises:
+        GigabatchError: as `retrying`.
+    """
     files = entries(url, retry, recursive=True)
     return {name.removeprefix(f"{url}/"): as_state(name, info) for name, info in files.items()}
 
 
 def read_text(url: str, retry: Retry = Retry()) -> str | None:
-    """Return the text of a small file; None if there is none."""
+    """Return the text of a small file; None if the file does not exist.
+
+    Raises:
+        GigabatchError: as `retrying`.
+    """
 
     def size() -> int | None:
         try:
@@ -240,7 +287,11 @@ def read_text(url: str, retry: Retry = Retry()) -> str | None:
 
 
 def check_writable(url: str, retry: Retry = QUICK) -> None:
-    """Write, read and remove a file in the folder `url`; raise GigabatchError if this fails."""
+    """Check a folder by writing, reading and removing a file.
+
+    Raises:
+        GigabatchError: if one of these fails.
+    """
     name = f".probe-{platform.node()}-{uuid.uuid4().hex}"
     with tempfile.NamedTemporaryFile("w") as file:
         file.write(name)

@@ -1,9 +1,9 @@
-"""Local copies of remote shards, shared by all processes of a node, within a size limit.
+"""Cache remote shards on the local disk, for all processes of a node, within a size limit.
 
 A copy is written to NAME.part under a lock on that file and renamed when it is complete, so a node
-fetches each shard once. The kernel frees the lock of a killed process; the next holder starts over.
-A part counts with its full size from the start. To make room, the least recently opened copies are
-unlinked; a process that has one open can still read it.
+fetches each shard once. The kernel releases the lock of a killed process; the next holder starts
+over. A part counts with its full size from the start. To make room, the least recently opened
+copies are unlinked; a process that has one open can still read it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ from gigabatch.data.shards.index import cache_folder
 
 log = logging.getLogger(__name__)
 FETCHERS = 2  # prefetch threads per process
-POLL_S = 0.05  # between looks whether the downloads of others have left room
+POLL_S = 0.05  # seconds between checks whether other downloads have left room
 GIB = 1 << 30
 _FILES = re.compile(r"[0-9a-f]{40}\.(tar|part)")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def node_cache(gib: float = 64.0) -> ShardCache:
-    """Return this node's cache in $GIGABATCH_CACHE; one object per process and limit."""
+    """Return this node's cache in $GIGABATCH_CACHE; one object per process and limit.
+
+    Args:
+        gib: Size limit in GiB.
+    """
     return _cache_at(cache_folder() / "shards", int(gib * GIB))
 
 
@@ -49,9 +53,9 @@ def _cache_at(folder: Path, limit_bytes: int) -> ShardCache:
 class ShardCache:
     """Complete shards in a folder on a local disk, at most `limit_bytes` of them.
 
-    An unlinked copy takes space beyond the limit until it is closed. Leave room for what all
-    processes prefetch, or they drop each other's copies before use. Usable from several threads and
-    after a fork; a pickle carries the settings.
+    An unlinked copy takes space beyond the limit until it is closed. Set a limit with room for the
+    prefetches of all processes; otherwise they drop each other's copies before use. The cache is
+    usable from several threads and after a fork; pickling keeps only the settings.
     """
 
     def __init__(self, folder: Path, limit_bytes: int, retry: Retry = Retry()) -> None:
@@ -61,13 +65,14 @@ class ShardCache:
     def open(self, url: str, size: int, version: str) -> int:
         """Fetch a shard unless there is a copy; return a file descriptor, which the caller closes.
 
-        Raises GigabatchError if the shard cannot be fetched, has another `size` (bytes) or
-        `version`, or finds no room.
+        Raises:
+            GigabatchError: if the shard cannot be fetched, has a different `size` (bytes) or
+                `version`, or does not fit.
         """
         shard = ShardState(url, size, version)
         try:
             while (file := self._open_copy(shard)) is None:
-                self._fill(shard, wait=True)  # again if another process evicts it before it is open
+                self._fill(shard, wait=True)  # repeats if the copy is evicted before it is open
         except OSError as error:
             raise GigabatchError(
                 f"{self.folder}: the cache of remote shards cannot be used: {error}. It needs a "
@@ -76,7 +81,7 @@ class ShardCache:
         return file
 
     def prefetch(self, url: str, size: int, version: str) -> None:
-        """Start to fetch a shard in the background. An error shows when the shard is opened."""
+        """Start to fetch a shard in the background; if that fails, `open` fetches it again."""
         if self._prefetcher is None or self._prefetcher.pid != os.getpid():  # a fork has no threads
             self._prefetcher = _Prefetcher(self)
         self._prefetcher.add(ShardState(url, size, version))
@@ -86,7 +91,7 @@ class ShardCache:
         self.path(ShardState(url, size, version)).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Drop what waits to be prefetched. Copies stay, and the cache remains usable."""
+        """Cancel queued prefetches. Copies stay, and the cache remains usable."""
         if self._prefetcher is not None and self._prefetcher.pid == os.getpid():
             self._prefetcher.close()
         self._prefetcher = None
@@ -97,7 +102,7 @@ class ShardCache:
         return self.folder / f"{name[:40]}.tar"
 
     def _open_copy(self, shard: ShardState) -> int | None:
-        """Open a copy and mark it as just used; None if there is none of the right size."""
+        """Open a copy and mark it as just used; return None if no copy has the right size."""
         path = self.path(shard)
         try:
             file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -114,7 +119,7 @@ class ShardCache:
         return None
 
     def _fill(self, shard: ShardState, wait: bool) -> None:
-        """Fetch a shard unless there is a copy, or, without `wait`, another process fetches it."""
+        """Fetch a shard unless a copy exists or, if not `wait`, another process is fetching it."""
         if shard.bytes > self.limit_bytes:
             raise GigabatchError(
                 f"{shard.url}: its {shard.bytes / GIB:.2f} GiB do not fit into a cache of "
@@ -132,7 +137,8 @@ class ShardCache:
                     partial.unlink()
                 else:
                     self._write(file, shard)
-                    # Under the lock: who counts files would else see neither name.
+                    # Hold the lock: otherwise `_evict` could count files between the two names
+                    # and miss this one.
                     with locked(self.folder / "lock"):
                         os.replace(partial, path)
             except BaseException:
@@ -141,18 +147,18 @@ class ShardCache:
 
     @contextmanager
     def _lock_part(self, partial: Path, wait: bool) -> Iterator[FileIO | None]:
-        """Lock a shard's part; yield None if, without `wait`, another process fetches the shard."""
+        """Lock a shard's part; yield None if not `wait` and another process is fetching it."""
         with ExitStack() as stack:
             if wait:
                 file = stack.enter_context(locked(partial))
             else:
-                # Eviction locks parts for a moment. Then the shard would seem to be fetched.
+                # Eviction locks parts for a moment; such a part would look like a download.
                 with locked(self.folder / "lock"):
                     file = stack.enter_context(locked(partial, wait=False))
             yield file
 
     def _write(self, file: FileIO, shard: ShardState) -> None:
-        os.ftruncate(file.fileno(), 0)  # what a killed process left
+        os.ftruncate(file.fileno(), 0)  # discards what a killed process left
         try:
             self._reserve(file, shard.bytes)
             copy(shard, file, self.retry)
@@ -170,7 +176,7 @@ class ShardCache:
                 ) from again
 
     def _reserve(self, file: FileIO, size: int) -> None:
-        """Make room and take it by giving `file` its full size; wait while downloads hold it."""
+        """Make room and reserve it by giving `file` its full size; wait while downloads take it."""
         while True:
             with locked(self.folder / "lock"):
                 if self._evict(self.limit_bytes - size):
@@ -179,8 +185,14 @@ class ShardCache:
             time.sleep(POLL_S)
 
     def _evict(self, room: int) -> bool:
-        """Unlink abandoned parts, and the least recently used copies until `room` bytes hold all
-        files; return whether they do."""
+        """Unlink abandoned parts, and the least recently used copies until all files fit `room`.
+
+        Args:
+            room: Maximum total size in bytes; -1 unlinks all copies.
+
+        Returns:
+            Whether all files fit.
+        """
         total = 0
         copies: list[tuple[int, int, Path]] = []
         with os.scandir(self.folder) as entries:
@@ -205,7 +217,7 @@ class ShardCache:
 
 
 class _Prefetcher:
-    """Daemon threads that fetch shards; a process that ends does not wait for them."""
+    """Daemon threads that fetch shards; a process exits without waiting for them."""
 
     def __init__(self, cache: ShardCache) -> None:
         self.pid = os.getpid()
@@ -237,7 +249,7 @@ class _Prefetcher:
                 self.pending.discard(shard)
 
     def _fetch(self, shard: ShardState) -> None:
-        """Fetch a shard unless another process does: so the processes of a node share the work."""
+        """Fetch a shard unless another process does, so that a node's processes share the work."""
         file = self.cache._open_copy(shard)
         if file is None:
             self.cache._fill(shard, wait=False)

@@ -1,7 +1,8 @@
-"""Locations of shards: local paths and globs, and URLs of object stores, web servers and the Hub.
+"""Resolve locations of shards: local paths, and URLs of object stores, web servers and the Hub.
 
-Folders, globs and brace ranges become a list of files; each file has a size and a version, which
-shows a change. Nothing in an address is ever run: `pipe:`, chained and unknown schemes are refused.
+Folders, globs and brace ranges become a list of files. Each file has a size and a version, which
+reveal a change. Nothing in an address is ever executed: `pipe:`, chained and unknown schemes are
+rejected.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ from gigabatch.data.remote.transport import SCHEMES, WRITTEN
 
 log = logging.getLogger(__name__)
 LISTED = 1000
-"""From this many files in one remote folder, their states come from a listing."""
+"""Minimum number of files in one remote folder for which one listing replaces separate requests."""
 READABLE = "Name a local path, or one of " + ", ".join(f"{scheme}://" for scheme in SCHEMES) + "."
 
 
 def is_remote(path: str) -> bool:
-    """Return whether `path` is read over the network; raise GigabatchError if no scheme fits."""
+    """Return whether `path` is read over the network.
+
+    Raises:
+        GigabatchError: if the scheme is not supported, or the address names a command.
+    """
     scheme, mark, _ = path.partition("://")
     chained = re.match(r"[\w+.-]+::", path) or (mark and "::" in re.sub(r"\[[^]]*\]", "", path))
     if path.lower().startswith("pipe:") or chained:
@@ -53,12 +58,13 @@ def is_remote(path: str) -> bool:
 def writable_folder(url: str) -> str:
     """Return the URL of a folder to write to, without a slash at its end.
 
-    Raises GigabatchError if the URL is malformed or holds a secret, which the message leaves out.
+    Raises:
+        GigabatchError: if the URL is malformed or contains a secret, which the message omits.
     """
     scheme, mark, rest = url.partition("://")
     if "@" in rest.partition("/")[0] or "?" in rest:
         raise GigabatchError(
-            "the address holds a user, a password or a query, which would be written to configs "
+            "the address contains a user, a password or a query, which would be written to configs "
             "and logs. Remove it, and set keys in the environment (AWS_*, GOOGLE_* or AZURE_*)."
         )
     if scheme not in WRITTEN or not mark:
@@ -67,7 +73,7 @@ def writable_folder(url: str) -> str:
     path = rest.rstrip("/")
     if (scheme == "file") != rest.startswith("/") or not path:
         form = "file:///FOLDER" if scheme == "file" else f"{scheme}://BUCKET/FOLDER"
-        raise GigabatchError(f"{url}: a folder is named as {form}.")
+        raise GigabatchError(f"{url}: not a folder. Write it as {form}.")
     if re.search(r"[\x00-\x1f*?\[\]{}#\\]|::|//|(^|/)\.\.?(/|$)", path):
         raise GigabatchError(
             f"{url!r}: name the folder without patterns, empty parts and control characters."
@@ -79,10 +85,10 @@ def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Ret
     """Return the files that `paths` name, as absolute paths or URLs.
 
     Args:
-        paths: Each is a file, a folder, a glob, or holds brace ranges such as `{000..123}`.
-        default_glob: Names to take from a folder. A remote path that fits it is taken for a file
-            without a request.
-        retry: Limits of a request. Only a glob requests a listing of a web server.
+        paths: Files, folders, globs, or patterns with brace ranges such as `{000..123}`.
+        default_glob: Pattern of the files to take from a folder. A remote path that matches it is
+            assumed to be a file, without a request.
+        retry: Limits of a request. A web server's listing is requested only for a glob.
 
     Returns:
         Files in the order of `paths`, sorted within each.
@@ -121,11 +127,11 @@ def _local(path: str, default_glob: str) -> list[str]:
     full = os.path.abspath(path)
     if os.path.isdir(full):
         with os.scandir(full) as entries:
-            # A dangling link counts: its shard is lost, and that must be reported.
+            # Keep dangling links: their shards are lost, which must be reported.
             names = [entry.path for entry in entries if not entry.is_dir()]
         names = [name for name in names if _fits(name, default_glob)]
         problem = (
-            f"the folder holds no {default_glob}. Name deeper or other files by a glob such as"
+            f"the folder contains no {default_glob}. Name deeper or other files by a glob such as"
         )
         problem += f" '{path}/**/{default_glob}'."
     elif os.path.exists(full):
@@ -150,7 +156,7 @@ def _remote(url: str, default_glob: str, retry: Retry) -> list[str]:
         return [url]
     names = [name for name in listed if is_glob or _fits(name, default_glob)]
     if not names:
-        problem = f"there is no such file, and no folder that holds {default_glob}"
+        problem = f"there is no such file, and no folder that contains {default_glob}"
         remedy = "that the bucket may be listed"
         if web:
             remedy = "that the server lists its folders; if it does not, use a brace range"
@@ -165,9 +171,16 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def stat_all(urls: Sequence[str], threads: int = 32, retry: Retry = Retry()) -> list[ShardState]:
-    """Return the state of each file (as `expand` gives them), in order.
+    """Return the state of each file, in order.
 
-    Raises GigabatchError that names the first file that is missing, unreadable or without a size.
+    Args:
+        urls: Absolute paths or URLs, as `expand` returns them.
+        threads: Number of parallel requests.
+        retry: Limits of a request.
+
+    Raises:
+        GigabatchError: if a file is missing, unreadable or without a size; the message names the
+            first.
     """
     remote = [url for url in urls if is_remote(url) and not url.startswith("http")]
     folders = Counter(url.rpartition("/")[0] for url in remote)
@@ -191,14 +204,17 @@ def _stat(url: str, retry: Retry) -> ShardState:
         ) from None
     if not stat.S_ISREG(status.st_mode):  # reading a pipe or a socket may never end
         raise GigabatchError(
-            f"{url}: is no regular file, but a pipe, socket, device or folder. Remove it, or name "
-            "the shards by a pattern that leaves it out."
+            f"{url}: is not a regular file, but a pipe, socket, device or folder. Remove it, or "
+            "name the shards by a pattern that omits it."
         )
     return ShardState(url, status.st_size, str(status.st_mtime_ns))
 
 
 def _listed(folder: str, retry: Retry) -> dict[str, ShardState]:
-    """Return the states in a folder; none if it may not be listed, though its files be readable."""
+    """Return the state of each file in a folder; empty if listing is not permitted.
+
+    The files may be readable even then.
+    """
     try:
         infos = access.entries(folder, replace(retry, attempts=1))
     except GigabatchError as error:

@@ -1,7 +1,7 @@
-"""S3, Google Cloud Storage and Azure through obstore: one client per process and bucket.
+"""Access S3, Google Cloud Storage and Azure through obstore: one client per process and bucket.
 
 Keys, region and end point come from the usual environment variables (`AWS_*`, `GOOGLE_*`,
-`AZURE_*`); without AWS keys there, boto3 looks for a profile or a role.
+`AZURE_*`); without AWS keys, boto3 looks for a profile or a role.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from typing import Any
 
 CLIENTS = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}
 PART = 32 << 20
-"""Bytes per request of an upload. Larger files are sent in parts, of which S3 takes 10,000."""
+"""Bytes per request of an upload. Larger files are sent in parts, at most 10,000 on S3."""
 S3_COPY_LIMIT = 5 << 30  # bytes of the largest object that S3 copies on the server
 TEMPORARY = ".uploading"  # ends the name of an incomplete upload
 Info = dict[str, Any]
-_old_modules: list[Any] = []  # never freed in a fork, which would touch the parent's sockets
+_old_modules: list[Any] = []  # kept in a fork: freeing them would touch the parent's sockets
 
 
 def _load_again() -> None:
     """Load a second copy of obstore's extension in a fork, where every call to the first one hangs.
 
-    Its runtime lost its threads in the fork. The linker would share the file that is loaded
-    already, so it is copied in memory.
+    Its runtime threads do not survive a fork. The dynamic linker would reuse the library that is
+    already loaded, so an in-memory copy is loaded instead.
     """
     if "obstore" not in sys.modules:
         return
@@ -58,11 +58,11 @@ def _client(pid: int, scheme: str, bucket: str, retries: int, *environment: str)
     from obstore import store
 
     settings: dict[str, Any] = {}
-    options = {"allow_http": True, "timeout": timedelta(days=1)}  # callers limit the time
+    options = {"allow_http": True, "timeout": timedelta(days=1)}  # callers set time limits
     if scheme == "s3":
         settings["config"] = {"disable_bulk_delete": True, "copy_if_not_exists": "multipart"}
         if not {"AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE"} & os.environ.keys():
-            with suppress(ImportError, ValueError):  # no boto3, or it finds no keys
+            with suppress(ImportError, ValueError):  # no boto3, or no keys found
                 from obstore.auth.boto3 import Boto3CredentialProvider
 
                 settings["credential_provider"] = Boto3CredentialProvider()
@@ -86,7 +86,7 @@ async def info(url: str) -> Info:
 
 
 async def entries(url: str, recursive: bool = False) -> dict[str, Info]:
-    """Return URL -> info of the objects in a folder, of those matching a glob, or of an object."""
+    """Return URL -> info of the objects in a folder or matching a glob, or of a single object."""
     from fsspec.utils import glob_translate
 
     client, key = _open(url)
@@ -99,7 +99,7 @@ async def entries(url: str, recursive: bool = False) -> dict[str, Info]:
             objects = (await client.list_with_delimiter_async(folder or None))["objects"]
             if not objects and not pattern:
                 objects = [await client.head_async(key)]
-    except Exception as error:  # an S3 server without the bucket: GenericError
+    except Exception as error:  # GenericError if an S3 server lacks the bucket
         if isinstance(error, FileNotFoundError) or "status code: 404" in str(error):
             return {}
         raise
@@ -115,13 +115,17 @@ async def read(url: str, start: int, end: int) -> Any:
 
 
 async def remove(url: str) -> None:
-    """Remove an object; some servers raise FileNotFoundError if there is none."""
+    """Remove an object; FileNotFoundError on some servers if there is none."""
     client, key = _open(url)
     await client.delete_async(key)
 
 
 async def put(path: Path, url: str, new: bool) -> None:
-    """Write a local file to `url`; raise FileExistsError if `new` and there is an object."""
+    """Write a local file to `url`.
+
+    Raises:
+        FileExistsError: if `new` and the object exists.
+    """
     size = path.stat().st_size
     client, key = _open(url, retries=3 if size > PART else 0)  # lost parts are sent again
     parts = {"chunk_size": max(PART, size // 9_000), "max_concurrency": 4}
@@ -135,7 +139,7 @@ async def put(path: Path, url: str, new: bool) -> None:
         else:
             await _put_and_copy(client, key, path, parts)
     except Exception as error:
-        # S3 answers "conflict" while another write is in progress. The next attempt decides.
+        # S3 reports "conflict" while another write is in progress; the next attempt decides.
         if type(error).__name__ == "AlreadyExistsError" and "ConditionalRequest" not in str(error):
             raise FileExistsError(url) from error
         raise

@@ -1,4 +1,4 @@
-"""Single attempts at requests for remote files; `access.retrying` repeats those that fail.
+"""Make single requests for remote files; `access.retrying` repeats those that fail.
 
 Object stores are reached through obstore, web servers through aiohttp, the Hugging Face Hub and
 mounted disks (`file://`) through fsspec.
@@ -24,11 +24,11 @@ from gigabatch.data.remote.object_stores import CLIENTS, Info
 WEB = ("http", "https")
 SCHEMES = dict.fromkeys(CLIENTS, "obstore") | {"hf": "huggingface_hub"}
 SCHEMES |= dict.fromkeys(WEB, "aiohttp")
-"""Schemes that shards are read from, with the package that a scheme needs."""
+"""Schemes from which shards can be read, with the package that each needs."""
 WRITTEN = (*CLIENTS, "file")
-"""Schemes that checkpoints are copied to; `file` is a mounted disk."""
-LISTING = 10  # time limit of a listing, which has many pages, in limits of one request
-SLOWEST = 1 << 20  # bytes per second: the time limit of an upload grows with its size
+"""Schemes to which checkpoints can be copied; `file` is a mounted disk."""
+LISTING = 10  # time limit of a listing, which has many pages, relative to that of a request
+SLOWEST = 1 << 20  # lowest accepted upload speed in bytes per second, for its time limit
 _RETRIABLE = (408, 409, 425, 429)  # HTTP statuses below 500 that a later attempt may change
 
 
@@ -37,7 +37,7 @@ def scheme_of(url: str) -> str:
 
 
 def _run(function: Callable[..., Any], *args: Any, timeout: float | None) -> Any:
-    """Run a coroutine in fsspec's event loop. Ctrl-C ends it, unlike a call that blocks."""
+    """Run a coroutine in fsspec's event loop. Unlike a blocking call, Ctrl-C can end it."""
     from fsspec.asyn import get_loop, sync
 
     return sync(get_loop(), function, *args, timeout=timeout)
@@ -47,7 +47,7 @@ def _file_system(url: str) -> Any:
     return _cached_file_system(scheme_of(url), os.getpid())
 
 
-@cache  # that of a parent process is never freed in a fork, which would close its sockets
+@cache  # by process: freeing the parent's file system in a fork would close the parent's sockets
 def _cached_file_system(scheme: str, pid: int) -> Any:
     import fsspec
 
@@ -57,7 +57,7 @@ def _cached_file_system(scheme: str, pid: int) -> Any:
 
 
 def info(url: str, timeout: float) -> Info:
-    """Return `size` in bytes (None if unknown), `type`, and what tells versions apart."""
+    """Return `size` in bytes (None if unknown), `type`, and fields that identify the version."""
     if scheme_of(url) in CLIENTS:
         return dict(_run(object_stores.info, url, timeout=timeout))
     if scheme_of(url) in WEB:
@@ -66,7 +66,7 @@ def info(url: str, timeout: float) -> Info:
 
 
 def entries(url: str, timeout: float, recursive: bool = False) -> dict[str, Info]:
-    """Return URL -> info of the files in a folder, below it, or matching a glob; perhaps none."""
+    """Return URL -> info of the files in a folder, below it (`recursive`), or matching a glob."""
     timeout *= LISTING
     if scheme_of(url) in CLIENTS:
         return dict(_run(object_stores.entries, url, recursive, timeout=timeout))
@@ -87,7 +87,8 @@ def entries(url: str, timeout: float, recursive: bool = False) -> dict[str, Info
 def put(path: Path, url: str, new: bool, timeout: float) -> None:
     """Write a local file to `url`, completely or not at all.
 
-    Raises FileExistsError if `new` and the file exists, if the server has conditional writes.
+    Raises:
+        FileExistsError: if `new`, the file exists and the server supports conditional writes.
     """
     if scheme_of(url) in CLIENTS:
         timeout += path.stat().st_size / SLOWEST
@@ -100,7 +101,7 @@ def put(path: Path, url: str, new: bool, timeout: float) -> None:
 
 
 def remove(url: str, timeout: float) -> None:
-    """Remove a file if it exists, and from a disk its folder if that is empty then."""
+    """Remove a file if it exists; on a mounted disk, also its folder if that becomes empty."""
     if scheme_of(url) in CLIENTS:
         with suppress(FileNotFoundError):
             _run(object_stores.remove, url, timeout=timeout)
@@ -114,12 +115,26 @@ def remove(url: str, timeout: float) -> None:
 def copy_range(
     url: str, start: int, end: int, last: int, write: Callable[[Any], object], timeout: float
 ) -> int:
-    """Write the bytes [start, end) of `url`; return how many, never fewer.
+    """Write the bytes [start, end) of `url`.
 
-    A web server that ignores ranges sends the complete file. Then [start, last) is written, so that
-    the file is not sent once per range.
+    A web server that ignores ranges sends the complete file. In this case [start, last) is written,
+    so that the file is not sent once per range.
+
+    Args:
+        url: The file.
+        start: First byte.
+        end: End of the range.
+        last: End of the range to write if the server sends the complete file.
+        write: Receives the bytes, in order.
+        timeout: Time limit in seconds.
+
+    Returns:
+        The number of bytes written, at least end - start.
+
+    Raises:
+        OSError: if fewer bytes arrive.
     """
-    if scheme_of(url) in WEB:  # limited inside: nothing may write after the return
+    if scheme_of(url) in WEB:  # time-limited inside, so nothing writes after the return
         count = int(_run(_copy_web_range, url, start, end, last, write, timeout, timeout=None))
     else:
         if scheme_of(url) in CLIENTS:
@@ -134,8 +149,8 @@ def copy_range(
 
 
 @asynccontextmanager
-async def _web_answer(url: str, start: int, end: int, timeout: float) -> AsyncIterator[Any]:
-    """Request a range, because fsspec hides whether the server respected it."""
+async def _web_response(url: str, start: int, end: int, timeout: float) -> AsyncIterator[Any]:
+    """Request a range directly, because fsspec hides whether the server respected it."""
     import aiohttp
 
     system = _file_system(url)
@@ -144,38 +159,39 @@ async def _web_answer(url: str, start: int, end: int, timeout: float) -> AsyncIt
     session = await system.set_session()
     async with (
         asyncio.timeout(timeout) as limit,
-        session.get(system.encode_url(url), headers=headers, timeout=silence) as answer,
+        session.get(system.encode_url(url), headers=headers, timeout=silence) as response,
     ):
-        yield answer, limit
+        yield response, limit
 
 
 async def _web_info(url: str, timeout: float) -> Info:
-    # One byte, because servers refuse HEAD for a URL that is signed for GET.
-    async with _web_answer(url, 0, 1, timeout) as (answer, _):
-        if answer.status != 416:  # that is the answer for an empty file
-            answer.raise_for_status()
-        size = answer.headers.get("Content-Range", "").rpartition("/")[2]
-        if answer.status not in (206, 416):
-            size = answer.headers.get("Content-Length", "")
-        versions = {k: answer.headers[k] for k in ("ETag", "Last-Modified") if k in answer.headers}
+    # Request one byte: servers reject HEAD for a URL that is signed for GET.
+    async with _web_response(url, 0, 1, timeout) as (response, _):
+        if response.status != 416:  # an empty file
+            response.raise_for_status()
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status not in (206, 416):
+            size = response.headers.get("Content-Length", "")
+        headers = response.headers
+        versions = {name: headers[name] for name in ("ETag", "Last-Modified") if name in headers}
         return {"size": int(size) if size.isdigit() else None, **versions}
 
 
 async def _copy_web_range(
     url: str, start: int, end: int, last: int, write: Callable[[bytes], object], timeout: float
 ) -> int:
-    async with _web_answer(url, start, end, timeout) as (answer, limit):
-        answer.raise_for_status()
-        if answer.content_type == "text/html":
+    async with _web_response(url, start, end, timeout) as (response, limit):
+        response.raise_for_status()
+        if response.content_type == "text/html":
             raise OSError("a web page (text/html) was sent instead of the file")
         skip, wanted = 0, end - start
-        if answer.status != 206:
+        if response.status != 206:
             skip, wanted = start, last - start
-            limit.reschedule(None)  # a complete file may take long, as long as bytes arrive
-        elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-            raise OSError(f"another range was sent: {answer.headers.get('Content-Range')}")
+            limit.reschedule(None)  # a complete file may take any time while bytes arrive
+        elif not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+            raise OSError(f"a different range was sent: {response.headers.get('Content-Range')}")
         written = 0
-        async for data in answer.content.iter_any():
+        async for data in response.content.iter_any():
             piece = data[skip : skip + wanted - written]
             skip = max(0, skip - len(data))
             write(piece)
@@ -188,7 +204,7 @@ async def _copy_web_range(
 def reason(error: BaseException) -> str:
     """Explain a failed request on one line."""
     if isinstance(error, TimeoutError):
-        return "no complete answer in time"
+        return "no complete response in time"
     code = _status(error)
     text = str(getattr(error, "message", "") or error).partition("\n\nDebug source")[0]
     part = re.search(r"<Message>(.*?)<", text) or re.search(r"(?s)status code: [^:]*:(.*)", text)
@@ -201,7 +217,7 @@ def reason(error: BaseException) -> str:
 
 
 def is_final(error: BaseException) -> bool:
-    """Return whether no later attempt can succeed: not found, not allowed, no credentials."""
+    """Return whether no retry can succeed: not found, not allowed, no credentials."""
     final = FileNotFoundError | PermissionError | NotImplementedError | ValueError
     if isinstance(error, final) or _lacks_credentials(error):
         return True
@@ -215,8 +231,8 @@ def _lacks_credentials(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error of obstore, aiohttp or huggingface_hub names."""
+    """Return the HTTP status in an error of obstore, aiohttp or huggingface_hub."""
     named = re.search(r"status code: (\d{3})", str(error))
-    answer = getattr(error, "response", error)
-    code = named[1] if named else getattr(answer, "status_code", getattr(answer, "status", None))
+    source = getattr(error, "response", error)
+    code = named[1] if named else getattr(source, "status_code", getattr(source, "status", None))
     return int(code) if code else None

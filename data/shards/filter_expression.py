@@ -1,8 +1,8 @@
-"""Parser of filter conditions on indexed fields: `lang == "en" and score > 0.3`.
+"""Parse filter conditions on indexed fields: `lang == "en" and score > 0.3`.
 
-The text has Python's syntax and is read by Python's parser, but never run. Names are columns of the
-index. Allowed are comparisons, `and`, `or`, `not`, `in`, `is None`, numbers, strings, + - * / and a
-few functions. The result is a pyarrow expression.
+The text has Python's syntax and is parsed by Python's parser, but never executed. Names are columns
+of the index. Comparisons, `and`, `or`, `not`, `in`, `is None`, numbers, strings, + - * / and a few
+functions are allowed. The result is a pyarrow expression.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "matches": pc.match_substring_regex,
 }
 MAX_LENGTH = 1 << 16
-"""Characters of a condition; a list of values may be long."""
+"""Maximum number of characters in a condition; a list of values may be long."""
 MAX_TERMS = 1000
-"""Comparisons, and columns, in a condition. Arrow's time grows with the square of the number of
-terms, and some thousands overflow its stack."""
+"""Maximum number of comparisons, and of columns, in a condition. Arrow's time grows with the square
+of the number of terms, and a few thousand overflow its stack."""
 HELP = (
-    "A condition may have columns, numbers and strings, == != < <= > >= + - * /, and, or, not, "
+    "A condition may contain columns, numbers and strings, == != < <= > >= + - * /, and, or, not, "
     f"in [...], is None, and the functions {', '.join(f'{name}()' for name in _FUNCTIONS)}"
 )
 
@@ -61,8 +61,11 @@ def parse_filter(
 
     Args:
         text: The condition.
-        columns: The columns that may occur.
-        json_columns: Those that hold JSON text; values compared with them become JSON text too.
+        columns: Names of the index's columns.
+        json_columns: Columns of JSON text; values compared with them become JSON text too.
+
+    Returns:
+        A pyarrow expression that is true for the samples that meet the condition.
 
     Raises:
         GigabatchError: if `text` is not a condition; the message says what is allowed.
@@ -87,7 +90,8 @@ def parse_filter(
         raise GigabatchError(f"{text!r}: not a condition: {error}. {HELP}.") from None
     if not isinstance(expression, pc.Expression):
         raise GigabatchError(
-            f"{text!r}: not a condition: it names no column. The columns are: {', '.join(columns)}."
+            f"{text!r}: not a condition: it does not reference a column. The columns are: "
+            f"{', '.join(columns)}."
         )
     return expression
 
@@ -111,7 +115,7 @@ class _Parser(ast.NodeVisitor):
     def visit_Name(self, node: ast.Name) -> pc.Expression:
         if node.id not in self.columns:
             known = ", ".join(name for name in self.columns if name.isidentifier())
-            raise SyntaxError(f"there is no column {node.id!r} (there are: {known})")
+            raise SyntaxError(f"there is no column {node.id!r} (the columns are: {known})")
         return pc.field(node.id)
 
     def visit_Constant(self, node: ast.Constant) -> Any:

@@ -1,4 +1,4 @@
-"""Filtered views (`gigabatch data filter`): part of a set as its own set; no shard is copied."""
+"""Create filtered views (`gigabatch data filter`): subsets of a set that copy no shards."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def create_view(index: Index, condition: str, out: Path) -> Index:
         out: A new or empty folder, or an older view, which is replaced.
 
     Raises:
-        GigabatchError: if the condition is invalid, no sample meets it, or `out` holds anything
-            but a view.
+        GigabatchError: if the condition is invalid, no sample meets it, or `out` contains anything
+            other than a view.
     """
     old = read_manifest(out)
     if out.exists() and not ("view" in old or (out.is_dir() and _is_free(out))):
-        raise GigabatchError(f"{out}: exists already and is not a view. Name another folder.")
+        raise GigabatchError(f"{out}: already exists and is not a view. Choose a different folder.")
     rows: I64 = np.concatenate([*_matching_rows(index, condition), np.empty(0, np.int64)])
     if not len(rows):
         raise GigabatchError(
@@ -78,7 +78,7 @@ def create_view(index: Index, condition: str, out: Path) -> Index:
 
 
 def _is_free(folder: Path) -> bool:
-    """Return whether a folder is empty or holds only what a killed writer left."""
+    """Return whether a folder is empty or contains only what a killed writer left."""
     return not any(folder.iterdir()) or holds_only_partial_index(folder)
 
 

@@ -7,8 +7,8 @@ filtered view, which is a folder that `gigabatch data filter` wrote. The files o
 - `samples-DIGEST.arrow`: the same rows, uncompressed; every process maps it into memory.
 - `manifest.json`: the shards with their sizes, versions and digests.
 
-They lie in `FOLDER/.gigabatch`, or in the cache folder if that cannot be written or the set is no
-local folder. Shards added later are indexed after all others, so a sample keeps its row.
+They are stored in `FOLDER/.gigabatch`, or in the cache folder if that cannot be written or the set
+is not a local folder. Shards added later are indexed after all others, so a sample keeps its row.
 """
 
 from __future__ import annotations
@@ -32,10 +32,11 @@ from gigabatch.data.shards.scan import IndexSettings
 FORMAT = 2
 BATCH_BITS = 20
 ROWS = 1 << BATCH_BITS
-"""Rows of a record batch. A shift finds a row's batch, and writing an index needs little memory."""
+"""Number of rows in a record batch: a power of two, so that a shift gives a row's batch, and few
+enough that writing an index needs little memory."""
 LOOKUPS_PER_RELEASE = 1 << 9
-"""Lookups after which the mapped pages are released, so that the process stays small for any size
-of index. The kernel keeps the pages in its cache."""
+"""Number of lookups after which the mapped pages are released, so that the process stays small for
+any size of index. The kernel keeps the pages in its cache."""
 I64 = NDArray[np.int64]
 
 
@@ -64,11 +65,11 @@ class Index:
 
     Attributes:
         source: The folder or pattern that was indexed.
-        folder: Where the index files lie.
+        folder: Folder of the index files.
         arrow: Name of the Arrow file.
         shards: The shards, in the order of their rows.
         member_counts: (extension, samples that have it) of every kind of member.
-        settings: What the index holds.
+        settings: Content of the index.
         digest: SHA-256 over the shards' digests, the fingerprint of the data.
     """
 
@@ -90,7 +91,7 @@ class Index:
 
     @cached_property
     def shard_sizes(self) -> I64:
-        """Samples of every shard, int64 [shards]."""
+        """Number of samples in every shard, int64 [shards]."""
         return np.array([shard.samples for shard in self.shards], np.int64)
 
     @cached_property
@@ -114,7 +115,7 @@ class Index:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The fields of the json member that the index holds."""
+        """The indexed fields of the json member."""
         return self.settings.columns
 
     def take(self, column: str, rows: I64) -> NDArray[Any]:
@@ -130,11 +131,11 @@ class Index:
         return str(self.values("key", np.array([row]))[0])
 
     def shard_of(self, row: int) -> int:
-        """Return the number of the shard that holds a sample."""
+        """Return the number of the shard that contains a sample."""
         return int(np.searchsorted(self.shard_starts, row, side="right")) - 1
 
     def where(self, row: int) -> str:
-        """Return shard and key of a sample, for messages."""
+        """Return the shard and key of a sample, for messages."""
         return f"{self.shards[self.shard_of(row)].name}: sample {self.key(row)!r}"
 
     def member_span(self, row: int, member: str) -> tuple[int, int]:
@@ -158,20 +159,20 @@ class Index:
         return np.flatnonzero(without)
 
     def require_members(self, *choices: str, allow_missing: bool = False) -> tuple[str, ...]:
-        """Return those of `choices` (extensions) that occur in the set, in their order.
+        """Return the extensions in `choices` that occur in the set, in the order of `choices`.
 
         Args:
             choices: Alternative extensions of one modality.
             allow_missing: Accept samples that have none of them.
 
         Raises:
-            GigabatchError: if no sample has one, or if a sample has none and `allow_missing` is
-                false.
+            GigabatchError: if no sample has any of them, or if a sample has none and
+                `allow_missing` is false.
         """
         present = tuple(choice for choice in choices if choice in self.members)
         if not present:
             raise GigabatchError(
-                f"{self.source}: no sample has a .{' or .'.join(choices)} member; there are: "
+                f"{self.source}: no sample has a .{' or .'.join(choices)} member; the members are: "
                 f"{', '.join('.' + m for m in self.members)}. Check that data.train names the "
                 "intended set."
             )
@@ -185,7 +186,7 @@ class Index:
         return present
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle the description without the mapped table: each process maps it itself."""
+        """Pickle the description without the mapped table, which each process maps itself."""
         cached = ("_mapped", "shard_starts", "shard_sizes")
         return {k: v for k, v in self.__dict__.items() if k not in cached}
 
@@ -261,7 +262,7 @@ def index_from_manifest(
 
     Args:
         source: The folder or pattern that was indexed.
-        folder: Where the index files lie.
+        folder: Folder of the index files.
         manifest: Contents of `manifest.json`.
         names: Paths or URLs of the shards, in the manifest's order.
     """

@@ -1,6 +1,6 @@
-"""Building of an index: shards scanned by several processes, their rows joined and written.
+"""Build an index: scan shards with several processes, join their rows, and write them.
 
-The rows of each scanned shard are stored in a file in `parts` until all are joined. So an
+The rows of each scanned shard are stored in a file in `parts` until all are joined. This way, an
 interrupted build resumes, and adding shards costs only the scan of the new ones.
 """
 
@@ -32,9 +32,9 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with (shards done, shards in total)."""
 MAX_LISTED = 10
-"""Damaged shards that one error lists."""
+"""Maximum number of damaged shards that one error lists."""
 SINGLE_PROCESS_BYTES = 64 << 20
-"""Bytes of shards below which starting more processes does not pay."""
+"""Total bytes of shards below which starting more processes takes longer than it saves."""
 
 _Rows = tuple[pa.Table, str]  # the rows of a shard, and its digest
 
@@ -45,9 +45,9 @@ class ScanJob:
 
     Attributes:
         state: The shard's URL, size and version.
-        settings: What its rows hold.
+        settings: Content of its rows.
         part: File to write the rows to.
-        cache: Holds the copy of a remote shard; None uses this node's cache.
+        cache: Cache of remote shards; None uses this node's cache.
     """
 
     state: ShardState
@@ -82,16 +82,16 @@ def build_index(
     Args:
         jobs: All shards of the set, in order.
         manifest: Manifest of the old index; {} if there is none.
-        folder: Where the index goes.
+        folder: Folder for the index files.
         source: The folder or pattern that is indexed.
         progress: Called after each shard.
-        processes: Processes that scan; None is one per core.
+        processes: Number of scanning processes; None uses one per core.
 
     Returns:
         The manifest of the new index.
 
     Raises:
-        GigabatchError: lists the damaged shards, with byte offsets.
+        GigabatchError: if shards are damaged; the message lists them with byte offsets.
     """
     (folder / "parts").mkdir(exist_ok=True)
     old_rows = _old_rows(manifest, folder, jobs, source)
@@ -115,7 +115,7 @@ def build_index(
 
 
 def _scan_all(jobs: Sequence[ScanJob], processes: int | None) -> Iterator[str | None]:
-    """Scan shards in any order; yield for each what is wrong with it, or None."""
+    """Scan shards in any order; yield the problem of each, or None."""
     if processes is None:
         processes = len(os.sched_getaffinity(0))
     total = sum(job.state.bytes for job in jobs)
@@ -138,7 +138,7 @@ def _scan_all(jobs: Sequence[ScanJob], processes: int | None) -> Iterator[str | 
 
 
 def _scan(job: ScanJob) -> str | None:
-    """Scan one shard and write its rows; return what is wrong with it, or None."""
+    """Scan one shard and write its rows; return its problem, or None."""
     state = job.state
     try:
         file = _open(state, job.cache or node_cache())
@@ -226,10 +226,10 @@ def _join_and_write(
 
 
 def manifest_name(source: str, url: str) -> str:
-    """Return a shard's name in the manifest: in a folder its file name, so the folder can move."""
+    """Return a shard's name in the manifest: in a folder its file name, so that it can move."""
     return os.path.basename(url) if os.path.isdir(source) else url
 
 
 def full_name(source: str, name: str) -> str:
-    """Return path or URL of a shard from its name in the manifest."""
+    """Return the path or URL of a shard from its name in the manifest."""
     return str(Path(source) / name) if os.path.isdir(source) else name

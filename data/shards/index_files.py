@@ -1,4 +1,4 @@
-"""Writing of an index's files: the rows of all shards as Arrow and Parquet, and the manifest."""
+"""Write the files of an index: the rows of all shards as Arrow and Parquet, and the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INDEX_FILES = ("samples-*.arrow", "samples.parquet", "manifest.json")
 
 
 def merge_schemas(schemas: Iterable[pa.Schema]) -> pa.Schema:
-    """Return the schema that holds every shard's columns: `key`, members by name, json fields."""
+    """Return the schema of all shards' columns: `key`, members by name, json fields."""
     merged: dict[str, pa.Field] = {}
     for schema in schemas:
         for field in schema:
@@ -50,15 +50,15 @@ def conform_to_schema(table: pa.Table, schema: pa.Schema) -> pa.Table:
 def write_index(
     tables: Iterable[pa.Table], schema: pa.Schema, manifest: dict[str, Any], folder: Path
 ) -> None:
-    """Write the files of an index, the manifest last, so that a manifest never lies.
+    """Write the files of an index, and remove what killed writers left in the folder.
 
-    Also removes what killed writers left in the folder.
+    The manifest is written last, so it never describes incomplete files.
 
     Args:
         tables: Rows of all shards, in order.
         schema: Schema of every table.
         manifest: Contents of `manifest.json`; `arrow` and `members` are added here.
-        folder: Where the files go.
+        folder: Folder for the files; created if needed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name in INDEX_FILES:
@@ -94,7 +94,7 @@ def _int64_array(column: pa.ChunkedArray) -> Any:
 
 
 def _record_batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Split and join tables to one chunk of ROWS rows each; the last one may be shorter."""
+    """Split and join tables into tables of one chunk of ROWS rows; the last one may be shorter."""
     pending: list[pa.Table] = []
     count = 0
     for table in tables:
@@ -110,7 +110,7 @@ def _record_batches(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def holds_only_partial_index(folder: Path) -> bool:
-    """Return whether a folder holds only what a killed writer of an index leaves behind."""
+    """Return whether a folder contains only what a killed writer of an index left."""
     names = [path.name for path in folder.iterdir()]
     arrow = r"\.?samples-[0-9a-f]{16}\.arrow(\.\d+\.tmp)?"
     arrow_names = [name for name in names if re.fullmatch(arrow, name)]

@@ -1,4 +1,4 @@
-"""Opening the index of a set: built if there is none, updated if the set changed."""
+"""Open the index of a set: build it if there is none, update it if the set has changed."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ def open_index(
     Args:
         source: A folder of `*.tar`, a pattern, or a filtered view.
         progress: Called with (done, total) after each shard scanned.
-        settings: What the index must hold; None keeps what it holds.
-        columns: Fields of the json member that it must hold in addition.
-        processes: Processes that scan shards; None is one per core.
-        cache: Holds copies of remote shards; None uses this node's cache at its default size.
+        settings: Required content of the index; None keeps the current content.
+        columns: Additional fields of the json member that the index must contain.
+        processes: Number of processes that scan shards; None uses one per core.
+        cache: Cache of remote shards; None uses this node's cache at its default size.
 
     Raises:
-        GigabatchError: names every damaged shard, with the byte offset.
+        GigabatchError: if shards are damaged (the message lists them with byte offsets), the set
+            has no samples, or the index cannot be written.
     """
     source = str(source)
     view = read_manifest(Path(source)) if not is_remote(source) else {}
@@ -61,7 +62,7 @@ def open_index(
     try:
         if not _is_current(manifest, states, wanted, source):
             with _lock(folder):
-                manifest = read_manifest(folder)  # another process may have built it meanwhile
+                manifest = read_manifest(folder)  # another process may just have built it
                 wanted = _wanted_settings(manifest, settings, columns)
                 if not _is_current(manifest, states, wanted, source):
                     jobs = scan_jobs(
@@ -74,12 +75,12 @@ def open_index(
             "GIGABATCH_CACHE to a folder that is."
         ) from error
     if not any(shard["samples"] for shard in manifest["shards"]):
-        raise GigabatchError(f"{source}: the shards hold no samples. Name a set with samples.")
+        raise GigabatchError(f"{source}: the shards contain no samples. Name a set with samples.")
     return _index(source, folder, manifest)
 
 
 def stored_index(source: str) -> Index | None:
-    """Return the index as last written, even if the shards changed since; None if there is none."""
+    """Return the index as last written, even if the shards have changed; None if there is none."""
     view = read_manifest(Path(source)) if not is_remote(source) else {}
     folders = [Path(source)] if view else [Path(source) / ".gigabatch", index_folder(source)]
     for folder in folders:
@@ -92,7 +93,7 @@ def index_folder(source: str) -> Path:
     """Return the folder for the index of a set: in the set if writable, else in the cache."""
     root = Path(source)
     if os.path.isdir(source):  # `Path.is_dir` would raise for a pattern longer than a path may be
-        # `access` says yes to root for every folder, so the mode bits are checked too.
+        # `access` is true for root in every folder, so the mode bits are checked too.
         writable = os.access(root, os.W_OK) and root.stat().st_mode & (stat.S_IWUSR | stat.S_IWGRP)
         if writable:
             return root / ".gigabatch"
@@ -112,9 +113,11 @@ def _shard_states(source: str) -> list[ShardState]:
     if os.path.isdir(source) and not any(path.glob("*.tar")):
         fix = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
         if any(path.parent.glob("*.tar")):
-            fix = f"{path.parent} holds shards itself: to train on them, set data.train=. (a dot)."
+            fix = (
+                f"{path.parent} contains shards itself: to train on them, set data.train=. (a dot)."
+            )
         fix = pack_hint(source) or fix
-        raise GigabatchError(f"{source}: holds no .tar shard. {fix}")
+        raise GigabatchError(f"{source}: contains no .tar shards. {fix}")
     if not os.path.isdir(source) and (hint := pack_hint(source)):
         raise GigabatchError(f"{source}: {hint}")
     is_pattern = any(character in source for character in "*?[{")
@@ -147,7 +150,7 @@ def _find_index(
 def _wanted_settings(
     manifest: dict[str, Any], settings: IndexSettings | None, columns: Sequence[str]
 ) -> IndexSettings:
-    """Return what the index must hold: the old settings by default, and `columns`."""
+    """Return the required content of the index: the old settings by default, and `columns`."""
     if settings is None:
         settings = IndexSettings.model_validate(manifest.get("settings", {}))
     new = [name for name in columns if name not in settings.columns]

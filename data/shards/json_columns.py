@@ -1,8 +1,9 @@
-"""Index columns from fields of samples' json members, each column of one type.
+"""Build index columns from fields of samples' json members; each column has one type.
 
-A column is int64, float64, bool or text if all of its values are. In every other case it holds JSON
-text of every value: numbers and texts in one column, nested values, integers that neither int64 nor
-float64 can hold. So 1 and "1" stay different, and equal values stay equal.
+A column is int64, float64, bool or text if all of its values are. Otherwise it contains the JSON
+text of every value. This applies to numbers and texts in one column, nested values, and integers
+that neither int64 nor float64 can represent. Thus 1 and "1" stay different, and equal values stay
+equal.
 """
 
 from __future__ import annotations
@@ -19,30 +20,30 @@ from gigabatch.data.errors import GigabatchError
 MEMBER_SUFFIXES = (".offset", ".size", ".crc")
 """Endings of the columns of a member, such as `png.offset`."""
 INT_LIMIT = 1 << 62
-"""Integers from here on become JSON text."""
+"""Integers of at least this magnitude become JSON text."""
 FLOAT_EXACT = 1 << 53
-"""float64 holds every integer up to here."""
+"""float64 represents every integer up to this exactly."""
 _MARK = b"values"
 _JSON, _LARGE_INTS = {_MARK: b"JSON text"}, {_MARK: b"integers above 2^53"}
 
 
 def check_column_names(names: Sequence[str]) -> None:
-    """Check that no name is the name of a column that every index or mixture has.
+    """Check that no name is reserved for a column that every index or mixture has.
 
     Raises:
-        GigabatchError: names the first such column.
+        GigabatchError: if a name is reserved; the message names the first.
     """
     for name in names:
         if name in ("", "key", "source") or name.endswith(MEMBER_SUFFIXES):
             raise GigabatchError(
                 f"--columns: {name!r} cannot be the name of a column: key, source and "
-                f"{', '.join('*' + suffix for suffix in MEMBER_SUFFIXES)} locate a sample. Leave "
-                "it out, or rewrite the shards with the field under another name."
+                f"{', '.join('*' + suffix for suffix in MEMBER_SUFFIXES)} locate a sample. Omit "
+                "it, or rewrite the shards with the field under a different name."
             )
 
 
 def build_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
-    """Return field and values of a column of one shard.
+    """Return the field and values of a column of one shard.
 
     Args:
         name: The column's name.
@@ -112,5 +113,5 @@ def _json_array(values: Sequence[Any]) -> pa.Array:
 
 
 def _replace_surrogates(text: str) -> str:
-    """Replace single halves of surrogate pairs, which UTF-8 cannot hold, by U+FFFD."""
+    """Replace single halves of surrogate pairs, which UTF-8 cannot encode, by U+FFFD."""
     return text if text.isascii() else re.sub("[\ud800-\udfff]", "\ufffd", text)

@@ -1,4 +1,4 @@
-"""Advice for sources that are not shards yet: tables, zip files and folders of images."""
+"""Advise on sources that are not shards yet: tables, zip files and folders of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather
 """Tables that `gigabatch data pack` reads."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 ENTRIES = 10_000
-"""Entries of a folder that are looked at: enough to know its kind, quick on slow disks."""
+"""Maximum number of folder entries inspected to determine what the folder holds."""
 ZIP = (
     "This is a zip file, not .tar shards. Unzip it, then write shards with `gigabatch data pack "
     "TABLE OUT`, where TABLE lists the files and their captions."
@@ -19,7 +19,7 @@ ZIP = (
 
 
 def pack_hint(source: str) -> str | None:
-    """Say how to make shards of a table, a folder or pattern of tables, a zip file or images.
+    """Return advice on how to make shards from a table, a pattern, a zip file or a folder.
 
     Args:
         source: Path, pattern or URL.
@@ -42,7 +42,7 @@ def pack_hint(source: str) -> str | None:
 
 
 def _folder_hint(folder: Path) -> str | None:
-    """Judge a folder by its files and those of the folders in it."""
+    """Return the hint for a folder, from the types of its files and of those in its subfolders."""
     if (folder / "manifest.json").exists():  # a filtered view, whose index is a Parquet file
         return None
     entries = islice(chain(folder.glob("[!.]*"), folder.glob("[!.]*/[!.]*")), ENTRIES)

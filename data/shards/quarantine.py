@@ -1,4 +1,4 @@
-"""Substitution of unusable samples: recorded, counted, limited by `data.max_damaged`.
+"""Substitute unusable samples: record and count them, up to the limit `data.max_damaged`.
 
 The substitute is a function of (seed, sample, attempt), so it is the same on any rank and loader
 worker, and after a resume. Each use of a bad sample is one record in the run's `quarantine.jsonl`.
@@ -15,10 +15,9 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key
 
 ATTEMPTS = 16
-"""Substitutes to try before the stream stops."""
+"""Maximum number of substitutes to try before the stream stops."""
 MIN_SAMPLES = 10_000
-"""The rate of bad samples is taken over at least this many, so that the first does not stop a
-run."""
+"""Minimum denominator of the bad-sample rate, so that one early bad sample does not stop a run."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,8 @@ def substitute_row(seed: int, number: int, attempt: int, size: int) -> int:
     Args:
         seed: The run's seed.
         number: The bad sample's number.
-        attempt: Substitutes tried before.
-        size: Rows in the index.
+        attempt: Number of substitutes tried before.
+        size: Number of rows in the index.
     """
     return key(seed, "substitute", number, attempt) % size
 
@@ -68,13 +67,13 @@ def check_damage_rate(
     """Check that no source has too many bad samples.
 
     Args:
-        bad: Source number -> bad samples read.
-        drawn: Source number -> samples read.
+        bad: Source number -> number of bad samples read.
+        drawn: Source number -> number of samples read.
         names: Source number -> folder or pattern.
         limit: Largest share of bad samples allowed.
 
     Raises:
-        GigabatchError: if a source has more.
+        GigabatchError: if a source exceeds `limit`.
     """
     for source, count in bad.items():
         if count > limit * max(drawn[source], MIN_SAMPLES):

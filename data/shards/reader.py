@@ -1,4 +1,4 @@
-"""Reading of members by byte offset, with a checksum check of each.
+"""Read members by byte offset, and verify the checksum of each.
 
 No tar file is ever extracted, and no path inside one is ever opened.
 """
@@ -22,7 +22,7 @@ from gigabatch.data.shards.index import I64, Index
 
 log = logging.getLogger(__name__)
 MAX_GAP = 1 << 16
-"""Bytes between the members of a sample up to which one read fetches them together."""
+"""Maximum number of bytes between the members of a sample that a single read may include."""
 RETRY_WAITS_S = (0.1, 1.0, 5.0)
 """Seconds to wait before each retry of a failed read."""
 RETRIED_ERRORS = (
@@ -37,7 +37,7 @@ class DamagedMember(NamedTuple):
 
 
 class _Span(NamedTuple):
-    """Where a member lies in its shard, and its CRC-32C if the index holds one."""
+    """Location of a member in its shard, and its CRC-32C if the index has one."""
 
     member: str
     offset: int
@@ -52,7 +52,7 @@ class Reader:
 
     Args:
         index: The set.
-        cache: Holds copies of remote shards; None uses this node's cache.
+        cache: Cache of remote shards; None uses this node's cache.
     """
 
     OPEN_SHARDS = 64
@@ -138,7 +138,7 @@ class Reader:
         return out
 
     def _drop_cached_copy(self, shard: int) -> bool:
-        """Drop the local copy of a remote shard, once a shard; return whether it was dropped."""
+        """Drop the local copy of a remote shard, once per shard; return whether it was dropped."""
         # The copy may have been damaged on this machine while the original is intact.
         info = self.index.shards[shard]
         if shard in self._dropped or not is_remote(info.name):
@@ -149,7 +149,7 @@ class Reader:
         return True
 
     def _why(self, shard: int, row: int, member: str, part: bytes) -> str:
-        """Say what is wrong with the bytes `part` of a member."""
+        """Return a description of what is wrong with the bytes `part` of a member."""
         offset, size = self.index.member_span(row, member)
         if len(part) < size:
             what = f"is truncated ({len(part)} of {size} bytes)"

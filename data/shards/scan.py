@@ -1,4 +1,4 @@
-"""Scanning of one shard into index rows: members grouped into samples, errors with byte offsets.
+"""Scan one shard into index rows: group members into samples, report errors with byte offsets.
 
 A sample's members are adjacent and share a key, which by webdataset's rule is the name up to its
 first dot. webdataset silently merges, splits or drops some shards that break this rule; here they
@@ -28,7 +28,7 @@ PICKLE_EXTENSIONS = ("pkl", "pickle", "pyd", "pth", "pt")  # webdataset would un
 
 
 class IndexSettings(Settings):
-    """What an index holds; stored in it, and kept when shards are added."""
+    """Content of an index; stored in the index, and kept when shards are added."""
 
     checksums: bool = True
     """Store the CRC-32C of every member and verify it at each read; false reads only headers."""
@@ -45,7 +45,7 @@ class ShardRows:
     Attributes:
         table: Columns `key`, `EXT.offset`, `EXT.size` and `EXT.crc` of every extension, and the
             json fields.
-        digest: SHA-256 over names, sizes and checksums.
+        digest: SHA-256 of names, sizes and checksums.
     """
 
     table: pa.Table
@@ -60,9 +60,9 @@ class _Grouping:
         keys: Key of every sample.
         first_members: Number of every sample's first member.
         extensions: The extensions that occur.
-        members: Numbers of the members that belong to a sample; the next two are aligned with it.
-        rows: Sample of each.
-        kinds: Extension of each, as a position in `extensions`.
+        members: Numbers of the members that belong to a sample.
+        rows: Sample of each of these members.
+        kinds: Extension of each of these members, as a position in `extensions`.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -79,10 +79,10 @@ def scan_shard(file: int, where: str, settings: IndexSettings) -> ShardRows:
     Args:
         file: Descriptor of the open tar file.
         where: Path or URL of the shard, for errors.
-        settings: What the rows hold.
+        settings: Content of the rows.
 
     Raises:
-        GigabatchError: for a damaged or ambiguous shard; names the byte offset.
+        GigabatchError: if the shard is damaged or ambiguous; the message names the byte offset.
     """
     check_column_names(settings.columns)
     members = read_members(file, where, settings.checksums)
@@ -182,7 +182,7 @@ def _reject_repeats(samples: _Grouping, members: Members, where: str) -> None:
         key = samples.keys[samples.rows[samples.members.index(repeat)]]
         raise _error(
             where, members, repeat,
-            f"key {key!r} comes a second time (member {members.names[repeat]!r}). Members of a "
+            f"key {key!r} occurs a second time (member {members.names[repeat]!r}). Members of a "
             "sample must be adjacent and unique; a dot inside the key is a common cause. Rewrite "
             "the shard",
         )  # fmt: skip
@@ -217,7 +217,7 @@ def _error(where: str, members: Members, number: int, what: str) -> GigabatchErr
 
 
 def _digest(members: Members, numbers: Sequence[int]) -> str:
-    """Return SHA-256 over names, sizes and checksums of some members."""
+    """Return the SHA-256 of the names, sizes and checksums of some members."""
     digest = hashlib.sha256()
     digest.update("\n".join([members.names[i] for i in numbers]).encode())
     index = np.array(numbers, np.int64)
@@ -249,7 +249,7 @@ def _json_columns(
 def _parse_json(
     data: bytes, where: str, offset: int, columns: dict[str, pa.Array], row: int
 ) -> dict[str, Any]:
-    """Return the object in a json member; {} if it holds another kind of value."""
+    """Return the object in a json member; {} if it is a different kind of value."""
     try:
         record = json.loads(data)
     except (ValueError, RecursionError) as error:

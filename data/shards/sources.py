@@ -1,4 +1,4 @@
-"""Several indexed sets read as one, by sample number: `source << 40 | row`."""
+"""Read several indexed sets as one, by sample number: `source << 40 | row`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Sources:
 
     Args:
         indexes: The sources, in the order of their numbers.
-        cache: Holds copies of remote shards; None uses this node's cache.
+        cache: Cache of remote shards; None uses this node's cache.
     """
 
     def __init__(self, indexes: Sequence[Index], cache: ShardCache | None = None) -> None:
@@ -76,13 +76,13 @@ class Sources:
         return list(distinct)
 
     def shard_name(self, number: int) -> str:
-        """Return path or URL of the shard that holds a sample."""
+        """Return the path or URL of the shard that contains a sample."""
         source, row = self.source_and_row(number)
         index = self.indexes[source]
         return index.shards[index.shard_of(row)].name
 
     def where(self, number: int) -> str:
-        """Return shard and key of a sample, for messages."""
+        """Return the shard and key of a sample, for messages."""
         source, row = self.source_and_row(number)
         return self.indexes[source].where(row)
 
@@ -101,7 +101,7 @@ class Sources:
 
     @property
     def remote(self) -> bool:
-        """Whether a source lies on remote storage."""
+        """Whether a source is on remote storage."""
         return any(is_remote(index.shards[0].name) for index in self.indexes)
 
     def _by_source(self, numbers: I64) -> list[tuple[int, list[int], I64]]:
@@ -132,13 +132,13 @@ def indexed_codes(index: Index, column: str, rows: I64 | None = None) -> NDArray
     Args:
         index: The index.
         column: Name of the field.
-        rows: int64 [n], rows of the index; None is all.
+        rows: int64 [n], rows of the index; None selects all.
 
     Returns:
         int64 [n]; UNKNOWN_CODE where the field is null.
 
     Raises:
-        GigabatchError: if the index does not hold the field.
+        GigabatchError: if the index lacks the field.
     """
     if column not in index.columns:
         raise GigabatchError(

@@ -1,4 +1,4 @@
-"""The members of a tar file: names, offsets, sizes and, on request, checksums.
+"""List the members of a tar file: names, offsets, sizes and, on request, checksums.
 
 The standard library's `tarfile` is ten times slower and silently stops at the first damaged header.
 This parser reads many small members at once and rejects everything it does not understand, naming
@@ -21,7 +21,7 @@ from gigabatch.data.errors import GigabatchError
 BLOCK = 512
 RECORD = 20 * BLOCK  # writers pad to this by default; some to a power of two, 32 KiB or more
 PIECE = 16 << 20  # bytes of a large member read at a time
-# Bytes read at a time. A call costs as much as some KB, so small members are read many at once.
+# Bytes read at a time. A call costs as much as a few KB, so one call reads many small members.
 SMALL_WINDOW, LARGE_WINDOW = 4 << 10, 64 << 10
 NEAR = 16 << 10  # a header this close to the end of the window means that members are small
 VERIFY_AT_ONCE = 1 << 14  # headers verified at a time: 8 MiB
@@ -36,7 +36,7 @@ class Members:
 
     Attributes:
         names: Their names.
-        offsets: Where the data of each start, in bytes.
+        offsets: Byte offset at which the data of each file starts.
         sizes: Sizes of the data, in bytes.
         checksums: CRC-32C of the data; empty if not requested.
     """
@@ -91,8 +91,9 @@ def read_members(file: int, where: str, checksums: bool = False) -> Members:
         checksums: Also compute the CRC-32C of every file, which reads all data.
 
     Raises:
-        GigabatchError: names the byte offset of a damaged header, a truncated member, a missing
-            end mark, or a member that is neither a file nor a folder, such as a link.
+        GigabatchError: if a header is damaged, a member is truncated, the end mark is missing, or a
+            member is neither a file nor a folder, such as a link. The message names the byte
+            offset.
     """
     parser = _Parser(file, where, os.fstat(file).st_size)
     try:
@@ -177,7 +178,7 @@ def checksum_of(file: int, offset: int, size: int) -> int:
 def _read_special(
     parser: _Parser, header: bytes, position: int, size: int, extended: _ExtendedHeader | None
 ) -> _ExtendedHeader | None:
-    """Read a member that is no regular file; return what applies to the next file."""
+    """Read a member that is not a regular file; return what applies to the next file."""
     _verify_header(header, parser.where, position)
     kind, data = header[156:157], position + BLOCK
     if kind == _LONG_NAME:
@@ -217,7 +218,7 @@ def _verify_headers(parser: _Parser) -> None:
     sums = headers.sum(axis=1, dtype=np.uint32) - headers[:, 148:156].sum(axis=1, dtype=np.uint32)
     digits = headers[:, 148:154] - np.uint8(0x30)
     correct = (digits < 8).all(axis=1) & (sums + 8 * 32 == digits @ _OCTAL)
-    for row in np.flatnonzero(~correct).tolist():  # written in another form, or wrong
+    for row in np.flatnonzero(~correct).tolist():  # written in a different form, or wrong
         _verify_header(parser.headers[row], parser.where, parser.starts[first + row])
     parser.names += _names(parser, headers, first)
     parser.headers.clear()
@@ -252,7 +253,7 @@ def _number(digits: bytes, where: str, position: int) -> int:
 def _names(parser: _Parser, headers: NDArray[np.uint8], first: int) -> list[str]:
     """Decode the names in uint8 headers [n, BLOCK]; row 0 is file number `first`."""
     raw_names = np.ascontiguousarray(headers[:, :100]).view("S100")[:, 0].tolist()
-    # Only POSIX headers end their mark with a zero byte: GNU headers hold times at the prefix.
+    # Only POSIX headers end their mark with a zero byte: GNU headers store times at the prefix.
     posix = (headers[:, 257:263] == np.frombuffer(b"ustar\x00", np.uint8)).all(axis=1)
     for row in np.flatnonzero(posix & (headers[:, 345] != 0)).tolist():
         prefix = headers[row, 345:500].tobytes().split(b"\x00", 1)[0]

@@ -1,4 +1,4 @@
-"""The texts of a sample: one caption, several or translations, and which of them a step uses."""
+"""Read the texts of a sample, and choose the captions that a step uses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class TextLocation(Settings):
     member: str = "txt"
     """Extension of the member that holds the text; `json` if `field` is set."""
     field: str | None = None
-    """Field of the json member that holds the text: a name, or a path such as `names.en`, of a
-    text, a list of texts, or a mapping whose values are texts."""
+    """Field of the json member that holds the text: a name, or a path such as `names.en`. Its
+    value is a text, a list of texts, or a mapping whose values are texts."""
     lines: bool = False
     """Treat every line of a text as a separate text."""
     prefix: str = ""
@@ -35,11 +35,11 @@ class TextLocation(Settings):
 
 
 class ExtraText(TextLocation):
-    """A text of a sample besides its captions; of several texts, the first is used."""
+    """A text of a sample in addition to its captions. If there are several, the first is used."""
 
     length: int | None = Field(None, ge=2)
-    """Tokens of a text, end token included; longer texts are truncated. Unset: the value of
-    `data.text.length`."""
+    """Maximum number of tokens of a text, including the end token; longer texts are truncated.
+    Unset: the value of `data.text.length`."""
 
 
 class CaptionSettings(TextLocation):
@@ -48,11 +48,14 @@ class CaptionSettings(TextLocation):
     choose: Literal["first", "random", "all"] = "first"
     """Captions to use: `first`; `random`, redrawn each step; `all`, every caption a positive."""
     most: int = Field(5, ge=1)
-    """Most captions of a sample to use with `choose: all`."""
+    """Maximum number of captions of a sample to use with `choose: all`."""
 
 
 class MissingCaption(BadSample):
-    """A sample has no caption, or only empty ones; allowed if modalities may be missing."""
+    """Raised if a sample has no caption or only empty ones.
+
+    It is not an error if modalities may be missing.
+    """
 
 
 def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
@@ -61,13 +64,14 @@ def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
     Args:
         data: Contents of the member.
         settings: Location of the texts in it.
-        where: Names the sample, for errors.
+        where: Name of the sample, for error messages.
 
     Returns:
-        One or more texts, stripped and prefixed; those of a mapping sorted by name.
+        One or more texts, stripped and prefixed. Texts of a mapping are sorted by name.
 
     Raises:
-        BadSample: if the texts cannot be read; MissingCaption if there is none.
+        MissingCaption: if there is no text.
+        BadSample: if the texts cannot be read.
     """
     subject = f"{where}: its caption ({settings.field or settings.member})"
     try:
@@ -88,7 +92,7 @@ def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
     if not captions:
         raise MissingCaption(f"{subject} is empty.")
     if not all(map(_is_unicode, captions)):
-        raise BadSample(f"{subject} holds half a surrogate pair, which no tokenizer accepts.")
+        raise BadSample(f"{subject} contains half a surrogate pair, which no tokenizer accepts.")
     return [settings.prefix + caption for caption in captions]
 
 
@@ -110,7 +114,7 @@ def value_at(record: Any, path: str) -> Any:
 
 
 def _is_unicode(text: str) -> bool:
-    """Return False for text with half a surrogate pair, which json can spell but UTF-8 cannot."""
+    """Return False for text with half a surrogate pair, which JSON can express but UTF-8 cannot."""
     return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 

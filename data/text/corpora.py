@@ -1,7 +1,7 @@
-"""Text corpora for retrieval: pairs and triples in JSONL, and collections in the BEIR layout.
+"""Read text corpora for retrieval: pairs and triples in JSONL, and collections in the BEIR layout.
 
 A line of pairs is `{"anchor": TEXT, "positive": TEXT or [TEXT, ...], "negatives": [TEXT, ...]}`;
-negatives are optional, and a single one may be written as `negative`. A BEIR folder holds
+negatives are optional, and a single one may be written as `negative`. A BEIR folder contains
 `corpus.jsonl` (`_id`, `title`, `text`), `queries.jsonl` (`_id`, `text`) and `qrels/SPLIT.tsv`
 (query-id, corpus-id and score, separated by tabs). Every error names the file and the line.
 """
@@ -28,7 +28,7 @@ class TextTuple:
 
 @dataclass(frozen=True)
 class RetrievalCollection:
-    """Queries, documents, and which documents are relevant to which query.
+    """Queries, documents and relevance judgments.
 
     Attributes:
         name: The collection's name in metrics.
@@ -36,10 +36,10 @@ class RetrievalCollection:
         documents: Texts of the documents.
         judgments: (query row, document row, grade), each pair once. A document without a judgment
             is not relevant, nor is one with a grade of 0 or less.
-        own_documents: For every query the row of the document that is the query itself and is
-            left out of its ranking; -1 for none.
+        own_documents: For each query, the row of the document that is the query itself, which its
+            ranking omits; -1 if there is none.
         triples: (query row, row of a relevant document, rows of its negatives), for pairs that
-            come with negatives.
+            have negatives.
     """
 
     name: str
@@ -54,7 +54,7 @@ def read_text_tuples(path: Path) -> Iterator[TextTuple]:
     """Yield the lines of a JSONL file of pairs or triples; empty lines are skipped.
 
     Raises:
-        GigabatchError: names the line that cannot be read.
+        GigabatchError: if a line cannot be read; the message names it.
     """
     for where, line in _lines(path):
         record = _parse(where, line)
@@ -70,7 +70,7 @@ def open_collection(source: Path, split: str = "test") -> RetrievalCollection:
 
     Args:
         source: The folder or file.
-        split: Which file in `qrels` to use; ignored for JSONL.
+        split: Name of the file in `qrels` to use, without `.tsv`; ignored for JSONL.
 
     Raises:
         GigabatchError: if `source` does not exist or cannot be read.
@@ -86,9 +86,12 @@ def open_collection(source: Path, split: str = "test") -> RetrievalCollection:
 
 
 def collection_from_tuples(path: Path) -> RetrievalCollection:
-    """Read pairs and triples as a collection, which all texts of all lines form.
+    """Read the pairs and triples of a JSONL file as one collection.
 
     Equal anchors become one query, and equal texts one document.
+
+    Raises:
+        GigabatchError: if the file contains no pairs, or a line cannot be read.
     """
     queries: dict[str, int] = {}
     documents: dict[str, int] = {}
@@ -106,7 +109,7 @@ def collection_from_tuples(path: Path) -> RetrievalCollection:
         if negatives:
             triples += [(query, document, negatives) for document in positives]
     if not queries:
-        raise GigabatchError(f"{path}: holds no pair. Write one JSON object per line.")
+        raise GigabatchError(f"{path}: contains no pairs. Write one JSON object per line.")
     return RetrievalCollection(
         path.stem,
         tuple(queries),
@@ -120,15 +123,18 @@ def collection_from_tuples(path: Path) -> RetrievalCollection:
 def read_beir(folder: Path, split: str = "test") -> RetrievalCollection:
     """Read a folder in the BEIR layout.
 
-    Only queries in `qrels/SPLIT.tsv` are kept. A document's text is its title and its text. A
-    document with the id of a query is left out of that query's ranking.
+    Only queries in `qrels/SPLIT.tsv` are kept. A document's text is its title followed by its
+    text. A query's ranking omits the document with the id of the query.
+
+    Raises:
+        GigabatchError: if a file is missing, empty or cannot be read; the message names the line.
     """
     qrels = folder / "qrels" / f"{split}.tsv"
     if not qrels.exists():
         splits = sorted(path.stem for path in (folder / "qrels").glob("*.tsv"))
         raise GigabatchError(
-            f"{qrels}: does not exist; there are the splits: {', '.join(splits) or 'none'}. Name "
-            "one with --split, or change the folder to the BEIR layout."
+            f"{qrels}: does not exist; the splits are: {', '.join(splits) or 'none'}. Set split= "
+            "to one of them, or change the folder to the BEIR layout."
         )
     document_rows, documents = _texts_by_id(folder / "corpus.jsonl", with_title=True)
     query_rows, queries = _texts_by_id(folder / "queries.jsonl", with_title=False)
@@ -140,11 +146,11 @@ def read_beir(folder: Path, split: str = "test") -> RetrievalCollection:
         if document not in document_rows:
             raise _error(where, f"document {document!r} is not in {folder / 'corpus.jsonl'}")
         if (query, document_rows[document]) in grades:
-            raise _error(where, f"query {query!r} and document {document!r} occur a second time")
+            raise _error(where, f"query {query!r} and document {document!r} occur twice")
         grades[query, document_rows[document]] = grade
         used.setdefault(query, len(used))
     if not grades:
-        raise GigabatchError(f"{qrels}: holds no judgment. Name another split with --split.")
+        raise GigabatchError(f"{qrels}: contains no judgments. Set split= to another split.")
     return RetrievalCollection(
         folder.resolve().name,
         tuple(queries[query_rows[query]] for query in used),
@@ -188,7 +194,7 @@ def _texts_by_id(path: Path, with_title: bool) -> tuple[dict[str, int], list[str
             raise _error(where, f"the `title` is {title!r:.60}; it must be a text")
         texts.append(f"{title} {_text(where, record, 'text', may_be_empty=with_title)}".strip())
     if not texts:
-        raise GigabatchError(f"{path}: holds no JSON object. Write one per line.")
+        raise GigabatchError(f"{path}: contains no JSON object. Write one per line.")
     return rows, texts
 
 
@@ -208,7 +214,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def _parse(where: str, line: str) -> dict[str, Any]:
-    """Parse a line that must hold a JSON object."""
+    """Parse a line that must be a JSON object."""
     try:
         record = json.loads(line)
     except ValueError as error:

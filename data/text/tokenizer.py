@@ -38,7 +38,8 @@ class TextSettings(Settings):
     vocab_size: int = Field(4096, ge=300)
     """Size of the `bpe` vocabulary; a Hugging Face tokenizer has its own."""
     length: int = Field(32, ge=2)
-    """Tokens of a caption, end token included; longer captions are truncated."""
+    """Maximum number of tokens of a caption, including the end token; longer captions are
+    truncated."""
 
 
 def train_bpe(captions: Iterable[str], settings: TextSettings) -> Tokenizer:
@@ -61,7 +62,7 @@ def train_bpe(captions: Iterable[str], settings: TextSettings) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # Sorted, so that the order of reading cannot matter.
+    # Sort, so that the order of reading has no effect.
     counts = sorted(Counter(captions).items())
     tokenizer.train_from_iterator((t for t, n in counts for _ in range(n)), trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
@@ -120,7 +121,7 @@ def encode(tokenizer: Tokenizer, captions: list[str]) -> tuple[Tensor, Tensor]:
         Tokens int64 [B, L], and mask bool [B, L], true on tokens that are not padding. L is the
         tokenizer's length.
     """
-    encoded = tokenizer.encode_batch_fast(captions)  # "fast" leaves out offsets
+    encoded = tokenizer.encode_batch_fast(captions)  # "fast" omits offsets
     tokens = torch.tensor([e.ids for e in encoded], dtype=torch.int64)
     mask = torch.tensor([e.attention_mask for e in encoded], dtype=torch.bool)
     return tokens, mask

@@ -121,7 +121,7 @@ def test_teacher_vectors_change_the_loss(tmp_path: Path) -> None:
     ("teacher", "says"),
     [
         ("{fields: [embedding], size: 6}", "its json has no embedding"),
-        ("{member: npy, size: 7}", "holds 6 numbers, not 7"),
+        ("{member: npy, size: 7}", "contains 6 numbers, not 7"),
         ("{member: gaze.npy, size: 7}", r"no sample has a \.gaze\.npy member"),
     ],
 )

@@ -131,7 +131,7 @@ def test_every_stage_is_measured_and_reported(setup: Setup, tmp_path: Path) -> N
     assert code == 0
     results = json.loads((tmp_path / "out" / "data.json").read_text())
     streams = [f"{stage}, {workers}" for workers in ("0 workers", "1 worker")
-               for stage in ("together", "with transfer and augmenting")]  # fmt: skip
+               for stage in ("all loader stages", "with transfer and augmenting")]  # fmt: skip
     assert [record["stage"] for record in results["stages"]] == SEPARATE + streams
     assert results["left_out"] == []
     assert results["stopped"] is None
@@ -142,12 +142,16 @@ def test_every_stage_is_measured_and_reported(setup: Setup, tmp_path: Path) -> N
             assert result["samples_per_s"] > 0
             assert result["bytes_per_s"] > result["samples_per_s"]
     ratios = {record["stage"]: record["ratio"] for record in results["stages"] if "ratio" in record}
-    assert list(ratios) == ["reading", "together, 0 workers", "together, 1 worker"]
+    assert list(ratios) == [
+        "reading",
+        "all loader stages, 0 workers",
+        "all loader stages, 1 worker",
+    ]
 
     report = (tmp_path / "out" / "data.md").read_text()
     assert "\n".join(lines).count(report.strip()) == 1
     for text in ("a machine", "gigabatch bench data x.yaml", "WebDataset(resampled=True)",
-                  "| together, 1 worker | webdataset |", "bottleneck: "):  # fmt: skip
+                  "| all loader stages, 1 worker | webdataset |", "bottleneck: "):  # fmt: skip
         assert text in report
     assert [line.split(":")[0] for line in lines[: len(SEPARATE)]] == SEPARATE
 
@@ -182,7 +186,7 @@ def test_stages_skipped_for_lack_of_time_are_listed(setup: Setup) -> None:
     results = bench(setup, 1e-9, say=lambda line: None)
     assert results["stages"] == []
     separate = [stage for stage in SEPARATE if stage != "user stages"]
-    streams = ["together, 0 workers", "with transfer and augmenting, 0 workers"]
+    streams = ["all loader stages, 0 workers", "with transfer and augmenting, 0 workers"]
     assert results["left_out"] == separate + streams
     assert results["bottleneck"] == ""
 
@@ -196,7 +200,7 @@ def test_webdataset_error_ends_only_its_measurement(shards: Path, tmp_path: Path
     # Damaged before indexing, so the checksum matches and only decoding fails.
     overwrite(shard, offset + 40, bytes(64))
     results = bench(setup_of(folder, tmp_path), 30, lambda line: None, repeats=1, max_turn_s=0.5)
-    stream = next(r for r in results["stages"] if r["stage"] == "together, 0 workers")
+    stream = next(r for r in results["stages"] if r["stage"] == "all loader stages, 0 workers")
     gigabatch, webdataset = stream["arms"]
     assert gigabatch["samples_per_s"] > 0
     assert "samples_per_s" not in webdataset
@@ -217,7 +221,7 @@ def test_report_states_why_baseline_is_not_measured(
     setup = setup_of(shards / "train", tmp_path, fields)
     results = bench(setup, 5, lambda line: None, repeats=1, max_turn_s=0.01)
     assert reason in results["contenders"]["webdataset"]
-    stream = next(r for r in results["stages"] if r["stage"] == "together, 0 workers")
+    stream = next(r for r in results["stages"] if r["stage"] == "all loader stages, 0 workers")
     assert [result["name"] for result in stream["arms"]] == ["gigabatch"]
     reading = {result["name"] for result in results["stages"][0]["arms"]}
     assert {"gigabatch", "webdataset"} <= reading

@@ -63,13 +63,13 @@ def test_sets_are_truncated_to_length() -> None:
 @pytest.mark.parametrize(
     ("data", "settings", "message"),
     [
-        (npy(np.ones(4)), THREE, "holds 4 numbers, not 3"),
+        (npy(np.ones(4)), THREE, "contains 4 numbers, not 3"),
         (npy(np.ones(2)), PAIRS, r"has shape \[2\], not \[any, 2\]"),
         (npy(np.ones((2, 3))), PAIRS, r"has shape \[2, 3\]"),
         (npy(np.array([1, np.nan, 1])), THREE, "not finite"),
         (npy(np.full(3, 1e300)), THREE, "not finite"),
         (npy(np.ones(3, complex)), THREE, "complex"),
-        (npy(np.array(["1", "2", "3"])), THREE, "holds no numbers"),
+        (npy(np.array(["1", "2", "3"])), THREE, "contains no numbers"),
         (npy(np.ones(3))[:-4], THREE, "cannot be read"),
         (b"no array", THREE, "cannot be read"),
     ],

@@ -143,7 +143,7 @@ def test_translations_are_counted_by_language_and_script(tmp_path: Path) -> None
     assert stats.captions.scripts.top == [
         ("Cyrillic", 2), ("Latin", 2), ("Han", 1), ("Hiragana", 1), ("no letters", 1)
     ]  # fmt: skip
-    assert "json:names holds: en 100.0%, ru 66.7%, ja 33.3%, zh 33.3%" in render(stats)
+    assert "json:names contains: en 100.0%, ru 66.7%, ja 33.3%, zh 33.3%" in render(stats)
 
 
 @pytest.mark.parametrize(

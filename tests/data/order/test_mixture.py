@@ -301,7 +301,7 @@ def test_invalid_weights_raise(
     "empty", [ShuffledOrder((0, 0), 1, 1), GroupedOrder(np.array([], np.int64), 4, 1)]
 )
 def test_empty_source_raises(empty: SampleOrder) -> None:
-    with pytest.raises(GigabatchError, match=r"data.train\[1\]: it has no sample"):
+    with pytest.raises(GigabatchError, match=r"data.train\[1\]: contains no samples"):
         Mixture((SMALL, empty), (Phase(0, (1, 1)),), seed=1)
 
 

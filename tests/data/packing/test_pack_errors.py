@@ -180,7 +180,7 @@ def test_second_column_of_bytes_must_be_excluded(tmp_path: Path) -> None:
     table = pa.table({"image": [PNG], "mask": [PNG], "text": ["x"]})
     source = write_arrow(tmp_path / "t.parquet", table)
     assert "file_column (image, mask)" in pack_error(source, tmp_path / "out")
-    assert "'mask' holds bytes" in pack_error(source, tmp_path / "out", file_column="image")
+    assert "'mask' contains bytes" in pack_error(source, tmp_path / "out", file_column="image")
     pack(source, tmp_path / "out", PackSettings(file_column="image", json_columns=()))
     assert members(tmp_path / "out") == {"000000.png": PNG, "000000.txt": b"x"}
 
@@ -231,7 +231,7 @@ def test_table_files_with_different_columns_are_rejected(tmp_path: Path) -> None
     expected = f"{tmp_path / 'b.parquet'}: columns n or their types differ from a.parquet"
     assert expected in message
     write_table(tmp_path / "c.csv", [{"file": "a", "text": "b"}])
-    assert "not a table; it holds .csv, .parquet" in pack_error(tmp_path, tmp_path / "out")
+    assert "not a table; it contains .csv, .parquet" in pack_error(tmp_path, tmp_path / "out")
     write_tar(tmp_path / "s.tar", {"a.txt": b"x"})
     assert "both shards and tables" in pack_error(tmp_path, tmp_path / "out")
 

@@ -194,4 +194,4 @@ def test_changed_finished_shard_is_reported(damage: str, tmp_path: Path) -> None
         os.truncate(shard, 5000)
     else:
         shard.unlink()
-    assert "missing or has another size" in pack_error(source, out)
+    assert "missing or has a different size" in pack_error(source, out)

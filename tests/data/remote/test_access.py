@@ -59,8 +59,8 @@ def test_read_range_after_temporary_error_returns_all_bytes(
 
 PERMANENT_ERRORS: dict[str, tuple[Callable[[FailingServer], None], str]] = {
     "500": (lambda server: server.status(500), "HTTP 500"),
-    "stall": (lambda server: server.stall(30), "no complete answer in time"),
-    "drip": (lambda server: server.drip(0.5), "no complete answer in time"),
+    "stall": (lambda server: server.stall(30), "no complete response in time"),
+    "drip": (lambda server: server.drip(0.5), "no complete response in time"),
     "hang up": (lambda server: server.hang_up(), "Error"),
 }
 
@@ -73,7 +73,8 @@ def test_read_range_after_permanent_error_names_range_and_reason(
     begin(remote.server)
     url = f"{remote.url}/s0.tar"
     message = error_message(read_range, url, 5, 900, limits(error))
-    assert message.startswith(f"{url}: bytes 5 to 900 could not be read in 3 attempts, the last: ")
+    problem = "bytes 5 to 900 could not be read in 3 attempts; the last error: "
+    assert message.startswith(f"{url}: {problem}")
     assert why in message
     assert remote.server.count() == 3
 
@@ -112,7 +113,7 @@ def test_wrong_content_range_raises() -> None:
     server = FailingServer(lambda _: answer)
     try:
         message = error_message(read_range, f"{server.url}/s.tar", 10, 20, QUICK)
-        assert "another range was sent: bytes 0-9/100" in message
+        assert "a different range was sent: bytes 0-9/100" in message
     finally:
         server.close()
 

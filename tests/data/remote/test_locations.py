@@ -43,7 +43,7 @@ def test_existing_name_with_pattern_characters_is_a_file(tmp_path: Path) -> None
     ("path", "message"),
     [
         ("{}/none.tar", "{}/none.tar: there is no such file"),
-        ("{}/empty", "{}/empty: the folder holds no *.tar"),
+        ("{}/empty", "{}/empty: the folder contains no *.tar"),
         ("{}/x*.tar", "{}/x*.tar: the glob matches no file"),
         ("{}/set/s{{0..3}}.tar", "{}/set/s3.tar: there is no such file"),
         ("{}/set/s{{0..3.tar", "the braces do not match"),
@@ -102,13 +102,13 @@ def test_pipe_socket_or_device_raises_without_waiting(
 ) -> None:
     pipe = folder / "pipe.tar"
     os.mkfifo(pipe)
-    assert f"{pipe}: is no regular file" in error_message(stat_all, expand([str(folder)]))
-    assert f"{pipe}: is no regular file" in error_message(open_index, pipe)
+    assert f"{pipe}: is not a regular file" in error_message(stat_all, expand([str(folder)]))
+    assert f"{pipe}: is not a regular file" in error_message(open_index, pipe)
     monkeypatch.chdir(folder)  # the name of a socket may not be long
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket.tar")
-    assert "is no regular file" in error_message(stat_all, ["socket.tar"])
-    assert "is no regular file" in error_message(stat_all, ["/dev/zero"])
+    assert "is not a regular file" in error_message(stat_all, ["socket.tar"])
+    assert "is not a regular file" in error_message(stat_all, ["/dev/zero"])
 
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -329,10 +329,10 @@ def test_unwritable_cache_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_folder_without_shards_or_samples_raises(tmp_path: Path) -> None:
-    assert "holds no .tar shard" in open_error(tmp_path)
+    assert "contains no .tar shards" in open_error(tmp_path)
     assert "is not a folder" in open_error(tmp_path / "missing")
     write_tar(tmp_path / "s.tar", {"README": b"x"})
-    assert "hold no samples" in open_error(tmp_path)
+    assert "contain no samples" in open_error(tmp_path)
 
 
 def test_empty_shard_between_others_has_no_rows(tmp_path: Path) -> None:

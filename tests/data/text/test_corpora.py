@@ -90,10 +90,10 @@ def test_invalid_line_of_pairs_raises_with_line_number(
         ("qrels/test.tsv", ["q1\td1"], "line 1: 2 fields separated by tabs"),
         ("qrels/test.tsv", ["q1\td1\tgood"], "line 1: the score 'good' is not a number"),
         ("qrels/test.tsv", ["q1\td1\tnan"], "line 1: the score is NaN"),
-        ("qrels/test.tsv", ["q1\td1\t1", "q1\td1\t2"], "line 2: .* 'd1' occur a second time"),
+        ("qrels/test.tsv", ["q1\td1\t1", "q1\td1\t2"], "line 2: .* 'd1' occur twice"),
         ("qrels/test.tsv", ["q9\td1\t1"], "line 1: query 'q9' is not in .*queries.jsonl"),
         ("qrels/test.tsv", ["q1\td9\t1"], "line 1: document 'd9' is not in .*corpus.jsonl"),
-        ("qrels/test.tsv", ["query-id\tcorpus-id\tscore"], "holds no judgment"),
+        ("qrels/test.tsv", ["query-id\tcorpus-id\tscore"], "contains no judgments"),
         (
             "corpus.jsonl",
             [{"_id": "d1", "text": "a"}] * 2,
@@ -102,7 +102,7 @@ def test_invalid_line_of_pairs_raises_with_line_number(
         ("corpus.jsonl", [{"text": "a"}], "line 1: the `_id` is None"),
         ("corpus.jsonl", [{"_id": "d1", "title": 3, "text": "a"}], "line 1: the `title` is 3"),
         ("queries.jsonl", [{"_id": "q1"}], "line 1: no text in `text`"),
-        ("queries.jsonl", [""], "holds no JSON object"),
+        ("queries.jsonl", [""], "contains no JSON object"),
     ],
 )
 def test_invalid_beir_folder_raises_with_file_and_line(
@@ -119,9 +119,7 @@ def test_missing_files_raise_with_their_path(tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match=r"none.jsonl: does not exist. Name a JSONL file"):
         open_collection(tmp_path / "none.jsonl")
     folder = write_beir(tmp_path / "set")
-    with pytest.raises(
-        GigabatchError, match=r"dev.tsv: does not exist; there are the splits: test"
-    ):
+    with pytest.raises(GigabatchError, match=r"dev.tsv: does not exist; the splits are: test"):
         open_collection(folder, "dev")
     (folder / "corpus.jsonl").unlink()
     with pytest.raises(GigabatchError, match=r"corpus.jsonl: cannot be read: No such file"):

@@ -163,7 +163,7 @@ def test_filter_counts_samples_and_writes_a_view(run: Run, folder: Path, tmp_pat
     assert len(open_index(tmp_path / "view")) == 10
     code, _, err = run("data", "filter", folder, "colour == 'x'")
     assert code == 2
-    assert "there is no column 'colour' (there are: key, concept)" in err
+    assert "there is no column 'colour' (the columns are: key, concept)" in err
 
 
 def test_pack_writes_shards_from_a_table(run: Run, tmp_path: Path) -> None:
