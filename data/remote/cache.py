@@ -14,6 +14,8 @@ import logging
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
@@ -121,7 +123,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(shard)
         partial = path.with_suffix(".part")
-        with locked(partial, wait) as file:
+        with self._lock_part(partial, wait) as file:
             if file is None:
                 return
             try:
@@ -136,6 +138,18 @@ class ShardCache:
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
+
+    @contextmanager
+    def _lock_part(self, partial: Path, wait: bool) -> Iterator[FileIO | None]:
+        """Lock a shard's part; yield None if, without `wait`, another process fetches the shard."""
+        with ExitStack() as stack:
+            if wait:
+                file = stack.enter_context(locked(partial))
+            else:
+                # Eviction locks parts for a moment. Then the shard would seem to be fetched.
+                with locked(self.folder / "lock"):
+                    file = stack.enter_context(locked(partial, wait=False))
+            yield file
 
     def _write(self, file: FileIO, shard: ShardState) -> None:
         os.ftruncate(file.fileno(), 0)  # what a killed process left

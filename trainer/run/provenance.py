@@ -50,8 +50,8 @@ def environment() -> dict[str, Any]:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences between two results of `provenance()`, as `NAME OLD -> NEW`.
 
-    The version of gigabatch is not compared, only its digest: the wheel of a job has another version
-    for the same code. If `old` was written before digests were recorded, the list is empty.
+    The version of gigabatch is not compared, only its digest: a job's wheel has another version for
+    the same code. If `old` was written before digests were recorded, the list is empty.
     """
     if "code" not in old:
         return []

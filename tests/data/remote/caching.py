@@ -61,9 +61,9 @@ def partial_files(cache: ShardCache) -> list[Path]:
 
 
 def wait_for(condition: Callable[[], object], description: str) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, f"not in 20 s: {description}"
+        assert time.monotonic() < deadline, f"not in 60 s: {description}"
         time.sleep(0.005)
 
 
@@ -83,7 +83,7 @@ def start(
 
 def join(*processes: BaseProcess) -> None:
     for process in processes:
-        process.join(30)
+        process.join(90)
         assert process.exitcode == 0
 
 

@@ -28,6 +28,7 @@ from caching import (
 from servers import FailingServer
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.locks import locked
 from gigabatch.data.remote import cache as cache_module
 from gigabatch.data.remote.access import ShardState
 
@@ -154,6 +155,19 @@ def test_process_ends_without_waiting_for_its_prefetch(
     assert len(partial_files(cache)) == 1
     read_all(cache, states[1:2])
     assert partial_files(cache) == []
+
+
+def test_eviction_by_another_process_does_not_stop_prefetch(
+    states: list[ShardState], tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path)
+    cache.folder.mkdir()
+    with locked(cache.folder / "lock"), locked(cache.path(states[0]).with_suffix(".part")):
+        # An eviction holds these locks while it looks for abandoned parts.
+        prefetch(cache, states[0])
+        time.sleep(0.3)  # the prefetch thread tries to lock the part
+    wait_for(lambda: cache.path(states[0]).exists(), "the shard is fetched")
+    cache.close()
 
 
 def test_forked_process_starts_its_own_prefetch(
