@@ -1,4 +1,4 @@
-"""Fixtures and settings of all tests: offline, deterministic, without writes to the home folder."""
+"""Fixtures and settings of all tests: offline, deterministic, no writes to the home folder."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell lets background jobs ignore Ctrl-C, which all processes below would inherit.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The same examples in every run, and no files in the repository. By default Hypothesis also reads
-# constants from each imported module of this package: that takes seconds per worker and changes the
-# examples after every edit.
+# Hypothesis tries the same examples in every run and writes no files to the repository. By default,
+# it also reads constants from every imported module of this package, which takes seconds per worker
+# and changes the examples after every edit.
 providers._get_local_constants = lambda: providers._local_constants
 settings.register_profile("gigabatch", derandomize=True, database=None, deadline=None)
 settings.load_profile("gigabatch")
@@ -37,7 +37,7 @@ HYPOTHESIS_HOME = tempfile.TemporaryDirectory(prefix="hypothesis-")
 set_hypothesis_home_dir(HYPOTHESIS_HOME.name)
 
 
-# Files with tests of minutes, started first so that none runs alone at the end.
+# Files with tests that take minutes; they start first, so that none runs alone at the end.
 LONG = ("test_hosts", "test_jobs", "test_compile", "test_resume", "test_faults", "test_memory",
         "test_runs", "test_step")  # fmt: skip
 
@@ -83,21 +83,23 @@ def tiny(shards: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quiet_home(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+def temporary_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """Keep tests and their processes from writing to the user's home and cache."""
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("GIGABATCH_CACHE", str(home / "cache"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    # For `support_towers` in processes that a test starts.
+    # Processes of a test import `support_towers`.
     paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
 @pytest.fixture
 def start() -> Iterator[Any]:
-    """Start commands; those still running at the end of the test are killed."""
+    """Start commands; kill those that still run at the end of the test."""
     started: list[Command] = []
 
     def run(*arguments: str | Path, **options: Any) -> Command:

@@ -89,12 +89,12 @@ def write_rich(folder: Path, count: int, seed: int) -> None:
 
 
 def write_modalities(
-    folder: Path, count: int, seed: int, *, images: bool = True, lacking: bool = False
+    folder: Path, count: int, seed: int, *, images: bool = True, incomplete: bool = False
 ) -> None:
     """Write samples of twenty concepts in several modalities.
 
     Text, six numbers (npy), a path of one to five points (json), a tone (wav) and images. With
-    `lacking`, some samples lack some of them.
+    `incomplete`, some samples have only some of them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -102,11 +102,11 @@ def write_modalities(
         with wds.TarWriter(str(folder / f"{folder.name}-{shard:03d}.tar"), mtime=0) as writer:
             for number in range(first, min(first + 40, count)):
                 concept = number % 20
-                of_concept = np.random.default_rng(concept)
-                numbers = of_concept.normal(0, 1, 6)
-                points = of_concept.normal(0, 1, (5, 2))
+                concept_random = np.random.default_rng(concept)
+                numbers = concept_random.normal(0, 1, 6)
+                points = concept_random.normal(0, 1, (5, 2))
                 png, wav = BytesIO(), BytesIO()
-                shade = of_concept.integers(0, 256, 3) * np.ones((SIDE, SIDE, 1))
+                shade = concept_random.integers(0, 256, 3) * np.ones((SIDE, SIDE, 1))
                 Image.fromarray(shade.astype(np.uint8)).save(png, "png")
                 tone = np.sin(np.arange(800) * (0.1 + 0.1 * concept)) * random.uniform(0.2, 0.9)
                 soundfile.write(wav, tone[: random.integers(300, 800)], 8000, format="WAV")
@@ -124,15 +124,15 @@ def write_modalities(
                 if images:
                     sample["png"] = png.getvalue()
                 for kind, every in {"npy": 4, "txt": 5, "wav": 6, "png": 7}.items():
-                    if lacking and number % every == 1:
+                    if incomplete and number % every == 1:
                         sample.pop(kind, None)
-                if lacking and number % 3 == 2:
+                if incomplete and number % 3 == 2:
                     fields["path"] = None
                 writer.write(sample)
 
 
 def spoil(index: Index, sample: int, member: str = "png", at: int = 60) -> Path:
-    """Flip a bit of a member, as a bad disk would; size and modification time stay."""
+    """Flip a bit of a member; keep the file's size and modification time."""
     path = Path(index.shards[index.shard_of(sample)].name)
     before = path.stat()
     position = index.member_span(sample, member)[0] + at
@@ -158,7 +158,7 @@ def outcome(
 
 
 class Command:
-    """A process of `gigabatch`, or of another `command`."""
+    """A process of `gigabatch` or of another `command`."""
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class Command:
         )
 
     def wait(self, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-        """Wait for its end; on a timeout, kill it and everything it started, and fail."""
+        """Wait for the process; on a timeout, kill it and its descendants, and fail."""
         try:
             out, err = self.process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Modules and data stages as a user would write them."""
+"""Towers and data stages as users would write them, some of them faulty."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class Tokens(nn.Module):
         return (self.embedding(tokens) * mask.unsqueeze(-1)).sum(1)
 
 
-class Sensed(nn.Module):
-    """Encodes audio or vectors by their mean, mean square, size, and mask or lengths."""
+class Statistics(nn.Module):
+    """Encode audio or vectors by mean, mean square, size, and mask or lengths."""
 
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -55,14 +55,14 @@ class Sensed(nn.Module):
 
 
 class Broken(Pixels):
-    """Returns NaN always."""
+    """Return NaN always."""
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images) * torch.nan
 
 
 class BrokenBackward(Pixels):
-    """Returns finite vectors; its gradient is NaN while `_NanGradient.broken` is true."""
+    """Return finite vectors, with NaN gradients while `_NanGradient.broken` is true."""
 
     def forward(self, images: Tensor) -> Tensor:
         return _NanGradient.apply(super().forward(images))
@@ -81,7 +81,7 @@ class _NanGradient(torch.autograd.Function):
 
 
 class Crashing(Pixels):
-    """Raises at its first batch, as a programming error would."""
+    """Raise at the first batch."""
 
     def forward(self, images: Tensor) -> Tensor:
         raise RuntimeError("this tower cannot see")
@@ -114,7 +114,7 @@ class Heavy(Pixels):
 
 
 class Stuck(Pixels):
-    """Never returns from its hundredth batch."""
+    """Hang in the hundredth batch."""
 
     calls = 0
 
@@ -126,7 +126,7 @@ class Stuck(Pixels):
 
 
 class SlowOnRankOne(Pixels):
-    """Slow on rank 1, as a slow device would be."""
+    """Slow on rank 1 only."""
 
     def forward(self, images: Tensor) -> Tensor:
         if os.environ.get("RANK") == "1":
@@ -134,19 +134,19 @@ class SlowOnRankOne(Pixels):
         return super().forward(images)
 
 
-class BadSpell(Pixels):
-    """Returns NaN from its 41st batch to its 52nd."""
+class NanForTwelveBatches(Pixels):
+    """Return NaN in batches 41 to 52."""
 
     calls = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        BadSpell.calls += 1
+        NanForTwelveBatches.calls += 1
         out = super().forward(images)
-        return out * torch.nan if 40 < BadSpell.calls <= 52 else out
+        return out * torch.nan if 40 < NanForTwelveBatches.calls <= 52 else out
 
 
 class CrashingOnRankOne(Pixels):
-    """Raises on rank 1 only, at its twentieth batch; the other ranks then lose their peer."""
+    """Raise on rank 1 only, at the twentieth batch; the other ranks lose their peer."""
 
     calls = 0
 
@@ -158,20 +158,20 @@ class CrashingOnRankOne(Pixels):
 
 
 class Slow(Pixels):
-    """Slow until the file `hurry` exists."""
+    """Slow until the file `fast` exists."""
 
-    def __init__(self, hurry: str, width: int = 4) -> None:
+    def __init__(self, fast: str, width: int = 4) -> None:
         super().__init__(width)
-        self.hurry = Path(hurry)
+        self.fast = Path(fast)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.hurry.exists():
+        if not self.fast.exists():
             time.sleep(0.1)
         return super().forward(images)
 
 
-class Tiring(Pixels):
-    """Raises after `batches` batches of a process."""
+class FailingLater(Pixels):
+    """Raise after `batches` batches of a process."""
 
     def __init__(self, batches: int, width: int = 4) -> None:
         super().__init__(width)
@@ -180,5 +180,5 @@ class Tiring(Pixels):
     def forward(self, images: Tensor) -> Tensor:
         self.left -= 1
         if self.left < 0:
-            raise RuntimeError("tired")
+            raise RuntimeError("out of batches")
         return super().forward(images)

@@ -1,4 +1,4 @@
-"""The guides: their commands, keys, links and examples exist, and they use plain words."""
+"""Docs: commands, keys, links and examples are valid, and words follow the style table."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *DOCS.rglob("*.md")]
-    if path.name not in ("engineering-log.md", "CHANGELOG.md")  # they name what is gone
+    if path.name
+    not in ("engineering-log.md", "CHANGELOG.md")  # they name removed commands and keys
 )
 OBJECTIVE_BLOCKS = re.findall(r"```yaml\n(.*?)```", (DOCS / "objectives.md").read_text(), re.DOTALL)
 STYLE = (ROOT / "CONTRIBUTING.md").read_text()
 AMBIGUOUS = {"plain", "ours", "deal", "cut", "spread", "bar", "starts"}
-"""Words of the style table that are right in another sense."""
+"""Words of the style table that are allowed in another sense."""
 page_of = pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 
 
@@ -43,10 +44,12 @@ def _code(page: Path) -> str:
 @page_of
 def test_commands_exist(page: Path) -> None:
     verbs = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    for verb, sub in re.findall(r"\bgigabatch ([a-z]+)(?: ([a-z]+)\b(?![=./-]))?", _code(page)):
+    for verb, subcommand in re.findall(
+        r"\bgigabatch ([a-z]+)(?: ([a-z]+)\b(?![=./-]))?", _code(page)
+    ):
         assert verb in verbs, f"gigabatch {verb}"
-        if sub and hasattr(verbs[verb], "commands"):
-            assert sub in verbs[verb].commands, f"gigabatch {verb} {sub}"
+        if subcommand and hasattr(verbs[verb], "commands"):
+            assert subcommand in verbs[verb].commands, f"gigabatch {verb} {subcommand}"
 
 
 @page_of
@@ -78,16 +81,18 @@ def test_linked_files_exist(page: Path) -> None:
 
 
 @page_of
-def test_words_are_those_of_the_style_table(page: Path) -> None:
+def test_page_follows_the_style_table(page: Path) -> None:
     table = re.findall(r"(?m)^\|[^|]+\|([^|]+)\|$", STYLE.partition("| Write | Not |")[2])
     words = {word.strip() for cell in table[1:] for word in cell.split(",")} - AMBIGUOUS
     assert len(words) > 10
     text = page.read_text()
     if page.name == "CONTRIBUTING.md":
         text = re.sub(r"(?m)^\|.*$", "", text)
-    odd = re.findall(rf"\b(?:{'|'.join(map(re.escape, sorted(words)))})s?\b", text, re.IGNORECASE)
+    matches = re.findall(
+        rf"\b(?:{'|'.join(map(re.escape, sorted(words)))})s?\b", text, re.IGNORECASE
+    )
     numbers = re.findall(r"\b(?:paper|number) \d+", text, re.IGNORECASE)  # name the paper instead
-    assert odd + numbers == []
+    assert matches + numbers == []
 
 
 @pytest.mark.parametrize("block", OBJECTIVE_BLOCKS)
@@ -108,7 +113,7 @@ def test_every_objective_has_an_example() -> None:
         for objective in objectives
         for term in [objective, *objective.get("terms", [])]
     }
-    assert set(OBJECTIVES) - {"byol"} <= names  # byol is used in sums, as barlow is
+    assert set(OBJECTIVES) - {"byol"} <= names  # byol and barlow are used in sums
 
 
 def test_kernels_reference_lists_every_public_name() -> None:
@@ -117,7 +122,7 @@ def test_kernels_reference_lists_every_public_name() -> None:
 
 
 def test_objective_tutorial_includes_its_files() -> None:
-    # `ruff format` rewrites such a line in a block that starts with ```python.
+    # `ruff format` would rewrite these lines in a block that starts with ```python.
     text = (DOCS / "tutorials" / "own-objective.md").read_text()
     included = re.findall(r'(?m)^--8<-- "(.+)"$', text)
     assert included == ["docs/tutorials/dcl.py", "docs/tutorials/test_dcl.py"]

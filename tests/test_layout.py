@@ -1,4 +1,4 @@
-"""The layout that design and docs promise: imports, folder sizes, and who names an objective."""
+"""The layout that the docs promise: import directions, folder sizes, uses of objective classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def test_imports_run_one_way() -> None:
-    wrong = []
+    violations = []
     for path in MODULES:
         folder = path.relative_to(ROOT)
         for name in imports(path):
@@ -56,11 +56,11 @@ def test_imports_run_one_way() -> None:
             if folder.parts[0] == package == "launcher":
                 forbidden = INSIDE_LAUNCHER.get(folder.parts[1], set())
             if package not in ALLOWED[folder.parts[0]] or inner.partition(".")[0] in forbidden:
-                wrong.append(f"{folder} imports gigabatch.{name}")
-    assert not wrong
+                violations.append(f"{folder} imports gigabatch.{name}")
+    assert not violations
 
 
-def test_folders_hold_at_most_20_modules_beside_the_registries() -> None:
+def test_folders_except_registries_hold_at_most_20_modules() -> None:
     sizes = {
         str(folder.relative_to(ROOT)): len([*folder.glob("*.py")])
         for package in PACKAGES
@@ -70,7 +70,7 @@ def test_folders_hold_at_most_20_modules_beside_the_registries() -> None:
     assert not large
 
 
-def test_only_the_objectives_folder_names_an_objective_class() -> None:
+def test_only_the_objectives_folder_uses_objective_classes() -> None:
     classes = [kind.__name__ for kind in OBJECTIVES.values()]
     classes += [kind.Settings.__name__ for kind in OBJECTIVES.values()]
     pattern = re.compile(rf"\b(import|isinstance)\b.*\b({'|'.join(classes)})\b")

@@ -1,4 +1,4 @@
-"""The README's quick start and CONTRIBUTING's commands. (`.ci/run` runs the quick start.)"""
+"""The README: quick start, recipes, layout. (`.ci/run` runs the quick start.)"""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_quick_start_is_two_commands() -> None:
 def test_every_recipe_is_listed() -> None:
     recipes = {path.stem for path in (ROOT / "configs").glob("*.yaml")}
     listed = set(re.findall(r"\]\(configs/([\w-]+)\.yaml\)", TEXT))
-    assert listed == recipes - {"quickstart", "emoji"}  # the quick start and its larger sibling
+    assert listed == recipes - {"quickstart", "emoji"}  # the quick start and its larger version
 
 
 def test_layout_lists_the_top_level_packages() -> None:

@@ -1,4 +1,4 @@
-"""The tutorials: every command of `own-data.md`, run as printed on a small folder of images."""
+"""The tutorial `own-data.md`: all commands, run as printed on a small folder of images."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ SHRUNK: dict[str, list[str]] = {
     "multilingual.yaml": [
         *NO_NAMES, f"towers.image.config={CLIP_VISION}", f"towers.text.config={BERT}",
     ],
-    "noisy.yaml": [*CLIP, "train.steps=10"],  # Past its first split.
+    "noisy.yaml": [*CLIP, "train.steps=10"],  # past the first split of its samples
     "long-tail.yaml": CLIP,
     "text-pairs.yaml": [
         "towers.text.name=null", f"towers.text.config={BERT}", "towers.more.query.length=8",
@@ -115,7 +115,7 @@ def test_recipe_reduces_its_loss(recipe: str, pairs: Path, tmp_path: Path) -> No
     values = losses(run.path)
     assert len(values) == config.train.steps
     assert all(map(math.isfinite, values.values()))
-    first = 2 if config.objective.name == "queue" else 1  # The queue is empty in the first step.
+    first = 2 if config.objective.name == "queue" else 1  # the queue is empty in the first step
     assert min(values[step] for step in values if step > first) < values[first]
     assert run.steps_evaluated() == sorted({*range(3, config.train.steps, 3), config.train.steps})
     assert any(name.endswith("recall@10") for name in run.evaluation(config.train.steps))
@@ -124,7 +124,7 @@ def test_recipe_reduces_its_loss(recipe: str, pairs: Path, tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", SHRUNK)
 def test_full_size_towers_match_modalities(recipe: str) -> None:
-    """Covers towers with random weights; pretrained ones would need a download."""
+    """Build towers with random weights; pretrained towers would need a download."""
     config = load_config(FOLDER / recipe)
     model_config = getattr(config.towers.text, "config", None)
     if model_config is not None:
@@ -139,8 +139,10 @@ def test_every_key_has_a_comment(recipe: str) -> None:
     lines = text.splitlines()
     assert lines[0].startswith("# ")
     for key, number in keys(yaml.compose(text)):
-        above = lines[number - 1].lstrip() if number else ""
-        assert " # " in lines[number] or above.startswith("# "), f"{recipe}: {key}: {lines[number]}"
+        previous_line = lines[number - 1].lstrip() if number else ""
+        assert " # " in lines[number] or previous_line.startswith("# "), (
+            f"{recipe}: {key}: {lines[number]}"
+        )
 
 
 def keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:

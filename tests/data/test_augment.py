@@ -67,10 +67,10 @@ def test_augment_does_not_use_global_random_state() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     first = augment(data, ALL_STRONG, 5)
-    untouched = (torch.initial_seed(), torch.rand(1), np.random.rand())
+    state = (torch.initial_seed(), torch.rand(1), np.random.rand())
     torch.manual_seed(0)
     np.random.seed(0)
-    assert (torch.initial_seed(), torch.rand(1), np.random.rand()) == untouched
+    assert (torch.initial_seed(), torch.rand(1), np.random.rand()) == state
     torch.manual_seed(99)
     assert torch.equal(augment(data, ALL_STRONG, 5), first)
 
@@ -147,8 +147,8 @@ def test_flip_with_probability_one_third_mirrors_one_third() -> None:
     data = images(batch=1, channels=1, height=8, width=8).expand(3000, -1, -1, -1).contiguous()
     changed = augment(data, Augmentation(flip=1 / 3), 3)
     flipped = (changed - data.flip(-1) / 255).abs().amax((1, 2, 3)) < 1e-4
-    kept = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-4
-    assert (flipped ^ kept).all()
+    unchanged = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-4
+    assert (flipped ^ unchanged).all()
     assert abs(flipped.float().mean().item() - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
 
 
@@ -289,8 +289,8 @@ def test_grey_with_probability_one_third_grays_one_third() -> None:
     changed = augment(data, Augmentation(grey=1 / 3), 3)
     mean = (data / 255).mean(1, keepdim=True).expand_as(data)
     gray = (changed - mean).abs().amax((1, 2, 3)) < 1e-5
-    kept = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-5
-    assert (gray ^ kept).all()
+    unchanged = (changed - data / 255).abs().amax((1, 2, 3)) < 1e-5
+    assert (gray ^ unchanged).all()
     assert abs(gray.float().mean().item() - 1 / 3) < 5 * (2 / 9 / 3000) ** 0.5
 
 

@@ -202,10 +202,10 @@ def drop_all(samples: Iterator[Sample]) -> Iterator[Sample]:
 def test_stage_that_drops_repeats_or_moves_samples_raises(
     stage: Any, workers: int, index: Index, stream: Callable[..., list[MicroBatch]]
 ) -> None:
-    with pytest.raises(GigabatchError, match="a stage dropped, repeated or moved") as caught:
+    with pytest.raises(GigabatchError, match="a stage dropped, repeated or moved") as error:
         stream(plans(index), workers=workers, stages=[stage])
-    assert "\n" not in str(caught.value)
-    assert "Traceback" not in str(caught.value)
+    assert "\n" not in str(error.value)
+    assert "Traceback" not in str(error.value)
 
 
 def test_micro_batches_before_stage_error_are_yielded(index: Index, tokenizer: Path) -> None:
@@ -243,12 +243,12 @@ def test_set_without_required_members_raises_on_open(
     members: dict[str, bytes], message: str, tmp_path: Path, tokenizer: Path
 ) -> None:
     write_tar(tmp_path / "s.tar", members)
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         open_stream(
             [open_index(tmp_path)], [], fields=FIELDS, tokenizer=tokenizer, seed=0, workers=0,
             prefetch=1,
         )  # fmt: skip
-    assert message in str(caught.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 60])

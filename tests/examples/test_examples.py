@@ -1,4 +1,4 @@
-"""The examples run as their docstrings say, and train."""
+"""The examples run as their docstrings describe, and their losses decrease."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_plain_loop_trains() -> None:
     assert recall > 0.9  # untrained: below 0.05
 
 
-def test_ddp_loop_trains_alike_on_one_and_two_processes() -> None:
+def test_ddp_loop_has_equal_losses_on_one_and_two_processes() -> None:
     one, two = (run(*TORCHRUN, str(n), EXAMPLES / "ddp_loop.py") for n in (1, 2))
     assert len(two[0]) == 3
     assert two[0] == pytest.approx(one[0], abs=2e-4)  # printed with four decimals

@@ -25,9 +25,9 @@ KIND = {"reference": torch.float64, "tiled": torch.float64, "triton": torch.floa
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
-def sizes(most: int) -> st.SearchStrategy[int]:
+def sizes(largest: int) -> st.SearchStrategy[int]:
     """Draw sizes of up to several blocks of `small_tiles`."""
-    return st.integers(1, 50 if GPU else most)
+    return st.integers(1, 50 if GPU else largest)
 
 
 def examples(count: int) -> int:

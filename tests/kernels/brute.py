@@ -31,7 +31,7 @@ class World:
 
         unit = torch.nn.functional.normalize
         m, n, d = self.m, self.n, self.d
-        made = {
+        columns = {
             "q": unit(normal(m, d), dim=1), "k": unit(normal(n, d), dim=1),
             "gate": torch.sigmoid(2 * normal(m, d)),
             "row_scale": normal(m).exp(), "key_scale": normal(n).exp(),
@@ -40,10 +40,10 @@ class World:
             "row_teacher": unit(normal(m, 3), dim=1), "key_teacher": unit(normal(n, 3), dim=1),
             "threshold": 0.4 * normal(m), "table": normal(3, 2),
         }  # fmt: skip
-        made["table"][0, 1] = -torch.inf
+        columns["table"][0, 1] = -torch.inf
         wide = torch.promote_types(self.dtype, torch.float32)
         self.tensors = {
-            name: t.to(self.dtype if name in ("q", "k") else wide) for name, t in made.items()
+            name: t.to(self.dtype if name in ("q", "k") else wide) for name, t in columns.items()
         }
         self.row_id, self.key_id = (torch.randint(0, 4, (size,), generator=g) for size in (m, n))
         self.row_role = torch.randint(0, 3, (m,), generator=g)

@@ -15,10 +15,10 @@ from gigabatch.kernels.fused.maxsim import FusedMaxSim
 
 
 def patch_triton_language_once() -> None:
-    """Make Triton's interpreter patch the language only where it is not patched yet.
+    """Make Triton's interpreter patch the language only once per kernel.
 
-    It patches it when a kernel starts and again at every call of a function of the kernel, which
-    takes three fifths of a test's time.
+    By default it patches again at every function call in a kernel, which takes three fifths of a
+    test's time.
     """
     patch = interpreter._patch_lang
 
@@ -36,7 +36,7 @@ if not torch.cuda.is_available():
 
 
 class CpuRandomNumbers(TorchFunctionMode):
-    """Draw the numbers of a CPU generator on the CPU, the same as without a GPU; then move them."""
+    """Draw numbers of a CPU generator on the CPU, as without a GPU, then move them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

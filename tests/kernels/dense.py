@@ -155,10 +155,10 @@ def assert_as_exact_as_torch(
         "dbias": 1.0,
     }
     for name, floor in floors.items():
-        truth, got, plain = (getattr(r, name) for r in (exact, result, baseline))
-        assert got.dtype == (dtype if name == "value" else plain.dtype)
-        error, allowed = ((t.double() - truth).norm() for t in (got, plain))
+        expected, value, torch_value = (getattr(r, name) for r in (exact, result, baseline))
+        assert value.dtype == (dtype if name == "value" else torch_value.dtype)
+        error, allowed = ((t.double() - expected).norm() for t in (value, torch_value))
         rows = max(len(case.q), len(case.k)) ** 0.5
-        outside = case.label_smoothing * float(case.scale) * length * rows * (name in ("dq", "dk"))
-        stored = torch.finfo(got.dtype).eps * (truth.norm() + outside)
-        assert error <= 2 * allowed + rounding * floor + stored, (name, error, allowed)
+        smoothed = case.label_smoothing * float(case.scale) * length * rows * (name in ("dq", "dk"))
+        storage_error = torch.finfo(value.dtype).eps * (expected.norm() + smoothed)
+        assert error <= 2 * allowed + rounding * floor + storage_error, (name, error, allowed)

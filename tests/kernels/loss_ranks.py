@@ -1,4 +1,4 @@
-"""Groups of gloo ranks, one process per rank, which run every job on their slices.
+"""Groups of gloo ranks, one process per rank, that run every job on their slices.
 
     python loss_ranks.py OUT WORLD_SIZE...
 
@@ -39,7 +39,7 @@ GATHER_MODES: tuple[Literal["gather", "ring"], ...] = ("gather", "ring")
 
 @dataclass(frozen=True)
 class RankCase:
-    """A global batch, and how many of its queries and keys each rank holds."""
+    """A global batch, and the numbers of its queries and keys on each rank."""
 
     full: Case
     queries: tuple[int, ...]
@@ -61,7 +61,7 @@ def cases(world_size: int) -> dict[str, RankCase]:
     reversed_ = uneven[::-1]
     first_empty = (0, *(5,) * (world_size - 1)) if world_size > 1 else even
     last_empty = first_empty[::-1]
-    made: dict[str, RankCase] = {}
+    rank_cases: dict[str, RankCase] = {}
     for name, queries, keys, ids, symmetric, scale in [
         ("even", even, even, None, True, 10.0),
         ("even, one way", even, even, None, False, 10.0),
@@ -74,15 +74,15 @@ def cases(world_size: int) -> dict[str, RankCase]:
         ("last rank without rows", last_empty, last_empty, 6, True, 1.0),
         ("one rank without queries, another without keys", first_empty, last_empty, 4, True, 10.0),
     ]:
-        full = make_case(sum(queries), sum(keys), 7, scale, ids, len(made), symmetric)
-        made[name] = RankCase(full.to(torch.float32), queries, keys)
+        full = make_case(sum(queries), sum(keys), 7, scale, ids, len(rank_cases), symmetric)
+        rank_cases[name] = RankCase(full.to(torch.float32), queries, keys)
     batch = make_case(sum(even), sum(even), 7).to(torch.float32)
     index = torch.arange(sum(even))
     unmatched = Case(batch.q, batch.k, batch.scale, index, index + 1000)
-    made["no positives"] = RankCase(unmatched, even, even)
-    made["half precision"] = RankCase(make_case(20 * world_size, 20 * world_size, 7).to(
+    rank_cases["no positives"] = RankCase(unmatched, even, even)
+    rank_cases["half precision"] = RankCase(make_case(20 * world_size, 20 * world_size, 7).to(
         torch.bfloat16), (20,) * world_size, (20,) * world_size)  # fmt: skip
-    made["reference"] = RankCase(made["uneven, ids"].full, uneven, uneven, "reference")
+    rank_cases["reference"] = RankCase(rank_cases["uneven, ids"].full, uneven, uneven, "reference")
     total = sum(uneven)
     for name, same_id, smoothing, biased, symmetric in [
         ("biased", "positive", 0.0, True, True),
@@ -93,8 +93,8 @@ def cases(world_size: int) -> dict[str, RankCase]:
     ]:
         full = make_case(total, total, 7, 10.0, 5, 3, symmetric, same_id, smoothing, biased)  # type: ignore[arg-type]
         ids = full.ids_q  # both sides of a sample share its id
-        made[name] = RankCase(replace(full.to(torch.float32), ids_k=ids), uneven, uneven)
-    return made
+        rank_cases[name] = RankCase(replace(full.to(torch.float32), ids_k=ids), uneven, uneven)
+    return rank_cases
 
 
 def sigmoid_case(case: Case) -> Case:
@@ -106,15 +106,15 @@ def tokens(world_size: int) -> tuple[dict[str, Tensor], tuple[int, ...]]:
     """Return token vectors and masks of a global batch, and the number of rows of each rank."""
     uneven = tuple(2 + rank for rank in range(world_size))
     g = torch.Generator().manual_seed(0)
-    made = {
+    inputs = {
         name: torch.nn.functional.normalize(torch.randn(sum(uneven), t, 5, generator=g), dim=2)
         for name, t in (("q", 4), ("k", 3))
     }
     for name in ("q", "k"):
-        mask = torch.rand(made[name].shape[:2], generator=g) < 0.7
+        mask = torch.rand(inputs[name].shape[:2], generator=g) < 0.7
         mask[:, 0] = True
-        made[f"mask_{name}"] = mask
-    return made, uneven
+        inputs[f"mask_{name}"] = mask
+    return inputs, uneven
 
 
 Results = dict[str, dict[str, Tensor]]
@@ -155,7 +155,7 @@ def late(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> 
 
 
 def sources(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """Run a batch and a queue, a scale for every row and key, and keys taken from other ranks."""
+    """Use a batch and a queue, a scale per row and key, and keys taken from other ranks."""
     case = cases(world_size)["uneven, ids"]
     full, (slice_q, slice_k) = case.full, case.slices(rank)
     assert full.ids_q is not None
@@ -189,8 +189,7 @@ def sources(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) 
 
 
 def constants(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """Run keys that are constants on no rank, on the first rank only, and on all: log-sum-exps over
-    rows and columns, and the gradients that exist."""
+    """Return sums and gradients if the keys of no rank, the first rank or all are constants."""
     case = cases(world_size)["uneven, ids"]
     slice_q, slice_k = case.slices(rank)
     results: Results = {}
@@ -207,7 +206,7 @@ def constants(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]
 
 
 def refusals(rank: int, world_size: int, gather_mode: Literal["gather", "ring"]) -> Results:
-    """Run calls that are invalid only on rank 0; every rank must raise, and none may wait."""
+    """Run calls that are invalid only on rank 0; every rank must raise, none may wait."""
     q, scale, group = torch.zeros(4, 3, 2), torch.tensor(1.0), dist.group.WORLD
     mask = torch.ones(4, 3, dtype=torch.bool)
     mask[2] = rank != 0
@@ -229,14 +228,14 @@ def refusals(rank: int, world_size: int, gather_mode: Literal["gather", "ring"])
     }  # fmt: skip
     if world_size == 1:
         del calls["mixed dtypes"]
-    refused = {}
+    raised = {}
     for name, call in calls.items():
         try:
             call()
-            refused[name] = torch.tensor(False)
+            raised[name] = torch.tensor(False)
         except ValueError:
-            refused[name] = torch.tensor(True)
-    return {"refusals": refused}
+            raised[name] = torch.tensor(True)
+    return {"refusals": raised}
 
 
 def leaves(**inputs: Tensor | None) -> dict[str, Tensor]:
@@ -257,8 +256,8 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
     jobs: tuple[Callable[..., Results], ...] = (contrast, late, sources, constants, refusals)
     results: dict[str, Results] = {}
     for gather_mode in GATHER_MODES:
-        for again in range(2):  # the second run must give the same bits
-            key = gather_mode if again == 0 else f"{gather_mode} again"
+        for repetition in range(2):  # the second run must give the same bits
+            key = gather_mode if repetition == 0 else f"{gather_mode} again"
             results[key] = {}
             for job in jobs:
                 results[key].update(job(rank, world_size, gather_mode))
@@ -287,7 +286,7 @@ def run_rank(rank: int, store: str, out: Path, world_size: int) -> None:
 
 
 if __name__ == "__main__":
-    # Imported here because tests of the engine import this module without the trainer.
+    # Tests of the engine import this module without the trainer, so import it here.
     from gigabatch.trainer.distributed import leave
 
     for size in map(int, sys.argv[2:]):

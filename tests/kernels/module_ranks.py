@@ -53,15 +53,15 @@ def batch() -> tuple[Tensor, Tensor]:
 def losses(rank: int, world_size: int) -> dict[str, Loss]:
     """Return the losses to test, by name; some with open_clip's constructor arguments."""
     group = {"rank": rank, "world_size": world_size}
-    made: dict[str, Loss] = {
+    named_losses: dict[str, Loss] = {
         "contrastive": ContrastiveLoss(),
         "contrastive, local": ContrastiveLoss(local_loss=True, gather_with_grad=True, **group),
         "contrastive, ring": ContrastiveLoss(cache_labels=True, gather_mode="ring", **group),
         "sigmoid, global": SigmoidLoss(local_loss=False),
     }
     for dist_impl in (None, "bidir", "gather"):
-        made[f"sigmoid, {dist_impl}"] = SigmoidLoss(dist_impl=dist_impl, **group)
-    return made
+        named_losses[f"sigmoid, {dist_impl}"] = SigmoidLoss(dist_impl=dist_impl, **group)
+    return named_losses
 
 
 def train_step(loss: Loss, slice_: slice) -> dict[str, Tensor]:

@@ -40,8 +40,8 @@ def small_products(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bench(*sizes: int, lines: list[str] | None = None, **overrides: Any) -> dict[str, Any]:
-    say = (lines if lines is not None else []).append
-    options = {"peers": False, "minutes": 1.0, "say": say, "only": QUICK} | overrides
+    log = (lines if lines is not None else []).append
+    options = {"peers": False, "minutes": 1.0, "say": log, "only": QUICK} | overrides
     return kernels.bench(CPU, sizes, [16], torch.float32, **options)
 
 
@@ -54,8 +54,8 @@ def use_implementations(monkeypatch: pytest.MonkeyPatch, **losses: Any) -> None:
 
 
 def records(results: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    of_all = [record for problem in results["problems"] for record in problem["contenders"]]
-    return [record for record in of_all if record["name"] == name]
+    problems = results["problems"]
+    return [r for problem in problems for r in problem["contenders"] if r["name"] == name]
 
 
 def exact(family: str, b: Inputs) -> Tensor:
@@ -82,14 +82,15 @@ def assert_all_agree(family: str, logits: str, compiled: bool = False) -> None:
     wide = Inputs(*(leaf.detach().double().requires_grad_() for leaf in b.leaves))
     value = exact(family, wide)
     expected = gradients(value, wide)
-    able = [one for one in implementations(family, CPU, torch.float32) if not one.missing]
-    chosen = [one for one in able if (one.name == "dense-compiled") == compiled]
+    available = [one for one in implementations(family, CPU, torch.float32) if not one.missing]
+    chosen = [one for one in available if (one.name == "dense-compiled") == compiled]
     assert chosen
     for implementation in chosen:
         loss = implementation.loss(b)
         assert loss.item() == pytest.approx(value.item(), rel=1e-4), implementation.name
-        for got, truth in zip(gradients(loss, b), expected, strict=True):
-            assert (got - truth).norm() <= 1e-4 * truth.norm() + 1e-7, implementation.name
+        for actual, exact_grad in zip(gradients(loss, b), expected, strict=True):
+            error = (actual - exact_grad).norm()
+            assert error <= 1e-4 * exact_grad.norm() + 1e-7, implementation.name
 
 
 @pytest.mark.parametrize("logits", LOGITS)
@@ -187,10 +188,10 @@ def test_failed_implementation_is_skipped_at_larger_sizes(
     use_implementations(monkeypatch, dense=dense, liger=failing)
     results = bench(64, 128, 256, only=())
     reasons = [record["reason"] for record in records(results, "liger")]
-    again = "failed at N 128: RuntimeError: no room"
-    assert reasons == ["", "", "RuntimeError: no room", again, again, again]
+    skip_reason = "failed at N 128: RuntimeError: no room"
+    assert reasons == ["", "", "RuntimeError: no room", skip_reason, skip_reason, skip_reason]
     assert all("step_ms" in record for record in records(results, "dense"))
-    assert again in report.tables(results)
+    assert skip_reason in report.tables(results)
 
 
 def test_dense_form_beyond_memory_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,13 +299,13 @@ def test_open_clip_loss_loads_without_its_package(
     (package / "__init__.py").write_text("import no_such_module")
     (package / "loss.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
-    loaded = next(c for c in peers.find_peers(CPU, 4) if c.name == "open_clip")
+    open_clip = next(c for c in peers.find_peers(CPU, 4) if c.name == "open_clip")
     if source != CLIP_LOSS:
-        assert loaded.missing == "cannot be imported: OSError: one"
+        assert open_clip.missing == "cannot be imported: OSError: one"
         return
     b = make_inputs("softmax", 32, 8, "late", torch.float32, CPU)
-    assert not loaded.missing
-    assert torch.equal(loaded.loss(b), b.scale * (b.q * b.k).sum())
+    assert not open_clip.missing
+    assert torch.equal(open_clip.loss(b), b.scale * (b.q * b.k).sum())
 
 
 def test_report_writes_tables_and_a_plot(tmp_path: Path) -> None:
@@ -440,15 +441,15 @@ def test_check_imports_this_checkout() -> None:
 def test_check_stops_a_command_and_its_children_at_the_time_limit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, note = tmp_path / "log", tmp_path / "pid"
-    script = f"sleep 100 & echo $! > {note}; echo begun; trap '' INT; wait"
-    began = time.monotonic()
+    log, pid_file = tmp_path / "log", tmp_path / "pid"
+    script = f"sleep 100 & echo $! > {pid_file}; echo begun; trap '' INT; wait"
+    start = time.monotonic()
     monkeypatch.setattr(check, "GRACE_S", 0.2)
     assert check.run(["bash", "-c", script], log, 1, dict(os.environ)) is None
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - start < 10
     assert log.read_text() == "begun\n\nstopped after 1 s\n"
     for _ in range(50):
-        if not Path(f"/proc/{note.read_text().strip()}").exists():
+        if not Path(f"/proc/{pid_file.read_text().strip()}").exists():
             break
         time.sleep(0.1)
     else:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-# Compiling is slow, so the A100 only compiles the kernels that need most shared memory; the rest is
-# the same code for both GPUs.
+# Compiling is slow, so the A100 compiles only the kernels that need most shared memory; both GPUs
+# use the same code.
 PROBLEMS = {
     80: ["bf16", "cached", "fp16", "gated", "odd sizes", "maxsim"],
     90: ["bf16", "cached", "fp32", "rules", "second scores", "gated", "maxsim", "small maxsim",
@@ -37,9 +37,9 @@ def test_every_kernel_compiles_to_tensor_core_code(arch: int) -> None:
     for kernel in compiled:
         assert kernel["shared"] <= SHARED[arch], kernel
         assert kernel["spills"] <= kernel["instructions"] / 4, kernel
-    # Only a kernel that loads cached scores multiplies nothing.
-    without = [kernel["problem"] for kernel in compiled if kernel["products"] == 0]
-    assert without == [name for name in PROBLEMS[arch] if name == "cached"]
+    # Only kernels that load cached scores contain no product.
+    no_products = [kernel["problem"] for kernel in compiled if kernel["products"] == 0]
+    assert no_products == [name for name in PROBLEMS[arch] if name == "cached"]
     # The backward pass of the most important loss fits in registers.
     backward = [kernel for kernel in compiled if kernel["problem"] == "bf16"][1]
     assert backward["spills"] <= 16, backward

@@ -1,7 +1,6 @@
-"""Published objectives as a few lines over the engine.
+"""Published objectives as compositions of the engine's functions.
 
-Each is checked twice: its derivative against finite differences, and its value against the dense
-formula.
+Tests compare each derivative with finite differences, and each value with the dense formula.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def engine_ce(
 
 @dataclass(frozen=True)
 class Composition:
-    """An objective by the engine and by the dense formula, on inputs of these shapes."""
+    """An objective by the engine and by the dense formula, for inputs of these shapes."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
@@ -138,11 +137,11 @@ def local_groups(q: Tensor, k: Tensor) -> Tensor:
 
 
 def dense_local_groups(q: Tensor, k: Tensor) -> Tensor:
-    inside = GROUP[:, None] == GROUP[None, :]
-    alike = inside & (ROLE[:, None] == ROLE[None, :])
+    same_group = GROUP[:, None] == GROUP[None, :]
+    same_role = same_group & (ROLE[:, None] == ROLE[None, :])
     logits = 3 * q @ k.T
-    return (brute.lse(logits.masked_fill(~inside, -torch.inf), 1)
-            - brute.lse(logits.masked_fill(~alike, -torch.inf), 1)).sum()  # fmt: skip
+    return (brute.lse(logits.masked_fill(~same_group, -torch.inf), 1)
+            - brute.lse(logits.masked_fill(~same_role, -torch.inf), 1)).sum()  # fmt: skip
 
 
 def circle(q: Tensor, k: Tensor) -> Tensor:
@@ -172,8 +171,7 @@ def dense_hinge(q: Tensor, k: Tensor, hardest: bool) -> Tensor:
 
 
 def sog(q: Tensor, k: Tensor, log_tau: Tensor) -> Tensor:
-    """iSogCLR, if the estimate u equals the batch's mean: the weight is a constant, so the
-    derivative is that of sum_j w_ij h_ij with w fixed."""
+    """iSogCLR with the estimate u equal to the batch's mean, whose weights w are constants."""
     tau = log_tau.exp()
     (z,) = lse_stats(q, source(k), [Lse("rows", 1 / tau, None, (not_self,))]).z
     return (z - (q * k).sum(1) / tau).sum()
@@ -230,14 +228,14 @@ def dense_quantile(q: Tensor, k: Tensor) -> Tensor:
 REVERSED = torch.arange(N) % 2
 PAIR = torch.arange(N) // 2
 ALPHA = torch.tensor([[0.0, -0.7], [-0.7, 0.0]], dtype=torch.float64)
-OWN_ALPHA = torch.tensor([[0.0, 1.1], [1.1, 0.0]], dtype=torch.float64)
+PAIR_ALPHA = torch.tensor([[0.0, 1.1], [1.1, 0.0]], dtype=torch.float64)
 
 
 def temporal(q: Tensor, k: Tensor) -> Tensor:
-    """Pairs and their reversals: those of other pairs weigh e^-0.7, the row's own e^0.4."""
+    """Pairs and their reversals: those of other pairs weigh e^-0.7, that of the same pair e^0.4."""
     keys = Local(k, {"index": ROW_INDEX, "reversed": REVERSED, "pair": PAIR})
     rule = (Table(REVERSED, "reversed", ALPHA),
-            Table(REVERSED, "reversed", OWN_ALPHA, only=Eq(PAIR, "pair")))  # fmt: skip
+            Table(REVERSED, "reversed", PAIR_ALPHA, only=Eq(PAIR, "pair")))  # fmt: skip
     s = lse_stats(q, keys, [Lse("rows", ONE, None, rule)], own_key)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
@@ -245,7 +243,7 @@ def temporal(q: Tensor, k: Tensor) -> Tensor:
 def dense_temporal(q: Tensor, k: Tensor) -> Tensor:
     logits = q @ k.T
     cross = ALPHA[REVERSED][:, REVERSED]
-    within = torch.where(PAIR[:, None] == PAIR[None, :], OWN_ALPHA[REVERSED][:, REVERSED], 0)
+    within = torch.where(PAIR[:, None] == PAIR[None, :], PAIR_ALPHA[REVERSED][:, REVERSED], 0)
     z = (logits + cross + within).logsumexp(1)
     return (z - logits.diagonal()).sum()
 
@@ -254,21 +252,24 @@ LAMBDA = torch.tensor([0.2, 0.1, 0.3, 0.25, 0.15, 0.4], dtype=torch.float64)
 
 
 def supremix(q: Tensor, k: Tensor) -> Tensor:
-    """Real negatives and mixtures lam z_i + (1 - lam) z_j, whose scores are affine in the real
-    ones: a scale for each row, and a constant for each row outside the sum."""
+    """Real negatives and mixtures lam z_i + (1 - lam) z_j.
+
+    Scores of mixtures are affine in the real ones: a scale per row, and a constant per row outside
+    the sum.
+    """
     mixed = Lse("rows", 3 * (1 - LAMBDA), None, (AbsDiff(LABEL, "label", 1 - LAMBDA), not_self))
     real = Lse("rows", 3 * ONE, None, (AbsDiff(LABEL, "label"), not_self))
     s = lse_stats(q, source(k), [real, mixed], (same, not_self))
-    own_score = (q * k).sum(1)
-    z = torch.logaddexp(s.z[0], s.z[1] + 3 * LAMBDA * own_score)
+    positive_score = (q * k).sum(1)
+    z = torch.logaddexp(s.z[0], s.z[1] + 3 * LAMBDA * positive_score)
     return h.cross_entropy(z, s.positive[0], s.weight[0]).sum()
 
 
 def dense_supremix(q: Tensor, k: Tensor) -> Tensor:
-    s, away = q @ k.T, (LABEL[:, None] - LABEL[None, :]).abs()
+    s, distance = q @ k.T, (LABEL[:, None] - LABEL[None, :]).abs()
     lam = LAMBDA[:, None]
-    mixed = 3 * (lam * s.diagonal()[:, None] + (1 - lam) * s) + ((1 - lam) * away + 1).log()
-    both = torch.cat([3 * s + (away + 1).log(), mixed], 1)
+    mixed = 3 * (lam * s.diagonal()[:, None] + (1 - lam) * s) + ((1 - lam) * distance + 1).log()
+    both = torch.cat([3 * s + (distance + 1).log(), mixed], 1)
     z = both.masked_fill(torch.cat([SELF, SELF], 1), -torch.inf).logsumexp(1)
     p = (SAME & ~SELF).double()
     keep = p.sum(1) > 0
@@ -278,15 +279,15 @@ def dense_supremix(q: Tensor, k: Tensor) -> Tensor:
 def mixed_positive(q: Tensor, k: Tensor) -> Tensor:
     """A positive mixed from two keys of other rows, scored separately."""
     keys, one, two = source(k), torch.tensor([2, 3, 4, 5, 0, 1]), torch.tensor([1, 0, 3, 2, 5, 4])
-    made = LAMBDA[:, None] * take(keys, one).keys + (1 - LAMBDA)[:, None] * take(keys, two).keys
+    mixture = LAMBDA[:, None] * take(keys, one).keys + (1 - LAMBDA)[:, None] * take(keys, two).keys
     (z,) = lse_stats(q, keys, [Lse("rows", ONE)]).z
-    return (z - (q * made).sum(1)).sum()
+    return (z - (q * mixture).sum(1)).sum()
 
 
 def dense_mixed_positive(q: Tensor, k: Tensor) -> Tensor:
-    made = (LAMBDA[:, None] * k[torch.tensor([2, 3, 4, 5, 0, 1])]
+    mixture = (LAMBDA[:, None] * k[torch.tensor([2, 3, 4, 5, 0, 1])]
             + (1 - LAMBDA)[:, None] * k[torch.tensor([1, 0, 3, 2, 5, 4])])  # fmt: skip
-    return ((q @ k.T).logsumexp(1) - (q * made).sum(1)).sum()
+    return ((q @ k.T).logsumexp(1) - (q * mixture).sum(1)).sum()
 
 
 def low_rank(q: Tensor, k: Tensor, f: Tensor) -> Tensor:
@@ -407,8 +408,8 @@ def smoothed(logits: Tensor, allowed: Tensor, e: float) -> Tensor:
 
 
 def columns_ce(table: Tensor, q: Tensor) -> Tensor:
-    """A table too large to travel: its rows are the queries, the batch's rows are the keys, and the
-    loss of a batch row is that of a column."""
+    """Use a table that is too large to communicate: its rows are the queries, the batch's rows are
+    the keys, and each column has the loss of a batch row."""
     s = lse_stats(table, source(q), [Lse("columns", ONE)], same)
     return h.cross_entropy(s.z[0], s.positive[0], s.weight[0]).sum()
 
@@ -438,10 +439,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("composition", COMPOSITIONS, ids=lambda c: c.name)
 def test_composition_equals_dense_formula(composition: Composition) -> None:
     inputs = [draw(*shape, seed=i).requires_grad_() for i, shape in enumerate(composition.shapes)]
-    got, want = composition.engine(*inputs), composition.dense(*inputs)
-    torch.testing.assert_close(got, want)
-    ours = torch.autograd.grad(got, inputs, allow_unused=True)
-    for a, b in zip(ours, torch.autograd.grad(want, inputs, allow_unused=True), strict=True):
+    value, expected = composition.engine(*inputs), composition.dense(*inputs)
+    torch.testing.assert_close(value, expected)
+    gradients = torch.autograd.grad(value, inputs, allow_unused=True)
+    for a, b in zip(
+        gradients, torch.autograd.grad(expected, inputs, allow_unused=True), strict=True
+    ):
         if a is None or b is None:
             assert a is None
             assert b is None
@@ -460,10 +463,10 @@ def test_fcco_gradient_uses_the_stored_normalizer() -> None:
     """FCCO has a weight without gradient, so compare with its formula, not finite differences."""
     q, k = (draw(N, D, seed=i).requires_grad_() for i in range(2))
     log_u = draw(N, seed=2)
-    got = torch.autograd.grad(fcco_weighted(q, k, log_u), (q, k))
+    gradients = torch.autograd.grad(fcco_weighted(q, k, log_u), (q, k))
     s = q @ k.T
     margin = s - s.diagonal()[:, None]
     weight = (margin / 0.3).exp().detach() / ((N - 1) * log_u.exp()[:, None])
-    want = torch.autograd.grad(torch.where(SELF, 0, weight * margin).sum(), (q, k))
-    for a, b in zip(got, want, strict=True):
+    expected = torch.autograd.grad(torch.where(SELF, 0, weight * margin).sum(), (q, k))
+    for a, b in zip(gradients, expected, strict=True):
         torch.testing.assert_close(a, b)

@@ -151,23 +151,25 @@ def leaves(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().clone().requires_grad_() for name, value in inputs.items()}
 
 
-def assert_close(ours: list[Tensor], plain: list[Tensor], truth: list[Tensor], big: float) -> None:
-    """Assert that errors against float64 are at most twice those of plain torch.
+def assert_close(
+    results: list[Tensor], baseline: list[Tensor], expected: list[Tensor], largest: float
+) -> None:
+    """Assert that errors against float64 are at most twice those of plain torch, the baseline.
 
-    Plain torch may be exact by chance, so a few rounding errors of the largest logit `big` (an
-    exp's relative error) are allowed.
+    Plain torch may be exact by chance, so a few rounding errors of the logit `largest` (an exp's
+    relative error) are allowed.
     """
-    for i, (got, other, exact) in enumerate(zip(ours, plain, truth, strict=True)):
-        exact = exact.to(got.dtype).double().where(exact.abs() > torch.finfo(got.dtype).max, exact)
+    for i, (x, other, exact) in enumerate(zip(results, baseline, expected, strict=True)):
+        exact = exact.to(x.dtype).double().where(exact.abs() > torch.finfo(x.dtype).max, exact)
         finite = exact.isfinite()
-        assert torch.equal(got.isfinite(), finite), i
-        assert torch.equal(got[~finite].double(), exact[~finite].double()), i
-        kind = torch.promote_types(got.dtype, torch.float32)
+        assert torch.equal(x.isfinite(), finite), i
+        assert torch.equal(x[~finite].double(), exact[~finite].double()), i
+        kind = torch.promote_types(x.dtype, torch.float32)
         size = exact[finite].detach().abs().max().item() if finite.any() else 0.0
-        floor = 8 * torch.finfo(kind).eps * big * (1 + size) + torch.finfo(got.dtype).eps * size
+        floor = 8 * torch.finfo(kind).eps * largest * (1 + size) + torch.finfo(x.dtype).eps * size
         error, allowed = (
             (t[finite].double() - exact[finite]).abs().max().item() if finite.any() else 0.0
-            for t in (got, other)
+            for t in (x, other)
         )
         assert error <= 2 * allowed + floor, (i, error, allowed, floor)
 
@@ -243,8 +245,8 @@ def test_scales_that_share_memory_get_separate_gradients(backend: str) -> None:
         both = [Lse("rows", one), Lse("columns", scale)]
         total = torch.cat(lse_stats(w.tensors["q"], keys, both, backend=backend).z).square().sum()
         grads.append(torch.autograd.grad(total, (one, scale)))
-    for got, want in zip(*grads, strict=True):
-        torch.testing.assert_close(got, want)
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -267,10 +269,10 @@ def test_row_top_ignores_log_weights_and_their_limits(backend: str) -> None:
     few = Either(Eq(w.row_id, "id"), Ne(w.row_role, "role"))
     weight = Table(w.row_role, "role", w.tensors["table"], only=few)
     keys, rule = Local(w.tensors["k"], w.metadata()), (weight, Ne(w.row_id, "id"))
-    got = row_top(w.tensors["q"], keys, 2, rule, backend)
-    want = row_top(w.tensors["q"], keys, 2, rule[1:], "reference")
-    torch.testing.assert_close(got[0], want[0].float())
-    assert torch.equal(got[1], want[1])
+    actual = row_top(w.tensors["q"], keys, 2, rule, backend)
+    expected = row_top(w.tensors["q"], keys, 2, rule[1:], "reference")
+    torch.testing.assert_close(actual[0], expected[0].float())
+    assert torch.equal(actual[1], expected[1])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -281,9 +283,10 @@ def test_abs_diff_accepts_labels_of_any_dtype(backend: str, dtype: torch.dtype) 
     lse = Lse("rows", torch.tensor(2.0), None, (AbsDiff(rows, "label"),))
     keys = Local(w.tensors["k"], {"label": columns})
     (z,) = lse_stats(w.tensors["q"], keys, [lse], backend=backend).z
-    far = (rows[:, None] - columns).abs().float().log1p()
-    want = (2 * w.tensors["q"] @ w.tensors["k"].T + far).logsumexp(1)
-    torch.testing.assert_close(z.float(), want, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=0)
+    log_weights = (rows[:, None] - columns).abs().float().log1p()
+    expected = (2 * w.tensors["q"] @ w.tensors["k"].T + log_weights).logsumexp(1)
+    rtol = 1e-2 if dtype.itemsize == 2 else 1e-5
+    torch.testing.assert_close(z.float(), expected, rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS_WITH_SLOW_TRITON)
@@ -390,14 +393,14 @@ def test_row_top_equals_sorting(
 def test_invalid_arguments_raise_value_error(backend: str) -> None:
     w = World(4, 5, 3, 0)
     q, keys, one = w.tensors["q"], Local(w.tensors["k"], w.metadata()), torch.ones(())
-    for lse, says in [
+    for lse, message in [
         (Lse("diagonal", one), "choose rows or columns"),  # type: ignore[arg-type]
         (Lse("rows", torch.ones(5)), r"scale of rows must be \(\) or \(4,\); got \(5,"),
         (Lse("columns", torch.ones(4)), r"scale of columns .* got \(4,\)"),
         (Lse("rows", one, torch.ones(4)), r"bias of rows must be \(5,\)"),
         (Lse("columns", one, torch.ones(5)), r"bias of columns must be \(4,\)"),
     ]:
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises(ValueError, match=message):
             lse_stats(q, keys, [lse], backend=backend)
     with pytest.raises(ValueError, match="choose one of softplus, relu, step"):
         pair_sum(q, keys, "sine", one, one, backend=backend)  # type: ignore[arg-type]

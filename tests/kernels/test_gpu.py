@@ -33,11 +33,11 @@ def step(q: torch.Tensor, k: torch.Tensor, backend: str, **options: int) -> list
 def test_large_loss_equals_reference_on_every_run(dtype: torch.dtype, n: int, d: int) -> None:
     q, k = unit(n, d, seed=0, dtype=dtype), unit(n, d, seed=1, dtype=dtype)
     exact, first = step(q, k, "reference"), step(q, k, "triton")
-    for got, want in zip(first, exact, strict=True):
-        error = (got.double() - want.double()).norm() / want.double().norm()
+    for actual, expected in zip(first, exact, strict=True):
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < (1e-5 if dtype == torch.float32 else 4e-3), error
-    for again in (step(q, k, "triton"), step(q, k, "triton", cache_bytes=4 * 4096 * n)):
-        assert all(map(torch.equal, first, again))
+    for repeated in (step(q, k, "triton"), step(q, k, "triton", cache_bytes=4 * 4096 * n)):
+        assert all(map(torch.equal, first, repeated))
 
 
 def test_gated_score_equals_reference() -> None:
@@ -62,8 +62,8 @@ def test_cached_scores_beyond_two_to_the_31_give_the_same_bits() -> None:
         z = torch.cat(lse_stats(q, Local(k), lses, None, "triton", cache_bytes).z)
         results.append([z, *torch.autograd.grad(z.square().mean(), (q, k))])
     assert all(map(torch.equal, *results))
-    want = (5 * q[-64:].detach().float() @ k.detach().float().T).logsumexp(1)
-    torch.testing.assert_close(results[0][0][4096 - 64 : 4096], want, rtol=1e-5, atol=1e-4)
+    expected = (5 * q[-64:].detach().float() @ k.detach().float().T).logsumexp(1)
+    torch.testing.assert_close(results[0][0][4096 - 64 : 4096], expected, rtol=1e-5, atol=1e-4)
 
 
 def test_million_rows_take_less_than_twelve_gib() -> None:
@@ -84,9 +84,9 @@ def test_maxsim_of_large_items_equals_reference_on_every_run() -> None:
     for backend in ("reference", "triton", "triton"):
         out = maxsim(q, k, backend=backend)
         results.append([out, *torch.autograd.grad(out.logsumexp(1).mean(), (q, k))])
-    for want, got, again in zip(*results, strict=True):
-        assert torch.equal(got, again)
-        error = (got.double() - want.double()).norm() / want.double().norm()
+    for expected, actual, repeated in zip(*results, strict=True):
+        assert torch.equal(actual, repeated)
+        error = (actual.double() - expected.double()).norm() / expected.double().norm()
         assert error < 1e-2, error  # of two almost equal products either may be the maximum
 
 

@@ -72,10 +72,10 @@ def tiles(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def checked(case: Case, backend: str) -> Result:
-    ours = differentiate(case, backend)
-    assert ours.finite()
-    assert_as_exact_as_torch(case, ours)
-    return ours
+    result = differentiate(case, backend)
+    assert result.finite()
+    assert_as_exact_as_torch(case, result)
+    return result
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,18 +190,18 @@ def test_second_derivative_raises_runtime_error(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.usefixtures("tiles")
 def test_rows_without_positive_have_weight_zero(backend: str, dtype: torch.dtype) -> None:
-    """They count neither in the sum nor in the mean, but stay negatives of the other side."""
+    """They are not part of the sum or mean, but remain negatives of the other side."""
     case = make_case(12, 15, 8, symmetric=False).to(dtype)
     assert case.ids_q is not None
     ids_q = case.ids_q.clone()
-    ids_q[[2, 5, 11]] = -1  # no key has it
-    with_unmatched = Case(case.q, case.k, case.scale, ids_q, case.ids_k, symmetric=False)
-    kept = ids_q != -1
-    without = Case(case.q[kept], case.k, case.scale, ids_q[kept], case.ids_k, symmetric=False)
-    one, two = checked(with_unmatched, backend), checked(without, backend)
+    ids_q[[2, 5, 11]] = -1  # no key has this id
+    unmatched = Case(case.q, case.k, case.scale, ids_q, case.ids_k, symmetric=False)
+    matched = ids_q != -1
+    rest = Case(case.q[matched], case.k, case.scale, ids_q[matched], case.ids_k, symmetric=False)
+    one, two = checked(unmatched, backend), checked(rest, backend)
     torch.testing.assert_close(one.value, two.value)
-    assert (one.dq[~kept] == 0).all()
-    torch.testing.assert_close(one.dq[kept], two.dq)
+    assert (one.dq[~matched] == 0).all()
+    torch.testing.assert_close(one.dq[matched], two.dq)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -249,29 +249,29 @@ def test_scores_of_128_do_not_overflow(backend: str, dtype: torch.dtype, scale: 
 def test_common_offset_of_logits_changes_nothing(backend: str, offset: float) -> None:
     """exp(12800) overflows, so sums must subtract the true maximum."""
     case = make_case(13, 11, 6, scale=100.0)
-    one, minus = torch.ones(13, 1).double(), torch.full((11, 1), offset).double()
-    moved = Case(
-        torch.cat([case.q, one], 1), torch.cat([case.k, minus], 1), case.scale, case.ids_q,
+    one, offsets = torch.ones(13, 1).double(), torch.full((11, 1), offset).double()
+    shifted_case = Case(
+        torch.cat([case.q, one], 1), torch.cat([case.k, offsets], 1), case.scale, case.ids_q,
         case.ids_k,
     )  # fmt: skip
-    plain, lifted = differentiate(case, backend), differentiate(moved, backend)
-    torch.testing.assert_close(lifted.value, plain.value, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(lifted.dq[:, :6], plain.dq, rtol=1e-7, atol=1e-9)
-    torch.testing.assert_close(lifted.dk[:, :6], plain.dk, rtol=1e-7, atol=1e-9)
+    baseline, shifted = differentiate(case, backend), differentiate(shifted_case, backend)
+    torch.testing.assert_close(shifted.value, baseline.value, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(shifted.dq[:, :6], baseline.dq, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(shifted.dk[:, :6], baseline.dk, rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
 def test_late_gradients_are_exact_in_bfloat16(backend: str) -> None:
     """With probabilities near 1 the positive weight must be subtracted before G is rounded."""
     case = make_case(64, 64, 32, scale=100.0, ids=None, seed=4)
-    near = torch.nn.functional.normalize(case.q + 1.3 * case.k, dim=1)
-    late = Case(case.q, near, case.scale).to(torch.bfloat16)
-    ours = differentiate(late, backend)
+    keys = torch.nn.functional.normalize(case.q + 1.3 * case.k, dim=1)
+    late = Case(case.q, keys, case.scale).to(torch.bfloat16)
+    result = differentiate(late, backend)
     exact = differentiate(late.to(torch.float64), dense=True)
-    plain = differentiate(late, dense=True)
-    error, plain_error = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
+    baseline = differentiate(late, dense=True)
+    error, baseline_error = ((r.dq.double() - exact.dq).norm() for r in (result, baseline))
     assert error < 0.01 * exact.dq.norm()
-    assert error < 0.1 * plain_error
+    assert error < 0.1 * baseline_error
 
 
 @pytest.mark.parametrize("backend", ["tiled", SLOW_TRITON])
@@ -279,13 +279,13 @@ def test_late_gradients_are_exact_in_bfloat16(backend: str) -> None:
 def test_late_gradients_are_exact_in_float32(backend: str, noise: float) -> None:
     """If nearly every probability is 0 or 1, rounding errors in them would hide the gradient."""
     case = make_case(256, 256, 64, scale=100.0, ids=None, seed=4)
-    far = noise * torch.nn.functional.normalize(case.k, dim=1)
-    late = Case(case.q, torch.nn.functional.normalize(case.q + far, dim=1), case.scale)
+    noisy = noise * torch.nn.functional.normalize(case.k, dim=1)
+    late = Case(case.q, torch.nn.functional.normalize(case.q + noisy, dim=1), case.scale)
     late = late.to(torch.float32)
     exact = differentiate(late.to(torch.float64), dense=True)
-    ours, plain = differentiate(late, backend), differentiate(late, dense=True)
-    error, plain_error = ((r.dq.double() - exact.dq).norm() for r in (ours, plain))
-    assert error <= 16 * plain_error, (error, plain_error, exact.dq.norm())
+    result, baseline = differentiate(late, backend), differentiate(late, dense=True)
+    error, baseline_error = ((r.dq.double() - exact.dq).norm() for r in (result, baseline))
+    assert error <= 16 * baseline_error, (error, baseline_error, exact.dq.norm())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -306,8 +306,8 @@ def test_permuting_rows_permutes_gradients(backend: str) -> None:
     case = make_case(20, 20, 8).to(KIND[backend])
     assert case.ids_q is not None
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0))
-    moved = Case(case.q[order], case.k, case.scale, case.ids_q[order], case.ids_k)
-    one, two = differentiate(case, backend), differentiate(moved, backend)
+    permuted = Case(case.q[order], case.k, case.scale, case.ids_q[order], case.ids_k)
+    one, two = differentiate(case, backend), differentiate(permuted, backend)
     torch.testing.assert_close(two.value, one.value)
     torch.testing.assert_close(two.dq, one.dq[order])
     torch.testing.assert_close(two.dk, one.dk)
@@ -339,7 +339,7 @@ def test_gradient_of_a_single_input_is_the_same(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_same_tensor_on_both_sides_gets_both_gradients(backend: str) -> None:
-    """Text against text: both gradients are added in the one tensor."""
+    """Text against text: the tensor's gradient is the sum of both."""
     case = make_case(15, 1, 6).to(KIND[backend])
     q = case.q.clone().requires_grad_()
     contrastive_loss(q, q, case.scale, backend=backend).backward()
@@ -353,29 +353,29 @@ def test_label_smoothing_matches_torch(backend: str) -> None:
     case = replace(make_case(20, 20, 8, ids=None, symmetric=False), label_smoothing=0.1)
     case = case.to(KIND[backend])
     target = torch.arange(20)
-    want = torch.nn.functional.cross_entropy(
+    expected = torch.nn.functional.cross_entropy(
         case.scale * case.q @ case.k.T, target, label_smoothing=0.1
     )
-    torch.testing.assert_close(differentiate(case, backend).value, want)
+    torch.testing.assert_close(differentiate(case, backend).value, expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_exclude_equals_dropping_other_copies(backend: str) -> None:
-    """If a batch holds a sample twice, each copy has the loss of the batch without the other."""
+    """If a batch contains a sample twice, each copy has the loss of the batch without the other."""
     case = make_case(6, 6, 4, ids=None, symmetric=False).to(KIND[backend])
     ids = torch.tensor([0, 1, 2, 3, 4, 0])
     q, k = case.q.clone(), case.k.clone()
     q[5], k[5] = q[0], k[0]
     doubled = Case(q, k, case.scale, ids, ids, False, "exclude")
-    once = Case(q[:5], k[:5], case.scale, symmetric=False)
+    single = Case(q[:5], k[:5], case.scale, symmetric=False)
     logits = case.scale * q @ k.T
-    kept = torch.tensor([[True] * 5 + [False]] * 5 + [[False] + [True] * 5])
+    allowed = torch.tensor([[True] * 5 + [False]] * 5 + [[False] + [True] * 5])
     for row in range(1, 5):
-        kept[row, 5] = True
-    rows = [logits[i][kept[i]].logsumexp(0) - logits[i, i] for i in range(6)]
+        allowed[row, 5] = True
+    rows = [logits[i][allowed[i]].logsumexp(0) - logits[i, i] for i in range(6)]
     torch.testing.assert_close(differentiate(doubled, backend).value, torch.stack(rows).mean())
-    twice = differentiate(replace(doubled, same_id="positive"), backend)
-    assert not torch.isclose(twice.value, differentiate(once, backend).value)
+    with_positives = differentiate(replace(doubled, same_id="positive"), backend)
+    assert not torch.isclose(with_positives.value, differentiate(single, backend).value)
 
 
 def sigmoid_of(backend: str | None) -> Callable[[Case], Tensor]:
@@ -422,8 +422,8 @@ def test_late_sigmoid_positives_keep_their_gradient() -> None:
     scale, bias = torch.tensor(80.0), torch.tensor(-40.0)
     sigmoid_loss(q, torch.eye(4), scale, bias).backward()
     assert q.grad is not None
-    want = -80 * torch.sigmoid(torch.tensor(-40.0)) / 4
-    torch.testing.assert_close(q.grad.diagonal(), want.expand(4), rtol=1e-5, atol=0)
+    expected = -80 * torch.sigmoid(torch.tensor(-40.0)) / 4
+    torch.testing.assert_close(q.grad.diagonal(), expected.expand(4), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("total", [True, False])

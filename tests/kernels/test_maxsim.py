@@ -85,16 +85,16 @@ def test_loss_uses_a_separate_score_per_direction(backend: str, symmetric: bool)
         q, k, scale, mask_q=real_q, mask_k=real_k, symmetric=symmetric, backend=backend
     )
     target = torch.arange(5)
-    want = torch.nn.functional.cross_entropy(scale * brute.late(q, real_q, k, real_k), target)
+    expected = torch.nn.functional.cross_entropy(scale * brute.late(q, real_q, k, real_k), target)
     if symmetric:
         back = scale * brute.late(k, real_k, q, real_q)
-        want = (want + torch.nn.functional.cross_entropy(back, target)) / 2
-    torch.testing.assert_close(loss, want)
-    for got, other in zip(
-        torch.autograd.grad(loss, (q, k, scale)), torch.autograd.grad(want, (q, k, scale)),
+        expected = (expected + torch.nn.functional.cross_entropy(back, target)) / 2
+    torch.testing.assert_close(loss, expected)
+    for actual, other in zip(
+        torch.autograd.grad(loss, (q, k, scale)), torch.autograd.grad(expected, (q, k, scale)),
         strict=True,
     ):  # fmt: skip
-        torch.testing.assert_close(got, other.nan_to_num())
+        torch.testing.assert_close(actual, other.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

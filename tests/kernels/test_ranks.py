@@ -125,13 +125,13 @@ def test_late_interaction_over_ranks_equals_one_process(
     scale = torch.tensor(9.0, dtype=torch.float64, requires_grad=True)
     target, masks = torch.arange(len(q)), (full["mask_q"], full["mask_k"])
     cross_entropy = torch.nn.functional.cross_entropy
-    there = cross_entropy(scale * brute.late(q, masks[0], k, masks[1]), target)
+    forward_loss = cross_entropy(scale * brute.late(q, masks[0], k, masks[1]), target)
     back = cross_entropy(scale * brute.late(k, masks[1], q, masks[0]), target)
-    loss = (there + back) / 2
+    loss = (forward_loss + back) / 2
     expected = (loss, *torch.autograd.grad(loss, (q, k, scale)))
     result = merge([rank[gather_mode]["late"] for rank in ranks])
-    for got, want in zip(result.tensors(), expected, strict=False):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
+    for actual, expected_value in zip(result.tensors(), expected, strict=False):
+        torch.testing.assert_close(actual.double(), expected_value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("gather_mode", GATHER_MODES)
@@ -168,9 +168,9 @@ def test_sources_over_ranks_equal_plain_torch(
     grads = torch.autograd.grad(total, list(inputs.values()))
     expected["top"] = top.values
     expected |= {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
-    for name, want in expected.items():
-        got = torch.cat([rank[gather_mode]["sources"][name] for rank in ranks])
-        torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5, msg=name)
+    for name, value in expected.items():
+        actual = torch.cat([rank[gather_mode]["sources"][name] for rank in ranks])
+        torch.testing.assert_close(actual.double(), value.detach(), rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("gather_mode", GATHER_MODES)
@@ -181,22 +181,22 @@ def test_constant_keys_on_some_ranks_change_no_other_gradient(
     for index, rank in enumerate(ranks):
         results = {name.split(": ")[1]: result for name, result in rank[gather_mode].items()
                    if name.startswith("constants")}  # fmt: skip
-        some = len(ranks) > 1
-        requires_grad = {which: bool(r.pop("requires_grad")) for which, r in results.items()}
-        assert requires_grad == {"none": True, "first": some, "all": False}
+        several = len(ranks) > 1
+        requires_grad = {case: bool(r.pop("requires_grad")) for case, r in results.items()}
+        assert requires_grad == {"none": True, "first": several, "all": False}
         without_constants = results.pop("none")
         assert without_constants["dk"].any()
-        for which, result in results.items():
-            assert ("dk" in result) == (which == "first" and index > 0)
+        for case, result in results.items():
+            assert ("dk" in result) == (case == "first" and index > 0)
             for name, value in result.items():
-                assert torch.equal(value, without_constants[name]), (which, name)
+                assert torch.equal(value, without_constants[name]), (case, name)
 
 
 @pytest.mark.parametrize("gather_mode", GATHER_MODES)
 def test_error_on_one_rank_raises_on_all(ranks: list[dict[str, Results]], gather_mode: str) -> None:
     for rank in ranks:
-        refused = rank[gather_mode]["refusals"]
-        assert all(refused.values()), refused
+        raised = rank[gather_mode]["refusals"]
+        assert all(raised.values()), raised
 
 
 @pytest.mark.parametrize("gather_mode", GATHER_MODES)

@@ -55,9 +55,9 @@ def test_token_major_tensors_give_the_same_gradients(backend: str) -> None:
         lambda a, b: maxsim(a, b).square().sum(),
         lambda a, b: late_interaction_loss(a, b, 5 * ONE, backend=backend),
     ):
-        want = torch.autograd.grad(loss(q, k), (q, k))
-        for got, grad in zip(torch.autograd.grad(loss(*others), others), want, strict=True):
-            torch.testing.assert_close(got, grad)
+        expected = torch.autograd.grad(loss(q, k), (q, k))
+        for actual, grad in zip(torch.autograd.grad(loss(*others), others), expected, strict=True):
+            torch.testing.assert_close(actual, grad)
 
 
 def test_column_major_matrices_give_the_same_gradients() -> None:
@@ -69,9 +69,9 @@ def test_column_major_matrices_give_the_same_gradients() -> None:
         lambda a, b: sigmoid_loss(a, b, 5 * ONE, bias),
         lambda a, b: lse_stats(GatedCosine(a, a), Local(b), [Lse("rows", ONE)]).z[0].sum(),
     ):
-        want = torch.autograd.grad(loss(q, k), (q, k))
-        for got, grad in zip(torch.autograd.grad(loss(*others), others), want, strict=True):
-            torch.testing.assert_close(got, grad)
+        expected = torch.autograd.grad(loss(q, k), (q, k))
+        for actual, grad in zip(torch.autograd.grad(loss(*others), others), expected, strict=True):
+            torch.testing.assert_close(actual, grad)
 
 
 THREADS = """
@@ -132,10 +132,10 @@ def test_outer_autocast_changes_no_bit() -> None:
         pairs = score.pairs(Local(k).block)
         return [*s.z, dq, smooth, pairs, maxsim(tokens, tokens), *row_top(q, Local(k), 3)]
 
-    without = results()
+    baseline = results()
     with torch.autocast("cpu", torch.bfloat16):
         cast = results()
-    assert all(map(torch.equal, without, cast))
+    assert all(map(torch.equal, baseline, cast))
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -193,10 +193,10 @@ def test_ragged_groups_stay_separate_at_any_block_size() -> None:
 
 def test_tiny_gates_keep_their_direction() -> None:
     q, k, gate = draw(4, 3), draw(4, 3, seed=1), draw(4, 3, seed=2).abs()
-    want = lse_stats(GatedCosine(q, gate), Local(k), [Lse("rows", ONE.double())]).z[0]
+    expected = lse_stats(GatedCosine(q, gate), Local(k), [Lse("rows", ONE.double())]).z[0]
     tiny = GatedCosine(q.float(), 1e-25 * gate.float())
-    got = lse_stats(tiny, Local(k.float()), [Lse("rows", ONE)]).z[0]
-    torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-6)
+    actual = lse_stats(tiny, Local(k.float()), [Lse("rows", ONE)]).z[0]
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_mixed_dtypes_are_promoted() -> None:

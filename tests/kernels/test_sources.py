@@ -71,8 +71,8 @@ def test_concat_equals_one_source(backend: str) -> None:
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b)
     dq, dk, dbias = grads(weighted_total(one), q, k, bias)
-    got = grads(weighted_total(other), q, pieces[0], pieces[2], bias)
-    for a, b in zip((dq, dk[:5], dk[8:], dbias), got, strict=True):
+    gradients = grads(weighted_total(other), q, pieces[0], pieces[2], bias)
+    for a, b in zip((dq, dk[:5], dk[8:], dbias), gradients, strict=True):
         torch.testing.assert_close(a, b)
     assert torch.equal(row_top(q, joined, 3, (), backend)[1], row_top(q, single, 3)[1])
     index = torch.tensor([0, 10, 6, -1, 10])
@@ -117,11 +117,11 @@ def test_constant_keys_request_no_gradient(backend: str, form: str) -> None:
         return keys, grads(weighted_total(stats), *leaves)
 
     constant, (dq, dscale) = run(w.tensors["k"])
-    learning, (dq_too, dscale_too, dk) = run(leaf(w.tensors["k"]))
+    trainable, (trainable_dq, trainable_dscale, dk) = run(leaf(w.tensors["k"]))
     assert ["grad" in merges for merges in constant.requested] == [False, False]
-    assert ["grad" in merges for merges in learning.requested] == [False, True]
-    assert torch.equal(dq, dq_too)
-    assert torch.equal(dscale, dscale_too)
+    assert ["grad" in merges for merges in trainable.requested] == [False, True]
+    assert torch.equal(dq, trainable_dq)
+    assert torch.equal(dscale, trainable_dscale)
     assert dk.any()
 
 
@@ -193,10 +193,10 @@ def test_products_score_all_pairings(backend: str, modalities: int) -> None:
     torch.testing.assert_close(result.z[0], scores.logsumexp(1))
     torch.testing.assert_close(result.positive[0], true_scores)
     assert (result.weight[0] == 1).all()
-    got_grads = grads((result.z[0] - result.positive[0]).sum(), a, *others)
+    gradients = grads((result.z[0] - result.positive[0]).sum(), a, *others)
     expected = grads((scores.logsumexp(1) - true_scores).sum(), a, *others)
-    for got, want in zip(got_grads, expected, strict=True):
-        torch.testing.assert_close(got, want)
+    for actual, exact in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(actual, exact)
 
 
 def test_products_of_float32_factors_work_in_the_reference_back_end() -> None:
@@ -226,11 +226,11 @@ def test_key_bias_is_split_over_concatenated_sources() -> None:
     keys = Concat(Local(w.tensors["k"][:2]), Local(w.tensors["k"][2:]))
     out = pair_sum(q, keys, "softplus", ONE, 0 * ONE, bias)
     scores = q @ w.tensors["k"].T + bias
-    want = torch.nn.functional.softplus(scores).sum(1)
-    torch.testing.assert_close(out, want)
+    expected = torch.nn.functional.softplus(scores).sum(1)
+    torch.testing.assert_close(out, expected)
     weight = torch.arange(5)
     for a, b in zip(
-        grads((out * weight).sum(), q, bias), grads((want * weight).sum(), q, bias), strict=True
+        grads((out * weight).sum(), q, bias), grads((expected * weight).sum(), q, bias), strict=True
     ):
         torch.testing.assert_close(a, b)
 
@@ -246,5 +246,5 @@ def test_fully_masked_rows_and_columns_give_minus_infinity() -> None:
     for axis in ("rows", "columns"):
         stats = lse_stats(w.tensors["q"], Local(w.tensors["k"], w.metadata()),
                           [Lse(axis, ONE, None, (never,))])  # fmt: skip
-        want = lse(torch.full((3, 4), -torch.inf), int(axis == "rows"))
-        assert torch.equal(stats.z[0], want.double())
+        expected = lse(torch.full((3, 4), -torch.inf), int(axis == "rows"))
+        assert torch.equal(stats.z[0], expected.double())

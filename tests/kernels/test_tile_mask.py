@@ -10,7 +10,7 @@ from gigabatch.kernels.rules import combine_clauses
 from gigabatch.kernels.sources import KeyBlock
 from gigabatch.kernels.tile_mask import BlockRule, EqualPairs
 
-# Few codes, so that they repeat; far apart, so that they need int64.
+# Few codes, so that they repeat, with large differences, so that they need int64.
 CODES = st.lists(st.sampled_from([-(2**63), -1, 0, 1, 5, 2**40, 2**63 - 1]), max_size=30)
 
 

@@ -1,4 +1,4 @@
-"""Ray clusters for tests: nodes as real processes, and requests to their dashboard."""
+"""Ray clusters for tests: nodes as processes, requests to their dashboard."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Cluster:
 
     def client(self, token: str | None = TOKEN) -> dict[str, str]:
         """Return the environment of a process that connects to the cluster."""
-        rest = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-        return rest | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        return inherited | ({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {})
 
 
 def node_environment(home: Path) -> dict[str, str]:
     """Return the nodes' environment, with token authentication; `home` is their user's home."""
     (home / "token").write_text(TOKEN)
-    rest = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    return rest | {
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
+    return inherited | {
         "HOME": str(home),
         "GIGABATCH_CACHE": str(home / "cache"),
         "OMP_NUM_THREADS": "1",
@@ -80,12 +80,12 @@ class _Node:
         return process
 
     def __exit__(self, *_: object) -> None:
-        everything = [*self.process.children(recursive=True), self.process]
-        for process in everything:
+        processes = [*self.process.children(recursive=True), self.process]
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         self.process.wait()
-        psutil.wait_procs(everything, timeout=10)
+        psutil.wait_procs(processes, timeout=10)
 
 
 def free_ports(count: int) -> list[int]:
@@ -101,8 +101,8 @@ def free_ports(count: int) -> list[int]:
 def ask(cluster: Cluster, path: str) -> Any:
     request = urllib.request.Request(f"{cluster.address}{path}")
     request.add_header("Authorization", f"Bearer {TOKEN}")
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        return json.load(reply)
+    with urllib.request.urlopen(request, timeout=10) as response:
+        return json.load(response)
 
 
 def serves(cluster: Cluster) -> bool:
@@ -115,7 +115,7 @@ def serves(cluster: Cluster) -> bool:
 
 def wait_until(
     condition: Callable[[], Any],
-    what: str,
+    description: str,
     log: Path | None = None,
     by: Command | None = None,
     limit: float = 240,
@@ -129,4 +129,4 @@ def wait_until(
     if by:
         by.kill()
         output += "".join(by.process.communicate())
-    return pytest.fail(f"not within {limit:.0f} s: {what}\n{output}")
+    return pytest.fail(f"not within {limit:.0f} s: {description}\n{output}")

@@ -31,13 +31,13 @@ QUICK_HEALTH = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
-"""Ray notices a lost node within seconds, not a minute. Shorter limits also lose busy nodes."""
+"""Detect a lost node within seconds, not a minute. Shorter limits also drop busy nodes."""
 
 
 @dataclass
 class Hosts:
     home: Path
-    """Home of the nodes' user; short, because paths of Unix sockets must be."""
+    """Home of the nodes' user; short, because paths of Unix sockets must be short."""
     stem: str
     net: str
     """First three numbers of all addresses."""
@@ -56,16 +56,16 @@ class Hosts:
 
     def command(self, number: int) -> list[str]:
         """Return the prefix that runs a command on a host."""
-        private = self.home / f"ray{number}"
-        private.mkdir()
+        ray_folder = self.home / f"ray{number}"
+        ray_folder.mkdir()
         return [
             "ip", "netns", "exec", self.name(number), "unshare", "--mount", "--pid", "--uts",
             "--fork", "--kill-child", "--mount-proc", "sh", "-c", INIT, "sh", self.name(number),
-            str(private), str(self.home / "ray"), str(self.home / "hosts"),
+            str(ray_folder), str(self.home / "ray"), str(self.home / "hosts"),
         ]  # fmt: skip
 
     def announce_loss(self, node_id: str, seconds: int) -> None:
-        """Tell Ray that a node will be lost, as a cloud's preemption notice does."""
+        """Send Ray a preemption notice for a node, as a cloud would."""
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "drain-node",
             f"--address={self.address(0)}:6379", f"--node-id={node_id}",
@@ -74,7 +74,7 @@ class Hosts:
         ]  # fmt: skip
         subprocess.run(command, env=self.environment, check=True, capture_output=True)
 
-    def cut_off(self, number: int) -> None:
+    def disconnect(self, number: int) -> None:
         """Disconnect a host's network; its processes keep running."""
         _ip("link", "set", self.name(number), "down")
 
@@ -90,18 +90,18 @@ def hosts(home: Path, count: int) -> Iterator[Hosts]:
         pytest.skip("needs root to make hosts of network namespaces")
     random_net = random.SystemRandom()
     stem = f"gb{random_net.randrange(10**5)}"
-    made = Hosts(home, stem, f"10.{random_net.randrange(100, 250)}.{random_net.randrange(250)}")
+    group = Hosts(home, stem, f"10.{random_net.randrange(100, 250)}.{random_net.randrange(250)}")
     (home / "ray").mkdir()
-    lines = ["127.0.0.1 localhost", *(f"{made.address(n)} {made.name(n)}" for n in range(count))]
+    lines = ["127.0.0.1 localhost", *(f"{group.address(n)} {group.name(n)}" for n in range(count))]
     (home / "hosts").write_text("\n".join(lines) + "\n")
-    made.environment = node_environment(home) | QUICK_HEALTH
+    group.environment = node_environment(home) | QUICK_HEALTH
     with ExitStack() as stack:
         _add(stack, ("link", "add", stem, "type", "bridge"), ("link", "del", stem))
-        _ip("addr", "add", f"{made.net}.1/24", "dev", stem)
+        _ip("addr", "add", f"{group.net}.1/24", "dev", stem)
         _ip("link", "set", stem, "up")
         for number in range(count):
-            _connect(made, number, stack)
-        yield made
+            _connect(group, number, stack)
+        yield group
 
 
 def _add(stack: ExitStack, add: tuple[str, ...], remove: tuple[str, ...]) -> None:
@@ -112,36 +112,36 @@ def _add(stack: ExitStack, add: tuple[str, ...], remove: tuple[str, ...]) -> Non
     stack.callback(subprocess.run, ["ip", *remove], capture_output=True)
 
 
-def _connect(made: Hosts, number: int, stack: ExitStack) -> None:
-    name = made.name(number)
+def _connect(group: Hosts, number: int, stack: ExitStack) -> None:
+    name = group.name(number)
     _add(stack, ("netns", "add", name), ("netns", "del", name))
-    # Removed by name, because a namespace may outlive its last process for a while.
+    # The link is removed by name, because a namespace may outlive its last process for a while.
     cable = ("link", "add", name, "type", "veth", "peer", "name", "eth0", "netns", name)
     _add(stack, cable, ("link", "del", name))
-    _ip("link", "set", name, "master", made.stem)
+    _ip("link", "set", name, "master", group.stem)
     _ip("link", "set", name, "up")
     for device in ("lo", "eth0"):
         _ip("-n", name, "link", "set", device, "up")
-    _ip("-n", name, "addr", "add", f"{made.address(number)}/24", "dev", "eth0")
+    _ip("-n", name, "addr", "add", f"{group.address(number)}/24", "dev", "eth0")
 
 
 @contextmanager
-def ray_on(made: Hosts, count: int) -> Iterator[Hosts]:
+def ray_on(group: Hosts, count: int) -> Iterator[Hosts]:
     """Run Ray on the first `count` hosts, with one CPU each; host 0 is the head."""
     with ExitStack() as stack:
         for number in range(count):
-            start_ray(made, number, stack)
-        yield made
+            start_ray(group, number, stack)
+        yield group
 
 
-def start_ray(made: Hosts, number: int, stack: ExitStack) -> None:
-    head = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={made.home}/ray"]
-    options = head if number == 0 else [f"--address={made.address(0)}:6379"]
+def start_ray(group: Hosts, number: int, stack: ExitStack) -> None:
+    head = ["--head", "--port=6379", "--dashboard-host=0.0.0.0", f"--temp-dir={group.home}/ray"]
+    options = head if number == 0 else [f"--address={group.address(0)}:6379"]
     node = ray_node(
-        [f"--node-ip-address={made.address(number)}", *options],
-        made.environment,
-        made.home / f"node{number}.log",
-        *made.command(number),
+        [f"--node-ip-address={group.address(number)}", *options],
+        group.environment,
+        group.home / f"node{number}.log",
+        *group.command(number),
         cpus=1,
     )
-    made.nodes[number] = stack.enter_context(node)
+    group.nodes[number] = stack.enter_context(node)

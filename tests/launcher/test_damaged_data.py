@@ -1,4 +1,4 @@
-"""Samples damaged after indexing: replaced by the same substitutes at any world size, recorded."""
+"""Samples damaged after indexing: records, and equal substitutes at any world size."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from support import spoil
 from gigabatch.data.shards.indexing import open_index
 from gigabatch.trainer.monitoring.metrics import read_metrics
 
-BAD = (30, 77, 150)
+DAMAGED = (30, 77, 150)
 
 
 @pytest.fixture
 def damaged(shards: Path, tmp_path: Path) -> Path:
-    """Return an indexed data set of which three samples were damaged afterwards."""
+    """Return an indexed data set with three samples that were damaged after indexing."""
     root = tmp_path / "damaged"
     for name in ("train", "val"):
         shutil.copytree(shards / name, root / name)
     index = open_index(root / "train")
-    for sample in BAD:
+    for sample in DAMAGED:
         spoil(index, sample)
     return root
 
 
-def recorded(run: Path) -> list[dict[str, Any]]:
+def read_records(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
     return sorted(lines, key=lambda line: (line["step"], line["micro_batch"], line["sample"]))
 
@@ -39,20 +39,20 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 def test_run_replaces_and_records_damaged_samples(
     damaged: Path, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    # Seven steps of 32 are a little more than one epoch of 200 samples.
+    # Seven steps of 32 samples are a little more than one epoch of 200.
     options = [f"data.root={damaged}", "train.steps=7", "run.name=r", "eval.sets=[]"]
     done = gigabatch("train", tiny, *options)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "r"
-    lines = recorded(run)
-    assert {line["sample"] for line in lines} == set(BAD)
-    for line in lines:
+    records = read_records(run)
+    assert {line["sample"] for line in records} == set(DAMAGED)
+    for line in records:
         assert f"train-{line['sample'] // 50:03d}.tar: at byte " in line["why"]
         assert line["key"] == f"s{line['sample']:05d}"
         assert line["attempt"] == 1
     assert "replaced an unreadable sample" in (run / "train.log").read_text()
     last = [line for line in read_metrics(run / "metrics.jsonl") if "train/loss" in line][-1]
-    assert last["data/bad_samples"] == len(lines)
+    assert last["data/bad_samples"] == len(records)
 
 
 @pytest.mark.slow
@@ -104,14 +104,14 @@ def test_substitutes_are_equal_on_two_workers_and_after_a_resume(
     two = ["cluster.launcher=torchrun", "cluster.workers=2", "data.workers=0"]
     assert gigabatch("train", tiny, *root, *two, "run.name=two").returncode == 0
     runs = tmp_path / "runs"
-    assert gigabatch("train", tiny, *root[:2], "train.steps=4", "run.name=cut").returncode == 0
-    resumed = gigabatch("resume", runs / "cut", "train.steps=9", "--allow", "train.steps")
+    assert gigabatch("train", tiny, *root[:2], "train.steps=4", "run.name=short").returncode == 0
+    resumed = gigabatch("resume", runs / "short", "train.steps=9", "--allow", "train.steps")
     assert resumed.returncode == 0, resumed.stderr
     records = [
-        [{k: v for k, v in line.items() if k != "attempt"} for line in recorded(runs / name)]
-        for name in ("one", "two", "cut")
+        [{k: v for k, v in line.items() if k != "attempt"} for line in read_records(runs / name)]
+        for name in ("one", "two", "short")
     ]
     assert records[0] == records[1] == records[2]
-    lines = read_metrics(runs / "cut" / "metrics.jsonl")
+    lines = read_metrics(runs / "short" / "metrics.jsonl")
     counts = [line["data/bad_samples"] for line in lines if "data/bad_samples" in line]
     assert counts[-1] == len(records[0])

@@ -44,28 +44,28 @@ def measure(run: Path) -> Any:
 
 
 def test_retrieval_reports_slices_and_intervals(run: Path, shards: Path, measure: Any) -> None:
-    plain = measure("--on", "val")
+    metrics = measure("--on", "val")
     sliced = measure("--on", "val", "--slice", "concept")
     with_intervals = measure("--on", "val", "--intervals")
-    assert {name: sliced[name] for name in plain} == plain
+    assert {name: sliced[name] for name in metrics} == metrics
     assert (run / "eval" / "val-retrieval-step-00000040.json").exists()
     low, high = (with_intervals[f"eval/val/t2i_recall@10/{end}"] for end in ("low", "high"))
-    assert low <= plain["eval/val/t2i_recall@10"] <= high
+    assert low <= metrics["eval/val/t2i_recall@10"] <= high
     assert low < high
     counts = [sliced[f"eval/val/concept={c}/count"] for c in range(50)]
     assert counts == [2.0] * 10 + [1.0] * 40
     recalls = [sliced[f"eval/val/concept={c}/i2t_recall@10"] for c in range(50)]
     mean = float(np.average(recalls, weights=counts))
-    assert mean == pytest.approx(plain["eval/val/i2t_recall@10"])
-    assert measure("--on", shards / "val") == plain
+    assert mean == pytest.approx(metrics["eval/val/i2t_recall@10"])
+    assert measure("--on", shards / "val") == metrics
 
 
 def test_intervals_by_field_draw_the_queries_of_a_value_together(measure: Any) -> None:
-    plain = measure("--on", "val", "--intervals")
+    ungrouped = measure("--on", "val", "--intervals")
     grouped = measure("--on", "val", "--intervals-by", "concept", "--slice", "concept")
     assert grouped["eval/val/t2i_recall@10/low"] <= grouped["eval/val/t2i_recall@10"]
-    assert grouped.keys() > plain.keys()
-    assert grouped["eval/val/t2i_recall@10/low"] != plain["eval/val/t2i_recall@10/low"]
+    assert grouped.keys() > ungrouped.keys()
+    assert grouped["eval/val/t2i_recall@10/low"] != ungrouped["eval/val/t2i_recall@10/low"]
     ends = [grouped[f"eval/val/concept=3/t2i_mean_rank{end}"] for end in ("", "/low", "/high")]
     assert ends == [ends[0]] * 3  # both queries of a concept are in every resample
 
@@ -101,7 +101,7 @@ def test_geometry_omits_gaps_between_different_widths(measure: Any) -> None:
 def test_history_compares_best_with_last_step(measure: Any) -> None:
     history = measure("--task", "history")
     assert history["eval/val/mean_recall@10/last_step"] == 40
-    best, last = (history[f"eval/val/mean_recall@10/{which}"] for which in ("best", "last"))
+    best, last = (history[f"eval/val/mean_recall@10/{step}"] for step in ("best", "last"))
     assert best >= last
 
 
@@ -120,7 +120,7 @@ def test_batch_bias_defaults_to_the_batch_and_temperature_of_the_run(
     assert 0 < metrics[f"{prefix}relative_error"] < 1
 
 
-def test_text_retrieval_reports_tfidf_beside_the_tower(tmp_path: Path, measure: Any) -> None:
+def test_text_retrieval_reports_tfidf_and_the_tower(tmp_path: Path, measure: Any) -> None:
     pairs = [
         {"anchor": f"greek letter {n}", "positive": f"letter {n} of greek", "negative": "latin"}
         for n in range(20)
@@ -162,19 +162,19 @@ def write_named(folder: Path) -> None:
     import webdataset as wds
 
     write_rich(folder, 40, seed=3)
-    (old,) = folder.glob("*.tar")
-    png = next(s["png"] for s in wds.WebDataset(str(old), shardshuffle=False) if "png" in s)
-    old.unlink()
+    (shard,) = folder.glob("*.tar")
+    png = next(s["png"] for s in wds.WebDataset(str(shard), shardshuffle=False) if "png" in s)
+    shard.unlink()
     random = np.random.default_rng(0)
     with wds.TarWriter(str(folder / "named.tar")) as writer:
         for number in range(30):
-            words = {lang: f"{lang} {random.integers(1000)}" for lang in ("en", "de")}
-            sample = {"__key__": f"n{number:03d}", "png": png, "json": {"names": words}}
+            message = {lang: f"{lang} {random.integers(1000)}" for lang in ("en", "de")}
+            sample = {"__key__": f"n{number:03d}", "png": png, "json": {"names": message}}
             writer.write(sample)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--task", "knn", "label=concept"], "--on: knn needs a set"),
         (["--on", "val", "--task", "knn", "label=lang"], "no field 'lang'; its fields: colour, co"),
@@ -188,10 +188,10 @@ def write_named(folder: Path) -> None:
         (["--on", "val", "label=concept"], "label: unknown key of retrieval"),
     ],
 )
-def test_invalid_arguments_raise(measure: Any, arguments: list[str], words: str) -> None:
+def test_invalid_arguments_raise(measure: Any, arguments: list[str], message: str) -> None:
     with pytest.raises(GigabatchError) as error:
         measure(*arguments)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_read_only_run_is_measured_with_a_warning(

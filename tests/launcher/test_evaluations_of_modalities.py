@@ -45,10 +45,10 @@ WALKS = [
 
 
 def write_set(folder: Path, count: int, seed: int) -> None:
-    """Write samples of bits and of walks.
+    """Write samples of bits and walks.
 
-    Bits a, b and c = a xor b: no two of them determine each other. Walks through two to four of
-    six rooms, with captions in two languages and in the wrong order.
+    Bits are a, b and c = a xor b, which are independent in pairs. A walk visits two to four of six
+    rooms; its captions are in two languages, and in the wrong order.
     """
     folder.mkdir(parents=True)
     random = np.random.default_rng(seed)
@@ -80,7 +80,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def trained(home: Path, name: str, settings: list[str]) -> Path:
+def train_run(home: Path, name: str, settings: list[str]) -> Path:
     config = load_config(home / "c.yaml", [*settings, f"run.name={name}"])
     run = create_run(config, name)
     make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
@@ -90,12 +90,12 @@ def trained(home: Path, name: str, settings: list[str]) -> Path:
 
 @pytest.fixture(scope="module")
 def bits(home: Path) -> Path:
-    return trained(home, "bits", [*BITS, "train.steps=60"])
+    return train_run(home, "bits", [*BITS, "train.steps=60"])
 
 
 @pytest.fixture(scope="module")
 def walks(home: Path) -> Path:
-    return trained(home, "walks", [*WALKS, "train.steps=60"])
+    return train_run(home, "walks", [*WALKS, "train.steps=60"])
 
 
 def measure(run: Path, *arguments: str) -> dict[str, float]:
@@ -110,7 +110,7 @@ def measure(run: Path, *arguments: str) -> dict[str, float]:
     return dict(json.loads(done.stdout))
 
 
-def test_product_score_retrieves_an_exclusive_or_and_sum_does_not(bits: Path) -> None:
+def test_product_score_retrieves_exclusive_or_but_sum_does_not(bits: Path) -> None:
     arguments = ["given=[a, c]", "find=b", "positives=bit"]
     metrics = measure(bits, *arguments)
     assert metrics["eval/val/a+c2b_recall@1"] == metrics["eval/val/a+c2b_mrr"] == 1
@@ -167,7 +167,7 @@ def test_two_ranks_report_the_metrics_of_one(walks: Path, start: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["given=[a, c]"], "retrieval: given and find go together"),
         (["find=b"], "retrieval: given and find go together"),
@@ -183,7 +183,7 @@ def test_two_ranks_report_the_metrics_of_one(walks: Path, start: Any) -> None:
         (["--task", "order", "against=wrong", "modality=text"], "a modality other than text"),
     ],
 )
-def test_settings_that_do_not_fit_raise(bits: Path, arguments: list[str], words: str) -> None:
+def test_incompatible_settings_raise(bits: Path, arguments: list[str], message: str) -> None:
     with pytest.raises(GigabatchError) as error:
         measure(bits, *arguments)
-    assert words in str(error.value)
+    assert message in str(error.value)

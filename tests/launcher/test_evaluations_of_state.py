@@ -48,7 +48,7 @@ objective:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("state")
-    # 90 samples of 20 concepts: ten concepts of `train` have one sample less.
+    # 90 samples of 20 concepts: ten concepts of `train` have five samples, ten have four.
     for name, count, seed in (("train", 90, 1), ("val", 40, 2), ("other", 40, 3)):
         write_modalities(home / name, count, seed, images=False)
     (home / "c.yaml").write_text(CONFIG.format(root=home))
@@ -93,7 +93,7 @@ def test_classification_works_without_images(measure: Measure) -> None:
     for task in (["--task", "knn", "k=3"], ["--task", "probe"]):
         arguments = ["--on", "val", *task, "label=concept"]
         assert measure(*arguments, "modality=numbers")["top1"] > 0.5
-        assert measure(*arguments)["top1"] > 0.5  # of text
+        assert measure(*arguments)["top1"] > 0.5  # text, the first modality
     zero_shot = ["--task", "zero-shot", "label=concept", "templates=this is thing {}"]
     assert measure("--on", "val", *zero_shot)["top1"] > 0.3
     geometry = measure("--on", "val", "--task", "geometry")
@@ -181,7 +181,7 @@ def test_two_ranks_report_the_metrics_of_one(run: Path, measure: Measure) -> Non
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (
             ["--on", "val", "--task", "sample-state"],
@@ -201,6 +201,6 @@ def test_two_ranks_report_the_metrics_of_one(run: Path, measure: Measure) -> Non
         ),
     ],
 )
-def test_invalid_settings_raise(measure: Measure, arguments: list[str], words: str) -> None:
-    with pytest.raises(GigabatchError, match=words):
+def test_invalid_settings_raise(measure: Measure, arguments: list[str], message: str) -> None:
+    with pytest.raises(GigabatchError, match=message):
         measure(*arguments)

@@ -1,4 +1,4 @@
-"""Faults in real runs: signals, kills, damage, full disks. No training progress may be lost."""
+"""Faults in real runs: signals, kills, damage, full disks. No saved progress is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gigabatch.trainer.monitoring.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 
-def test_resume_makes_up_for_missing_evaluations(
+def test_resume_repeats_missing_evaluations(
     tiny: Path, tmp_path: Path, gigabatch: Any, shards: Path
 ) -> None:
     settings = ["run.name=a", "eval.every_steps=3", f"eval.sets=[{shards / 'val'}]"]
@@ -28,7 +28,7 @@ def test_resume_makes_up_for_missing_evaluations(
     run = tmp_path / "runs" / "a"
     names = [f"step-{step:08d}.json" for step in (3, 6, 9, 12)]
     assert sorted(p.name for p in (run / "eval").iterdir()) == names
-    # As if killed between saving and evaluating step 9; the checkpoint of step 12 is damaged.
+    # As after a kill between saving and evaluating step 9; the checkpoint of step 12 is damaged.
     (run / "eval" / names[2]).unlink()
     (run / "checkpoints" / "step-00000012" / "state.json").write_text("{")
     done = gigabatch("resume", run)
@@ -39,7 +39,7 @@ def test_resume_makes_up_for_missing_evaluations(
     assert {line["step"] for line in lines if "train/loss" not in line} == {3, 6, 9, 12}
 
 
-def test_stop_during_an_evaluation_is_repeated_on_resume(
+def test_evaluation_interrupted_by_a_stop_is_repeated_on_resume(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     write_samples(tmp_path / "many" / "wide", 2000, 2000, seed=3)
@@ -59,7 +59,7 @@ def test_stop_during_an_evaluation_is_repeated_on_resume(
     assert (run / "eval" / "step-00000004.json").exists()
 
 
-def test_non_finite_steps_remove_no_good_checkpoint(
+def test_non_finite_steps_keep_the_last_good_checkpoint(
     tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     settings = [
@@ -93,14 +93,14 @@ def test_resuming_a_run_that_trains_is_rejected(
     command = start("train", tiny, "train.steps=5000", "eval.sets=[]", "run.name=a")
     wait_for_step(run, 3, command)
     before = (run / "config.yaml").read_text()
-    plain = gigabatch("resume", run, "monitor.every_steps=7")
+    from_shell = gigabatch("resume", run, "monitor.every_steps=7")
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     as_rank = gigabatch("resume", run, "monitor.every_steps=7")
-    for refused in (plain, as_rank):
-        assert refused.returncode == 2
-        assert "being trained" in refused.stderr
+    for result in (from_shell, as_rank):
+        assert result.returncode == 2
+        assert "being trained" in result.stderr
     assert (run / "config.yaml").read_text() == before
     assert command.process.poll() is None
 
@@ -182,13 +182,13 @@ def test_signal_saves_a_checkpoint_and_resume_continues(
     assert not alive
     stopped = max(losses(run))
     assert (run / "checkpoints" / "LATEST").read_text() == f"step-{stopped:08d}\n"
-    # Any launcher may continue the run; this one starts fastest.
+    # Any launcher can resume the run; `inline` starts fastest.
     inline = ["cluster.launcher=inline", "cluster.workers=1"]
     more = [f"train.steps={stopped + 2}", "--allow", "train.steps"]
     resumed = gigabatch("resume", run, *inline, *more)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert sorted(losses(run)) == list(range(1, stopped + 3))
-    if launcher == "inline":  # all steps in one process: equal to the last bit
+    if launcher == "inline":  # all steps ran in one process, so losses are equal bit for bit
         reference = gigabatch("train", tiny, *settings, more[0], "run.name=reference")
         assert reference.returncode == 0, reference.stderr
         assert losses(run) == losses(tmp_path / "runs" / "reference")
@@ -232,8 +232,8 @@ def test_damaged_image_stops_the_run_without_a_restart(
     write_samples(root / "train", 32, 32, seed=1)
     shard = root / "train" / "train-000.tar"
     data = bytearray(shard.read_bytes())
-    at = data.index(b"\x89PNG")
-    data[at : at + 64] = bytes(64)
+    offset = data.index(b"\x89PNG")
+    data[offset : offset + 64] = bytes(64)
     shard.write_bytes(bytes(data))
     done = gigabatch(
         "train", tiny, f"data.root={root}", "eval.sets=[]", f"cluster.launcher={launcher}",
@@ -299,10 +299,8 @@ def contents(run: Path, *names: str) -> dict[str, bytes]:
 def test_superseded_process_changes_nothing_in_the_run(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    hurry = tmp_path / "hurry"
-    tower = (
-        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}"
-    )
+    fast = tmp_path / "fast"
+    tower = f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{fast: {fast}}}}}"
     first = start(
         "train",
         tiny,
@@ -315,8 +313,8 @@ def test_superseded_process_changes_nothing_in_the_run(
     run = tmp_path / "runs" / "a"
     wait_for_step(run, 3, first)
     first.signal(signal.SIGSTOP)
-    (run / "lock").unlink()  # as on another host, on a file system without locks
-    hurry.touch()
+    (run / "lock").unlink()  # as on another host and a file system without locks
+    fast.touch()
     second = start("resume", run).wait()
     assert second.returncode == 0, second.stderr
     files = ("metrics.jsonl", "checkpoints/**/*", "eval/*", "attempts/*", "*.txt", "stop*", "save")
@@ -324,7 +322,7 @@ def test_superseded_process_changes_nothing_in_the_run(
     unfinished = f".{first.process.pid}.tmp"
     before = {k: v for k, v in contents(run, *files).items() if not k.endswith(unfinished)}
     assert "checkpoints/step-00000009/manifest.json" in before
-    hurry.unlink()
+    fast.unlink()
     first.signal(signal.SIGCONT)
     done = first.wait()
     assert done.returncode == 2, done.stdout + done.stderr

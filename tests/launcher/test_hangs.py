@@ -1,4 +1,4 @@
-"""Hanging ranks: reported with their stacks, ended, and restarted."""
+"""Hanging ranks: report with stacks, end, restart."""
 
 from __future__ import annotations
 
@@ -23,19 +23,21 @@ def test_stopped_rank_is_reported_and_the_group_restarted(
         "cluster.workers=2", "cluster.launcher=torchrun", "train.steps=14", "eval.sets=[]",
         "checkpoint.every_steps=4", "train.hang_timeout_s=6",
     ]  # fmt: skip
-    undisturbed = gigabatch("train", tiny, *settings, "run.name=undisturbed")
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert not (tmp_path / "runs" / "undisturbed" / "hangs").exists()
-    assert not list((tmp_path / "runs" / "undisturbed" / "heartbeats").iterdir())
+    reference = gigabatch("train", tiny, *settings, "run.name=reference")
+    assert reference.returncode == 0, reference.stderr
+    assert not (tmp_path / "runs" / "reference" / "hangs").exists()
+    assert not list((tmp_path / "runs" / "reference" / "heartbeats").iterdir())
     run = tmp_path / "runs" / "a"
     command = start("train", tiny, *settings, "run.name=a")
     wait_for_step(run, 6, command)
-    beat = json.loads((run / "heartbeats" / "attempt-000001-rank-1.json").read_text())
-    victim = psutil.Process(beat["pid"])
+    heartbeat = json.loads((run / "heartbeats" / "attempt-000001-rank-1.json").read_text())
+    victim = psutil.Process(heartbeat["pid"])
     victim.send_signal(signal.SIGSTOP)
     done = command.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
-    report = f"no progress for 6 s: rank 1 (process {victim.pid} on {beat['host']}) stopped in step"
+    report = (
+        f"no progress for 6 s: rank 1 (process {victim.pid} on {heartbeat['host']}) stopped in step"
+    )
     assert report in done.stdout
     assert "rank 0 waits for it" in done.stdout
     assert "attempt 2: 2 workers" in done.stdout
@@ -44,7 +46,7 @@ def test_stopped_rank_is_reported_and_the_group_restarted(
     assert "Thread 0x" in stacks
     assert "watchdog.py" in stacks
     assert "loop.py" in stacks
-    assert losses(run) == losses(tmp_path / "runs" / "undisturbed")
+    assert losses(run) == losses(tmp_path / "runs" / "reference")
 
 
 def test_stuck_process_exits_and_keeps_its_stack(
@@ -88,9 +90,9 @@ def test_step_longer_than_the_grace_time_is_abandoned(
     )  # fmt: skip
     wait_for_step(run, 12, command)
     command.signal(signal.SIGUSR2)
-    began = time.monotonic()
+    start_time = time.monotonic()
     done = command.wait(240)
-    assert 1 <= time.monotonic() - began < 30
+    assert 1 <= time.monotonic() - start_time < 30
     assert done.returncode == 75, done.stdout + done.stderr
     assert (
         "not finished within cluster.grace_s=1 s; the run has the checkpoint of step 12"

@@ -22,11 +22,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray-cluster"), pytest.m
 
 
 @pytest.fixture
-def three() -> Iterator[Hosts]:
+def group() -> Iterator[Hosts]:
     home = Path(tempfile.mkdtemp(prefix="gbh-"))
     try:
-        with hosts(home, 3) as made, ray_on(made, 3):
-            yield made
+        with hosts(home, 3) as group, ray_on(group, 3):
+            yield group
     finally:
         shutil.rmtree(home, ignore_errors=True)
 
@@ -61,46 +61,46 @@ def nodes(cluster: Cluster) -> dict[str, str]:
     return {node["hostname"]: node["raylet"]["nodeId"] for node in summary if "hostname" in node}
 
 
-def test_losing_hosts_changes_neither_samples_nor_losses(
-    three: Hosts, tiny: Path, tmp_path: Path, start: Any
+def test_losing_hosts_does_not_change_samples_or_losses(
+    group: Hosts, tiny: Path, tmp_path: Path, start: Any
 ) -> None:
-    cluster = Cluster(three.dashboard, f"{three.address(0)}:6379", three.environment)
-    wait_until(lambda: serves(cluster), "the dashboard serves", three.home / "node0.log", None, 240)
-    wait_until(lambda: len(nodes(cluster)) == 3, "nodes", three.home / "node2.log", None, 240)
-    hurry = tmp_path / "hurry"
+    cluster = Cluster(group.dashboard, f"{group.address(0)}:6379", group.environment)
+    wait_until(lambda: serves(cluster), "the dashboard serves", group.home / "node0.log", None, 240)
+    wait_until(lambda: len(nodes(cluster)) == 3, "nodes", group.home / "node2.log", None, 240)
+    fast = tmp_path / "fast"
     settings = [
         "train.steps=60", "eval.sets=[]", "monitor.record_samples=true", "checkpoint.every_steps=0",
-        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
+        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{fast: {fast}}}}}",
     ]  # fmt: skip
-    run, reference = tmp_path / "runs" / "cut", tmp_path / "runs" / "reference"
+    run, reference = tmp_path / "runs" / "a", tmp_path / "runs" / "reference"
     submitted = start(
-        "submit", tiny, *settings, "run.name=cut", "cluster.launcher=ray", "cluster.workers=[1,3]",
-        "cluster.placement=spread", "cluster.start_timeout_s=20", "--address", three.dashboard,
+        "submit", tiny, *settings, "run.name=a", "cluster.launcher=ray", "cluster.workers=[1,3]",
+        "cluster.placement=spread", "cluster.start_timeout_s=20", "--address", group.dashboard,
         "--with", support_towers.__file__,
         env=cluster.client(),
     )  # fmt: skip
 
-    def until(what: str, condition: Callable[[], Any]) -> None:
-        wait_until(condition, what, None, submitted, 240)
+    def until(description: str, condition: Callable[[], Any]) -> None:
+        wait_until(condition, description, None, submitted, 240)
 
-    all_three = [three.name(number) for number in range(3)]
-    until("three workers", lambda: hosts_of(run) == [set(all_three)])
+    names = [group.name(number) for number in range(3)]
+    until("three workers", lambda: hosts_of(run) == [set(names)])
     until("a step", lambda: max(steps(run), default=0) > 3)
-    # Only the notice can cause a checkpoint before the last step.
-    three.announce_loss(nodes(cluster)[all_three[2]], 20)
+    # Before the last step, only the notice causes a checkpoint.
+    group.announce_loss(nodes(cluster)[names[2]], 20)
     until("a checkpoint", lambda: len(RunFolder(run).steps_saved()) == 1)
     (saved,) = RunFolder(run).steps_saved()
-    until("two workers", lambda: hosts_of(run)[1:] == [set(all_three[:2])])
+    until("two workers", lambda: hosts_of(run)[1:] == [set(names[:2])])
     until("another step", lambda: attempt_of(run) == 2)
-    three.cut_off(1)
-    until("one worker", lambda: hosts_of(run)[2:] == [{all_three[0]}])
-    hurry.touch()
-    undisturbed = start("train", tiny, *settings, "run.name=reference")
+    group.disconnect(1)
+    until("one worker", lambda: hosts_of(run)[2:] == [{names[0]}])
+    fast.touch()
+    reference_run = start("train", tiny, *settings, "run.name=reference")
     done = submitted.wait(240)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"node {all_three[2]} will be removed" in done.stdout
+    assert f"node {names[2]} will be removed" in done.stdout
     assert done.stdout.count(f"resuming after step {saved}\n") == 2
     assert "attempt 3: 1 worker " in done.stdout
-    assert undisturbed.wait().returncode == 0
+    assert reference_run.wait().returncode == 0
     assert samples(run) == samples(reference)
     assert losses(run) == pytest.approx(losses(reference), rel=1e-5)

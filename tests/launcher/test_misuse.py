@@ -15,7 +15,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         (["train.stpes=3"], "Did you mean train.steps?"),
         (["batch.micro_size=5"], "cannot be split"),
@@ -43,9 +43,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["run.dir=/proc/nope"], "cannot be written"),
     ],
 )
-def test_start_that_cannot_work_explains_why_and_changes_nothing(
+def test_invalid_start_exits_with_the_reason_and_changes_nothing(
     overrides: list[str],
-    words: str,
+    message: str,
     tiny: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -58,17 +58,17 @@ def test_start_that_cannot_work_explains_why_and_changes_nothing(
     (root / "empty").mkdir()
     (root / "hollow").mkdir()
     (root / "hollow" / "a.tar").write_bytes(bytes(1024))
-    write_words(root / "words")
+    write_captions(root / "words")
     write_tar(
         root / "mute" / "a.tar", {f"s{i}.{m}": b" " for i in range(40) for m in ("png", "txt")}
     )
     (root / "unreadable").mkdir()
-    (root / "unreadable" / "a.tar").symlink_to(root / "gone.tar")
+    (root / "unreadable" / "a.tar").symlink_to(root / "missing.tar")
     shard = root / "broken" / "broken-000.tar"
     with tarfile.open(shard) as members:
-        second = members.getmembers()[1].offset
+        offset = members.getmembers()[1].offset
     data = bytearray(shard.read_bytes())
-    data[second] ^= 1
+    data[offset] ^= 1
     shard.write_bytes(bytes(data))
     (tmp_path / "tables").mkdir()
     (tmp_path / "tables" / "a.csv").touch()
@@ -81,14 +81,15 @@ def test_start_that_cannot_work_explains_why_and_changes_nothing(
     command = ["train", tiny, f"data.root={root}", *overrides]
     code, out, err = outcome(monkeypatch, capsys, *command)
     assert (code, out) == (2, "")
-    assert words.replace("{}", str(tmp_path)) in err
+    assert message.replace("{}", str(tmp_path)) in err
     assert "Traceback" not in err
     after = {p: c for p, c in snapshot(tmp_path).items() if ".gigabatch" not in p}
     assert after == before
     assert [p.name for p in (tmp_path / "runs").iterdir()] == ["taken"]
 
 
-def write_words(folder: Path) -> None:
+def write_captions(folder: Path) -> None:
+    """Write a set with one caption and no image."""
     import webdataset as wds
 
     folder.mkdir()
@@ -97,7 +98,7 @@ def write_words(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("command", "words"),
+    ("command", "message"),
     [
         (["train", "none.yaml"], "none.yaml: there is no such config file or recipe"),
         (["resume", "none"], "none: not a run folder"),
@@ -112,9 +113,9 @@ def write_words(folder: Path) -> None:
         (["reproduce", "symlie"], "Did you mean symile?"),
     ],
 )
-def test_wrong_command_line_explains_why(
+def test_invalid_command_line_exits_with_the_reason(
     command: list[str],
-    words: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -124,5 +125,5 @@ def test_wrong_command_line_explains_why(
     (tmp_path / "run" / "config.yaml").touch()
     code, _, err = outcome(monkeypatch, capsys, *command)
     assert code == 2
-    assert words in err
+    assert message in err
     assert "Traceback" not in err

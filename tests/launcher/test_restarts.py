@@ -1,4 +1,4 @@
-"""Restarts of failed workers: counting failed attempts, waiting, and giving up."""
+"""Restarts of failed workers: counts of failed attempts, waits, limits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_failed_attempts_are_counted_since_the_newest_checkpoint(run: RunFolder)
     run.take_attempt()
     run.take_attempt()
     assert failed_attempts(run, 0) == 2
-    assert failed_attempts(run, 1) == 1  # a later start ignores attempts of the first
+    assert failed_attempts(run, 1) == 1  # a later start ignores earlier attempts
     save(run, 3)
     assert failed_attempts(run, 0) == 0
     run.take_attempt()
@@ -48,9 +48,9 @@ def test_attempt_killed_while_starting_counts_as_failed(run: RunFolder) -> None:
 
 def test_wait_grows_with_failed_attempts_and_ends_on_a_stop_request(run: RunFolder) -> None:
     def seconds_waited() -> float:
-        began = time.monotonic()
+        start = time.monotonic()
         wait_for_turn(run, 0)
-        return time.monotonic() - began
+        return time.monotonic() - start
 
     assert seconds_waited() < 0.5
     run.take_attempt()
@@ -61,8 +61,8 @@ def test_wait_grows_with_failed_attempts_and_ends_on_a_stop_request(run: RunFold
     assert seconds_waited() < 0.5
 
 
-# A cluster with room for one of two workers; a stop is requested after the second log message.
-NO_ROOM = """
+# A cluster with capacity for one of two workers; after two log messages, a stop is requested.
+NO_CAPACITY = """
 import logging, os, sys
 from pathlib import Path
 from gigabatch.launcher.cluster import workers as ray_workers
@@ -92,7 +92,7 @@ print(messages, run.crash(), run.stopped())
 def test_waiting_for_cluster_resources_uses_no_restart(tmp_path: Path) -> None:
     overrides = ["cluster.workers=2", "cluster.max_restarts=0", "cluster.start_timeout_s=1"]
     run = create_run(parse_config(f"run: {{dir: {tmp_path}}}", "c", overrides), "run")
-    command = [sys.executable, "-c", NO_ROOM, str(run.path)]
+    command = [sys.executable, "-c", NO_CAPACITY, str(run.path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     message = "the cluster has no capacity for 2 workers; waiting"
     expected = f"{[message, message]} None True"
@@ -104,12 +104,12 @@ def test_waiting_for_cluster_resources_uses_no_restart(tmp_path: Path) -> None:
 def test_max_restarts_counts_only_attempts_without_a_new_checkpoint(
     every: int, code: int, attempts: int, tiny: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
-    """Workers fail after two steps: five steps succeed with a checkpoint per step, else not."""
+    """Workers fail after two steps, so five steps succeed only with a checkpoint per step."""
     done = gigabatch(
         "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=5",
         f"checkpoint.every_steps={every}", "cluster.launcher=torchrun", "cluster.workers=1",
         "cluster.max_restarts=1", "checkpoint.asynchronous=false",
-        "towers.image={kind: module, module: 'support_towers:Tiring', args: {batches: 19}}",
+        "towers.image={kind: module, module: 'support_towers:FailingLater', args: {batches: 19}}",
         timeout=280,
     )  # fmt: skip
     run = tmp_path / "runs" / "a"
@@ -117,7 +117,7 @@ def test_max_restarts_counts_only_attempts_without_a_new_checkpoint(
     assert done.returncode == code, done.stdout + done.stderr
     assert len(first_steps) == attempts
     if code:
-        assert "tired" in done.stderr
+        assert "out of batches" in done.stderr
         log = (run / "workers.log").read_text()
         assert "1 attempt without a new checkpoint; retrying in 1 s" in log
     else:

@@ -40,17 +40,17 @@ def test_inline_run_trains_evaluates_and_shows_in_tensorboard(
     assert {key: logged[key] for key in evaluated} == evaluated
     assert evaluated["eval/val/candidates"] == 60
 
-    again = gigabatch("eval", run, "--on", shards / "val", "--json")
-    assert again.returncode == 0, again.stderr
-    printed = json.loads(again.stdout)
+    repeated = gigabatch("eval", run, "--on", shards / "val", "--json")
+    assert repeated.returncode == 0, repeated.stderr
+    printed = json.loads(repeated.stdout)
     assert printed.keys() == evaluated.keys()
     assert printed == pytest.approx(evaluated, abs=0.02)
     pairs = gigabatch("eval", run, "--on", shards / "val", "--json", "--positives", "none")
     assert json.loads(pairs.stdout)["eval/val/i2t_recall@10"] <= printed["eval/val/i2t_recall@10"]
 
-    taken = gigabatch("train", tiny, "run.name=a")
-    assert taken.returncode == 2
-    assert "holds a finished run" in taken.stderr
+    duplicate = gigabatch("train", tiny, "run.name=a")
+    assert duplicate.returncode == 2
+    assert "holds a finished run" in duplicate.stderr
     resumed = gigabatch("resume", run)
     assert resumed.returncode == 2
     assert "the run is finished" in resumed.stderr
@@ -68,8 +68,8 @@ def assert_tensorboard_serves_the_curves(run: Path, start: Any) -> None:
     deadline = time.monotonic() + 30
     tags: dict[str, Any] = {}
     while not tags and time.monotonic() < deadline:
-        with urllib.request.urlopen(f"{url}data/plugin/scalars/tags") as answer:
-            tags = json.load(answer)
+        with urllib.request.urlopen(f"{url}data/plugin/scalars/tags") as response:
+            tags = json.load(response)
     assert "train/loss" in next(iter(tags.values()))
     command.signal(signal.SIGINT)
     command.wait(20)
@@ -84,19 +84,19 @@ def test_resume_with_changed_training_or_shards_needs_allow(
     assert gigabatch("train", tiny, *settings).returncode == 0
     run = tmp_path / "runs" / "a"
     before = (run / "config.yaml").read_text()
-    refused = gigabatch("resume", run, "run.seed=5", "batch.global_size=64", "towers.width=8")
-    assert refused.returncode == 2
-    assert "run.seed: 0 -> 5" in refused.stderr
-    assert "batch.global_size: 32 -> 64" in refused.stderr
-    assert "towers.width: 16 -> 8" in refused.stderr
+    rejected = gigabatch("resume", run, "run.seed=5", "batch.global_size=64", "towers.width=8")
+    assert rejected.returncode == 2
+    assert "run.seed: 0 -> 5" in rejected.stderr
+    assert "batch.global_size: 32 -> 64" in rejected.stderr
+    assert "towers.width: 16 -> 8" in rejected.stderr
     for key in ("run.seed", "batch.global_size", "towers.width"):
-        assert f"--allow {key}" in refused.stderr
+        assert f"--allow {key}" in rejected.stderr
     assert (run / "config.yaml").read_text() == before
     write_samples(root / "train", 60, 20, seed=1)
     longer = ["train.steps=12", "--allow", "train.steps"]
-    refused = gigabatch("resume", run, *longer)
-    assert refused.returncode == 2
-    assert "not those that the run was trained on" in refused.stderr
+    rejected = gigabatch("resume", run, *longer)
+    assert rejected.returncode == 2
+    assert "not those that the run was trained on" in rejected.stderr
     allowed = gigabatch("resume", run, *longer, "--allow", "data")
     assert allowed.returncode == 0, allowed.stderr
     assert sorted(losses(run)) == list(range(1, 13))
@@ -125,7 +125,7 @@ def test_hugging_face_towers_train_resume_and_evaluate(
     assert evaluated.returncode == 0, evaluated.stderr
 
 
-def test_eval_takes_a_relative_folder_without_the_training_data(
+def test_eval_accepts_a_relative_folder_without_the_training_data(
     tiny: Path, tmp_path: Path, start: Any
 ) -> None:
     root = tmp_path / "data"
@@ -134,11 +134,11 @@ def test_eval_takes_a_relative_folder_without_the_training_data(
     settings = [f"data.root={root}", "eval.sets=[]", "run.name=a", "train.steps=2"]
     assert start("train", tiny, *settings).wait().returncode == 0
     root.rename(tmp_path / "gone")
-    for on, here in (
+    for on, folder in (
         (tmp_path / "elsewhere" / "small", tmp_path),
         (".", tmp_path / "elsewhere/small"),
     ):
-        done = start("eval", tmp_path / "runs" / "a", "--on", on, "--json", cwd=here).wait()
+        done = start("eval", tmp_path / "runs" / "a", "--on", on, "--json", cwd=folder).wait()
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)["eval/small/candidates"] == 9
 
@@ -157,7 +157,7 @@ def test_all_launchers_give_the_same_losses(tiny: Path, tmp_path: Path, gigabatc
     assert curves["torchrun2"] == pytest.approx(curves["inline1"], rel=1e-5)
 
 
-def test_training_under_the_users_torchrun(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+def test_training_runs_under_a_users_torchrun(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
         "-m", "gigabatch.launcher", "train", str(tiny), "run.name=a",
@@ -180,7 +180,7 @@ def test_terminal_rewrites_one_progress_line(tiny: Path, tmp_path: Path) -> None
     while True:
         try:
             part = os.read(terminal, 65536)
-        except OSError:  # the other end of the terminal has closed
+        except OSError:  # the process closed its end of the terminal
             break
         if not part:
             break

@@ -49,7 +49,7 @@ def test_task_of_a_step_gets_distributed_variables() -> None:
 
 
 @pytest.mark.parametrize(
-    "other",
+    "changes",
     [
         {"RANK": "0"},  # torchrun under srun
         {"SLURM_NTASKS": "1"},
@@ -57,19 +57,21 @@ def test_task_of_a_step_gets_distributed_variables() -> None:
         {"SLURM_STEP_ID": None},  # a batch script
     ],
 )
-def test_process_that_starts_workers_keeps_its_environment(other: dict[str, str | None]) -> None:
-    environment = {name: v for name, v in (STEP | other).items() if v is not None}
+def test_environment_of_a_process_that_starts_workers_is_unchanged(
+    changes: dict[str, str | None],
+) -> None:
+    environment = {name: v for name, v in (STEP | changes).items() if v is not None}
     before = dict(environment)
     assert not join_slurm_step(environment)
     assert environment == before
 
 
 @pytest.mark.slow
-def test_notice_to_one_task_of_srun_stops_the_run_of_all(
+def test_signal_to_one_srun_task_stops_all_tasks(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     run = tmp_path / "runs" / "a"
-    job = str(os.getpid() * 10)  # gives a port that no other test uses
+    job = str(os.getpid() * 10)  # determines a port that no other test uses
     tasks = [
         start(
             "train", tiny, "run.name=a", "eval.sets=[]", "train.steps=3000",

@@ -22,13 +22,13 @@ def test_slow_rank_is_reported_by_its_number(tiny: Path, tmp_path: Path, gigabat
     assert done.returncode == 0, done.stdout + done.stderr
     lines = read_metrics(tmp_path / "runs" / "a" / "metrics.jsonl")
     lines = [line for line in lines if "train/loss" in line]
-    later = lines[1:]  # in the first step any rank may wait for its loader
-    assert [line["perf/slowest_rank"] for line in later] == [1.0] * 5
-    assert all(line["perf/straggler_ratio"] > 1.5 for line in later)
+    later_lines = lines[1:]  # in the first step, any rank may wait for its loader
+    assert [line["perf/slowest_rank"] for line in later_lines] == [1.0] * 5
+    assert all(line["perf/straggler_ratio"] > 1.5 for line in later_lines)
     assert done.stdout.count("rank 1 is slow: up to step") == 1
-    board = EventAccumulator(str(tmp_path / "runs" / "a" / "tb"))
-    board.Reload()
-    assert [event.value for event in board.Scalars("perf/slowest_rank")][1:] == [1.0] * 5
+    events = EventAccumulator(str(tmp_path / "runs" / "a" / "tb"))
+    events.Reload()
+    assert [event.value for event in events.Scalars("perf/slowest_rank")][1:] == [1.0] * 5
 
 
 def test_single_worker_reports_no_straggler(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:

@@ -32,7 +32,7 @@ TOWER = "towers.image={kind: module, module: 'support_towers:BrokenBackward'}"
 State = dict[str, dict[str, Tensor]]
 
 
-class Remembering(InfoNCE):
+class StatefulInfoNCE(InfoNCE):
     """InfoNCE with buffers that change in every applied step: the newest rows and their count."""
 
     def __init__(self, config: Config) -> None:
@@ -50,7 +50,7 @@ class Remembering(InfoNCE):
 
 
 def state(step: ExactStep) -> State:
-    """Return copies of all that a step may change on this rank, by kind.
+    """Return copies of all tensors that a step may change on this rank, by kind.
 
     `engine.weights` and `engine.moments` are complete on rank 0 only, so the tensors that each rank
     holds are added.
@@ -96,7 +96,7 @@ def main(config_path: Path, tokenizer: Path) -> None:
 def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str, Any]:
     config = load_config(path, [f"train.zero_stage={zero}", TOWER])
     engine = Engine(build_towers(config, 1000), config, world)
-    step = ExactStep(engine, Remembering(config), config, world)
+    step = ExactStep(engine, StatefulInfoNCE(config), config, world)
     rows = batch(config, tokenizer, world.size, world.rank)
     last = world.rank == world.size - 1
 

@@ -1,4 +1,4 @@
-"""Gradients of an exact step of any modalities against those of one graph, on torchrun ranks.
+"""Gradients of an exact step with extra modalities against those of one graph, on torchrun ranks.
 
 Prints JSON on rank 0.
 """
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
-from step_probe import ListeningEngine, batch, worst
+from step_probe import RecordingEngine, batch, largest_gap
 from torch import Tensor
 
 from gigabatch.data.rng import key
@@ -25,8 +25,7 @@ from gigabatch.trainer.towers import build_towers
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Tensor], int]:
-    """Return the gradients of the whole global batch in one graph in this process, and the number
-    of missing modalities in it."""
+    """Return the global batch's gradients by one graph in this process, and its missing rows."""
     towers = build_towers(config, vocab)
     objective = build_objective(config.objective, width=config.towers.width)
     outputs: dict[str, list[Tensor]] = {}
@@ -45,26 +44,26 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> tuple[dict[str, Te
     rows = {tap: torch.cat(parts) for tap, parts in outputs.items()}
     loss = objective(rows, columns, Context(None, 1, 0, config.run.seed))
     loss.value.backward()
-    lacking = sum(int((~c).sum()) for name, c in columns.items() if name.endswith("_present"))
-    return {n: p.grad for n, p in towers.named_parameters() if p.grad is not None}, lacking
+    missing = sum(int((~c).sum()) for name, c in columns.items() if name.endswith("_present"))
+    return {n: p.grad for n, p in towers.named_parameters() if p.grad is not None}, missing
 
 
 def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
     vocab = load_tokenizer(tokenizer).get_vocab_size()
     config = load_config(path, [*settings, "train.max_grad_norm=0"])
     with join_world(1) as world:
-        expected, lacking = one_graph(config, tokenizer, vocab)
-        engine = ListeningEngine(build_towers(config, vocab), config, world)
+        expected, missing = one_graph(config, tokenizer, vocab)
+        engine = RecordingEngine(build_towers(config, vocab), config, world)
         objective = build_objective(config.objective, width=config.towers.width)
         step = ExactStep(engine, objective, config, world)
         assert step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3).applied
-        seen = engine.seen
+        gradients = engine.gradients
         # A head that no objective reads takes part in collectives, with a gradient of zero.
-        unread = [name for name in seen if name not in expected]
-        assert not any(seen.pop(name).any() for name in unread), unread
-        gap, name = worst(seen, expected)
+        unread = [name for name in gradients if name not in expected]
+        assert not any(gradients.pop(name).any() for name in unread), unread
+        gap, name = largest_gap(gradients, expected)
         if world.is_main:
-            print(json.dumps({"gap": gap, "name": name, "rows": lacking}))
+            print(json.dumps({"gap": gap, "name": name, "rows": missing}))
 
 
 if __name__ == "__main__":

@@ -28,23 +28,23 @@ from gigabatch.trainer.taps import bases_in_view, count_views, with_view
 from gigabatch.trainer.towers import build_towers
 
 
-class ListeningEngine(Engine):
-    """Keeps the averaged gradients of each step."""
+class RecordingEngine(Engine):
+    """Records the averaged gradients of each step in `gradients`."""
 
     def step(self, lr: float) -> tuple[bool, float]:
         from deepspeed.utils import safe_get_full_grad
 
         if self.stage > 0:
-            self.seen = {n: safe_get_full_grad(p).clone() for n, p in self.trained.items()}
+            self.gradients = {n: safe_get_full_grad(p).clone() for n, p in self.trained.items()}
             return super().step(lr)
-        hook = self.adamw.register_step_pre_hook(lambda *_: self._keep())
+        hook = self.adamw.register_step_pre_hook(lambda *_: self._record())
         # Engine's clipping hook runs before this one; this probe disables clipping.
         result = super().step(lr)
         hook.remove()
         return result
 
-    def _keep(self) -> None:
-        self.seen = {name: p.grad.clone() for name, p in self.trained.items()}
+    def _record(self) -> None:
+        self.gradients = {name: p.grad.clone() for name, p in self.trained.items()}
 
 
 def objective_of(config: Config) -> Objective:
@@ -59,7 +59,7 @@ def batch(config: Config, tokenizer: Path, world_size: int, rank: int) -> list[M
 
 
 def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
-    """Return the gradients of the whole global batch in one graph in this process."""
+    """Return the global batch's gradients by one graph in this process."""
     towers, objective = build_towers(config, vocab), objective_of(config)
     outputs: dict[str, list[Tensor]] = {}
     taps = objective.needs.taps
@@ -78,24 +78,24 @@ def one_graph(config: Config, tokenizer: Path, vocab: int) -> dict[str, Tensor]:
     loss = objective(rows, columns, Context(None, 1))
     loss.value.backward()
     grads = {name: p.grad for name, p in towers.named_parameters() if p.grad is not None}
-    of_objective = {f"objective {name}": p.grad for name, p in objective.named_parameters()}
-    return grads | of_objective | {"loss": loss.value.detach()}
+    objective_grads = {f"objective {name}": p.grad for name, p in objective.named_parameters()}
+    return grads | objective_grads | {"loss": loss.value.detach()}
 
 
 def exact_step(config: Config, tokenizer: Path, vocab: int, world: World) -> dict[str, Tensor]:
     towers, objective = build_towers(config, vocab), objective_of(config)
-    engine = ListeningEngine(towers, config, world)
+    engine = RecordingEngine(towers, config, world)
     step = ExactStep(engine, objective, config, world)
-    of_objective: dict[str, Tensor] = {}
+    objective_grads: dict[str, Tensor] = {}
 
-    def keep_gradients(*_: Any) -> None:
+    def record_gradients(*_: Any) -> None:
         for name, parameter in objective.named_parameters():
-            of_objective[f"objective {name}"] = parameter.grad.clone()
+            objective_grads[f"objective {name}"] = parameter.grad.clone()
 
-    step.optimizer.register_step_pre_hook(keep_gradients)
+    step.optimizer.register_step_pre_hook(record_gradients)
     result = step(1, batch(config, tokenizer, world.size, world.rank), lr=1e-3)
     assert result.applied
-    return engine.seen | of_objective | {"loss": torch.tensor(result.loss)}
+    return engine.gradients | objective_grads | {"loss": torch.tensor(result.loss)}
 
 
 class CountReductions:
@@ -122,7 +122,7 @@ class CountReductions:
             setattr(dist, name, function)
 
 
-def worst(exact: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
+def largest_gap(exact: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[float, str]:
     assert exact.keys() == expected.keys(), exact.keys() ^ expected.keys()
     gaps = {
         name: float((exact[name] - value).norm() / value.norm()) for name, value in expected.items()
@@ -151,7 +151,7 @@ def main(config_path: Path, tokenizer: Path) -> None:
                     exact_step(config, tokenizer, vocab, world)
                 counts.append(counter.calls)
             config = load_config(config_path, [f"train.zero_stage={zero}", "train.max_grad_norm=0"])
-            gap, name = worst(exact_step(config, tokenizer, vocab, world), expected)
+            gap, name = largest_gap(exact_step(config, tokenizer, vocab, world), expected)
             report[str(zero)] = {"gap": gap, "name": name, "reductions": counts}
         if world.is_main:
             print(json.dumps(report))

@@ -24,7 +24,7 @@ from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import build_towers
 
-EVERY = ["checkpoint.every_steps=1", "checkpoint.keep=9", "eval.sets=[]"]
+SAVE_EVERY_STEP = ["checkpoint.every_steps=1", "checkpoint.keep=9", "eval.sets=[]"]
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def new_run(tiny: Path, name: str, *settings: str) -> RunFolder:
 
 
 def assert_average(run: RunFolder, momentum: float, steps: int) -> None:
-    """Compare each checkpoint's average with one computed here from the weights of each step."""
+    """Compare each checkpoint's average with one computed from the weights of all steps."""
     vocab_size = load_tokenizer(run.tokenizer).get_vocab_size()
     initial = build_towers(run.config(), vocab_size).state_dict()
     expected = {name: weight.double() for name, weight in initial.items()}
@@ -83,14 +83,14 @@ def assert_average(run: RunFolder, momentum: float, steps: int) -> None:
 
 def test_ema_averages_the_weights_of_each_step(tiny: Path) -> None:
     assert [warmup_momentum(0.3, step) for step in (1, 2, 99)] == [2 / 11, 0.25, 0.3]
-    run = new_run(tiny, "run", *EVERY, "train.ema=0.3", "train.steps=4")
+    run = new_run(tiny, "run", *SAVE_EVERY_STEP, "train.ema=0.3", "train.steps=4")
     assert run_training(run)
     assert_average(run, 0.3, 4)
 
 
 def test_ema_and_momentum_tower_use_separate_momenta(tiny: Path) -> None:
     queue = "objective={name: queue, size: 40, momentum: 0.9}"
-    run = new_run(tiny, "run", *EVERY, queue, "train.ema=0.3", "train.steps=2")
+    run = new_run(tiny, "run", *SAVE_EVERY_STEP, queue, "train.ema=0.3", "train.steps=2")
     assert run_training(run)
     assert_average(run, 0.3, 2)
     before, after = (checkpoint_at(run, step).tensors("objective") for step in (1, 2))
@@ -102,7 +102,7 @@ def test_ema_and_momentum_tower_use_separate_momenta(tiny: Path) -> None:
 @pytest.mark.slow
 def test_ema_under_zero_3_is_complete(tiny: Path, gigabatch: Any) -> None:
     two = ["cluster.launcher=torchrun", "cluster.workers=2", "train.zero_stage=3", "run.name=run"]
-    done = gigabatch("train", tiny, *EVERY, *two, "train.ema=0.3", "train.steps=4")
+    done = gigabatch("train", tiny, *SAVE_EVERY_STEP, *two, "train.ema=0.3", "train.steps=4")
     assert done.returncode == 0, done.stderr
     assert_average(RunFolder(tiny.parent / "runs" / "run"), 0.3, 4)
 

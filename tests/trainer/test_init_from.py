@@ -53,9 +53,9 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor
     return before, towers.state_dict()
 
 
-@pytest.mark.parametrize("where", ["source", "checkpoints/step-00000002"])
+@pytest.mark.parametrize("location", ["source", "checkpoints/step-00000002"])
 @pytest.mark.parametrize(
-    ("parts", "loaded"),
+    ("parts", "prefixes"),
     [
         ("[image, text]", ("encoders.", "heads.")),
         ("image", ("encoders.image.", "heads.image.")),
@@ -64,14 +64,19 @@ def initial_weights(config: Config) -> tuple[dict[str, Tensor], dict[str, Tensor
     ],
 )
 def test_only_the_named_parts_are_loaded(
-    where: str, parts: str, loaded: tuple[str, ...], source: RunFolder, shards: Path, tmp_path: Path
+    location: str,
+    parts: str,
+    prefixes: tuple[str, ...],
+    source: RunFolder,
+    shards: Path,
+    tmp_path: Path,
 ) -> None:
-    path = source.path if where == "source" else source.path / where
+    path = source.path if location == "source" else source.path / location
     config = config_of(shards, tmp_path, f"train.init_from={path}", f"train.init_parts={parts}")
     before, after = initial_weights(config)
     source_weights = build_towers(source.config(), VOCAB).state_dict()
     for name, tensor in after.items():
-        expected = source_weights[name] + 2 if name.startswith(loaded) else before[name]
+        expected = source_weights[name] + 2 if name.startswith(prefixes) else before[name]
         assert torch.equal(tensor, expected), name
 
 
@@ -108,7 +113,7 @@ def test_run_name_is_pinned_to_its_newest_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (
             ["towers.width=8"],
@@ -118,18 +123,18 @@ def test_run_name_is_pinned_to_its_newest_checkpoint(
         (["towers.image.depths=[0, 1]"], r"unknown to this run: encoders\.image\.\S+"),
     ],
 )
-def test_weights_that_do_not_fit_raise_and_load_nothing(
-    overrides: list[str], says: str, source: RunFolder, shards: Path, tmp_path: Path
+def test_mismatched_weights_raise_and_load_nothing(
+    overrides: list[str], message: str, source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
     config = pin_init_from(config_of(shards, tmp_path, "train.init_from=source", *overrides))
     towers = build_towers(config, VOCAB)
     before = {name: t.clone() for name, t in towers.state_dict().items()}
-    with pytest.raises(GigabatchError, match=says):
+    with pytest.raises(GigabatchError, match=message):
         load_init_weights(towers, config, SINGLE)
     assert all(torch.equal(t, before[name]) for name, t in towers.state_dict().items())
 
 
-def test_encoder_is_loaded_under_a_head_of_another_width(
+def test_encoder_is_loaded_if_the_head_has_another_width(
     source: RunFolder, shards: Path, tmp_path: Path
 ) -> None:
     initial_weights(
@@ -165,7 +170,9 @@ def test_path_without_a_checkpoint_raises(path: str, shards: Path, tmp_path: Pat
         pin_init_from(config_of(shards, tmp_path, f"train.init_from={path}"))
 
 
-def test_text_tower_brings_its_tokenizer(source: RunFolder, shards: Path, tmp_path: Path) -> None:
+def test_tokenizer_is_loaded_with_the_text_tower(
+    source: RunFolder, shards: Path, tmp_path: Path
+) -> None:
     data = open_train(config_of(shards, tmp_path))
     other = config_of(shards, tmp_path, "data.text.vocab_size=310")
     make_tokenizer(other, data).save(str(source.tokenizer))
@@ -174,9 +181,9 @@ def test_text_tower_brings_its_tokenizer(source: RunFolder, shards: Path, tmp_pa
         config = pin_init_from(config_of(shards, tmp_path, *overrides))
         return make_tokenizer(config, data).to_str()
 
-    of_source, trained = tokenizer("train.init_from=source"), tokenizer()
-    assert of_source != trained
-    assert tokenizer("train.init_from=source", "train.init_parts=image") == trained
+    source_tokenizer, new_tokenizer = tokenizer("train.init_from=source"), tokenizer()
+    assert source_tokenizer != new_tokenizer
+    assert tokenizer("train.init_from=source", "train.init_parts=image") == new_tokenizer
     with pytest.raises(GigabatchError, match=r"pads captions to 12 .* data.text.length is 9"):
         tokenizer("train.init_from=source", "data.text.length=9")
     source.tokenizer.unlink()

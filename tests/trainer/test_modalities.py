@@ -1,4 +1,4 @@
-"""Runs of modalities beyond image and text, through the real trainer."""
+"""Training and evaluation of modalities other than image and text."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def config_in(folder: Path, **what: Any) -> Path:
-    """Write sets `train` and `val` of 80 and 40 samples, and a config file beside them."""
+def config_in(folder: Path, **options: Any) -> Path:
+    """Write sets `train` and `val` of 80 and 40 samples, and a config file for them."""
     for name, count, seed in (("train", 80, 1), ("val", 40, 2)):
-        write_modalities(folder / name, count, seed, **what)
+        write_modalities(folder / name, count, seed, **options)
     path = folder / "c.yaml"
     path.write_text(SMALL.format(root=folder, runs=folder / "runs"))
     return path
@@ -103,7 +103,7 @@ def test_vectors_and_text_train_without_images(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_teacher_vectors_change_the_loss(tmp_path: Path) -> None:
-    """The six numbers are similar within a concept, so a teacher masks its false negatives."""
+    """The six numbers are similar within a concept, so the teacher masks false negatives."""
     path, loss = config_in(tmp_path), {}
     for name, teacher in (
         ("baseline", "null"),
@@ -118,7 +118,7 @@ def test_teacher_vectors_change_the_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("teacher", "says"),
+    ("teacher", "message"),
     [
         ("{fields: [embedding], size: 6}", "its json has no embedding"),
         ("{member: npy, size: 7}", "contains 6 numbers, not 7"),
@@ -126,10 +126,10 @@ def test_teacher_vectors_change_the_loss(tmp_path: Path) -> None:
     ],
 )
 def test_missing_teacher_vectors_raise_before_workers_start(
-    tmp_path: Path, teacher: str, says: str
+    tmp_path: Path, teacher: str, message: str
 ) -> None:
     config = load_config(config_in(tmp_path), [f"objective.teacher={teacher}"])
-    with pytest.raises(GigabatchError, match=says):
+    with pytest.raises(GigabatchError, match=message):
         examine_data(config)
 
 
@@ -140,7 +140,7 @@ def test_teacher_with_label_smoothing_raises(tmp_path: Path) -> None:
 
 
 def assert_numbers_are_initialized(towers: Towers, config: Config) -> None:
-    """Check that a new run takes the weights of the tower `numbers`, and no others."""
+    """Check that a new run loads the weights of the tower `numbers`, and no others."""
     config = pin_init_from(config)
     fresh = build_towers(config, 300)
     load_init_weights(fresh, config, World(0, 1, torch.device("cpu"), None))
@@ -162,11 +162,11 @@ def test_symile_trains_three_modalities_without_text(tmp_path: Path) -> None:
         ],
     )
     assert run_training(run)
-    curve = losses(run.path)
-    assert curve[10] < curve[1]
+    loss = losses(run.path)
+    assert loss[10] < loss[1]
     _, towers = load_newest_towers(run)
     assert set(towers.encoders) == {"numbers", "path", "tone"}
-    metrics = run.evaluation(max(curve))
+    metrics = run.evaluation(max(loss))
     directions = ("path+tone2numbers", "numbers+tone2path", "numbers+path2tone")
     recalls = [metrics[f"eval/val/{direction}_recall@10"] for direction in directions]
     assert metrics["eval/val/mean_recall@10"] == pytest.approx(sum(recalls) / 3)
@@ -174,7 +174,7 @@ def test_symile_trains_three_modalities_without_text(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_missing_modalities_raise_or_are_masked(tmp_path: Path) -> None:
-    path = config_in(tmp_path, lacking=True)
+    path = config_in(tmp_path, incomplete=True)
     pair = [NUMBERS, "objective.taps=[numbers, image]", "eval.sets=[]", "train.steps=3"]
     with pytest.raises(GigabatchError, match=r"\(12 of 80 samples lack one\).*data.missing=mask"):
         run_training(new_run(path, pair))
@@ -189,7 +189,7 @@ def test_missing_modalities_raise_or_are_masked(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_exact_step_of_three_modalities_with_missing_rows(tmp_path: Path) -> None:
-    path = config_in(tmp_path, lacking=True)
+    path = config_in(tmp_path, incomplete=True)
     common = ["data.missing=mask", "batch.micro_size=8", "eval.sets=[]", NUMBERS, PATH, TONE]
     symile = "objective={name: symile, taps: [text, path, tone, numbers], init_logit_scale: 50.0}"
     terms = (
@@ -225,9 +225,9 @@ def test_invalid_extra_towers_raise(tmp_path: Path) -> None:
             "image alo",
         ),
     ):
-        with pytest.raises(GigabatchError) as refused:
+        with pytest.raises(GigabatchError) as error:
             load_config(path, settings)
-        assert message in str(refused.value)
+        assert message in str(error.value)
     config = load_config(path, [NUMBERS, PATH, "objective={name: symile, taps: [numbers, path]}"])
     assert parse_config(dump_config(config), "again") == config
 
@@ -250,6 +250,6 @@ def test_eval_measures_any_two_modalities(tmp_path: Path, gigabatch: Any) -> Non
     assert {"eval/val/tone2path_recall@1", "eval/val/path2tone_mrr"} < set(metrics)
     done = evaluate("--task", "knn", "label=concept", "modality=path", "k=5", "--json")
     assert done.returncode == 0, done.stderr
-    refused = evaluate("--task", "zero-shot", "label=concept", "modality=image")
-    assert refused.returncode != 0
-    assert "the run has no tower 'image'" in refused.stderr
+    failed = evaluate("--task", "zero-shot", "label=concept", "modality=image")
+    assert failed.returncode != 0
+    assert "the run has no tower 'image'" in failed.stderr

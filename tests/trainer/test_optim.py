@@ -37,5 +37,5 @@ def test_schedule_returns_known_factors(name: str, step: int, factor: float) -> 
     assert lr_factor(step, 100, settings) == pytest.approx(factor)
 
 
-def test_run_shorter_than_its_warmup_ends_within_it() -> None:
+def test_run_shorter_than_its_warmup_ends_below_full_learning_rate() -> None:
     assert lr_factor(5, 5, ScheduleSettings(warmup_steps=10)) == 0.5

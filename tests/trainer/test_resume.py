@@ -42,7 +42,7 @@ def test_killed_and_resumed_run_has_equal_losses(
     full = losses(tmp_path / "runs" / "full")
     assert sorted(full) == list(range(1, 15))
 
-    # Different kill times per parameter set, the same in every test run.
+    # Kill times differ between parameters but not between test runs.
     kill_times = random.Random(f"{precision}{zero}")
     killed = tmp_path / "runs" / "killed"
     command = start("train", tiny, *settings, "run.name=killed", "cluster.max_restarts=3")
@@ -60,13 +60,13 @@ def test_killed_and_resumed_run_has_equal_losses(
     attempts = {line["attempt"] for line in read_metrics(killed / "metrics.jsonl")}
     assert len(attempts) >= 2
     assert max(int(p.stem) for p in (killed / "attempts").glob("*.json")) >= 3
-    assert_board_has_each_step_once(killed, full)
+    assert_tensorboard_has_each_step_once(killed, full)
 
 
-def assert_board_has_each_step_once(run: Path, full: dict[int, float]) -> None:
-    board = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
-    board.Reload()
-    events = board.Scalars("train/loss")
+def assert_tensorboard_has_each_step_once(run: Path, full: dict[int, float]) -> None:
+    accumulator = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    events = accumulator.Scalars("train/loss")
     assert [event.step for event in events] == sorted(full)
     assert [event.value for event in events] == pytest.approx(list(full.values()), rel=1e-6)
 
@@ -89,15 +89,15 @@ def test_world_sizes_and_zero_stages_agree_and_resume_each_other(
         assert done.returncode == 0, done.stderr
     samples = read_samples(one / "samples.jsonl")
     assert [len(samples[step]) for step in range(1, 21)] == [32] * 20
-    curve = losses(one)
-    assert len(curve) == 20
+    expected = losses(one)
+    assert len(expected) == 20
     for run in (two, three):
-        assert losses(run) == pytest.approx(curve, rel=1e-5)
+        assert losses(run) == pytest.approx(expected, rel=1e-5)
         assert read_samples(run / "samples.jsonl") == samples
     for workers, zero in ((3, 3), (1, 1)):
         for step in (16, 20):
             shutil.rmtree(two / "checkpoints" / f"step-{step:08d}")
         done = gigabatch("resume", two, f"cluster.workers={workers}", f"train.zero_stage={zero}")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert losses(two) == pytest.approx(curve, rel=1e-5)
+        assert losses(two) == pytest.approx(expected, rel=1e-5)
         assert read_samples(two / "samples.jsonl") == samples

@@ -1,4 +1,4 @@
-"""The exact step equals one graph over the whole batch."""
+"""The gradients of an exact step equal those of one graph over the global batch."""
 
 from __future__ import annotations
 

@@ -82,13 +82,10 @@ def record(number: int) -> dict[str, Any]:
 
 
 def new_run(config: Config, name: str) -> RunFolder:
-    run = create_run(config.model_copy(update={"run": named(config, name)}), name)
+    settings = config.run.model_copy(update={"name": name})
+    run = create_run(config.model_copy(update={"run": settings}), name)
     make_tokenizer(config, open_train(config)).save(str(run.tokenizer))
     return run
-
-
-def named(config: Config, name: str) -> object:
-    return config.run.model_copy(update={"name": name})
 
 
 def first_batch(config: Config, tokenizer: Path) -> dict[str, torch.Tensor]:
@@ -110,7 +107,7 @@ def test_each_text_has_its_prefix_and_length(pairs: Path, tmp_path: Path) -> Non
     assert torch.equal(batch["query"], tokens)
     assert torch.equal(batch["query_mask"], mask)
     assert tokens.shape == (4, 12)
-    # The prefix alone does not make a missing passage present.
+    # A prefix without a passage does not count as present.
     present = batch["text_present"].view(4, 3).sum(1).tolist()
     assert present == [len(record["passages"]) for record in records]
 
@@ -172,9 +169,9 @@ def test_invalid_extra_texts_raise(pairs: Path) -> None:
         (["objective={name: supcon, taps: [query, query@1]}"], "the text tower must exist"),
         (["train.init_from=x", "train.init_parts=[query]"], "no such tower; it has text"),
     ):
-        with pytest.raises(GigabatchError) as refused:
+        with pytest.raises(GigabatchError) as error:
             load_config(pairs, settings)
-        assert message in str(refused.value)
+        assert message in str(error.value)
     for settings in ([], TWO_TOWERS):
         config = load_config(pairs, settings)
         assert parse_config(dump_config(config), "again") == config

@@ -81,14 +81,14 @@ def pixel_difference(a: Tensor, b: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_baseline_samples_equal_gigabatch_samples(workers: int, setup: Setup) -> None:
-    expected, seen = gigabatch_samples(setup), set()
+    expected, keys = gigabatch_samples(setup), set()
     for key, sample in baseline_samples(setup, workers, batches=20):
-        seen.add(key)
+        keys.add(key)
         assert sample.keys() == expected[key].keys() - {"sample"}
         for name, tensor in sample.items():
             assert tensor.dtype == expected[key][name].dtype
             assert torch.equal(tensor, expected[key][name]), name
-    assert len(seen) > 50
+    assert len(keys) > 50
 
 
 @pytest.mark.parametrize(("kind", "size"), [("8k", 224), ("200k", 224), ("8k", 32)])
@@ -272,10 +272,10 @@ def test_bottleneck_is_slowest_stage_of_slower_side(
 def test_setup_with_nothing_to_measure_is_rejected(
     change: dict[str, Any], message: str, setup: Setup
 ) -> None:
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         replace(setup, **change)
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

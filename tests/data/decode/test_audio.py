@@ -101,9 +101,9 @@ def test_length_follows_settings() -> None:
 
 def decode_error(data: bytes, settings: AudioSettings = SECOND) -> str:
     """Return the one-line error of decoding."""
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(BadSample) as error:
         decode_audio(data, settings, WHERE)
-    message = str(caught.value)
+    message = str(error.value)
     assert message.startswith(f"{WHERE}: the audio cannot be decoded: ")
     assert "\n" not in message
     assert "0x" not in message  # a memory address would differ from run to run
@@ -204,10 +204,10 @@ def test_wav_of_unknown_size_is_read_to_its_end(size: int) -> None:
 def test_other_wav_chunks_are_skipped() -> None:
     data = noisy("wav")
     position = data.index(b"data")
-    odd = b"LIST\x05\0\0\0abcde\0"  # a chunk of odd size is padded
-    more = data[:position] + odd + data[position:] + odd
+    chunk = b"LIST\x05\0\0\0abcde\0"  # a chunk of odd size is padded
+    more = data[:position] + chunk + data[position:] + chunk
     assert torch.equal(decode_audio(more, SECOND, WHERE)[0], decode_audio(data, SECOND, WHERE)[0])
-    decode_error(more[: -len(odd) - 2])
+    decode_error(more[: -len(chunk) - 2])
 
 
 def without_xing(data: bytes) -> bytes:
@@ -254,14 +254,14 @@ def test_mp3_with_underestimated_length_raises() -> None:
 def test_expected_samples_counts_mp3_frames(rate: int) -> None:
     wave = np.random.default_rng(0).normal(0, 0.1, rate)
     data = saved(wave, "mp3", rate, bitrate_mode="CONSTANT", compression_level=0.5)
-    bare = without_xing(data)
-    with soundfile.SoundFile(io.BytesIO(bare)) as file:
+    without_tag = without_xing(data)
+    with soundfile.SoundFile(io.BytesIO(without_tag)) as file:
         samples_read = len(file.read())
     tag = b"ID3\x04\0\0\0\0\0\x14" + bytes(20)
-    for frames in (bare, tag + bare):
+    for frames in (without_tag, tag + without_tag):
         assert expected_samples(frames, "MP3", -1, 10**9) == samples_read
         assert 1000 <= expected_samples(frames, "MP3", -1, 1000) < 1000 + 1152
-    assert expected_samples(bare + b"junk" + bare, "MP3", -1, 10**9) == samples_read
+    assert expected_samples(without_tag + b"junk" + without_tag, "MP3", -1, 10**9) == samples_read
 
 
 def test_expected_samples_trusts_xing_frame_count() -> None:

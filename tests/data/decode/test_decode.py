@@ -132,9 +132,9 @@ def test_large_jpeg_decoded_at_reduced_scale_matches_png() -> None:
 
 def assert_decode_fails(data: bytes) -> None:
     """Check that decoding raises an error that names the sample."""
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         decode_image(data, RGB, WHERE)
-    assert str(caught.value).startswith(WHERE)
+    assert str(error.value).startswith(WHERE)
 
 
 @pytest.mark.parametrize("format", ["png", "jpeg", "webp"])
@@ -217,9 +217,9 @@ def test_equal_values_share_a_code_and_others_do_not() -> None:
     ],
 )
 def test_missing_field_or_invalid_json_raises_with_sample_name(data: bytes, message: str) -> None:
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(BadSample) as error:
         decode_column(data, "x", WHERE)
-    assert str(caught.value).startswith(f"{WHERE}: {message}")
+    assert str(error.value).startswith(f"{WHERE}: {message}")
 
 
 def test_image_that_makes_pillow_assert_raises_bad_sample() -> None:

@@ -110,7 +110,7 @@ def micro_batches(
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_micro_batches_hold_other_modalities(tmp_path: Path, workers: int) -> None:
-    write_modalities(tmp_path, 12, seed=0, lacking=True)
+    write_modalities(tmp_path, 12, seed=0, incomplete=True)
     first, second = micro_batches(
         tmp_path, workers, numbers=VectorSettings(size=6), tone=AudioSettings(rate=8000, seconds=1),
         path=VectorsSettings(size=2, length=4, fields=("path",)),
@@ -142,7 +142,7 @@ def test_micro_batches_hold_other_modalities(tmp_path: Path, workers: int) -> No
 
 
 def test_micro_batch_without_a_modality_is_masked(tmp_path: Path) -> None:
-    write_modalities(tmp_path, 12, seed=0, lacking=True)
+    write_modalities(tmp_path, 12, seed=0, incomplete=True)
     missing = VectorsSettings(size=3, length=2, fields=("missing",))
     for micro in micro_batches(tmp_path, 0, other=missing):
         assert micro.tensors["other"].shape == (6, 2, 3)
@@ -151,7 +151,7 @@ def test_micro_batch_without_a_modality_is_masked(tmp_path: Path) -> None:
 
 
 def test_vectors_without_tower_may_have_any_name(tmp_path: Path) -> None:
-    write_modalities(tmp_path, 12, seed=0, lacking=True)
+    write_modalities(tmp_path, 12, seed=0, incomplete=True)
     name, settings = "teacher: npy", VectorSettings(size=6)
     without_tower, _ = micro_batches(tmp_path, 0, {name: settings})
     with_tower, _ = micro_batches(tmp_path, 0, numbers=settings)

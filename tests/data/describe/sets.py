@@ -45,7 +45,7 @@ def pictured(folder: Path, images: dict[str, bytes]) -> Index:
 
 
 def damaged_set(folder: Path) -> Index:
-    """Write twelve samples, four of them bad.
+    """Write twelve samples, four of them damaged.
 
     Sample 3 has an invalid image, sample 5 an invalid caption, sample 8 both, and sample 10 an
     image whose checksum does not match.
@@ -55,7 +55,7 @@ def damaged_set(folder: Path) -> Index:
         for i in range(12)
         for kind, data in (("png", picture((20 * i, 0, 0))), ("txt", b"number %d" % i))
     ]
-    members[2 * 3] = ("s03.png", b"GIF89a, or so it says")
+    members[2 * 3] = ("s03.png", b"GIF89a without an image")
     members[2 * 5 + 1] = ("s05.txt", b"\xff\xfe")
     members[2 * 8] = ("s08.png", b"")
     members[2 * 8 + 1] = ("s08.txt", b"")

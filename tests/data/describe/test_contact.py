@@ -56,7 +56,7 @@ def test_damaged_image_becomes_crossed_box_with_reason(tmp_path: Path) -> None:
     for position in (3, 8, 10):
         box = cell(sheet, position, 5)
         colors = {color for _, color in box.getcolors(1 << 14) or ()}
-        assert (192, 32, 32) in colors  # Text of the reason.
+        assert (192, 32, 32) in colors  # the color of the reason's text
         for x in (0, 9, CELL - 1):
             assert box.getpixel((x, x)) == box.getpixel((CELL - 1 - x, x)) == (208, 208, 208)
 
@@ -75,12 +75,12 @@ def test_caption_is_below_its_image_and_fits_the_cell(tmp_path: Path) -> None:
         left = GAP + column * (CELL + GAP)
         strip = sheet.crop((left, top, left + CELL + GAP // 2, top + LINE)).convert("L")
         ink.append(np.flatnonzero((np.asarray(strip) < 128).any(axis=0)))
-    assert CELL * 0.9 < ink[0].max() < CELL  # Shortened to the cell.
+    assert CELL * 0.9 < ink[0].max() < CELL  # shortened to the cell's width
     assert ink[1].max() < 6
 
 
 @pytest.mark.parametrize(
-    ("color", "mode", "kind", "shown"),
+    ("color", "mode", "kind", "expected"),
     [
         ((0, 0, 255, 0), "RGBA", "PNG", (255, 255, 255)),
         ((0, 255), "LA", "PNG", (0, 0, 0)),
@@ -92,12 +92,12 @@ def test_caption_is_below_its_image_and_fits_the_cell(tmp_path: Path) -> None:
     ],
 )
 def test_images_of_every_mode_keep_their_color(
-    tmp_path: Path, color: Any, mode: str, kind: str, shown: tuple[int, ...]
+    tmp_path: Path, color: Any, mode: str, kind: str, expected: tuple[int, ...]
 ) -> None:
     name = f"a.{kind.lower()}".replace("jpeg", "jpg")
     index = pictured(tmp_path, {name: picture(color, mode, kind=kind)})
     pixel = center_pixel(cell(sheet_of(index, tmp_path / "sheet.png"), 0, 1))
-    assert np.abs(np.subtract(pixel, shown)).max() <= 2
+    assert np.abs(np.subtract(pixel, expected)).max() <= 2
 
 
 def test_transparent_palette_color_becomes_white(tmp_path: Path) -> None:
@@ -115,23 +115,23 @@ def test_aspect_ratio_of_images_is_kept(tmp_path: Path) -> None:
         tmp_path, {"a.png": picture("red", size=(2000, 1)), "b.png": picture("red", size=(50, 100))}
     )
     sheet = sheet_of(index, tmp_path / "sheet.png")
-    thin, tall = (np.asarray(cell(sheet, i, 2))[..., 1] == 0 for i in range(2))
-    assert (thin.any(axis=1).sum(), thin.any(axis=0).sum()) == (1, CELL)
+    wide, tall = (np.asarray(cell(sheet, i, 2))[..., 1] == 0 for i in range(2))
+    assert (wide.any(axis=1).sum(), wide.any(axis=0).sum()) == (1, CELL)
     assert (tall.any(axis=1).sum(), tall.any(axis=0).sum()) == (CELL, CELL // 2)
-    assert np.flatnonzero(thin.any(axis=1)) == [(CELL - 1) // 2]
+    assert np.flatnonzero(wide.any(axis=1)) == [(CELL - 1) // 2]
     assert np.flatnonzero(tall.any(axis=0))[0] == CELL // 4
 
 
 def test_seed_chooses_samples_from_all_parts_of_the_set(tmp_path: Path) -> None:
     shades = {f"{i:03d}.png": picture((i, i, i)) for i in range(200)}
     index = pictured(tmp_path, shades)
-    seen = []
+    samples = []
     for seed in (0, 0, 1):
         sheet = sheet_of(index, tmp_path / "sheet.png", columns=4, rows=5, seed=seed)
-        seen.append([center_pixel(cell(sheet, i, 4))[0] for i in range(20)])
-    assert seen[0] == seen[1] != seen[2]
-    assert [shade // 10 for shade in seen[0]] == list(range(20))  # One of every ten.
-    assert len({shade % 10 for shade in seen[0]}) > 3
+        samples.append([center_pixel(cell(sheet, i, 4))[0] for i in range(20)])
+    assert samples[0] == samples[1] != samples[2]
+    assert [shade // 10 for shade in samples[0]] == list(range(20))  # one of every ten
+    assert len({shade % 10 for shade in samples[0]}) > 3
 
 
 def test_unwritable_sheet_or_set_without_images_is_reported(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Statistics of real shards, compared with counts made by hand."""
+"""Statistics of real shards, compared with manual counts."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_translations_are_counted_by_language_and_script(tmp_path: Path) -> None
         ("☕", "no letters"),
     ],
 )
-def test_script_is_that_of_most_letters(caption: str, script: str) -> None:
+def test_script_is_the_most_frequent_of_the_letters(caption: str, script: str) -> None:
     assert script_of(caption) == script
 
 
@@ -227,7 +227,7 @@ def test_tally_limits_number_of_distinct_values() -> None:
     for value in range(MAX_DISTINCT + 5):
         tally.add(value)
     tally.add(7, 4)
-    tally.add(MAX_DISTINCT + 3, 9)  # Not counted separately.
+    tally.add(MAX_DISTINCT + 3, 9)  # not counted separately
     top = [(7, 5), (0, 1)]
     assert tally.frequencies(2) == Frequencies(MAX_DISTINCT + 18, MAX_DISTINCT, True, top)
 
@@ -250,7 +250,7 @@ def test_sampling_is_even_and_counts_cover_all_samples(tmp_path: Path) -> None:
     index = captioned(tmp_path, captions)
     calls: list[tuple[int, int]] = []
     stats = collect(index, TXT, 10, lambda done, total: calls.append((done, total)))
-    assert (stats.samples, stats.opened, stats.bad) == (100, 10, 1)  # Samples 0, 10, 20, ... 90.
+    assert (stats.samples, stats.opened, stats.bad) == (100, 10, 1)  # samples 0, 10, 20, ... 90
     assert stats.members[0].samples == 100
     assert calls == [(0, 10), (10, 10)]
     assert "Captions (txt): 9 of 10 opened samples, evenly spaced" in render(stats)
@@ -307,7 +307,7 @@ def test_text_is_printable_and_narrow_for_any_caption(tmp_path: Path) -> None:
     text = render(collect(index, TXT))
     assert all(line.isprintable() and len(line) <= 110 for line in text.splitlines())
     assert "2 x [31mred line long long" in text
-    assert one_line("a\u200db") == "a\u200db"  # Joins letters in Persian and Hindi, and emoji.
+    assert one_line("a\u200db") == "a\u200db"  # joins letters in Persian and Hindi, and emoji
 
 
 def test_stats_convert_to_json(tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_million_samples_are_described_within_time_and_memory(tmp_path: Path) ->
     assert stats.duplicates.chance_pairs > 100
     ids = stats.columns[0].values
     assert (ids.distinct, ids.truncated) == (MAX_DISTINCT, True)
-    assert peak < 100 << 20  # Bytes; measured 67 MiB, and 109 MiB for four times as many samples.
+    assert peak < 100 << 20  # measured: 67 MiB; with four times as many samples, 109 MiB
     assert time.monotonic() - start < 30
 
 

@@ -47,9 +47,9 @@ def test_golden_positions() -> None:
 
 def test_seek_to_position_1e9_is_correct_and_fast() -> None:
     order = ShuffledOrder((1000,) * 10_000, seed=3, window=8)
-    began = time.perf_counter()
+    start = time.perf_counter()
     epochs, samples = order.locate(np.array([10**9, 10**9 + 1, 10**9 + 7 * 10**6]))
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - start < 0.5
     assert epochs.tolist() == [100, 100, 100]
     assert samples.tolist() == [
         sequential_sample(order, 100, offset) for offset in (0, 1, 7 * 10**6)
@@ -152,11 +152,11 @@ def test_first_seek_over_a_million_shards_costs_a_few_shuffles() -> None:
     seeks, shuffles = [], []
     for seed in range(5):
         # CPU time of this process, relative to numpy's: machines differ, and may be busy.
-        began = time.process_time()
+        start = time.process_time()
         _, samples = ShuffledOrder(sizes, seed, window=64).locate(batch)
         located = time.process_time()
         np.random.default_rng(seed).permutation(10**6)
-        seeks.append(located - began)
+        seeks.append(located - start)
         shuffles.append(time.process_time() - located)
     assert min(seeks) < 4 * min(shuffles)
     assert len(np.unique(samples)) == len(batch)
@@ -170,7 +170,7 @@ def test_micro_batch_ranges_partition_micro_batches_evenly(
     micro_batches: int, world_size: int
 ) -> None:
     ranges = [micro_batch_range(micro_batches, world_size, rank) for rank in range(world_size)]
-    assert [j for of_rank in ranges for j in of_rank] == list(range(micro_batches))
-    lengths = [len(of_rank) for of_rank in ranges]
+    assert [j for rank_range in ranges for j in rank_range] == list(range(micro_batches))
+    lengths = [len(rank_range) for rank_range in ranges]
     assert max(lengths) - min(lengths) <= 1
     assert micro_batches_per_rank(micro_batches, world_size) == max(lengths)

@@ -45,11 +45,11 @@ def sequential_batches(
             members = np.flatnonzero(np.array(codes) == code)
             order = permute(np.arange(len(members)), len(members), key(seed, "group", epoch, code))
             rows = [(epoch, int(sample)) for sample in members[order]]
-            in_full = len(rows) // batch * batch
-            full += [rows[i : i + batch] for i in range(0, in_full, batch)]
-            pool += rows[in_full:]
-        begin = leftover_samples(codes, batch, key(seed, "pool", epoch) % len(set(codes)))
-        pools += pool[begin:] + pool[:begin]
+            full_rows = len(rows) // batch * batch
+            full += [rows[i : i + batch] for i in range(0, full_rows, batch)]
+            pool += rows[full_rows:]
+        split = leftover_samples(codes, batch, key(seed, "pool", epoch) % len(set(codes)))
+        pools += pool[split:] + pool[:split]
         while len(pools) >= batch:
             full.append(pools[:batch])
             del pools[:batch]
@@ -169,17 +169,17 @@ def test_seek_to_position_1e9_is_correct_and_fast() -> None:
     positions = 10**9 // 32_768 * 32_768 + np.arange(32_768)
     seconds = []
     for batch in range(5):
-        began = time.process_time()
+        start = time.process_time()
         grouped.locate(positions + 32_768 * batch)
-        seconds.append(time.process_time() - began)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 0.05
     # All of epochs 999 and 1000, except for samples in batches of the epochs around them.
     first, last = (epoch * 10**6 // 32_768 for epoch in (999, 1001))
     epochs, samples = grouped.locate(np.arange(first * 32_768, last * 32_768))
     assert abs(epochs.mean() - 999.5) < 0.05
     for epoch in (999, 1000):
-        of_epoch = samples[epochs == epoch]
-        assert len(np.unique(of_epoch)) == len(of_epoch) > 10**6 - 32_768
+        epoch_samples = samples[epochs == epoch]
+        assert len(np.unique(epoch_samples)) == len(epoch_samples) > 10**6 - 32_768
 
 
 def test_golden_batches() -> None:

@@ -129,11 +129,11 @@ def test_samples_before_matches_counting(mixture: Mixture, data: st.DataObject) 
 @pytest.mark.parametrize("unit", [1, 32_768])
 def test_seek_to_position_1e9_is_correct_and_fast(unit: int) -> None:
     phases = (Phase(0, (0.7, 0.2, 0.1)), Phase(10**8, (1, 1, 2)), Phase(10**9 // 2, (0.3, 0, 0.7)))
-    began = time.process_time()
+    start_time = time.process_time()
     mixture = line_mixture(phases, unit=unit)
     positions = 10**9 + np.arange(50_000)
     located, before = mixture.locate(positions), mixture.samples_before(10**9)
-    assert time.process_time() - began < 0.2
+    assert time.process_time() - start_time < 0.2
     assert before.sum() == 10**9
     for source in range(3):
         rows = located.row[located.source == source]

@@ -71,8 +71,8 @@ def embedded(folder: Path, rows: Rows) -> pa.Table:
         {"bytes": (folder / row["file"]).read_bytes(), "path": Path(row["file"]).name}
         for row in rows
     ]
-    rest = [{k: v for k, v in row.items() if k != "file"} for row in rows]
-    return pa.Table.from_pylist(rest).append_column("image", pa.array(images))
+    fields = [{k: v for k, v in row.items() if k != "file"} for row in rows]
+    return pa.Table.from_pylist(fields).append_column("image", pa.array(images))
 
 
 def shard_files(folder: Path) -> dict[str, str]:
@@ -97,16 +97,16 @@ def expected(folder: Path, rows: Rows) -> dict[str, bytes]:
         kind = row["file"].rpartition(".")[2].lower()
         result[f"{i:06d}.{kind}"] = (folder / row["file"]).read_bytes()
         result[f"{i:06d}.txt"] = row["caption"].encode()
-        rest = {k: v for k, v in row.items() if k not in ("file", "caption")}
-        result[f"{i:06d}.json"] = json.dumps(rest, ensure_ascii=False).encode()
+        fields = {k: v for k, v in row.items() if k not in ("file", "caption")}
+        result[f"{i:06d}.json"] = json.dumps(fields, ensure_ascii=False).encode()
     return result
 
 
 def pack_error(source: Path, out: Path, **settings: Any) -> str:
     """Pack, and return the message of the GigabatchError it must raise."""
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         pack(source, out, PackSettings(**settings))
-    message = str(caught.value)
+    message = str(error.value)
     assert "\n" not in message
     return message
 

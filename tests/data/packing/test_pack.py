@@ -139,7 +139,7 @@ def test_folder_of_files_is_one_table(tmp_path: Path) -> None:
     table = embedded(tmp_path, rows)
     for part, first in enumerate(range(0, 100, 30)):
         write_arrow(tmp_path / "set" / f"data-{part:05d}.arrow", table.slice(first, 30), rows=7)
-    write_arrow(tmp_path / "set" / "cache-ab12.arrow", table)  # A cache file of `datasets`.
+    write_arrow(tmp_path / "set" / "cache-ab12.arrow", table)  # a cache file of `datasets`
     pack(tmp_path / "set", tmp_path / "out")
     assert members(tmp_path / "out") == expected(tmp_path, rows)
 
@@ -216,7 +216,7 @@ def test_column_settings_override_guesses(tmp_path: Path) -> None:
 def test_packing_shards_keeps_samples_unchanged(tmp_path: Path) -> None:
     first = {f"a/{i}.{kind}": os.urandom(i * 9) for i in range(30) for kind in ("png", "txt")}
     second = {f"b{i}.{kind}": os.urandom(i) for i in range(50) for kind in ("json", "txt", "png")}
-    second["b50.txt"] = b""  # A sample without the other members.
+    second["b50.txt"] = b""  # a sample without other members
     write_tar(tmp_path / "in" / "x.tar", first, "gnu")
     write_tar(tmp_path / "in" / "y.tar", second, "pax")
     pack(tmp_path / "in", tmp_path / "split", PackSettings(per_shard=25))
@@ -244,7 +244,7 @@ def test_shuffle_is_a_permutation_determined_by_seed(tmp_path: Path) -> None:
     assert unshuffled != one != two
     assert order("one again", 1) == one
     assert shard_files(tmp_path / "one again") == shard_files(tmp_path / "one")
-    for shard in range(6):  # Row numbers of a mixed shard average 150 with a deviation of 12.
+    for shard in range(6):  # The mean row of a shuffled shard is 150, standard deviation 12.
         numbers = [int(name[:6]) for name in one[shard * 50 : shard * 50 + 50]]
         assert 90 < np.mean(numbers) < 210
 
@@ -255,8 +255,8 @@ def test_filtered_view_is_packed_like_a_set(tmp_path: Path) -> None:
     create_view(open_index(tmp_path / "set", columns=["width"]), "width == 3", tmp_path / "view")
     pack(tmp_path / "view", tmp_path / "out")
     complete = members(tmp_path / "set")
-    kept = [f"{i:06d}" for i, row in enumerate(rows) if row["width"] == 3]
-    assert members(tmp_path / "out") == {n: d for n, d in complete.items() if n[:6] in kept}
+    matching = [f"{i:06d}" for i, row in enumerate(rows) if row["width"] == 3]
+    assert members(tmp_path / "out") == {n: d for n, d in complete.items() if n[:6] in matching}
 
 
 def test_shuffle_is_the_same_for_every_format(tmp_path: Path) -> None:
@@ -271,9 +271,9 @@ def test_shuffle_is_the_same_for_every_format(tmp_path: Path) -> None:
 
 def test_shards_fill_up_to_the_byte_limit(tmp_path: Path) -> None:
     rows = album(tmp_path, 120)
-    (tmp_path / rows[50]["file"]).write_bytes(PNG + bytes(60_000))  # Larger than a shard.
+    (tmp_path / rows[50]["file"]).write_bytes(PNG + bytes(60_000))  # larger than a shard
     for i, row in enumerate(rows):
-        row["key"] = f"é{i}" if i % 2 else f"{i}-" + "n" * 150  # These names need pax headers.
+        row["key"] = f"é{i}" if i % 2 else f"{i}-" + "n" * 150  # names that need pax headers
     limit = 45_000
     settings = PackSettings(shard_bytes=limit, key_column="key")
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "out", settings)
@@ -284,13 +284,13 @@ def test_shards_fill_up_to_the_byte_limit(tmp_path: Path) -> None:
     for shard, shard_keys in zip(shards, keys, strict=True):
         if shard_keys != [rows[50]["key"]]:
             assert shard.stat().st_size <= limit
-    for shard, after in pairwise(shards):  # One more sample would not fit.
+    for shard, after in pairwise(shards):  # One more sample would exceed the limit.
         if rows[50]["key"] not in keys[shards.index(after)]:
             both = tmp_path / "both.tar"
-            grown = contents(shard)
+            combined = contents(shard)
             first = keys[shards.index(after)][0]
-            grown |= {n: d for n, d in contents(after).items() if n.partition(".")[0] == first}
-            assert write_tar(both, grown, "pax").stat().st_size > limit
+            combined |= {n: d for n, d in contents(after).items() if n.partition(".")[0] == first}
+            assert write_tar(both, combined, "pax").stat().st_size > limit
 
 
 SOURCES = pytest.mark.parametrize("kind", ["files", "parquet", "arrow", "shards"])

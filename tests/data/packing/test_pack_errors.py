@@ -71,13 +71,13 @@ def test_skip_missing_skips_rows_and_lists_them(
 
     pack_until(table, tmp_path / "out", settings, 5)
     with open(tmp_path / "out" / "skipped.jsonl", "a") as file:
-        file.write('{"row": 65, "fi')  # A line cut off by a kill.
+        file.write('{"row": 65, "fi')  # a line truncated by a kill
     pack(table, tmp_path / "out", settings)
     assert shard_files(tmp_path / "out") == shard_files(tmp_path / "full")
 
 
 def test_skip_missing_can_be_set_when_resuming(tmp_path: Path) -> None:
-    """Embedded files are checked only when their shard is written, so earlier shards stay."""
+    """Embedded files are checked when their shard is written, so earlier shards are kept."""
     rows = album(tmp_path, 100)
     complete = embedded(tmp_path, rows)
     images = complete["image"].to_pylist()
@@ -171,9 +171,9 @@ COLUMNS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
 def test_ambiguous_or_unknown_columns_are_listed(case: str, tmp_path: Path) -> None:
     row, settings, pattern = COLUMNS[case]
     table = write_table(tmp_path / "t.csv", [row])
-    with pytest.raises(GigabatchError, match=pattern) as caught:
+    with pytest.raises(GigabatchError, match=pattern) as error:
         pack(table, tmp_path / "out", PackSettings(**settings))
-    assert f"the columns are {', '.join(row)}." in str(caught.value)
+    assert f"the columns are {', '.join(row)}." in str(error.value)
 
 
 def test_second_column_of_bytes_must_be_excluded(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_resuming_killed_pack_gives_identical_files(
     settings = PackSettings(per_shard=30, shuffle_seed=seed, prefix="p", shard_bytes=60_000)
     report = pack(source, tmp_path / "uninterrupted", settings)
     assert report.shards > 4
-    for calls in (0, 1, 5, 9):  # Within the first shard, and later.
+    for calls in (0, 1, 5, 9):  # within the first shard and later
         pack_until(source, tmp_path / "out", settings, calls)
     unfinished = list((tmp_path / "out").glob(".p-*.tmp"))
     assert len(unfinished) == 1, "the kill did not interrupt a shard"

@@ -1,4 +1,4 @@
-"""Helpers for tests of the shard cache, whose shards are on a web server."""
+"""Helpers for tests of the shard cache with shards on a web server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def content(url: str) -> bytes:
     return random.Random(url.rpartition("/")[2]).randbytes(SIZE)
 
 
-def make(tmp_path: Path, shards: float = 100, retry: Retry = QUICK) -> ShardCache:
+def make_cache(tmp_path: Path, shards: float = 100, retry: Retry = QUICK) -> ShardCache:
     """Return a cache with room for `shards` shards."""
     return ShardCache(tmp_path / "cache", int(shards * SIZE), retry)
 
@@ -47,7 +47,7 @@ def prefetch(cache: ShardCache, *shards: ShardState) -> None:
 
 
 def downloads(web: FailingServer, shard: ShardState | None = None) -> int:
-    """Count requests for a shard's bytes, without those for its size."""
+    """Count requests for a shard's bytes; exclude those for its size."""
     path = "/" + shard.url.rpartition("/")[2] if shard else "*"
     return web.count(path=path, range=f"0-{SIZE - 1}")
 
@@ -56,24 +56,27 @@ def cached_names(cache: ShardCache) -> list[str]:
     return sorted(p.name for p in cache.folder.iterdir() if p.name != "lock")
 
 
-def parts(cache: ShardCache) -> list[Path]:
+def partial_files(cache: ShardCache) -> list[Path]:
     return list(cache.folder.glob("*.part"))
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
+def wait_for(condition: Callable[[], object], description: str) -> None:
     deadline = time.monotonic() + 60
     while not condition():
-        assert time.monotonic() < deadline, f"not in 60 s: {what}"
+        assert time.monotonic() < deadline, f"not in 60 s: {description}"
         time.sleep(0.005)
 
 
-def no_threads() -> bool:
+def prefetch_threads_ended() -> bool:
     return not any(thread.name == "shard prefetch" for thread in threading.enumerate())
 
 
-def start(started: list[BaseProcess], target: Callable[..., None], *arguments: Any) -> BaseProcess:
+def start(
+    processes: list[BaseProcess], target: Callable[..., None], *arguments: Any
+) -> BaseProcess:
+    """Start a process and add it to `processes`."""
     process = FORK.Process(target=target, args=arguments)
-    started.append(process)
+    processes.append(process)
     process.start()
     return process
 
@@ -84,10 +87,10 @@ def join(*processes: BaseProcess) -> None:
         assert process.exitcode == 0
 
 
-def read_all(cache: ShardCache, shards: list[ShardState], begin: Any = None) -> None:
-    """Read every shard and compare it, in a separate process."""
-    if begin:
-        begin.wait()
+def read_all(cache: ShardCache, shards: list[ShardState], barrier: Any = None) -> None:
+    """Read every shard and check its content; wait at the barrier first."""
+    if barrier:
+        barrier.wait()
     for shard in shards:
         assert read(cache, shard) == content(shard.url)
 

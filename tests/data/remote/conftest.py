@@ -26,7 +26,7 @@ def set_of_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(set_of_files: Path, tmp_path: Path) -> Path:
-    """A copy of the files that a test may change."""
+    """A copy of the files, which a test may change."""
     copy = tmp_path / "remote" / "set"
     copy.mkdir(parents=True)
     for path in set_of_files.iterdir():
@@ -53,7 +53,7 @@ def s3(folder: Path, s3_of_module: FailingServer) -> RemoteFolder:
     bucket = f"bucket-{next(NUMBERS)}"
     s3_of_module.clear_rules()
     upload(s3_of_module, folder, bucket, "a/set")
-    stat_all([f"s3://{bucket}/a/set/s0.tar"])  # tests with short limits start with a client
+    stat_all([f"s3://{bucket}/a/set/s0.tar"])  # creates the client before tests with short timeouts
     s3_of_module.requests.clear()
     return RemoteFolder(f"s3://{bucket}/a/set", s3_of_module, folder)
 
@@ -86,8 +86,8 @@ def states(web: FailingServer) -> list[ShardState]:
 
 
 @pytest.fixture
-def started() -> Iterator[list[BaseProcess]]:
-    """A list of processes to kill after the test."""
+def children() -> Iterator[list[BaseProcess]]:
+    """A list for the test's processes, which are killed after it."""
     processes: list[BaseProcess] = []
     yield processes
     for process in processes:

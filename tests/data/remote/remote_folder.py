@@ -16,7 +16,7 @@ from gigabatch.data.remote.access import Retry
 SIZES = {"s0.tar": 20_000, "s1.tar": 3_000, "s2.tar": 1}
 QUICK = Retry(attempts=3, first_wait_s=0.01, timeout_s=5)
 SHORT = Retry(attempts=3, first_wait_s=0.01, timeout_s=1.0)
-NUMBERS = itertools.count()  # of buckets: a process has one S3 server
+NUMBERS = itertools.count()  # numbers of buckets; all S3 servers of a process share their buckets
 
 
 class RemoteFolder(NamedTuple):
@@ -28,18 +28,18 @@ class RemoteFolder(NamedTuple):
 
 
 def write(remote: RemoteFolder, name: str, data: bytes) -> None:
-    """Write a file on the server, in place of one of that name."""
+    """Write or replace a file on the server."""
     (remote.folder / name).write_bytes(data)
     if remote.url.startswith("s3://"):
         upload(remote.server, remote.folder, *remote.url.removeprefix("s3://").split("/", 1))
 
 
 def error_message(call: Callable[..., object], *arguments: object, **options: object) -> str:
-    """Return the GigabatchError that a call raises, which must be one line."""
-    with pytest.raises(GigabatchError) as caught:
+    """Return the message of the GigabatchError that a call raises; it must be one line."""
+    with pytest.raises(GigabatchError) as error:
         call(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def urls(remote: RemoteFolder, *names: str) -> list[str]:

@@ -1,12 +1,12 @@
 """Local servers that fail on purpose: a web server of a folder, and an S3 server (moto) behind a
-proxy that fails in the same ways.
+failing proxy.
 
     with web_server(folder) as web:
         web.status(500, times=2)
-        ... read web.url + "/a.tar" ...
+        read_range(web.url + "/a.tar", 0, 10)
         assert web.count("GET", "*/a.tar") == 3
 
-Rules are tried in the order of their creation; the first that matches a request acts on it.
+The first rule, in order of creation, that matches a request acts on it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "server", "date"}
 
 @dataclass(frozen=True)
 class Request:
-    """`range` is the header's, such as "0-99"; empty for a complete file."""
+    """A request; `range` is the header's value, such as "0-99", or empty for a complete file."""
 
     method: str
     path: str
@@ -57,33 +57,33 @@ Origin = Callable[[Request], Answer]
 
 @dataclass
 class Rule:
-    """What to do with requests for `path` (a pattern).
+    """A failure of requests whose path matches the pattern `path`.
 
-    The first `skip` pass; the rule acts on the next `times` (None: all), with `every` = n on one in
-    n of these.
+    The first `skip` requests pass. The rule then acts on every `every`th request, at most `times`
+    times (None: always).
     """
 
-    act: str
+    action: str
     value: Any = None
     path: str = "*"
     method: str = "GET"
     times: int | None = None
     skip: int = 0
     every: int = 1
-    seen: int = field(default=0, init=False)
+    matched: int = field(default=0, init=False)
 
     def matches(self, request: Request) -> bool:
         if request.method != self.method or not fnmatch.fnmatchcase(request.path, self.path):
             return False
-        self.seen += 1
-        turn = self.seen - self.skip
-        if turn < 1 or turn % self.every:
+        self.matched += 1
+        number = self.matched - self.skip
+        if number < 1 or number % self.every:
             return False
-        return self.times is None or turn // self.every <= self.times
+        return self.times is None or number // self.every <= self.times
 
 
 class FailingServer:
-    """An HTTP server in threads of this process, on a free port, in front of `origin`."""
+    """An HTTP server in threads of this process, on a free port; `origin` produces its answers."""
 
     def __init__(self, origin: Origin) -> None:
         self.origin = origin
@@ -100,7 +100,7 @@ class FailingServer:
         return f"http://127.0.0.1:{self._http.server_port}"
 
     def count(self, method: str = "GET", path: str = "*", range: str = "*") -> int:
-        """Count the requests that fit; the arguments are patterns."""
+        """Count the requests that match all three patterns."""
         with self._lock:
             return sum(
                 fnmatch.fnmatchcase(r.method, method)
@@ -109,33 +109,33 @@ class FailingServer:
                 for r in self.requests
             )
 
-    def status(self, code: int, body: bytes = b"failed on purpose", **where: Any) -> None:
-        """Answer with an error."""
-        self.rules.append(Rule("status", (code, body), **where))
+    def status(self, code: int, body: bytes = b"failed on purpose", **match: Any) -> None:
+        """Answer with an error status."""
+        self.rules.append(Rule("status", (code, body), **match))
 
-    def stall(self, seconds: float, **where: Any) -> None:
+    def stall(self, seconds: float, **match: Any) -> None:
         """Send half of the body, then nothing for `seconds`, then hang up."""
-        self.rules.append(Rule("stall", seconds, **where))
+        self.rules.append(Rule("stall", seconds, **match))
 
-    def hang_up(self, **where: Any) -> None:
+    def hang_up(self, **match: Any) -> None:
         """Hang up after half of the body."""
-        self.rules.append(Rule("hang_up", **where))
+        self.rules.append(Rule("hang_up", **match))
 
-    def drip(self, rest: float, **where: Any) -> None:
-        """Send the body in 20 pieces, with `rest` seconds after each piece."""
-        self.rules.append(Rule("drip", rest, **where))
+    def drip(self, pause_s: float, **match: Any) -> None:
+        """Send the body in 20 pieces, with `pause_s` seconds after each."""
+        self.rules.append(Rule("drip", pause_s, **match))
 
-    def ignore_range(self, rest: float = 0, **where: Any) -> None:
-        """Send the complete file for any range, as `drip` does if `rest` is positive."""
-        self.rules.append(Rule("complete", rest, **where))
+    def ignore_range(self, pause_s: float = 0, **match: Any) -> None:
+        """Send the complete file for any range, in the pieces of `drip`."""
+        self.rules.append(Rule("complete", pause_s, **match))
 
-    def send_html(self, **where: Any) -> None:
+    def send_html(self, **match: Any) -> None:
         """Send a web page instead of the file, with status 200."""
-        self.rules.append(Rule("html", **where))
+        self.rules.append(Rule("html", **match))
 
-    def before(self, call: Callable[[], object], **where: Any) -> None:
+    def before(self, call: Callable[[], object], **match: Any) -> None:
         """Call a function, which may change files, before answering."""
-        self.rules.append(Rule("call", call, **where))
+        self.rules.append(Rule("call", call, **match))
 
     def clear_rules(self) -> None:
         with self._lock:
@@ -153,13 +153,13 @@ class FailingServer:
             return next((rule for rule in self.rules if rule.matches(request)), Rule("pass"))
 
     def _answer(self, request: Request, rule: Rule) -> Answer:
-        if rule.act == "status":
+        if rule.action == "status":
             return Answer(rule.value[0], {"Content-Type": "text/plain"}, rule.value[1])
-        if rule.act == "html":
+        if rule.action == "html":
             return Answer(200, {"Content-Type": "text/html"}, HTML)
-        if rule.act == "call":
+        if rule.action == "call":
             rule.value()
-        if rule.act == "complete":
+        if rule.action == "complete":
             headers = {k: v for k, v in request.headers.items() if k != "range"}
             request = Request(request.method, request.path, headers, request.body)
         return self.origin(request)
@@ -184,7 +184,7 @@ class FailingServer:
                 self.end_headers()
                 if self.command == "HEAD":
                     return
-                if rule.act in ("hang_up", "stall"):
+                if rule.action in ("hang_up", "stall"):
                     self.wfile.write(answer.body[: len(answer.body) // 2])
                     self.wfile.flush()
                     server._closing.wait(rule.value or 0)
@@ -193,7 +193,7 @@ class FailingServer:
                 piece = len(answer.body) // 20 + 1
                 for start in range(0, len(answer.body), piece):
                     self.wfile.write(answer.body[start : start + piece])
-                    server._closing.wait(rule.value if rule.act in ("drip", "complete") else 0)
+                    server._closing.wait(rule.value if rule.action in ("drip", "complete") else 0)
 
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
@@ -208,7 +208,7 @@ class FailingServer:
 
 
 def folder_origin(folder: Path) -> Origin:
-    """Serve the files of a folder as they are now, and folders as a page of links."""
+    """Serve the current files of a folder, and folders as pages of links."""
 
     def answer(request: Request) -> Answer:
         path = folder / request.path.partition("?")[0].lstrip("/")
@@ -222,24 +222,24 @@ def folder_origin(folder: Path) -> Origin:
             "Content-Type": "application/x-tar",
             "ETag": f'"{status.st_mtime_ns:x}-{status.st_size:x}"',
         }
-        return ranged(request, headers, body)
+        return answer_range(request, headers, body)
 
     return answer
 
 
-def ranged(request: Request, headers: dict[str, str], body: bytes) -> Answer:
+def answer_range(request: Request, headers: dict[str, str], body: bytes) -> Answer:
     if not request.range:
         return Answer(200, headers, body)
     first, last = (int(number) for number in request.range.split("-"))
     if first >= len(body):
         return Answer(416, headers | {"Content-Range": f"bytes */{len(body)}"})
     part = body[first : last + 1]
-    where = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
-    return Answer(206, headers | {"Content-Range": where}, part)
+    content_range = f"bytes {first}-{first + len(part) - 1}/{len(body)}"
+    return Answer(206, headers | {"Content-Range": content_range}, part)
 
 
 def upstream_origin(host: str, port: int) -> Origin:
-    """Pass requests on to another server."""
+    """Forward requests to another server."""
 
     def answer(request: Request) -> Answer:
         upstream = http.client.HTTPConnection(host, port, timeout=30)
@@ -268,7 +268,7 @@ def web_server(folder: Path) -> Iterator[FailingServer]:
 
 @contextmanager
 def s3_server() -> Iterator[FailingServer]:
-    """Start an empty S3 server; the environment leads this process and its children to it."""
+    """Start an empty S3 server and point the environment at it."""
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -284,7 +284,7 @@ def s3_server() -> Iterator[FailingServer]:
         for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
             environment.delenv(name, raising=False)
         try:
-            _send(server, "POST", "moto-api/reset")  # its buckets belong to the process
+            _send(server, "POST", "moto-api/reset")  # all servers of a process share their buckets
             yield server
         finally:
             server.close()

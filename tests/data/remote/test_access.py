@@ -35,8 +35,8 @@ TEMPORARY_ERRORS: dict[str, Callable[[FailingServer], None]] = {
 }
 
 
-def limits(error: str) -> Retry:
-    """Return a short limit where only the limit ends a request, else one for a busy machine."""
+def timeouts(error: str) -> Retry:
+    """Return a short timeout if only the timeout ends a request, else one for a busy machine."""
     return SHORT if error in ("stall", "drip") else QUICK
 
 
@@ -48,12 +48,12 @@ def test_read_range_after_temporary_error_returns_all_bytes(
     url, data = f"{remote.url}/s0.tar", (remote.folder / "s0.tar").read_bytes()
     start = time.monotonic()
     with caplog.at_level(logging.WARNING, "gigabatch.data.remote.access"):
-        assert read_range(url, 100, 19_000, limits(error)) == data[100:19_000]
+        assert read_range(url, 100, 19_000, timeouts(error)) == data[100:19_000]
     assert time.monotonic() - start < 5
-    failed = remote.server.rules[0].times
-    assert remote.server.count() == failed + 1  # no other layer retries
+    failures = remote.server.rules[0].times
+    assert remote.server.count() == failures + 1  # no other layer retries
     warnings = [r.getMessage() for r in caplog.records if r.name == "gigabatch.data.remote.access"]
-    assert len(warnings) == failed
+    assert len(warnings) == failures
     assert all(f"{url}: bytes 100 to 19000, attempt " in warning for warning in warnings)
 
 
@@ -69,13 +69,13 @@ PERMANENT_ERRORS: dict[str, tuple[Callable[[FailingServer], None], str]] = {
 def test_read_range_after_permanent_error_names_range_and_reason(
     error: str, remote: RemoteFolder
 ) -> None:
-    begin, why = PERMANENT_ERRORS[error]
-    begin(remote.server)
+    fail, reason = PERMANENT_ERRORS[error]
+    fail(remote.server)
     url = f"{remote.url}/s0.tar"
-    message = error_message(read_range, url, 5, 900, limits(error))
+    message = error_message(read_range, url, 5, 900, timeouts(error))
     problem = "bytes 5 to 900 could not be read in 3 attempts; the last error: "
     assert message.startswith(f"{url}: {problem}")
-    assert why in message
+    assert reason in message
     assert remote.server.count() == 3
 
 
@@ -125,7 +125,7 @@ def test_unreachable_server_raises_after_all_attempts(site: RemoteFolder) -> Non
     assert "Cannot connect" in message
 
 
-def test_waits_double_and_differ_between_urls() -> None:
+def test_retry_waits_double_and_differ_between_urls() -> None:
     retry = Retry(first_wait_s=0.5)
     for attempt, shortest in ((1, 0.5), (2, 1.0), (3, 2.0), (4, 4.0)):
         waits = {retry.wait_s(attempt, f"s3://b/{i}.tar") for i in range(20)}
@@ -133,7 +133,7 @@ def test_waits_double_and_differ_between_urls() -> None:
         assert all(shortest <= wait <= 1.5 * shortest for wait in waits)
 
 
-# Complete files
+# Fetches of complete files
 
 
 def fetch_file(remote: RemoteFolder, to: Path, name: str = "s0.tar", retry: Retry = QUICK) -> bytes:
@@ -162,7 +162,8 @@ def test_fetch_with_errors_in_the_middle_writes_the_complete_file(
     state = stat_all([f"{remote.url}/s0.tar"])[0]
     TEMPORARY_ERRORS[error](remote.server)
     remote.server.rules[0].path = "*/s0.tar"
-    remote.server.rules[0].skip = 3 if remote.url.startswith("http") else 2  # the size, two chunks
+    # Skip the size (on the web) and two chunks.
+    remote.server.rules[0].skip = 3 if remote.url.startswith("http") else 2
     remote.server.requests.clear()
     fetch(state.url, state.bytes, tmp_path / "copy", state.version, SHORT)
     assert (tmp_path / "copy").read_bytes() == (remote.folder / "s0.tar").read_bytes()
@@ -184,10 +185,10 @@ def test_fetch_from_server_that_ignores_ranges_transfers_the_file_once(
     ]  # fmt: skip
 
 
-def test_complete_file_may_exceed_the_limit_while_bytes_arrive(
+def test_complete_file_may_exceed_the_timeout_while_bytes_arrive(
     site: RemoteFolder, tmp_path: Path
 ) -> None:
-    site.server.ignore_range(rest=0.05)
+    site.server.ignore_range(pause_s=0.05)
     start = time.monotonic()
     assert fetch_file(site, tmp_path / "copy", retry=SHORT)
     assert time.monotonic() - start > SHORT.timeout_s
@@ -195,7 +196,7 @@ def test_complete_file_may_exceed_the_limit_while_bytes_arrive(
 
 
 def failing_fetch(to: Path, url: str, size: int, version: str) -> str:
-    """Return the error of a fetch, which must leave the folder of `to` unchanged."""
+    """Return the error of a fetch; it must leave the folder of `to` unchanged."""
     before = sorted(to.parent.iterdir())
     message = error_message(fetch, url, size, to, version, QUICK)
     assert sorted(to.parent.iterdir()) == before
@@ -224,7 +225,7 @@ def test_fetch_of_file_with_other_version_raises(remote: RemoteFolder, tmp_path:
     assert "changed after it was indexed" in message
 
 
-def test_fetch_of_file_that_changes_meanwhile_raises(
+def test_fetch_of_file_that_changes_during_the_fetch_raises(
     site: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(access, "CHUNK", 6_000)

@@ -24,8 +24,8 @@ from caching import (
     content,
     downloads,
     join,
-    make,
-    parts,
+    make_cache,
+    partial_files,
     prefetch,
     prefetch_and_wait,
     read,
@@ -44,21 +44,21 @@ from gigabatch.data.remote.locations import stat_all
 def test_shard_is_fetched_once_then_read_from_its_copy(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     read_all(cache, states)
-    asked = len(web.requests)
+    request_count = len(web.requests)
     read_all(cache, states)
-    read_all(make(tmp_path), states)
-    assert len(web.requests) == asked
+    read_all(make_cache(tmp_path), states)
+    assert len(web.requests) == request_count
     assert downloads(web) == len(states)
-    assert parts(cache) == []
+    assert partial_files(cache) == []
     assert len(cached_names(cache)) == len(states)
 
 
 def test_descriptor_is_read_only_and_not_inheritable(
     states: list[ShardState], tmp_path: Path
 ) -> None:
-    file = make(tmp_path).open(*vars(states[0]).values())
+    file = make_cache(tmp_path).open(*vars(states[0]).values())
     assert not os.get_inheritable(file)
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.write(file, b"x")
@@ -66,12 +66,12 @@ def test_descriptor_is_read_only_and_not_inheritable(
 
 
 def test_concurrent_processes_and_threads_share_one_download(
-    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+    web: FailingServer, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path)
-    web.before(lambda: time.sleep(0.2), path="/s0.tar", times=2)  # time for all to arrive
-    begin = FORK.Barrier(4)
-    processes = [start(started, read_all, cache, states[:2], begin) for _ in range(4)]
+    cache = make_cache(tmp_path)
+    web.before(lambda: time.sleep(0.2), path="/s0.tar", times=2)  # gives all readers time to arrive
+    barrier = FORK.Barrier(4)
+    processes = [start(children, read_all, cache, states[:2], barrier) for _ in range(4)]
     threads = [threading.Thread(target=read_all, args=(cache, states[:2])) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -79,33 +79,33 @@ def test_concurrent_processes_and_threads_share_one_download(
     for thread in threads:
         thread.join(20)
     assert [downloads(web, shard) for shard in states[:2]] == [1, 1]
-    assert parts(cache) == []
+    assert partial_files(cache) == []
 
 
-def test_other_version_or_size_is_another_copy(
+def test_other_version_or_size_gets_a_separate_copy(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     assert read(cache, states[0]) == content(states[0].url)
     (tmp_path / "remote" / "s0.tar").write_bytes(b"new" * 50)
     new = stat_all([states[0].url])[0]
     assert read(cache, new) == b"new" * 50
     with pytest.raises(GigabatchError, match="changed after it was indexed"):
         read(cache, ShardState(new.url, new.bytes, "other"))
-    assert len(cached_names(cache)) == 2  # the failed one left nothing
+    assert len(cached_names(cache)) == 2  # the failed download left no file
 
 
 # Crashes
 
 
 def test_waiting_process_takes_over_from_a_killed_download(
-    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+    web: FailingServer, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, retry=LONG)
+    cache = make_cache(tmp_path, retry=LONG)
     web.stall(60, path="/s0.tar", skip=1, times=1)
-    first = start(started, read_all, cache, states[:1])
+    first = start(children, read_all, cache, states[:1])
     wait_for(lambda: downloads(web) == 1, "the first process sends its request")
-    waiting = start(started, read_all, cache, states[:1])
+    waiting = start(children, read_all, cache, states[:1])
     time.sleep(0.2)
     assert waiting.is_alive()
     assert downloads(web) == 1
@@ -113,13 +113,17 @@ def test_waiting_process_takes_over_from_a_killed_download(
     os.kill(first.pid, signal.SIGKILL)
     join(waiting)
     assert downloads(web) == 2
-    assert parts(cache) == []
+    assert partial_files(cache) == []
     assert read(cache, states[0]) == content(states[0].url)
 
 
 def _prefetch_and_fork(cache: ShardCache, shard: ShardState, pipe: Any) -> None:
+    """Fork during a prefetch and send the child's process id."""
     prefetch(cache, shard)
-    wait_for(lambda: parts(cache) and parts(cache)[0].stat().st_size, "it is locked")
+    wait_for(
+        lambda: partial_files(cache) and partial_files(cache)[0].stat().st_size,
+        "the prefetch holds its lock",
+    )
     child = os.fork()
     if not child:
         time.sleep(60)
@@ -128,18 +132,18 @@ def _prefetch_and_fork(cache: ShardCache, shard: ShardState, pipe: Any) -> None:
     time.sleep(60)
 
 
-def test_lock_of_killed_process_is_free_though_its_child_lives(
-    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+def test_killed_process_releases_its_lock_while_its_child_lives(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, retry=LONG)
+    cache = make_cache(tmp_path, retry=LONG)
     web.stall(60, path="/s0.tar", skip=1, times=1)
-    here, there = FORK.Pipe()
-    first = start(started, _prefetch_and_fork, cache, states[0], there)
-    child = here.recv()
+    receiver, sender = FORK.Pipe()
+    first = start(children, _prefetch_and_fork, cache, states[0], sender)
+    child = receiver.recv()
     try:
         wait_for(lambda: downloads(web) == 1, "the first process sends its request")
         first.kill()
-        join(start(started, read_all, cache, states[:1]))
+        join(start(children, read_all, cache, states[:1]))
         os.kill(child, 0)  # the child is alive
     finally:
         os.kill(child, signal.SIGKILL)
@@ -148,7 +152,7 @@ def test_lock_of_killed_process_is_free_though_its_child_lives(
 def test_parts_of_killed_processes_are_removed_or_overwritten(
     states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path, shards=1)
+    cache = make_cache(tmp_path, shards=1)
     cache.folder.mkdir()
     for shard in states[:3]:
         cache.path(shard).with_suffix(".part").write_bytes(b"half" * (SIZE // 4))
@@ -160,7 +164,7 @@ def test_parts_of_killed_processes_are_removed_or_overwritten(
 def test_copy_of_wrong_size_is_fetched_again(
     size: int, web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     read(cache, states[0])
     os.truncate(cache.path(states[0]), size)
     assert read(cache, states[0]) == content(states[0].url)
@@ -170,7 +174,7 @@ def test_copy_of_wrong_size_is_fetched_again(
 def test_failed_download_raises_and_leaves_no_file(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     web.status(500, path="/s0.tar", skip=1)
     with pytest.raises(GigabatchError, match=r"s0\.tar: bytes 0 to 4000 could not be read in 3"):
         read(cache, states[0])
@@ -179,13 +183,13 @@ def test_failed_download_raises_and_leaves_no_file(
     assert read(cache, states[0]) == content(states[0].url)
 
 
-# Room
+# Capacity
 
 
 def test_least_recently_opened_copies_are_evicted_first(
     states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path, shards=3)
+    cache = make_cache(tmp_path, shards=3)
     for number in (0, 1, 2, 0, 3):
         read(cache, states[number])
     assert cached_names(cache) == sorted(cache.path(states[i]).name for i in (2, 0, 3))
@@ -194,7 +198,7 @@ def test_least_recently_opened_copies_are_evicted_first(
 
 
 def test_evicted_copy_stays_readable_while_open(states: list[ShardState], tmp_path: Path) -> None:
-    cache = make(tmp_path, shards=2)
+    cache = make_cache(tmp_path, shards=2)
     files = [cache.open(s.url, s.bytes, s.version) for s in states]
     assert len(cached_names(cache)) == 2
     for file, shard in zip(files, states, strict=True):
@@ -205,7 +209,7 @@ def test_evicted_copy_stays_readable_while_open(states: list[ShardState], tmp_pa
 def test_foreign_files_are_neither_counted_nor_removed(
     states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path, shards=1)
+    cache = make_cache(tmp_path, shards=1)
     cache.folder.mkdir()
     (cache.folder / "foreign.tar").write_bytes(bytes(9 * SIZE))
     for shard in states[:2]:
@@ -213,76 +217,76 @@ def test_foreign_files_are_neither_counted_nor_removed(
     assert cached_names(cache) == sorted([cache.path(states[1]).name, "foreign.tar"])
 
 
-def test_shard_larger_than_the_cache_names_the_config_key(
+def test_shard_larger_than_the_cache_raises_with_the_config_key(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    with pytest.raises(GigabatchError, match=r"s0\.tar: .*set data\.cache_gib higher") as caught:
-        read(make(tmp_path, shards=0.9), states[0])
-    assert "\n" not in str(caught.value)
+    with pytest.raises(GigabatchError, match=r"s0\.tar: .*set data\.cache_gib higher") as error:
+        read(make_cache(tmp_path, shards=0.9), states[0])
+    assert "\n" not in str(error.value)
     assert web.requests == []
 
 
-class _Watch:
-    """Measures the folder repeatedly; `most` is the largest total, in bytes."""
+class _SizeMonitor:
+    """Measures the folder repeatedly; `largest` is the largest total size in bytes."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.most, self.ended = folder, 0, threading.Event()
+        self.folder, self.largest, self.ended = folder, 0, threading.Event()
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
 
     def _run(self) -> None:
         while not self.ended.is_set():
-            with open(self.folder / "lock", "w") as room:
-                fcntl.flock(room, fcntl.LOCK_EX)
+            with open(self.folder / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 sizes: dict[int, int] = {}  # by inode: a rename may show one file twice
                 for path in self.folder.iterdir():
                     with suppress(FileNotFoundError):
                         status = path.stat()
                         sizes[status.st_ino] = status.st_size
-            self.most = max(self.most, sum(sizes.values()))
+            self.largest = max(self.largest, sum(sizes.values()))
             time.sleep(0.001)
 
     def end(self) -> int:
         self.ended.set()
         self.thread.join()
-        return self.most
+        return self.largest
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("room", [1, 2, 4])
+@pytest.mark.parametrize("capacity", [1, 2, 4])
 def test_many_processes_in_a_small_cache_stay_within_the_limit(
-    room: int, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+    capacity: int, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, shards=room)
+    cache = make_cache(tmp_path, shards=capacity)
     cache.folder.mkdir()
-    order = random.Random(room)
-    begin = FORK.Barrier(6)
+    order = random.Random(capacity)
+    barrier = FORK.Barrier(6)
     processes = [
-        start(started, read_all, cache, order.sample(states * 4, 4 * len(states)), begin)
+        start(children, read_all, cache, order.sample(states * 4, 4 * len(states)), barrier)
         for _ in range(5)
     ]
-    watch = _Watch(cache.folder)  # after the forks, because it locks
+    monitor = _SizeMonitor(cache.folder)  # after the forks, because it holds locks
     try:
-        begin.wait(20)
+        barrier.wait(20)
         join(*processes)
     finally:
-        most = watch.end()
-    assert 0 < most <= room * SIZE
-    assert parts(cache) == []
+        largest = monitor.end()
+    assert 0 < largest <= capacity * SIZE
+    assert partial_files(cache) == []
 
 
-def test_download_waits_until_others_leave_room(
-    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+def test_download_waits_until_other_downloads_free_space(
+    web: FailingServer, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, shards=1)
-    go = threading.Event()
-    web.before(lambda: go.wait(20), path="/s0.tar", skip=1, times=1)
-    first = start(started, read_all, cache, states[:1])
+    cache = make_cache(tmp_path, shards=1)
+    release = threading.Event()
+    web.before(lambda: release.wait(20), path="/s0.tar", skip=1, times=1)
+    first = start(children, read_all, cache, states[:1])
     wait_for(lambda: downloads(web) == 1, "the first process sends its request")
-    second = start(started, read_all, cache, states[1:2])
+    second = start(children, read_all, cache, states[1:2])
     time.sleep(0.3)
     assert downloads(web, states[1]) == 0
-    go.set()
+    release.set()
     join(first, second)
     assert cached_names(cache) == [cache.path(states[1]).name]
 
@@ -312,14 +316,14 @@ def test_full_disk_evicts_all_copies_then_raises(
     assert cache.path(states[0]).name not in cached_names(cache)
     for name in cached_names(cache):
         (cache.folder / name).unlink()
-    (small_disk / "more").write_bytes(bytes(16_384))  # now there is no room at all
+    (small_disk / "more").write_bytes(bytes(16_384))  # no space remains
     with pytest.raises(GigabatchError, match=r"no room for .*No space left.*Free some space"):
         read(cache, states[0])
     assert cached_names(cache) == []
-    assert downloads(web, states[0]) == 1 + 2  # a full disk is no reason to repeat a request
+    assert downloads(web, states[0]) == 1 + 2  # a full disk does not cause a retry
 
 
-def test_unusable_folder_names_the_variable_to_set(
+def test_unusable_folder_raises_with_the_variable_to_set(
     states: list[ShardState], tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_bytes(b"")
@@ -329,7 +333,7 @@ def test_unusable_folder_names_the_variable_to_set(
 
 
 def test_pickle_keeps_the_settings(states: list[ShardState], tmp_path: Path) -> None:
-    cache = make(tmp_path, shards=2)
+    cache = make_cache(tmp_path, shards=2)
     prefetch_and_wait(cache, states[:1])
     other = pickle.loads(pickle.dumps(cache))
     assert (other.folder, other.limit_bytes, other.retry) == (cache.folder, 2 * SIZE, QUICK)

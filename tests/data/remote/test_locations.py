@@ -34,9 +34,9 @@ def test_expand_keeps_the_order_of_folders_globs_braces_and_files(
 
 
 def test_existing_name_with_pattern_characters_is_a_file(tmp_path: Path) -> None:
-    odd = tmp_path / "a{1,2}[x]*.tar"
-    odd.write_bytes(b"")
-    assert expand([str(odd)]) == [str(odd)]
+    path = tmp_path / "a{1,2}[x]*.tar"
+    path.write_bytes(b"")
+    assert expand([str(path)]) == [str(path)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_shard_named_twice_raises(folder: Path) -> None:
      "simplecache::s3://bucket/a.tar", "zip://a.tar::https://host/b.zip", "ssh://host/a.tar",
      "memory://a.tar", "S3://bucket/a.tar", "filecache::{}"],
 )  # fmt: skip
-def test_address_that_runs_or_chains_something_raises(address: str, tmp_path: Path) -> None:
+def test_address_that_runs_a_command_or_chains_raises(address: str, tmp_path: Path) -> None:
     address = address.format(tmp_path / "ran")
     for call in (is_remote, lambda path: expand([path]), lambda path: stat_all([path])):
         message = error_message(call, address)
@@ -104,7 +104,7 @@ def test_pipe_socket_or_device_raises_without_waiting(
     os.mkfifo(pipe)
     assert f"{pipe}: is not a regular file" in error_message(stat_all, expand([str(folder)]))
     assert f"{pipe}: is not a regular file" in error_message(open_index, pipe)
-    monkeypatch.chdir(folder)  # the name of a socket may not be long
+    monkeypatch.chdir(folder)  # the path of a socket must be short
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind("socket.tar")
     assert "is not a regular file" in error_message(stat_all, ["socket.tar"])
@@ -125,7 +125,7 @@ def test_expand_remote_globs_and_braces(remote: RemoteFolder) -> None:
     assert expand([f"{remote.url}/s{{1..2}}.tar", f"{remote.url}/s0.tar"]) == urls(
         remote, "s1.tar", "s2.tar", "s0.tar"
     )
-    assert remote.server.requests == []  # a million names need no requests
+    assert remote.server.requests == []  # braces without a glob need no requests
     message = error_message(expand, [f"{remote.url}/x*.tar"], retry=QUICK)
     assert message.startswith(f"{remote.url}/x*.tar: the glob matches no file")
 
@@ -175,8 +175,8 @@ def test_remote_state_changes_with_the_file(remote: RemoteFolder) -> None:
     assert all(state.version for state in states)
     assert stat_all(urls(remote)) == states
     write(remote, "s1.tar", b"x" * SIZES["s1.tar"])
-    now = stat_all(urls(remote))
-    assert [a == b for a, b in zip(now, states, strict=True)] == [True, False, True]
+    new_states = stat_all(urls(remote))
+    assert [a == b for a, b in zip(new_states, states, strict=True)] == [True, False, True]
 
 
 def test_stat_of_empty_file_returns_size_zero(remote: RemoteFolder) -> None:
@@ -192,7 +192,7 @@ def test_listing_and_single_requests_return_equal_states(
     monkeypatch.setattr(locations, "LISTED", 3)
     assert stat_all(urls(s3), retry=QUICK) == one_by_one
     assert (s3.server.count("HEAD"), s3.server.count("GET")) == (3, 1)
-    s3.server.status(403, path="*list-type*")  # some keys allow reading, but not listing
+    s3.server.status(403, path="*list-type*")  # some credentials can read but not list
     assert stat_all(urls(s3), retry=QUICK) == one_by_one
     assert s3.server.count("HEAD") == 6
 

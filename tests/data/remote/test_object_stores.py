@@ -13,7 +13,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 from remote_folder import QUICK, RemoteFolder, error_message
-from servers import Answer, FailingServer, Request, ranged
+from servers import Answer, FailingServer, Request, answer_range
 
 from gigabatch.data.remote import object_stores, transport
 from gigabatch.data.remote.access import (
@@ -72,7 +72,7 @@ def test_large_new_file_is_written_exclusively(s3: RemoteFolder, large: Path) ->
     assert read_range(url, 0, len(content), QUICK) == bytes(len(content))
 
 
-def test_failed_part_is_sent_again_alone(s3: RemoteFolder, large: Path) -> None:
+def test_only_the_failed_part_is_sent_again(s3: RemoteFolder, large: Path) -> None:
     s3.server.status(503, method="PUT", path="*partNumber=2*", times=1)
     write(large, f"{s3.url}/large", retry=QUICK)
     counts = [s3.server.count("PUT", f"*partNumber={number}&*") for number in (1, 2, 3)]
@@ -80,7 +80,7 @@ def test_failed_part_is_sent_again_alone(s3: RemoteFolder, large: Path) -> None:
     assert stat_all([f"{s3.url}/large"])[0].bytes == large.stat().st_size
 
 
-def test_new_file_above_the_copy_limit_of_s3_replaces_nothing(
+def test_new_file_above_the_s3_copy_limit_does_not_replace_a_file(
     s3: RemoteFolder, large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(object_stores, "S3_COPY_LIMIT", PART)
@@ -102,7 +102,9 @@ def test_conflict_with_another_write_is_retried(s3: RemoteFolder, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ["a b.tar", "x%2Fy.tar", "ü+=&.tar", "#1.tar"])
-def test_keys_with_special_characters(name: str, s3: RemoteFolder, tmp_path: Path) -> None:
+def test_keys_with_special_characters_are_written_listed_and_read(
+    name: str, s3: RemoteFolder, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("text")
     write(tmp_path / "file", f"{s3.url}/deep/{name}", retry=QUICK)
     assert expand([f"{s3.url}/deep"], retry=QUICK) == [f"{s3.url}/deep/{name}"]
@@ -113,7 +115,7 @@ def test_keys_with_special_characters(name: str, s3: RemoteFolder, tmp_path: Pat
 # Credentials
 
 
-def test_keys_of_an_aws_profile_sign_requests(
+def test_requests_are_signed_with_keys_of_the_aws_profile(
     s3: RemoteFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "credentials").write_text(
@@ -135,7 +137,7 @@ def test_keys_of_an_aws_profile_sign_requests(
         "Error performing token request: GET http://metadata.google.internal/computeMetadata",
     ],
 )
-def test_missing_credentials_are_final(text: str) -> None:
+def test_missing_credentials_error_is_not_retried(text: str) -> None:
     from obstore.exceptions import GenericError
 
     error = GenericError(f"Generic S3 error: {text}\n\nDebug source:\nGeneric")
@@ -152,7 +154,7 @@ def test_azure_without_an_account_raises(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 class Bucket:
-    """The answers of Google Cloud Storage and Azure to requests for one bucket or container."""
+    """A bucket of Google Cloud Storage or container of Azure, which answers requests."""
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
@@ -168,11 +170,11 @@ class Bucket:
         if request.method == "PUT":
             return self._put(request, key)
         if key not in self.objects:
-            return Answer(404, {}, b"<Error><Message>not there</Message></Error>")
+            return Answer(404, {}, b"<Error><Message>not found</Message></Error>")
         if request.method == "DELETE":
             del self.objects[key]
             return Answer(202, {})
-        return ranged(request, self._headers(key), self.objects[key])
+        return answer_range(request, self._headers(key), self.objects[key])
 
     def _headers(self, key: str) -> dict[str, str]:
         return {
@@ -191,7 +193,7 @@ class Bucket:
         return Answer(201, self._headers(key))
 
     def _delete_batch(self, request: Request) -> Answer:
-        """Azure removes objects by a request that holds other requests."""
+        """Remove an object as Azure does, by a request that contains others."""
         (name,) = re.findall(rb"DELETE /bucket/(\S+) HTTP", request.body)
         status = (
             b"404 Not Found"

@@ -15,11 +15,11 @@ from caching import (
     content,
     downloads,
     join,
-    make,
-    no_threads,
-    parts,
+    make_cache,
+    partial_files,
     prefetch,
     prefetch_and_wait,
+    prefetch_threads_ended,
     read,
     read_all,
     start,
@@ -36,13 +36,13 @@ from gigabatch.data.remote.access import ShardState
 def test_opening_prefetched_shards_needs_no_request(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     prefetch(cache, *states, *states)
     wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == len(states), "all shards are fetched")
-    wait_for(lambda: not parts(cache), "all parts are renamed")
-    asked = len(web.requests)
+    wait_for(lambda: not partial_files(cache), "all parts are renamed")
+    request_count = len(web.requests)
     read_all(cache, states)
-    assert len(web.requests) == asked
+    assert len(web.requests) == request_count
     assert downloads(web) == len(states)
     cache.close()
 
@@ -50,7 +50,7 @@ def test_opening_prefetched_shards_needs_no_request(
 def test_open_waits_for_the_prefetch_of_its_process(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     web.before(lambda: time.sleep(0.3), path="/s0.tar", skip=1, times=1)
     prefetch(cache, states[0])
     wait_for(lambda: downloads(web) == 1, "the request arrives")
@@ -62,51 +62,51 @@ def test_open_waits_for_the_prefetch_of_its_process(
 def test_open_reports_the_error_of_a_failed_prefetch(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     web.status(404, path="/s0.tar", times=2)
     prefetch(cache, states[0])
     wait_for(lambda: web.count(path="/s0.tar") == 1, "the request arrives")
-    wait_for(lambda: not parts(cache), "the prefetch ends")
+    wait_for(lambda: not partial_files(cache), "the prefetch ends")
     with pytest.raises(GigabatchError, match="HTTP 404"):
         read(cache, states[0])
     assert read(cache, states[0]) == content(states[0].url)
-    prefetch(cache, states[0], states[1])  # the threads still run
-    wait_for(lambda: cache.path(states[1]).exists(), "the next is fetched")
+    prefetch(cache, states[0], states[1])  # the threads survived the error
+    wait_for(lambda: cache.path(states[1]).exists(), "the next shard is fetched")
     cache.close()
 
 
 def test_pending_shard_is_not_queued_again(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
-    go = threading.Event()
+    cache = make_cache(tmp_path)
+    release = threading.Event()
     for path in ("/s0.tar", "/s1.tar"):
-        web.before(lambda: go.wait(20), path=path, times=1)
+        web.before(lambda: release.wait(20), path=path, times=1)
     (tmp_path / "remote" / "s2.tar").unlink()
     prefetch(cache, *states[:2], *states[2:3] * 5)
     wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "both threads send a request")
-    go.set()
+    release.set()
     prefetch(cache, states[3])
-    wait_for(lambda: cache.path(states[3]).exists(), "the last is fetched")
+    wait_for(lambda: cache.path(states[3]).exists(), "the last shard is fetched")
     cache.close()
-    wait_for(no_threads, "the threads end")
+    wait_for(prefetch_threads_ended, "the threads end")
     assert web.count(path="/s2.tar") == 1
 
 
 def test_processes_share_the_work_of_prefetching(
-    web: FailingServer, states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+    web: FailingServer, states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path, retry=LONG)
-    go = threading.Event()
+    cache = make_cache(tmp_path, retry=LONG)
+    release = threading.Event()
     for path in ("/s0.tar", "/s1.tar"):
-        web.before(lambda: go.wait(20), path=path, skip=1, times=1)
-    busy = start(started, read_all, cache, states[:1])
-    busy_too = start(started, read_all, cache, states[1:2])
+        web.before(lambda: release.wait(20), path=path, skip=1, times=1)
+    first = start(children, read_all, cache, states[:1])
+    second = start(children, read_all, cache, states[1:2])
     wait_for(lambda: downloads(web) == 2, "both send a request")
     prefetch(cache, *states)
-    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4, "the others are fetched")
-    go.set()
-    join(busy, busy_too)
+    wait_for(lambda: len(list(cache.folder.glob("*.tar"))) == 4, "the other shards are fetched")
+    release.set()
+    join(first, second)
     assert downloads(web) == len(states)
     cache.close()
 
@@ -114,24 +114,21 @@ def test_processes_share_the_work_of_prefetching(
 def test_close_drops_pending_shards_and_the_cache_remains_usable(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
-    go = threading.Event()
-    web.before(lambda: go.wait(20), times=cache_module.FETCHERS)
+    cache = make_cache(tmp_path)
+    release = threading.Event()
+    web.before(lambda: release.wait(20), times=cache_module.FETCHERS)
     prefetch(cache, *states)
     wait_for(lambda: len(web.requests) == cache_module.FETCHERS, "the first requests arrive")
     cache.close()
-    go.set()
-    wait_for(
-        lambda: not any(t.name == "shard prefetch" for t in threading.enumerate()),
-        "the threads end",
-    )
+    release.set()
+    wait_for(prefetch_threads_ended, "the threads end")
     assert downloads(web) == cache_module.FETCHERS
     prefetch(cache, states[-1])
     wait_for(lambda: cache.path(states[-1]).exists(), "the shard is fetched")
     cache.close()
 
 
-AHEAD = """
+PREFETCH_SCRIPT = """
 import sys
 from pathlib import Path
 from gigabatch.data.remote.cache import ShardCache
@@ -146,8 +143,8 @@ def test_process_ends_without_waiting_for_its_prefetch(
     web: FailingServer, states: list[ShardState], tmp_path: Path
 ) -> None:
     web.stall(60, path="/s0.tar", skip=1, times=1)
-    cache = make(tmp_path)
-    script = [sys.executable, "-c", AHEAD, states[0].url, str(SIZE), str(cache.folder)]
+    cache = make_cache(tmp_path)
+    script = [sys.executable, "-c", PREFETCH_SCRIPT, states[0].url, str(SIZE), str(cache.folder)]
     with subprocess.Popen(script, stdin=subprocess.PIPE) as process:
         try:
             wait_for(lambda: downloads(web) == 1, "the request arrives")
@@ -155,29 +152,29 @@ def test_process_ends_without_waiting_for_its_prefetch(
         finally:
             process.kill()
     assert process.returncode == 0
-    assert len(parts(cache)) == 1
+    assert len(partial_files(cache)) == 1
     read_all(cache, states[1:2])
-    assert parts(cache) == []
+    assert partial_files(cache) == []
 
 
 def test_eviction_by_another_process_does_not_stop_prefetch(
     states: list[ShardState], tmp_path: Path
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     cache.folder.mkdir()
     with locked(cache.folder / "lock"), locked(cache.path(states[0]).with_suffix(".part")):
-        # As an eviction does while it looks for abandoned parts.
+        # An eviction holds these locks while it looks for abandoned parts.
         prefetch(cache, states[0])
         time.sleep(0.3)  # the prefetch thread tries to lock the part
     wait_for(lambda: cache.path(states[0]).exists(), "the shard is fetched")
     cache.close()
 
 
-def test_forked_process_prefetches_by_itself(
-    states: list[ShardState], tmp_path: Path, started: list[BaseProcess]
+def test_forked_process_starts_its_own_prefetch(
+    states: list[ShardState], tmp_path: Path, children: list[BaseProcess]
 ) -> None:
-    cache = make(tmp_path)
+    cache = make_cache(tmp_path)
     prefetch_and_wait(cache, states[:2])
-    join(*(start(started, prefetch_and_wait, cache, states[i : i + 2]) for i in (2, 4)))
+    join(*(start(children, prefetch_and_wait, cache, states[i : i + 2]) for i in (2, 4)))
     assert len(cached_names(cache)) == len(states)
     cache.close()

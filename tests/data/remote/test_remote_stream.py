@@ -1,4 +1,4 @@
-"""Training data from servers that fail on purpose: the same batches as from a local folder."""
+"""Training data from servers that fail on purpose: batches equal those of a local folder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,8 @@ def s3(folder: Path) -> Iterator[tuple[FailingServer, str]]:
 def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path / "cache"))
     yield
-    gc.collect()  # loader workers that a traceback references end now, not in another test
+    # End loader workers that a traceback keeps alive; else they would exit during another test.
+    gc.collect()
 
 
 @pytest.fixture
@@ -93,26 +94,26 @@ def test_batches_from_failing_server_equal_local_batches(
         cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
         batches = read(index, tokenizer, cache, workers)
         counts = {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
-        again = read(index, tokenizer, cache, workers)
+        second_pass = read(index, tokenizer, cache, workers)
         assert counts == {i: server.count("GET", f"*train-00{i}.tar") for i in range(4)}
     expected = read(local, tokenizer, cache, 0)
     assert_equal(batches, expected)
-    assert_equal(again, expected)
+    assert_equal(second_pass, expected)
     keys = [key for batch in batches for key in batch.keys][:200]
     assert len(set(keys)) == 200  # five steps of 40 are one epoch
-    assert counts[0] >= 3 <= counts[1]  # the server did fail
+    assert counts[0] >= 3 <= counts[1]  # the requests failed and were repeated
 
 
-def test_server_that_stays_down_ends_the_stream_with_the_reason(
+def test_permanent_server_error_ends_the_stream_with_the_reason(
     shards: Path, tokenizer: Path, tmp_path: Path
 ) -> None:
     with web(shards / "train") as (server, pattern):
         index = open_index(pattern)
         server.status(500, path="*train-002.tar")
         cache = ShardCache(tmp_path / "shards", 1 << 30, RETRY)
-        with pytest.raises(GigabatchError) as caught:
+        with pytest.raises(GigabatchError) as error:
             read(index, tokenizer, cache, workers=1)
-    message = str(caught.value)
+    message = str(error.value)
     assert f"{server.url}/train-002.tar" in message
     assert "500" in message
     assert "\n" not in message
@@ -160,8 +161,8 @@ def test_damaged_remote_shards_are_named_by_url_and_byte(shards: Path, tmp_path:
     complete = (shards / "train" / "train-000.tar").read_bytes()
     (folder / "train-000.tar").write_bytes(complete[:4000])
     (folder / "train-001.tar").write_bytes(b"<html>Please sign in</html>" * 99)
-    with web_server(folder) as server, pytest.raises(GigabatchError) as caught:
+    with web_server(folder) as server, pytest.raises(GigabatchError) as error:
         open_index(f"{server.url}/train-{{000..001}}.tar")
-    truncated, page = str(caught.value).split("\n")
+    truncated, page = str(error.value).split("\n")
     assert truncated.startswith(f"{server.url}/train-000.tar: at byte ")
     assert page.startswith(f"{server.url}/train-001.tar: at byte 0: this is not a tar file")

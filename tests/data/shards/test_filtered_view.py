@@ -42,7 +42,7 @@ def index(tmp_path: Path) -> Index:
     ("condition", "expected"),
     [
         ('lang == "en"', [0, 3]),
-        ('lang != "en"', [1, 4]),  # null is neither
+        ('lang != "en"', [1, 4]),  # null is neither equal nor unequal
         ('not lang == "en"', [1, 4]),
         ("lang is None", [2]),
         ("lang is not None and score > 0.5", [1, 3]),
@@ -87,9 +87,9 @@ def test_invalid_condition_raises_and_runs_nothing(
     condition: str, index: Index, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         create_view(index, condition, tmp_path / "view")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["set"]
 
 
@@ -104,13 +104,13 @@ def test_any_text_parses_or_raises_one_line_error(text: str) -> None:
 def test_long_condition_works_up_to_term_limit(index: Index) -> None:
     assert count_matches(index, " or ".join(f"n == {i}" for i in range(3, 900))) == 2
     assert count_matches(index, f"n in {list(range(3, 9_000))}") == 2
-    for too_many in (
+    for condition in (
         " or ".join(["n == 1"] * 5_000),
         "0" + " < n" * 9_000,
         "n < 1" + " < 2" * 9_000,
     ):
         with pytest.raises(GigabatchError, match="more than 1,000 terms"):
-            count_matches(index, too_many)
+            count_matches(index, condition)
 
 
 def test_column_of_mixed_types_compares_by_value(tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_files_of_killed_writer_are_removed_by_next_writer(
     for home in (tmp_path / "view", index.folder):
         write_and_die(index, home, renames)
     other = tmp_path / "view" / "samples-0123456789abcdef.arrow"
-    with atomic_replace(other) as live:  # its writer is alive
+    with atomic_replace(other) as live:  # the file of a live writer
         assert len(create_view(index, "n > 1", tmp_path / "view")) == 3
         assert list((tmp_path / "view").glob(".*")) == [live]
     other.unlink()

@@ -22,10 +22,10 @@ from gigabatch.data.shards.scan import IndexSettings
 
 def open_error(root: Path) -> str:
     """Return the one-line error of opening a set."""
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         open_index(root)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def pairs(count: int, first: int = 0) -> dict[str, bytes]:
@@ -144,10 +144,10 @@ DAMAGES: list[Damage] = [
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_shard_raises_with_name_and_offset(damage: Damage, tmp_path: Path) -> None:
     write_tar(tmp_path / "a-intact.tar", pairs(3, first=100))
-    bad = make_shard(tmp_path).rename(tmp_path / "b-bad.tar")
-    position = damage(bad)
+    damaged = make_shard(tmp_path).rename(tmp_path / "b-bad.tar")
+    position = damage(damaged)
     message = open_error(tmp_path)
-    assert str(bad) in message
+    assert str(damaged) in message
     assert f"at byte {position}:" in message
     assert "a-intact" not in message
 
@@ -319,7 +319,7 @@ def test_read_only_sets_of_equal_name_have_separate_indexes(
 def test_unwritable_cache_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "set"
     write_tar(root / "s.tar", pairs(2))
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("GIGABATCH_CACHE", str(tmp_path / "file"))
     root.chmod(0o555)
     try:
@@ -367,7 +367,7 @@ def test_index_pickles_without_its_table(shards: Path) -> None:
 
 
 def open_all(barrier: Barrier, roots: list[Path], results: Any) -> None:
-    """Open every folder, at the same time as the other processes."""
+    """Open every folder at the same time as the other processes do."""
     outcomes: list[str] = []
     for root in roots:
         barrier.wait()

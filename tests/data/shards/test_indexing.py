@@ -23,7 +23,7 @@ from gigabatch.data.shards.sources import indexed_codes
 
 
 def jsons(values: list[object], first: int = 0) -> dict[str, bytes]:
-    """Return one sample for each value, with a json member that holds it; none for None."""
+    """Return one sample per value, with the value as its json member; None gives no json member."""
     members = {}
     for i, value in enumerate(values, first):
         members[f"s{i:03d}.txt"] = b"x"
@@ -37,7 +37,7 @@ def keys(index: Index) -> list[str]:
 
 
 def test_added_shards_are_indexed_last(tmp_path: Path) -> None:
-    """A sample must keep its row: tables of per-sample state are keyed by it."""
+    """A sample must keep its row, which is the key of its per-sample state."""
     write_tar(tmp_path / "m.tar", jsons([1, 2]))
     write_tar(tmp_path / "p.tar", jsons([3], first=2))
     assert keys(open_index(tmp_path)) == ["s000", "s001", "s002"]
@@ -88,9 +88,9 @@ def test_error_lists_all_damaged_shards(tmp_path: Path) -> None:
         if name in "bd":
             offsets[name] = stdlib_members(shard)[2][1] - 512
             overwrite(shard, offsets[name] + 20, b"\xaa")
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         open_index(tmp_path)
-    lines = str(caught.value).split("\n")
+    lines = str(error.value).split("\n")
     assert [line.split(": ")[:2] for line in lines] == [
         [str(tmp_path / f"{name}.tar"), f"at byte {offsets[name]}"] for name in "bd"
     ]
@@ -136,9 +136,9 @@ def test_index_is_equal_for_any_number_of_processes(tmp_path: Path) -> None:
         random = np.random.default_rng(name)
         members = {f"{i}.txt": random.bytes(30_000) for i in range(500)}
         write_tar(tmp_path / f"{name}.tar", members)
-    of_three = open_index(tmp_path, processes=3)
+    parallel = open_index(tmp_path, processes=3)
     (tmp_path / ".gigabatch" / "manifest.json").unlink()
-    assert open_index(tmp_path, processes=1) == of_three
+    assert open_index(tmp_path, processes=1) == parallel
 
 
 def test_pattern_has_its_own_index(tmp_path: Path) -> None:
@@ -230,14 +230,14 @@ def test_columns_added_later_stay(tmp_path: Path) -> None:
     both = open_index(tmp_path, columns=["s", "n"])
     assert both.columns == ("n", "s")
     assert open_index(tmp_path).columns == ("n", "s")
-    assert both.digest == first.digest  # json columns are no part of the data
+    assert both.digest == first.digest  # json columns are not part of the digest
 
 
 def test_invalid_json_raises_with_shard_and_offset(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "a.tar", {"x.txt": b"1", "x.json": b"{not json"})
-    with pytest.raises(GigabatchError, match=r"json member of sample 'x' cannot be read") as caught:
+    with pytest.raises(GigabatchError, match=r"json member of sample 'x' cannot be read") as error:
         open_index(tmp_path, columns=["n"])
-    assert f"{shard}: at byte {stdlib_members(shard)[1][1]}:" in str(caught.value)
+    assert f"{shard}: at byte {stdlib_members(shard)[1][1]}:" in str(error.value)
 
 
 def test_index_without_checksums_matches_full_index(tmp_path: Path) -> None:

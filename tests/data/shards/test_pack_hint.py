@@ -1,4 +1,4 @@
-"""Advice for sources that are not shards: what it recognizes and what it leaves alone."""
+"""Hints to pack sources that are not shards."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
         ("zips", "Unzip it"),
     ],
 )
-def test_source_to_be_packed_gets_the_command(source: str, command: str, root: Path) -> None:
+def test_hint_contains_the_pack_command(source: str, command: str, root: Path) -> None:
     hint = pack_hint(f"{root}/{source}")
     assert hint is not None
     assert command.replace("{}", str(root)) in hint
@@ -51,20 +51,20 @@ def test_source_to_be_packed_gets_the_command(source: str, command: str, root: P
     "source",
     ["shards", "nested", "view", "index", "notes", "missing", "shards/*.tar", "shards/a.tar"],
 )
-def test_other_sources_get_no_advice(source: str, root: Path) -> None:
+def test_other_sources_get_no_hint(source: str, root: Path) -> None:
     assert pack_hint(f"{root}/{source}") is None
 
 
-def test_remote_tables_are_to_be_downloaded() -> None:
+def test_hint_for_remote_tables_asks_for_a_download() -> None:
     assert "Download them" in str(pack_hint("hf://datasets/a/b/*.parquet"))
     assert pack_hint("s3://bucket/*.tar") is None
 
 
-def test_table_suffixes_are_those_that_pack_reads() -> None:
+def test_hint_and_pack_use_the_same_table_suffixes() -> None:
     assert module.SUFFIXES is SUFFIXES
 
 
 @pytest.mark.parametrize("source", ["csv", "csv/*.csv", "set.zip", "images"])
-def test_indexing_such_a_source_raises_with_the_advice(source: str, root: Path) -> None:
+def test_indexing_a_source_to_pack_raises_with_the_hint(source: str, root: Path) -> None:
     with pytest.raises(GigabatchError, match="gigabatch data pack"):
         open_index(f"{root}/{source}")

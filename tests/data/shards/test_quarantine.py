@@ -1,4 +1,4 @@
-"""Damaged samples in a stream: substituted equally everywhere, recorded, counted, limited."""
+"""Damaged samples in a stream: equal substitutes on all ranks, records, counts, limits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 FIELDS = Fields(ImageSettings(size=8), CaptionSettings(), columns=("concept",))
-BAD = (30, 77, 150)
+DAMAGED = (30, 77, 150)
 
 
 @pytest.fixture
@@ -63,29 +63,31 @@ def test_substitutes_are_equal_for_any_world_size_and_workers(
 ) -> None:
     index = open_index(folder)
     intact = read(index)
-    for sample in BAD:
+    for sample in DAMAGED:
         spoil(index, sample)
-    assert open_index(folder) == index  # only reading the shard shows the damage
-    once = read(index)
-    records = [bad for batch in once for bad in batch.substitutions]
-    assert sorted(bad.sample for bad in records) == list(BAD)  # five steps of 40 are one epoch
-    for bad in records:
-        shard = folder / f"train-{bad.sample // 50:03d}.tar"
-        offset = index.member_span(bad.sample, "png")[0]
-        assert bad.why.startswith(f"{shard}: at byte {offset}: member .png of sample {bad.key!r}")
-        assert bad.key == f"s{bad.sample:05d}"
-        assert bad.substitute not in BAD
-    for before, after in zip(intact, once, strict=True):
-        swapped = {bad.sample: bad.substitute for bad in after.substitutions}
+    assert open_index(folder) == index  # damage shows only when the shard is read
+    batches = read(index)
+    records = [record for batch in batches for record in batch.substitutions]
+    # Five steps of 40 samples are one epoch.
+    assert sorted(record.sample for record in records) == list(DAMAGED)
+    for record in records:
+        shard = folder / f"train-{record.sample // 50:03d}.tar"
+        offset = index.member_span(record.sample, "png")[0]
+        location = f"{shard}: at byte {offset}: member .png of sample {record.key!r}"
+        assert record.why.startswith(location)
+        assert record.key == f"s{record.sample:05d}"
+        assert record.substitute not in DAMAGED
+    for before, after in zip(intact, batches, strict=True):
+        substitutes = {record.sample: record.substitute for record in after.substitutions}
         numbers = before.tensors["sample"].tolist()
-        expected = [swapped.get(number, number) for number in numbers]
+        expected = [substitutes.get(number, number) for number in numbers]
         assert after.tensors["sample"].tolist() == expected
         assert after.tensors["concept"].tolist() == [number % 50 for number in expected]
         assert after.keys == tuple(f"s{number:05d}" for number in expected)
     for world_size, workers in [(1, 1), (1, 3), (3, 0), (5, 2)]:
-        again = read(index, world_size, workers)
-        assert [b.substitutions for b in again] == [b.substitutions for b in once]
-        for a, b in zip(again, once, strict=True):
+        repeated = read(index, world_size, workers)
+        assert [b.substitutions for b in repeated] == [b.substitutions for b in batches]
+        for a, b in zip(repeated, batches, strict=True):
             assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
 
 
@@ -93,8 +95,8 @@ def test_substitutes_are_equal_for_any_world_size_and_workers(
 def test_damage_in_any_read_member_is_recorded(folder: Path, member: str) -> None:
     index = open_index(folder)
     spoil(index, 30, member, at=2)
-    records = [bad for batch in read(index) for bad in batch.substitutions]
-    assert [bad.sample for bad in records] == [30]
+    records = [record for batch in read(index) for record in batch.substitutions]
+    assert [record.sample for record in records] == [30]
     assert f"member .{member} of sample 's00030'" in records[0].why
     assert "CRC-32C" in records[0].why
 
@@ -103,25 +105,25 @@ def test_undecodable_sample_is_replaced_without_checksums(folder: Path) -> None:
     index = open_index(folder, settings=IndexSettings(checksums=False))
     path, (offset, _) = Path(index.shards[0].name), index.member_span(30, "png")
     overwrite(path, offset + 20, bytes(100))
-    records = [bad for batch in read(index) for bad in batch.substitutions]
-    assert [bad.sample for bad in records] == [30]
+    records = [record for batch in read(index) for record in batch.substitutions]
+    assert [record.sample for record in records] == [30]
     assert "cannot be decoded" in records[0].why
 
 
-def test_bad_substitute_is_skipped(folder: Path) -> None:
+def test_damaged_substitute_is_skipped(folder: Path) -> None:
     index = open_index(folder)
     first = substitute_row(5, 30, 0, len(index))
     assert first != 30
     for sample in (30, first):
         spoil(index, sample)
     substitutes = {
-        bad.sample: bad.substitute for batch in read(index) for bad in batch.substitutions
+        record.sample: record.substitute for batch in read(index) for record in batch.substitutions
     }
     assert substitutes[30] == substitute_row(5, 30, 1, len(index))
     assert set(substitutes) == {30, first}
 
 
-def test_set_of_only_bad_samples_raises(folder: Path) -> None:
+def test_set_with_only_damaged_samples_raises(folder: Path) -> None:
     index = open_index(folder)
     for sample in range(len(index)):
         spoil(index, sample)
@@ -131,14 +133,14 @@ def test_set_of_only_bad_samples_raises(folder: Path) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shard_truncated_during_run_raises(folder: Path, workers: int) -> None:
-    """Much of the shard is gone: substitutes would silently change the data."""
+    """With much of the shard missing, substitutes would silently change the data."""
     index = open_index(folder)
     path = Path(index.shards[1].name)
     os.truncate(path, index.member_span(77, "png")[0] + 3)
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         read(index, workers=workers)
     assert re.match(
-        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is truncated", str(caught.value)
+        rf"{path}: at byte \d+: member .* of sample 's000\d\d' is truncated", str(error.value)
     )
 
 
@@ -150,15 +152,15 @@ def test_shard_removed_during_run_raises(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "drawn", "stops"),
+    ("damaged", "samples", "raises"),
     [(1, 10, False), (10, 100, False), (11, 100, True), (10, 10_000, False), (11, 10_000, True),
      (100, 100_000, False), (101, 100_000, True)],
 )  # fmt: skip
-def test_check_damage_rate_raises_above_limit(bad: int, drawn: int, stops: bool) -> None:
+def test_check_damage_rate_raises_above_limit(damaged: int, samples: int, raises: bool) -> None:
     try:
-        check_damage_rate({0: 0, 1: bad}, {0: 5, 1: drawn}, {0: "one", 1: "two"}, 0.001)
+        check_damage_rate({0: 0, 1: damaged}, {0: 5, 1: samples}, {0: "one", 1: "two"}, 0.001)
     except GigabatchError as error:
-        assert stops
-        assert str(error).startswith(f"two: {bad} of {drawn:,} samples")  # noqa: PT017
+        assert raises
+        assert str(error).startswith(f"two: {damaged} of {samples:,} samples")  # noqa: PT017
     else:
-        assert not stops
+        assert not raises

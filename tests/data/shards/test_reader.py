@@ -40,9 +40,9 @@ def test_shard_truncated_after_indexing_raises(shards: Path, tmp_path: Path) -> 
     index = open_index(tmp_path)
     offset, size = index.member_span(30, "png")
     os.truncate(tmp_path / "train-000.tar", offset + 5)
-    with Reader(index) as reader, pytest.raises(GigabatchError) as caught:
+    with Reader(index) as reader, pytest.raises(GigabatchError) as error:
         reader.read(30, "png")
-    message = str(caught.value)
+    message = str(error.value)
     assert f"{tmp_path / 'train-000.tar'}: at byte {offset}:" in message
     assert "'s00030'" in message
     assert f"5 of {size} bytes" in message

@@ -27,7 +27,7 @@ from gigabatch.data.text.captions import CaptionSettings
 from gigabatch.data.text.tokenizer import TextSettings, train_bpe
 
 SHARDS, PER_SHARD = 1000, 10_000
-LIMIT = 600e6  # bytes of proportional set size a process
+LIMIT = 600e6  # bytes of proportional set size per process
 FIELDS = Fields(ImageSettings(size=16), CaptionSettings(), columns=("concept",))
 
 

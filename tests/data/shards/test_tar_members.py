@@ -27,12 +27,12 @@ from gigabatch.data.shards.tar_members import BLOCK, read_members
 
 def parse_error(path: Path) -> str:
     """Return the one-line error, which must be the same with and without checksums."""
-    with pytest.raises(GigabatchError) as caught:
+    with pytest.raises(GigabatchError) as error:
         parsed_members(path, checksums=False)
-    message = str(caught.value)
-    with pytest.raises(GigabatchError) as caught:
+    message = str(error.value)
+    with pytest.raises(GigabatchError) as error:
         parsed_members(path)
-    assert str(caught.value) == message
+    assert str(error.value) == message
     assert str(path) in message
     assert "\n" not in message
     return message
@@ -60,7 +60,7 @@ def test_checksums_match_contents(shard: Path, piece: int, monkeypatch: pytest.M
 
 
 def test_damaged_size_raises_at_its_header(shard: Path) -> None:
-    """The parser reads data as headers after it; the error must name the damaged header."""
+    """The parser then reads data as headers; the error must name the damaged header."""
     _, offset, _ = stdlib_members(shard)[5]
     overwrite(shard, offset - BLOCK + 132, b"7")
     assert f"at byte {offset - BLOCK}:" in parse_error(shard)
@@ -161,7 +161,7 @@ def test_truncation_anywhere_raises(share: float, tmp_path_factory: pytest.TempP
     path = tmp_path_factory.mktemp("truncated") / "s.tar"
     write_tar(path, {f"{i}.txt": b"x" * 100 * i for i in range(6)})
     last = stdlib_members(path)[-1]
-    end = last[1] + -(-last[2] // BLOCK) * BLOCK + BLOCK  # end of the first block of the end mark
+    end = last[1] + -(-last[2] // BLOCK) * BLOCK + BLOCK  # end of the first zero block
     path.write_bytes(path.read_bytes()[: int(share * end)])
     parse_error(path)
 
@@ -186,7 +186,7 @@ def test_zeros_over_header_raise(shard: Path) -> None:
 
 def test_long_tail_of_zeros_raises(shard: Path) -> None:
     """A file system may leave zeros in a file that was being written during a crash."""
-    with open(shard, "ab") as file:  # more zeros than a tar writer pads with
+    with open(shard, "ab") as file:  # more zeros than the padding of tar writers
         file.write(bytes(12_000 // BLOCK * BLOCK))
     _, offset, length = stdlib_members(shard)[-1]
     end = offset + -(-length // BLOCK) * BLOCK

@@ -36,10 +36,10 @@ def captions(value: Any, field: str = "c", **options: Any) -> list[str]:
 
 def read_error(data: bytes, settings: CaptionSettings, kind: type[BadSample] = BadSample) -> str:
     """Return the one-line error of reading, which must have exactly type `kind`."""
-    with pytest.raises(BadSample) as caught:
+    with pytest.raises(BadSample) as error:
         read_captions(data, settings, WHERE)
-    assert type(caught.value) is kind
-    message = str(caught.value)
+    assert type(error.value) is kind
+    message = str(error.value)
     assert message.startswith(f"{WHERE}: its caption ({settings.field or settings.member}) ")
     assert "\n" not in message
     assert len(message) < 300

@@ -79,9 +79,9 @@ def test_invalid_line_of_pairs_raises_with_line_number(
     tmp_path: Path, line: object, message: str
 ) -> None:
     path = write_lines(tmp_path / "pairs.jsonl", {"anchor": "a", "positive": "A"}, line)
-    with pytest.raises(GigabatchError, match=message) as caught:
+    with pytest.raises(GigabatchError, match=message) as error:
         open_collection(path)
-    assert str(path) in str(caught.value)
+    assert str(path) in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ def test_invalid_beir_folder_raises_with_file_and_line(
 ) -> None:
     folder = write_beir(tmp_path / "set")
     write_lines(folder / file, *lines)
-    with pytest.raises(GigabatchError, match=message) as caught:
+    with pytest.raises(GigabatchError, match=message) as error:
         open_collection(folder)
-    assert str(folder / file) in str(caught.value)
+    assert str(folder / file) in str(error.value)
 
 
 def test_missing_files_raise_with_their_path(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ def test_local_folder_is_loaded_by_path(tmp_path: Path) -> None:
 
 
 def test_unknown_tokenizer_name_raises(tmp_path: Path) -> None:
-    with pytest.raises(GigabatchError, match=r"text\.tokenizer: .*cannot be loaded") as caught:
+    with pytest.raises(GigabatchError, match=r"text\.tokenizer: .*cannot be loaded") as error:
         named_tokenizer(TextSettings(tokenizer=str(tmp_path / "nothing")))
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("content", [None, "", "{}"])

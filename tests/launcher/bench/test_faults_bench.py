@@ -8,10 +8,10 @@ from pathlib import Path
 from gigabatch.launcher.bench.faults import Kill, _cost
 
 
-def test_repeated_steps_count_trained_steps_not_saved_ones(tmp_path: Path) -> None:
+def test_repeated_steps_are_counted_from_trained_steps(tmp_path: Path) -> None:
     lines = [
         *({"step": step, "time": step, "train/loss": 1.0} for step in (1, 2, 3, 4, 5, 6)),
-        {"step": 4, "time": 6.5, "checkpoint/write_s": 1.0},  # Written two steps later.
+        {"step": 4, "time": 6.5, "checkpoint/write_s": 1.0},  # written two steps later
         {"step": 4, "time": 19.0, "checkpoint/write_s": 1.0},
         {"step": 5, "time": 20.0, "train/loss": 1.0},
     ]

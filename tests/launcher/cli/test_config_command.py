@@ -38,7 +38,7 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("quickstrat", "Did you mean the recipe quickstart?"),
         ("configs/quickstart.yml", "Did you mean the recipe quickstart?"),
@@ -49,7 +49,7 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
     ],
 )
 def test_unknown_config_suggests_the_nearest_name(
-    name: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").touch()
@@ -57,7 +57,7 @@ def test_unknown_config_suggests_the_nearest_name(
     (tmp_path / "runs" / "a" / "config.yaml").touch()
     with pytest.raises(GigabatchError) as error:
         find_config(name)
-    assert words in str(error.value)
+    assert message in str(error.value)
 
 
 def test_list_names_every_recipe_with_its_summary(run: Run) -> None:
@@ -72,10 +72,10 @@ def test_list_names_every_recipe_with_its_summary(run: Run) -> None:
 def test_explain_prints_value_meaning_type_and_default(run: Run, tiny: Path) -> None:
     code, out, _ = run(tiny, "--explain", "train.max_bad_steps", "train.max_bad_steps=7")
     assert code == 0
-    first, *meaning, facts = out.splitlines()
+    first, *meaning, type_and_default = out.splitlines()
     assert first == "train.max_bad_steps = 7"
     assert len(" ".join(meaning).split()) > 5
-    assert facts.strip() == "[integer >= 1; default 10]"
+    assert type_and_default.strip() == "[integer >= 1; default 10]"
 
 
 def test_explain_of_a_section_prints_the_keys_of_the_kinds_in_use(run: Run, tiny: Path) -> None:
@@ -86,7 +86,7 @@ def test_explain_of_a_section_prints_the_keys_of_the_kinds_in_use(run: Run, tiny
     assert "[one of conv, huggingface, module; default conv]" in out
 
 
-def test_explain_of_another_kinds_key_names_that_kind(run: Run, tiny: Path) -> None:
+def test_explain_of_a_key_of_another_kind_names_that_kind(run: Run, tiny: Path) -> None:
     code, out, _ = run(tiny, "--explain", "objective.gamma")
     assert code == 0
     assert out.startswith("objective.gamma\n")

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import spoil, write_rich, write_samples
+from support import outcome, spoil, write_rich, write_samples
 from tarfiles import write_tar
-from test_misuse import outcome
 
 from gigabatch.data.shards.indexing import open_index
 
@@ -66,7 +65,7 @@ def test_view_has_the_columns_of_its_source(run: Run, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["pack", "{}/t.csv", "{}/out", "--shard-mib", "nan"], "--shard-mib nan: is not a size"),
         (["pack", "{}/t.csv", "{}/out", "--shard-mib", "inf"], "--shard-mib inf: is not a size"),
@@ -80,13 +79,13 @@ def test_view_has_the_columns_of_its_source(run: Run, folder: Path, tmp_path: Pa
     ],
 )  # fmt: skip
 def test_wrong_argument_exits_with_one_message(
-    arguments: list[str], words: str, run: Run, folder: Path
+    arguments: list[str], message: str, run: Run, folder: Path
 ) -> None:
     (folder.parent / "t.csv").touch()
     (folder.parent / "c.yaml").touch()
     code, _, err = run("data", *(a.replace("{}", str(folder.parent)) for a in arguments))
     assert code == 2
-    assert words in err
+    assert message in err
 
 
 def test_missing_members_are_an_error_without_partial(run: Run, tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def test_one_objective_is_explained_as_text_or_json(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words"),
+    ("name", "message"),
     [
         ("infonse", "there is no objective 'infonse'. Did you mean infonce ("),
         ("late-interaction", "Did you mean late_interaction ("),
@@ -52,9 +52,9 @@ def test_one_objective_is_explained_as_text_or_json(run: Run) -> None:
         ("no-such", "Choose one of infonce, barlow, "),
     ],
 )
-def test_unknown_objective_suggests_a_name(name: str, words: str, run: Run) -> None:
+def test_unknown_objective_suggests_a_name(name: str, message: str, run: Run) -> None:
     code, _, err = run("objectives", name)
-    assert (code, words in err) == (2, True), err
+    assert (code, message in err) == (2, True), err
 
 
 def test_bench_divides_time_by_the_declared_matrix_passes(run: Run) -> None:

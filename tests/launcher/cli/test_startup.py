@@ -1,4 +1,4 @@
-"""Fast answers: help, version and wrong paths need no torch and under a second of CPU."""
+"""Fast answers: help, version and missing paths need no torch and under a second of CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU_SECONDS = 1.5
 """Bound for user CPU time. An answer takes 0.3 to 0.7 s; importing torch adds more than 3 s."""
 HEAVY = ("torch", "ray", "transformers", "pandas", "deepspeed", "webdataset")
 URL = ("--address", "http://127.0.0.1:1")
-WRONG_PATHS: dict[tuple[str, ...], tuple[str, ...]] = {
+MISSING_PATHS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("train",): ("missing.yaml",),
     ("resume",): ("missing",),
     ("config",): ("missing.yaml",),
@@ -38,8 +38,8 @@ WRONG_PATHS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("data", "batch"): ("missing.yaml",),
     ("bench", "data"): ("missing.yaml",),
 }
-"""Command -> arguments of which a path does not exist."""
-WRONG_OPTIONS = (
+"""Command -> arguments with a path that does not exist."""
+MISSING_OPTION_PATHS = (
     ("eval", "run", "--on", "/missing/set"),
     ("submit", "run/config.yaml", "--with", "missing.py", *URL),
     ("data", "pack", "run/config.yaml", "out", "--folder", "missing"),
@@ -85,15 +85,15 @@ def run_all(lines: list[tuple[str, ...]], folder: Path) -> dict[str, Any]:
     return result
 
 
-def test_every_command_has_a_wrong_path_case_or_reads_no_path() -> None:
-    assert set(commands(typer.main.get_command(app))) == WRONG_PATHS.keys() | NO_PATHS
+def test_every_command_has_a_missing_path_case_or_reads_no_path() -> None:
+    assert set(commands(typer.main.get_command(app))) == MISSING_PATHS.keys() | NO_PATHS
 
 
-def test_wrong_paths_are_rejected_without_heavy_imports(tmp_path: Path) -> None:
+def test_missing_paths_are_rejected_without_heavy_imports(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
-    lines = [(*command, *arguments) for command, arguments in WRONG_PATHS.items()]
-    lines += WRONG_OPTIONS
+    lines = [(*command, *arguments) for command, arguments in MISSING_PATHS.items()]
+    lines += MISSING_OPTION_PATHS
     result = run_all(lines, tmp_path)
     for line, (code, out, err) in zip(lines, result["outcomes"], strict=True):
         assert (code, out) == (2, ""), (line, err)
@@ -104,7 +104,7 @@ def test_wrong_paths_are_rejected_without_heavy_imports(tmp_path: Path) -> None:
 
 def test_help_of_every_command_needs_no_heavy_imports(tmp_path: Path) -> None:
     groups = [(), ("jobs",), ("data",), ("bench",)]
-    # The help of `eval` lists the registered tasks, which import torch.
+    # The help of `eval` imports the registered tasks, which import torch.
     names = [
         *groups,
         *(name for name in commands(typer.main.get_command(app)) if name != ("eval",)),
@@ -119,7 +119,11 @@ def test_help_of_every_command_needs_no_heavy_imports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    [("--help",), ("--version",), *((*name, *wrong) for name, wrong in WRONG_PATHS.items())],
+    [
+        ("--help",),
+        ("--version",),
+        *((*name, *arguments) for name, arguments in MISSING_PATHS.items()),
+    ],
     ids=" ".join,
 )
 def test_answer_takes_little_cpu_time(line: tuple[str, ...], tmp_path: Path) -> None:
@@ -132,7 +136,7 @@ def test_answer_takes_little_cpu_time(line: tuple[str, ...], tmp_path: Path) -> 
     assert usage.ru_utime < CPU_SECONDS
 
 
-def test_version_is_that_of_the_package(tmp_path: Path) -> None:
+def test_version_option_prints_the_package_version(tmp_path: Path) -> None:
     ((code, out, _),) = run_all([("--version",)], tmp_path)["outcomes"]
     assert code == 0
     assert out.split()[0] == "gigabatch"

@@ -20,8 +20,8 @@ class Server:
     """A job server that knows one job."""
 
     def __init__(self, **details: Any) -> None:
-        known = {"type": JobType.SUBMISSION, "entrypoint": "train", "status": "FAILED"}
-        self.details = JobDetails(**known | details)
+        defaults = {"type": JobType.SUBMISSION, "entrypoint": "train", "status": "FAILED"}
+        self.details = JobDetails(**defaults | details)
 
     def get_job_info(self, job: str) -> JobDetails:
         return self.details
@@ -29,7 +29,7 @@ class Server:
 
 @pytest.mark.parametrize(("message", "code", "exit_code", "reason"), [
     (NEVER_STARTED, None, 1, NEVER_STARTED),
-    (FAILED, 2, 2, FAILED.splitlines()[0]),  # The rest is the end of the log, printed before.
+    (FAILED, 2, 2, FAILED.splitlines()[0]),  # the other lines repeat the log, printed before
     ("  ", None, 1, "no reason given"),
     (None, None, 1, "no reason given"),
 ])  # fmt: skip

@@ -30,7 +30,7 @@ def darken(samples):
 
 
 STEPS = 150
-"""Steps of a job that is still training when a busy machine has listed and stopped it."""
+"""Enough steps that the job still trains when a busy machine lists and stops it."""
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +61,9 @@ def test_stopped_and_resumed_job_matches_local_run(
     (stages / ".gitignore").write_text("*\n")
     config = tmp_path / "it's mine.yaml"
     shutil.copy(tiny, config)
-    hurry = tmp_path / "hurry"
+    fast = tmp_path / "fast"
     settings = [
-        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}",
+        f"towers.image={{kind: module, module: 'support_towers:Slow', args: {{fast: {fast}}}}}",
         "data.stages=[my_stages.dark:darken]", f"train.steps={STEPS}",
     ]  # fmt: skip
     address = ["--address", cluster.address]
@@ -94,19 +94,19 @@ def test_stopped_and_resumed_job_matches_local_run(
     assert f"{job[1]} is STOPPED" in stopped.stdout, stopped.stderr
     followed = follower.wait(240)
     assert followed.returncode == 75, followed.stdout + followed.stderr
-    assert followed.stdout.count(f"step 1/{STEPS} ") == 1  # The complete log, once.
+    assert followed.stdout.count(f"step 1/{STEPS} ") == 1  # the log appears once
     assert "saved checkpoint" in followed.stdout
     assert f"{job[1]} was stopped" in followed.stdout
     before = len(losses(folder))
     assert 0 < before < STEPS
-    hurry.touch()
+    fast.touch()
 
-    sent = ["--with", towers, "--with", stages]
+    modules = ["--with", towers, "--with", stages]
     inline = ["submit", "--resume", folder, "cluster.launcher=inline"]
-    resumes = run(*inline, *address, *sent)
-    os.environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"  # The `start` fixture restores it.
+    resume_command = run(*inline, *address, *modules)
+    os.environ["PYTHONPATH"] += f"{os.pathsep}{tmp_path}"  # restored by the `start` fixture
     local = start("train", config, *settings, "run.name=local").wait(240)
-    resumed = resumes.wait(240)
+    resumed = resume_command.wait(240)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert f"finished: {STEPS} steps" in resumed.stdout
     status = run("jobs", "status", job[1], *address).wait(240).stdout
@@ -167,7 +167,7 @@ def test_run_folder_missing_on_a_node_is_reported(
     runs = tmp_path / "runs"
     runs.mkdir()
     agents = free_ports(2)
-    # A second node of the cluster that mounts another file system over the folder.
+    # Start a second node that mounts another file system over the folder.
     hidden = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs none "{runs}" && exec "$@"', "sh"]
     node = [
         f"--address={cluster.gcs}", f"--dashboard-agent-listen-port={agents[0]}",
@@ -176,7 +176,7 @@ def test_run_folder_missing_on_a_node_is_reported(
     log = tmp_path / "node.log"
 
     def joined() -> bool:
-        """Whether the node and its agents run; without the agents no job starts on it."""
+        """Return whether the node and its agents run; a job needs both."""
         sockets = psutil.net_connections("tcp")
         listening = {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
         nodes = ask(cluster, "/nodes?view=summary")["data"]["summary"]

@@ -37,7 +37,7 @@ def test_job_holds_resolved_config_and_quoted_command(tiny: Path) -> None:
     config = parse_config(job.files["it-s----mine-.yaml"], "sent")
     assert config.train.steps == 7
     assert config.run.dir.is_absolute()
-    assert config.cluster.threads == 0  # Resolved on the cluster, from its number of cores.
+    assert config.cluster.threads == 0  # resolved on the cluster, from its number of cores
 
 
 def test_stop_timeout_exceeds_grace_period_of_run(tiny: Path) -> None:
@@ -74,9 +74,9 @@ def test_invalid_config_or_missing_code_fails_before_submission(
 def test_sent_and_installed_modules_are_accepted(tiny: Path, package: Path) -> None:
     single = package.parent / "single.py"
     single.write_text("from torch.nn import Linear as Line\nif True:\n    Other = Line\n")
-    sent = [package, single]
+    paths = [package, single]
     for module in ("mine.deep.towers:Tower", "single:Line", "single:Other", "torch.nn:Linear"):
-        assert train_job(tiny, [tower(module)], sent).modules == tuple(sent)
+        assert train_job(tiny, [tower(module)], paths).modules == tuple(paths)
 
 
 def test_unsent_local_module_is_reported_with_option_to_add(
@@ -92,7 +92,7 @@ def test_invalid_module_paths_are_rejected(tiny: Path, package: Path, tmp_path: 
     notes.touch()
     dashed.touch()
     for paths, message in [
-        ([tmp_path / "gone.py"], "no such file"),
+        ([tmp_path / "missing.py"], "no such file"),
         ([notes], "neither a .py file nor the folder"),
         ([dashed], "is not an importable module name"),
         ([package, package], "two paths have the same name mine"),
@@ -145,7 +145,7 @@ def test_invalid_address_is_rejected(no_token: Path, address: str) -> None:
 
 
 def test_unreachable_cluster_is_reported(no_token: Path) -> None:
-    with socket.socket() as bound:  # Bound, but not listening.
+    with socket.socket() as bound:  # bound but not listening
         bound.bind(("127.0.0.1", 0))
         with pytest.raises(GigabatchError, match="no cluster responds"):
             connect(f"http://127.0.0.1:{bound.getsockname()[1]}")

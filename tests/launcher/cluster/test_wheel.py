@@ -1,4 +1,4 @@
-"""Wheels of the running code, and the files of the package in every kind of install."""
+"""Wheels of the running code, and the package's files in every kind of install."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ def copy_checkout(to: Path) -> Path:
 
 
 def empty_environment(folder: Path) -> Path:
-    """Return the interpreter of a virtual environment with the packages of this one, but not
-    gigabatch."""
+    """Create a virtual environment with this one's packages except gigabatch; return its Python."""
     venv.create(folder, with_pip=False)
     packages = folder / "lib" / f"python{sysconfig.get_python_version()}" / "site-packages"
     paths = [path for path in sys.path if path.endswith("-packages")]
@@ -70,7 +69,7 @@ def test_wheel_holds_the_running_code_and_pip_installs_it(tmp_path: Path) -> Non
     assert run(python, "-c", code, cwd=tmp_path).startswith(str(tmp_path / "env"))
 
 
-def test_wheel_name_changes_with_any_byte_and_only_then(
+def test_wheel_name_changes_if_and_only_if_a_byte_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     package = tmp_path / "gigabatch"
@@ -84,8 +83,8 @@ def test_wheel_name_changes_with_any_byte_and_only_then(
     code.touch()
     (package / "data" / "__pycache__").mkdir()
     (package / "data" / "__pycache__" / "code.pyc").write_bytes(b"x")
-    again = build_wheel(tmp_path / "two")
-    assert (again.name, again.read_bytes()) == (first.name, first.read_bytes())
+    unchanged = build_wheel(tmp_path / "two")
+    assert (unchanged.name, unchanged.read_bytes()) == (first.name, first.read_bytes())
     code.write_text("A = 2\n")
     assert build_wheel(tmp_path).name != first.name
 

@@ -1,4 +1,4 @@
-"""The experiments on real drawings, on a few synthetic drawings in the same layout."""
+"""The experiments on real drawings, run on a few synthetic drawings in the same layout."""
 
 from __future__ import annotations
 
@@ -30,8 +30,7 @@ WITHOUT_CHINESE = "c_5"
 
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data folder: twelve concepts by three artists and by a fourth, and four other concepts by
-    all artists. One drawing has no Chinese name."""
+    """A data folder with the sets of ARTISTS and CONCEPTS; one drawing has no Chinese name."""
     source = tmp_path_factory.mktemp("drawings")
     for name in ARTISTS:
         _write_set(source / name, ARTISTS[name], CONCEPTS[name])
@@ -93,11 +92,11 @@ def test_noisy_study_shuffles_training_captions_between_concepts(
     study = _study("emoji-noisy", drawings)
     for copy, seed in (("a", 0), ("b", 0), ("c", 1)):
         study.write(tmp_path / copy, np.random.default_rng(seed), "")
-    first, again, other = (
+    first, repeated, other = (
         [(sample["txt"], sample["json"]) for sample in _read(tmp_path / copy / "train")]
         for copy in ("a", "b", "c")
     )
-    assert first == again != other
+    assert first == repeated != other
     for name in ARTISTS:
         samples, sources = _read(tmp_path / "a" / name), _read(drawings / name)
         assert [s["png"] for s in samples] == [s["png"] for s in sources]
@@ -155,26 +154,26 @@ def test_both_studies_train_and_report_metrics_with_intervals(
     robust_variant = replace(noisy.variants[1], config={"objective": {"name": "noisy"}})
     noisy = replace(noisy, variants=(noisy.variants[0], robust_variant))
     outcome = run_study(noisy, 1, tmp_path, lambda _: None, lambda: False)
-    plain, robust = outcome.results["plain"], outcome.results["robust"]
-    assert plain["best artist R@10"].mean >= plain["final artist R@10"].mean
-    assert plain["best artist R@10"].low is None  # that step's embeddings are gone
+    baseline, robust = outcome.results["plain"], outcome.results["robust"]
+    assert baseline["best artist R@10"].mean >= baseline["final artist R@10"].mean
+    assert baseline["best artist R@10"].low is None  # the embeddings of that step were not kept
     assert 0 <= robust["AUC of the split"].mean <= 1
     lines = report.table_lines(report.as_json(outcome)["results"])
     assert "[" in next(line for line in lines if line.startswith("robust"))
 
 
 @pytest.mark.slow
-def test_runs_on_other_drawings_are_refused(drawings: Path, tmp_path: Path) -> None:
+def test_runs_on_other_drawings_are_rejected(drawings: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     for name in ARTISTS:
         _write_set(other / name, ARTISTS[name], range(14))
-    for source, refused in ((drawings, False), (other, True)):
+    for source, rejected in ((drawings, False), (other, True)):
         study = _short(_study("emoji-noisy", source), **{"data.text.vocab_size": 300})
         study = replace(
             study, variants=study.variants[:1], metrics=study.metrics[1:2], checks=()
         )  # fmt: skip
-        if refused:
+        if rejected:
             with pytest.raises(GigabatchError, match=r"another version .*\(data.root: "):
                 run_study(study, 1, tmp_path / "out", lambda _: None, lambda: False)
         else:
@@ -198,7 +197,7 @@ def test_missing_data_folder_or_set_is_a_user_error(
     assert not (tmp_path / "out").exists()
 
 
-def test_drawings_without_names_or_concepts_are_refused(drawings: Path, tmp_path: Path) -> None:
+def test_drawings_without_names_or_concepts_are_rejected(drawings: Path, tmp_path: Path) -> None:
     for fields, message in (
         ({"concept": 1, "names": {"en": "x"}}, "train: no sample's json has `names` in all of en"),
         ({"names": {}}, "its json has no field `concept`"),

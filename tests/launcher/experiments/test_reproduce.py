@@ -1,4 +1,4 @@
-"""`gigabatch reproduce`: runs of a small study, stopped and continued, and the reports."""
+"""`gigabatch reproduce`: runs of a small study, resumed after a stop, and the reports."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def never() -> bool:
 
 
 @pytest.mark.slow
-def test_stopped_study_continues_and_reads_what_its_runs_stored(tmp_path: Path) -> None:
+def test_stopped_study_resumes_and_reads_stored_results(tmp_path: Path) -> None:
     lines: list[str] = []
     polls = iter(range(1000))
     with pytest.raises(Stopped):
@@ -70,9 +70,9 @@ def test_stopped_study_continues_and_reads_what_its_runs_stored(tmp_path: Path) 
     assert str(more.train.init_from).startswith(str(tmp_path / "runs" / "small-first-1"))
 
     stored.write_text(json.dumps({"eval/test/one2two_recall@1": 0.0}))
-    again = run_study(SMALL, 2, tmp_path, lines.append, never)
-    assert len(lines) == 4  # nothing was trained
-    assert again.results["first"]["R@1"].values[0] == 0.0  # read from the file
+    reread_outcome = run_study(SMALL, 2, tmp_path, lines.append, never)
+    assert len(lines) == 4  # no run was trained again
+    assert reread_outcome.results["first"]["R@1"].values[0] == 0.0  # read from the file
     with pytest.raises(GigabatchError, match=r"another version of this experiment \(train.steps"):
         run_study(replace(SMALL, config={**SMALL.config, "train.steps": 31}), 1, tmp_path,
                   lines.append, never)  # fmt: skip
@@ -83,12 +83,12 @@ def test_stopped_study_continues_and_reads_what_its_runs_stored(tmp_path: Path) 
         ["Symile"], "Training helps.", True,
     )  # fmt: skip
     assert report.save(tmp_path, SMALL, result) == result
-    reread = {**result, "seconds": 0.1, "date": "2000-01-01"}
-    assert report.save(tmp_path, SMALL, reread) == result  # the first duration and date are kept
+    update = {**result, "seconds": 0.1, "date": "2000-01-01"}
+    assert report.save(tmp_path, SMALL, update) == result  # keeps duration and date
     new_text = {"setting": "Reworded."}
-    assert report.save(tmp_path, SMALL, reread | new_text) == result | new_text
+    assert report.save(tmp_path, SMALL, update | new_text) == result | new_text
     assert report.load(report.results_file(tmp_path, SMALL)) == result | new_text
-    other = {**reread, "results": {}}
+    other = {**update, "results": {}}
     assert report.save(tmp_path / "other", SMALL, other) == other
     report.write_report(tmp_path / "docs" / "report.md", tmp_path, [SMALL])
     text = (tmp_path / "docs" / "report.md").read_text()
@@ -99,7 +99,7 @@ def test_stopped_study_continues_and_reads_what_its_runs_stored(tmp_path: Path) 
 
 
 def _noisy_outcome() -> Outcome:
-    """Results of the study of noisy pairs on which every check passes."""
+    """Return results of the noisy-pairs study that pass every check."""
     results = {
         "plain": {"best R@1": Estimate((0.9,)), "final R@1": Estimate((0.4, 0.41))},
         "robust": {"final R@1": Estimate((0.98,)), "AUC of the split": Estimate((0.9,))},
@@ -121,7 +121,7 @@ def test_check_lines_state_verdict_variants_metric_value_and_threshold() -> None
     ]
 
 
-def test_outcome_of_version_0_1_is_read_as_todays(tmp_path: Path) -> None:
+def test_outcome_of_version_0_1_is_converted_to_the_current_format(tmp_path: Path) -> None:
     new = report.as_json(_noisy_outcome())
     old = {
         "paper": 1, "name": "noisy-pairs",

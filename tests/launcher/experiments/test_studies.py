@@ -1,4 +1,4 @@
-"""The descriptions of all experiments: valid configs, reachable verdicts, reproducible data."""
+"""Definitions of all experiments: valid configs, reachable verdicts, reproducible data."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_check_can_pass_and_fail(study: Study) -> None:
     random = np.random.default_rng(0)
     verdicts: dict[Check, set[bool]] = {check: set() for check in study.checks}
     for _ in range(2000):
-        if all(len(seen) == 2 for seen in verdicts.values()):
+        if all(len(outcomes) == 2 for outcomes in verdicts.values()):
             break
         results = {
             variant.name: {

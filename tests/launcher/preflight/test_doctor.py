@@ -1,4 +1,4 @@
-"""`gigabatch doctor` on this machine: a healthy one, and one that lacks something."""
+"""`gigabatch doctor` and the checks before a start, on this machine."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_low_open_file_limit_is_reported_with_its_fix() -> None:
     assert "WARNING at most 256 per process. ulimit -n 256" in line
 
 
-def test_too_little_shared_memory_raises_before_the_start(tiny: Path) -> None:
+def test_insufficient_shared_memory_raises_before_the_start(tiny: Path) -> None:
     large = ["data.image.size=8192", "batch.micro_size=65536", "batch.global_size=65536"]
     with pytest.raises(GigabatchError, match=r"shared memory: .* Enlarge it"):
         refuse_unfit(load_config(tiny, large), print)
@@ -47,14 +47,14 @@ def test_shared_memory_check_counts_only_local_ranks(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = shutil.disk_usage("/dev/shm").free
-    most = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # as many ranks need about all of it
-    many = load_config(tiny, ["cluster.launcher=ray", f"cluster.workers=[1,{4 * most}]"])
+    ranks = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # they need about all of it
+    many = load_config(tiny, ["cluster.launcher=ray", f"cluster.workers=[1,{4 * ranks}]"])
     with pytest.raises(GigabatchError, match="shared memory"):
         refuse_unfit(many, print)
     with monkeypatch.context() as torchrun:
         torchrun.setenv("LOCAL_WORLD_SIZE", "8")
         refuse_unfit(many, print)
-    # In the driver of a Ray job, whose workers run elsewhere.
+    # As in the driver of a Ray job, whose workers may run on other nodes.
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     refuse_unfit(many, print)

@@ -1,4 +1,4 @@
-"""Runs whose checkpoints are copied to an S3 server or a disk, and resumed from the copies."""
+"""Runs that copy checkpoints to an S3 server or a disk and resume from the copies."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_damaged_checkpoints_are_restored_by_resuming_from_the_url(
     for step in (9, 12):
         (run.checkpoints / f"step-{step:08d}" / "towers.safetensors").write_bytes(b"damaged")
 
-    # Resuming from the URL fetches the copy of the last step, so nothing is left to train.
+    # Resuming from the URL fetches the copy of the last step, so no step remains.
     done = gigabatch("resume", url)
     assert done.returncode == 2
     assert "fetched checkpoint step-00000012" in done.stderr
@@ -174,7 +174,7 @@ def test_stop_waits_for_the_copy_at_most_the_grace_time(
     assert RunFolder(tmp_path / "runs" / "a").stopped()
 
 
-def refusal(
+def error_of_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object
 ) -> str:
     """Run a command that fails with exit code 2 in this process; return its message."""
@@ -189,7 +189,7 @@ def test_unusable_copy_url_is_rejected_before_files_are_created(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def message(*arguments: object) -> str:
-        return refusal(monkeypatch, capsys, *arguments)
+        return error_of_command(monkeypatch, capsys, *arguments)
 
     err = message("train", tiny, "checkpoint.copy_to=file:///proc/missing", "run.name=a")
     assert "checkpoint.copy_to: file:///proc/missing/.probe-" in err
@@ -214,8 +214,8 @@ def test_missing_bucket_is_rejected_before_files_are_created(
     capsys: pytest.CaptureFixture[str],
     s3: FailingServer,
 ) -> None:
-    to = "checkpoint.copy_to=s3://no-such-bucket/x"
-    err = refusal(monkeypatch, capsys, "train", tiny, to)
+    override = "checkpoint.copy_to=s3://no-such-bucket/x"
+    err = error_of_command(monkeypatch, capsys, "train", tiny, override)
     assert "checkpoint.copy_to: s3://no-such-bucket/x/.probe-" in err
     assert "HTTP 404 (The specified bucket does not exist)" in err
     assert not (tmp_path / "runs").exists()

@@ -15,8 +15,7 @@ import jsonschema
 import pytest
 import ray.autoscaler
 import yaml
-from support import Command, losses, wait_for_step
-from test_misuse import outcome
+from support import Command, losses, outcome, wait_for_step
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher import templates
@@ -133,8 +132,8 @@ def test_ray_cluster_passes_ray_schema(awkward: Path) -> None:
     cluster = yaml.safe_load(text)
     schema = Path(ray.autoscaler.__file__).with_name("ray-schema.json")
     jsonschema.validate(cluster, json.loads(schema.read_text()))
-    prepared = prepare_config(cluster)
-    assert prepared["max_workers"] == 1
+    prepared_config = prepare_config(cluster)
+    assert prepared_config["max_workers"] == 1
     commands = cluster["head_start_ray_commands"] + cluster["worker_start_ray_commands"]
     assert all("RAY_AUTH_MODE=token" in line for line in commands if "ray start" in line)
     assert "--dashboard-host=127.0.0.1" in text
@@ -193,7 +192,7 @@ def test_existing_output_file_is_kept(
     assert out.read_text() == before
 
 
-# Replacements for Slurm's commands, as far as the script uses them: two tasks on this machine.
+# Replacements for the Slurm commands that the script uses: two tasks on this machine.
 SLURM = {
     "srun": """
 while [[ "$1" == --* ]]; do shift; done
@@ -271,12 +270,12 @@ def test_slurm_job_restarts_failed_ranks(tiny: Path, tmp_path: Path) -> None:
 def test_slurm_job_saves_before_time_limit_and_resumes_when_requeued(
     tiny: Path, tmp_path: Path
 ) -> None:
-    tools, hurry, runs = tmp_path / "bin", tmp_path / "hurry", tmp_path / "runs"
+    tools, fast, runs = tmp_path / "bin", tmp_path / "fast", tmp_path / "runs"
     tools.mkdir()
     for name, body in SLURM.items():
         (tools / name).write_text(f"#!/bin/bash\n{body}\n")
         (tools / name).chmod(0o755)
-    tower = f"{{kind: module, module: 'support_towers:Slow', args: {{hurry: {hurry}}}}}"
+    tower = f"{{kind: module, module: 'support_towers:Slow', args: {{fast: {fast}}}}}"
     overrides = ["train.steps=30", f"towers.image={tower}", "run.name=job"]
     script = tmp_path / "job.sbatch"
     script.write_text(render("slurm", tiny, [*overrides, "cluster.launcher=torchrun",
@@ -293,12 +292,12 @@ def test_slurm_job_saves_before_time_limit_and_resumes_when_requeued(
     job = sbatch()
     try:
         wait_for_step(runs / "job", 2, job)
-        job.signal(signal.SIGUSR1)  # Only to the batch shell, as Slurm does.
+        job.signal(signal.SIGUSR1)  # only to the batch shell, as Slurm does
         done = job.wait(300)
         assert done.returncode == 75, done.stdout + done.stderr
         assert (tmp_path / "requeued").read_text() == "requeue 4711\n"
         assert len(losses(runs / "job")) < 30
-        hurry.touch()
+        fast.touch()
         job = sbatch()
         done = job.wait(300)
     finally:

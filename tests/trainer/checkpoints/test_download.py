@@ -1,4 +1,4 @@
-"""Tests of downloads from copies: newest valid checkpoint, damaged copies, complete run folders."""
+"""Downloads of copies: newest valid checkpoint, damaged copies, complete run folders."""
 
 from __future__ import annotations
 

@@ -103,13 +103,13 @@ def test_suspended_process_does_not_reset_latest(
 ) -> None:
     write = checkpoint.write_atomically
 
-    def late(path: Path, text: str) -> None:
+    def write_after_later_attempt(path: Path, text: str) -> None:
         monkeypatch.setattr(checkpoint, "write_atomically", write)
         (run.path / "attempts" / "000002.json").touch()
         save(run, 9, attempt=2)
         write(path, text)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", late)
+    monkeypatch.setattr(checkpoint, "write_atomically", write_after_later_attempt)
     with pytest.raises((GigabatchError, OSError), match="superseded by a later one"):
         save(run, 3)
     assert (run.checkpoints / "LATEST").read_text() == "step-00000009\n"
@@ -123,12 +123,12 @@ def save_and_die_before_latest(run: RunFolder, step: int) -> None:
 
 def test_kill_between_rename_and_latest_keeps_both_checkpoints(run: RunFolder) -> None:
     save(run, 1)
-    doomed = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context("fork").Process(
         target=save_and_die_before_latest, args=(run, 2)
     )
-    doomed.start()
-    doomed.join()
-    assert doomed.exitcode == -signal.SIGKILL
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert (run.checkpoints / "LATEST").read_text() == "step-00000001\n"
     assert run.steps_saved() == [1, 2]
     newest = latest_checkpoint(run)
@@ -159,8 +159,8 @@ def test_partly_written_folder_is_not_a_checkpoint(run: RunFolder) -> None:
 
 def test_failed_write_keeps_earlier_checkpoints(run: RunFolder) -> None:
     save(run, 1)
-    # A file in place of the temporary folder stands in for any error of the file system.
-    (run.checkpoints / ".step-00000002.000001.tmp").write_text("in the way")
+    # A file in place of the temporary folder makes the write fail, as a full disk would.
+    (run.checkpoints / ".step-00000002.000001.tmp").write_text("not a folder")
     with pytest.raises(GigabatchError, match="step 2 was not saved"):
         save(run, 2)
     assert latest_checkpoint(run).step == 1  # type: ignore[union-attr]
@@ -181,7 +181,7 @@ def test_worker_superseded_after_its_commit_removes_nothing(run: RunFolder) -> N
     save(run, 5, attempt=2)
     _remove_old(run, 1, 1, CheckpointSettings(keep=1), set())
     assert run.steps_saved() == [1, 5]
-    (run.path / "attempts" / "000002.json").unlink()  # A network file system may not show it yet.
+    (run.path / "attempts" / "000002.json").unlink()  # as if a network file system hid it
     _remove_old(run, 1, 1, CheckpointSettings(keep=1), set())
     assert run.steps_saved() == [1, 5]
 
@@ -190,7 +190,7 @@ def test_leftovers_of_a_kill_are_removed_before_the_next_write(run: RunFolder) -
     leftover = run.checkpoints / ".step-00000001.000001.tmp"
     leftover.mkdir(parents=True)
     (run.path / "attempts" / "000002.json").touch()
-    (run.checkpoints / ".step-00000002.000002.tmp").write_text("in the way: nothing is committed")
+    (run.checkpoints / ".step-00000002.000002.tmp").write_text("not a folder")
     with pytest.raises(GigabatchError, match="step 2 was not saved"):
         save(run, 2, attempt=2)
     assert not leftover.exists()
@@ -250,11 +250,13 @@ def test_manifest_lists_every_file(run: RunFolder) -> None:
 
 
 class _Payload:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
+        return Path.touch, (self.path,)
 
 
 def test_pickle_in_place_of_tensors_raises_without_being_loaded(
@@ -262,8 +264,8 @@ def test_pickle_in_place_of_tensors_raises_without_being_loaded(
 ) -> None:
     save(run, 1)
     folder = run.checkpoints / "step-00000001"
-    file, mark = folder / "towers.safetensors", tmp_path / "it ran"
-    file.write_bytes(pickle.dumps(_Payload(mark)))
+    file, evidence = folder / "towers.safetensors", tmp_path / "unpickled"
+    file.write_bytes(pickle.dumps(_Payload(evidence)))
     manifest = json.loads((folder / "manifest.json").read_text())
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
     manifest["files"][file.name] = {"bytes": file.stat().st_size, "sha256": sha256}
@@ -272,7 +274,7 @@ def test_pickle_in_place_of_tensors_raises_without_being_loaded(
     assert newest is not None
     with pytest.raises(GigabatchError, match="not a safetensors file"):
         newest.tensors("towers")
-    assert not mark.exists()
+    assert not evidence.exists()
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps."""
+"""Retention of checkpoints: the newest, every mth, and the best."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluated_run(path: Path, values: dict[int, float]) -> RunFolder:
 
 
 @pytest.mark.parametrize(
-    ("settings", "kept"),
+    ("settings", "steps"),
     [
         ({"keep": 2}, {5, 6}),
         ({"keep": 99}, {1, 2, 3, 4, 5, 6}),
@@ -38,11 +38,11 @@ def evaluated_run(path: Path, values: dict[int, float]) -> RunFolder:
     ],
 )
 def test_newest_every_mth_and_best_checkpoints_are_kept(
-    settings: dict[str, object], kept: set[int], tmp_path: Path
+    settings: dict[str, object], steps: set[int], tmp_path: Path
 ) -> None:
     run = evaluated_run(tmp_path, {1: 0.1, 3: 0.5, 4: 0.5, 5: math.nan})
     chosen = CheckpointSettings.model_validate(settings)
-    assert steps_to_keep(run, range(1, 7), chosen) == kept
+    assert steps_to_keep(run, range(1, 7), chosen) == steps
 
 
 def test_best_step_without_finite_values_is_none(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_save_is_due_at_every_step_that_must_be_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "says"),
+    ("overrides", "message"),
     [
         (["checkpoint.best=eval/other/mean_recall@10", "eval.every_steps=2"], "never measured"),
         (["checkpoint.best=eval/val/mean_recall@10"], "set eval.every_steps"),
@@ -67,8 +67,8 @@ def test_save_is_due_at_every_step_that_must_be_kept() -> None:
         (["checkpoint.best=train/loss"], "pattern"),
     ],
 )
-def test_best_metric_that_is_never_measured_raises(overrides: list[str], says: str) -> None:
-    with pytest.raises(GigabatchError, match=says):
+def test_best_metric_that_is_never_measured_raises(overrides: list[str], message: str) -> None:
+    with pytest.raises(GigabatchError, match=message):
         parse_config(TINY.format(root="/data"), "tiny", overrides)
 
 

@@ -39,13 +39,13 @@ def new_run(tiny: Path, tower: str, *overrides: str) -> RunFolder:
 def test_save_requested_during_bad_steps_is_saved_after_them(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = new_run(tiny, "BadSpell", "train.max_bad_steps=9", "checkpoint.every_steps=0")
-    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    run = new_run(tiny, "NanForTwelveBatches", "train.max_bad_steps=9", "checkpoint.every_steps=0")
+    monkeypatch.setattr(support_towers.NanForTwelveBatches, "calls", 0)
     steps = []
 
-    def stop() -> bool:  # Called once per step.
+    def stop() -> bool:  # called once per step
         steps.append(None)
-        if len(steps) == 6:  # The first bad step.
+        if len(steps) == 6:  # the first bad step
             run.request_save()
         return False
 
@@ -58,10 +58,10 @@ def test_save_requested_during_bad_steps_is_saved_after_them(
 def test_rewind_restores_the_checkpoint_and_skips_the_bad_steps(
     zero: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = new_run(tiny, "BadSpell", f"train.zero_stage={zero}")
-    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    run = new_run(tiny, "NanForTwelveBatches", f"train.zero_stage={zero}")
+    monkeypatch.setattr(support_towers.NanForTwelveBatches, "calls", 0)
     assert run_training(run)
-    # A step calls the tower 8 times, a bad step 4 times: steps 6, 7 and 8 were bad.
+    # A step calls the tower 8 times, a bad step 4 times, so steps 6, 7 and 8 are bad.
     assert run.steps_saved() == [3, 8, 9, 12]
     before, after = checkpoint_at(run, 3), checkpoint_at(run, 8)
     for name in ("towers", "moments", "objective"):
@@ -72,35 +72,35 @@ def test_rewind_restores_the_checkpoint_and_skips_the_bad_steps(
     assert (after.state["rewinds"], after.state["skipped"], after.state["bad_steps"]) == (1, 3, 0)
     lines = [line for line in read_metrics(run.metrics) if "train/rewinds" in line]
     assert [(line["step"], line["train/voided_steps"]) for line in lines] == [(8, 5)]
-    curve = losses(run.path)
-    assert sorted(curve) == list(range(1, 13))
+    expected = losses(run.path)
+    assert sorted(expected) == list(range(1, 13))
     # A resume from the checkpoint after the rewind takes the same steps.
     for step in (9, 12):
         shutil.rmtree(run.checkpoints / f"step-{step:08d}")
-    monkeypatch.setattr(support_towers.BadSpell, "calls", 60)
+    monkeypatch.setattr(support_towers.NanForTwelveBatches, "calls", 60)
     assert run_training(run)
-    assert losses(run.path) == curve
+    assert losses(run.path) == expected
 
 
 def test_rewind_without_a_checkpoint_restores_the_initial_state(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = new_run(tiny, "BadSpell", "checkpoint.every_steps=0", "train.steps=8")
-    monkeypatch.setattr(support_towers.BadSpell, "calls", 0)
+    run = new_run(tiny, "NanForTwelveBatches", "checkpoint.every_steps=0", "train.steps=8")
+    monkeypatch.setattr(support_towers.NanForTwelveBatches, "calls", 0)
     towers = []
-    init = support_towers.BadSpell.__init__
+    init = support_towers.NanForTwelveBatches.__init__
 
-    def remember(self: support_towers.BadSpell, width: int = 4) -> None:
+    def init_and_record(self: support_towers.NanForTwelveBatches, width: int = 4) -> None:
         init(self, width)
         towers.append(weakref.ref(self))
 
-    monkeypatch.setattr(support_towers.BadSpell, "__init__", remember)
+    monkeypatch.setattr(support_towers.NanForTwelveBatches, "__init__", init_and_record)
     assert run_training(run)
     assert run.steps_saved() == [8]
     assert checkpoint_at(run, 8).state["optimizer_steps"] == 0
     gc.collect()
     assert len(towers) == 2
-    assert towers[0]() is None, "the towers from before the rewind are still in memory"
+    assert towers[0]() is None, "the towers before the rewind are still in memory"
 
 
 def test_run_stops_after_max_rewinds(tiny: Path) -> None:

@@ -48,7 +48,7 @@ def save_and_raise(run: RunFolder, error: BaseException, numbers: int = 10) -> N
         raise error
 
 
-LARGE = 40_000_000  # 160 MB: writing and checksumming takes tenths of a second.
+LARGE = 40_000_000  # 160 MB, which take tenths of a second to write and checksum
 
 
 def test_save_returns_before_the_write_ends(run: RunFolder) -> None:
@@ -68,14 +68,14 @@ def test_save_returns_before_the_write_ends(run: RunFolder) -> None:
 def test_second_save_waits_for_the_first(run: RunFolder) -> None:
     saved: list[list[int]] = []
 
-    def second() -> Any:
+    def second_snapshot() -> Any:
         saved.append(run.steps_saved())
         return snapshot(2)()
 
     with saver(run) as saving:
         saving.save(1, snapshot(1, LARGE))
-        saving.save(2, second)
-    assert saved == [[1]]  # Written before the second snapshot took memory.
+        saving.save(2, second_snapshot)
+    assert saved == [[1]]  # The first write ended before the second snapshot took memory.
     assert run.steps_saved() == [1, 2]
 
 
@@ -97,7 +97,7 @@ def test_exit_after_ctrl_c_does_not_wait(run: RunFolder) -> None:
 
 def test_failed_write_replaces_the_error_that_followed(run: RunFolder) -> None:
     run.checkpoints.mkdir()
-    (run.checkpoints / ".step-00000001.000001.tmp").write_text("in the way")
+    (run.checkpoints / ".step-00000001.000001.tmp").write_text("not a folder")
     with pytest.raises(GigabatchError, match="step 1 was not saved"):
         save_and_raise(run, OSError("No space left on device"))
 
@@ -113,7 +113,7 @@ def test_superseded_attempt_commits_nothing(run: RunFolder) -> None:
 
 
 def suspend_during_a_write(run: RunFolder, command: Command) -> Path:
-    """Suspend training while a checkpoint is partly written and a later step is already done.
+    """Suspend training while a checkpoint is partly written and a later step has ended.
 
     Returns the partly written folder.
     """
@@ -141,11 +141,11 @@ def test_kill_during_a_background_write_loses_nothing(
         "train.steps=30", "eval.sets=[]", "towers.image={kind: module, args: {width: 6}}",
         "towers.image.module=support_towers:Heavy",
     ]  # fmt: skip
-    rare = [*settings, "checkpoint.every_steps=0", "run.name=full"]
-    assert gigabatch("train", tiny, *rare).returncode == 0
+    reference = [*settings, "checkpoint.every_steps=0", "run.name=full"]
+    assert gigabatch("train", tiny, *reference).returncode == 0
     run = RunFolder(tmp_path / "runs" / "a")
     command = start("train", tiny, *settings, "checkpoint.every_steps=8", "run.name=a")
-    wait_for_step(run.path, 9, command)  # The first checkpoint is written, or being written.
+    wait_for_step(run.path, 9, command)  # The write of the first checkpoint has started.
     while not run.steps_saved():
         time.sleep(0.01)
     partial = suspend_during_a_write(run, command)
@@ -180,7 +180,7 @@ def test_failed_background_write_ends_all_ranks_with_its_message(
     wait_for_step(run.path, 1, command)
     run.checkpoints.mkdir(exist_ok=True)
     obstacle = run.checkpoints / ".step-00000040.000001.tmp"
-    obstacle.write_text("in the way, as a full disk would be")
+    obstacle.write_text("not a folder")
     done = command.wait()
     assert done.returncode == 2, done.stdout + done.stderr
     assert "the checkpoint of step 40 was not saved" in done.stderr

@@ -1,4 +1,4 @@
-"""Tests of checkpoint copies on a failing S3 server and on disk: completeness, order, ownership."""
+"""Checkpoint copies on a failing S3 server and on disk: completeness, order, ownership."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def server() -> Iterator[FailingServer]:
 
 @pytest.fixture
 def s3(server: FailingServer) -> RemoteRun:
-    """Return an empty folder on S3; the first client, which is slow to create, exists."""
+    """Return an empty folder on S3; its client exists, because creating the first takes long."""
     bucket = f"copies-{next(NUMBERS)}"
     server.clear_rules()
     make_bucket(server, bucket)
@@ -66,7 +66,7 @@ def path_in_checkpoints(path: str) -> str:
 
 @pytest.fixture
 def copiers() -> Iterator[list[Copier]]:
-    """Yield a list; the copiers in it are awaited when the test ends."""
+    """Yield a list of copiers to wait for when the test ends."""
     started: list[Copier] = []
     yield started
     for copier in started:
@@ -133,7 +133,7 @@ def test_upload_retries_after_mid_copy_errors(
 ) -> None:
     save(run, 3)
     server.status(503, method="PUT", path="*moments*", times=1)
-    server.hang_up(method="PUT", path="*towers*", times=2)  # written, but the answer is lost
+    server.hang_up(method="PUT", path="*towers*", times=2)  # written, but the response is lost
     copiers.append(copier := Copier(s3, run, 1, KEEP_NINE))
     copier.offer(3)
     copier.wait(lambda: None)
@@ -232,7 +232,7 @@ def test_two_starts_cannot_register_the_same_attempt(
     disk: RemoteRun, run: RunFolder, tmp_path: Path
 ) -> None:
     disk.register_attempt(run, 1)
-    disk.register_attempt(run, 1)  # as after a lost answer
+    disk.register_attempt(run, 1)  # as after a lost response
     with pytest.raises(UploadSuperseded):
         disk.register_attempt(make_run(tmp_path / "b"), 1)
     assert disk.read("config.yaml") == "config.yaml of 1"
@@ -300,6 +300,6 @@ def test_write_respects_new_and_check_writable_names_the_folder(
     assert remote.read("x") == "two"
     check_writable(remote.url)
     assert sorted(remote.files()) == ["x"]
-    unwritable = "s3://no-such-bucket/x" if remote.url.startswith("s3") else "file:///proc/nowhere"
+    unwritable = "s3://no-such-bucket/x" if remote.url.startswith("s3") else "file:///proc/missing"
     with pytest.raises(GigabatchError, match=rf"{unwritable}/\.probe-.* cannot be written"):
         check_writable(unwritable, QUICK_RETRY)

@@ -1,4 +1,7 @@
-"""What of a run can be seen of its config, by name of a probe: config, folder -> anything."""
+"""Probes of config keys: functions of a config and a folder that return a comparable value.
+
+A key has an effect if a probe's value differs.
+"""
 
 from __future__ import annotations
 
@@ -45,15 +48,17 @@ from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.step import tower_inputs
 from gigabatch.trainer.towers import build_towers
 
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 def digest(*tensors: torch.Tensor) -> str:
+    """Return the SHA-256 of the tensors' values."""
     joined = b"".join(t.detach().double().numpy().tobytes() for t in tensors)
     return hashlib.sha256(joined).hexdigest()
 
 
 def micro_batches(config: Config, folder: Path) -> Any:
+    """Return the stream of the first step."""
     data = open_train(config)
     make_tokenizer(config, data).save(str(folder / "tokenizer.json"))
     needs, plans = build_objective(config.objective).needs, plans_of(data, 1, 0, 1, 1)
@@ -61,52 +66,53 @@ def micro_batches(config: Config, folder: Path) -> Any:
     return train_stream(data, plans, tokenizer, needs.columns, vectors=needs.vectors)
 
 
-def see_batch(config: Config, folder: Path) -> Any:
+def probe_batch(config: Config, folder: Path) -> Any:
     return [
         [m.number, list(m.keys), digest(*m.tensors.values())] for m in micro_batches(config, folder)
     ]
 
 
-def see_inputs(config: Config, folder: Path) -> Any:
+def probe_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
     return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
 
 
-def see_loaders(config: Config, folder: Path) -> Any:
+def probe_loaders(config: Config, folder: Path) -> Any:
     stream = micro_batches(config, folder)
     workers = len(psutil.Process().children())
     iterator = iter(stream)
     next(iterator)
     workers = len(psutil.Process().children()) - workers
-    ahead = stream.pipeline[0].prefetch_factor if workers else None
-    # Prefetching means something only with a loader process: read both with one.
+    prefetch = stream.pipeline[0].prefetch_factor if workers else None
+    # Nothing is prefetched without a loader process, so add one.
     if not workers:
-        one = config.data.model_copy(update={"workers": 1})
-        return see_loaders(config.model_copy(update={"data": one}), folder)
-    return [workers, ahead]
+        data = config.data.model_copy(update={"workers": 1})
+        return probe_loaders(config.model_copy(update={"data": data}), folder)
+    return [workers, prefetch]
 
 
 def embed(config: Config, folder: Path) -> tuple[Any, Any]:
+    """Return the initial towers and their outputs on the first micro-batch."""
     micro = next(iter(micro_batches(config, folder)))
     vocab = load_tokenizer(folder / "tokenizer.json").get_vocab_size()
     towers = build_towers(config, vocab)
     return towers, towers(tower_inputs(micro, config.data, rng_key=7), 7)
 
 
-def see_towers(config: Config, folder: Path) -> Any:
+def probe_towers(config: Config, folder: Path) -> Any:
     towers, outputs = embed(config, folder)
     trained = [name for name, p in towers.named_parameters() if p.requires_grad]
     return [trained, digest(*towers.state_dict().values()), digest(*outputs.values())]
 
 
-def see_others(config: Config, folder: Path) -> Any:
-    """The towers, on samples with a tone and pairs of numbers."""
-    write_others(folder / "train")
+def probe_sensors(config: Config, folder: Path) -> Any:
+    """Probe the towers on samples with a tone and pairs of numbers."""
+    write_sensor_samples(folder / "train")
     data = config.data.model_copy(update={"root": str(folder)})
-    return see_towers(config.model_copy(update={"data": data}), folder)
+    return probe_towers(config.model_copy(update={"data": data}), folder)
 
 
-def write_others(folder: Path) -> None:
+def write_sensor_samples(folder: Path) -> None:
     folder.mkdir()
     tone, png = BytesIO(), BytesIO()
     soundfile.write(tone, np.sin(np.arange(250) ** 1.2), 2000, format="WAV")
@@ -118,37 +124,38 @@ def write_others(folder: Path) -> None:
             writer.write({"__key__": f"o{number}", **sample})
 
 
-def see_saved(config: Config, folder: Path) -> Any:
-    kept: list[int] = []
+def probe_activations(config: Config, folder: Path) -> Any:
+    """Count the elements that autograd saves for the backward pass."""
+    sizes: list[int] = []
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept.append(tensor.numel())
+    def record_size(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.numel())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record_size, lambda tensor: tensor):
         embed(config, folder)
-    return sum(kept)
+    return sum(sizes)
 
 
-def see_objective(config: Config, folder: Path) -> Any:
-    """The parameters of the objective."""
+def probe_objective(config: Config, folder: Path) -> Any:
+    """Return digests of the objective's parameters, by name."""
     objective = build_objective(config.objective, width=4)
     return {name: digest(p) for name, p in objective.named_parameters()}
 
 
-def see_optimizer(config: Config, folder: Path) -> Any:
+def probe_optimizer(config: Config, folder: Path) -> Any:
     towers, _ = embed(config, folder)
-    made = adamw(
+    optimizer = adamw(
         tower_groups(towers.named_parameters(), config.optimizer.weight_decay), config.optimizer
     )
-    return [{k: v for k, v in group.items() if k != "params"} for group in made.param_groups]
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
-def see_schedule(config: Config, folder: Path) -> Any:
+def probe_schedule(config: Config, folder: Path) -> Any:
     return [lr_factor(step, 400, config.schedule) for step in (1, 50, 300, 395)]
 
 
-def see_run(config: Config, folder: Path) -> Any:
+def probe_run(config: Config, folder: Path) -> Any:
     index = open_train(config)
     tokenizer = make_tokenizer(config, index)
     run = create_run(config, "run")
@@ -156,123 +163,126 @@ def see_run(config: Config, folder: Path) -> Any:
     threads = torch.get_num_threads()
     try:
         run_training(run)
-        return leavings(run)
+        return summarize_run(run)
     finally:
         torch.set_num_threads(threads)
 
 
-def see_length(config: Config, folder: Path) -> Any:
-    """Return the number of steps of the run that would be created."""
+def probe_length(config: Config, folder: Path) -> Any:
+    """Return the number of steps of a new run."""
     return resolve_epochs(config, len(open_train(config))).train.steps
 
 
-def see_initial(config: Config, folder: Path) -> Any:
-    """Towers that begin, where `train.init_from` is set, from a checkpoint of another seed."""
+def probe_initial(config: Config, folder: Path) -> Any:
+    """Digest the initial towers; `train.init_from`, if set, becomes a checkpoint of seed 5."""
     train = config.train.model_copy(update={"init_from": None})
-    plain = config.model_copy(update={"train": train})
-    other = config.run.model_copy(update={"seed": 5})
-    source, _ = embed(plain.model_copy(update={"run": other}), folder)
+    without_init = config.model_copy(update={"train": train})
+    source_run = config.run.model_copy(update={"seed": 5})
+    source, _ = embed(without_init.model_copy(update={"run": source_run}), folder)
     averaged = {name: tensor / 2 for name, tensor in source.state_dict().items()}
     files = {"towers": source.state_dict(), "ema": averaged}
     write_checkpoint(RunFolder(folder), 1, 1, files, {"step": 1}, config.checkpoint)
-    towers, _ = embed(plain, folder)
+    towers, _ = embed(without_init, folder)
     if config.train.init_from:
-        place = folder / "checkpoints" / "step-00000001"
-        train = config.train.model_copy(update={"init_from": place})
-        load_init_weights(towers, config.model_copy(update={"train": train}), ALONE)
+        checkpoint = folder / "checkpoints" / "step-00000001"
+        train = config.train.model_copy(update={"init_from": checkpoint})
+        load_init_weights(towers, config.model_copy(update={"train": train}), SINGLE)
     return digest(*towers.state_dict().values())
 
 
-def see_threads(config: Config, folder: Path) -> Any:
-    """Which kind of save the step waits for: one of 200 MB is over when it returns, or is not."""
+def probe_saver(config: Config, folder: Path) -> Any:
+    """Return the saved steps right after `save`; a background write of 200 MB is unfinished."""
     run = create_run(config, "run")
     attempt = run.take_attempt()
-    with Saver(run, ALONE, attempt, config.checkpoint, lambda step, tags: None) as saver:
+    with Saver(run, SINGLE, attempt, config.checkpoint, lambda step, tags: None) as saver:
         saver.save(1, lambda: ({"towers": {"w": torch.zeros(50_000_000)}}, {"step": 1}))
         return run.steps_saved()
 
 
-def see_copies(config: Config, folder: Path) -> Any:
-    """Which steps lie where checkpoints are copied to."""
-    settings, to = config.checkpoint, f"file://{folder}/far"
+def probe_copies(config: Config, folder: Path) -> Any:
+    """Return the steps at the copy URL and the tags of the saver's metrics."""
+    settings, url = config.checkpoint, f"file://{folder}/copies"
     if settings.copy_to:
-        settings = settings.model_copy(update={"copy_to": to})
+        settings = settings.model_copy(update={"copy_to": url})
     run = create_run(config, "run")
     for path in (run.tokenizer, run.path / "data.digest"):
         path.touch()
-    with Saver(run, ALONE, run.take_attempt(), settings, lambda step, tags: None) as saver:
+    with Saver(run, SINGLE, run.take_attempt(), settings, lambda step, tags: None) as saver:
         saver.save(1, lambda: ({"towers": {"w": torch.zeros(10)}}, {"step": 1}))
         saver.finish_write()
         saver.await_copies(1, lambda: None)
-    return [RemoteRun(f"{to}/{run.path.name}").steps(), saver.metrics().keys()]
+    return [RemoteRun(f"{url}/{run.path.name}").steps(), saver.metrics().keys()]
 
 
-def see_grace(config: Config, folder: Path) -> Any:
-    """What is said where the time is over."""
+def probe_grace(config: Config, folder: Path) -> Any:
+    """Return the message of a stop that exceeds the grace time."""
     run = create_run(config, "run")
     return too_late(run).splitlines()[0]
 
 
-def see_ray(config: Config, folder: Path) -> Any:
-    """The settings that Ray receives."""
+def probe_ray(config: Config, folder: Path) -> Any:
+    """Return the settings that Ray receives."""
     cluster = config.cluster
     return [str(scaling(cluster)), worker_settings(cluster), start_settings(cluster)]
 
 
-def see_damage(config: Config, folder: Path) -> Any:
-    """A run over a set of which a sample has gone bad since it was indexed."""
-    bad = folder / "bad"
-    shutil.copytree(Path(config.data.root) / "train", bad / "train")
-    moved = config.model_copy(update={"data": config.data.model_copy(update={"root": str(bad)})})
-    (index,) = open_train(moved).indexes
+def probe_damage(config: Config, folder: Path) -> Any:
+    """Train on a set with one sample that was damaged after indexing."""
+    root = folder / "damaged"
+    shutil.copytree(Path(config.data.root) / "train", root / "train")
+    data = config.data.model_copy(update={"root": str(root)})
+    train = config.train.model_copy(update={"steps": 8})
+    config = config.model_copy(update={"data": data, "train": train})
+    (index,) = open_train(config).indexes
     spoil(index, 30)
-    steps = moved.train.model_copy(update={"steps": 8})
-    return see_run(moved.model_copy(update={"train": steps}), folder)
+    return probe_run(config, folder)
 
 
-def see_weights(config: Config, folder: Path) -> Any:
-    drawn = open_train(config).mixture
-    return [drawn.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
+def probe_mixture(config: Config, folder: Path) -> Any:
+    """Count the samples of each source before some positions."""
+    mixture = open_train(config).mixture
+    return [mixture.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
 
 
-def see_lines(config: Config, folder: Path) -> Any:
-    others = [tower for tower in config.towers.more.values() if isinstance(tower, ExtraText)]
-    places = [config.data.captions, *others]
-    return [read_captions(b"one\ntwo", place, "here") for place in places]
+def probe_lines(config: Config, folder: Path) -> Any:
+    """Read a member of two lines with the settings of every text."""
+    texts = [tower for tower in config.towers.more.values() if isinstance(tower, ExtraText)]
+    return [read_captions(b"one\ntwo", text, "here") for text in (config.data.captions, *texts)]
 
 
-def leavings(run: RunFolder) -> Any:
+def summarize_run(run: RunFolder) -> Any:
+    """Return the name, steps, files, metrics and attempts of a run."""
     lines = read_metrics(run.metrics)
     tags = ("train/loss", "train/logit_scale", "step")
-    starts = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
+    attempts = [line[22:] for line in run.log.read_text().splitlines() if "attempt" in line]
     return [
         run.path.name, run.steps_saved(), sorted(p.name for p in run.path.rglob("step-*.json")),
-        [{tag: line.get(tag) for tag in tags} for line in lines], starts, run.samples.exists(),
+        [{tag: line.get(tag) for tag in tags} for line in lines], attempts, run.samples.exists(),
         sorted({p.name for p in run.path.rglob("*.safetensors")}),
     ]  # fmt: skip
 
 
 PROBES: dict[str, Callable[[Config, Path], Any]] = {
-    "batch": see_batch,
-    "inputs": see_inputs,
-    "loaders": see_loaders,
-    "towers": see_towers,
-    "others": see_others,
-    "saved": see_saved,
-    "objective": see_objective,
-    "optimizer": see_optimizer,
-    "schedule": see_schedule,
-    "run": see_run,
-    "length": see_length,
-    "threads": see_threads,
-    "copies": see_copies,
-    "initial": see_initial,
+    "batch": probe_batch,
+    "inputs": probe_inputs,
+    "loaders": probe_loaders,
+    "towers": probe_towers,
+    "sensors": probe_sensors,
+    "activations": probe_activations,
+    "objective": probe_objective,
+    "optimizer": probe_optimizer,
+    "schedule": probe_schedule,
+    "run": probe_run,
+    "length": probe_length,
+    "saver": probe_saver,
+    "copies": probe_copies,
+    "initial": probe_initial,
     "deepspeed": lambda config, folder: json.dumps(deepspeed_config(config)),
     "paths": lambda config, folder: [str(config.run.dir), open_train(config).indexes[0].source],
-    "damage": see_damage,
-    "grace": see_grace,
-    "ray": see_ray,
-    "weights": see_weights,
-    "lines": see_lines,
+    "damage": probe_damage,
+    "grace": probe_grace,
+    "ray": probe_ray,
+    "mixture": probe_mixture,
+    "lines": probe_lines,
     "cache": lambda config, folder: cache_of(config).limit_bytes,
 }

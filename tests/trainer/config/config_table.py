@@ -1,4 +1,4 @@
-"""Each key of the config: another value, the probe that must see it, and what is set besides."""
+"""Table of config keys: another value, the probe whose result it changes, and common overrides."""
 
 from __future__ import annotations
 
@@ -12,81 +12,80 @@ BERT = VIT.replace("vit", "bert").replace("image_size: 16, patch_size: 8", "voca
 PHASE = "[{from_sample: 10000, weights: [9, 1]}]"
 
 
-def other(tower: str, tap: str = "image") -> list[str]:
-    """Settings of a run that also has the tower `sensor`."""
+def with_sensor(tower: str, tap: str = "image") -> list[str]:
+    """Return overrides that add the tower `sensor`."""
     return [f"towers.more={{sensor: {tower}}}", f"objective={{taps: [{tap}, sensor]}}"]
 
 
-VECTOR = other("{kind: vector, size: 1, fields: [concept], width: 8, layers: 1}")
-SET = other("{kind: set, size: 2, length: 2, fields: [pair], width: 8, heads: 2}")
-SOUND = other("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], depths: [1]}")
-USER_MODULE = "{kind: module, module: 'support_towers:Sensed', args: {width: 6}, reads: %s}"
-OWN_VECTOR = other(USER_MODULE % "{kind: vector, size: 1, fields: [concept]}")
-OWN_SET = other(USER_MODULE % "{kind: set, size: 2, length: 2, fields: [pair]}")
-TEXT = other("{kind: text, field: colour, tower: {width: 8}}")
-OTHER_VIT = "{kind: text, field: colour, tower: {kind: huggingface}}"
-OTHER_BERT = OTHER_VIT.replace("huggingface", f"huggingface, config: {BERT}")
-OTHER_OWN = "{kind: text, field: colour, tower: {kind: module, module: 'support_towers:Tokens'}}"
-OWN_SOUND = other(USER_MODULE % "{kind: audio, rate: 2000, seconds: 0.1}")
-# Of the keys of a tower in `towers.more`: as below. `others`: seen on samples that have a tone
-# and pairs of numbers too.
+VECTOR = with_sensor("{kind: vector, size: 1, fields: [concept], width: 8, layers: 1}")
+SET = with_sensor("{kind: set, size: 2, length: 2, fields: [pair], width: 8, heads: 2}")
+AUDIO = with_sensor("{kind: audio, rate: 2000, seconds: 0.1, mels: 4, widths: [4], depths: [1]}")
+USER_MODULE = "{kind: module, module: 'support_towers:Statistics', args: {width: 6}, reads: %s}"
+USER_VECTOR = with_sensor(USER_MODULE % "{kind: vector, size: 1, fields: [concept]}")
+USER_SET = with_sensor(USER_MODULE % "{kind: set, size: 2, length: 2, fields: [pair]}")
+TEXT = with_sensor("{kind: text, field: colour, tower: {width: 8}}")
+TEXT_HUGGINGFACE = "{kind: text, field: colour, tower: {kind: huggingface}}"
+TEXT_BERT = TEXT_HUGGINGFACE.replace("huggingface", f"huggingface, config: {BERT}")
+TEXT_MODULE = "{kind: text, field: colour, tower: {kind: module, module: 'support_towers:Tokens'}}"
+USER_AUDIO = with_sensor(USER_MODULE % "{kind: audio, rate: 2000, seconds: 0.1}")
+# Keys of a tower in `towers.more`, in the form of KEYS below.
 MORE: dict[str, tuple[str, str, list[str]]] = {
     "kind": ("set", "towers", VECTOR),
     "width": ("16", "towers", VECTOR),
     "layers": ("2", "towers", VECTOR),
-    "heads": ("4", "others", SET),
-    "pool": ("attention", "others", SET),
+    "heads": ("4", "sensors", SET),
+    "pool": ("attention", "sensors", SET),
     "dropout": ("0.5", "towers", VECTOR),
     "mean": ("5.0", "towers", VECTOR),
     "std": ("7.0", "towers", VECTOR),
     "size": ("2", "towers", VECTOR),
-    "length": ("1", "others", SET),
-    "member": ("npz", "towers", other("{kind: vector, size: 1}")),
+    "length": ("1", "sensors", SET),
+    "member": ("npz", "towers", with_sensor("{kind: vector, size: 1}")),
     "fields": ("[colour]", "towers", VECTOR),
-    "rate": ("4000", "others", SOUND),
-    "seconds": ("0.05", "others", SOUND),
-    "mels": ("8", "others", SOUND),
-    "window_ms": ("40.0", "others", SOUND),
-    "hop_ms": ("20.0", "others", SOUND),
-    "widths": ("[8]", "others", SOUND),
-    "depths": ("[2]", "others", SOUND),
+    "rate": ("4000", "sensors", AUDIO),
+    "seconds": ("0.05", "sensors", AUDIO),
+    "mels": ("8", "sensors", AUDIO),
+    "window_ms": ("40.0", "sensors", AUDIO),
+    "hop_ms": ("20.0", "sensors", AUDIO),
+    "widths": ("[8]", "sensors", AUDIO),
+    "depths": ("[2]", "sensors", AUDIO),
     "freeze": ("true", "towers", VECTOR),
-    "checkpoint_activations": ("true", "saved", VECTOR),
+    "checkpoint_activations": ("true", "activations", VECTOR),
     "head.layers": ("2", "towers", VECTOR),
     "head.hidden": ("7", "towers", [*VECTOR, "towers.more.sensor.head.layers=2"]),
-    "module": ("torch.nn:Linear", "towers", OWN_VECTOR),
-    "args": ("{width: 3}", "towers", OWN_VECTOR),
+    "module": ("torch.nn:Linear", "towers", USER_VECTOR),
+    "args": ("{width: 3}", "towers", USER_VECTOR),
     "share": (
         "text",
         "towers",
         ["towers.more={sensor: {kind: text, field: colour}}", "objective={taps: [text, sensor]}"],
     ),
     "field": ("lost", "batch", TEXT),
-    "lines": ("true", "lines", other("{kind: text, member: txt, tower: {width: 8}}")),
+    "lines": ("true", "lines", with_sensor("{kind: text, member: txt, tower: {width: 8}}")),
     "prefix": ("'query: '", "batch", TEXT),
     "tower.kind": ("module", "towers", TEXT),
     "tower.width": ("16", "towers", TEXT),
     "tower.layers": ("2", "towers", TEXT),
     "tower.dropout": ("0.5", "towers", TEXT),
     "tower.freeze": ("true", "towers", TEXT),
-    "tower.checkpoint_activations": ("true", "saved", TEXT),
+    "tower.checkpoint_activations": ("true", "activations", TEXT),
     "tower.head.layers": ("2", "towers", TEXT),
     "tower.head.hidden": ("7", "towers", [*TEXT, "towers.more.sensor.tower.head.layers=2"]),
-    "tower.name": ("no/such-model", "towers", other(OTHER_VIT)),
-    "tower.config": ("{model_type: nonsense}", "towers", other(OTHER_VIT)),
-    "tower.pool": ("first", "towers", other(OTHER_BERT)),
-    "tower.module": ("torch.nn:Linear", "towers", other(OTHER_OWN)),
-    "tower.args": ("{width: 6}", "towers", other(OTHER_OWN)),
-    "reads.kind": ("sequence", "towers", OWN_VECTOR),
-    "reads.size": ("2", "towers", OWN_VECTOR),
-    "reads.fields": ("[colour]", "towers", OWN_VECTOR),
-    "reads.member": ("npz", "towers", other(USER_MODULE % "{kind: vector, size: 1}")),
-    "reads.length": ("1", "others", OWN_SET),
-    "reads.rate": ("4000", "others", OWN_SOUND),
-    "reads.seconds": ("0.05", "others", OWN_SOUND),
+    "tower.name": ("no/such-model", "towers", with_sensor(TEXT_HUGGINGFACE)),
+    "tower.config": ("{model_type: nonsense}", "towers", with_sensor(TEXT_HUGGINGFACE)),
+    "tower.pool": ("first", "towers", with_sensor(TEXT_BERT)),
+    "tower.module": ("torch.nn:Linear", "towers", with_sensor(TEXT_MODULE)),
+    "tower.args": ("{width: 6}", "towers", with_sensor(TEXT_MODULE)),
+    "reads.kind": ("sequence", "towers", USER_VECTOR),
+    "reads.size": ("2", "towers", USER_VECTOR),
+    "reads.fields": ("[colour]", "towers", USER_VECTOR),
+    "reads.member": ("npz", "towers", with_sensor(USER_MODULE % "{kind: vector, size: 1}")),
+    "reads.length": ("1", "sensors", USER_SET),
+    "reads.rate": ("4000", "sensors", USER_AUDIO),
+    "reads.seconds": ("0.05", "sensors", USER_AUDIO),
 }
 
-# key: (override, or all of `key=value`, the probe that must see it, what else both sides need)
+# key: (value, probe, overrides of both sides). A value that starts with `data.` is a full override.
 KEYS: dict[str, tuple[str, str, list[str]]] = {
     "run.name": ("other", "run", []),
     "run.dir": ("elsewhere", "paths", []),
@@ -97,11 +96,11 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         "data.train=[train, {path: val, weight: 3}]", "batch", ["data.train=[train, val]"],
     ),
     "data.curriculum.from_sample": (
-        f"data.curriculum={PHASE.replace('10000', '20000')}", "weights",
+        f"data.curriculum={PHASE.replace('10000', '20000')}", "mixture",
         ["data.train=[train, val]", f"data.curriculum={PHASE}"],
     ),
     "data.curriculum.weights": (
-        f"data.curriculum={PHASE.replace('9, 1', '1, 9')}", "weights",
+        f"data.curriculum={PHASE.replace('9, 1', '1, 9')}", "mixture",
         ["data.train=[train, val]", f"data.curriculum={PHASE}"],
     ),
     "data.group": ("concept", "batch", []),
@@ -140,7 +139,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.image.depths": ("[1, 2]", "towers", []),
     "towers.image.dropout": ("0.5", "towers", []),
     "towers.image.freeze": ("true", "towers", []),
-    "towers.image.checkpoint_activations": ("true", "saved", []),
+    "towers.image.checkpoint_activations": ("true", "activations", []),
     "towers.image.head.layers": ("2", "towers", []),
     "towers.image.head.hidden": ("7", "towers", ["towers.image.head.layers=2"]),
     "towers.image.name": ("no/such-model", "towers", ["towers.image={kind: huggingface}"]),
@@ -158,7 +157,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.text.layers": ("2", "towers", []),
     "towers.text.dropout": ("0.5", "towers", []),
     "towers.text.freeze": ("true", "towers", []),
-    "towers.text.checkpoint_activations": ("true", "saved", []),
+    "towers.text.checkpoint_activations": ("true", "activations", []),
     "towers.text.head.layers": ("2", "towers", []),
     "towers.text.head.hidden": ("7", "towers", ["towers.text.head.layers=2"]),
     "towers.text.name": ("no/such-model", "towers", ["towers.text={kind: huggingface}"]),
@@ -215,7 +214,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "checkpoint.best": (
         "eval/val/mean_recall@10", "run", ["eval.sets=[val]", "eval.every_steps=1"],
     ),
-    "checkpoint.asynchronous": ("false", "threads", []),
+    "checkpoint.asynchronous": ("false", "saver", []),
     "checkpoint.copy_to": ("null", "copies", ["checkpoint.copy_to=file:///FOLDER"]),
     "monitor.every_steps": ("2", "run", []),
     "monitor.record_samples": ("true", "run", []),

@@ -30,12 +30,12 @@ def test_dumped_config_reads_back_the_same(override: str) -> None:
     assert parse_config(dump_config(config), "again") == config
 
 
-def test_an_environment_variable_about_tokenizers_is_no_secret() -> None:
+def test_tokenizer_environment_variable_is_not_a_secret() -> None:
     config = parse_config("", "c", ["cluster.env={TOKENIZERS_PARALLELISM: 0}"])
     assert config.cluster.env == {"TOKENIZERS_PARALLELISM": "0"}
 
 
-def test_a_range_of_workers_shares_out_cores_among_the_most() -> None:
+def test_range_of_workers_divides_cores_by_its_maximum() -> None:
     config = parse_config("", "c", ["cluster.workers=[1,1000000]"])
     assert (config.cluster.least, config.cluster.most) == (1, 1_000_000)
     assert resolve(config).cluster.threads == 1
@@ -50,7 +50,7 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "message"),
     [
         ("train.stpes=3", "unknown key train.stpes. Did you mean train.steps?"),
         ("steps=3", "unknown key steps. Did you mean train.steps?"),
@@ -100,35 +100,35 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("train.steps=!!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
-def test_a_wrong_value_names_its_key(override: str, words: str) -> None:
+def test_invalid_value_raises_with_its_key(override: str, message: str) -> None:
     with pytest.raises(GigabatchError) as error:
         parse_config("batch: {global_size: 256, micro_size: 64}", "my.yaml", [override])
-    if words == "the value":
+    if message == "the value":
         assert "key=value" in str(error.value)
     else:
-        assert words in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- 1\n- 2", "run: !!python/object:os.system {}"])
-def test_a_file_that_is_no_config_is_refused_by_name(text: str, tmp_path: Path) -> None:
+def test_invalid_file_raises_with_its_name(text: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(GigabatchError, match=r"bad\.yaml"):
         load_config(path)
 
 
-def test_a_file_that_is_not_text_is_named(tmp_path: Path) -> None:
+def test_binary_file_raises_with_its_name(tmp_path: Path) -> None:
     (tmp_path / "shard.tar").write_bytes(bytes(range(256)))
     with pytest.raises(GigabatchError, match=r"shard\.tar: not a config"):
         load_config(tmp_path / "shard.tar")
 
 
-def test_a_number_may_name_a_run_and_one_set_needs_no_list() -> None:
+def test_number_as_run_name_and_single_set_without_list_are_accepted() -> None:
     config = parse_config("", "c", ["run.name=2024", "eval.sets=val"])
     assert (config.run.name, config.eval.sets) == ("2024", ("val",))
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_raises_with_its_name(tmp_path: Path) -> None:
     with pytest.raises(GigabatchError, match=r"none\.yaml: the config cannot be read"):
         load_config(tmp_path / "none.yaml")
 
@@ -148,13 +148,13 @@ def test_every_recipe_is_valid(recipe: str) -> None:
 @pytest.mark.parametrize(
     "secret", ["s3://key:HUSH@bucket/a", "s3://bucket/a?signature=HUSH", "file://u:HUSH@/folder"]
 )
-def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> None:
+def test_url_with_a_secret_raises_without_repeating_it(secret: str) -> None:
     with pytest.raises(GigabatchError, match="which would be written to configs and logs") as error:
         parse_config("", "c", [f"checkpoint.copy_to={secret}"])
     assert "HUSH" not in str(error.value)
 
 
-@pytest.mark.parametrize(("override", "words"), [
+@pytest.mark.parametrize(("override", "message"), [
     ("objective={name: siglip, scale_mx: 3}", "objective.scale_mx"),
     ("objective={name: late_interaction, positives: concept}", "gigabatch objectives late_inter"),
     ("objective={name: supcon, taps: [audio]}", "there is no tower 'audio'"),
@@ -170,12 +170,12 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
     ("objective={name: hard_negatives, pair: a}", "both `pair` and `changed`"),
 ])  # fmt: skip
-def test_an_objective_that_cannot_be_is_refused(override: str, words: str) -> None:
-    with pytest.raises(GigabatchError, match=re.escape(words)):
+def test_invalid_objective_raises(override: str, message: str) -> None:
+    with pytest.raises(GigabatchError, match=re.escape(message)):
         parse_config("", "c", [override])
 
 
-def test_objectives_that_do_not_keep_groups_apart_refuse_them() -> None:
+def test_data_group_raises_for_objective_without_groups() -> None:
     with pytest.raises(GigabatchError, match="such as infonce or queue"):
         parse_config("", "c", ["data.group=lang", "objective={name: siglip}"])
     parse_config("", "c", ["data.group=lang", "objective={name: queue}"])

@@ -1,4 +1,4 @@
-"""Every key of the config has an effect: changed, it changes something that a probe observes."""
+"""Every config key has an effect: another value changes the result of a probe."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ COMMAND = "command"
 SLOW = ("train.max_rewinds",)  # several runs
 
 
-def test_the_table_names_every_key() -> None:
-    # tests/trainer/objectives/test_keys.py has those of the objectives.
+def test_table_lists_every_key() -> None:
+    # tests/trainer/objectives/test_keys.py tests the keys of objectives.
     keys = {key for key in known_keys(Config) if not key.startswith("objective.")}
     assert {key for key in KEYS if not key.startswith("objective.")} == keys
 
@@ -32,13 +32,13 @@ def test_the_table_names_every_key() -> None:
         if probe != COMMAND
     ],
 )
-def test_key_has_an_effect_or_is_refused(key: str, shards: Path, tmp_path: Path) -> None:
+def test_key_changes_probe_result_or_error(key: str, shards: Path, tmp_path: Path) -> None:
     assert_effect(key, shards, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", [key for key, (_, probe, _) in KEYS.items() if probe == COMMAND])
-def test_key_of_the_launcher_has_an_effect(
+def test_launcher_key_changes_the_run(
     key: str, shards: Path, tmp_path: Path, gigabatch: Any
 ) -> None:
     def command(overrides: list[str], folder: Path) -> Any:
@@ -55,22 +55,22 @@ def test_key_of_the_launcher_has_an_effect(
             "printed": (folder / "r" / "workers.log").exists(),
         }
 
-    override, _, both = KEYS[key]
-    before = command(both, tmp_path / "before")
-    assert command([*both, f"{key}={override}"], tmp_path / "after") != before
+    value, _, common = KEYS[key]
+    before = command(common, tmp_path / "before")
+    assert command([*common, f"{key}={value}"], tmp_path / "after") != before
 
 
 def assert_effect(key: str, shards: Path, tmp_path: Path) -> None:
-    override, probe, both = KEYS[key]
-    before = observe(probe, both, shards, tmp_path / "before")
+    value, probe, common = KEYS[key]
+    before = observe(probe, common, shards, tmp_path / "before")
     name = key.replace("NAME", "sensor")
-    assignment = override if override.startswith("data.") else f"{name}={override}"
-    after = observe(probe, [*both, assignment], shards, tmp_path / "after")
+    override = value if value.startswith("data.") else f"{name}={value}"
+    after = observe(probe, [*common, override], shards, tmp_path / "after")
     assert after != before
 
 
 def observe(probe: str, overrides: list[str], shards: Path, folder: Path) -> Any:
-    """What a probe sees of a config, or the words with which it is refused."""
+    """Return the result of a probe, or the error message of an invalid config."""
     folder.mkdir()
     base = ["eval.sets=[]", "train.steps=3", f"run.dir={folder}", "data.workers=0"]
     try:

@@ -1,4 +1,4 @@
-"""Explanations of config keys and the reference page made of them."""
+"""Explanations of config keys, and the reference page generated from them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_types_are_described_in_words() -> None:
     assert types["data.curriculum.weights"] == "list of number >= 0"
 
 
-def test_keys_of_a_users_tower_carry_its_name() -> None:
+def test_keys_of_a_users_tower_contain_its_name() -> None:
     text = "towers: {more: {gps: {kind: vector, size: 2, fields: [gps]}}}"
     config = parse_config(f"{text}\nobjective: {{taps: [image, gps]}}", "c")
     (entry,) = explain_keys(config, ["towers.more.gps.size"])

@@ -64,7 +64,7 @@ def test_kind_override_still_rejects_misspelled_keys_of_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("override", "message"),
     [
         ("towers.image.kind=module", "towers.image.module: is missing; towers.image.kind=module"),
         ("towers.image.kind=huggingface", "with towers.image.kind=huggingface, set either `name`"),
@@ -89,12 +89,12 @@ def test_kind_override_still_rejects_misspelled_keys_of_the_file() -> None:
         ("towers.more={sound: {kind: vector, size: 2, rate: 3}}", "not a key of towers.more.sound"),
     ],
 )
-def test_wrong_kind_or_missing_key_names_what_is_needed(override: str, words: str) -> None:
-    with pytest.raises(GigabatchError, match=re.escape(words)):
+def test_wrong_kind_or_missing_key_raises_with_the_fix(override: str, message: str) -> None:
+    with pytest.raises(GigabatchError, match=re.escape(message)):
         parse_config(FILE, "my.yaml", [override])
 
 
-def test_wrong_item_of_a_list_is_reported_once() -> None:
+def test_invalid_list_item_is_reported_once() -> None:
     with pytest.raises(GigabatchError) as error:
         parse_config("", "c", ["objective={name: sum, terms: [{name: clip}]}"])
     assert str(error.value).count("\n") == 0
@@ -107,18 +107,18 @@ def test_alias_of_an_objective_suggests_it(alias: str) -> None:
     assert suggest_objective(alias).startswith(f"Did you mean {name} (")
 
 
-def test_users_own_objective_gives_way_to_a_named_one() -> None:
+def test_objective_name_override_replaces_user_objective() -> None:
     text = "objective: {module: 'my.mod:Loss', args: {a: 1}}"
     assert parse_config(text, "c", ["objective.name=siglip"]).objective.name == "siglip"
 
 
 def test_override_of_a_renamed_key_replaces_the_files_value() -> None:
-    for written in ("scale: 20", "init_logit_scale: 20"):
-        config = parse_config(f"objective: {{{written}}}", "c", ["objective.scale=30"])
+    for line in ("scale: 20", "init_logit_scale: 20"):
+        config = parse_config(f"objective: {{{line}}}", "c", ["objective.scale=30"])
         assert config.objective.init_logit_scale == 30
 
 
-def test_override_of_epochs_or_steps_replaces_the_other_of_the_file() -> None:
+def test_override_of_epochs_or_steps_replaces_the_other_in_the_file() -> None:
     config = parse_config(FILE, "my.yaml", ["train.epochs=2"])
     assert config.train.epochs == 2
     config = parse_config("train: {epochs: 2}", "my.yaml", ["train.steps=7"])
@@ -140,7 +140,7 @@ def test_both_steps_and_epochs_are_rejected(text: str, overrides: list[str]) -> 
 
 
 @pytest.mark.parametrize("value", ["0", "-1", ".nan", "many"])
-def test_wrong_epochs_are_rejected(value: str) -> None:
+def test_invalid_epochs_are_rejected(value: str) -> None:
     with pytest.raises(GigabatchError, match=r"train\.epochs: "):
         parse_config("", "my.yaml", [f"train.epochs={value}"])
 

@@ -29,15 +29,13 @@ THREE = (
         ),
     ],
 )
-def test_output_is_the_one_that_the_objective_trains(
-    tiny: Path, objective: str, output: str
-) -> None:
+def test_output_follows_the_objective(tiny: Path, objective: str, output: str) -> None:
     config = load_config(tiny, [f"objective={objective}"])
     assert choose_output(config, ["image", "text"]) == output
     assert choose_output(config, ["image", "text"], "head") == "head"
 
 
-def test_requesting_tokens_that_the_objective_does_not_read_raises(tiny: Path) -> None:
+def test_tokens_that_the_objective_does_not_read_raise(tiny: Path) -> None:
     with pytest.raises(GigabatchError, match="tap=tokens: the run has no tokens of image, text"):
         choose_output(load_config(tiny), ["image", "text"], "tokens")
 

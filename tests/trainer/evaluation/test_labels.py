@@ -60,11 +60,11 @@ def test_class_name_files_without_the_class_raise(tmp_path: Path) -> None:
 def test_labels_that_are_not_numbers_or_flags_raise(shards: Path) -> None:
     index = open_index(shards / "val")
     assert numbers_of([1, 2.5], "age", index).tolist() == [1, 2.5]
-    wrong: Any
-    for wrong in ("3", True, None, float("nan"), 10**400, [1]):
+    value: Any
+    for value in ("3", True, None, float("nan"), 10**400, [1]):
         with pytest.raises(GigabatchError, match=r"s00001.*'age' is .*, not a finite number"):
-            numbers_of([1, wrong], "age", index)
+            numbers_of([1, value], "age", index)
     assert flags_of([True, 0, 1.0, False], "clean", index).tolist() == [True, False, True, False]
-    for wrong in ("1", 2, None, float("nan")):
+    for value in ("1", 2, None, float("nan")):
         with pytest.raises(GigabatchError, match=r"s00001.*'clean' is .*, not true, false, 1 or 0"):
-            flags_of([1, wrong], "clean", index)
+            flags_of([1, value], "clean", index)

@@ -53,7 +53,7 @@ def test_projection_tap_reads_the_second_head(tiny: Path) -> None:
         tap_reader(towers, "projection")({"text": INPUTS["text"]})
 
 
-def test_unknown_tap_raises_and_names_existing_ones(tiny: Path) -> None:
+def test_unknown_tap_raises_with_existing_names(tiny: Path) -> None:
     towers = build_towers(load_config(tiny), 300).eval()
     for tap in ("encoder.layers.9", "neck", ""):
         with pytest.raises(

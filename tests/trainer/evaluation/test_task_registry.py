@@ -53,14 +53,14 @@ def restored_registry() -> Iterator[None]:
 def test_new_task_file_needs_nothing_else(
     tmp_path: Path, untrained: EvalContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drop the example of docs/evaluation.md into the package."""
+    """Add the example of docs/evaluation.md to the package."""
     assert EXAMPLE is not None
     folder = tmp_path / "more_tasks"
     folder.mkdir()
     (folder / "norm_spread.py").write_text(EXAMPLE[1])
     monkeypatch.setattr(tasks, "__path__", [*tasks.__path__, str(folder)])
-    shown = " ".join(CliRunner().invoke(app, ["eval", "--help"]).stdout.split())
-    assert "norm-spread standard deviation of the norms of encoder outputs. tap=" in shown
+    help_text = " ".join(CliRunner().invoke(app, ["eval", "--help"]).stdout.split())
+    assert "norm-spread standard deviation of the norms of encoder outputs. tap=" in help_text
     with pytest.raises(GigabatchError, match="tapp: unknown key of norm-spread; did you mean tap"):
         parse_task("norm-spread", ["tapp=head"])
     task = parse_task("norm-spread", ["tap=encoder.stem"])
@@ -87,7 +87,7 @@ def test_user_task_is_loaded_by_module_and_class(
 
 
 @pytest.mark.parametrize(
-    ("path", "words"),
+    ("path", "message"),
     [
         ("no_such_module:Task", "cannot be imported: No module named 'no_such_module'"),
         ("json:NoSuchClass", "cannot be imported: .*NoSuchClass"),
@@ -95,8 +95,8 @@ def test_user_task_is_loaded_by_module_and_class(
         (f"{RunTask.__module__}:RunTask", "needs a class attribute 'name'"),
     ],
 )
-def test_invalid_user_task_raises(path: str, words: str) -> None:
-    with pytest.raises(GigabatchError, match=words):
+def test_invalid_user_task_raises(path: str, message: str) -> None:
+    with pytest.raises(GigabatchError, match=message):
         find_task(path)
 
 
@@ -143,7 +143,7 @@ def test_listing_tasks_does_not_import_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "assignments", "words"),
+    ("task", "assignments", "message"),
     [
         ("knnn", [], "unknown task. Did you mean knn. Tasks: batch-bias, geometry, history, knn"),
         ("knn", [], "knn: label: required. JSON field that holds the class."),
@@ -157,9 +157,9 @@ def test_listing_tasks_does_not_import_torch() -> None:
     ],
 )
 def test_invalid_settings_raise_with_the_key_and_its_help(
-    task: str, assignments: list[str], words: str
+    task: str, assignments: list[str], message: str
 ) -> None:
-    with pytest.raises(GigabatchError, match=words):
+    with pytest.raises(GigabatchError, match=message):
         parse_task(task, assignments)
 
 

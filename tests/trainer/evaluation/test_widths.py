@@ -63,7 +63,7 @@ def test_width_keeps_only_the_first_coordinates(
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("settings", "message"),
     [
         (["objective.widths=[4, 8]"], "the last must be towers.width=16, not 8"),
         (["objective.widths=[8, 4, 16]"], "widths must rise"),
@@ -71,7 +71,7 @@ def test_width_keeps_only_the_first_coordinates(
         (["objective={name: queue, widths: [4, 16]}"], "not a key of queue"),
     ],
 )
-def test_invalid_widths_raise(tiny: Path, settings: list[str], words: str) -> None:
+def test_invalid_widths_raise(tiny: Path, settings: list[str], message: str) -> None:
     with pytest.raises(GigabatchError) as error:
         load_config(tiny, settings)
-    assert words in str(error.value)
+    assert message in str(error.value)

@@ -15,7 +15,7 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 def attempt(run: RunFolder, number: int, first: int, last: int, value: float) -> None:
-    """Write the metrics of steps first to last as an attempt does; losses are value + step."""
+    """Write the metrics of an attempt, steps first to last; losses are value + step."""
     (run.path / "attempts").mkdir(parents=True, exist_ok=True)
     (run.path / "attempts" / f"{number:06d}.json").touch()
     monitor = Monitor(run, number, first, 10)
@@ -40,22 +40,22 @@ def test_tensorboard_shows_each_step_once(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     attempt(run, 1, 1, 6, 100.0)
     attempt(run, 2, 4, 7, 200.0)
-    board = EventAccumulator(str(run.tensorboard))
-    board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/loss")] == [
+    events = EventAccumulator(str(run.tensorboard))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [
         (1, 101), (2, 102), (3, 103), (4, 204), (5, 205), (6, 206), (7, 207),
     ]  # fmt: skip
 
 
 def test_event_files_of_the_same_second_keep_their_order(tmp_path: Path) -> None:
-    # File names end in a counter of the process, and the tenth file sorts before the ninth.
+    # File names end in a per-process counter; as text, the tenth file sorts before the ninth.
     for number in range(1, 3):
         for name in range(6):
             attempt(RunFolder(tmp_path / str(name)), number, 3 * number, 3 * number + 3, 0.0)
     for name in range(6):
-        board = EventAccumulator(str(RunFolder(tmp_path / str(name)).tensorboard))
-        board.Reload()
-        assert [e.step for e in board.Scalars("train/loss")] == [3, 4, 5, 6, 7, 8, 9]
+        events = EventAccumulator(str(RunFolder(tmp_path / str(name)).tensorboard))
+        events.Reload()
+        assert [e.step for e in events.Scalars("train/loss")] == [3, 4, 5, 6, 7, 8, 9]
 
 
 def test_clock_behind_earlier_events_is_a_warning(

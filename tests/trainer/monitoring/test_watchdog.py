@@ -1,4 +1,4 @@
-"""The watchdog's diagnosis of a hang from heartbeats."""
+"""Diagnosis of a hang from heartbeats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from gigabatch.trainer.monitoring.watchdog import Heartbeat, describe, stopped_ranks
 
 
-def beats(*positions: tuple[int, str], number: int = 7) -> dict[int, Heartbeat]:
+def heartbeats_at(*positions: tuple[int, str], number: int = 7) -> dict[int, Heartbeat]:
     """Return a heartbeat per rank, each without progress for 35 s."""
     progress = time.time() - 35
     return {
@@ -19,8 +19,8 @@ def beats(*positions: tuple[int, str], number: int = 7) -> dict[int, Heartbeat]:
 
 
 def test_process_without_a_new_heartbeat_is_stopped() -> None:
-    before = beats((12, "loss"), (12, "embed"), (12, "loss"))
-    after = beats((12, "loss"), (12, "embed"), (12, "loss"), number=9)
+    before = heartbeats_at((12, "loss"), (12, "embed"), (12, "loss"))
+    after = heartbeats_at((12, "loss"), (12, "embed"), (12, "loss"), number=9)
     assert stopped_ranks(before, after) == set()
     after[1] = before[1]
     assert stopped_ranks(before, after) == {1}
@@ -49,10 +49,10 @@ def test_process_without_a_new_heartbeat_is_stopped() -> None:
 def test_describe_names_the_rank_that_is_behind(
     positions: list[tuple[int, str]], stopped: set[int], message: str
 ) -> None:
-    assert describe(len(positions), stopped, beats(*positions)) == message
+    assert describe(len(positions), stopped, heartbeats_at(*positions)) == message
 
 
 def test_describe_names_a_rank_without_a_heartbeat() -> None:
-    heartbeats = beats((1, "loss"), (1, "loss"), (1, "loss"))
+    heartbeats = heartbeats_at((1, "loss"), (1, "loss"), (1, "loss"))
     del heartbeats[1]
     assert describe(3, set(), heartbeats) == "rank 1 wrote no heartbeat; ranks 0, 2 wait for it"

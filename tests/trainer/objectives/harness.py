@@ -1,5 +1,4 @@
-"""Inputs on which objectives are compared with their references: a few steps of a small batch, the
-same in each process."""
+"""Steps of a small batch, the same in every process, and comparison with the reference."""
 
 from __future__ import annotations
 
@@ -36,8 +35,10 @@ Result = dict[str, Tensor]
 
 @cache
 def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
-    """Return the examples of all registered objectives, by `NAME: LABEL`. The environment variable
-    OBJECTIVES limits them to the objectives that it names, with spaces between."""
+    """Return the examples of all registered objectives, by `NAME: LABEL`.
+
+    The environment variable OBJECTIVES, names separated by spaces, limits them to these objectives.
+    """
     selected = os.environ.get("OBJECTIVES", "").split() or OBJECTIVES
     return {
         f"{name}: {label}": (parse_settings({"name": name, **example.settings}), example)
@@ -49,7 +50,7 @@ def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
 
 @dataclass(frozen=True)
 class Batch:
-    """A global batch, float32: `outputs` by tap, and `meta` as an objective gets it."""
+    """A global batch, float32: `outputs` by tap, and the objective's `meta`."""
 
     outputs: dict[str, Tensor]
     meta: dict[str, Tensor]
@@ -64,7 +65,7 @@ class Batch:
 
 
 def batch(example: Example, step: int) -> Batch:
-    """Make the global batch of a step. A sample may occur twice, and occurs again in others."""
+    """Make the global batch of a step. Samples may repeat within it and in other steps."""
     g = torch.Generator().manual_seed(100 + step)
 
     def vectors(*shape: int) -> Tensor:
@@ -83,8 +84,8 @@ def batch(example: Example, step: int) -> Batch:
     if example.missing:
         meta["image_present"] = indices % 6 != 0
         meta["text_present"] = indices % 7 != 0
-    plain = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
-    outputs = {name: vectors() for name in plain}
+    taps = ("image", "text", "image@1", "text@1", "image.encoder", "teacher.image", "teacher.text")
+    outputs = {tap: vectors() for tap in taps}
     outputs |= {"image.tokens": vectors(TOKENS + 1), "text.tokens": vectors(TOKENS)}
     meta["teacher: npy"] = torch.randn(ROWS, 3, generator=g)
     if example.captions > 1:
@@ -94,12 +95,13 @@ def batch(example: Example, step: int) -> Batch:
 
 
 def shares(world_size: int) -> list[slice]:
-    """Return the rows of each rank: unequal, and of four ranks one has none."""
+    """Return the rows of each rank: unequal; one of four ranks has none."""
     ends = {1: (0, 12), 2: (0, 5, 12), 4: (0, 4, 4, 9, 12)}[world_size]
     return [slice(a, b) for a, b in pairwise(ends)]
 
 
 def build(settings: ObjectiveSettings, world: World) -> tuple[Objective[Any], ObjectiveState]:
+    """Build an objective and its state from a fixed seed."""
     torch.manual_seed(0)
     objective = build_objective(settings, width=WIDTH)
     return objective, ObjectiveState(objective, SIZES, None, world)
@@ -108,8 +110,7 @@ def build(settings: ObjectiveSettings, world: World) -> tuple[Objective[Any], Ob
 def one_step(
     example: Example, objective: Objective[Any], state: ObjectiveState, world: World, step: int
 ) -> Result:
-    """Run a step of this rank; each step is an epoch. Returns the value, the gradients, and the
-    state afterwards."""
+    """Run a step of this rank, one per epoch; return its value, gradients and final state."""
     local = batch(example, step).rows(shares(world.size)[world.rank])
     ctx = Context(world.group, step, epoch=step - 1, seed=SEED)
     state.begin_epoch(ctx)
@@ -158,7 +159,7 @@ def reference_steps(settings: ObjectiveSettings, example: Example) -> list[Resul
 
 
 def combine(ranks: list[Result], taps: tuple[str, ...]) -> Result:
-    """Return the results of the global batch: means over ranks, and rows one rank after another."""
+    """Combine the ranks' results: average values, concatenate rows, take state from rank 0."""
     combined = {}
     for name in ranks[0]:
         parts = [rank[name] for rank in ranks]

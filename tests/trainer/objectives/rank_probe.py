@@ -1,4 +1,4 @@
-"""One rank of a gloo group: every example of every objective on this rank's rows.
+"""One rank of a gloo group, which runs every example of every objective on its rows.
 
 python rank_probe.py STORE OUT RANK WORLD_SIZE
 """
@@ -18,7 +18,7 @@ from gigabatch.trainer.distributed import World, leave
 
 
 def run(settings: ObjectiveSettings, example: Example, world: World) -> dict[str, Any]:
-    """Run the steps of an example, and the last one again from a checkpoint."""
+    """Run the steps of an example, then repeat the last one from a checkpoint."""
     objective, state = build(settings, world)
     results = []
     for step in range(1, example.steps + 1):
@@ -34,9 +34,9 @@ def run(settings: ObjectiveSettings, example: Example, world: World) -> dict[str
     return {"steps": results, "resumed_equal": same}
 
 
-def equal(one: Tensor, other: Tensor) -> bool:
-    """Compare bit for bit; a table holds NaN for a sample that was not seen."""
-    return torch.equal(one.nan_to_num(nan=-7.0), other.nan_to_num(nan=-7.0))
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Compare bit for bit; a table holds NaN for unseen samples."""
+    return torch.equal(a.nan_to_num(nan=-7.0), b.nan_to_num(nan=-7.0))
 
 
 def main(store: str, out: Path, rank: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Batches at the edge of what an objective is made for: nothing is NaN, and nothing is learnt."""
+"""Batches without a usable pair: zero loss and zero gradients, no NaN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gigabatch.trainer.objectives import Context, build_objective
 
 @pytest.mark.parametrize("kind", ["fixed", "shared", "individual"])
 @pytest.mark.parametrize("taps", [("image", "text"), ("image", "image@1")])
-def test_sogclr_without_negatives(kind: str, taps: tuple[str, str]) -> None:
+def test_sogclr_without_negatives_has_zero_gradients(kind: str, taps: tuple[str, str]) -> None:
     settings = {"name": "sogclr", "taps": taps, "positives": "concept", "temperatures": kind}
     objective = build_objective(TypeAdapter(AnyObjective).validate_python(settings), width=4)
     rows = {tap: F.normalize(torch.randn(3, 4), dim=1).requires_grad_() for tap in taps}
@@ -23,11 +23,11 @@ def test_sogclr_without_negatives(kind: str, taps: tuple[str, str]) -> None:
     loss = objective(rows, {**meta, "state": state}, Context(None, 1))
     loss.value.backward()
     assert float(loss.value.detach()) == 0
-    assert all(each.grad is not None and not each.grad.any() for each in rows.values())
+    assert all(x.grad is not None and not x.grad.any() for x in rows.values())
     assert torch.equal(loss.updates()["state"][:, 0], state[:, 0])
 
 
-def test_swav_of_a_batch_in_which_no_sample_has_all_taps() -> None:
+def test_swav_without_a_complete_sample_has_zero_gradients() -> None:
     settings = {"name": "swav", "taps": ("image", "image@1", "text")}
     objective = build_objective(TypeAdapter(AnyObjective).validate_python(settings), width=4)
     taps = ("image", "image@1", "text")
@@ -36,4 +36,4 @@ def test_swav_of_a_batch_in_which_no_sample_has_all_taps() -> None:
     loss = objective(rows, meta, Context(None, 1))
     loss.value.backward()
     assert float(loss.value.detach()) == 0
-    assert all(each.grad is not None and not each.grad.any() for each in rows.values())
+    assert all(x.grad is not None and not x.grad.any() for x in rows.values())

@@ -1,5 +1,7 @@
-"""Every key of every objective has an effect: changed, it changes the loss, a gradient, the state,
-the work or the collectives of one of the objective's examples."""
+"""Every key of every objective has an effect in one of the objective's examples.
+
+Another value changes the loss, a gradient, the state, the work or the collectives.
+"""
 
 from __future__ import annotations
 
@@ -20,19 +22,19 @@ from gigabatch.kernels.maxsim import MaxSim
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objectives import OBJECTIVES, parse_settings
 
-# Read by the run, not by `forward`: tests/trainer/test_objective_runs.py shows that they work.
-OF_THE_RUN = {"momentum", "module", "args"}
+# Keys of the run, not of `forward`; test_objective_runs.py and test_new_objective.py use them.
+RUN_KEYS = {"momentum", "module", "args"}
 KEYS = [
     (name, key)
     for name, kind in OBJECTIVES.items()
     for key in kind.Settings.model_fields
-    if key not in {"name", *OF_THE_RUN}
+    if key not in {"name", *RUN_KEYS}
 ]
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A process group of one rank, in which the gather mode decides how keys are exchanged."""
+    """A process group of one rank, which exchanges keys as the gather mode says."""
     store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield World(0, 1, torch.device("cpu"), dist.group.WORLD)
@@ -50,7 +52,7 @@ def test_key_has_an_effect(name: str, key: str, world: World) -> None:
             settings = {**copy.deepcopy(dict(example.settings)), key: value}
             changed = Example(settings, example.missing, example.captions)
             try:
-                if differs(unchanged(label, world), observe(name, changed, world)):
+                if differs(baseline(label, world), observe(name, changed, world)):
                     return
             except ValueError:  # a value that does not fit the example
                 continue
@@ -58,15 +60,16 @@ def test_key_has_an_effect(name: str, key: str, world: World) -> None:
 
 
 @cache
-def unchanged(label: str, world: World) -> list[Result]:
+def baseline(label: str, world: World) -> list[Result]:
+    """Observe an example with its own settings."""
     return list(observe(label.partition(": ")[0], examples()[label][1], world))
 
 
 def alternatives(key: str, fields: dict[str, FieldInfo], example: Example) -> Iterator[Any]:
-    """Other values of a key, by its type."""
+    """Yield other values of a key, by its type."""
     field = fields[key]
     current = example.settings.get(key, field.default)
-    if key == "backend":  # refused on a CPU, which is its effect there
+    if key == "backend":  # its effect on a CPU is an error
         yield "triton"
     elif key == "widths":
         yield from ([2, 6], [1, 2, 3, 6])
@@ -93,17 +96,16 @@ def alternatives(key: str, fields: dict[str, FieldInfo], example: Example) -> It
 
 
 def observe(name: str, example: Example, world: World) -> Iterator[Result]:
-    """Yield what is seen of an example: its parameters, then each step's results with the tiles of
-    scores that it made and its rings."""
+    """Yield the trainable parameters, then the results of each step with its tiles and rings."""
     settings = parse_settings({"name": name, **example.settings})
     if getattr(settings, "backend", "tiled") == "triton":
-        yield {}  # this machine may lack it
+        yield {}  # this machine may have no Triton
         return
     objective, state = build(settings, world)
     yield {n: torch.tensor(p.requires_grad) for n, p in objective.named_parameters()}
     with torch.no_grad():
         for parameter in objective.parameters():
-            parameter += 0.1  # beyond `scale_max`, where that is the initial scale
+            parameter += 0.1  # above `scale_max` if it equals the initial scale
     for step in range(1, example.steps + 1):
         with counting() as counts:
             result = one_step(example, objective, state, world, step)
@@ -112,7 +114,7 @@ def observe(name: str, example: Example, world: World) -> Iterator[Result]:
 
 @contextmanager
 def counting() -> Iterator[dict[str, int]]:
-    """Count tiles of scores, and rings."""
+    """Count tiles of scores and ring exchanges."""
     counts = {"tiles": 0, "rings": 0}
     ring = Ring.__init__
 
@@ -135,7 +137,7 @@ def counting() -> Iterator[dict[str, int]]:
 
 
 def differs(before: list[Result], after: Iterator[Result]) -> bool:
-    """Compare bit for bit, as far as needed; tables hold NaN for samples that were not seen."""
+    """Compare bit for bit up to the first difference; tables hold NaN for unseen samples."""
     return any(
         one.keys() != other.keys()
         or any(

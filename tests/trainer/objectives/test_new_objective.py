@@ -1,5 +1,4 @@
-"""A new objective is one file: the tutorial's, dropped into a copy of the package or named by a
-config."""
+"""A new objective is one file: in the package, or in a module that a config names."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ HERE = Path(__file__).parent
 
 @pytest.mark.slow
 def test_new_file_passes_all_registry_tests(tmp_path: Path) -> None:
-    """Nothing but the two files of the tutorial is added, and nothing is installed."""
+    """Add only the tutorial's two files to a copy of the package; install nothing."""
     package, tests = tmp_path / "gigabatch", tmp_path / "tests"
     package.mkdir()
     for folder in ("launcher", "data", "kernels", "configs"):
@@ -44,13 +43,11 @@ def test_new_file_passes_all_registry_tests(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     passed = int(done.stdout.split(" passed")[0].split()[-1])
-    # Value and resume on 1, 2 and 4 ranks; cost; documentation; benchmark; 7 keys; its own test.
+    # Value and resume on 1, 2 and 4 ranks; passes, documentation, benchmark; 7 keys; test_dcl.py.
     assert passed == 3 * 2 + 3 + 7 + 1, done.stdout
 
 
-def test_config_names_a_users_own_objective(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_config_loads_a_user_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (TUTORIAL / "dcl.py").read_text()
     (tmp_path / "my_losses.py").write_text(source.replace("@register\n", ""))
     monkeypatch.syspath_prepend(tmp_path)
@@ -60,8 +57,8 @@ def test_config_names_a_users_own_objective(
     assert columns_of(config.objective) == ()
     assert type(build_objective(config.objective, width=8)).__name__ == "DCL"
     assert parse_config(dump_config(config), "again") == config
-    in_a_sum = f"objective: {{name: sum, terms: [{{}}, {text.partition(': ')[2]}]}}"
-    assert build_objective(parse_config(in_a_sum, "c").objective, width=8).needs.taps
+    sum_text = f"objective: {{name: sum, terms: [{{}}, {text.partition(': ')[2]}]}}"
+    assert build_objective(parse_config(sum_text, "c").objective, width=8).needs.taps
 
 
 @pytest.mark.parametrize(
@@ -73,7 +70,7 @@ def test_config_names_a_users_own_objective(
         ("{module: nonsense}", "objective.module"),
     ],
 )
-def test_wrong_module_names_its_problem(
+def test_invalid_module_raises_with_its_problem(
     objective: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "my_losses.py").write_text(

@@ -1,4 +1,4 @@
-"""The objectives in the real trainer: one run of a sum of them, with all that they keep."""
+"""Training runs of a sum of all objectives, with all their state."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gigabatch.trainer.monitoring.metrics import read_metrics
 from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
 
-EVERYTHING = """objective={name: sum, terms: [
+ALL_OBJECTIVES = """objective={name: sum, terms: [
     {name: queue, size: 50, momentum: 0.9},
     {name: noisy},
     {name: sogclr, temperatures: individual},
@@ -32,8 +32,8 @@ EVERYTHING = """objective={name: sum, terms: [
     {name: byol, momentum: 0.9},
     {name: swav, prototypes: 20},
 ]}"""
-# Two epochs of 200 samples: the split of the noisy ones is made before the step after the first.
-SETTINGS = ["train.steps=10", "eval.sets=[]", "checkpoint.every_steps=0", EVERYTHING]
+# Ten steps are more than one epoch of 200 samples: `noisy` splits the samples after the first.
+SETTINGS = ["train.steps=10", "eval.sets=[]", "checkpoint.every_steps=0", ALL_OBJECTIVES]
 
 
 @pytest.fixture(autouse=True)
@@ -51,24 +51,24 @@ def new_run(tiny: Path, name: str, settings: Sequence[str] = SETTINGS) -> RunFol
 
 
 @pytest.mark.slow
-def test_a_run_with_all_that_objectives_keep_goes_on_to_the_bit(tiny: Path) -> None:
-    whole, cut = new_run(tiny, "whole"), new_run(tiny, "cut")
-    assert run_training(whole)
-    for last in (4, 3):  # stopped after four steps, and after three more
-        asked = count(1)
-        assert not run_training(cut, lambda asked=asked, last=last: next(asked) == last)
-    assert run_training(cut)
-    assert losses(cut.path) == losses(whole.path)
-    assert sorted(losses(cut.path)) == list(range(1, 11))
-    final = [line for line in read_metrics(whole.metrics) if "train/loss" in line][-1]
+def test_resumed_run_with_objective_state_has_equal_losses(tiny: Path) -> None:
+    full, resumed = new_run(tiny, "full"), new_run(tiny, "resumed")
+    assert run_training(full)
+    for last in (4, 3):  # stop after four steps, then after three more
+        calls = count(1)
+        assert not run_training(resumed, lambda calls=calls, last=last: next(calls) == last)
+    assert run_training(resumed)
+    assert losses(resumed.path) == losses(full.path)
+    assert sorted(losses(resumed.path)) == list(range(1, 11))
+    final = [line for line in read_metrics(full.metrics) if "train/loss" in line][-1]
     assert final["train/queue/queue"] == 50
-    assert 0 < final["train/noisy/clean"] < 1, "no split was made"
+    assert 0 < final["train/noisy/clean"] < 1, "the samples were not split"
     assert final["train/sogclr/temperature"] != pytest.approx(0.07, abs=1e-6)
 
 
 @pytest.mark.slow
-def test_two_ranks_see_the_same_run(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
-    """Tables dealt out, queues gathered, ZeRO's shards brought together for the momentum tower."""
+def test_two_ranks_have_the_losses_of_one(tiny: Path, tmp_path: Path, gigabatch: Any) -> None:
+    """Covers sharded tables, gathered queues, and ZeRO 3 shards for the momentum tower."""
     assert run_training(new_run(tiny, "one"))
     done = gigabatch(
         "train", tiny, *SETTINGS, "run.name=two", "train.zero_stage=3", "cluster.launcher=torchrun",

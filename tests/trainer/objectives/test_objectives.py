@@ -43,11 +43,11 @@ def test_clamp_passes_inward_gradients_only(at: float, slope: float, passes: boo
     assert float(x.grad) == (slope if passes else 0.0)
 
 
-def test_logit_scale_above_its_limit_decreases_again() -> None:
+def test_logit_scale_above_its_limit_decreases() -> None:
     objective = build_objective(parse_settings({"init_logit_scale": 100.0}))
     torch.manual_seed(1)
-    wrong = F.normalize(torch.randn(8, 4), dim=1)
-    rows = {"image": wrong, "text": -wrong}
+    images = F.normalize(torch.randn(8, 4), dim=1)
+    rows = {"image": images, "text": -images}
     optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
     with torch.no_grad():
         objective.log_scale += 1.0

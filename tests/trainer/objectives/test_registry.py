@@ -1,5 +1,8 @@
-"""Tests that every registered objective passes: it equals its float64 reference on 1, 2 and 4 gloo
-ranks, resumes to the bit, states its cost, and is documented."""
+"""Tests of every registered objective.
+
+It equals its float64 reference on 1, 2 and 4 gloo ranks, resumes bit for bit, declares its matrix
+passes, and is documented.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.objectives import OBJECTIVES
 
 PROBE = Path(__file__).with_name("rank_probe.py")
-ALONE = World(0, 1, torch.device("cpu"), None)
+SINGLE = World(0, 1, torch.device("cpu"), None)
 WORLD_SIZES = [
     pytest.param(
         w, marks=[pytest.mark.xdist_group(f"objectives {w}"), *([pytest.mark.slow] * (w > 1))]
@@ -56,20 +59,20 @@ def test_objective_equals_its_reference(ranks: Any, label: str) -> None:
 
 
 @pytest.mark.parametrize("label", examples())
-def test_objective_resumes_to_the_bit(ranks: Any, label: str) -> None:
+def test_objective_resumes_bit_for_bit(ranks: Any, label: str) -> None:
     assert all(rank[label]["resumed_equal"] for rank in ranks)
 
 
 STATEFUL = [
     label
     for label, (settings, _) in examples().items()
-    if any(True for _ in build(settings, ALONE)[0].buffers()) or build(settings, ALONE)[1].tables
+    if any(True for _ in build(settings, SINGLE)[0].buffers()) or build(settings, SINGLE)[1].tables
 ]
 
 
 @pytest.mark.parametrize("label", STATEFUL)
 def test_state_does_not_depend_on_the_number_of_ranks(ranks: Any, label: str) -> None:
-    single = run(*examples()[label], ALONE)["steps"][-1]
+    single = run(*examples()[label], SINGLE)["steps"][-1]
     names = [name for name in single if name.startswith(("table", "buffer"))]
     for name in names:
         actual = ranks[0][label]["steps"][-1][name]
@@ -79,7 +82,7 @@ def test_state_does_not_depend_on_the_number_of_ranks(ranks: Any, label: str) ->
 @pytest.mark.parametrize("label", examples())
 def test_passes_are_positive_and_scale_with_the_example(label: str) -> None:
     settings, example = examples()[label]
-    objective, _ = build(settings, ALONE)
+    objective, _ = build(settings, SINGLE)
     outputs = {tap: batch(example, 1).outputs[tap] for tap in objective.needs.taps}
     passes = objective.passes(outputs)
     assert 0 < passes < 100 * ROWS * WIDTH

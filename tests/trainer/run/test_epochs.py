@@ -1,4 +1,4 @@
-"""`train.epochs`: turned into steps when a run is created, and stored as steps."""
+"""`train.epochs`: conversion to steps when a run is created."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from gigabatch.trainer.run.create import create_run, resolve_epochs
     ("epochs", "samples", "batch", "steps"),
     [
         ("1", 1000, 100, 10),
-        ("1", 1001, 100, 11),  # rounded up: every sample is read
+        ("1", 1001, 100, 11),  # rounded up, so every sample is read
         ("0.5", 1000, 100, 5),
         ("2.5", 1000, 100, 25),
-        ("0.07", 100, 1, 7),  # not 8: 0.07 * 100 is above 7 in floating point
+        ("0.07", 100, 1, 7),  # not 8, although 0.07 * 100 > 7 in floating point
         ("0.001", 100, 64, 1),
     ],
 )

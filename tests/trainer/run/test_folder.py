@@ -1,4 +1,4 @@
-"""Creating, opening, locking and recording in run folders."""
+"""Run folders: creation, opening, locks, records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What code an attempt runs is written down, and said where it is not what ran before."""
+"""The record of an attempt's code and packages, and the warning if they changed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OLD = {
 }  # fmt: skip
 
 
-def changed(**packages: str | None) -> dict[str, Any]:
+def with_packages(**packages: str | None) -> dict[str, Any]:
     return {**OLD, "packages": {**OLD["packages"], **packages}}
 
 
@@ -33,30 +33,30 @@ def changed(**packages: str | None) -> dict[str, Any]:
         (OLD, []),
         ({**OLD, "code": "9a0364b9e99b"},
          ["gigabatch 0.1.0 (code 1f3870be274f) -> 0.1.0 (code 9a0364b9e99b)"]),
-        (changed(torch="2.14.0", deepspeed="0.20.0"),
+        (with_packages(torch="2.14.0", deepspeed="0.20.0"),
          ["torch 2.13.0 -> 2.14.0", "deepspeed 0.19.8 -> 0.20.0"]),
-        (changed(ray="2.60.0"), ["ray (none) -> 2.60.0"]),
+        (with_packages(ray="2.60.0"), ["ray (none) -> 2.60.0"]),
         ({**OLD, "python": "3.12.1"}, ["Python 3.11.7 -> 3.12.1"]),
-        (changed(gigabatch="0.1.0+code.77"), []),  # the same code, from a job's wheel
-        (changed(pillow="12.0"), []),  # OLD has no version of pillow
+        (with_packages(gigabatch="0.1.0+code.77"), []),  # the same code, from a job's wheel
+        (with_packages(pillow="12.0"), []),  # OLD has no version of pillow
     ],
 )  # fmt: skip
 def test_changes_are_named_with_both_versions(new: dict[str, Any], expected: list[str]) -> None:
     assert changes(OLD, new) == expected
 
 
-def test_a_record_that_tells_no_code_differs_from_none() -> None:
+def test_record_without_code_gives_no_changes() -> None:
     assert changes({"time": 1.0}, provenance()) == []
 
 
-def test_a_new_run_tells_its_code_and_the_packages_that_trained_it() -> None:
+def test_environment_records_code_digest_and_package_versions() -> None:
     recorded = environment()
     assert recorded["code"] == code_digest()
     assert recorded["packages"]["torch"]
     assert recorded["packages"]["deepspeed"]
 
 
-def test_the_digest_changes_with_code_alone(
+def test_code_digest_changes_only_with_python_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "data").mkdir()
@@ -74,7 +74,7 @@ def test_the_digest_changes_with_code_alone(
     assert code_digest() not in (first, second)
 
 
-def test_an_attempt_warns_of_the_last_whose_code_is_known(
+def test_attempt_warns_if_code_differs_from_last_readable_record(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = create_run(Config.model_validate({"run": {"dir": tmp_path}, "data": {"train": "x"}}), "x")
@@ -86,20 +86,20 @@ def test_an_attempt_warns_of_the_last_whose_code_is_known(
     assert record["code"] == code_digest()
     record["packages"]["torch"] = "1.0"
     second.write_text(json.dumps(record))
-    third.write_text("")  # killed as it was written
+    third.write_text("")  # as after a kill during the write
     assert run.take_attempt() == 4
     (line,) = caplog.messages
     assert line.startswith("attempt 4 runs other code than attempt 2: torch 1.0 -> ")
 
 
 @pytest.mark.slow
-def test_a_resume_with_other_code_says_so_and_goes_on(
+def test_resume_with_changed_code_warns_and_continues(
     tiny: Path, tmp_path: Path, start: Any, gigabatch: Any
 ) -> None:
     run = RunFolder(tmp_path / "runs" / "a")
     done = gigabatch("train", tiny, "run.name=a", "train.steps=3", "eval.sets=[]")
     assert done.returncode == 0, done.stderr
-    module = tmp_path / "more" / "gigabatch" / "data" / "extra.py"  # one file more: other code
+    module = tmp_path / "more" / "gigabatch" / "data" / "extra.py"  # changes the code digest
     module.parent.mkdir(parents=True)
     module.write_text("")
     path = os.pathsep.join([str(tmp_path / "more"), os.environ["PYTHONPATH"]])
@@ -113,7 +113,7 @@ def test_a_resume_with_other_code_says_so_and_goes_on(
     )
     assert old != new
     assert json.loads((run.path / "environment.json").read_text())["code"] == old
-    for told in (done.stdout, run.log.read_text()):
-        assert "attempt 2 runs other code than attempt 1: gigabatch " in told
-        assert f"(code {old}) -> " in told
-        assert f"(code {new})" in told
+    for text in (done.stdout, run.log.read_text()):
+        assert "attempt 2 runs other code than attempt 1: gigabatch " in text
+        assert f"(code {old}) -> " in text
+        assert f"(code {new})" in text

@@ -56,7 +56,7 @@ def test_padding_does_not_change_a_set_or_sequence(ordered: bool, attend: bool) 
     assert pooled.shape == (3, encoder.width)
     assert tokens.shape == (3, 5, encoder.token_width)
     torch.testing.assert_close(pooled, encoder(other, mask))
-    # Nor do the other samples of the micro-batch.
+    # The other samples of the micro-batch have no effect either.
     torch.testing.assert_close(pooled[1:2], encoder(x[1:2], mask[1:2]))
 
 
@@ -72,7 +72,7 @@ def test_permuted_vectors_change_a_sequence_but_not_a_set() -> None:
 
 @pytest.mark.parametrize("attend", [False, True])
 def test_row_without_vectors_has_zero_gradients(attend: bool) -> None:
-    """A NaN in the backward pass would survive the multiplication by zero."""
+    """A NaN in the backward pass would remain after multiplication by zero."""
     encoder = vectors_encoder(attend=attend, layers=2, dropout=0.5)
     pooled = encoder(torch.zeros(2, 5, 3), mask_of(0, 2))
     (pooled * 0.0).sum().backward()

@@ -38,13 +38,13 @@ def test_kind_documents_itself_and_its_keys(slot: Slot, kind: str) -> None:
     undocumented = [
         name
         for name, field in cls.model_fields.items()
-        if not field.description and name not in ("head", "reads")  # their keys are documented
+        if not field.description and name not in ("head", "reads")  # their subkeys are documented
     ]
     assert not undocumented
     assert kind in str(cls.model_fields["kind"].description)
 
 
-def test_kind_that_exists_already_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicate_kind_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "_KINDS", {slot: kinds_of(slot) for slot in SLOTS})
 
     class Second(TowerKind):
@@ -72,7 +72,7 @@ def test_new_file_is_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_new_file_trains_without_other_changes(
     tmp_path: Path, tiny: Path, gigabatch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a copy of the package, add one file and train with the command line."""
+    """Add one file to a copy of the package, and train from the command line."""
     package = tmp_path / "copy" / "gigabatch"
     package.mkdir(parents=True)
     for name in ("configs", "data", "kernels", "launcher", "trainer"):

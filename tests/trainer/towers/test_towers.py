@@ -128,7 +128,7 @@ def test_frozen_tower_trains_its_head_only() -> None:
 
 
 @pytest.mark.parametrize(
-    ("tower", "words"),
+    ("tower", "message"),
     [
         ("support_towers:Normed", "batch norm"),
         ("support_towers:Scaled", "temperature is 0-dimensional"),
@@ -138,8 +138,8 @@ def test_frozen_tower_trains_its_head_only() -> None:
         ("torch.nn:Linear", "failed"),
     ],
 )
-def test_unsuitable_module_raises_with_its_key(tower: str, words: str) -> None:
-    with pytest.raises(GigabatchError, match=words) as error:
+def test_unsuitable_module_raises_with_its_key(tower: str, message: str) -> None:
+    with pytest.raises(GigabatchError, match=message) as error:
         build_towers(config(f"towers.image={{kind: module, module: '{tower}'}}"), 100)
     assert "towers.image" in str(error.value)
 
@@ -208,7 +208,7 @@ def test_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "message"),
     [
         ([f"towers.image={{kind: huggingface, config: {VIT}}}", "data.image.size=32"],
          "towers.image: the model's image_size is 16, but data.image.size is 32"),
@@ -220,8 +220,8 @@ def test_pretrained_text_model_is_loaded_from_a_folder(tmp_path: Path) -> None:
          "towers.text: the model's max_position_embeddings is 512, but data.text.length is 600"),
     ],
 )  # fmt: skip
-def test_model_that_does_not_fit_the_data_raises(overrides: list[str], words: str) -> None:
-    with pytest.raises(GigabatchError, match=words):
+def test_model_that_does_not_fit_the_data_raises(overrides: list[str], message: str) -> None:
+    with pytest.raises(GigabatchError, match=message):
         build_towers(config(*overrides), 100)
 
 

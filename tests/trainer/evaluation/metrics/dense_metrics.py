@@ -10,7 +10,7 @@ import numpy as np
 
 
 def ranked(scores: np.ndarray, grades: np.ndarray, excluded: int = -1) -> list[int]:
-    """Sort keys from the best to the worst; of equal scores, the lower grade comes first."""
+    """Sort keys by descending score; of equal scores, the lower grade comes first."""
     keys = [j for j in range(len(scores)) if j != excluded]
 
     def sort_key(j: int) -> Any:
@@ -41,28 +41,28 @@ def list_metrics(gains: list[float], relevant: int, ks: Sequence[int]) -> dict[s
     """Compute the metrics of one sorted list."""
 
     def dcg(values: list[float], k: int) -> float:
-        return sum(g / math.log2(place + 2) for place, g in enumerate(values[:k]))
+        return sum(g / math.log2(i + 2) for i, g in enumerate(values[:k]))
 
-    def inside(k: int) -> int:
+    def relevant_in_top(k: int) -> int:
         return sum(g > 0 for g in gains[:k])
 
     out: dict[str, float] = {}
     for k in ks:
-        out[f"hit@{k}"] = float(inside(k) > 0)
-        out[f"recall@{k}"] = inside(k) / max(relevant, 1)
-        out[f"precision@{k}"] = inside(k) / k
+        out[f"hit@{k}"] = float(relevant_in_top(k) > 0)
+        out[f"recall@{k}"] = relevant_in_top(k) / max(relevant, 1)
+        out[f"precision@{k}"] = relevant_in_top(k) / k
         ideal = dcg(sorted(gains, reverse=True), k)
         out[f"ndcg@{k}"] = dcg(gains, k) / ideal if ideal else 0.0
-    places = [place for place, g in enumerate(gains, start=1) if g > 0]
-    out["mrr"] = 1 / places[0] if places else 0.0
-    out["map"] = sum(inside(p) / p for p in places) / max(relevant, 1)
-    out["r_precision"] = inside(relevant) / max(relevant, 1)
-    out["rank"] = float(places[0]) if places else math.nan
+    ranks = [rank for rank, g in enumerate(gains, start=1) if g > 0]
+    out["mrr"] = 1 / ranks[0] if ranks else 0.0
+    out["map"] = sum(relevant_in_top(rank) / rank for rank in ranks) / max(relevant, 1)
+    out["r_precision"] = relevant_in_top(relevant) / max(relevant, 1)
+    out["rank"] = float(ranks[0]) if ranks else math.nan
     return out
 
 
 def maxsim(q: np.ndarray, q_mask: np.ndarray, k: np.ndarray, k_mask: np.ndarray) -> np.ndarray:
-    """[Q, N]: mean over a query's real tokens of the largest product with a key's real token."""
+    """Compute MaxSim scores [Q, N]: means over query tokens of their largest product with a key."""
     out = np.empty((len(q), len(k)))
     for i, j in np.ndindex(*out.shape):
         queries, keys = q[i][q_mask[i]].astype(np.float64), k[j][k_mask[j]].astype(np.float64)

@@ -1,4 +1,4 @@
-"""Every sharded metric of a small random case, computed from this rank's slice of it."""
+"""Every sharded metric of a small random case, computed from this rank's slice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EDGES = {1: [0, 60], 2: [0, 43, 60], 4: [0, 20, 41, 60, 60]}  # the last of four
 
 
 def case() -> dict[str, torch.Tensor]:
-    """Return vectors of 60 images and texts in five classes; some are equal, so that they tie."""
+    """Return vectors of 60 images and texts in five classes; some are equal, so scores tie."""
     random = np.random.default_rng(0)
     labels = random.integers(0, 5, ROWS)
     image = random.normal(0, 1, (ROWS, 6)) + np.eye(6)[labels] * 2
@@ -46,8 +46,8 @@ def sharded_metrics(world: World) -> dict[str, Any]:
     """Compute all metrics and per-query values, by name, on every rank."""
     all_rows = case()
     edges = EDGES[world.size]
-    share = slice(edges[world.rank], edges[world.rank + 1])
-    rows = {name: values[share] for name, values in all_rows.items()}
+    local = slice(edges[world.rank], edges[world.rank + 1])
+    rows = {name: values[local] for name, values in all_rows.items()}
     image, text, labels = rows["image"], rows["text"], rows["label"]
     embedded = Embedded({"image": image, "text": text}, {"label": labels})
     probe, l2 = linear_probe((image, labels), (text, labels), world, seed=1)
@@ -70,8 +70,8 @@ def sharded_metrics(world: World) -> dict[str, Any]:
     }
     metrics: dict[str, Any] = {
         f"{task}/{name}": column.tolist()
-        for task, of_task in values.items()
-        for name, column in of_task.items()
+        for task, columns in values.items()
+        for name, column in columns.items()
     }
     geometry = geometry_metrics({"image": image, "text": text}, labels, world, seed=1)
     metrics |= {"l2": l2, "ridge_l2": ridge_l2}

@@ -23,8 +23,8 @@ def test_attack_success_counts_only_triggered_samples_of_other_classes() -> None
     missing = [math.isnan(v) for v in values["attack_success"].tolist()]
     assert missing == [True, False, False, False, True, True]
     clean = {name: column[4:] for name, column in values.items()}
-    assert summarize_attack(clean) == {"clean_top1": 0.5}  # a slice without a trigger
-    # Some resamples hold no triggered sample; the interval is over those that do.
+    assert summarize_attack(clean) == {"clean_top1": 0.5}  # a slice without triggered samples
+    # Intervals skip resamples without a triggered sample.
     low, high = intervals(values, summarize_attack, seed=0)["attack_success"]
     assert 0 <= low < 2 / 3 < high <= 1
 

@@ -88,8 +88,8 @@ def test_batch_bias_matches_dense_numpy() -> None:
 
 
 @pytest.mark.slow
-def test_relative_error_equals_that_of_the_mean_over_all_batches() -> None:
-    """Enumerate every batch, which has no sampling noise."""
+def test_relative_error_equals_mean_over_all_batches() -> None:
+    """Enumerate all batches to avoid sampling noise."""
     (q, k), ids = case(8, 3), np.arange(8)
     mean = np.zeros((2, 8, 3))
     for rows in map(list, combinations(range(8), 4)):

@@ -33,8 +33,8 @@ def test_zero_shot_matches_numpy_prompt_averages() -> None:
     assert values["top1"].tolist() == correct.tolist()
     assert values["top5"].tolist() == [1.0] * 50
     metrics = summarize_classification(values)
-    of_classes = [correct[labels == c].mean() for c in range(4)]
-    assert metrics["class_top1"] == pytest.approx(np.mean(of_classes))
+    accuracies = [correct[labels == c].mean() for c in range(4)]
+    assert metrics["class_top1"] == pytest.approx(np.mean(accuracies))
 
 
 def test_zero_shot_counts_tied_classes_as_wrong() -> None:

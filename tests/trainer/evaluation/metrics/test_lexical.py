@@ -12,12 +12,12 @@ WORDS = ["the", "cat", "sat", "on", "a", "mat", "dog", "ran", "fast", "slow", "Ã
 
 def dense(queries: list[str], documents: list[str]) -> np.ndarray:
     """Compute the full score matrix from the formula."""
-    known = sorted({w for d in documents for w in words_of(d)})
-    frequency = {w: sum(w in words_of(d) for d in documents) for w in known}
-    idf = np.array([math.log((1 + len(documents)) / (1 + frequency[w])) + 1 for w in known])
+    vocabulary = sorted({w for d in documents for w in words_of(d)})
+    frequency = {w: sum(w in words_of(d) for d in documents) for w in vocabulary}
+    idf = np.array([math.log((1 + len(documents)) / (1 + frequency[w])) + 1 for w in vocabulary])
 
     def rows(texts: list[str]) -> np.ndarray:
-        out = np.array([[words_of(t).count(w) for w in known] for t in texts]) * idf
+        out = np.array([[words_of(t).count(w) for w in vocabulary] for t in texts]) * idf
         return out / np.maximum(np.linalg.norm(out, axis=1, keepdims=True), 1e-300)
 
     return rows(queries) @ rows(documents).T

@@ -47,7 +47,7 @@ def test_logistic_fit_matches_newton(l2: float) -> None:
     expected = newton(standardized, y, l2)
     np.testing.assert_allclose(model.weight.numpy(), expected[:, :-1], rtol=1e-4, atol=1e-4)
     logits = standardized @ expected[:, :-1].T + expected[:, -1]
-    logits -= logits.mean(1, keepdims=True)  # a constant over classes changes nothing
+    logits -= logits.mean(1, keepdims=True)  # logits are defined up to a constant per row
     actual = model.logits(rows["image"]).numpy()
     actual -= actual.mean(1, keepdims=True)
     np.testing.assert_allclose(actual, logits, rtol=1e-4, atol=1e-4)

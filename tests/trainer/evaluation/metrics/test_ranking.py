@@ -90,16 +90,16 @@ def test_collapsed_model_gets_the_worst_metrics() -> None:
     assert metrics["i2t_mrr"] == pytest.approx(1 / 30)
 
 
-def test_summarize_skips_queries_without_relevant_items_and_raises_if_none_is_left() -> None:
+def test_summarize_skips_queries_without_relevant_items_and_raises_if_none_remain() -> None:
     keys = torch.eye(3)
     queries = keys[[0, 1]]
     pairs = (torch.tensor([0]), torch.tensor([0]), torch.tensor([1.0]))
     values = rank_queries(dot_rows(queries, keys), Relevance.by_pairs(*pairs, 2), 3, (1,))
     assert summarize(values)["recall@1"] == 1
     assert values["recall@1"].isnan().tolist() == [False, True]
-    nothing = Relevance.by_pairs(*(p[:0] for p in pairs), 2)
+    empty = Relevance.by_pairs(*(p[:0] for p in pairs), 2)
     with pytest.raises(GigabatchError, match="no query has a relevant item"):
-        summarize(rank_queries(dot_rows(queries, keys), nothing, 3, (1,)))
+        summarize(rank_queries(dot_rows(queries, keys), empty, 3, (1,)))
 
 
 @given(

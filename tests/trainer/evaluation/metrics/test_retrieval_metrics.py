@@ -18,7 +18,7 @@ SINGLE = World(0, 1, torch.device("cpu"), None)
 
 
 @pytest.mark.parametrize("concepts", [1, 3, 20, 1000])
-def test_both_ways_match_sorted_lists(concepts: int) -> None:
+def test_both_directions_match_sorted_lists(concepts: int) -> None:
     random = np.random.default_rng(concepts)
     # Small integers make dot products exact, and many of them tie.
     image, text = (random.integers(-2, 3, (57, 3)).astype(np.float32) for _ in range(2))
@@ -66,6 +66,6 @@ def test_joint_retrieval_matches_sorted_lists(score: str, concepts: int) -> None
         np.testing.assert_allclose(values[key].numpy(), expected[name], rtol=1e-12)
         assert metrics[key] == pytest.approx(np.mean(expected[name]))
     assert metrics["a+c2b_mean_rank"] == pytest.approx(np.mean(expected["rank"]))
-    assert "mean_recall@10" not in metrics  # there is only one way
+    assert "mean_recall@10" not in metrics  # one direction only
     line = f"recall@10 {metrics['a+c2b_recall@10']:.3f} (a and c to b; 43 "
     assert line in describe_retrieval("s", metrics)

@@ -29,6 +29,7 @@ def case(rows: int, width: int, noise: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standardized(x: np.ndarray, by: np.ndarray) -> np.ndarray:
+    """Standardize `x` by the mean and standard deviation of `by`."""
     scale = np.where(by.std(0) > 1e-9, by.std(0), 1.0)
     return (x - by.mean(0)) / scale
 
@@ -48,7 +49,7 @@ def tensors(x: np.ndarray, y: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize(("rows", "width"), [(80, 6), (20, 50)])
 def test_ridge_fit_matches_least_squares(rows: int, width: int) -> None:
     x, y = case(rows, width, 1.0)
-    x[:, 4] = 3.0  # constant: it explains nothing
+    x[:, 4] = 3.0  # a constant feature explains no variance
     grid = (10.0, 1.0, 1e-3, 1e-5)
     models = fit_ridge(*tensors(x, y), grid, SINGLE)
     for l2, model in zip(grid, models, strict=True):
@@ -67,7 +68,7 @@ def test_choose_l2_takes_the_least_error_on_held_out_rows() -> None:
         residual = standardized(x[out], x[~out]) @ w + y[~out].mean() - y[out]
         errors[l2] = np.square(residual).sum()
     best = min(errors, key=errors.__getitem__)
-    assert best in (10.0, 1e-1)  # at neither end, so the choice matters
+    assert best in (10.0, 1e-1)  # inside the grid, so the choice matters
     assert choose_l2(*tensors(x, y), SINGLE, 3, tuple(errors), FIT, squared_error) == best
 
 

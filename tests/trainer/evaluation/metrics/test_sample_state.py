@@ -42,11 +42,11 @@ def test_group_by_value_reports_means_and_correlation_with_log_frequency() -> No
     assert metrics["kind/values"] == 4
     means, counts = [], []
     for kind in "abcd":
-        of_kind = [v for v, k in zip(values, kinds, strict=True) if k == kind]
-        assert metrics[f"kind={kind}/tau"] == pytest.approx(np.mean(of_kind))
-        assert metrics[f"kind={kind}/count"] == len(of_kind)
-        means.append(np.mean(of_kind))
-        counts.append(np.log(len(of_kind)))
+        kind_values = [v for v, k in zip(values, kinds, strict=True) if k == kind]
+        assert metrics[f"kind={kind}/tau"] == pytest.approx(np.mean(kind_values))
+        assert metrics[f"kind={kind}/count"] == len(kind_values)
+        means.append(np.mean(kind_values))
+        counts.append(np.log(len(kind_values)))
     m, c = np.array(means) - np.mean(means), np.array(counts) - np.mean(counts)
     expected = (m * c).sum() / np.sqrt((m * m).sum() * (c * c).sum())
     assert metrics["tau/log_frequency_correlation"] == pytest.approx(expected)

@@ -15,10 +15,10 @@ from gigabatch.trainer.distributed import World
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_metrics_on_several_ranks_equal_those_on_one(ranks: int) -> None:
     one_rank: dict[str, Any] = sharded_metrics(World(0, 1, torch.device("cpu"), None))
-    several = run_ranks(Path(__file__).with_name("sharded_metrics_probe.py"), ranks)
-    assert several.keys() == one_rank.keys()
+    sharded = run_ranks(Path(__file__).with_name("sharded_metrics_probe.py"), ranks)
+    assert sharded.keys() == one_rank.keys()
     for name, value in one_rank.items():
         if name.startswith(("geometry/", "regression/")):
-            assert several[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
+            assert sharded[name] == pytest.approx(value, rel=1e-9, abs=1e-12), name
         else:
-            assert several[name] == value, name
+            assert sharded[name] == value, name

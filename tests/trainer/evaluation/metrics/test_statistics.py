@@ -83,10 +83,10 @@ def test_intervals_of_groups_draw_their_queries_together() -> None:
     hits = (torch.arange(30) % 3 == 0).double()
     single = intervals({"hit": hits}, summarize, seed=5)
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))
-    fourfold, groups = hits.repeat_interleave(4), torch.arange(30).repeat_interleave(4) - 7
-    grouped = intervals({"hit": fourfold[order]}, summarize, seed=5, groups=groups[order])
+    repeated, groups = hits.repeat_interleave(4), torch.arange(30).repeat_interleave(4) - 7
+    grouped = intervals({"hit": repeated[order]}, summarize, seed=5, groups=groups[order])
     assert grouped["hit"] == pytest.approx(single["hit"])
-    ungrouped = intervals({"hit": fourfold}, summarize, seed=5)["hit"]
+    ungrouped = intervals({"hit": repeated}, summarize, seed=5)["hit"]
     assert ungrouped[1] - ungrouped[0] < 0.6 * (grouped["hit"][1] - grouped["hit"][0])
 
 

@@ -45,7 +45,7 @@ def test_scores_match_loops_over_tokens(budget: int, monkeypatch: pytest.MonkeyP
     expected = dense.maxsim(q, q_mask, k, k_mask)
     sides = [Rows(*map(torch.from_numpy, side)) for side in ((q, q_mask), (k, k_mask))]
     np.testing.assert_allclose(score_pairs(*sides).numpy(), expected.diagonal(), rtol=1e-6)
-    q_mask[0], k_mask[2] = False, False  # an item without real tokens matches nothing
+    q_mask[0], k_mask[2] = False, False  # items without real tokens score -inf
     inputs = map(torch.from_numpy, (q, q_mask, k, k_mask))
     actual = maxsim_rows(*inputs)(slice(0, 7)).numpy()
     expected[0], expected[:, 2] = -np.inf, -np.inf
@@ -54,7 +54,7 @@ def test_scores_match_loops_over_tokens(budget: int, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("concepts", [1, 4, 1000])
-def test_each_way_averages_over_the_tokens_of_the_query(concepts: int) -> None:
+def test_each_direction_averages_over_query_tokens(concepts: int) -> None:
     (image, image_mask), (text, text_mask) = tokens(41, 4, concepts), tokens(41, 5, concepts + 1)
     ids = np.random.default_rng(concepts).integers(0, concepts, 41)
     embedded = Embedded(
