@@ -164,7 +164,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(secret: str) -> No
     ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
     (
         "objective={name: swav, taps: [image, image@1, text], prototypes: 8}",
-        "prototypes: with three taps they are the batch's text",
+        "prototypes: with three taps they are the batch's vectors of text",
     ),
     ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
     ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),
