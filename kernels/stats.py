@@ -314,7 +314,7 @@ def _sweep(
 def _fields(
     spec: _Spec, needs: Sequence[bool], z: Sequence[Tensor] | None, g: Sequence[Tensor] | None
 ) -> list[Fields]:
-    """Return each reduction's inputs (as `sum_dtype`), and its initial results and gradients."""
+    """Return each reduction's inputs in `spec.sum_dtype`, and its initial results and gradients."""
     dtype, like = spec.sum_dtype, spec.keys.tensors[0]
     fields: list[Fields] = []
     converted: dict[int, Tensor] = {}  # reductions that share a tensor still share it afterwards
