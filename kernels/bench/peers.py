@@ -1,4 +1,4 @@
-"""Losses of other packages, if installed, each as one symmetric cross-entropy."""
+"""Losses of other packages, if they are installed, each as one symmetric cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from gigabatch.kernels.bench.implementations import Implementation, Inputs, Loss
 
-OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # of scaled rows, columns and labels
+OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scaled rows, columns, labels) -> loss
 
 
 def find_peers(device: torch.device, size: int) -> list[Implementation]:
-    """List all known packages; one that cannot run here gets the reason in `missing`.
+    """List all known packages. If one cannot run here, `missing` holds the reason.
 
     Args:
-        device: Of the inputs.
-        size: Bytes of one number of the inputs.
+        device: Device of the inputs.
+        size: Bytes per element of the inputs.
     """
     peers = []
     for name, (module, package, load) in PEERS.items():
