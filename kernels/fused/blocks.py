@@ -44,11 +44,13 @@ def exp(x):
 
 @triton.jit
 def per_row(values, i, m):
+    """Load one value per row, [BM, 1]; 0 for rows that do not exist."""
     return tl.load(values + i, mask=i < m, other=0)[:, None]
 
 
 @triton.jit
 def per_key(values, j, n):
+    """Load one value per key, [1, BN]; 0 for keys that do not exist."""
     return tl.load(values + j, mask=j < n, other=0)[None, :]
 
 
