@@ -10,9 +10,9 @@ from gigabatch.kernels.sources import KeyBlock
 
 
 class ScoreCache:
-    """Unrounded scores of the first rows of each key block, as far as a byte budget allows.
+    """Unrounded scores of the first rows of each key block, within a byte budget.
 
-    Results are the same bits with the cache and without.
+    Results with and without the cache are bit-identical.
     """
 
     def __init__(self, budget: int) -> None:
@@ -27,9 +27,9 @@ class ScoreCache:
         Args:
             score: Similarity function.
             block: n keys.
-            dtype: Of the scores.
-            step: R is a multiple of it, or all rows.
-            backward: True reads (and forgets) what the forward pass wrote.
+            dtype: Dtype of the scores.
+            step: R is a multiple of `step`, or the number of all rows.
+            backward: Read, and remove from the cache, what the forward pass wrote.
 
         Returns:
             None if there is no room, or if the score's `pull` needs more than its scores.
@@ -48,7 +48,7 @@ class ScoreCache:
 
 
 def cached_tile(cached: Tensor | None, first: int, rows: slice, columns: slice) -> Tensor | None:
-    """Return a tile of the cached scores of the rows from `first` on, or None if not all of the
-    tile is cached."""
+    """Return a tile of `cached`, the scores of the rows from `first` on, or None if a part of the
+    tile is not cached."""
     start, stop = rows.start - first, rows.stop - first
     return None if cached is None or stop > len(cached) else cached[start:stop, columns]

@@ -35,7 +35,7 @@ def check_inputs(
             shape = tuple(value.shape)
             raise ValueError(f"{name} must be 0-dimensional, floating; got {shape}, {value.dtype}")
     if paired and len(q) != len(k):
-        raise ValueError(f"row i belongs to key i without ids; got {len(q)} and {len(k)}")
+        raise ValueError(f"row i belongs to key i; got {len(q)} rows and {len(k)} keys")
     if gather_mode not in ("gather", "ring"):
         raise ValueError(f"gather_mode is {gather_mode!r}; choose gather or ring")
     load_backend(backend, q)
@@ -44,7 +44,7 @@ def check_inputs(
 def check_columns(
     q: Tensor, k: Tensor, bias: Tensor | None, **pairs: tuple[Tensor | None, Tensor | None]
 ) -> None:
-    """Check a bias for each key, and int64 columns of both sides, by name.
+    """Check a per-key bias, and int64 columns of both sides, by name.
 
     Raises:
         TypeError: if a dtype is wrong.

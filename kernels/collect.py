@@ -1,4 +1,4 @@
-"""Rows collected from a key source or from other ranks: top-k keys, chosen keys, all rows."""
+"""Rows from a key source or from other ranks: top-k keys, keys by index, all ranks' rows."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def row_top(
     Args:
         score: A score, or queries [M, D] for the dot product.
         keys: Source of N keys.
-        k: Keys for each query, at least 1.
+        k: Number of keys per query, at least 1.
         rule: Masks select eligible pairs; log-weights are ignored.
         backend: As in `lse_stats`.
 
@@ -89,7 +89,7 @@ def take(keys: KeySource, index: Tensor) -> KeyBlock:
 
 
 class _Take(torch.autograd.Function):
-    """`take` as a differentiable function of the source's tensors."""
+    """`take`, as a differentiable function of the source's tensors."""
 
     @staticmethod
     def forward(
@@ -127,7 +127,7 @@ class _Take(torch.autograd.Function):
 
 
 def _locate(index: Tensor, block: KeyBlock) -> tuple[Tensor, Tensor]:
-    """Return which entries of `index` are keys of this block, and their positions in it."""
+    """Return which entries of `index` are keys of this block, and their positions in the block."""
     inside = (index >= block.offset) & (index < block.offset + len(block.keys))
     row = inside.nonzero().squeeze(1)
     return row, index[row] - block.offset

@@ -1,4 +1,4 @@
-"""Key sources made of others: several in a row, keys of separate groups, products of vectors."""
+"""Composite key sources: several sources in a row, keys of separate groups, products of vectors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ class Concat(KeySource):
 
 
 class Ragged(KeySource):
-    """This process's keys, visible only to rows of the same group (the objects of one page).
+    """Keys of this process, each visible only to rows of its group, such as the candidate objects
+    of one page.
 
     Groups are combined into blocks of about `rows` rows, with a mask that separates them. The cost
     is M x max(rows, a group's keys), not M x n.
@@ -60,7 +61,7 @@ class Ragged(KeySource):
         groups: int64 [n], sorted.
         row_groups: int64 [M], sorted.
         metadata: Columns [n, ...] by name.
-        rows: Rows of a block.
+        rows: Smallest number of rows of a block, except the last.
 
     Raises:
         ValueError: if groups are not int64 and sorted, or a column's length is not n.
@@ -99,19 +100,19 @@ class Ragged(KeySource):
 class Products(KeySource):
     """Elementwise products of other modalities' vectors, for the multilinear score of Symile.
 
-    With a query a the score is <a, b * c * ...> = sum_d a_d b_d c_d ... A pairing holds, for each
-    factor, an index [N] or a shift, and makes N keys: key j is the product of the factors' rows
-    index[j], or j + shift. Zeros make the true tuples; a shuffle for each factor makes Symile's
-    O(N) negatives; `all_pairings` makes its O(N^2) negatives.
+    For a query a, the score is <a, b * c * ...> = sum_d a_d b_d c_d ... A pairing holds an index
+    [N] or a shift per factor, and defines N keys: key j is the product of the factors' rows
+    index[j], or j + shift. Shifts of 0 give the true tuples, a shuffle per factor Symile's O(N)
+    negatives, and `all_pairings` its O(N^2) negatives.
 
-    Keys are made when needed, in at least float32 (products of eight factors underflow in bf16).
+    Keys are computed when needed, in at least float32: products of eight factors underflow in bf16.
     Memory is O(N D), for any number of pairings. Metadata columns: "tuple" is the row that a key
     is the true tuple of, or -1 if its factors belong to different rows; "index" is the key's index
     within its pairing.
 
     Args:
         factors: Tensors [N, D], all ranks' rows (see `gather_rows`).
-        pairings: One entry for each N keys, with an int64 [N] or an int for each factor.
+        pairings: One entry per N keys, with an int64 [N] or an int per factor.
 
     Raises:
         ValueError: if the factors' shapes differ.

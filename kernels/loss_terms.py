@@ -1,8 +1,9 @@
-"""Per-row loss terms from score statistics: formulas, differentiable.
+"""Per-row loss terms: differentiable formulas over score statistics.
 
-All take and return [M] tensors, at least float32. Shared arguments:
+All take and return [M] tensors, at least float32. In formulas, sg is stop-gradient (`detach`).
+Shared arguments:
 
-- `z`: log-sum-exps of a row's logits over some set of keys, from `lse_stats`; -inf over no key.
+- `z`: log-sum-exps of a row's logits over some set of keys, from `lse_stats`; -inf without keys.
 - `positive`, `weight`: sums of the row's positive logits and of their weights, from `lse_stats`.
 - `scale`: logit scale (inverse temperature), 0-dim or [M].
 
@@ -24,13 +25,13 @@ from gigabatch.kernels.stats import Lse, lse_stats, pair_sum
 
 
 def cross_entropy(z: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
-    """Compute Z_i - sum_j P_ij x_ij / sum_j P_ij, x the logits.
+    """Compute Z_i - sum_j P_ij x_ij / sum_j P_ij, where x are the logits.
 
     Several positives are averaged outside the logarithm: each is scored against all keys, the
     other positives included (SupCon, Khosla et al. 2020, eq. 2).
 
-    A row with a positive but without any key in `z` (its rule masks the positives, and the row has
-    no negative) gives -inf, with a finite gradient. Drop such rows before the mean, for example
+    A row with a positive but no key in `z` (its rule masks the positives, and the row has no
+    negative) gives -inf, with a finite gradient. Drop such rows before the mean, for example
     with `torch.where(z > -torch.inf, loss, 0)`.
     """
     has_positive = weight > 0
@@ -40,7 +41,7 @@ def cross_entropy(z: Tensor, positive: Tensor, weight: Tensor) -> Tensor:
 def lse_plus(z: Tensor, z_positive: Tensor) -> Tensor:
     """Compute Z_i - log sum_{p in P_i} e^(scale s_ip), minus the log of the positives' share.
 
-    From MIL-NCE, CACE-Net and ReVersion. `z_positive` is the `Lse` whose rule selects positives.
+    Used by MIL-NCE, CACE-Net and ReVersion. `z_positive` is the `Lse` whose rule selects positives.
     """
     has_positive = z_positive > -torch.inf
     return torch.where(has_positive, z - torch.where(has_positive, z_positive, 0), 0)
@@ -52,7 +53,7 @@ def pair_wise(
 ) -> Tensor:  # fmt: skip
     """Compute mean_{p in P_i} log(1 + e^(Z_i^neg - scale s_ip)): positives against negatives only.
 
-    From Hydra. `z_negative` is the `Lse` over the negatives; `count` the number of positives.
+    Used by Hydra. `z_negative` is the `Lse` over the negatives, `count` the number of positives.
     """
     sums = pair_sum(score, keys, "softplus", -scale, z_negative, rule=positives, backend=backend)
     return sums / count.clamp(min=1)
@@ -61,7 +62,7 @@ def pair_wise(
 def circle(z_negative: Tensor, z_positive: Tensor) -> Tensor:
     """Compute log(1 + e^(Z_i^neg) sum_p e^(-scale s_ip)).
 
-    From HCL. `z_positive` is the `Lse` over the positives, with the scale negated.
+    Used by HCL. `z_positive` is the `Lse` over the positives, with the scale negated.
     """
     return F.softplus(z_negative + z_positive, threshold=40)
 
@@ -72,7 +73,8 @@ def hinge_hardest(
 ) -> Tensor:  # fmt: skip
     """Compute max_{j in N_i} [margin_i + s_ij - positive_score_i]_+.
 
-    From PC2 and UAR. The hardest negative is found without gradient and scored again with it.
+    Used by PC2 and UAR. The hardest negative is found without gradient; its score is computed again
+    with gradient.
     """
     score = Dot(score) if isinstance(score, Tensor) else score
     index = row_top(score, keys, 1, negatives, backend)[1][:, 0]
@@ -86,7 +88,7 @@ def hinge_mean(
 ) -> Tensor:  # fmt: skip
     """Compute mean_{j in N_i} [margin_i + s_ij - positive_score_i]_+.
 
-    From SimCTG and the warm-up of PC2. `count` is the number of negatives.
+    Used by SimCTG and the warm-up of PC2. `count` is the number of negatives.
     """
     one, shift = positive_score.new_ones(()), margin - positive_score
     sums = pair_sum(score, keys, "relu", one, shift, rule=negatives, backend=backend)
@@ -94,10 +96,11 @@ def hinge_mean(
 
 
 def fcco(z: Tensor, tau: Tensor, log_u: Tensor, negatives: Tensor | float) -> Tensor:
-    """Compute tau_i sg[exp(Z_i - log(negatives u_i))] Z_i (SogCLR, iSogCLR).
+    """Compute tau_i sg[exp(Z_i - log(negatives u_i))] Z_i; sg is stop-gradient (detach).
 
-    Its gradient is that of a softmax normalized by a stored estimate u_i of mean_j e^(h_ij/tau_i)
-    instead of the batch's own. `z` is over negatives, of h_ij = s_ij - s_ii: subtract scale s_ii
+    This is finite-sum coupled compositional optimization (FCCO), used by SogCLR and iSogCLR. Its
+    gradient is that of a softmax normalized by a stored estimate u_i of mean_j e^(h_ij/tau_i)
+    instead of the batch's mean. `z` is over negatives, of h_ij = s_ij - s_ii: subtract scale s_ii
     from the `Lse`.
     """
     has_negative = z > -torch.inf
@@ -111,9 +114,9 @@ def log_density(
 ) -> Tensor:  # fmt: skip
     """Compute the kernel density log mean_j e^(-|x_i - y_j|^2 / 2 tau) over the keys y.
 
-    An RBF score is a dot product with a bias for each key and a constant for each row. Used by
-    uniformity losses and SepCLR. `count` is the number of keys that the rule leaves for each row.
-    The source must have one tensor.
+    Used by uniformity losses and SepCLR. An RBF score is a dot product with a bias per key and a
+    constant per row. `count` is the number of keys that the rule leaves for each row. The source
+    must have one tensor.
     """
     (y,) = keys.tensors
     bias = -y.to(accumulator_dtype(y.dtype)).square().sum(1) / (2 * tau)

@@ -1,4 +1,4 @@
-"""Contrastive losses over the global batch, each a few lines over the engine and a formula.
+"""Contrastive losses over the global batch, each a formula over reductions of the engine.
 
 `q` and `k` are this rank's slices. The *mean over ranks* of the returned values is the loss of the
 global batch, and gradients averaged over ranks are its gradients. Values are at least float32.
@@ -55,8 +55,8 @@ def contrastive_loss(
 
         L_rows = mean_i [ log sum_j exp(l_ij) - sum_j P_ij l_ij ],   l_ij = scale <q_i, k_j> + b_j
 
-    over the rows i that have a positive. Symmetric: (L_rows + L_columns) / 2 (Radford et al.
-    2021), where b cancels in L_columns. With e = label_smoothing, P_ij = (1 - e) [j in P_i] / |P_i|
+    over the rows i that have a positive. If symmetric, (L_rows + L_columns) / 2 (Radford et al.
+    2021); b cancels in L_columns. With e = label_smoothing, P_ij = (1 - e) [j in P_i] / |P_i|
     + e / |candidates of i|: several positives are averaged outside the logarithm (SupCon, Khosla
     et al. 2020, eq. 2). The score is a plain dot product: normalize q and k first.
 
@@ -64,27 +64,28 @@ def contrastive_loss(
         q: [n, D], any floating dtype, the same on every rank; n may differ between ranks and be 0.
         k: [n, D], same dtype.
         scale: 0-dim logit scale.
-        ids_q: int64 [n]; None: row i's positive is key i.
-        ids_k: int64 [n]; None: the same as `ids_q`.
+        ids_q: int64 [n]; if None, row i's positive is key i.
+        ids_k: int64 [n]; if None, `ids_q`.
         same_id: "positive": all pairs of equal ids are positives. "exclude": row i's positive is
             key i, and other pairs of equal ids are left out.
         groups_q: int64 [n]; only pairs of one group (language, domain) are compared. Not with
             label smoothing.
-        groups_k: int64 [n]; None: the same as `groups_q`.
-        teacher_q: float [n, E], another model's vectors; pairs whose cosine there exceeds
+        groups_k: int64 [n]; if None, `groups_q`.
+        teacher_q: float [n, E], vectors of another model; pairs whose cosine in it exceeds
             `threshold` are left out, except positives. Not with label smoothing.
-        teacher_k: float [n, E]; None: the same as `teacher_q`.
+        teacher_k: float [n, E]; if None, `teacher_q`.
         threshold: Cosine of the teacher's vectors above which a pair is left out.
         bias: float [n], one per key, for example log popularity.
-        symmetric: Average over both directions; else only rows against keys.
-        label_smoothing: In [0, 1); spread over all candidates of a row.
+        symmetric: Average over both directions; otherwise, only rows are compared with keys.
+        label_smoothing: Share of the target, in [0, 1), that is spread over all candidates of a
+            row.
         group: Process group, or None for this process only.
         gather_mode: "gather" holds all keys, O(N D); "ring" passes them on, O(n D).
         backend: As in `lse_stats`.
         cache_bytes: As in `lse_stats`.
         validate: Raise for NaN, infinity or a row without a positive; otherwise such a row has
             weight 0.
-        counts: A dict that receives int64 "rows_without_positive" and "columns_without_positive".
+        counts: Dict that receives int64 "rows_without_positive" and "columns_without_positive".
 
     Returns:
         0-dim: world size times this rank's share of the loss.
@@ -119,7 +120,7 @@ def contrastive_loss(
     if label_smoothing:
         candidates = _all_logits(q, k, scale, bias, group)[: 1 + symmetric]
         for others in same_id_stats:
-            # Leave out the keys of equal ids, but not the row's own key.
+            # Leave out the keys with the row's id, except its own key.
             own_is_equal = pairing.same_id.rows == pairing.metadata["id"]
             candidates = [
                 (total - others.positive[i] + own_is_equal * targets[i],
@@ -185,9 +186,9 @@ def late_interaction_loss(
     mask_k: Tensor | None = None, symmetric: bool = True, group: dist.ProcessGroup | None = None,
     gather_mode: GatherMode = "gather", backend: str | None = None, cache_bytes: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Compute InfoNCE over token-wise MaxSim scores (FILIP; one direction: ColBERT).
+    """Compute InfoNCE over token-wise MaxSim scores (FILIP; with one direction only, ColBERT).
 
-    Row i's positive is key i. The second direction uses the other score, the mean over the key's
+    Row i's positive is key i. The second direction uses a different score, the mean over the key's
     tokens.
 
     Args:
@@ -247,7 +248,7 @@ def key_source(
 
 @dataclass(frozen=True)
 class _Pairing:
-    """Key metadata, and the rules for positives, pairs of equal ids, and all pairs that count."""
+    """Key metadata, and rules that select positives, pairs of equal ids, and pairs that count."""
 
     metadata: dict[str, Tensor]
     positive: Eq
@@ -260,12 +261,13 @@ def _pair(
     groups: tuple[Tensor | None, Tensor | None], exclude: bool,
     teachers: tuple[Tensor, Tensor] | None, threshold: float,
 ) -> _Pairing:  # fmt: skip
-    """Build the rules of `contrastive_loss`; pairs are (queries, keys), None keys as queries."""
+    """Build the rules of `contrastive_loss`. `ids` and `groups` are those of queries and of keys;
+    None for the keys means those of the queries."""
     ids_q, ids_k = ids[0], ids[0] if ids[1] is None else ids[1]
     groups_q, groups_k = groups[0], groups[0] if groups[1] is None else groups[1]
     indices_q = indices_k = indices
     if groups_q is not None and groups_k is not None:
-        # Ids that are equal only within a group keep the positives one equality, which is cheap.
+        # If ids are equal only within a group, positives remain one equality, which is cheap.
         ids_q, ids_k = combine_ids(ids_q, groups_q), combine_ids(ids_k, groups_k)
         if exclude:  # then q and k have the same number of rows
             indices_q, indices_k = combine_ids(indices, groups_q), combine_ids(indices, groups_k)

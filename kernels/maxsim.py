@@ -1,12 +1,12 @@
-"""MaxSim: token-wise late interaction (ColBERT, FILIP) without its token matrix.
+"""MaxSim: token-wise late interaction (ColBERT, FILIP) without a matrix of all token products.
 
 For a query of Tq tokens and a key of Tk tokens
 
     s_ij = 1/|q_i| sum_{t in q_i} max_{u in k_j} <q_it, k_ju>,
 
 over real tokens only, on both sides. The other direction, the mean over the key's tokens of the
-maximum over the query's, is another score: swap the sides. The gradient flows through one maximum,
-the first. The backward pass finds it again, since storing it would take M x N x Tq.
+maximum over the query's, is a different score: swap the sides. The gradient flows through the first
+maximum only. The backward pass finds it again, since storing it would take M x N x Tq.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class MaxSim(Score):
     def __init__(self, q: Tensor, mask: Tensor | None = None) -> None:
         real = _check_tokens("q", q, mask)
         self.tokens = q.shape[1]
-        # The query's padding becomes 0 and scores 0 with everything.
+        # Set the query's padding to 0, so that it scores 0 with every key.
         inverse_count = 1 / real.sum(1).to(accumulator_dtype(q.dtype))
         self.operands = (torch.where(real.unsqueeze(2), q, 0), inverse_count)
 
@@ -100,7 +100,7 @@ def maxsim(
     """Compute the MaxSim scores of all queries with all keys; differentiable once.
 
     Use it for a few candidates per query, or for search; a loss over many keys
-    (`late_interaction_loss`) needs no such matrix. No more than a tile of token products is held.
+    (`late_interaction_loss`) needs no such matrix. At most one tile of token products is held.
 
     Args:
         q: [M, Tq, D] token vectors of the queries.
@@ -126,7 +126,7 @@ def maxsim(
 
 
 class _Matrix(torch.autograd.Function):
-    """The matrix of scores as a differentiable function of both sides' tokens."""
+    """The matrix of scores, as a differentiable function of both sides' tokens."""
 
     @staticmethod
     def forward(ctx: Any, score: MaxSim, block: KeyBlock, q: Tensor, k: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def token_keys(k: Tensor, mask: Tensor | None, **metadata: Tensor) -> Mapping[st
 
 
 def _check_tokens(name: str, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the mask, or one that is true everywhere, once it is checked."""
+    """Check tokens and their mask. Returns the mask, all true if it is None."""
     if tokens.ndim != 3:
         raise ValueError(f"{name} must be [n, tokens, D]; got {tuple(tokens.shape)}")
     if mask is None:

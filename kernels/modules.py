@@ -1,7 +1,7 @@
 """Loss modules for your own training loop: `ContrastiveLoss` and `SigmoidLoss`.
 
 They replace open_clip's `ClipLoss` and `SigLipLoss`: same constructor and `forward` arguments, same
-values, same gradients. They find the default process group themselves.
+values, same gradients. They use the default process group if none is passed.
 
 Let W be the number of ranks and L the loss of the global batch. Rank r computes a share L_r, and L
 is the mean of the shares. Calling `backward()` on every rank computes the gradients of the sum of
@@ -28,7 +28,7 @@ DIST_IMPLS: dict[str | None, GatherMode] = {
 
 
 class _DistributedLoss(nn.Module):
-    """What both losses share: the process group, argument checks and the returned value."""
+    """Base class of both losses: process group, argument checks and returned value."""
 
     global_loss: Tensor | None
 
@@ -69,7 +69,7 @@ class _DistributedLoss(nn.Module):
 
 
 class ContrastiveLoss(_DistributedLoss):
-    """CLIP's loss over the global batch, in place of open_clip's `ClipLoss`.
+    """CLIP's loss over the global batch; replaces open_clip's `ClipLoss`.
 
     Row i's positive is row i of the other side; all other rows of all ranks are negatives. The
     loss is the mean cross-entropy of both directions (see `contrastive_loss`). Logits are float32
@@ -146,7 +146,7 @@ class ContrastiveLoss(_DistributedLoss):
 
 
 class SigmoidLoss(_DistributedLoss):
-    """SigLIP's loss over the global batch, in place of open_clip's `SigLipLoss`.
+    """SigLIP's loss over the global batch; replaces open_clip's `SigLipLoss`.
 
     The sum over all pairs of the global batch is divided by the batch size (see `sigmoid_loss`).
     `forward` returns this rank's share L_r, which with equal batch sizes is the sum over its own
@@ -222,7 +222,7 @@ def _with_value(share: Tensor, value: Tensor) -> Tensor:
 
 
 class _WithValue(torch.autograd.Function):
-    """The value of one scalar with the gradient of another."""
+    """The value of one scalar with the gradient of another one."""
 
     @staticmethod
     def forward(ctx: Any, share: Tensor, value: Tensor) -> Tensor:

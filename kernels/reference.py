@@ -1,4 +1,5 @@
-"""Back end `reference`: dense, in float64, gradients by autograd. The oracle of the others."""
+"""Back end `reference`: dense, in float64, with gradients by autograd. The other back ends are
+tested against it."""
 
 from __future__ import annotations
 

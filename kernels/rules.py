@@ -58,7 +58,7 @@ class Eq:
 
 
 class Ne(Eq):
-    """Mask: different values. Not the row itself, or not of the same class."""
+    """Mask: different values. Examples are another row, or another class."""
 
     def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
         return self.rows[rows].unsqueeze(1) != block.metadata[self.keys]
@@ -66,7 +66,7 @@ class Ne(Eq):
 
 @dataclass(frozen=True)
 class Either:
-    """Mask: at least one of two masks holds. For example another id, or the row's own key."""
+    """Mask: at least one of two masks holds. An example is a different id, or the row's own key."""
 
     one: Clause
     other: Clause
@@ -84,7 +84,7 @@ class Table:
         keys: Name of the keys' int64 column.
         table: float [A, B]; -inf masks a pair.
         only: Mask; pairs outside it have log-weight 0. With it, a row's own reversed sample can
-            have another weight than the reversed samples of other rows.
+            have a different weight from the reversed samples of other rows.
     """
 
     rows: Tensor
@@ -102,14 +102,14 @@ class Table:
 
 @dataclass(frozen=True)
 class AbsDiff:
-    """Log-weight log(factor_i |y_i - y_j| + 1): negatives weigh more, the farther their labels.
+    """Log-weight log(factor_i |y_i - y_j| + 1): negatives with a more distant label weigh more.
 
-    From SupReMix.
+    Used by SupReMix.
 
     Args:
         rows: [M] labels of the rows, integer or floating.
         keys: Name of the keys' column of labels.
-        factor: float [M]; None is 1. Mixtures use 1 - lambda.
+        factor: float [M]; None is 1. Mixtures lam y_i + (1 - lam) y_j use 1 - lam.
     """
 
     rows: Tensor
@@ -127,15 +127,15 @@ class AbsDiff:
 
 @dataclass(frozen=True)
 class SecondScore:
-    """Mask or log-weight from another score, t_ij = <rows_i, column_j>, without gradient.
+    """Mask or log-weight from a second score t_ij = <rows_i, column_j>, without gradient.
 
     Args:
         rows: [M, E] vectors of the rows.
         keys: Name of the keys' column of vectors, [n, E].
-        at_most: If given, the clause is the mask t_ij <= at_most, which drops the pairs that a
-            teacher takes for false negatives (MultiCSR).
-        scale: Otherwise the clause is the log-weight scale t_ij: a teacher's softmax, up to its
-            sum, as soft positives.
+        at_most: If given, the clause is the mask t_ij <= at_most, which drops pairs that a teacher
+            marks as false negatives (MultiCSR).
+        scale: Otherwise, the clause is the log-weight scale t_ij: a teacher's softmax, up to
+            normalization, as soft positives.
     """
 
     rows: Tensor
@@ -154,7 +154,7 @@ class AtLeast:
     """Mask s_ij >= rows_i: only keys whose score reaches a threshold.
 
     The threshold may be a quantile of the row's scores, from `row_top`. Put it between two scores:
-    the same score may round differently in another tile.
+    a score may round differently in a different tile.
 
     Args:
         rows: [M] thresholds.
@@ -169,8 +169,8 @@ class AtLeast:
 def combine_ids(ids: Tensor, groups: Tensor) -> Tensor:
     """Return int64 [n] codes that are equal where both ids and groups are.
 
-    Different pairs collide only by a chance of 64 bits. One `Eq` of the codes costs nothing per
-    tile; two clauses would.
+    Different pairs collide with a probability of about 2^-64. A single `Eq` of the codes costs
+    nothing per tile, unlike two clauses.
     """
     return ids * -7046029254386353131 + groups * -4417276706812531889
 
@@ -192,8 +192,8 @@ def check_rule(rule: Rule, m: int) -> None:
 def combine_clauses(
     rule: Rule, rows: slice, block: KeyBlock, scores: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Evaluate all clauses on one tile; returns (mask, log-weights), each None if no clause
-    gives one."""
+    """Evaluate all clauses on one tile. Returns (mask, log-weights), each None if no clause
+    has one."""
     mask = weights = None
     for clause in (*rule, *block.clauses):
         values = clause.evaluate(rows, block, scores)

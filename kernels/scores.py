@@ -26,7 +26,7 @@ class Score(ABC):
     needs_scratch = True
 
     def tile_shape(self, rows: int, columns: int, keys: KeyBlock) -> tuple[int, int]:
-        """Return (queries, keys) of a tile that holds about rows x columns numbers."""
+        """Return the (queries, keys) of a tile that needs about rows x columns numbers."""
         return rows, columns
 
     def scratch(self, r: int, c: int, keys: KeyBlock) -> Any:
@@ -57,11 +57,11 @@ class Score(ABC):
 
     @abstractmethod
     def dense(self, rows: Sequence[Tensor], keys: KeyBlock) -> Tensor:
-        """Return the scores [r, c] by their definition, differentiable; tiles must equal it."""
+        """Compute the scores [r, c] by their definition, differentiably; `tile` must agree."""
 
     @abstractmethod
     def pairs(self, keys: KeyBlock) -> Tensor:
-        """Return [M]: the score of query i with key i, differentiable."""
+        """Compute the scores [M] of query i with key i, differentiably."""
 
 
 class Dot(Score):

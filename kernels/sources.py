@@ -118,7 +118,7 @@ class Gather(KeySource):
 
     Args:
         k: [n, ...] this rank's keys; n may differ between ranks.
-        metadata: This rank's columns [n, ...], gathered too.
+        metadata: This rank's columns [n, ...], which are gathered too.
         group: Process group.
 
     Raises:
@@ -171,9 +171,9 @@ class Gather(KeySource):
 class Ring(KeySource):
     """The keys of `Gather`, passed from rank to rank. Memory O(n D) at every world size.
 
-    The next block is on its way while one is processed. Column results and key gradients follow
-    their block; each rank adds its share, until they are back at the owner. Blocks arrive in
-    another order on each rank, so sums round differently than under `Gather`; two runs agree.
+    The next block travels while one is processed. Column results and key gradients follow their
+    block; each rank adds its share, until they are back at the owner. Blocks arrive in a different
+    order on each rank, so sums round differently than under `Gather`; two runs agree.
 
     Args:
         k: [n, ...] this rank's keys; n may differ between ranks.
@@ -208,7 +208,7 @@ class Ring(KeySource):
         for step in range(self.world_size):
             owner, last = (self.rank + step) % self.world_size, step == self.world_size - 1
             arriving = [] if last else receive_buffers("block", step, block_tensors, owner + 1)
-            # Totals of the ranks that had this block before.
+            # Totals of the ranks that processed this block before.
             merged = receive_buffers("totals", step, totals, owner) if step else []
             outgoing = totals if last else block_tensors + totals
             requests = self._exchange(outgoing, arriving + merged)

@@ -1,8 +1,8 @@
-"""The engine's sums, one pass over the scores each: `lse_stats` and `pair_sum`.
+"""Sums of the engine, each in one pass over the scores: `lse_stats` and `pair_sum`.
 
 The backward pass forms, tile by tile, the gradient G of all sums with respect to the scores, and
 from it dQ = G K and dK = G^T Q. That is four matrix passes (S; S again; dQ; dK), or three for the
-total of a `pair_sum`, whose gradient is known up to one factor in the forward pass. See
+total of a `pair_sum`, whose gradient is known up to a scalar factor in the forward pass. See
 docs/engine.md.
 """
 
@@ -56,9 +56,9 @@ class Stats:
     A tensor is [M] or, for columns, [n] (this rank's keys); at least float32.
 
     Attributes:
-        z: Log-sum-exps; -inf over no pair.
-        positive: sum_j P_ij (scale_i s_ij + bias_j), P the rule of positives; empty without one.
-        weight: sum_j P_ij, without gradient; empty without a rule of positives.
+        z: Log-sum-exps; -inf where no pair counts.
+        positive: sum_j P_ij (scale_i s_ij + bias_j) for a rule P of positives, else empty.
+        weight: sum_j P_ij, without gradient, for a rule P of positives, else empty.
     """
 
     z: tuple[Tensor, ...]
@@ -72,20 +72,20 @@ def lse_stats(
 ) -> Stats:  # fmt: skip
     """Compute log-sum-exps and positive sums of this rank's queries against all keys.
 
-    Differentiable once: in the score's operands, the source's tensors, scales and biases. Memory
-    O(M + N), apart from the keys. Under a process group, gradients are those of the *sum over
-    ranks* of a function of the results.
+    Differentiable once, with respect to the score's operands, the source's tensors, scales and
+    biases. Memory O(M + N), apart from the keys. Under a process group, gradients are those of the
+    *sum over ranks* of a function of the results.
 
     Args:
         score: A score, or queries [M, D] for the dot product.
         keys: Source of N keys.
-        lses: Log-sum-exps to compute, together.
-        positives: Rule of the positives, one clause or several; log-weights weigh them. A single
-            `Eq` with few pairs costs nothing per tile.
+        lses: Log-sum-exps to compute, in the same passes.
+        positives: Rule of the positives, one or several clauses; their log-weights weigh the
+            positives. A single `Eq` with few pairs costs nothing per tile.
         backend: "tiled" (plain PyTorch, the default), "triton" (must be requested until it has
             run on a GPU) or "reference" (dense, float64).
         cache_bytes: Memory for scores that the backward pass reuses, saving up to one matrix pass
-            in four. Results are the same bits.
+            in four. Results are bit-identical.
 
     Returns:
         One result for each entry of `lses`.
@@ -125,8 +125,8 @@ def pair_sum(
 ) -> Tensor:  # fmt: skip
     """Compute sum_j w_ij phi(scale_i s_ij + shift_i + bias_j) for each row, or their sum.
 
-    Differentiable once, as `lse_stats` is. A total's gradient must be the same number on every
-    rank, as it is in any loss.
+    Differentiable once, as `lse_stats` is. With `total`, the incoming gradient must be the same on
+    every rank.
 
     Args:
         score: A score, or queries [M, D] for the dot product.
@@ -168,8 +168,8 @@ def load_backend(backend: str | None, like: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class _Spec:
-    """A call of `_run`. `grad_in_forward`: the gradient of the one reduction's total is made in
-    the forward pass, up to one factor."""
+    """Arguments of one `_run` call. `grad_in_forward`: the gradient of the single total is computed
+    in the forward pass, up to a scalar factor."""
 
     score: Score
     keys: KeySource
@@ -186,7 +186,7 @@ class _Spec:
 
     @property
     def sum_dtype(self) -> torch.dtype:
-        """The dtype of logits, sums, and sums of gradients."""
+        """Dtype of logits, sums, and sums of gradients."""
         dtype: torch.dtype = getattr(self.engine, "DTYPE", self.result_dtype)
         return dtype
 
@@ -223,7 +223,7 @@ def _check_sizes(reduction: Reduction, m: int, n: int) -> None:
 
 
 class _Sweep(torch.autograd.Function):
-    """All reductions of a `_Spec` as one differentiable function of its tensors."""
+    """All reductions of a `_Spec`, as one differentiable function of its tensors."""
 
     @staticmethod
     def forward(ctx: Any, spec: _Spec, *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -264,14 +264,15 @@ def _sweep(
 ) -> tuple[list[Tensor], list[Tensor | None]]:  # fmt: skip
     """Visit all key blocks once.
 
-    Returns the results (none if `z` holds them already) and, with `g`, the gradients of all
-    `tensors`, not yet rounded to their dtypes.
+    Returns the results (an empty list if `z` already holds them) and, with `g`, the gradients of
+    all `tensors`, not yet rounded to their dtypes.
     """
     score, keys, reductions = spec.score, spec.keys, spec.reductions
     like, dtype = keys.tensors[0], spec.sum_dtype
     needs_dk = g is not None and keys.requires_grad
     fields = _fields(spec, needs[len(tensors) - 3 * len(reductions) :], z, g)
-    # Per-key values travel with the keys: on the keys' axis all but the bias, else the bias only.
+    # Per-key values travel with the keys: those of a column reduction, except its bias, and the
+    # bias of a row reduction.
     per_key = [
         (i, name) for i, values in enumerate(fields) for name, value in values.items()
         if value.ndim and reductions[i].on_rows == name.endswith("bias")
@@ -313,10 +314,10 @@ def _sweep(
 def _fields(
     spec: _Spec, needs: Sequence[bool], z: Sequence[Tensor] | None, g: Sequence[Tensor] | None
 ) -> list[Fields]:
-    """Return each reduction's inputs in the dtype of sums, and its empty results and gradients."""
+    """Return each reduction's inputs in `spec.sum_dtype`, and its initial results and gradients."""
     dtype, like = spec.sum_dtype, spec.keys.tensors[0]
     fields: list[Fields] = []
-    converted: dict[int, Tensor] = {}  # a tensor that several reductions share stays one tensor
+    converted: dict[int, Tensor] = {}  # reductions that share a tensor still share it afterwards
     for i, reduction in enumerate(spec.reductions):
         inputs = {name: getattr(reduction, name) for name in ("scale", "shift", "bias")}
         values = {
@@ -338,5 +339,5 @@ def _fields(
 
 
 def _empty(reduction: Reduction, name: str) -> float:
-    """Return the result of a reduction over no pair."""
+    """Return the value of a result or gradient to which no pair has been added."""
     return -torch.inf if name == "out" and reduction.phi == "lse" else 0.0

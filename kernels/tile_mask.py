@@ -1,9 +1,9 @@
 """Tile masks: rules evaluated on one key block, for the `tiled` back end.
 
-On a CPU `where` and `masked_fill` branch at every number: a mask without a pattern costs them
-twelve times an addition, and a comparison three times. So a mask becomes a log-weight, 0 or -inf,
-by arithmetic where it can; and a clause that only concerns few pairs, those with equal values, is
-applied to these pairs alone.
+On a CPU, `where` and `masked_fill` branch per element: an irregular mask costs about 12 times as
+much as an addition, a comparison 3 times. Where possible, a mask is therefore computed
+arithmetically as log-weights (0 or -inf), and a clause that affects only a few equal pairs is
+applied to those pairs.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from gigabatch.kernels.sources import KeyBlock
 
 @dataclass
 class TileMask:
-    """A rule on one tile [r, c].
+    """A rule evaluated on one tile [r, c].
 
     Attributes:
         mask: bool [r, c], or None.
-        log_weights: float [r, c], or None; at most one of the two is given.
+        log_weights: float [r, c], or None. At most one of the two is set.
         listed: Lists of pairs (row, column, value); each value is added to its pair's log-weight.
-            A list holds a pair once.
+            No list holds a pair twice.
     """
 
     mask: Tensor | None
@@ -75,7 +75,8 @@ class BlockRule:
     Args:
         rule: Clauses.
         block: Keys.
-        log_weights_only: All users of the rule add its log-weights; none multiplies by a mask.
+        log_weights_only: Whether all reductions with this rule add log-weights to their logits,
+            and none multiplies by a mask.
     """
 
     def __init__(self, rule: Rule, block: KeyBlock, log_weights_only: bool) -> None:
@@ -91,7 +92,7 @@ class BlockRule:
 
     @cached_property
     def listed(self) -> EqualPairs | None:
-        """The pairs that a sum over pairs visits, if the rule is one equality with few pairs."""
+        """Pairs that a sum over pairs visits, if the rule is one equality with few pairs."""
         clause = self.rule[0] if len(self.rule) == 1 and not self.block.clauses else None
         if not isinstance(clause, Eq) or isinstance(clause, Ne):
             return None
@@ -100,8 +101,8 @@ class BlockRule:
     def on_tile(
         self, rows: slice, columns: slice, keys: KeyBlock, scores: Tensor
     ) -> TileMask | None:
-        """Evaluate the rule on a tile; `keys` are the block's `columns`. None: all pairs count
-        alike."""
+        """Evaluate the rule on a tile; `keys` are the block's `columns`. None if all pairs count
+        with weight 1."""
         if not self.dense and not self.sparse:
             return None
         mask, log_weights = combine_clauses(self.dense, rows, keys, scores)
@@ -116,12 +117,13 @@ class BlockRule:
 
 
 def _without_branches(clause: Clause, block: KeyBlock) -> Clause:
-    """Return a mask as log-weights made without comparisons, or the clause unchanged."""
+    """Return a clause that computes a mask as log-weights without comparisons; if there is none,
+    return the clause unchanged."""
     if type(clause) is Eq:
         first, rows = block.rows.indices(len(clause.rows))[0], clause.rows[block.rows]
         codes = torch.cat([rows, block.metadata[clause.keys]])
         values, ranks = torch.unique(codes, return_inverse=True)
-        if len(values) <= 2**24:  # float32 holds no more of them exactly
+        if len(values) <= 2**24:  # float32 represents larger ranks inexactly
             row_ranks, key_ranks = ranks.float().tensor_split([len(rows)])
             return _EqualRanks(row_ranks, key_ranks, first, block.offset)
     one, other = (clause.one, clause.other) if isinstance(clause, Either) else (clause, None)
@@ -133,23 +135,24 @@ def _without_branches(clause: Clause, block: KeyBlock) -> Clause:
 
 
 def _is_finite(score: SecondScore, block: KeyBlock) -> bool:
-    """Return False if scores may be NaN, which a comparison drops and arithmetic would keep."""
+    """Return whether all values are finite. A comparison with NaN is false, but arithmetic would
+    propagate it."""
     vectors = (score.rows, block.metadata[score.keys])
     return all(bool(tensor.isfinite().all()) for tensor in vectors)
 
 
 def _positive_to_minus_infinity(values: Tensor) -> Tensor:
-    """Replace positive numbers by -inf in place; 0 stays (below 1e-38 a number stays finite, but
-    below -1e30)."""
+    """Replace positive values by -inf, in place; 0 stays 0. Values below about 1e-38 become large
+    negative finite numbers (< -1e30) instead of -inf."""
     largest = torch.finfo(values.dtype).max
     return values.mul_(-largest).mul_(largest)
 
 
 @dataclass(frozen=True)
 class _EqualRanks:
-    """`Eq` by the ranks of the different values, which subtract exactly.
+    """`Eq` on the ranks of the distinct values; float32 subtracts ranks exactly.
 
-    `rows` float: the rows' ranks, from row `first` on; `keys` float [m].
+    `rows` are the ranks of the rows from `first` on, `keys` those of the block's m keys; float32.
     """
 
     rows: Tensor
@@ -167,7 +170,7 @@ class _EqualRanks:
 
 @dataclass(frozen=True)
 class _AtMost:
-    """Second scores up to `at_most`; pairs in `exempt` count whatever their score is."""
+    """Mask `score` <= `at_most` as log-weights; pairs in `exempt` always count."""
 
     score: SecondScore
     at_most: float
@@ -184,7 +187,7 @@ class _AtMost:
 
 
 def _deciding_equality(clause: Clause) -> Eq | None:
-    """Return the equality outside whose pairs a clause has no effect, if there is one."""
+    """Return the `Eq` whose equal pairs are the only pairs that the clause affects, or None."""
     if isinstance(clause, Either):
         return clause.one if isinstance(clause.one, Ne) and isinstance(clause.other, Eq) else None
     equality = clause.only if isinstance(clause, Table) else clause
@@ -220,7 +223,7 @@ def few_equal_pairs(clause: Eq, block: KeyBlock) -> EqualPairs | None:
 class EqualPairs:
     """Pairs of equal values on one key block.
 
-    The values are sorted once, so that a tile costs its number of pairs, not its area.
+    The values are sorted once, so that the cost of a tile is its number of pairs, not its area.
     """
 
     def __init__(self, clause: Eq, block: KeyBlock) -> None:

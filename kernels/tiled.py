@@ -22,14 +22,14 @@ from gigabatch.kernels.scores import Score
 from gigabatch.kernels.sources import KeyBlock, accumulator_dtype, add_rows
 from gigabatch.kernels.tile_mask import BlockRule, TileMask
 
-ROWS, COLUMNS = 512, 4096  # a tile of 8 MiB in float32: it stays in cache between its uses
-# exp2 of the scaled difference instead of exp: on a CPU exp takes 25 times as long where its result
-# is subnormal, as most are late in training. Logits and z stay natural: a z that was rounded in
-# another base would put noise on every probability of 1.
+ROWS, COLUMNS = 512, 4096  # a tile takes 8 MiB in float32, which stays in cache between uses
+# Use exp2 of the scaled difference instead of exp: on a CPU, exp takes 25 times as long where its
+# result is subnormal, as most results are late in training. Logits and z are natural logarithms:
+# rounding z in base 2 would add noise to every probability of 1.
 LOG2E = math.log2(math.e)
 
-# Functions of a logit and their slopes, which may overwrite it. Beyond 40, log(1 + exp x) is x in
-# either precision.
+# Functions of a logit, and their derivatives, which may overwrite the logit. Beyond 40,
+# log(1 + exp x) equals x in float32 and float64.
 PHI: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "softplus": (lambda x: F.softplus(x, threshold=40), torch.sigmoid_),
     "relu": (torch.relu, lambda x: (x > 0).to(x.dtype)),
@@ -86,10 +86,10 @@ def sweep(
     Args:
         score: Similarity function over M queries.
         block: m keys.
-        reductions: Their `out` and gradients are added to.
+        reductions: Reductions whose `out` and gradients are added to.
         drows: Gradients [M, ...] of the score's operands, added to.
         dk: Gradient [m, ...] of the keys, added to; None if the keys are constants.
-        cache: Keeps scores of a pass without gradients for the next one, with them.
+        cache: Scores that a pass without gradients stores for the next pass, with gradients.
     """
     masked = {id(reduction.rule) for reduction in reductions if reduction.phi != "lse"}
     rules = {
@@ -152,8 +152,8 @@ def merge_top_k(top_scores: Tensor, top_indices: Tensor, scores: Tensor, indices
 class Tile:
     """Scores [r, c] of some rows and the keys `columns` of a block.
 
-    `spare` is work space [r, c]. `pull` takes a gradient [r, c] of the scores and adds those of
-    the queries and keys.
+    `spare` is work space [r, c]. `pull` takes the gradient [r, c] of the scores and adds the
+    gradients of the queries and keys.
     """
 
     rows: slice
@@ -213,7 +213,7 @@ class AllPairs:
         if total is None:
             return
         if total.ndim == 0:
-            total += values.sum()  # pairwise: a dot product rounds 100 times worse
+            total += values.sum()  # pairwise; a dot product has 100 times its rounding error
         else:
             total[self.tile.rows if on_rows else self.tile.columns] += values.sum(int(on_rows))
 
@@ -242,7 +242,7 @@ class ListedPairs(AllPairs):
             add_rows(total[span], index, values)
 
     def add_gradient(self, grad: Tensor, values: Tensor) -> None:
-        grad[self.row, self.column] += values  # right because no pair is listed twice
+        grad[self.row, self.column] += values  # correct because no pair is listed twice
 
 
 def _add_sum(
@@ -304,7 +304,7 @@ def _add_lse(
     p *= pairs.select(reduction.g, reduction.on_rows)
     if scale.ndim or scale.is_cuda:
         grad.addcmul_(p, scale)
-    else:  # faster, and on a CPU reading the number costs nothing
+    else:  # faster; reading the number needs no synchronization on a CPU
         grad.add_(p, alpha=float(scale))
     pairs.add_sums(reduction.dbias, p, not reduction.on_rows)
     if reduction.dscale is not None:
@@ -312,8 +312,8 @@ def _add_lse(
 
 
 def _logits_key(reduction: Reduction) -> Any:
-    """Return a key that is equal for log-sum-exps, over rows and columns, of the same logits."""
-    # Without a rule, making the logits again is cheaper than a tile to keep them in.
+    """Return a dict key that is equal for log-sum-exps of the same logits, over rows or columns."""
+    # Without a rule, computing the logits again is cheaper than storing them in another tile.
     separate = reduction.bias is not None or reduction.scale.ndim or not reduction.rule
     return id(reduction) if separate else (id(reduction.scale), id(reduction.rule))
 
@@ -327,6 +327,7 @@ def _tile_mask(tile: Tile, rule: BlockRule, shared: dict[Any, Any]) -> TileMask 
 
 
 def _listed_pairs(tile: Tile, rule: BlockRule, shared: dict[Any, Any]) -> ListedPairs:
+    """Return a rule's listed pairs on a tile, once for all reductions that share the rule."""
     if id(rule) not in shared:
         assert rule.listed is not None
         shared[id(rule)] = ListedPairs(tile, *rule.listed.in_tile(tile.rows, tile.columns))

@@ -26,7 +26,7 @@ class DCLSettings(ScaledSettings):
 class DCL(Scaled[DCLSettings]):
     Settings = DCLSettings
     card = Card("Decoupled contrastive learning", "DCL, Yeh et al. 2022",
-                "mean_i [log sum_{j != i} exp(l_ij) - l_ii], both ways, halved", "4",
+                "mean_i [log sum_{j != i} exp(l_ij) - l_ii], averaged over both directions", "4",
                 use="small batches")  # fmt: skip
     examples = {"": Example(missing=True)}
 

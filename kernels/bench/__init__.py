@@ -1,1 +1,1 @@
-"""Benchmarks of the engine. They are commands; no test depends on a time."""
+"""Benchmarks of the engine. They are commands; no test depends on measured times."""

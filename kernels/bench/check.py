@@ -34,7 +34,7 @@ TESTS = REPOSITORY / "tests" / "kernels"
 FILES = ("environment.txt", "pytest.txt", "sanitizer.txt", "kernels.txt", "kernels.json",
          "kernels.md", "kernels.png", "summary.txt")  # fmt: skip
 GRACE_S = 10  # seconds between the request to stop and the kill
-Verdict = tuple[str, bool]  # a line of the summary, and whether it is a failure
+Verdict = tuple[str, bool]  # line of the summary, and whether it reports a failure
 FIND_GPU = "import torch; torch.zeros(1).cuda(); print(torch.cuda.get_device_name())"
 VERSIONS = """
 import importlib.metadata, platform
@@ -57,7 +57,7 @@ def checkout() -> Iterator[dict[str, str]]:
         package.mkdir()
         (package / "kernels").symlink_to(REPOSITORY / "kernels", target_is_directory=True)
         path = os.pathsep.join(filter(None, [folder, str(TESTS), os.environ.get("PYTHONPATH")]))
-        # With CI set hypothesis has no deadline; a kernel's compilation would miss it.
+        # CI disables hypothesis's deadline, which a kernel's compilation would exceed.
         variables = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONUNBUFFERED": "1",
                 "CI": "1", "HYPOTHESIS_STORAGE_DIRECTORY": f"{folder}/hypothesis"}  # fmt: skip
         yield {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
@@ -79,13 +79,13 @@ def run(command: list[str], log: Path, limit_s: float, env: dict[str, str]) -> i
         try:
             return process.wait(max(1.0, limit_s))
         except subprocess.TimeoutExpired:
-            _signal(process, signal.SIGINT)  # lets it write its results
+            _signal(process, signal.SIGINT)  # the command then writes its results
             with suppress(subprocess.TimeoutExpired):
                 process.wait(GRACE_S)
             file.write(f"\nstopped after {limit_s:.0f} s\n".encode())
             return None
         finally:
-            _signal(process, signal.SIGKILL)  # the process group: its children, too
+            _signal(process, signal.SIGKILL)  # the complete process group
             process.wait()
             copier.join(GRACE_S)
 
@@ -104,7 +104,7 @@ def _signal(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def check(out: Path, minutes: float, gpu: str) -> int:
-    """Run all checks, write the summary; return the exit code."""
+    """Run all checks and write the summary. Returns the exit code."""
     total = 60 * minutes
     deadline, summary = time.monotonic() + total, [f"GPU: {gpu}"]
     for name in FILES:
@@ -131,7 +131,7 @@ def check_tests(log: Path, limit_s: float, env: dict[str, str]) -> Verdict:
     code = run(
         [sys.executable, "-m", "pytest", "-m", "gpu", str(TESTS), f"--confcutdir={TESTS}", "-q",
          "-o", "addopts=", "-o", f"pythonpath={TESTS}", "-p", "no:cacheprovider",
-         *(["-n", "6"] if find_spec("xdist") else [])],  # compiling takes most of the time
+         *(["-n", "6"] if find_spec("xdist") else [])],  # most of the time is compilation
         log, limit_s, env,
     )  # fmt: skip
     status = "STOPPED at the time limit" if code is None else "passed" if code == 0 else "FAILED"
@@ -139,7 +139,7 @@ def check_tests(log: Path, limit_s: float, env: dict[str, str]) -> Verdict:
 
 
 def check_memory(log: Path, limit_s: float, env: dict[str, str]) -> Verdict:
-    """Run the smoke run by itself, which compiles its kernels, then under compute-sanitizer."""
+    """Run the smoke run alone, which compiles its kernels, and then under compute-sanitizer."""
     began = time.monotonic()
     smoke = [sys.executable, "-m", "gigabatch.kernels.bench.check", "--smoke"]
     code = run(smoke, log, limit_s, env)
@@ -149,7 +149,7 @@ def check_memory(log: Path, limit_s: float, env: dict[str, str]) -> Verdict:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return "smoke run: passed; compute-sanitizer is not on the PATH", False
-    # Torch's allocator splits large blocks; memcheck sees no overrun inside one.
+    # Torch's allocator splits large blocks, and memcheck does not see an overrun inside a block.
     env = env | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *smoke]
     code = run(command, log, limit_s - (time.monotonic() - began), env)
@@ -168,7 +168,7 @@ def judge_sanitizer(text: str, code: int | None) -> Verdict:
 
 
 def measure(out: Path, limit_s: float, env: dict[str, str]) -> Verdict:
-    """Run the benchmark, which starts no problem near the time limit, so that it can finish."""
+    """Run the benchmark. It starts no problem near the time limit, so that it can finish."""
     minutes = f"{max(1.0, limit_s - min(60, limit_s / 4)) / 60:.2f}"
     command = [sys.executable, "-m", "gigabatch.kernels.bench.kernels", "--device", "cuda"]
     command += ["--peers", "--minutes", minutes, "--out", str(out)]
@@ -181,7 +181,7 @@ def measure(out: Path, limit_s: float, env: dict[str, str]) -> Verdict:
 
 
 def judge_bench(results: dict[str, Any], code: int | None) -> Verdict:
-    """Return the verdict on the benchmark; a wrong result of another package is no failure."""
+    """Return the verdict on the benchmark. A wrong result of another package is not a failure."""
     wrong, failed = [], False
     for problem in results["problems"]:
         for record in problem["contenders"]:

@@ -1,6 +1,6 @@
-"""The engine compared with plain torch on this CPU: time, share of the GEMM rate, memory.
+"""Benchmark of the engine and plain torch on this CPU: time, share of the GEMM rate, memory.
 
-Times of one comparison are measured in one process, in turns; each peak in a separate process.
+The times of a comparison are measured in turns in one process, each peak in a separate process.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 
 def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
-    """Measure everything.
+    """Measure the time and memory of losses and of MaxSim, and the memory of the ring.
 
     Args:
-        n: Rows of the timed comparison.
+        n: Number of rows of the timed comparison.
         d: Width of the embeddings.
-        sizes: Batches over which memory is fitted.
-        say: Receives a line for each result.
+        sizes: Batch sizes over which memory is fitted.
+        say: Function that receives one line per result.
 
     Returns:
         All results.
@@ -48,7 +48,7 @@ def bench(n: int, d: int, sizes: Sequence[int], say: Say) -> dict[str, Any]:
 
 
 def fit_exponent(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """Return the e of values ~ sizes^e, by least squares of logarithms."""
+    """Return the exponent e of values ~ sizes^e, by least squares of logarithms."""
     x, y = [math.log(s) for s in sizes], [math.log(v) for v in values]
     mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
     rise = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))

@@ -1,8 +1,8 @@
-"""Implementations that `bench kernels` compares: a loss by the engine and by plain torch.
+"""Implementations that `bench kernels` compares: losses of the engine and of plain torch.
 
 All implementations of a family compute the same number from the same inputs, in the inputs' dtype.
-For the dense forms that is faster than autocast, which converts the logits to float32. Other
-packages are in `peers.py`.
+For the dense forms this is faster than autocast, which converts the logits to float32. Losses of
+other packages are in `peers.py`.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from gigabatch.kernels import contrastive_loss, maxsim, sigmoid_loss
 FAMILIES = ("softmax", "sigmoid", "maxsim")
 LOGITS = ("early", "late")
 SCALES = {"early": 14.3, "late": 100.0}
-BIASES = {"early": -10.0, "late": -98.0}  # of the sigmoid: late, halfway between both kinds of pair
+# Biases of the sigmoid loss. The late one is halfway between the logits of both kinds of pairs.
+BIASES = {"early": -10.0, "late": -98.0}
 ITEM = 32  # rows of a batch that an item of MaxSim represents
-TOKENS = {"cpu": (32, 32), "cuda": (196, 77)}  # tokens of a query (an image's patches), of a key
-CHUNK_BYTES = 2**28  # token products that the chunked form computes at a time
+TOKENS = {"cpu": (32, 32), "cuda": (196, 77)}  # per query (patches of an image), per key
+CHUNK_BYTES = 2**28  # size of the token products that the chunked form computes at a time
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,10 @@ class Implementation:
     """A loss to measure.
 
     Attributes:
-        name: Shown in tables.
-        loss: The loss.
+        name: Name in tables.
+        loss: Function that computes the loss.
         is_engine: Whether it is gigabatch's engine.
-        pair_bytes: Peak bytes for each of the n x n pairs.
+        pair_bytes: Peak bytes per pair of the n x n pairs.
         missing: Reason why it cannot run here, or "".
     """
 
@@ -77,9 +78,10 @@ def make_inputs(
 ) -> Inputs:
     """Make inputs, the same on every run.
 
-    Early in training logits are nearly uniform. Late, a key is close to its query, and another pair
-    is close to both: otherwise the loss and its gradient would be 0, and any two implementations
-    would agree. The distance differs between rows, so that rounding errors average out.
+    "early": logits are nearly uniform, as early in training. "late": a key is close to its query,
+    and a second pair is close to both; otherwise the loss and its gradient would be 0, and any two
+    implementations would agree. The distance differs between rows, so that rounding errors average
+    out.
     """
     g = torch.Generator(device).manual_seed(n)
     tokens_q, tokens_k = TOKENS[device.type] if family == "maxsim" else (1, 1)
@@ -112,7 +114,7 @@ def dense(b: Inputs) -> Tensor:
 
 
 def one_matrix(b: Inputs) -> Tensor:
-    """Compute it in the dense form with least memory: one matrix, its transpose a view."""
+    """Compute CLIP's loss in the dense form that takes least memory: one matrix of logits."""
     logits = b.scale * b.q @ b.k.T
     return (F.cross_entropy(logits, _labels(b)) + F.cross_entropy(logits.T, _labels(b))) / 2
 
@@ -137,7 +139,7 @@ def chunked_maxsim(b: Inputs) -> Tensor:
 
 
 def implementations(family: str, device: torch.device, dtype: torch.dtype) -> list[Implementation]:
-    """List a family's implementations by the engine and by plain torch."""
+    """List a family's implementations in the engine and in plain torch."""
     size, backends = dtype.itemsize, {"tiled": "", "triton": _triton_missing(device)}
     if family == "sigmoid":
         loss: Callable[[Inputs, str], Tensor] = _engine_sigmoid
@@ -177,14 +179,14 @@ def _engine_maxsim(b: Inputs, backend: str) -> Tensor:
 
 
 def _cached(b: Inputs) -> Tensor:
-    """Keep all scores, so that the backward pass recomputes none."""
+    """Compute CLIP's loss with all scores kept, so that the backward pass recomputes none."""
     cache_bytes = 4 * len(b.q) * len(b.k)
     return contrastive_loss(b.q, b.k, b.scale, backend="triton", cache_bytes=cache_bytes)
 
 
 @cache
 def _compiled() -> Callable[..., Tensor]:
-    """Compile `dense` once for all sizes; one compilation takes longer than most steps."""
+    """Compile `dense` once for all sizes: one compilation takes longer than most steps."""
     return torch.compile(lambda *leaves: dense(Inputs(*leaves)), dynamic=True)
 
 

@@ -2,9 +2,9 @@
 
     python -m gigabatch.kernels.bench.kernels --device cuda --peers --out FOLDER
 
-All implementations of a problem are timed in one process, in turns. Before that each runs once, and
-its loss and gradient are compared with those of the first. A large matrix product is timed before
-each problem.
+All implementations of a problem are timed in turns in one process. Before that, each runs once, and
+its loss and gradient are compared with those of the first one. A large matrix product is timed
+before each problem.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gigabatch.kernels.bench.report import tables, write
 
 Say = Callable[[str], None]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# In the order they run: the least important come last, where the time budget may end.
+# In the order of the runs: the least important come last, where the time budget may end.
 SIZES = {
     "cpu": (1024, 2048, 4096, 8192),
     "cuda": (32768, 2**20, 8192, 65536, 16384, 131072),
@@ -47,7 +47,7 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure; made by `choose`, which sets defaults and checks."""
+    """Options of the benchmark; `choose` sets defaults and checks them."""
 
     device: torch.device
     sizes: tuple[int, ...]
@@ -73,7 +73,7 @@ def choose(
     dtype: str | None = None, peers: bool = False, minutes: float = 8, only: Sequence[str] = (),
     tune: bool = False, out: Path | None = None,
 ) -> Options:  # fmt: skip
-    """Make options from command-line words.
+    """Create options from command-line arguments.
 
     `out` is created and tested here, not at the end of a long run.
 
@@ -89,7 +89,7 @@ def choose(
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if tune and device != "cuda":
-        raise ValueError("--tune times blocks for a GPU; leave it out, or use --device cuda")
+        raise ValueError("--tune times block shapes on a GPU; leave it out, or use --device cuda")
     if not minutes > 0:
         raise ValueError(f"--minutes is {minutes:g}; give a number above 0")
     sizes, widths = _numbers("--n", n, SIZES[device]), _numbers("--d", d, WIDTHS[device])
@@ -110,20 +110,20 @@ def bench(
     peers: bool, minutes: float, say: Say, only: Sequence[str] = (), tune: bool = False,
     keep: Callable[[dict[str, Any]], None] = lambda results: None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure all problems. Ctrl-C ends it early; "stopped" then says so.
+    """Measure all problems. Ctrl-C ends it early, which the result "stopped" reports.
 
     Args:
         device: CPU or GPU.
-        sizes: Batches.
+        sizes: Batch sizes.
         widths: Widths of the embeddings.
-        dtype: Of the embeddings.
+        dtype: Dtype of the embeddings.
         peers: Also measure other packages.
         minutes: Time budget; no problem starts later, and "left_out" lists the rest.
-        say: Receives a line for each result.
-        only: Names of implementations to measure; empty: all.
-        tune: Let the Triton back end time its blocks first, for each width; "blocks" lists the
-            chosen ones.
-        keep: Receives all results so far, after each problem.
+        say: Function that receives one line per result.
+        only: Names of implementations to measure; if empty, all.
+        tune: Let the Triton back end time its block shapes first, for each width; "blocks" lists
+            the chosen ones.
+        keep: Function that receives all results so far, after each problem.
 
     Returns:
         All results, as written to kernels.json.
@@ -164,8 +164,8 @@ def bench(
 
 
 def run(options: Options, say: Say) -> int:
-    """Measure, print the tables, write the files; return the exit code."""
-    # A shell script's background process ignores Ctrl-C unless the handler is set.
+    """Measure, print the tables and write the files. Returns the exit code."""
+    # A shell script's background process ignores Ctrl-C unless a handler is set.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def keep(results: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def run(options: Options, say: Say) -> int:
 
 
 def _problems(device: str, sizes: Sequence[int], widths: Sequence[int]) -> Iterator[Problem]:
-    """Yield the problems. Token vectors are narrow, so MaxSim is measured at the smallest width."""
+    """Yield the problems. Token vectors are narrow, so MaxSim uses only the smallest width."""
     for n in sizes:
         if n >= HUGE:
             width = HUGE_WIDTH if HUGE_WIDTH in widths else widths[0]
@@ -202,7 +202,7 @@ def _problems(device: str, sizes: Sequence[int], widths: Sequence[int]) -> Itera
 
 
 def _tuned(d: int, dtype: torch.dtype) -> dict[str, str]:
-    """Time Triton's blocks for a width; return the chosen ones, or the reason of a failure."""
+    """Time Triton's block shapes for a width. Returns the chosen ones, or the failure's reason."""
     from gigabatch.kernels.fused import tune  # a machine without a GPU may lack Triton
 
     try:
@@ -264,7 +264,7 @@ def main() -> int:
     parser.add_argument(
         "--only", action="append", default=[], help="an implementation to measure; may be repeated"
     )
-    parser.add_argument("--tune", action="store_true", help="let Triton time its blocks first")
+    parser.add_argument("--tune", action="store_true", help="time Triton's block shapes first")
     parser.add_argument("--out", type=Path, help="folder for kernels.json, .md and .png")
     arguments = parser.parse_args()
     try:

@@ -33,7 +33,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return FLOP/s of a large square matrix product, the median of a few."""
+    """Return the FLOP/s of a large square matrix product, the median of several runs."""
     side = GEMM_SIDES[device.type]
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -42,7 +42,7 @@ def gemm_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the bytes a benchmark may use: all that a GPU has free, or half of the system's."""
+    """Return the bytes that a benchmark may use: a GPU's free memory, or half of the system's."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
@@ -52,7 +52,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def peak_of(work: Callable[[], float], device: torch.device) -> tuple[float, int | None]:
-    """Return the result of `work` and its peak bytes above those held before; None on a CPU."""
+    """Return the result of `work`, and its peak bytes above those held before (CPU: None)."""
     if device.type != "cuda":
         return work(), None
     torch.cuda.reset_peak_memory_stats(device)

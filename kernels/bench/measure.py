@@ -22,10 +22,10 @@ from gigabatch.kernels.bench.peers import first_line
 from gigabatch.kernels.bench.report import Record, result_line, summarize
 
 GIB = 2**30
-MAX_ROUNDS, ROUNDS_S = 20, 2.0  # no new round after so many seconds
+MAX_ROUNDS, ROUNDS_S = 20, 2.0  # no new round starts after ROUNDS_S seconds
 LONG_S = 20.0  # a step that takes longer is timed once
 GRADIENT_TOLERANCE = 0.05
-STEPS = 4  # cost of an implementation, in steps: three times forward, three times both
+STEPS = 4  # cost of an implementation, in steps: three forward passes and three full steps
 
 
 class DeviceLost(Exception):
@@ -34,7 +34,7 @@ class DeviceLost(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs to measure. `once`: so large that only one step, forward and backward, is run."""
+    """Inputs to measure. `once`: so large that only one step, forward and backward, runs."""
 
     family: str
     n: int
@@ -44,12 +44,12 @@ class Problem:
     once: bool = False
 
     def flops(self) -> int:
-        """Return the FLOP of a step, the same for all implementations.
+        """Return the FLOP count of a step, the same for all implementations.
 
-        It is 2 n n d for each matrix pass of one that stores no scores. A softmax has 4 (scores;
-        scores again; two gradients), a sigmoid 3. For MaxSim the passes are over all pairs of
-        tokens, and the count is 3: the products and their two gradients in plain torch. A gradient
-        that follows only the maxima takes less; one that recomputes products takes more.
+        It is 2 n n d per matrix pass of an implementation that stores no scores. A softmax has 4
+        passes (scores; scores again; two gradients), a sigmoid 3. For MaxSim the passes are over
+        all pairs of tokens, and there are 3: the products and their two gradients in plain torch. A
+        gradient that follows only the maxima takes less; recomputing products takes more.
         """
         pairs = self.n**2
         if self.family == "maxsim":
@@ -62,7 +62,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """One timed step. `peak`: bytes above inputs and gradients; None on a CPU."""
+    """One timed step. `peak` are bytes above inputs and gradients; None on a CPU."""
 
     loss: float
     seconds: float
@@ -76,8 +76,8 @@ class Step:
 class Measure:
     """Measurement of several problems under a time budget.
 
-    An implementation that failed is not tried at a larger size. The time of its last step tells
-    whether a larger one fits into the time left.
+    An implementation that failed is not tried at a larger size. The time of its last step predicts
+    whether a larger one fits into the remaining time.
     """
 
     def __init__(
@@ -93,7 +93,8 @@ class Measure:
         return self.deadline - time.monotonic()
 
     def run(self, problem: Problem, able: Sequence[Implementation], problems: list[Record]) -> None:
-        """Append the problem's record to `problems` first, and then fill it."""
+        """Append the problem's record to `problems`, and then fill it, so that an interrupted run
+        keeps what was measured."""
         rate = gemm_rate(self.device, self.dtype)
         records: list[Record] = [{"name": i.name, "reason": ""} for i in able]
         facts = {**vars(problem), "flops": problem.flops(), "gemm_flops_per_s": rate}
@@ -118,10 +119,11 @@ class Measure:
         records: list[Record],
         inputs: Inputs,
     ) -> None:
-        """Run a first step of each, untimed (it compiles) unless it is the only one.
+        """Run a first step of each implementation. It compiles, so it is not timed unless it is the
+        only step.
 
-        Losses must agree with that of the first implementation that runs. So should q's gradient,
-        except for a dense form in half precision, which rounds the logits.
+        Losses must agree with that of the first implementation that runs. Gradients of q should
+        agree, too, except for a dense form in half precision, which rounds the logits.
         """
         first: tuple[float, torch.Tensor] | None = None
         for implementation, record in zip(able, records, strict=True):

@@ -2,8 +2,8 @@
 
     python -m gigabatch.kernels.bench.memory --n 32768 --d 256
 
-Peak memory is VmHWM of this process, reset through /proc/self/clear_refs once the inputs are made
-and a small problem has run as a warm-up. It prints one JSON object.
+Peak memory is VmHWM of this process. It is reset through /proc/self/clear_refs after the inputs are
+made and a small problem has run as a warm-up. The output is one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAMES = (*PROBLEMS, *MAXSIM)
 def measure(problem: str, n: int, d: int) -> dict[str, float]:
     """Measure one step in float32 on n rows of width d, in this process.
 
-    For MaxSim n is the number of keys, against 256 queries.
+    For MaxSim, n is the number of keys; there are 256 queries.
 
     Returns:
         `peak_mib` above inputs and gradients, `seconds`, `value`, and `n` and `d`.
@@ -37,7 +37,7 @@ def measure(problem: str, n: int, d: int) -> dict[str, float]:
     small, batch = _make(problem, 256, d), _make(problem, n, d)
     _step(problem, small)
     del small
-    ctypes.CDLL(None).malloc_trim(0)  # else memory that the warm-up freed counts as held
+    ctypes.CDLL(None).malloc_trim(0)  # otherwise, memory that the warm-up freed counts
     Path("/proc/self/clear_refs").write_text("5")
     before = status("VmRSS")
     began = time.perf_counter()
@@ -70,7 +70,7 @@ def _step(problem: str, batch: Batch | Tokens) -> float:
 
 
 def status(field: str) -> int:
-    """Return bytes of this process from /proc: VmRSS is held now, VmHWM is the peak."""
+    """Return bytes of this process from /proc: VmRSS is the current memory, VmHWM the peak."""
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert match is not None
     return int(match[1]) * 1024

@@ -1,4 +1,4 @@
-"""Losses of other packages, if installed, each as one symmetric cross-entropy."""
+"""Losses of other packages, if they are installed, each as one symmetric cross-entropy."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 from gigabatch.kernels.bench.implementations import Implementation, Inputs, Loss
 
-OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # of scaled rows, columns and labels
+OneWay = Callable[[Tensor, Tensor, Tensor], Tensor]  # (scaled rows, columns, labels) -> loss
 
 
 def find_peers(device: torch.device, size: int) -> list[Implementation]:
-    """List all known packages; one that cannot run here gets the reason in `missing`.
+    """List all known packages. If one cannot run here, `missing` holds the reason.
 
     Args:
-        device: Of the inputs.
-        size: Bytes of one number of the inputs.
+        device: Device of the inputs.
+        size: Bytes per element of the inputs.
     """
     peers = []
     for name, (module, package, load) in PEERS.items():
@@ -47,7 +47,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _open_clip() -> Loss:
-    """Load only the file of the loss: the package would import its models and torchvision."""
+    """Load only the file of the loss: the package would also import its models and torchvision."""
     package = find_spec("open_clip")
     assert package is not None
     assert package.submodule_search_locations
@@ -67,7 +67,7 @@ def _open_clip() -> Loss:
 
 
 def _inf_cl() -> Loss:
-    """Scale the rows here: the package's own scale needs a process group."""
+    """Load the loss and scale its rows first: the package's own scale needs a process group."""
     loss = importlib.import_module("inf_cl").cal_inf_loss
     return _both_ways(lambda q, k, labels: loss(q, k, labels, head_dim=min(256, q.shape[1])))
 
@@ -79,7 +79,7 @@ def _liger() -> Loss:
 
 
 def _cut_cross_entropy() -> Loss:
-    """Disable the gradient filter, which drops most of the mass if logits are nearly uniform."""
+    """Load the loss without its gradient filter, which drops most of a nearly uniform softmax."""
     loss = importlib.import_module("cut_cross_entropy").linear_cross_entropy
     return _both_ways(lambda q, k, labels: loss(q, k, labels, filter_eps=None, impl="cce"))
 

@@ -1,4 +1,4 @@
-"""Problems that the benchmarks measure: uses of the engine by name, and plain torch.
+"""Problems that the benchmarks measure: named uses of the engine, and plain torch.
 
 A problem is a function of a batch of n rows of width d; a step runs forward and backward.
 """
@@ -41,11 +41,11 @@ class Batch:
         return K.Local(self.k, {**columns, "teacher": self.teacher})
 
     def inputs(self) -> Inputs:
-        """Return the inputs of the plain torch forms."""
+        """Return the inputs for the implementations in plain torch."""
         return Inputs(self.q, self.k, self.scale, -10 * self.one)
 
     def cross_entropy(self, rule: K.Rule, score: K.Score | Tensor | None = None) -> Tensor:
-        """Compute the mean cross-entropy of each row's own key, under a rule."""
+        """Compute the mean cross-entropy of each row's own key under a rule."""
         lse = K.Lse("rows", self.scale, None, rule)
         own_key = K.Eq(self.index, "index")
         s = K.lse_stats(self.q if score is None else score, self.keys(), [lse], own_key)
@@ -158,7 +158,7 @@ def step(name: str, batch: Batch) -> float:
 
 
 class Tokens:
-    """MaxSim of n queries of 64 tokens with n keys of 32 tokens, by the engine or plain torch."""
+    """MaxSim of n queries of 64 tokens with n keys of 32 tokens, in the engine or plain torch."""
 
     def __init__(self, n: int, d: int, keys: int | None = None) -> None:
         g = torch.Generator().manual_seed(n)

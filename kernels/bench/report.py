@@ -14,7 +14,7 @@ FAMILIES = {
     "sigmoid": "Sigmoid loss",
     "maxsim": "MaxSim, N / 32 items per side, 32 tokens each (on a GPU 196 and 77)",
 }
-# Line, color and marker of each implementation: the engine bold, plain torch gray.
+# Line, color and marker of each implementation; the engine is bold, plain torch gray.
 STYLES = {
     "tiled": ("-", "#1f77b4", "o"),
     "triton": ("-", "#d62728", "o"),
@@ -33,7 +33,7 @@ HEAD = ("N", "logits", "implementation", "forward, ms", "forward + backward, ms"
 
 
 def summarize(record: Record, flops: int, rate: float) -> None:
-    """Add medians of the times, and the step's FLOP/s as a share of the matmul's `rate`."""
+    """Add median times, and the step's FLOP/s, also as a share of the matmul's `rate`."""
     if "step_s" not in record:
         record["reason"] = record["reason"] or "not reached"
         return
@@ -90,7 +90,7 @@ def write(results: dict[str, Any], folder: Path) -> None:
 def draw(results: dict[str, Any], path: Path) -> None:
     """Plot time over N for each family and width and, on a GPU, peak memory.
 
-    Only early logits are shown if there are any; the tables have both.
+    If there are early logits, only they are shown; the tables have both kinds.
     """
     from matplotlib.figure import Figure
 
@@ -146,8 +146,8 @@ def _disagreements(problems: list[dict[str, Any]]) -> Iterator[str]:
             if not record.get("agrees", True):
                 error = record["difference"]
                 text = "is not finite" if error is None else f"differs by {error:.2%}"
-                yield (f"- **(!) `{record['name']}` computes another loss: at N {problem['n']:,}, "
-                       f"{problem['logits']} logits, it {text}**")  # fmt: skip
+                yield (f"- **(!) `{record['name']}` computes a different loss: at N "
+                       f"{problem['n']:,}, {problem['logits']} logits, it {text}**")  # fmt: skip
             elif not record.get("gradient_agrees", True):
                 error = record["gradient_difference"]
                 text = "is not finite" if error is None else f"differs by {error:.0%}"

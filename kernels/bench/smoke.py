@@ -6,8 +6,8 @@ import torch
 
 from gigabatch import kernels as K
 
-# The sizes fill no block; several blocks, not all full; full blocks. On a CPU only the first one
-# runs: the interpreter shows no more than that the calls are right.
+# Less than one block; several blocks, some partial; full blocks. On a CPU only the first size runs,
+# because the interpreter checks only that the calls are valid.
 SIZES = (
     (torch.bfloat16, 70, 24), (torch.bfloat16, 280, 64), (torch.bfloat16, 256, 64),
     (torch.float32, 140, 24),
@@ -15,7 +15,7 @@ SIZES = (
 
 
 def smoke() -> None:
-    """Run one step of each kind of kernel."""
+    """Run one step of every kernel."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for dtype, n, d in SIZES if device == "cuda" else SIZES[:1]:
         g = torch.Generator(device).manual_seed(0)

@@ -1,7 +1,8 @@
 """Operations of Triton kernels on a block [BM, BN] of pairs: products, broadcasts, reductions.
 
-A block is reduced to one partial result for each row or key. The host merges them in a fixed order,
-without atomics, so that two runs give the same bits. i [BM] and j [BN] are row and key indices.
+A block is reduced to one partial result per row or key. The host merges partial results in a fixed
+order, without atomics, so that two runs give the same bits. i [BM] and j [BN] are row and key
+indices.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-TOGETHER = tl.constexpr(8)  # rows of blocks run together: their keys stay in the L2 cache
+GROUP_ROWS = tl.constexpr(8)  # row blocks scheduled together so that their keys stay in L2
 
 
-# Triton accepts no tuple of records as a compile-time value, so each is reached in one step.
+# Triton does not accept a tuple of dataclasses as a compile-time value. These functions therefore
+# return one attribute or one entry at a time.
 @triton.constexpr_function
 def field(record, name):
     return getattr(record, name)
@@ -42,11 +44,13 @@ def exp(x):
 
 @triton.jit
 def per_row(values, i, m):
+    """Load one value per row, [BM, 1]; 0 for rows that do not exist."""
     return tl.load(values + i, mask=i < m, other=0)[:, None]
 
 
 @triton.jit
 def per_key(values, j, n):
+    """Load one value per key, [1, BN]; 0 for keys that do not exist."""
     return tl.load(values + j, mask=j < n, other=0)[None, :]
 
 
@@ -56,8 +60,8 @@ def product(
 ):
     """Return <a_i, b_j>, or <a_i, b_j^2> with SQUARE, for rows of a [m, D] and b [n, D].
 
-    Sums are float32; with WIDE the products are, too. Rows past the last one read the last one: the
-    caller masks them.
+    Sums are float32; with WIDE, so are the products. Out-of-range rows load the last row; the
+    caller must mask them.
     """
     at = tl.arange(0, BD)
     x_at = a + tl.minimum(i, m - 1).to(tl.int64)[:, None] * D + at[None, :]
@@ -83,46 +87,47 @@ def product(
 
 
 @triton.jit
-def place(m, n, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the block (row, column) of this program."""
+def block_position(m, n, BM: tl.constexpr, BN: tl.constexpr):
+    """Return the position (row, column) of this program's block in the grid of blocks."""
     rows, columns = tl.cdiv(m, BM), tl.cdiv(n, BN)
-    first = tl.program_id(0) // (TOGETHER * columns) * TOGETHER
-    height = tl.minimum(rows - first, TOGETHER)
-    inside = tl.program_id(0) % (TOGETHER * columns)
+    first = tl.program_id(0) // (GROUP_ROWS * columns) * GROUP_ROWS
+    height = tl.minimum(rows - first, GROUP_ROWS)
+    inside = tl.program_id(0) % (GROUP_ROWS * columns)
     return first + inside % height, inside // height
 
 
 @triton.jit
-def spot(i, j, m, n, row, column, ON_ROWS: tl.constexpr, EACH: tl.constexpr):
-    """Return where a block's partial results are stored, and which of them exist.
+def partial_offsets(i, j, m, n, row, column, ON_ROWS: tl.constexpr, COUNT: tl.constexpr):
+    """Return the offsets at which a block's partial results are stored, and which of them exist.
 
-    The buffer is [blocks of keys, EACH, m] for rows, else [blocks of rows, EACH, n].
+    With ON_ROWS the buffer is [blocks of keys, COUNT, m], else [blocks of rows, COUNT, n].
     """
     if ON_ROWS:
-        return column * EACH * m + i, i < m
+        return column * COUNT * m + i, i < m
     else:
-        return row * EACH * n + j, j < n
+        return row * COUNT * n + j, j < n
 
 
 @triton.jit
-def emit(partial, values, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
-    """Store sums along one axis."""
-    at, inside = spot(i, j, m, n, row, column, ON_ROWS, 1)
+def store_sums(partial, values, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
+    """Store a block's sums along one axis."""
+    at, inside = partial_offsets(i, j, m, n, row, column, ON_ROWS, 1)
     tl.store(partial + at, tl.sum(values, 1 if ON_ROWS else 0), mask=inside)
 
 
 @triton.jit
-def emit_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
-    """Store log-sum-exps along one axis, as a maximum and a sum relative to it.
+def store_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
+    """Store a block's log-sum-exps along one axis, as a maximum and a sum relative to it.
 
-    Over no pair they are -inf and 0. The host takes the logarithm: here every warp would.
+    If no pair counts, they are -inf and 0. The logarithm is taken on the host, once per result
+    instead of once per warp.
     """
     AXIS: tl.constexpr = 1 if ON_ROWS else 0
-    most = tl.max(x, AXIS)
-    base = tl.where(most == float("-inf"), 0.0, most)
+    maximum = tl.max(x, AXIS)
+    base = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(exp(x - tl.expand_dims(base, AXIS)), AXIS)
-    at, inside = spot(i, j, m, n, row, column, ON_ROWS, 2)
-    tl.store(partial + at, most, mask=inside)
+    at, inside = partial_offsets(i, j, m, n, row, column, ON_ROWS, 2)
+    tl.store(partial + at, maximum, mask=inside)
     tl.store(partial + at + (m if ON_ROWS else n), total, mask=inside)
 
 
@@ -130,7 +135,7 @@ def emit_lse(partial, x, i, j, m, n, row, column, ON_ROWS: tl.constexpr):
 def phi(x, PHI: tl.constexpr):
     """Return phi(x), as in `tiled.PHI`."""
     if PHI == "softplus":
-        e = exp(-tl.abs(x))  # below 1e-4 the logarithm would round e away
+        e = exp(-tl.abs(x))  # 1 + e would round off an e below 1e-4, so use a series there
         return tl.maximum(x, 0.0) + tl.where(e < 1e-4, e - 0.5 * e * e, tl.log(1.0 + e))
     elif PHI == "relu":
         return tl.maximum(x, 0.0)

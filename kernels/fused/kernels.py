@@ -1,8 +1,7 @@
-"""Triton kernels of the dot score and of gated cosine; `launch.py` calls them.
+"""Triton kernels for the dot product and the gated cosine; `launch.py` calls them.
 
-- `sweep`: one block of S = Q K^T per program, which all reductions process. With LEARNS the
-  gradient G of all reductions with respect to S is stored. From it the BLAS computes dQ = G K and
-  dK = G^T Q.
+- `sweep`: all reductions over one block of S = Q K^T per program. With BACKWARD, it stores the
+  gradient G of all reductions with respect to S. From it the BLAS computes dQ = G K and dK = G^T Q.
 - `best`: the K largest scores of each row of a block, after masking.
 """
 
@@ -14,9 +13,8 @@ import triton
 import triton.language as tl
 
 from gigabatch.kernels.fused.blocks import (
+    block_position,
     count,
-    emit,
-    emit_lse,
     entry,
     exp,
     field,
@@ -24,18 +22,19 @@ from gigabatch.kernels.fused.blocks import (
     per_key,
     per_row,
     phi,
-    place,
     product,
     slope,
+    store_lse,
+    store_sums,
 )
-from gigabatch.kernels.fused.rules import Step, masks, may_count, weigh, weighs
+from gigabatch.kernels.fused.rules import Step, evaluate_rule, has_weights, may_count, needs_mask
 
 
 @dataclass(frozen=True)
-class At:
-    """A tensor's place among the arguments, and its side: "rows", "keys", or "one" (a scalar)."""
+class Argument:
+    """A tensor argument: its index, and its side "rows", "keys", or "one" (a scalar)."""
 
-    place: int
+    index: int
     side: str
 
 
@@ -45,20 +44,21 @@ class Term:
 
     phi: str
     on_rows: bool
-    scale: At
-    shift: At | None
-    bias: At | None
-    z: At | None
-    g: At | None
-    out: At | None
-    dscale: At | None
-    dshift: At | None
-    dbias: At | None
+    scale: Argument
+    shift: Argument | None
+    bias: Argument | None
+    z: Argument | None
+    g: Argument | None
+    out: Argument | None
+    dscale: Argument | None
+    dshift: Argument | None
+    dbias: Argument | None
 
 
 @dataclass(frozen=True)
 class Group:
-    """Terms that share a rule. `sparse`: all are sums over pairs of equal values, 0 without one."""
+    """Terms that share a rule. `sparse`: all are sums over pairs of equal values, so that a block
+    without such a pair can be skipped."""
 
     rule: tuple[Step, ...]
     terms: tuple[Term, ...] = ()
@@ -66,16 +66,16 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Common:
+class SharedScale:
     """The scale that all terms share, and its gradient."""
 
-    scale: At
-    dscale: At | None
+    scale: Argument
+    dscale: Argument | None
 
 
 @dataclass(frozen=True)
-class Config:
-    """Rows, keys and width of a block; its warps and pipeline stages."""
+class BlockConfig:
+    """Rows, keys and width of a block, and its number of warps and pipeline stages."""
 
     bm: int
     bn: int
@@ -85,11 +85,11 @@ class Config:
 
 
 @dataclass(frozen=True)
-class Setup(Config):
-    """A `Config`, and what else the compiler must know.
+class KernelOptions(BlockConfig):
+    """Block configuration and all other compile-time options of a kernel.
 
-    `d` is the vectors' width; `gated`: the score is `GatedCosine`; `wide`: products are float32;
-    `full`: every block is full.
+    `d` is the width of the vectors; `gated`: the score is `GatedCosine`; `wide`: products are
+    float32; `full`: every block is full.
     """
 
     d: int
@@ -99,21 +99,22 @@ class Setup(Config):
 
 
 @triton.jit
-def fetch(args, i, j, m, n, AT: tl.constexpr):
+def load_value(args, i, j, m, n, ARGUMENT: tl.constexpr):
     """Load a value of a term, ready to broadcast."""
-    if field(AT, "side") == "one":
-        return tl.load(args[field(AT, "place")])
-    elif field(AT, "side") == "rows":
-        return per_row(args[field(AT, "place")], i, m)
+    if field(ARGUMENT, "side") == "one":
+        return tl.load(args[field(ARGUMENT, "index")])
+    elif field(ARGUMENT, "side") == "rows":
+        return per_row(args[field(ARGUMENT, "index")], i, m)
     else:
-        return per_key(args[field(AT, "place")], j, n)
+        return per_key(args[field(ARGUMENT, "index")], j, n)
 
 
 @triton.jit
-def deliver(args, values, i, j, m, n, row, column, AT: tl.constexpr):
-    """Store a block's part of a result, if it is needed; a scalar is first kept for each row."""
-    if AT is not None:
-        emit(args[field(AT, "place")], values, i, j, m, n, row, column, field(AT, "side") != "keys")
+def store_result(args, values, i, j, m, n, row, column, ARGUMENT: tl.constexpr):
+    """Store a block's partial sums if the result is needed; those of a scalar are sums per row."""
+    if ARGUMENT is not None:
+        store_sums(args[field(ARGUMENT, "index")], values, i, j, m, n, row, column,
+                   field(ARGUMENT, "side") != "keys")  # fmt: skip
 
 
 @triton.jit
@@ -129,14 +130,14 @@ def run_term(
     scores, mask, weights, args, i, j, m, n, row, column, TERM: tl.constexpr,
     MASKED: tl.constexpr, WEIGHED: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Store a term's results; return its gradient for the scores (not SCALED: for the logits)."""
+    """Store a term's results. Returns its gradient for the scores if SCALED, else for logits."""
     PHI: tl.constexpr = field(TERM, "phi")
-    scale = fetch(args, i, j, m, n, field(TERM, "scale"))
+    scale = load_value(args, i, j, m, n, field(TERM, "scale"))
     x = scores * scale
     if field(TERM, "shift") is not None:
-        x += fetch(args, i, j, m, n, field(TERM, "shift"))
+        x += load_value(args, i, j, m, n, field(TERM, "shift"))
     if field(TERM, "bias") is not None:
-        x += fetch(args, i, j, m, n, field(TERM, "bias"))
+        x += load_value(args, i, j, m, n, field(TERM, "bias"))
     dx = tl.zeros_like(scores)
     if PHI == "lse":
         if WEIGHED:
@@ -144,22 +145,22 @@ def run_term(
         if MASKED:
             x = tl.where(mask, x, float("-inf"))
         if field(TERM, "out") is not None:
-            emit_lse(args[field(field(TERM, "out"), "place")], x, i, j, m, n, row, column,
-                     field(TERM, "on_rows"))  # fmt: skip
+            store_lse(args[field(field(TERM, "out"), "index")], x, i, j, m, n, row, column,
+                      field(TERM, "on_rows"))  # fmt: skip
         if field(TERM, "g") is not None:
-            z = fetch(args, i, j, m, n, field(TERM, "z"))
+            z = load_value(args, i, j, m, n, field(TERM, "z"))
             dx = exp(x - tl.where(z == float("-inf"), float("inf"), z))
     else:
         if field(TERM, "out") is not None:
-            deliver(args, weighted(phi(x, PHI), mask, weights, MASKED, WEIGHED), i, j, m, n, row,
-                    column, field(TERM, "out"))  # fmt: skip
+            values = weighted(phi(x, PHI), mask, weights, MASKED, WEIGHED)
+            store_result(args, values, i, j, m, n, row, column, field(TERM, "out"))
         if field(TERM, "g") is not None:
             dx = weighted(slope(x, PHI), mask, weights, MASKED, WEIGHED)
     if field(TERM, "g") is not None:
-        dx *= fetch(args, i, j, m, n, field(TERM, "g"))
-        deliver(args, dx, i, j, m, n, row, column, field(TERM, "dshift"))
-        deliver(args, dx, i, j, m, n, row, column, field(TERM, "dbias"))
-        deliver(args, dx * scores, i, j, m, n, row, column, field(TERM, "dscale"))
+        dx *= load_value(args, i, j, m, n, field(TERM, "g"))
+        store_result(args, dx, i, j, m, n, row, column, field(TERM, "dshift"))
+        store_result(args, dx, i, j, m, n, row, column, field(TERM, "dbias"))
+        store_result(args, dx * scores, i, j, m, n, row, column, field(TERM, "dscale"))
         if SCALED:
             dx *= scale
     return dx
@@ -168,74 +169,74 @@ def run_term(
 @triton.jit
 def run_group(
     scores, valid, args, i, j, m, n, row, column, GROUP: tl.constexpr, SCALED: tl.constexpr,
-    SETUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Run all terms of one rule; return the sum of their gradients."""
-    mask, weights = weigh(scores, valid, args, i, j, m, n, GROUP, field(SETUP, "bd"))
+    """Run all terms of one rule. Returns the sum of their gradients."""
+    mask, weights = evaluate_rule(scores, valid, args, i, j, m, n, GROUP, field(OPTIONS, "bd"))
     total = tl.zeros_like(scores)
     for t in tl.static_range(count(GROUP, "terms")):
         total += run_term(scores, mask, weights, args, i, j, m, n, row, column,
-                          entry(GROUP, "terms", t), masks(GROUP, field(SETUP, "full")),
-                          weighs(GROUP), SCALED)  # fmt: skip
+                          entry(GROUP, "terms", t), needs_mask(GROUP, field(OPTIONS, "full")),
+                          has_weights(GROUP), SCALED)  # fmt: skip
     return total
 
 
 @triton.jit
-def make_block(q, gate, k, kept, m, n, width, KEPT: tl.constexpr, SETUP: tl.constexpr):
-    """Return this program's block: row, column, i, j, which pairs exist, scores, and the factor
-    <gate_i, k_j^2>^-1/2 of a gated score (see `scores.GatedCosine`).
+def compute_block(q, gate, k, cached, m, n, width, CACHE: tl.constexpr, OPTIONS: tl.constexpr):
+    """Compute this program's block. Returns its row, column, i, j, the mask of pairs that exist,
+    scores, and the factor <gate_i, k_j^2>^-1/2 of a gated score (see `scores.GatedCosine`).
 
-    KEPT: scores are "stored" to, or "loaded" from, kept [m, >= n], whose rows are `width` apart.
+    CACHE: scores are "stored" in or "loaded" from `cached` [m, >= n], whose rows are `width` apart.
     """
-    BM: tl.constexpr = field(SETUP, "bm")
-    BN: tl.constexpr = field(SETUP, "bn")
-    D: tl.constexpr = field(SETUP, "d")
-    BD: tl.constexpr = field(SETUP, "bd")
-    row, column = place(m, n, BM, BN)
+    BM: tl.constexpr = field(OPTIONS, "bm")
+    BN: tl.constexpr = field(OPTIONS, "bn")
+    D: tl.constexpr = field(OPTIONS, "d")
+    BD: tl.constexpr = field(OPTIONS, "bd")
+    row, column = block_position(m, n, BM, BN)
     i = row * BM + tl.arange(0, BM)
     j = column * BN + tl.arange(0, BN)
-    if field(SETUP, "full"):
+    if field(OPTIONS, "full"):
         valid = tl.full((BM, BN), 1, tl.int1)
     else:
         valid = (i < m)[:, None] & (j < n)[None, :]
     at = i.to(tl.int64)[:, None] * width + j[None, :]
-    if KEPT == "loaded":
-        scores = tl.load(kept + at, mask=valid, other=0.0)
+    if CACHE == "loaded":
+        scores = tl.load(cached + at, mask=valid, other=0.0)
     else:
-        scores = product(q, k, i, j, m, n, D, BD, field(SETUP, "wide"), False)
+        scores = product(q, k, i, j, m, n, D, BD, field(OPTIONS, "wide"), False)
     inverse = scores
-    if field(SETUP, "gated"):
+    if field(OPTIONS, "gated"):
         length = product(gate, k, i, j, m, n, D, BD, True, True)
         inverse = tl.where(length > 1.17549435e-38, tl.rsqrt(length), 0.0)
         scores *= inverse
-    if KEPT == "stored":
-        tl.store(kept + at, scores, mask=valid)
+    if CACHE == "stored":
+        tl.store(cached + at, scores, mask=valid)
     return row, column, i, j, valid, scores, inverse
 
 
 @triton.jit
 def sweep(
-    q, gate, k, kept, grad, grad_gate, args, m, n, width, GROUPS: tl.constexpr,
-    COMMON: tl.constexpr, KEPT: tl.constexpr, LEARNS: tl.constexpr, SETUP: tl.constexpr,
+    q, gate, k, cached, grad, grad_gate, args, m, n, width, GROUPS: tl.constexpr,
+    SHARED: tl.constexpr, CACHE: tl.constexpr, BACKWARD: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    row, column, i, j, valid, scores, inverse = make_block(
-        q, gate, k, kept, m, n, width, KEPT, SETUP
+    row, column, i, j, valid, scores, inverse = compute_block(
+        q, gate, k, cached, m, n, width, CACHE, OPTIONS
     )
     total = tl.zeros_like(scores)
     for g in tl.static_range(len(GROUPS)):
         if field(nth(GROUPS, g), "sparse"):
-            if may_count(args, i, j, m, n, nth(GROUPS, g)):  # few blocks hold a positive
+            if may_count(args, i, j, m, n, nth(GROUPS, g)):  # few blocks hold an equal pair
                 total += run_group(scores, valid, args, i, j, m, n, row, column, nth(GROUPS, g),
-                                   COMMON is None, SETUP)  # fmt: skip
+                                   SHARED is None, OPTIONS)  # fmt: skip
         else:
             total += run_group(scores, valid, args, i, j, m, n, row, column, nth(GROUPS, g),
-                               COMMON is None, SETUP)  # fmt: skip
-    if LEARNS:
-        if COMMON is not None:
-            deliver(args, total * scores, i, j, m, n, row, column, field(COMMON, "dscale"))
-            total *= fetch(args, i, j, m, n, field(COMMON, "scale"))
+                               SHARED is None, OPTIONS)  # fmt: skip
+    if BACKWARD:
+        if SHARED is not None:
+            store_result(args, total * scores, i, j, m, n, row, column, field(SHARED, "dscale"))
+            total *= load_value(args, i, j, m, n, field(SHARED, "scale"))
         at = i[:, None] * n + j[None, :]
-        if field(SETUP, "gated"):  # A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
+        if field(OPTIONS, "gated"):  # A = <a, k>, B = <g^2, k^2>: dA = G B^-1/2, dB = -G s B^-1 / 2
             total *= inverse
             tl.store(grad_gate + at, -0.5 * total * inverse * scores, mask=valid)
         tl.store(grad + at, total.to(grad.dtype.element_ty), mask=valid)
@@ -244,17 +245,20 @@ def sweep(
 @triton.jit
 def best(
     q, gate, k, values, index, args, m, n, first, RULE: tl.constexpr, K: tl.constexpr,
-    SETUP: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Store the K best keys of each row of a block, descending: values and index [blocks of keys,
-    K, m]. `first` is the global index of the first key; -1 where no more keys are eligible."""
-    _, column, i, j, valid, scores, _ = make_block(q, gate, k, q, m, n, n, None, SETUP)
-    mask, _ = weigh(scores, valid, args, i, j, m, n, RULE, field(SETUP, "bd"))
-    left = tl.where(mask, scores, float("-inf"))
+    """Store the K best keys of each row of a block, descending.
+
+    `values` and `index` are [blocks of keys, K, m]; the index is -1 where no more keys are
+    eligible. `first` is the global index of the first key.
+    """
+    _, column, i, j, valid, scores, _ = compute_block(q, gate, k, q, m, n, n, None, OPTIONS)
+    mask, _ = evaluate_rule(scores, valid, args, i, j, m, n, RULE, field(OPTIONS, "bd"))
+    remaining = tl.where(mask, scores, float("-inf"))
     for t in tl.static_range(K):
-        most = tl.max(left, 1)
-        at = column * field(SETUP, "bn") + tl.argmax(left, 1)
-        left = tl.where(j[None, :] == at[:, None], float("-inf"), left)
-        here = (column * K + t) * m + i
-        tl.store(values + here, most, mask=i < m)
-        tl.store(index + here, tl.where(most == float("-inf"), -1, first + at), mask=i < m)
+        maximum = tl.max(remaining, 1)
+        at = column * field(OPTIONS, "bn") + tl.argmax(remaining, 1)
+        remaining = tl.where(j[None, :] == at[:, None], float("-inf"), remaining)
+        offsets = (column * K + t) * m + i
+        tl.store(values + offsets, maximum, mask=i < m)
+        tl.store(index + offsets, tl.where(maximum == float("-inf"), -1, first + at), mask=i < m)

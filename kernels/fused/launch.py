@@ -2,9 +2,9 @@
 
 One kernel computes a block of scores and, in its epilogue, all reductions over it. The BLAS
 computes the gradient's two products. No score is stored, unless a `ScoreCache` has room. In the
-backward pass the gradient G is rounded only after everything has been subtracted: to bf16 for bf16
-inputs, else it stays float32 (an fp16 G would underflow). float64, and scores without a kernel
-here, use `tiled`.
+backward pass the gradient G is rounded only after all terms have been subtracted: to bf16 for bf16
+inputs; otherwise it stays float32, because an fp16 G would underflow. float64 inputs, and scores
+without a kernel here, use `tiled`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from triton.runtime.errors import OutOfResources
 from gigabatch.kernels import tiled
 from gigabatch.kernels.cache import ScoreCache, cached_tile
 from gigabatch.kernels.fused import kernels
-from gigabatch.kernels.fused.kernels import At, Common, Config, Group, Setup, Term
+from gigabatch.kernels.fused.kernels import (
+    Argument,
+    BlockConfig,
+    Group,
+    KernelOptions,
+    SharedScale,
+    Term,
+)
 from gigabatch.kernels.fused.maxsim import INTERPRETED, FusedMaxSim
 from gigabatch.kernels.fused.rules import Step, steps
 from gigabatch.kernels.maxsim import MaxSim
@@ -31,15 +38,24 @@ from gigabatch.kernels.sources import KeyBlock
 from gigabatch.kernels.tiled import Reduction
 
 LAUNCH_SHAPE = (4096, 32768)  # rows and keys of a launch: a quarter of a GiB of G in bf16
-MAX_TOP_K = 8  # keys per row that the kernel finds; more are left to `tiled`
-# By whether any product is in float32. The first one that fits the GPU's shared memory is used, so
-# that two runs agree; `tune` may choose another.
+MAX_TOP_K = 8  # most keys per row that the kernel finds; `tiled` finds more
+# Block shapes, by whether any product is in float32. The first one that fits the GPU's shared
+# memory is used, so that two runs give the same bits; `tune` may choose a different one.
 CONFIGS = {
-    False: [Config(128, 128, 64, 8, 3), Config(128, 256, 64, 8, 3), Config(128, 128, 64, 4, 3),
-            Config(128, 64, 64, 4, 4), Config(64, 128, 32, 4, 4)],
-    True: [Config(64, 128, 32, 8, 2), Config(128, 128, 32, 8, 2), Config(64, 64, 32, 4, 2)],
-}  # fmt: skip
-_CHOSEN: dict[tuple[Any, ...], Config] = {}
+    False: [
+        BlockConfig(128, 128, 64, 8, 3),
+        BlockConfig(128, 256, 64, 8, 3),
+        BlockConfig(128, 128, 64, 4, 3),
+        BlockConfig(128, 64, 64, 4, 4),
+        BlockConfig(64, 128, 32, 4, 4),
+    ],
+    True: [
+        BlockConfig(64, 128, 32, 8, 2),
+        BlockConfig(128, 128, 32, 8, 2),
+        BlockConfig(64, 64, 32, 4, 2),
+    ],
+}
+_CHOSEN: dict[tuple[Any, ...], BlockConfig] = {}
 T = TypeVar("T")
 
 
@@ -81,19 +97,19 @@ def specialize(score: Score, block: KeyBlock) -> Score:
     return score
 
 
-def tune(d: int, dtype: torch.dtype, rows: int = 4096) -> dict[str, Config]:
-    """Time the blocks of `CONFIGS` on this GPU and use the fastest for width `d` in this process.
+def tune(d: int, dtype: torch.dtype, rows: int = 4096) -> dict[str, BlockConfig]:
+    """Time the block shapes of `CONFIGS` on this GPU; this process then uses the fastest for `d`.
 
-    Another block sums in another order: runs that must agree to the bit must use the same block.
-    Compiling each takes seconds.
+    A different block shape sums in a different order: runs that must agree bit for bit must use the
+    same shape. Compiling each takes seconds.
 
     Args:
         d: Width of the vectors.
-        dtype: Their dtype.
-        rows: Rows and keys of the timed problem.
+        dtype: Dtype of the vectors.
+        rows: Number of rows and of keys of the timed problem.
 
     Returns:
-        The chosen blocks, "forward" and "backward".
+        The chosen block shapes, "forward" and "backward".
     """
     q, k = (torch.randn(rows, d, dtype=dtype, device="cuda") / d**0.5 for _ in range(2))
     scale, z = q.new_ones((), dtype=torch.float32), q.new_zeros(rows, dtype=torch.float32)
@@ -103,7 +119,7 @@ def tune(d: int, dtype: torch.dtype, rows: int = 4096) -> dict[str, Config]:
         learned = {"z": z, "g": z + 1, "dscale": torch.zeros_like(scale)}
         tensors = learned if backward else {"out": z}
         reductions = [Reduction(on_rows, "lse", (), scale, **tensors) for on_rows in (True, False)]
-        times: dict[Config, float] = {}
+        times: dict[BlockConfig, float] = {}
         for config in CONFIGS[launch.wide]:
             try:
                 work = lambda: launch.run(reductions, backward, None, [config])  # noqa: B023, E731
@@ -118,7 +134,7 @@ def tune(d: int, dtype: torch.dtype, rows: int = 4096) -> dict[str, Config]:
 
 
 class NoBlockFits(RuntimeError):
-    """No block of `CONFIGS` fits this GPU's shared memory."""
+    """No block shape of `CONFIGS` fits this GPU's shared memory."""
 
 
 def _has_kernel(score: Score, block: KeyBlock) -> bool:
@@ -137,9 +153,9 @@ def _launch_ranges(score: Score, block: KeyBlock) -> Iterator[tuple[slice, slice
 
 
 class _Launch:
-    """Some rows and some keys of a block, which one kernel launch processes.
+    """The rows and keys of a block that one kernel launch processes.
 
-    `wide`: products are float32. `narrow`: all inputs are bf16, and G is, too.
+    `wide`: products are float32. `narrow`: all inputs are bf16, and so is G.
     """
 
     def __init__(self, score: Score, block: KeyBlock, rows: slice, columns: slice) -> None:
@@ -153,27 +169,29 @@ class _Launch:
 
     def run(
         self, reductions: Sequence[Reduction], backward: bool, cached: Tensor | None,
-        configs: Sequence[Config] = (),
+        configs: Sequence[BlockConfig] = (),
     ) -> Sequence[Tensor]:  # fmt: skip
         """Add results to the reductions; with `backward`, return the gradients of the products.
 
-        Scores are written to `cached`, or with `backward` read from it. `configs`: blocks to try.
+        Scores are written to `cached`, or with `backward` read from it. `configs` are the block
+        shapes to try.
         """
         rules = {id(reduction.rule): self._steps(reduction.rule) for reduction in reductions}
-        placed = len(self.args)
+        rule_arguments = len(self.args)
         dtype = torch.bfloat16 if self.narrow else torch.float32
 
-        def launch(config: Config) -> tuple[list[Callable[[], None]], list[Tensor]]:
-            del self.args[placed:]
+        def launch(config: BlockConfig) -> tuple[list[Callable[[], None]], list[Tensor]]:
+            del self.args[rule_arguments:]
             merges: list[Callable[[], None]] = []
-            groups, common = self._groups(reductions, rules, config, merges)
-            count, unused = backward * (1 + self.gated), self.k  # an argument must be a tensor
+            groups, shared = self._groups(reductions, rules, config, merges)
+            unused = self.k  # placeholder: Triton needs a tensor for every pointer argument
+            count = backward * (1 + self.gated)
             grads = [self.k.new_empty(self.m, self.n, dtype=dtype) for _ in range(count)]
-            kept = None if cached is None else "loaded" if backward else "stored"
+            cache_use = None if cached is None else "loaded" if backward else "stored"
             self._start(
                 kernels.sweep, config, unused if cached is None else cached,
                 *[*grads, unused, unused][:2], tuple(self.args), self.m, self.n,
-                self.n if cached is None else cached.stride(0), groups, common, kept, backward,
+                self.n if cached is None else cached.stride(0), groups, shared, cache_use, backward,
             )  # fmt: skip
             return merges, grads
 
@@ -184,12 +202,12 @@ class _Launch:
 
     def best(self, rule: Rule, k: int) -> tuple[Tensor, Tensor]:
         """Return each block's k best scores that the rule allows, [rows, blocks x k], and the
-        keys' global indices."""
-        # Log-weights are ignored here, and so is what limits them.
+        global indices of their keys."""
+        # Ignore log-weights and the masks (`only`) that restrict them.
         masks = [clause for clause in rule if not isinstance(clause, Table | AbsDiff)]
         program = tuple(step for step in self._steps(masks) if step.use != "weigh")
 
-        def launch(config: Config) -> tuple[Tensor, Tensor]:
+        def launch(config: BlockConfig) -> tuple[Tensor, Tensor]:
             shape = (triton.cdiv(self.n, config.bn), k, self.m)
             values = self.k.new_empty(shape, dtype=torch.float32)
             index = self.k.new_empty(shape, dtype=torch.int64)
@@ -213,25 +231,25 @@ class _Launch:
             if self.gated:
                 dk.addcmul_(k, grads[1].T @ self.operands[1].float(), value=2)
 
-    def _start(self, kernel: Any, config: Config, *arguments: Any) -> None:
+    def _start(self, kernel: Any, config: BlockConfig, *arguments: Any) -> None:
         full = self.m % config.bm == 0 and self.n % config.bn == 0
-        setup = Setup(
+        options = KernelOptions(
             **vars(config), d=self.k.shape[1], gated=self.gated, wide=self.wide or INTERPRETED,
             full=full,
         )  # fmt: skip
         blocks = triton.cdiv(self.m, config.bm) * triton.cdiv(self.n, config.bn)
         with torch.cuda.device_of(self.k):  # a kernel runs on the current device
             kernel[(blocks,)](
-                self.operands[0], self.operands[-1], self.k, *arguments, setup,
+                self.operands[0], self.operands[-1], self.k, *arguments, options,
                 num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
 
     def _with_config(
-        self, launch: Callable[[Config], T], backward: bool, rules: Iterable[tuple[Step, ...]],
-        configs: Sequence[Config] = (),
+        self, launch: Callable[[BlockConfig], T], backward: bool, rules: Iterable[tuple[Step, ...]],
+        configs: Sequence[BlockConfig] = (),
     ) -> T:  # fmt: skip
-        """Launch with the first block that fits, beginning with the one that `tune` chose."""
-        # A product in a rule is float32, too.
+        """Launch with the first block shape that fits, starting with the one that `tune` chose."""
+        # Products in a rule are also float32.
         products = any(step.kind in ("soft", "at most") for rule in rules for step in rule)
         key = (self.k.device, self.wide or products, self.k.shape[1], backward)
         chosen = [_CHOSEN[key]] if key in _CHOSEN else []
@@ -240,49 +258,51 @@ class _Launch:
                 return launch(config)
             except OutOfResources:
                 continue
-        raise NoBlockFits("no block of kernels/fused/launch.py fits this GPU's shared memory; use "
-                          "backend='tiled'")  # fmt: skip
+        raise NoBlockFits("no block shape of kernels/fused/launch.py fits this GPU's shared memory;"
+                          " use backend='tiled'")  # fmt: skip
 
-    def _place(self, value: Tensor) -> int:
-        """Add a tensor to the kernel's arguments; return its place."""
+    def _add_argument(self, value: Tensor) -> int:
+        """Add a tensor to the kernel's arguments; return its index."""
         half = value.dtype in (torch.bfloat16, torch.float16)
         dtype = torch.float32 if half else torch.int8 if value.dtype == torch.bool else value.dtype
         self.args.append(value.to(self.k.device, dtype).contiguous())
         return len(self.args) - 1
 
     def _steps(self, rule: Rule) -> tuple[Step, ...]:
-        return steps((*rule, *self.keys.clauses), self.rows, self.keys, self._place)
+        return steps((*rule, *self.keys.clauses), self.rows, self.keys, self._add_argument)
 
     def _groups(
-        self, reductions: Sequence[Reduction], rules: dict[int, tuple[Step, ...]], config: Config,
-        merges: list[Callable[[], None]],
-    ) -> tuple[tuple[Group, ...], Common | None]:  # fmt: skip
-        """Return the reductions as compile-time constants, grouped by rule, and the scale that all
-        share, if they do."""
+        self, reductions: Sequence[Reduction], rules: dict[int, tuple[Step, ...]],
+        config: BlockConfig, merges: list[Callable[[], None]],
+    ) -> tuple[tuple[Group, ...], SharedScale | None]:  # fmt: skip
+        """Return the reductions as compile-time constants, grouped by rule; and the scale that all
+        of them share, or None."""
         differentiated = [reduction for reduction in reductions if reduction.g is not None]
-        common = None
+        shared = None
         one_scale = len({(id(r.scale), r.dscale is None) for r in differentiated}) == 1
         if one_scale and differentiated[0].scale.ndim == 0:
             one = differentiated[0]
-            places: Any = [self._field(one, name, config, merges) for name in ("scale", "dscale")]
-            common = Common(*places)
+            arguments: Any = [
+                self._argument(one, name, config, merges) for name in ("scale", "dscale")
+            ]
+            shared = SharedScale(*arguments)
             reductions = [replace(reduction, dscale=None) for reduction in reductions]
         names, groups = [field.name for field in fields(Term)[2:]], []
         for key, rule in rules.items():
             members = [reduction for reduction in reductions if id(reduction.rule) == key]
             terms = []
             for r in members:
-                places = [self._field(r, name, config, merges) for name in names]
-                terms.append(Term(r.phi, r.on_rows, *places))
+                arguments = [self._argument(r, name, config, merges) for name in names]
+                terms.append(Term(r.phi, r.on_rows, *arguments))
             equal = bool(rule) and (rule[0].kind, rule[0].use) == ("eq", "and")
             groups.append(Group(rule, tuple(terms), equal and all(r.phi != "lse" for r in members)))
-        return tuple(groups), common
+        return tuple(groups), shared
 
-    def _field(
-        self, reduction: Reduction, name: str, config: Config, merges: list[Callable[[], None]]
-    ) -> At | None:
-        """Place an attribute of a reduction. For a result, place partial results, and append to
-        `merges` a function that adds them to it."""
+    def _argument(
+        self, reduction: Reduction, name: str, config: BlockConfig, merges: list[Callable[[], None]]
+    ) -> Argument | None:
+        """Add an attribute of a reduction to the kernel's arguments. For an output, add a buffer of
+        partial results and append to `merges` a function that merges them."""
         value = getattr(reduction, name)
         if value is None:
             return None
@@ -290,7 +310,7 @@ class _Launch:
         span = self.rows if on_rows else self.columns
         side = "one" if value.ndim == 0 else "rows" if on_rows else "keys"
         if name != "out" and not name.startswith("d"):
-            return At(self._place(value[span] if value.ndim else value), side)
+            return Argument(self._add_argument(value[span] if value.ndim else value), side)
         blocks = triton.cdiv(self.n, config.bn) if on_rows else triton.cdiv(self.m, config.bm)
         is_lse = name == "out" and reduction.phi == "lse"
         shape = (blocks, 1 + is_lse, span.stop - span.start)
@@ -308,7 +328,7 @@ class _Launch:
                 value[span] += partial[:, 0].sum(0)
 
         merges.append(merge)
-        return At(self._place(partial), side)
+        return Argument(self._add_argument(partial), side)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Rules in Triton: each clause is a small function that equals its class in `kernels/rules.py`.
+"""Rules in Triton: each clause class of `kernels/rules.py` has an equivalent Triton function.
 
-For the compiler a rule is a flat list of steps. `use` says how a step's mask is used: "and" ends a
-mask of the rule, "or" joins it with the next step's, "only" limits the next log-weight to it.
+For the compiler, a rule is a flat list of steps. `use` tells how a step's mask is combined: "and"
+closes the current mask, "or" combines it with the next step's mask, "only" restricts the next
+log-weight to the mask. For a log-weight, `use` is "weigh".
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from gigabatch.kernels.sources import KeyBlock
 
 @dataclass(frozen=True)
 class Step:
-    """One clause. `rows`, `keys` and `extra` are places of tensors among a kernel's arguments;
-    `width` is that of vectors or of a table."""
+    """One clause. `rows`, `keys` and `extra` are indices into the kernel's tensor arguments;
+    `width` is the row length of the vectors or table."""
 
     kind: str
     use: str
@@ -33,9 +34,12 @@ class Step:
 
 
 def steps(
-    rule: R.Rule, rows: slice, block: KeyBlock, place: Callable[[Tensor], int]
+    rule: R.Rule, rows: slice, block: KeyBlock, add_argument: Callable[[Tensor], int]
 ) -> tuple[Step, ...]:
-    """Translate a rule on some rows and a block's keys; `place` adds a tensor to the arguments."""
+    """Translate a rule on some rows and a block's keys into steps.
+
+    `add_argument` adds a tensor to the kernel's arguments and returns its index.
+    """
     program: list[Step] = []
 
     def add(clause: R.Clause, use: str) -> None:
@@ -43,25 +47,26 @@ def steps(
             add(clause.one, "or")
             add(clause.other, use)
         elif isinstance(clause, R.AtLeast):
-            program.append(Step("at least", use, place(clause.rows[rows])))
+            program.append(Step("at least", use, add_argument(clause.rows[rows])))
         else:
             assert isinstance(clause, R.Eq | R.Table | R.AbsDiff | R.SecondScore), clause
             if isinstance(clause, R.Table) and clause.only is not None:
                 add(clause.only, "only")
-            both = place(clause.rows[rows]), place(block.metadata[clause.keys])
+            row_values, key_values = clause.rows[rows], block.metadata[clause.keys]
+            both = add_argument(row_values), add_argument(key_values)
             if isinstance(clause, R.Eq):
                 program.append(Step("ne" if isinstance(clause, R.Ne) else "eq", use, *both))
             elif isinstance(clause, R.Table):
-                table = clause.table
-                program.append(Step("table", "weigh", *both, place(table), width=table.shape[1]))
+                table, width = add_argument(clause.table), clause.table.shape[1]
+                program.append(Step("table", "weigh", *both, table, width))
             elif isinstance(clause, R.AbsDiff):
                 factor = torch.ones_like(clause.rows) if clause.factor is None else clause.factor
-                program.append(Step("distance", "weigh", *both, place(factor[rows])))
+                program.append(Step("distance", "weigh", *both, add_argument(factor[rows])))
             else:
                 value = clause.scale if clause.at_most is None else clause.at_most
                 kind, use = ("soft", "weigh") if clause.at_most is None else ("at most", use)
-                at = place(torch.full((), value, device=block.keys.device))
-                program.append(Step(kind, use, *both, at, clause.rows.shape[1]))
+                scalar = add_argument(torch.full((), value, device=block.keys.device))
+                program.append(Step(kind, use, *both, scalar, clause.rows.shape[1]))
 
     for clause in rule:
         add(clause, "and")
@@ -69,13 +74,13 @@ def steps(
 
 
 @triton.constexpr_function
-def masks(group, full):
-    """Return whether some pairs of a block may not count (`full`: all of them exist)."""
+def needs_mask(group, full):
+    """Return whether a block needs a mask: a clause masks pairs, or the block is partial."""
     return not full or any(step.use == "and" for step in group.rule)
 
 
 @triton.constexpr_function
-def weighs(group):
+def has_weights(group):
     return any(step.use == "weigh" for step in group.rule)
 
 
@@ -83,8 +88,8 @@ def weighs(group):
 def may_count(args, i, j, m, n, GROUP: tl.constexpr):
     """Return False only if no pair of the block can count, for a rule that begins with an equality.
 
-    That is so if the rows' values are all below, or all above, the keys' values. Reading one row
-    and one column of values thus skips most blocks off the diagonal.
+    No pair can be equal if all row values are below or above all key values. Reading one row and
+    one column of values thus skips most blocks off the diagonal.
     """
     rows = tl.load(args[field(entry(GROUP, "rule", 0), "rows")] + tl.minimum(i, m - 1))
     keys = tl.load(args[field(entry(GROUP, "rule", 0), "keys")] + tl.minimum(j, n - 1))
@@ -123,8 +128,8 @@ def clause(scores, args, i, j, m, n, STEP: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
-def weigh(scores, valid, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr):
-    """Return the mask and log-weights [BM, BN] of a group's rule; `valid` pairs exist."""
+def evaluate_rule(scores, valid, args, i, j, m, n, GROUP: tl.constexpr, BD: tl.constexpr):
+    """Return the mask and log-weights [BM, BN] of a group's rule; `valid` marks existing pairs."""
     always = valid | (valid == 0)
     never = valid & (valid == 0)
     mask, joined, limit, weights = valid, never, always, tl.zeros_like(scores)

@@ -38,7 +38,7 @@ def examples(count: int) -> int:
 @contextlib.contextmanager
 def small_tiles(rows: int = 5, columns: int = 4) -> Iterator[None]:
     """Make tiles, blocks and launches so small that there are several, not all full."""
-    block = launch.Config(16, 16, 16, 1, 1) if GPU else launch.Config(4, 4, 4, 1, 1)
+    block = launch.BlockConfig(16, 16, 16, 1, 1) if GPU else launch.BlockConfig(4, 4, 4, 1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled, "ROWS", rows)
         patch.setattr(tiled, "COLUMNS", columns)

@@ -157,7 +157,7 @@ def test_wrong_loss_is_reported_and_fails_the_check(monkeypatch: pytest.MonkeyPa
         assert all(not record["agrees"] for record in records(results, name))
         assert any(f"!!! {name} DISAGREES" in line for line in lines)
         assert f"**`{name}` (!)**" in table
-        assert f"`{name}` computes another loss: at N 64, early logits, it {text}" in table
+        assert f"`{name}` computes a different loss: at N 64, early logits, it {text}" in table
     assert "step_ms" in records(results, "inf_cl")[0]  # its time is still reported
     assert check.judge_bench(results, 0)[1] is False  # another package's error is no failure
     results["problems"][0]["contenders"][1]["name"] = "triton"

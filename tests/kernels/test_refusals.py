@@ -26,7 +26,7 @@ IDS = torch.arange(4)
             r"must share a device; got \['cpu', 'cpu', 'meta'\]",
         ),
         ({"scale": torch.ones(1)}, ValueError, r"scale must be 0-dimensional.*got \(1,\)"),
-        ({"k": torch.zeros(5, 3)}, ValueError, "row i belongs to key i without ids; got 4 and 5"),
+        ({"k": torch.zeros(5, 3)}, ValueError, "row i belongs to key i; got 4 rows and 5 keys"),
         ({"ids_k": IDS}, ValueError, "give ids_q"),
         ({"ids_q": IDS.int()}, TypeError, r"ids_q must be int64; got torch\.int32"),
         ({"ids_q": IDS, "ids_k": IDS.float()}, TypeError, r"ids_k must be int64; got torch\.f"),
@@ -42,7 +42,7 @@ IDS = torch.arange(4)
         (
             {"k": torch.zeros(5, 3), "ids_q": IDS, "ids_k": torch.arange(5), "same_id": "exclude"},
             ValueError,
-            "row i belongs to key i without ids; got 4 and 5",
+            "row i belongs to key i; got 4 rows and 5 keys",
         ),
         (
             {"label_smoothing": 1.0},
@@ -79,7 +79,7 @@ BIAS = torch.tensor(0.0)
     [
         ({"q": torch.zeros(4)}, ValueError, r"must be \[n, D\]"),
         ({"k": K.double()}, TypeError, "share a floating dtype"),
-        ({"k": torch.zeros(5, 3)}, ValueError, "row i belongs to key i without ids; got 4 and 5"),
+        ({"k": torch.zeros(5, 3)}, ValueError, "row i belongs to key i; got 4 rows and 5 keys"),
         ({"bias": torch.zeros(4)}, ValueError, "bias must be 0-dimensional"),
         ({"bias": BIAS.to("meta")}, ValueError, "q, k, scale, bias must share a device"),
         ({"gather_mode": "tree"}, ValueError, "choose gather or ring"),

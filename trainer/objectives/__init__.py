@@ -1,4 +1,4 @@
-"""Objectives: losses over the embeddings of the global batch, one file each."""
+"""Objectives: losses over the embeddings of the global batch, one per file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ else:
 
     AnyObjective = union_of([*(kind.Settings for kind in OBJECTIVES.values()), ModuleSettings])
 
-# Building the schema of the union takes a tenth of a second.
+# Built once: the schema of the union takes a tenth of a second.
 _ADAPTER: TypeAdapter[ObjectiveSettings] = TypeAdapter(AnyObjective)
 
 __all__ = [
@@ -49,7 +49,7 @@ def default_settings() -> ObjectiveSettings:
 
 
 def parse_settings(settings: Mapping[str, Any]) -> ObjectiveSettings:
-    """Validate the settings of an objective, as they are written in a config.
+    """Validate the settings of an objective from a config.
 
     Raises:
         pydantic.ValidationError: If a key is unknown or a value is invalid.
@@ -66,9 +66,9 @@ def build_objective(
     """Create an objective on a device.
 
     Args:
-        settings: Its settings.
-        device: Where its parameters and buffers live.
-        group: The column `data.group`: only samples with equal values are compared.
+        settings: The objective's settings.
+        device: Device of its parameters and buffers.
+        group: Name of the column in `data.group`; only samples of one group are compared.
         width: Embedding dimension of the shared space.
 
     Raises:

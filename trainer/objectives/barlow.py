@@ -1,5 +1,5 @@
-"""Barlow Twins (Zbontar et al. 2021): no pairs of samples, but the D x D correlations of two taps'
-coordinates over the global batch."""
+"""Barlow Twins (Zbontar et al. 2021): a loss on the D x D correlations between two taps'
+coordinates over the global batch, not on pairs of samples."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from gigabatch.trainer.objectives.settings import SingleSettings
 
 class BarlowSettings(SingleSettings):
     name: Literal["barlow"]
-    """Barlow Twins: the correlations of two taps' coordinates should be the identity. Use it in a
-    sum, beside another objective."""
+    """Barlow Twins: make the correlation matrix of two taps' coordinates the identity. Add it to
+    another objective in a `sum`."""
     taps: Pair = ("image", "image@1")
     """The two tower outputs to correlate."""
     off_diagonal: float = Field(0.005, ge=0)
@@ -33,11 +33,11 @@ class BarlowSettings(SingleSettings):
 class Barlow(Objective[BarlowSettings]):
     Settings = BarlowSettings
     card = Card(
-        "Barlow Twins: the correlations of two views' coordinates should be the identity",
+        "Barlow Twins: make the correlation matrix of two views' coordinates the identity",
         "Barlow Twins, Zbontar et al. 2021",
-        "sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2, C the correlations over the batch",
+        "sum_d (C_dd - 1)^2 + off_diagonal sum_{d != e} C_de^2; C are correlations over the batch",
         "3 D / N",
-        "an addition in a sum, to CLIP with a weight of 0.025",
+        "added to another objective in a `sum`, for example to `infonce` with a weight of 0.025",
         ("barlow_twins", "vicreg"),
     )
     examples = {"": Example(missing=True)}
@@ -54,8 +54,8 @@ class Barlow(Objective[BarlowSettings]):
         self, outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], ctx: Context
     ) -> Loss:
         a, b = valid_pairs(outputs, meta, self.settings.taps).vectors
-        # Only sums leave a rank, and each is differentiated on every rank. The means are constants:
-        # the gradient through them would be a sum of centered rows, which is 0.
+        # Ranks exchange only sums, and every rank differentiates them. The means are constants: the
+        # gradient through them would be a sum of centered rows, which is 0.
         count = sum_over_ranks(torch.stack([a.new_tensor(float(len(a)))]), ctx.group).clamp(min=1)
         means = (
             sum_over_ranks(torch.stack([a.detach().sum(0), b.detach().sum(0)]), ctx.group) / count
@@ -82,8 +82,8 @@ class Barlow(Objective[BarlowSettings]):
 def _square_sums(rows: Tensor) -> Tensor:
     """Return [D]: the sums of squares over rows [n, D].
 
-    Norms have a gradient of one product, squares one of three. Parts of 256 rows keep precision: a
-    norm adds one row after another.
+    The gradient of a norm takes one elementwise product, that of squares three. `vector_norm` adds
+    rows one after another, so it is applied to parts of 256 rows, which keeps precision.
     """
     norms = [torch.linalg.vector_norm(part, dim=0) for part in rows.split(256)]
     return torch.stack(norms).square().sum(0)

@@ -27,11 +27,11 @@ class Needs:
         taps: Tower outputs that it reads, with gradients (see `trainer/taps.py`).
         columns: Fields of the samples' json, encoded as int64.
         numeric_columns: Fields of the samples' json, as float32.
-        vectors: The samples' vectors that no tower reads, float32 [n, size]; the names are
+        vectors: Vectors of the samples that no tower reads, float32 [n, size]; their names are
             distinct from those of json fields.
         teacher: Taps of the momentum tower, passed as `teacher.TAP` without gradient.
-        momentum: Momentum of that tower's weights.
-        tables: State of each sample of the data set: table name -> its initial row.
+        momentum: Momentum of the momentum tower's weights.
+        tables: State of each sample of the data set: table name -> initial row.
     """
 
     taps: tuple[str, ...]
@@ -45,13 +45,13 @@ class Needs:
 
 @dataclass(frozen=True)
 class Context:
-    """Where an objective runs.
+    """The process group, progress and seed of a run.
 
     Attributes:
-        group: The process group; None for a single process.
-        step: From 1.
-        epoch: Completed passes over the data set.
-        seed: The run's seed.
+        group: Process group; None for a single process.
+        step: Number of the step, from 1.
+        epoch: Number of completed passes over the data set.
+        seed: Seed of the run.
     """
 
     group: dist.ProcessGroup | None
@@ -74,8 +74,8 @@ class Loss:
     Attributes:
         value: 0-dimensional. Its mean over ranks is the loss of the global batch.
         metrics: 0-dimensional tensors to log, the same on every rank.
-        updates: Called after the backward pass of a step that is applied. Returns new values of
-            the objective's buffers, and of the batch's rows [n, F] of its tables, by name.
+        updates: Function that is called after the backward pass of each applied step. Returns, by
+            name, new values of the objective's buffers and of the batch's rows [n, F] of tables.
     """
 
     value: Tensor
@@ -88,11 +88,11 @@ class Card:
     """The documentation of an objective, shown by `gigabatch objectives` and in the docs.
 
     Attributes:
-        title: One line.
+        title: Summary in one line.
         papers: Sources.
-        formula: The loss.
-        passes: Matrix products of N x N x D per step, as text; InfoNCE takes 4.
-        use: When to choose it.
+        formula: Formula of the loss.
+        passes: Number of N x N x D matrix products per step, as text; InfoNCE takes 4.
+        use: Data and goals that it suits.
         aliases: Other names that users may look for.
     """
 
@@ -106,18 +106,18 @@ class Card:
 
 class Objective(nn.Module, Generic[S]):
     """A loss over the global batch, in one class: settings, documentation, forward pass, cost,
-    reference formula and benchmark cases. `registry.register` makes it known.
+    reference formula and benchmark cases. `registry.register` adds it to the registry.
 
-    Its parameters stay outside DeepSpeed: float32, replicated, in an optimizer group of their own.
+    Its parameters stay outside DeepSpeed: float32, replicated, in a separate optimizer group.
     """
 
     Settings: ClassVar[type[ObjectiveSettings]]
     card: ClassVar[Card]
     examples: ClassVar[Mapping[str, Example]] = {"": Example()}
-    """What tests compare with `reference`, by a label."""
+    """Settings under which tests compare `forward` with `reference`, by label."""
     benchmarks: ClassVar[Mapping[str, Benchmark]] = {"": Benchmark()}
-    """What `gigabatch bench objectives` times, by a label: one for each setting that changes the
-    work."""
+    """Settings that `gigabatch bench objectives` times, by label: one for each setting that changes
+    the cost."""
 
     settings: S
     needs: Needs
@@ -131,8 +131,8 @@ class Objective(nn.Module, Generic[S]):
         """Create the objective.
 
         Args:
-            settings: Its settings.
-            group: The column `data.group`: only samples with equal values are compared.
+            settings: The objective's settings.
+            group: Name of the column in `data.group`; only samples of one group are compared.
             width: Embedding dimension of the shared space.
         """
         return cls(settings)
@@ -164,23 +164,26 @@ class Objective(nn.Module, Generic[S]):
         and plain autograd. It shares no code with `forward`. `widths` are handled by the caller."""
 
     def on_epoch(self, tables: Mapping[str, SampleTable], ctx: Context) -> Updates:
-        """Return new values of buffers, computed from full tables before the first step of each
-        epoch but the first. A collective."""
+        """Return new values of buffers, computed from the full tables.
+
+        It is called before the first step of every epoch except the first. Collective: every rank
+        must call it.
+        """
         return {}
 
     def sample_values(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return what the tables say of samples, by name.
+        """Return per-sample values computed from the tables, by name.
 
         Args:
-            tables: Rows float32 [m, F] of each table.
+            tables: Table name -> rows, float32 [m, F].
 
         Returns:
-            Floats [m], NaN for a sample that has not been seen.
+            Name -> floating [m]; NaN for a sample that has not been seen.
         """
         return {}
 
     def mean_temperature(self, tables: Mapping[str, Tensor]) -> float | None:
-        """Return the current temperature, averaged over samples; None without one."""
+        """Return the current temperature, averaged over samples, or None if there is none."""
         return None
 
 

@@ -1,4 +1,4 @@
-"""BYOL (Grill et al. 2020): predict from one view what a momentum tower sees in another."""
+"""BYOL (Grill et al. 2020): predict a momentum tower's vector of one view from the other view."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from gigabatch.trainer.taps import TEACHER, parse_tap
 
 class BYOLSettings(SingleSettings):
     name: Literal["byol"]
-    """BYOL: predict one view's vectors in a momentum tower, without negatives. Use it in a sum,
-    beside another objective."""
+    """BYOL: predict a momentum tower's vectors of one view from the other view, without negatives.
+    Add it to another objective in a `sum`."""
     taps: Pair = ("image", "image@1")
-    """The two views, compared both ways. The momentum tower sees its own view of each modality."""
+    """The two views; each predicts the other. The momentum tower gets a separate view of each
+    modality."""
     momentum: Fraction = 0.99
-    """Momentum of that tower's weights per step."""
+    """Momentum of the momentum tower's weights, per step."""
     hidden: Count = 512
     """Hidden width of the predictor."""
 
@@ -37,22 +38,23 @@ class BYOLSettings(SingleSettings):
 class BYOL(Objective[BYOLSettings]):
     Settings = BYOLSettings
     card = Card(
-        "BYOL: predict what a momentum tower sees in another view; no negatives",
+        "BYOL: predict a momentum tower's vectors of the other view; no negatives",
         "BYOL, Grill et al. 2020",
-        "mean_i [2 - 2 cos(p(a_i), teacher_b_i)], both ways, halved; the teacher without gradient",
+        "mean_i [2 - 2 cos(p(a_i), teacher_b_i)], averaged over both directions; no gradient "
+        "through the teacher",
         "12 hidden / N, and one more forward pass of the towers",
-        "an addition in a sum",
+        "added to another objective in a `sum`",
         ("simsiam",),
     )
     examples = {"": Example({"hidden": 5})}
 
     def __init__(self, settings: BYOLSettings, width: int) -> None:
         super().__init__(settings)
-        # The teacher augments again: its view is never that of the tap it is compared with.
+        # The momentum tower's input is augmented again, so a base tap already is a different view.
         self.teacher_taps = [parse_tap(tap).base for tap in settings.taps]
         teacher = unique(self.teacher_taps)
         self.needs = Needs(settings.taps, teacher=teacher, momentum=settings.momentum)
-        # Layer norm, because statistics of a batch norm would differ from rank to rank.
+        # Layer norm, because the statistics of a batch norm would differ between ranks.
         self.predictor = nn.Sequential(
             nn.Linear(width, settings.hidden), nn.LayerNorm(settings.hidden), nn.ReLU(),
             nn.Linear(settings.hidden, width),
@@ -70,11 +72,11 @@ class BYOL(Objective[BYOLSettings]):
     ) -> Loss:
         taps = (*self.settings.taps, *(TEACHER + tap for tap in self.teacher_taps))
         a, b, teacher_a, teacher_b = valid_pairs(outputs, meta, taps).vectors
-        ways = [
+        directions = [
             2 - 2 * F.cosine_similarity(self.predictor(rows), target, dim=1)
             for rows, target in ((a, teacher_b), (b, teacher_a))
         ]
-        losses = torch.stack(ways).mean(0)
+        losses = torch.stack(directions).mean(0)
         return Loss(weighted_mean(losses, torch.ones_like(losses), ctx))
 
     @staticmethod

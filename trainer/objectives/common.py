@@ -1,4 +1,4 @@
-"""Parts that objectives share: valid rows, logit scales, means over ranks."""
+"""Shared parts of objectives: valid rows, logit scales, means over ranks."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ Forward = Callable[[Any, Mapping[str, Tensor], Mapping[str, Tensor], Context], L
 
 
 def over_widths(forward: Forward) -> Forward:
-    """Decorator of a forward pass: Matryoshka representations (Kusupati et al. 2022).
+    """Add Matryoshka representations (Kusupati et al. 2022) to a forward pass; a decorator.
 
-    Where the settings have `widths`, the loss is the mean over them of the loss of the vectors'
-    first d coordinates, normalized again.
+    If the settings have `widths`, the loss is the mean over them: for each width d, `forward` gets
+    the vectors' first d coordinates, normalized again.
     """
 
     @wraps(forward)
@@ -74,9 +74,9 @@ class ValidPairs:
     """This rank's samples that have every tap.
 
     Attributes:
-        valid: bool [n]; which samples these are.
-        vectors: Rows of each tap.
-        columns: Their columns, named as in `meta`.
+        valid: bool [n], true for the selected samples.
+        vectors: Rows of the selected samples, one tensor per tap.
+        columns: Columns of the selected samples, named as in `meta`.
     """
 
     valid: Tensor
@@ -88,12 +88,12 @@ def valid_pairs(
     outputs: Mapping[str, Tensor], meta: Mapping[str, Tensor], taps: Sequence[str],
     settings: EngineSettings | None = None, columns: Sequence[str] = (),
 ) -> ValidPairs:  # fmt: skip
-    """Select the samples that have every tap, for losses in which row i of one tap belongs to row i
-    of another. `columns`: the columns to select beside `sample`."""
+    """Select this rank's samples that have every tap, for losses in which row i of one tap belongs
+    to row i of the others. `columns` are selected in addition to `sample`."""
     valid = torch.ones_like(meta["sample"], dtype=torch.bool)
     for name in {f"{parse_tap(tap).modality}_present" for tap in taps} & meta.keys():
         valid = valid & meta[name]
-    # Without a missing row, indexing would copy the rows and scatter their gradients for nothing.
+    # Skip indexing if no row is missing: it would copy the rows and scatter their gradients.
     all_valid = bool(valid.all())
     selected = {n: meta[n] if all_valid else meta[n][valid] for n in ("sample", *columns)}
     vectors = (outputs[tap] if all_valid else outputs[tap][valid] for tap in taps)
@@ -107,15 +107,15 @@ def valid_rows(
     """Select the valid rows of one tap.
 
     Args:
-        outputs: Tap -> rows; with K captions per sample, K rows each.
+        outputs: Tap -> rows. With K captions per sample, a text tap has K rows per sample.
         meta: Columns of the samples.
-        tap: The tap.
-        settings: Set the dtype of the rows.
+        tap: Name of the tap.
+        settings: Settings whose `precision` is the dtype of the rows.
         columns: New name -> name in `meta`.
 
     Returns:
-        The rows, and their columns by the new names. `nth` is a row's position among its sample's
-        captions.
+        The rows, and their columns under the new names. The additional column `nth` is a row's
+        position among its sample's captions.
     """
     rows = to_loss_dtype(outputs[tap], settings)
     selected = {new: meta[name] for new, name in columns.items()}
@@ -130,7 +130,7 @@ def valid_rows(
 
 
 def to_loss_dtype(rows: Tensor, settings: EngineSettings | None) -> Tensor:
-    """Cast rows to `settings.precision`; unchanged without settings."""
+    """Cast rows to `settings.precision`; without settings, return them unchanged."""
     if settings is None:
         return rows
     return rows.to(torch.bfloat16 if settings.precision == "bf16" else torch.float32)
@@ -150,15 +150,15 @@ def mean_metric(values: Tensor, ctx: Context) -> Tensor:
 
 
 def count_same(ids: Tensor, ctx: Context) -> tuple[Tensor, int]:
-    """Count rows of equal id over all ranks.
+    """Count the rows with equal ids over all ranks.
 
     Args:
         ids: int64 [n].
-        ctx: Holds the process group.
+        ctx: Context with the process group.
 
     Returns:
-        float32 [n], how many rows of all ranks have each row's id, itself included; and the number
-        of all rows.
+        float32 [n], the number of rows of all ranks that have the row's id, including the row; and
+        the total number of rows.
     """
     all_ids, _ = torch.sort(gather_rows(ids, ctx.group))
     low, high = (torch.searchsorted(all_ids, ids, right=right) for right in (False, True))
@@ -166,10 +166,11 @@ def count_same(ids: Tensor, ctx: Context) -> tuple[Tensor, int]:
 
 
 def clamp_inward(x: Tensor, floor: float = -math.inf, ceiling: float = math.inf) -> Tensor:
-    """Clamp x; its gradient passes unless a descent step would push x further out.
+    """Clamp x to [floor, ceiling]. The gradient is zeroed only where a descent step would move x
+    further outside the range.
 
-    A plain clamp has no gradient beyond its limit, so the parameter could never return. Clamping
-    the parameter itself fails where the optimizer keeps its own copy.
+    `torch.clamp` has no gradient outside the range, so a parameter could never return. Clamping the
+    parameter in place fails if the optimizer keeps a separate copy of it.
     """
     clamped: Tensor = _ClampInward.apply(x, floor, ceiling)  # type: ignore[no-untyped-call]
     return clamped

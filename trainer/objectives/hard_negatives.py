@@ -1,5 +1,5 @@
-"""InfoNCE with structured hard negatives: further captions that are wrong, or pairs of an original
-and a changed sample, each relation with its own weight (TACT, Bagad et al. 2023; TeminAL)."""
+"""InfoNCE with structured hard negatives: additional wrong captions, or pairs of an original and a
+changed sample. Each relation has its own weight (TACT, Bagad et al. 2023; TeminAL)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from gigabatch.trainer.objectives.settings import (
 )
 
 ZERO_WEIGHT = 1e-30
-"""Stands in for a weight of 0: its logarithm can be added and subtracted again."""
+"""Replaces a weight of 0, so that its logarithm is finite."""
 
 
 class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
@@ -34,8 +34,9 @@ class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
 
     name: Literal["hard_negatives"]
     """InfoNCE with purpose-made hard negatives, weighted by their relation to the row. With
-    data.captions.choose=all, a sample's first caption is its positive and its others are such
-    negatives. Or samples come in pairs of an original and a changed one (reversed in time, say)."""
+    data.captions.choose=all, a sample's first caption is its positive and its other captions are
+    such negatives. Otherwise, samples come in pairs of an original and a changed one, for example
+    reversed in time."""
     taps: Pair = ("image", "text")
     """The two tower outputs to compare."""
     pair: str | None = None
@@ -65,16 +66,16 @@ class HardNegatives(Scaled[HardNegativesSettings]):
     card = Card(
         "InfoNCE with purpose-made hard negatives, weighted by relation",
         "TACT, Bagad et al. 2023; TeminAL; mined negatives, as in E5",
-        "mean_i [log sum_j w_ij exp(l_ij) - l_ii], both ways, halved; w_ij = own_weight for i's "
-        "own changed counterpart, other_weight for others', else 1",
+        "mean_i [log sum_j w_ij exp(l_ij) - l_ii], averaged over both directions; w_ij is "
+        "own_weight for i's own changed counterpart, other_weight for those of other rows, else 1",
         "4 K for K captions",
-        "order and negation, to which a plain contrastive loss is blind; mined negatives. Keep old "
-        "pairs in the mix, or the model forgets them",
+        "word order and negation, which a plain contrastive loss ignores; mined negatives. Keep "
+        "ordinary pairs in the data, or the model forgets them",
         ("triplet", "negclip", "hard_negative", "tact"),
     )
     examples = {
         "captions": Example({"own_weight": 2.0, "other_weight": 0.5}, captions=3),
-        "captions, nested": Example(
+        "captions, widths": Example(
             {"own_weight": 2.0, "other_weight": 0.5, "widths": [3, 6]}, captions=3
         ),
         "pairs": Example(
@@ -145,23 +146,24 @@ class HardNegatives(Scaled[HardNegativesSettings]):
         positive = same & (nth == 0)[None]
         logits = batch.scale * image @ text.T
         mass = weight * torch.exp(logits)
-        halves = []
-        for m, x, right, changed in (
+        directions = []
+        for m, x, is_positive, changed in (
             (mass, logits, positive, changed_q), (mass.T, logits.T, positive.T, changed_k),
         ):  # fmt: skip
-            count = right.sum(1)
-            losses = m.sum(1).log() - (x * right).sum(1) / count.clamp(min=1)
-            rated = torch.where(changed, settings.changed_weight, 1.0).double() * (count > 0)
-            halves.append((torch.where(count > 0, losses, 0) * rated).sum() / rated.sum())
-        return (halves[0] + halves[1]) / 2, None
+            count = is_positive.sum(1)
+            losses = m.sum(1).log() - (x * is_positive).sum(1) / count.clamp(min=1)
+            row_weight = torch.where(changed, settings.changed_weight, 1.0).double() * (count > 0)
+            losses = torch.where(count > 0, losses, 0)
+            directions.append((losses * row_weight).sum() / row_weight.sum())
+        return (directions[0] + directions[1]) / 2, None
 
 
 def _changed(columns: Mapping[str, Tensor]) -> Tensor:
-    """Return int64 [n]: 1 for a changed row, by its sample's column or as a further caption."""
+    """Return int64 [n]: 1 for a further caption or a row of a changed sample, else 0."""
     further = columns["nth"] > 0
     return (further if "changed" not in columns else further | (columns["changed"] != 0)).long()
 
 
 def _between(log_weight: float, like: Tensor) -> Tensor:
-    """Return log-weights [2, 2] that apply between a changed and an unchanged row."""
+    """Return a table [2, 2]: `log_weight` between a changed and an unchanged row, else 0."""
     return torch.tensor([[0.0, log_weight], [log_weight, 0.0]], device=like.device)

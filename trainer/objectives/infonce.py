@@ -50,9 +50,10 @@ class InfoNCESettings(ScaledSettings, CachedSettings, WidthsSettings):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that is spread evenly over all candidates."""
     teacher: TeacherSettings | None = None
-    """A frozen model's vectors of the samples, which mark pairs too similar to be negatives:
-    `{fields: [embedding], size: 384, threshold: 0.95}` from the json, or `member: teacher.npy`.
-    With data.missing=mask, a sample without a vector is a negative of all others."""
+    """A frozen model's vectors of the samples; pairs that are too similar are not negatives.
+    `{fields: [embedding], size: 384, threshold: 0.95}` reads the vectors from the json,
+    `member: teacher.npy` from a file. With data.missing=mask, a sample without a vector is a
+    negative of all others."""
 
     def columns(self) -> tuple[str, ...]:
         return named_fields(self.positives, self.within)
@@ -95,28 +96,28 @@ class InfoNCE(Scaled[InfoNCESettings]):
         "van den Oord et al. 2018; CLIP, Radford et al. 2021; several positives: SupCon, Khosla et "
         "al. 2020, and 1-to-K; same-language and same-domain negatives; a teacher's mask; "
         "`widths`: Matryoshka, Kusupati et al. 2022",
-        "mean_i [log sum_j exp(l_ij) - sum_j P_ij l_ij], both ways, halved; "
+        "mean_i [log sum_j exp(l_ij) - sum_j P_ij l_ij], averaged over both directions; "
         "l_ij = logit scale <q_i, k_j>",
-        "4; with a teacher of E numbers 4 + 2 E / D",
-        "paired data of any kind: the default. Duplicates, translations, several captions: set "
-        "`positives`. Several languages or domains: set `within`, or `data.group`. Near-duplicates "
-        "without a common field: set `teacher`",
+        "4; with teacher vectors of size E, 4 + 2 E / D",
+        "paired data of any kind: the default. For duplicates, translations or several captions, "
+        "set `positives`; for several languages or domains, `within` or `data.group`; for "
+        "near-duplicates without a common field, `teacher`",
         ("clip", "nt_xent_pairs", "mnrl", "multiple_negatives_ranking", "cliploss", "contrastive"),
     )
     examples = {
         "": Example(),
-        "smoothed, of labels": Example({"positives": "concept", "label_smoothing": 0.1}),
+        "positives, label smoothing": Example({"positives": "concept", "label_smoothing": 0.1}),
         "same id excluded": Example({"positives": "concept", "same_id": "exclude"}),
         "within a language": Example({"within": "lang"}),
-        "a teacher": Example(
+        "teacher": Example(
             {"teacher": {"member": "npy", "size": 3, "threshold": 0.4}}, captions=2
         ),
-        "a teacher, a language, labels": Example(
+        "teacher, within, positives": Example(
             {"teacher": {"member": "npy", "size": 3, "threshold": -0.2},
              "within": "lang", "positives": "concept"}
         ),
         "other taps": Example({"taps": ["image.encoder", "image@1"]}),
-        "nested": Example({"positives": "concept", "widths": [2, 4, 6]}),
+        "widths": Example({"positives": "concept", "widths": [2, 4, 6]}),
     }  # fmt: skip
     benchmarks = {
         "": Benchmark(),
@@ -129,8 +130,8 @@ class InfoNCE(Scaled[InfoNCESettings]):
 
     def __init__(self, settings: InfoNCESettings, group: str | None = None) -> None:
         super().__init__(settings)
-        # By sample number, a sample that an epoch boundary puts into a batch twice is a positive
-        # of itself.
+        # With sample numbers as ids, a sample that occurs twice in a batch, as it can at the end of
+        # an epoch, is a positive of its copy.
         self.columns = {"ids": settings.positives or "sample"}
         if within := settings.within or group:
             self.columns["groups"] = within
@@ -184,11 +185,11 @@ class InfoNCE(Scaled[InfoNCESettings]):
             vectors = meta[settings.teacher.name].double()
             cosine = F.cosine_similarity(vectors[:, None], vectors[sample_of_text][None], dim=2)
             allowed = allowed & ((cosine <= settings.teacher.threshold) | same)
-        halves = []
+        losses = []
         for x, positive, keep in ((logits, same, allowed), (logits.T, same.T, allowed.T)):
             target = positive.double() / positive.sum(1, keepdim=True)
             target = (1 - smoothing) * target + smoothing / target.shape[1]
             log_probability = x.masked_fill(~keep, -torch.inf).log_softmax(1)
             weighted = target * torch.where(target > 0, log_probability, 0)
-            halves.append(-weighted.sum(1).mean())
-        return (halves[0] + halves[1]) / 2, None
+            losses.append(-weighted.sum(1).mean())
+        return (losses[0] + losses[1]) / 2, None

@@ -1,12 +1,12 @@
-"""A contrastive loss for continuous labels (SupReMix, Wu et al. 2024): weights of negatives, and
-mixtures of rows as further keys.
+"""A contrastive loss for continuous labels (SupReMix, Wu et al. 2024). Negatives are weighted by
+the distance of their labels, and mixtures of rows are additional keys.
 
 Mixtures are constants and are not normalized. A hard negative of row i is lam z_i + (1 - lam) z_j,
-for every j of another label. Its label is (1 - lam) |y_i - y_j| away from i's. Its score is
+for every j with a different label. Its label is (1 - lam) |y_i - y_j| away from i's. Its score is
 lam s_ii + (1 - lam) s_ij: existing scores, scaled and shifted per row. A hard positive is
 lam z_j + (1 - lam) z_k of two rows whose labels enclose y_i within the window, with lam such that
-the mixture's label is y_i. The paper uses all such pairs, N^2 per row. Here each row draws some, by
-seed and step, and a row's hard negatives share one lam.
+the mixture's label is y_i. The paper uses all such pairs, N^2 per row. Here each row draws some of
+them, seeded by run and step, and a row's hard negatives share one lam.
 """
 
 from __future__ import annotations
@@ -33,14 +33,15 @@ from gigabatch.trainer.objectives.settings import CachedSettings, ScaledSettings
 from gigabatch.trainer.objectives.supcon import supcon_stats
 
 BETA = (2, 8)
-"""Beta distribution of lam in hard negatives: the second smallest of nine uniform numbers."""
+"""Parameters of the beta distribution of lam in hard negatives. It is drawn as the second smallest
+of nine uniform numbers."""
 VIEWS = ["image", "image@1"]
 
 
 class LabelDistanceSettings(ScaledSettings, CachedSettings, WidthsSettings):
     name: Literal["label_distance"]
-    """SupCon for continuous labels: samples of one label are positives, and the farther another
-    label, the larger its weight as a negative."""
+    """SupCon for continuous labels: samples with the same label are positives, and negatives with a
+    more distant label get a larger weight."""
     taps: tuple[Tap, ...] = Field(("image", "image@1"), min_length=1)
     """Tower outputs whose vectors are pooled: views, modalities."""
     label: str
@@ -48,13 +49,13 @@ class LabelDistanceSettings(ScaledSettings, CachedSettings, WidthsSettings):
     distance: float = Field(1.0, ge=0)
     """A negative's weight is 1 + distance |y_i - y_j|."""
     mixed_negatives: bool = False
-    """Add negatives between a row and each row of another label, nearer to the row; constants.
-    Costs three matrix passes."""
+    """Add a negative for each row with a different label: its mixture with the row itself, which is
+    harder. Mixtures are constants. Costs three more matrix passes."""
     mixed_positives: Amount = 0
-    """Number of positives per row that mix two rows drawn from either side of its label;
-    constants."""
+    """Number of additional positives per row, each a mixture of two rows whose labels are below and
+    above its own. Mixtures are constants."""
     window: float = Field(5.0, gt=0)
-    """mixed_positives: largest distance of their labels from the row's, in the label's units."""
+    """mixed_positives: largest distance of the two labels from the row's, in the label's units."""
 
     def columns(self) -> tuple[str, ...]:
         return (self.label,)
@@ -64,7 +65,7 @@ class LabelDistanceSettings(ScaledSettings, CachedSettings, WidthsSettings):
 class LabelDistance(Scaled[LabelDistanceSettings]):
     Settings = LabelDistanceSettings
     card = Card(
-        "SupCon for continuous labels: the farther a label, the stronger a negative",
+        "SupCon for continuous labels: more distant labels weigh more as negatives",
         "SupReMix, Wu et al. 2024",
         "mean_i [log sum_{j != i} (1 + distance |y_i - y_j|) exp(l_ij) - mean_{p != i, y_p = y_i} "
         "l_ip]; mixed_negatives adds keys lam z_i + (1 - lam) z_j, mixed_positives positives "
@@ -75,7 +76,7 @@ class LabelDistance(Scaled[LabelDistanceSettings]):
     )
     examples = {
         "": Example({"label": "age", "distance": 2.0}),
-        "nested": Example({"label": "age", "distance": 2.0, "widths": [3, 6]}),
+        "widths": Example({"label": "age", "distance": 2.0, "widths": [3, 6]}),
         "mixed negatives": Example(
             {"label": "age", "distance": 2.0, "mixed_negatives": True}, missing=True
         ),
@@ -114,7 +115,7 @@ class LabelDistance(Scaled[LabelDistanceSettings]):
         total, positive, weight = supcon_stats(z, y, rule, scale, settings, ctx)
         if settings.mixed_negatives or settings.mixed_positives:
             keys = key_source(z.detach(), {"label": y}, ctx.group, settings.gather_mode)
-            rows = Rows(z, y, keys, _row_numbers([len(z) for z, _ in taps], z.device, ctx))
+            rows = Rows(z, y, keys, _row_indices([len(z) for z, _ in taps], z.device, ctx))
             parts = [total[None]]
             if settings.mixed_negatives:
                 parts.append(self._negatives(rows, scale, ctx)[None])
@@ -129,24 +130,25 @@ class LabelDistance(Scaled[LabelDistanceSettings]):
         return Loss(value, {"logit_scale": scale.detach()})
 
     def _negatives(self, rows: Rows, scale: Tensor, ctx: Context) -> Tensor:
-        """Return [n]: the log-sum-exp of a row's mixtures with all rows of other labels."""
+        """Return [n]: the log-sum-exp over a row's mixtures with all rows of other labels."""
         a, b = BETA
         uniform = rows.uniforms(key(ctx.seed, "mixed negatives", ctx.step), a + b - 1)
         lam = uniform.sort(1).values[:, a - 1]
         distance = AbsDiff(rows.y, "label", (1 - lam) * self.settings.distance)
         lse = Lse("rows", scale * (1 - lam), None, (distance, Ne(rows.y, "label")))
         (z,) = lse_stats(rows.z, rows.keys, [lse], backend=self.settings.backend).z
-        itself = (rows.z.float() * rows.z.detach().float()).sum(1)
-        return z + scale * lam * itself
+        self_score = (rows.z.float() * rows.z.detach().float()).sum(1)
+        return z + scale * lam * self_score
 
     def _positives(self, rows: Rows, ctx: Context) -> tuple[Tensor, Tensor]:
-        """Return [n, mixtures]: scores with mixtures of a row's own label, and which exist."""
+        """Return [n, mixtures] each: scores of a row's mixed positives, and a mask of those that
+        exist."""
         settings, count = self.settings, self.settings.mixed_positives
         rng_key = key(ctx.seed, "mixed positives", ctx.step)
         uniform = rows.uniforms(rng_key, 2 * count).view(-1, count, 2)
         y, all_labels = rows.y[:, None], gather_rows(rows.y, ctx.group)
-        numbers = gather_rows(rows.numbers, ctx.group)
-        order = numbers.argsort()  # the same for any number of ranks
+        indices = gather_rows(rows.indices, ctx.group)
+        order = indices.argsort()  # the same for any number of ranks
         order = order[all_labels[order].argsort(stable=True)]
         labels, empty = all_labels[order].contiguous(), y.new_zeros(len(y), count)
         below = _draw_positions(labels, y - settings.window, y, False, uniform[..., 0])
@@ -168,7 +170,7 @@ class LabelDistance(Scaled[LabelDistanceSettings]):
         z = torch.cat([batch.outputs[tap][valid] for tap in settings.taps])
         y = torch.cat([batch.meta[settings.label][valid]] * len(settings.taps)).double()
         n = len(z)
-        # The uniform numbers are those of `forward`.
+        # The same uniform numbers as in `forward`.
         lams = np.sort(uniforms(key(batch.seed, "mixed negatives", batch.step), n, 9), 1)[:, 1]
         columns = max(1, 2 * settings.mixed_positives)
         drawn = uniforms(key(batch.seed, "mixed positives", batch.step), n, columns)
@@ -203,38 +205,38 @@ class LabelDistance(Scaled[LabelDistanceSettings]):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of this rank, of all taps.
+    """This rank's rows of all taps.
 
     Attributes:
-        z: [n, D].
-        y: Labels [n].
+        z: Vectors, floating [n, D].
+        y: Labels, float32 [n].
         keys: All ranks' rows, as constants.
-        numbers: int64 [n], a row's number in the global batch, the same for any number of ranks.
+        indices: Global row indices, int64 [n].
     """
 
     z: Tensor
     y: Tensor
     keys: KeySource
-    numbers: Tensor
+    indices: Tensor
 
     def uniforms(self, rng_key: int, columns: int) -> Tensor:
-        """Draw float32 [n, columns] in [0, 1), by the rows' numbers."""
+        """Return uniform float32 [n, columns] in [0, 1), which depend on the global row indices."""
         uniform = torch.from_numpy(uniforms(rng_key, self.keys.total, columns))
-        return uniform[self.numbers.cpu()].to(self.z.device)
+        return uniform[self.indices.cpu()].to(self.z.device)
 
 
-def _row_numbers(sizes: Sequence[int], device: torch.device, ctx: Context) -> Tensor:
-    """Number this rank's rows of several taps: one tap's rows of all ranks, then the next tap's."""
-    numbers, first = [], 0
+def _row_indices(sizes: Sequence[int], device: torch.device, ctx: Context) -> Tensor:
+    """Return the global index of each of this rank's rows. Rows are ordered by tap, then rank."""
+    indices, first = [], 0
     for size in sizes:
-        numbers.append(first + global_row_indices(size, device, ctx.group))
+        indices.append(first + global_row_indices(size, device, ctx.group))
         first += int(all_sum(torch.tensor(size, device=device), ctx.group))
-    return torch.cat(numbers)
+    return torch.cat(indices)
 
 
 def _draw_positions(labels: Tensor, low: Tensor, high: Tensor, above: bool, u: Tensor) -> Tensor:
-    """Draw positions [n, m] in sorted labels within [low, high), or with `above` (low, high], by
-    `u` [n, m] in [0, 1); -1 where there is none."""
+    """Draw m positions per row in the sorted labels whose label is in [low, high), or in
+    (low, high] if `above`. `u` [n, m] are uniform numbers in [0, 1). -1 if no label is in range."""
     first, last = (torch.searchsorted(labels, y, right=above) for y in (low, high))
     count = last - first
     at = torch.minimum((u * count).long(), count - 1)
@@ -242,6 +244,7 @@ def _draw_positions(labels: Tensor, low: Tensor, high: Tensor, above: bool, u: T
 
 
 def _logsumexp(parts: Tensor) -> Tensor:
-    """Reduce parts [p, n] to [n]; -inf without a gradient where all parts are."""
+    """Log-sum-exp over dimension 0, [p, n] -> [n]; where all parts are -inf, the result is -inf
+    with zero gradient."""
     finite = (parts > -torch.inf).any(0)
     return torch.where(finite, torch.where(finite, parts, 0).logsumexp(0), -torch.inf)

@@ -1,5 +1,5 @@
-"""Token-wise late interaction (FILIP, Yao et al. 2022; in one direction ColBERT, Khattab and
-Zaharia 2020)."""
+"""Token-wise late interaction (FILIP, Yao et al. 2022; with one direction only, ColBERT, Khattab
+and Zaharia 2020)."""
 
 from __future__ import annotations
 
@@ -25,28 +25,29 @@ class LateInteractionSettings(ScaledSettings, WidthsSettings):
     name: Literal["late_interaction"]
     """Token by token: each token of one side is scored by its best match on the other (FILIP)."""
     taps: Pair = ("image.tokens", "text.tokens")
-    """The two tower outputs to compare, of tokens."""
+    """The two tower outputs to compare; both must hold tokens."""
     symmetric: bool = True
-    """true: both directions, each with the score of its own tokens (FILIP). false: only the first
-    tap is the query (ColBERT)."""
+    """true: both directions, each averaged over the tokens of its query (FILIP). false: only the
+    first tap is the query (ColBERT)."""
 
 
 @register
 class LateInteraction(Scaled[LateInteractionSettings]):
     Settings = LateInteractionSettings
     card = Card(
-        "FILIP's token-wise late interaction; in one direction, ColBERT",
+        "FILIP's token-wise late interaction; with one direction only, ColBERT",
         "FILIP, Yao et al. 2022; ColBERT, Khattab and Zaharia 2020",
-        "InfoNCE over s_ij = mean_{t in q_i} max_{u in k_j} <q_it, k_ju>, the other direction with "
-        "the mean over the key's own tokens, real tokens only",
-        "3 (directions) Tq Tk, of the token width",
-        "retrieval by details: several things in a picture, long documents. Much more expensive",
+        "InfoNCE over s_ij = mean_{t in q_i} max_{u in k_j} <q_it, k_ju>; the other direction "
+        "takes the mean over the key's tokens. Padding does not count",
+        "3 Tq Tk per direction, at the token width",
+        "retrieval by fine details: several objects in an image, long documents. It costs much "
+        "more than one vector per item",
         ("filip", "colbert", "maxsim", "late"),
     )
     examples = {
         "filip": Example(),
         "colbert": Example({"taps": ["text.tokens", "image.tokens"], "symmetric": False}),
-        "nested": Example({"widths": [3, 6]}),
+        "widths": Example({"widths": [3, 6]}),
     }
     benchmarks = {"": Benchmark(share=1 / 16)}  # 16 tokens per item
 
@@ -90,6 +91,6 @@ class LateInteraction(Scaled[LateInteractionSettings]):
 
 
 def _token_mask(pairs: ValidPairs, meta: Mapping[str, Tensor], tap: str) -> Tensor | None:
-    """Return bool [n, T], the real tokens; None where all are."""
+    """Return bool [n, T], true for real tokens; None if all are real."""
     mask = meta.get(f"{parse_tap(tap).modality}_mask")
     return None if mask is None else mask[pairs.valid]

@@ -1,5 +1,5 @@
-"""InfoNCE for noisy pairs (PC2; NCR, Huang et al. 2021), on dual encoders. Samples are split by
-their losses, which are small for clean pairs, because networks learn regular patterns first."""
+"""InfoNCE for noisy pairs (PC2; NCR, Huang et al. 2021), with dual encoders. Samples are split by
+their losses, which are smaller for clean pairs, because networks learn regular patterns first."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class NoisySettings(ScaledSettings, CachedSettings):
     warmup_epochs: Count = 1
     """Epochs before the first split, in which all pairs have the same weight."""
     head: Literal["softmax", "hinge"] = "softmax"
-    """softmax: InfoNCE weighted by cleanness. hinge: against the hardest negative, with a margin
-    that shrinks with cleanness (until the first split, the mean over all negatives)."""
+    """softmax: InfoNCE weighted by cleanness. hinge: hinge loss against the hardest negative (until
+    the first split, the mean over all negatives); less clean pairs have a smaller margin."""
     margin: float = Field(0.2, gt=0)
     """hinge: the margin of a clean pair."""
     curve: float = Field(10.0, gt=1)
-    """hinge: a pair that is clean with probability w gets the share
-    (curve^w - 1) / (curve - 1) of the margin."""
+    """hinge: a pair that is clean with probability w gets (curve^w - 1) / (curve - 1) of the
+    margin."""
 
 
 @register
@@ -76,7 +76,7 @@ class Noisy(Scaled[NoisySettings]):
         super().__init__(settings)
         # A sample's loss when it was last seen; NaN before.
         self.needs = Needs(settings.taps, tables={"loss": (torch.nan,)})
-        # Mean, variance and share of each component. A variance of 0 marks that there is no split.
+        # Mean, variance and share of each component. A variance of 0 means that there is no split.
         self.register_buffer("split", torch.zeros(2, 3))
 
     def passes(self, outputs: Mapping[str, Tensor]) -> float:
@@ -162,39 +162,39 @@ class Noisy(Scaled[NoisySettings]):
     def reference(settings: NoisySettings, batch: ReferenceBatch) -> Value:
         valid, memory = batch.complete(*settings.taps), batch.memory
         ids = batch.meta["sample"][valid]
-        names = ids.tolist()
-        clean = torch.ones(len(names), dtype=torch.float64)
+        samples = ids.tolist()
+        clean = torch.ones(len(samples), dtype=torch.float64)
         if batch.step > settings.warmup_epochs:
-            # Each step of a reference is an epoch, and the split is made of all losses before it.
+            # In a reference each step is an epoch; the split is fitted to all earlier losses.
             means, variances, shares = _two_gaussians(list(memory.values()))
-            for i, name in enumerate(names):
-                if name in memory:
-                    x = min(max(memory[name], float(means[0])), float(means[1]))
+            for i, sample in enumerate(samples):
+                if sample in memory:
+                    x = min(max(memory[sample], float(means[0])), float(means[1]))
                     density = torch.exp(-((x - means) ** 2) / (2 * variances)) / variances**0.5
                     clean[i] = (shares * density)[0] / (shares * density).sum()
         image, text = (batch.outputs[tap][valid] for tap in settings.taps)
         scores, same = image @ text.T, ids[:, None] == ids[None]
         if settings.head == "hinge":
             margin = settings.margin * (settings.curve**clean - 1) / (settings.curve - 1)
-            ways = []
+            directions = []
             for s in (scores, scores.T):
                 over = torch.relu(margin[:, None] + s - s.diagonal()[:, None]).masked_fill(same, 0)
                 split = batch.step > settings.warmup_epochs
-                ways.append(over.amax(1) if split else over.sum(1) / (~same).sum(1))
-            losses = (ways[0] + ways[1]) / 2
+                directions.append(over.amax(1) if split else over.sum(1) / (~same).sum(1))
+            losses = (directions[0] + directions[1]) / 2
             value = losses.mean()
         else:
             logits = batch.scale * scores
             losses = negative_log_softmax(logits, same) + negative_log_softmax(logits.T, same)
             losses = losses / 2
             value = (clean * losses).sum() / clean.sum()
-        memory |= zip(names, losses.detach().float().tolist(), strict=True)
+        memory |= zip(samples, losses.detach().float().tolist(), strict=True)
         return value, None
 
 
 def _two_gaussians(values: list[float]) -> tuple[Any, Any, Any]:
-    """Fit two Gaussians by plain expectation maximization, for the reference: means, variances and
-    shares [2]."""
+    """Fit two Gaussians by plain expectation maximization, for the reference. Returns means,
+    variances and shares, [2] each."""
     x = torch.tensor(values, dtype=torch.float64)
     deviation = x.std(correction=0)
     means = torch.stack([x.mean() - deviation, x.mean() + deviation])

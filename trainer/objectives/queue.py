@@ -1,9 +1,10 @@
-"""InfoNCE with a queue of negatives and a momentum tower (MoCo, He et al. 2020; CoCoSoDa), and with
-one queue per group (CCP).
+"""InfoNCE with a queue of negatives and a momentum tower (MoCo, He et al. 2020; CoCoSoDa). There
+may be one queue per group (CCP).
 
-The queue receives the momentum tower's embeddings, gathered from all ranks first, so that it is the
-same on each of them. Positives are seen by both towers, as in CoCoSoDa: if only the trained towers
-saw them, the loss could be lowered by telling the two kinds of tower apart.
+The queue receives the momentum tower's embeddings of all ranks, so it is the same on every rank. As
+in CoCoSoDa, batch keys are embedded by both the towers and the momentum tower; the loss is the mean
+of the four terms (two kinds of keys, two directions). If positives came from the towers only and
+queued negatives from the momentum tower only, distinguishing the two would lower the loss.
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ class QueueSettings(ScaledSettings, CachedSettings):
     taps: Pair = ("image", "text")
     """The two tower outputs to compare."""
     positives: str | None = None
-    """A json field; samples with equal values are positives of each other, and are left out of each
-    other's queues."""
+    """A json field; samples with equal values are positives of each other, and not negatives in the
+    queue."""
     within: str | None = None
     """A json field; only samples with equal values are compared, so that each language or domain
     has its own queue. Unset: `data.group`."""
     size: Count = 4096
-    """Samples in the queue."""
+    """Number of samples in the queue."""
     momentum: Fraction = 0.999
-    """Momentum of the copy's weights per step. A short run may need less; far less makes the queue
-    inconsistent."""
+    """Momentum of the copy's weights, per step. A short run may need a smaller value; much smaller
+    values make the queue inconsistent."""
 
     def columns(self) -> tuple[str, ...]:
         return named_fields(self.positives, self.within)
@@ -72,15 +73,16 @@ class Queue(Scaled[QueueSettings]):
     card = Card(
         "MoCo: InfoNCE against the batch and a queue, filled by a momentum tower",
         "MoCo, He et al. 2020; CoCoSoDa; one queue per language, CCP",
-        "mean_i [log (sum_j exp(l_ij) + sum_{j in queue} exp(l_ij)) - l_ii], both ways, with j of "
-        "the batch once as the towers and once as the momentum tower see it; the mean of four",
+        "mean_i [log (sum_j exp(l_ij) + sum_{j in queue} exp(l_ij)) - l_ii]; batch keys are "
+        "embedded by both the towers and the momentum tower; the loss is the mean of the four "
+        "terms, over both embeddings and both directions",
         "10 + 6 size / N, and one more forward pass of the towers",
         "small GPUs, whose batch is too small to hold enough negatives",
         ("moco", "memory_bank", "xbm"),
     )
     examples = {
         "": Example({"size": 15}),
-        "of labels, one per language": Example(
+        "positives, within": Example(
             {"size": 40, "positives": "concept", "within": "lang"}, missing=True
         ),
     }
@@ -160,8 +162,8 @@ class Queue(Scaled[QueueSettings]):
     def _queue_lses(
         self, q: Tensor, k: Tensor, scale: Tensor, ids: Tensor, groups: Tensor
     ) -> list[Tensor]:
-        """Compute each side's log-sum-exps [n] over the other side's queue, within its group and
-        without samples of its own id."""
+        """Compute each side's log-sum-exps [n] over the other side's queue, without samples of
+        other groups or with the row's id."""
         filled = int(self.get_buffer("filled"))
         queued = self.get_buffer("queued")[len(self.get_buffer("queued")) - filled :]
         columns = {"id": queued[:, 0].contiguous(), "group": queued[:, 1].contiguous()}

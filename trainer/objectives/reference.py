@@ -1,4 +1,4 @@
-"""Inputs of an objective's reference formula, and the settings it is tested and timed with."""
+"""Inputs of reference formulas, and settings under which objectives are tested and timed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Example:
         settings: Keys of the objective, without `name`.
         missing: Whether some samples lack a modality.
         captions: Texts per sample.
-        steps: Steps to run; state carries over.
+        steps: Number of steps to run; state carries over between them.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Benchmark:
 
     Attributes:
         settings: Keys of the objective, without `name`.
-        share: Samples as a share of InfoNCE's, so that both have equally many rows.
+        share: Number of samples relative to InfoNCE's, chosen so that both have equally many rows.
         captions: Texts per sample.
     """
 
@@ -46,15 +46,15 @@ class Benchmark:
 
 @dataclass
 class ReferenceBatch:
-    """The whole global batch of one step, for a reference formula.
+    """The complete global batch of one step, for a reference formula.
 
     Attributes:
         outputs: Tap -> float64 [N, D] or [N, T, D], of unit length; `teacher.TAP` likewise.
         parameters: The objective's parameters by name, float64.
         meta: As in `Objective.forward`, without tables.
-        memory: State that the formula keeps between steps; it may change it.
-        step: From 1. The epoch is `step - 1`.
-        seed: The run's seed.
+        memory: State that the formula keeps between steps, and may change.
+        step: Number of the step, from 1. The epoch is `step - 1`.
+        seed: Seed of the run.
     """
 
     outputs: dict[str, Tensor]
@@ -78,10 +78,10 @@ class ReferenceBatch:
 
 
 def negative_log_softmax(logits: Tensor, positive: Tensor) -> Tensor:
-    """Return [n]: the mean of -log softmax over each row's positives; bool [n, m]."""
+    """Return [n]: the mean of -log softmax over each row's positives, `positive` bool [n, m]."""
     log_probability = torch.where(positive, logits.log_softmax(1), 0)
     return -log_probability.sum(1) / positive.sum(1)
 
 
 Value = tuple[Tensor, Tensor | None]
-"""A reference value, and a scalar with its gradient where the value's own is another."""
+"""The value of a loss, and a surrogate that has the loss's gradient; None if the value has it."""

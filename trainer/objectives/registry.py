@@ -1,4 +1,4 @@
-"""The registry of objectives: every module of this folder that registers a class is known."""
+"""Registry of objectives: the classes that the modules of this folder register."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from gigabatch.trainer.objectives.base import Objective
 from gigabatch.trainer.objectives.settings import ObjectiveSettings
 
 OBJECTIVES: dict[str, type[Objective[Any]]] = {}
-"""Name -> class: the default first, then by name."""
+"""Name -> class; the default first, the others sorted by name."""
 _CLASSES: dict[type[ObjectiveSettings], type[Objective[Any]]] = {}
 DEFAULT = "infonce"
-_NEEDS_ALL_OTHERS = "sum"
+_IMPORTED_LAST = "sum"
 
 O = TypeVar("O", bound=type[Objective[Any]])  # noqa: E741
 
 
 def register(cls: O) -> O:
-    """Class decorator: make an objective known under the name of its settings.
+    """Register an objective under the name in its settings; a class decorator.
 
     Raises:
         ValueError: If the name is taken.
@@ -34,7 +34,7 @@ def register(cls: O) -> O:
 
 
 def class_of(settings: ObjectiveSettings) -> type[Objective[Any]]:
-    """Return the class that these settings describe."""
+    """Return the objective class for these settings."""
     return _CLASSES[type(settings.resolved())]
 
 
@@ -49,7 +49,7 @@ def load_class(path: str) -> type[Objective[Any]]:
     """Import a user's objective, `package.mod:Class`.
 
     Raises:
-        ValueError: If there is no such class, or it is not an objective.
+        ValueError: If the class cannot be imported or is not an objective.
     """
     module, _, name = path.partition(":")
     try:
@@ -68,7 +68,7 @@ def load_class(path: str) -> type[Objective[Any]]:
 
 
 def name_of(settings: type[ObjectiveSettings]) -> str:
-    """Return the name that selects an objective in a config: `name: Literal["..."]`."""
+    """Return the name that selects an objective in a config, from `name: Literal["..."]`."""
     (name,) = get_args(settings.model_fields["name"].annotation)
     return str(name)
 
@@ -76,17 +76,18 @@ def name_of(settings: type[ObjectiveSettings]) -> str:
 def discover() -> None:
     """Import every module of this folder, which registers its objectives."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        if module.name != _NEEDS_ALL_OTHERS:
+        if module.name != _IMPORTED_LAST:
             import_module(f"{__package__}.{module.name}")
-    import_module(f"{__package__}.{_NEEDS_ALL_OTHERS}")
-    # Some modules import others, so the order of registration is not that of the names.
+    import_module(f"{__package__}.{_IMPORTED_LAST}")
+    # Some modules import others, so the order of registration is not alphabetical.
     by_name = sorted(OBJECTIVES.items(), key=lambda item: (item[0] != DEFAULT, item[0]))
     OBJECTIVES.clear()
     OBJECTIVES.update(by_name)
 
 
 def suggest(name: str) -> str | None:
-    """Return the objective that `name` probably means: by an alias, else by spelling."""
+    """Return the objective that `name` probably means: one with this alias, else one with a similar
+    name or alias; None if there is none."""
     names = {known: known for known in OBJECTIVES}
     for known, kind in OBJECTIVES.items():
         names |= dict.fromkeys(kind.card.aliases, known)

@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 
 
 class ObjectiveSettings(Settings):
-    """Settings of any objective. The methods say what the rest of a run must provide."""
+    """Settings of any objective. The methods return what the rest of a run must provide."""
 
     name: str
 
     def resolved(self) -> ObjectiveSettings:
-        """Return the settings that describe the objective: of a user's module, its class's."""
+        """Return the settings that describe the objective; for a user's module, those of the class
+        that it names."""
         return self
 
     def singles(self) -> tuple[SingleSettings, ...]:
-        """Return the settings of the terms of a sum, or of this objective alone."""
+        """Return the settings of all terms of a sum; for any other objective, only its own."""
         raise TypeError(f"{type(self).__name__} must define singles()")
 
     def columns(self) -> tuple[str, ...]:
@@ -38,15 +39,15 @@ class ObjectiveSettings(Settings):
         return None
 
     def vectors(self) -> dict[str, VectorSettings]:
-        """Return the samples' vectors that the objective reads and no tower does, by name."""
+        """Return settings of the samples' vectors that only the objective reads, by name."""
         return {}
 
     def momentum_tower(self) -> float | None:
-        """Return the momentum of the momentum tower, or None without one."""
+        """Return the momentum of the momentum tower, or None if none is needed."""
         return None
 
     def retrieval_score(self) -> Literal["pair", "product"]:
-        """Return how retrieval scores the taps: two at a time, or all by their product."""
+        """Return how retrieval scores taps: "pair", two at a time; "product", all together."""
         return "pair"
 
     def user_modules(self) -> tuple[str, ...]:
@@ -54,7 +55,7 @@ class ObjectiveSettings(Settings):
         return ()
 
     def for_any_device(self) -> ObjectiveSettings:
-        """Return the same objective for a device without a GPU."""
+        """Return settings of the same objective that work without a GPU."""
         return self
 
     def check(self, config: Config) -> None:
@@ -65,9 +66,9 @@ class SingleSettings(ObjectiveSettings):
     """Settings of one objective, as opposed to a sum."""
 
     takes_groups: ClassVar[bool] = False
-    """Whether samples of a mixed batch can be compared within groups only (`data.group`)."""
+    """Whether the objective can limit comparisons to samples of one group (`data.group`)."""
     takes_several_captions: ClassVar[bool] = False
-    """Whether `data.captions.choose: all` may give several rows per sample."""
+    """Whether the objective accepts several texts per sample (`data.captions.choose: all`)."""
 
     taps: tuple[str, ...]
 
@@ -89,23 +90,23 @@ class SingleSettings(ObjectiveSettings):
 
 
 class EngineSettings(SingleSettings):
-    """Settings of an objective over the scores of all pairs."""
+    """Settings of an objective that is computed from the scores of all pairs."""
 
     gather_mode: Literal["gather", "ring"] = "gather"
-    """How workers exchange embeddings. gather: each holds all of them. ring: they are passed from
-    worker to worker, in the memory of one worker's share. The sums round differently; the loss is
-    the same."""
+    """How workers exchange embeddings. gather: each worker holds all of them. ring: they are passed
+    from worker to worker, so that each needs memory for a few workers' shares only. The loss is the
+    same up to rounding."""
     backend: Literal["tiled", "triton"] = "tiled"
     """Implementation of the loss. tiled: plain PyTorch on any device. triton: fused kernels for
     NVIDIA GPUs, not yet run on one by this project."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: round embeddings before the loss, whose matrix products then use a GPU's tensor cores.
-    Logits and their sums stay fp32."""
+    """Dtype of the embeddings in the loss. bf16 lets its matrix products use a GPU's tensor cores;
+    logits and their sums stay fp32."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_unused_cache(cls, values: Any) -> Any:
-        """Accept configs from when every objective had `cache_mib`, also where it had no effect."""
+        """Accept `cache_mib: 0` from older configs, in which every objective had this key."""
         unused = "cache_mib" not in cls.model_fields
         if unused and isinstance(values, dict) and values.get("cache_mib") == 0:
             return {key: value for key, value in values.items() if key != "cache_mib"}
@@ -119,8 +120,8 @@ class CachedSettings(EngineSettings):
     """Settings of an objective whose backward pass can reuse the scores of the forward pass."""
 
     cache_mib: int = Field(0, ge=0)
-    """MiB of scores to keep for the backward pass: up to three matrix products instead of four,
-    with the same bits. All scores take 4 N x N / workers bytes."""
+    """MiB of scores to keep for the backward pass. If all scores fit, a step takes three matrix
+    products instead of four; results are bit-identical. All scores take 4 N x N / workers bytes."""
 
 
 class ScaledSettings(EngineSettings):
@@ -148,12 +149,13 @@ class WidthsSettings(SingleSettings):
     widths: tuple[Count, ...] = ()
     """Matryoshka widths. [64, 128, 256] also trains the first 64 and the first 128 coordinates as
     vectors: the loss is the mean over these widths, each with the truncated vectors normalized
-    again. Must rise up to `towers.width` = D. Cost: sum(widths) / D times the matrix passes."""
+    again. Widths must increase, and the last must be `towers.width` = D. Cost: sum(widths) / D
+    times the matrix passes."""
 
     @model_validator(mode="after")
     def _check_widths(self) -> Self:
         if list(self.widths) != sorted(set(self.widths)):
-            raise ValueError(f"widths must rise strictly, unlike {self.widths}")
+            raise ValueError(f"widths must increase strictly; got {self.widths}")
         return self
 
     def check(self, config: Config) -> None:
@@ -179,12 +181,12 @@ class TeacherSettings(VectorSettings):
 
     @property
     def name(self) -> str:
-        """The name of the vectors in `meta`. No json field can have it."""
+        """Name of the vectors in `meta`, distinct from the name of any json field."""
         return f"teacher: {', '.join(self.fields) or self.member}"
 
 
 def named_fields(*names: str | None) -> tuple[str, ...]:
-    """Return the names that are set, each once, in order."""
+    """Return the names that are not empty, in order and without repetitions."""
     return unique(name for name in names if name)
 
 

@@ -1,4 +1,4 @@
-"""The sigmoid loss (SigLIP, Zhai et al. 2023). Without a normalizer it needs one pass fewer."""
+"""Sigmoid loss (SigLIP, Zhai et al. 2023). It has no normalizer, which saves one matrix pass."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class SigLIP(Objective[SigLIPSettings]):
     examples = {
         "": Example({"bias": -2.0}),
         "same ids left out": Example({"bias": -2.0, "positives": "concept"}, missing=True),
-        "nested, rows missing": Example({"bias": -2.0, "widths": [3, 6]}, missing=True),
+        "widths, rows missing": Example({"bias": -2.0, "widths": [3, 6]}, missing=True),
     }
     benchmarks = {"": Benchmark(), "positives": Benchmark({"positives": "concept"})}
 

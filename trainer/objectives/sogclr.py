@@ -7,11 +7,11 @@ The loss of sample i on one side, with h_ij = s_ij - s_ii:
 
 The mean is over the data set. A batch's mean g_i would bias the gradient through the logarithm. So
 each sample keeps a running estimate, u_i <- (1 - gamma) u_i + gamma g_i, and the gradient is that
-of tau_i g_i / u_i with u_i fixed. u_i is stored as its logarithm: nothing overflows, and LibAUC's
-offset, which its ranks do not share, is not needed.
+of tau_i g_i / u_i with u_i fixed. The table stores log u_i, which cannot overflow. So LibAUC's
+offset, which differs between its ranks, is not needed.
 
-Two modalities are two sides, each with separate estimates. Two views of one modality are one side:
-g_i is the mean over both views of i, each against both views of all others, and there is one u_i.
+Two modalities are two sides with separate estimates. Two views of one modality are one side with
+one u_i: g_i is the mean over both views of i, each against both views of all others.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from gigabatch.trainer.objectives.settings import CachedSettings, named_fields
 from gigabatch.trainer.taps import parse_tap
 
 LOG_U, TAU, MOMENTUM = range(3)
-"""Kinds of columns of the table."""
+"""Kinds of table columns: estimate, temperature, and momentum of the temperature's gradient."""
 
 
 class SogCLRSettings(CachedSettings):
     name: Literal["sogclr"]
-    """A contrastive loss against the whole data set, by a running estimate for each sample, which
-    removes the bias of small batches."""
+    """A contrastive loss against the whole data set. A running estimate per sample removes the bias
+    of small batches."""
     taps: Pair = ("image", "text")
-    """The two tower outputs to compare. Two views of one modality, such as `[image, image@1]`: each
-    of both against both views of all other samples, with one estimate per sample."""
+    """The two tower outputs to compare. With two views of one modality, such as `[image, image@1]`,
+    each view is compared with both views of all other samples; a sample has one estimate."""
     positives: str | None = None
     """A json field; samples with equal values are not negatives of each other."""
     temperatures: Literal["fixed", "shared", "individual"] = "fixed"
@@ -56,11 +56,11 @@ class SogCLRSettings(CachedSettings):
     temperature_max: float = Field(1.0, gt=0)
     """shared, individual: upper limit of a temperature."""
     rho: float = Field(6.5, ge=0)
-    """Penalty on temperatures: the larger, the smaller trained temperatures become."""
+    """Penalty on temperatures; a larger value makes trained temperatures smaller."""
     gamma: float = Field(0.9, gt=0, le=1)
-    """Share of the batch's estimate in a sample's running estimate."""
+    """Weight of the batch's estimate in a sample's running estimate."""
     gamma_epochs: Amount = 0
-    """Epochs over which that share falls from 1 to `gamma` along a cosine; 0: always `gamma`."""
+    """Epochs over which that weight falls from 1 to `gamma` along a cosine; 0: always `gamma`."""
     temperature_lr: float = Field(0.01, gt=0)
     """individual: learning rate of a sample's temperature."""
     temperature_momentum: Fraction = 0.9
@@ -85,12 +85,13 @@ class SogCLR(Objective[SogCLRSettings]):
     card = Card(
         "SogCLR, FastCLIP: a running estimate for each sample instead of a huge batch",
         "SogCLR, Yuan et al. 2022; iSogCLR, Qiu et al. 2023; FastCLIP, Wei et al. 2024",
-        "mean_i tau_i (log mean_{j != i} exp((s_ij - s_ii) / tau_i) + rho), summed over both ways; "
-        "gradient of tau_i g_i / u_i with u_i <- (1 - gamma) u_i + gamma g_i. Two views of one "
-        "modality: g_i over both views of i and of the 2 N - 2 others",
-        "4; of two views 16",
-        "small batches, small GPUs: B = 16 estimates the gradient as B = 128 does; temperatures "
-        "for each sample where frequencies have a long tail",
+        "mean_i tau_i (log mean_{j != i} exp((s_ij - s_ii) / tau_i) + rho), summed over both "
+        "directions; its gradient is that of tau_i g_i / u_i, u_i <- (1 - gamma) u_i + gamma g_i. "
+        "For two views of one modality, g_i is the mean over both views of i and the 2 N - 2 views "
+        "of other samples",
+        "4; for two views 16",
+        "small batches, small GPUs: B = 16 estimates the gradient as B = 128 does; individual "
+        "temperatures if concepts have a long tail",
         ("fastclip", "isogclr", "gcl"),
     )
     examples = {
@@ -144,10 +145,10 @@ class SogCLR(Objective[SogCLRSettings]):
         taus = self.temperatures(state)
         same, total = count_same(ids, ctx)
         negatives = total - same
-        means = (self._views if self.sides == 1 else self._modalities)(q, k, ids, taus, ctx)
+        log_sums = (self._views if self.sides == 1 else self._modalities)(q, k, ids, taus, ctx)
         gamma, new_log_us, terms = self._gamma(ctx.epoch), [], []
         log_us = state[:, self._fields(LOG_U)].unbind(1)
-        for log_sum, tau, log_u in zip(means, taus, log_us, strict=True):
+        for log_sum, tau, log_u in zip(log_sums, taus, log_us, strict=True):
             term, new_log_u = _estimate(log_sum, tau, log_u, negatives, gamma, settings.rho)
             terms.append(term)
             new_log_us.append(new_log_u)
@@ -203,8 +204,8 @@ class SogCLR(Objective[SogCLRSettings]):
     def _views(
         self, q: Tensor, k: Tensor, ids: Tensor, taus: list[Tensor], ctx: Context
     ) -> list[Tensor]:
-        """Return [n]: the same over both views of the negatives, averaged over both views of i and
-        over the two views of each negative."""
+        """Like `_modalities`, for two views of one modality: each view of i is compared with both
+        views of every negative; the result is averaged over all four combinations."""
         settings, z = self.settings, torch.cat([q, k])
         ids = torch.cat([ids, ids])
         keys = key_source(z, {"id": ids}, ctx.group, settings.gather_mode)
@@ -223,7 +224,7 @@ class SogCLR(Objective[SogCLRSettings]):
         return slice(kind * self.sides, (kind + 1) * self.sides)
 
     def temperatures(self, state: Tensor) -> list[Tensor]:
-        """Return each side's temperature: 0-dimensional, or individual leaves [n]."""
+        """Return each side's temperature: 0-dimensional, or, if individual, a leaf tensor [n]."""
         settings = self.settings
         if settings.temperatures == "individual":
             return [tau.clone().requires_grad_() for tau in state[:, self._fields(TAU)].unbind(1)]
@@ -241,12 +242,12 @@ class SogCLR(Objective[SogCLRSettings]):
 
     def _step_temperatures(self, state: Tensor, taus: list[Tensor], rows: float) -> None:
         """Step each sample's temperature by projected gradient descent with momentum, in place.
-        `rows` undoes the division of the loss by the number of rows."""
+        Multiplying by `rows` undoes the division of the loss by the number of rows."""
         settings = self.settings
         for side, tau in enumerate(taus):
-            slope = torch.zeros_like(tau) if tau.grad is None else tau.grad * rows
+            gradient = torch.zeros_like(tau) if tau.grad is None else tau.grad * rows
             momentum = state[:, self._fields(MOMENTUM)][:, side]
-            momentum.lerp_(slope, 1 - settings.temperature_momentum)
+            momentum.lerp_(gradient, 1 - settings.temperature_momentum)
             moved = tau.detach() - settings.temperature_lr * momentum
             state[:, self._fields(TAU)][:, side] = moved.clamp(
                 settings.temperature_min, settings.temperature_max
@@ -267,35 +268,37 @@ def _estimate(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of a side's terms, and the new log u [n].
 
-    `z` [n] is the log-sum over negatives of exp(h / tau). A row without negatives keeps its
+    `z` [n] is the log of the sum of exp(h / tau) over negatives. A row without negatives keeps its
     estimate and adds nothing.
     """
-    has = negatives > 0
-    log_g = torch.where(has, z, 0) - negatives.clamp(min=1).log()
+    has_negative = negatives > 0
+    log_g = torch.where(has_negative, z, 0) - negatives.clamp(min=1).log()
     with torch.no_grad():
         kept = math.log(1 - gamma) if gamma < 1 else -math.inf
         blended = torch.logaddexp(log_u + kept, log_g + math.log(gamma))
-        # The first estimate of a sample is the batch's own.
-        new = torch.where(has, torch.where(log_u == -math.inf, log_g, blended), log_u)
+        # A sample's first estimate is that of the batch.
+        first_or_blended = torch.where(log_u == -math.inf, log_g, blended)
+        new = torch.where(has_negative, first_or_blended, log_u)
         share = torch.exp(log_g - new)
-    slope = tau.detach() * share * log_g + tau * (new + rho)
-    term = slope - slope.detach() + tau.detach() * (new + rho)
-    return torch.where(has, term, 0).sum(), new
+    surrogate = tau.detach() * share * log_g + tau * (new + rho)
+    term = surrogate - surrogate.detach() + tau.detach() * (new + rho)
+    return torch.where(has_negative, term, 0).sum(), new
 
 
 def _reference_pairs(settings: SogCLRSettings, batch: ReferenceBatch, gamma: float) -> Value:
-    """Between two modalities: each side of each sample has its own u and temperature."""
+    """Compute the reference for two modalities, where each side of each sample has its own u and
+    temperature."""
     valid, memory = batch.complete(*settings.taps), batch.memory
-    names = batch.meta["sample"][valid].tolist()
+    samples = batch.meta["sample"][valid].tolist()
     ids = batch.meta[settings.positives or "sample"][valid]
     image, text = (batch.outputs[tap][valid] for tap in settings.taps)
     scores, negative = image @ text.T, ids[:, None] != ids[None]
-    value = slope = torch.zeros((), dtype=torch.float64)
+    value = surrogate = torch.zeros((), dtype=torch.float64)
     written = {}
     for side, s in enumerate((scores, scores.T)):
         h = s - s.diagonal()[:, None]
-        for i, name in enumerate(names):
-            u, tau, momentum = memory.get((name, side), (None, settings.temperature, 0.0))
+        for i, sample in enumerate(samples):
+            u, tau, momentum = memory.get((sample, side), (None, settings.temperature, 0.0))
             temperature = torch.tensor(tau, dtype=torch.float64)
             if settings.temperatures == "shared":
                 temperature = batch.parameters["log_temperature"].exp()
@@ -304,55 +307,57 @@ def _reference_pairs(settings: SogCLRSettings, batch: ReferenceBatch, gamma: flo
             if len(others) == 0:
                 continue
             g = torch.exp(others / fixed).mean()
-            new, slope_tau = _reference_update(u, g, others, fixed, gamma, settings.rho)
+            new, tau_gradient = _reference_update(u, g, others, fixed, gamma, settings.rho)
             # The gradient as the papers write it: of tau g / u in the features, and in tau.
-            slope = slope + fixed * g / new
+            surrogate = surrogate + fixed * g / new
             if settings.temperatures == "shared":
-                slope = slope + slope_tau * temperature
+                surrogate = surrogate + tau_gradient * temperature
             value = value + fixed * (new.log() + settings.rho)
-            written[name, side] = (new, *_reference_step(settings, tau, momentum, slope_tau))
+            written[sample, side] = (new, *_reference_step(settings, tau, momentum, tau_gradient))
     memory |= written
-    return value.detach() / len(names), slope / len(names)
+    return value.detach() / len(samples), surrogate / len(samples)
 
 
 def _reference_views(settings: SogCLRSettings, batch: ReferenceBatch, gamma: float) -> Value:
-    """Between two views of one modality: one u and one temperature per sample."""
+    """Compute the reference for two views of one modality, with one u and one temperature per
+    sample."""
     valid, memory = batch.complete(*settings.taps), batch.memory
-    names = batch.meta["sample"][valid].tolist()
+    samples = batch.meta["sample"][valid].tolist()
     ids = batch.meta[settings.positives or "sample"][valid]
     views = [batch.outputs[tap][valid] for tap in settings.taps]
     positive = (views[0] * views[1]).sum(1)
-    value = slope = torch.zeros((), dtype=torch.float64)
+    value = surrogate = torch.zeros((), dtype=torch.float64)
     written = {}
-    for i, name in enumerate(names):
-        u, tau, momentum = memory.get(name, (None, settings.temperature, 0.0))
+    for i, sample in enumerate(samples):
+        u, tau, momentum = memory.get(sample, (None, settings.temperature, 0.0))
         others = ids != ids[i]
         h = torch.stack([view @ anchor[i] for anchor in views for view in views])[:, others]
         h = h - positive[i]
         g = torch.exp(h / tau).mean()
         fixed = torch.tensor(tau, dtype=torch.float64)
-        new, slope_tau = _reference_update(u, g, h.flatten(), fixed, gamma, settings.rho)
-        slope, value = slope + tau * g / new, value + tau * (new.log() + settings.rho)
-        written[name] = (new, *_reference_step(settings, tau, momentum, slope_tau))
+        new, tau_gradient = _reference_update(u, g, h.flatten(), fixed, gamma, settings.rho)
+        surrogate = surrogate + tau * g / new
+        value = value + tau * (new.log() + settings.rho)
+        written[sample] = (new, *_reference_step(settings, tau, momentum, tau_gradient))
     memory |= written
-    return value.detach() / len(names), slope / len(names)
+    return value.detach() / len(samples), surrogate / len(samples)
 
 
 def _reference_update(
     u: Tensor | None, g: Tensor, h: Tensor, tau: Tensor, gamma: float, rho: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the new u, and the gradient in tau."""
+    """Return the new u, and the gradient with respect to tau."""
     new = g.detach() if u is None else (1 - gamma) * u + gamma * g.detach()
     share = torch.exp(h.detach() / tau) / (h.numel() * new)
     return new, new.log() + rho - (share * h.detach()).sum() / tau
 
 
 def _reference_step(
-    settings: SogCLRSettings, tau: float, momentum: float, slope: Tensor
+    settings: SogCLRSettings, tau: float, momentum: float, gradient: Tensor
 ) -> tuple[float, float]:
     """Return a sample's next temperature and momentum."""
     kept = settings.temperature_momentum
-    momentum = kept * momentum + (1 - kept) * float(slope)
+    momentum = kept * momentum + (1 - kept) * float(gradient)
     if settings.temperatures != "individual":
         return tau, momentum
     low, high = settings.temperature_min, settings.temperature_max

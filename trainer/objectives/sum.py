@@ -39,9 +39,9 @@ class SumSettings(ObjectiveSettings):
     name: Literal["sum"]
     """A weighted sum of objectives."""
     terms: tuple[AnySingle, ...] = Field(min_length=1)
-    """The objectives, each described as on its own."""
+    """The objectives, each with the same keys as on its own."""
     weights: tuple[Annotated[float, Field(gt=0)], ...] = ()
-    """One weight per term. Empty: every term counts 1."""
+    """One weight per term. Empty: all weights are 1."""
 
     @model_validator(mode="after")
     def _check_weights(self) -> Self:
@@ -108,7 +108,7 @@ class Sum(Objective[SumSettings]):
             }
         )
     }
-    benchmarks = dict[str, Benchmark]()  # its terms are timed
+    benchmarks = dict[str, Benchmark]()  # each term is timed on its own
 
     def __init__(self, settings: SumSettings, terms: Sequence[Objective[Any]]) -> None:
         super().__init__(settings)
@@ -162,7 +162,7 @@ class Sum(Objective[SumSettings]):
 
     @staticmethod
     def reference(settings: SumSettings, batch: ReferenceBatch) -> Value:
-        value = slope = torch.zeros((), dtype=torch.float64)
+        value = surrogate = torch.zeros((), dtype=torch.float64)
         for i, term in enumerate(settings.terms):
             prefix = _name(i, "")
             parameters = {
@@ -172,11 +172,12 @@ class Sum(Objective[SumSettings]):
             }
             memory = batch.memory.setdefault(i, {})
             part = replace(batch, parameters=parameters, memory=memory)
-            term_value, term_slope = reference_loss(class_of(term), term.resolved(), part)
+            term_value, term_surrogate = reference_loss(class_of(term), term.resolved(), part)
             weight = settings.weights[i] if settings.weights else 1.0
             value = value + weight * term_value.detach()
-            slope = slope + weight * (term_value if term_slope is None else term_slope)
-        return value, slope
+            term_surrogate = term_value if term_surrogate is None else term_surrogate
+            surrogate = surrogate + weight * term_surrogate
+        return value, surrogate
 
     def _numbered(self) -> Iterator[tuple[int, Objective[Any]]]:
         return enumerate(cast(Iterable[Objective[Any]], self.terms))
@@ -198,7 +199,7 @@ class Sum(Objective[SumSettings]):
 
 
 def _name(term: int, name: str) -> str:
-    """Return the name of a term's buffer, as `get_buffer` of the sum finds it, or table."""
+    """Return the name of a term's buffer or table in the sum; `get_buffer` accepts it."""
     return f"terms.{term}.{name}"
 
 

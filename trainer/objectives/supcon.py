@@ -1,4 +1,4 @@
-"""Supervised contrastive loss (SupCon, Khosla et al. 2020, eq. 2); without labels NT-Xent between
+"""Supervised contrastive loss (SupCon, Khosla et al. 2020, eq. 2); without labels, NT-Xent between
 views (SimCLR, Chen et al. 2020)."""
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from gigabatch.trainer.objectives.settings import (
 
 class SupConSettings(ScaledSettings, CachedSettings, WidthsSettings):
     name: Literal["supcon"]
-    """Samples of one label are positives of each other, over one tap or several; without a label,
-    views of one sample are (SimCLR)."""
+    """Samples with the same label are positives of each other, over one or several taps. Without a
+    label, the views of one sample are positives (SimCLR)."""
     taps: tuple[Tap, ...] = Field(("image", "image@1"), min_length=1)
     """Tower outputs whose vectors are pooled: views, modalities."""
     positives: str | None = None
-    """The json field that is the label. Unset: the sample itself."""
+    """A json field that holds the label. Unset: every sample is a class of its own."""
 
     def columns(self) -> tuple[str, ...]:
         return named_fields(self.positives)
@@ -46,7 +46,7 @@ class SupConSettings(ScaledSettings, CachedSettings, WidthsSettings):
 class SupCon(Scaled[SupConSettings]):
     Settings = SupConSettings
     card = Card(
-        "SupCon: samples of one label are positives; without labels SimCLR",
+        "SupCon: samples with the same label are positives; without labels, SimCLR",
         "SupCon, Khosla et al. 2020; SimCLR, Chen et al. 2020",
         "mean_i [log sum_{j != i} exp(l_ij) - mean_{p != i, y_p = y_i} l_ip], over all taps' rows",
         "4 T^2 for T taps",
@@ -56,7 +56,7 @@ class SupCon(Scaled[SupConSettings]):
     examples = {
         "labels": Example({"taps": ["image"], "positives": "concept"}),
         "simclr": Example(),
-        "nested": Example({"widths": [1, 6]}),
+        "widths": Example({"widths": [1, 6]}),
     }
     benchmarks = {
         "": Benchmark({"taps": ("image",), "positives": "concept"}),
@@ -102,22 +102,22 @@ def supcon_stats(
 
     Args:
         z: float [n, D], unit vectors.
-        ids: [n]; rows of equal id are positives.
-        rule: Weights of the other rows, by the columns `id` and `number`.
-        scale: The logit scale, 0-dimensional.
+        ids: [n]; rows with equal ids are positives.
+        rule: Rule that weighs the other rows; key columns are `id` and `index`.
+        scale: 0-dim logit scale.
         settings: Back end, cache and gather mode.
-        ctx: Holds the process group.
+        ctx: Context with the process group.
 
     Returns:
         [n] each: the log-sum-exp of a row's logits with all other rows, the sum of its positives'
         logits, and the number of its positives.
     """
-    numbers = global_row_indices(len(z), z.device, ctx.group)
-    keys = key_source(z, {"id": ids, "number": numbers}, ctx.group, settings.gather_mode)
-    # A single equality costs nothing per tile. So a row counts among its own positives here, and
-    # is subtracted below.
+    indices = global_row_indices(len(z), z.device, ctx.group)
+    keys = key_source(z, {"id": ids, "index": indices}, ctx.group, settings.gather_mode)
+    # A single equality costs nothing per tile. So a row counts as its own positive here, and is
+    # subtracted below.
     stats = lse_stats(
-        z, keys, [Lse("rows", scale, None, (*rule, Ne(numbers, "number")))], Eq(ids, "id"),
+        z, keys, [Lse("rows", scale, None, (*rule, Ne(indices, "index")))], Eq(ids, "id"),
         settings.backend, 2**20 * settings.cache_mib,
     )  # fmt: skip
     weight = stats.weight[0] - 1

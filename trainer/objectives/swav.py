@@ -1,8 +1,8 @@
-"""SwAV (Caron et al. 2020): predict one view's assignment to prototypes from the other view. The
-assignments of the global batch are balanced, or one prototype would take every sample.
+"""SwAV (Caron et al. 2020): predict one view's assignment to prototypes from the other view.
+Assignments of the global batch are balanced over prototypes, which prevents collapse.
 
-Prototypes are parameters, or all ranks' vectors of a third tap: then an image's views agree on the
-texts that are near.
+Prototypes are parameters, or all ranks' vectors of a third tap. If that is text, an image's views
+agree on the texts that are close to them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ Group = dist.ProcessGroup | None
 
 class SwAVSettings(SingleSettings):
     name: Literal["swav"]
-    """SwAV: predict one view's assignment to prototypes from the other view; every prototype gets
-    an equal share. Use it in a sum, beside another objective."""
+    """SwAV: predict one view's assignment to prototypes from the other view. Assignments are
+    balanced over prototypes. Add it to another objective in a `sum`."""
     taps: Pair | tuple[Tap, Tap, Tap] = ("image", "image@1")
-    """Two views, compared both ways. With a third tap, such as text, the global batch's vectors of
-    that tap are the prototypes."""
+    """Two views; each predicts the other's assignment. With a third tap, such as text, the global
+    batch's vectors of that tap are the prototypes."""
     prototypes: Count = 512
-    """Number of trained prototypes, without a third tap. Scores take 4 bytes per prototype and
+    """Number of trained prototypes; not with a third tap. Scores take 4 bytes per prototype and
     sample of a worker."""
     temperature: float = Field(0.1, gt=0)
     """Temperature of the predictions."""
     epsilon: float = Field(0.05, ge=0.003)
-    """Entropy of the assignments: the smaller, the closer each is to a single prototype. Below 0.03
-    they are computed in float64, in twice the time and memory."""
+    """Entropy regularization of the assignments; a smaller value brings each closer to a single
+    prototype. Below 0.03 they are computed in float64, in twice the time and memory."""
     iterations: Count = 3
     """Iterations of Sinkhorn's algorithm."""
 
@@ -50,7 +50,8 @@ class SwAVSettings(SingleSettings):
     def _check_prototypes(self) -> Self:
         if len(self.taps) == 3 and "prototypes" in self.model_fields_set:
             raise ValueError(
-                f"prototypes: with three taps they are the batch's {self.taps[2]}; unset it"
+                f"prototypes: with three taps they are the batch's vectors of {self.taps[2]}; "
+                "unset this key"
             )
         return self
 
@@ -61,15 +62,17 @@ class SwAV(Objective[SwAVSettings]):
     card = Card(
         "SwAV: predict one view's balanced assignment to prototypes from the other",
         "SwAV, Caron et al. 2020",
-        "mean_i - sum_k Q_b(i, k) log softmax_k(<a_i, c_k> / temperature), both ways, halved; Q by "
-        "Sinkhorn of exp(<b_i, c_k> / epsilon) over the global batch, without gradient",
-        "6 K / N for K prototypes; of three taps 6",
-        "clusters without labels; an addition in a sum, to CLIP with a weight of 0.2",
+        "mean_i - sum_k Q_b(i, k) log softmax_k(<a_i, c_k> / temperature), averaged over both "
+        "directions; Q by Sinkhorn of exp(<b_i, c_k> / epsilon) over the global batch, without "
+        "gradient",
+        "6 K / N for K prototypes; with three taps 6",
+        "clusters without labels; added to another objective in a `sum`, for example to `infonce` "
+        "with a weight of 0.2",
         ("clusters", "deepcluster"),
     )
     examples = {
         "": Example({"prototypes": 5}, missing=True),
-        "among texts": Example({"taps": ["image", "image@1", "text"]}, missing=True),
+        "three taps": Example({"taps": ["image", "image@1", "text"]}, missing=True),
         "two modalities": Example(
             {"prototypes": 3, "taps": ["image", "text"], "temperature": 0.3, "epsilon": 0.2,
              "iterations": 1}
@@ -77,7 +80,7 @@ class SwAV(Objective[SwAVSettings]):
     }  # fmt: skip
     benchmarks = {
         "": Benchmark({"prototypes": 4096}),
-        "among texts": Benchmark({"taps": ["image", "image@1", "text"]}),
+        "three taps": Benchmark({"taps": ["image", "image@1", "text"]}),
     }
 
     def __init__(self, settings: SwAVSettings, width: int) -> None:
@@ -102,7 +105,7 @@ class SwAV(Objective[SwAVSettings]):
         settings, vectors = self.settings, valid_pairs(outputs, meta, self.settings.taps).vectors
         prototypes = gather_rows(vectors[2], ctx.group) if len(vectors) == 3 else self.prototypes
         if not len(prototypes):
-            # No sample of the batch has all three taps. The loss still needs a graph on each rank.
+            # No sample of the batch has all three taps. The loss still needs a graph on every rank.
             zero = torch.stack([rows.sum() for rows in vectors]).sum()
             return Loss(zero, {"confidence": zero.detach()})
         losses, confidence = _SwappedPrediction.apply(  # type: ignore[no-untyped-call]
@@ -136,9 +139,9 @@ class _SwappedPrediction(torch.autograd.Function):
     """Cross-entropy [n] of each row's predictions with the other view's assignments, averaged over
     both directions; and the largest share [n] in the assignment of its first view.
 
-    The backward pass keeps two matrices [n, K], the gradients of the scores, and the forward pass
-    holds two more; plain operations would hold a dozen. Elementwise work runs on parts that fit a
-    processor's cache.
+    Two matrices [n, K] are kept for the backward pass, the gradients of the scores, and the forward
+    pass holds two more; plain operations would hold a dozen. Elementwise work runs on parts that
+    fit into a processor's cache.
     """
 
     @staticmethod
@@ -182,19 +185,19 @@ def _cross_entropy_to_gradient(scores: Tensor, targets: Tensor, temperature: flo
 
 @torch.no_grad()
 def balanced(scores: Tensor, epsilon: float, iterations: int, group: Group) -> Tensor:
-    """Compute Sinkhorn's assignments of this rank's rows.
+    """Compute Sinkhorn's assignments of this rank's rows. Collective: every rank must call it.
 
-    Over all ranks' rows every prototype gets the same share, up to the last step, which makes each
+    Over all ranks' rows every prototype gets the same share, except that the last step makes each
     row sum to 1. The assignments are exp(scores / epsilon) times one factor per row and one per
     column, so an iteration is two products of the matrix with a vector. With the rows' maxima and
     the largest column's factor taken out, no factor or sum is below exp(-2 / epsilon) / K or above
     N exp(2 / epsilon): float32 holds that down to an epsilon of 0.03, float64 down to 0.003.
 
     Args:
-        scores: float [n, K], within [-1, 1].
-        epsilon: Entropy of the assignments.
-        iterations: Of the algorithm.
-        group: The process group, or None.
+        scores: floating [n, K], in [-1, 1].
+        epsilon: Entropy regularization of the assignments.
+        iterations: Number of iterations.
+        group: Process group, or None for this process only.
 
     Returns:
         [n, K], in the dtype of the scores.
@@ -205,13 +208,13 @@ def balanced(scores: Tensor, epsilon: float, iterations: int, group: Group) -> T
         highest = s.amax(1, keepdim=True)
         k.copy_(s).sub_(highest).mul_(1 / epsilon).exp_()
         column_sums += ((highest[:, 0].to(k.dtype) - 1) / epsilon).exp() @ k
-    for left in reversed(range(iterations)):
+    for remaining in reversed(range(iterations)):
         total = gather_rows(column_sums[None], group).sum(0)
         column_factors = total.min() / total
         column_sums = torch.zeros_like(column_sums)
         for k in _parts(kernel):
             row_factors = 1 / (k @ column_factors)
-            if left:
+            if remaining:
                 column_sums += row_factors @ k
             else:
                 k.mul_(column_factors).mul_(row_factors[:, None])
@@ -219,8 +222,8 @@ def balanced(scores: Tensor, epsilon: float, iterations: int, group: Group) -> T
 
 
 def _parts(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Split a matrix by rows: on a CPU into 1 MiB of float32, which a cache holds; on a GPU into
-    256 MiB, because each part costs kernel launches."""
+    """Split a matrix by rows: on a CPU into parts of 1 MiB of float32, which fit into a cache; on a
+    GPU into parts of 256 MiB, because each part costs kernel launches."""
     elements = 2**18 if matrix.device.type == "cpu" else 2**26
     parts: tuple[Tensor, ...] = matrix.split(max(1, elements // max(1, matrix.shape[1])))
     return parts

@@ -39,14 +39,14 @@ TRIPLE = ["image", "text", "image@1"]
 
 class SymileSettings(ScaledSettings, CachedSettings):
     name: Literal["symile"]
-    """Three or more taps at once, scored by the sum over coordinates of the product of all vectors,
-    which also captures what no two of them show."""
+    """Three or more taps at once, scored by the sum over coordinates of the product of all vectors.
+    This also captures what no two of them show."""
     taps: tuple[Tap, ...] = Field(min_length=2, max_length=8)
     """The modalities; each is the query in turn."""
     keys: Literal["paired", "shuffled", "all"] = "paired"
-    """What a tap's vectors are compared with. paired: the other samples' products. shuffled:
-    products of the other taps' vectors, each tap shuffled separately. all: every combination,
-    N^(taps - 1) of them."""
+    """Negatives of a tap's vectors. paired: the other samples' products of the other taps' vectors.
+    shuffled: such products, with each tap shuffled separately. all: all N^(taps - 1)
+    combinations."""
     init_logit_scale: float = Field(14.3, gt=0)
     """Initial logit scale; products of several unit vectors are small, so larger values help."""
     scale_max: float = Field(10_000.0, gt=0)
@@ -64,8 +64,8 @@ class Symile(Scaled[SymileSettings]):
         "Symile, Saporta et al. 2024",
         "mean over taps a, mean_i [log sum_j exp(scale <a_i, b_j * c_j>) - scale <a_i, b_i * c_i>];"
         " keys are the batch's own tuples (paired), shuffled ones, or all combinations",
-        "4 M for M taps; all: 4 M N^(M - 2)",
-        "image, text and audio; clinical or sensor data, where pairs alone do not suffice",
+        "4 M for M taps; with keys=all 4 M N^(M - 2)",
+        "image, text and audio; clinical or sensor data in which pairs are not informative enough",
         ("multilinear", "trimodal"),
     )
     examples = {
@@ -89,48 +89,51 @@ class Symile(Scaled[SymileSettings]):
     ) -> Loss:
         scale = self.scale()
         vectors = valid_pairs(outputs, meta, self.settings.taps, self.settings).vectors
-        numbers = global_row_indices(len(vectors[0]), vectors[0].device, ctx.group)
+        indices = global_row_indices(len(vectors[0]), vectors[0].device, ctx.group)
         paired = self.settings.keys == "paired"
         global_vectors = [] if paired else [gather_rows(rows, ctx.group) for rows in vectors]
         losses = []
         for anchor, rows in enumerate(vectors):
             if paired:
                 others = [v.float() for i, v in enumerate(vectors) if i != anchor]
-                loss = self._paired(rows, math.prod(others[1:], start=others[0]), numbers, ctx)
+                loss = self._paired(rows, math.prod(others[1:], start=others[0]), indices, ctx)
             else:
                 factors = [v for i, v in enumerate(global_vectors) if i != anchor]
                 rng_key = key(ctx.seed, "symile", ctx.step, anchor)
-                loss = self._combined(rows, factors, numbers, rng_key)
+                loss = self._combined(rows, factors, indices, rng_key)
             losses.append(weighted_mean(loss, torch.ones_like(loss), ctx))
         return Loss(torch.stack(losses).mean(), {"logit_scale": scale.detach()})
 
-    def _paired(self, rows: Tensor, product: Tensor, numbers: Tensor, ctx: Context) -> Tensor:
+    def _paired(self, rows: Tensor, product: Tensor, indices: Tensor, ctx: Context) -> Tensor:
         """Return the losses [n] against all ranks' products; only the products are exchanged."""
         keys = key_source(
-            product.to(rows.dtype), {"number": numbers}, ctx.group, self.settings.gather_mode
+            product.to(rows.dtype), {"index": indices}, ctx.group, self.settings.gather_mode
         )
         stats = lse_stats(
-            rows, keys, [Lse("rows", self.scale())], Eq(numbers, "number"), self.settings.backend,
+            rows, keys, [Lse("rows", self.scale())], Eq(indices, "index"), self.settings.backend,
             2**20 * self.settings.cache_mib,
         )  # fmt: skip
         return cross_entropy(stats.z[0], stats.positive[0], stats.weight[0])
 
     def _combined(
-        self, rows: Tensor, factors: list[Tensor], numbers: Tensor, rng_key: int
+        self, rows: Tensor, factors: list[Tensor], indices: Tensor, rng_key: int
     ) -> Tensor:
-        """Return the losses [n] against products of different rows' vectors. A row's own tuple
-        replaces its own key, and is not counted again where a shuffle reproduces it."""
+        """Return the losses [n] against products of different rows' vectors.
+
+        A row's true tuple replaces the key of the same index. It is not counted again where a
+        shuffle reproduces it.
+        """
         scale, n = self.scale(), len(factors[0])
-        own = [factor[numbers].float() for factor in factors]
+        own = [factor[indices].float() for factor in factors]
         positive = scale * (rows.float() * math.prod(own[1:], start=own[0])).sum(1)
         if self.settings.keys == "all":
-            pairings, rule = all_pairings(n, len(factors)), [Ne(numbers, "tuple")]
+            pairings, rule = all_pairings(n, len(factors)), [Ne(indices, "tuple")]
         else:
             shuffles = [
                 torch.from_numpy(permute(np.arange(n), n, key(rng_key, i))).to(rows.device)
                 for i in range(len(factors))
             ]
-            pairings, rule = [shuffles], [Ne(numbers, "index"), Ne(numbers, "tuple")]
+            pairings, rule = [shuffles], [Ne(indices, "index"), Ne(indices, "tuple")]
         lse = Lse("rows", scale, None, rule)
         (z,) = lse_stats(rows, Products(factors, pairings), [lse], backend=self.settings.backend).z
         return torch.logaddexp(z, positive) - positive

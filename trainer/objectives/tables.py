@@ -1,4 +1,4 @@
-"""Tables with a row for each sample of the data set, in host memory, sharded over the ranks."""
+"""Tables with one row per sample of the data set, in host memory, sharded over the ranks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from gigabatch.trainer.distributed import World
 
 
 class SampleTable:
-    """float32 [samples, F], of which rank r of W holds the rows whose index is r modulo W.
+    """Table float32 [samples, F]; rank r of W holds the rows whose index is r modulo W.
 
-    A row is found by the stable number of its sample, `source << SAMPLE_BITS | index`.
+    The stable number of a sample, `source << SAMPLE_BITS | index`, identifies its row.
 
     Args:
-        sizes: Samples of each source.
-        initial: The initial row [F].
-        world: The ranks.
+        sizes: Number of samples of each source.
+        initial: Initial row [F] of every sample.
+        world: Ranks that share the table.
     """
 
     def __init__(self, sizes: Sequence[int], initial: Sequence[float], world: World) -> None:
@@ -31,13 +31,13 @@ class SampleTable:
         self.shard = torch.tensor(initial, dtype=torch.float32).repeat(local_rows, 1)
 
     def read(self, numbers: Tensor) -> Tensor:
-        """Return the rows of this rank's samples. A collective.
+        """Return the rows of this rank's samples. Collective: every rank must call it.
 
         Args:
-            numbers: int64 [n].
+            numbers: Sample numbers, int64 [n].
 
         Returns:
-            float32 [n, F], on the numbers' device.
+            float32 [n, F], on the device of `numbers`.
         """
         indices, start = self.world.concat(self._indices(numbers))
         local = indices % self.world.size == self.world.rank
@@ -47,8 +47,14 @@ class SampleTable:
         return self.world.sum(values)[start : start + len(numbers)]
 
     def write(self, numbers: Tensor, values: Tensor) -> None:
-        """Write float32 [n, F]. If a batch holds a sample twice, the last row in the order of the
-        global batch wins. A collective."""
+        """Write the rows of this rank's samples. Collective: every rank must call it.
+
+        If the global batch holds a sample several times, the last row in its order is kept.
+
+        Args:
+            numbers: Sample numbers, int64 [n].
+            values: New rows, floating [n, F].
+        """
         indices, _ = self.world.concat(self._indices(numbers))
         rows, _ = self.world.concat(values.detach().float())
         indices, rows = indices.cpu(), rows.cpu()
@@ -59,7 +65,10 @@ class SampleTable:
         self.shard[ordered[keep] // self.world.size] = rows[order[keep]]
 
     def gather(self) -> Tensor:
-        """Return all rows in order on rank 0, and [0, F] elsewhere. A collective."""
+        """Return all rows in order on rank 0, and [0, F] on other ranks.
+
+        Collective: every rank must call it.
+        """
         size, rank = self.world.size, self.world.rank
         if self.world.group is None:
             return self.shard.clone()
@@ -74,7 +83,7 @@ class SampleTable:
         return interleaved.flatten(0, 1)[: self.count].clone()
 
     def load(self, rows: Tensor) -> None:
-        """Keep this rank's share of all rows."""
+        """Replace this rank's rows by its share of all rows [samples, F]."""
         self.shard = rows[self.world.rank :: self.world.size].clone()
 
     def _indices(self, numbers: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pydantic type of a choice among objectives, by their `name`."""
+"""Pydantic type of any objective's settings, selected by `name`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from gigabatch.trainer.objectives.settings import ObjectiveSettings
 
 
 def union_of(kinds: Iterable[type[ObjectiveSettings]]) -> Any:
-    """Return a union of settings classes, discriminated by `name`; without one, DEFAULT."""
+    """Return the union of settings classes, discriminated by `name`.
+
+    Without `name`, it is "module" if the key `module` is set, else DEFAULT.
+    """
     union: Any = Union[tuple(kinds)]  # noqa: UP007
     return Annotated[Annotated[union, Field(discriminator="name")], BeforeValidator(_with_name)]
 

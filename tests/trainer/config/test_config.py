@@ -164,7 +164,7 @@ def test_url_with_a_secret_raises_without_repeating_it(secret: str) -> None:
     ("objective={name: sum, terms: [{}, {name: siglip}], weights: [1]}", "1 weights for 2 terms"),
     (
         "objective={name: swav, taps: [image, image@1, text], prototypes: 8}",
-        "prototypes: with three taps they are the batch's text",
+        "prototypes: with three taps they are the batch's vectors of text",
     ),
     ("objective={name: sum, terms: [{name: siglip, within: lang}]}", "not a key of siglip"),
     ("objective={name: sum, terms: [{name: queue}, {name: byol}]}", "one momentum tower"),

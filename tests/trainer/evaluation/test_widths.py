@@ -66,7 +66,7 @@ def test_width_keeps_only_the_first_coordinates(
     ("settings", "message"),
     [
         (["objective.widths=[4, 8]"], "the last must be towers.width=16, not 8"),
-        (["objective.widths=[8, 4, 16]"], "widths must rise"),
+        (["objective.widths=[8, 4, 16]"], "widths must increase"),
         (["objective={widths: [4, 16], taps: [image.encoder, text]}"], "is read before the head"),
         (["objective={name: queue, widths: [4, 16]}"], "not a key of queue"),
     ],
