@@ -33,13 +33,13 @@ def render(
         path: Config of the run.
         overrides: Config settings as `key=value`.
         image: Container image; required except for Slurm.
-        gpus_per_node: GPUs of a node; 0 trains on CPUs with one worker per node.
+        gpus_per_node: GPUs per node; 0 trains on CPUs with one worker per node.
 
     Returns:
         Text of the job or cluster description.
 
     Raises:
-        GigabatchError: if the template is unknown, the config is invalid, or the two do not fit.
+        GigabatchError: if the template is unknown, or the config is invalid or does not fit it.
     """
     if kind not in TEMPLATES:
         raise GigabatchError(f"unknown template {kind!r}; choose {', '.join(TEMPLATES)}.")

@@ -21,7 +21,7 @@ from support import spoil
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
-from gigabatch.launcher.start import too_late
+from gigabatch.launcher.start import overdue_message
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
 from gigabatch.trainer.checkpoints.saver import Saver
@@ -210,7 +210,7 @@ def see_copies(config: Config, folder: Path) -> Any:
 def see_grace(config: Config, folder: Path) -> Any:
     """What is said where the time is over."""
     run = create_run(config, "run")
-    return too_late(run).splitlines()[0]
+    return overdue_message(run).splitlines()[0]
 
 
 def see_ray(config: Config, folder: Path) -> Any:

@@ -37,7 +37,7 @@ def test_an_environment_variable_about_tokenizers_is_no_secret() -> None:
 
 def test_a_range_of_workers_shares_out_cores_among_the_most() -> None:
     config = parse_config("", "c", ["cluster.workers=[1,1000000]"])
-    assert (config.cluster.least, config.cluster.most) == (1, 1_000_000)
+    assert (config.cluster.min_workers, config.cluster.max_workers) == (1, 1_000_000)
     assert resolve(config).cluster.threads == 1
     assert parse_config("", "c", ["cluster.workers=[3,3]"]).cluster.workers == 3
 
