@@ -70,7 +70,7 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("towers.image={kind: huggingface}", "set either `name`"),
         ("towers.image={kind: module, module: nonsense}", "towers.image.module: "),
         ("cluster.launcher=inline", "cluster.workers=1"),
-        ("cluster.workers=many", "a number of workers of at least 1, or a range [least, most]"),
+        ("cluster.workers=many", "a number of workers of at least 1, or a range [minimum, maximum]"),
         ("cluster.workers=true", "a number of workers of at least 1"),
         ("cluster.workers=0", "a number of workers of at least 1"),
         ("cluster.workers=[0, 2]", "a number of workers of at least 1"),

@@ -107,5 +107,5 @@ def test_empty_folder_left_by_a_kill_is_used(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     check_name_is_free(config)
     assert create_run(config, "run").path == tmp_path / "mine"
-    with pytest.raises(GigabatchError, match="holds an unfinished run"):
+    with pytest.raises(GigabatchError, match="contains an unfinished run"):
         check_name_is_free(config)

@@ -89,7 +89,7 @@ def test_an_attempt_warns_of_the_last_whose_code_is_known(
     third.write_text("")  # killed as it was written
     assert run.take_attempt() == 4
     (line,) = caplog.messages
-    assert line.startswith("attempt 4 runs other code than attempt 2: torch 1.0 -> ")
+    assert line.startswith("attempt 4 runs different code from attempt 2: torch 1.0 -> ")
 
 
 @pytest.mark.slow
@@ -114,6 +114,6 @@ def test_a_resume_with_other_code_says_so_and_goes_on(
     assert old != new
     assert json.loads((run.path / "environment.json").read_text())["code"] == old
     for told in (done.stdout, run.log.read_text()):
-        assert "attempt 2 runs other code than attempt 1: gigabatch " in told
+        assert "attempt 2 runs different code from attempt 1: gigabatch " in told
         assert f"(code {old}) -> " in told
         assert f"(code {new})" in told

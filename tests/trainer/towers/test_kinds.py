@@ -81,7 +81,7 @@ def test_kind_that_exists_already_raises(monkeypatch: pytest.MonkeyPatch) -> Non
     class Second(TowerKind):
         kind: Literal["conv"]
 
-    with pytest.raises(TypeError, match="ConvTower already is kind 'conv' of image"):
+    with pytest.raises(TypeError, match="ConvTower is already kind 'conv' of image"):
         tower_kind("image")(Second)
 
 
