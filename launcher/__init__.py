@@ -1,1 +1,1 @@
-"""Starting and supervising runs: command line, checks, Ray, torchrun, inline."""
+"""Start and supervision of runs: command line, checks, Ray, torchrun, inline."""

@@ -4,7 +4,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command line. Ctrl-C during its imports ends the process without a traceback."""
+    """Run the command line. Ctrl-C during the imports ends the process without a traceback."""
     try:
         from gigabatch.launcher.cli import app
     except KeyboardInterrupt:

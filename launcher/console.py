@@ -1,7 +1,7 @@
 """Terminal view of a run: prints the lines of train.log as workers write them.
 
-Workers write train.log on whichever machine they run; the starting process only reads it. On a
-terminal each progress line replaces the previous one; elsewhere every line is printed.
+Workers write train.log on their own machines; the starting process only reads it. On a terminal,
+each progress line replaces the previous one; elsewhere every line is printed.
 """
 
 from __future__ import annotations

@@ -6,5 +6,5 @@ import os
 
 
 def in_ray_job() -> bool:
-    """Whether a Ray cluster started this process as the driver of a job."""
+    """Return whether a Ray cluster started this process as the driver of a job."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "RAY_ADDRESS" in os.environ

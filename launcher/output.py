@@ -1,4 +1,4 @@
-"""Writing to the terminal. Imports nothing heavy, because short commands use it too."""
+"""Output to the terminal. Imports nothing heavy, because short commands use it too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 
 
 def write(text: str) -> None:
-    """Write to stdout; discard it if its reader has gone (as in `| head`), so the run continues."""
+    """Write to stdout. If its reader has exited (as in `| head`), discard this and later text."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -15,11 +15,11 @@ def write(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
-def complain(text: str) -> None:
-    """Write to stderr; discard it if its reader has gone.
+def write_stderr(text: str) -> None:
+    """Write to stderr. If its reader has exited, discard this and later text.
 
-    Ctrl-C in `gigabatch train ... 2>&1 | tee log` also ends tee. The checkpoint that follows must
-    not fail because of that.
+    Ctrl-C in `gigabatch train ... 2>&1 | tee log` also ends tee, and must not make the following
+    checkpoint fail.
     """
     try:
         print(text, file=sys.stderr, flush=True)

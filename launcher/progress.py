@@ -1,4 +1,4 @@
-"""Progress of long operations: a bar on a terminal, a line every few seconds elsewhere."""
+"""Progress display of long operations: a bar on a terminal, elsewhere a line every few seconds."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Recipes of the installed package, and the config file that a command-line argument names.
+"""Recipes of the installed package, and lookup of the config file that an argument names.
 
-Imports nothing heavy: a wrong name must get its answer before torch is imported.
+Imports nothing heavy, so that a wrong name is reported before torch is imported.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def recipe_summary(path: Path) -> str:
 
 
 def find_config(name: str) -> Path:
-    """Return the config file that `name` names: a file, or else a recipe such as `quickstart`.
+    """Return the config file of a name: a file, or else a recipe such as `quickstart`.
 
     Raises:
-        GigabatchError: if there is neither; it suggests the nearest name.
+        GigabatchError: if there is neither; the message suggests the nearest name.
     """
     path = Path(name)
     if os.path.exists(name) and not path.is_dir():

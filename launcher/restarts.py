@@ -1,8 +1,8 @@
 """Restarts of failed workers: repeated while the run makes progress, delayed while it does not.
 
-Ray Train and torchrun restart a failed group a fixed number of times, which a run of weeks can use
-up. Here the count starts again after each new checkpoint, and attempts without a new checkpoint
-wait longer and longer.
+Ray Train and torchrun restart a failed group a fixed number of times, which a run of weeks can
+exhaust. Here each new checkpoint resets the count, and the delay doubles with each attempt without
+a new checkpoint.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def retry_while_progressing(run: RunFolder, limit: int, start: Callable[[], None
 
     Args:
         run: Run folder whose checkpoints show progress.
-        limit: How often `start` itself restarts its workers; 0 means that nothing is retried.
+        limit: Number of restarts that `start` itself makes; 0 means that nothing is retried.
         start: Starts the workers and returns when they have finished, stopped or failed.
     """
     while True:
@@ -38,11 +38,11 @@ def retry_while_progressing(run: RunFolder, limit: int, start: Callable[[], None
 def wait_for_turn(run: RunFolder, first: int) -> None:
     """Delay rank 0 by 1, 2, 4, ... seconds after attempts that left no new checkpoint.
 
-    A requested stop ends the wait.
+    A stop request ends the delay.
 
     Args:
         run: Run folder.
-        first: Attempts with a higher number than this count.
+        first: Only attempts with a higher number are counted.
     """
     failed = failed_attempts(run, first)
     if failed == 0 or os.environ.get("RANK", "0") != "0":
@@ -58,14 +58,14 @@ def wait_for_turn(run: RunFolder, first: int) -> None:
 
 
 def failed_attempts(run: RunFolder, first: int) -> int:
-    """Count the latest attempts after number `first` that started from the newest checkpoint.
+    """Count the last attempts after number `first` that started from the newest checkpoint.
 
-    Those attempts ended without saving another one.
+    These attempts ended without a new checkpoint.
     """
     newest = (run.steps_saved() or [0])[-1]
     count = 0
     for number in range(run.attempts(), first, -1):
-        # An attempt killed while it started may have no record of its checkpoint: it counts too.
+        # An attempt that was killed early may have no record of its checkpoint; it counts too.
         if run.attempt(number).get("saved", newest) != newest:
             break
         count += 1

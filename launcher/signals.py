@@ -1,8 +1,8 @@
 """Signal handling: Ctrl-C, SIGTERM and preemption notices request a graceful stop.
 
 A graceful stop finishes the step, saves a checkpoint and exits. Slurm sends the signal named by
-`--signal=B:USR1@120`, other schedulers SIGTERM. After any of them but Ctrl-C the exit code asks for
-a restart.
+`--signal=B:USR1@120`, other schedulers SIGTERM. After any signal except Ctrl-C, the exit code
+requests a restart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from gigabatch.launcher.output import complain
+from gigabatch.launcher.output import write_stderr
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: stopped cleanly, with a checkpoint."""
@@ -47,7 +47,7 @@ class StopRequest:
 def abort_on_interrupt() -> Iterator[None]:
     """Raise KeyboardInterrupt on Ctrl-C inside the block.
 
-    It is raised again at the end of the block, in case a library swallowed it.
+    It is raised again at the end of the block, in case a library has caught it.
     """
     interrupted = False
 
@@ -68,19 +68,19 @@ def abort_on_interrupt() -> Iterator[None]:
 @contextmanager
 def stop_on_signals(
     grace: float,
-    leave: Callable[[StopRequest], None],
+    on_overdue: Callable[[StopRequest], None],
     on_request: Callable[[], None] = lambda: None,
 ) -> Iterator[StopRequest]:
-    """Yield a StopRequest that the signals in STOPPING set. A later Ctrl-C aborts.
+    """Yield a StopRequest that is set by the signals in STOPPING. A second Ctrl-C aborts.
 
     Args:
         grace: Seconds for a graceful stop.
-        leave: Called if the block has not ended `grace` seconds after the first signal. Runs in
-            another thread, because the main thread may be in a step that never ends.
+        on_overdue: Called if the block has not ended `grace` seconds after the first signal. Runs
+            in a separate thread, because the main thread may be in a step that never ends.
         on_request: Called once, with the first signal.
     """
     request = StopRequest()
-    timer = threading.Timer(grace, lambda: _leave_overdue(request, leave))
+    timer = threading.Timer(grace, lambda: _end_overdue(request, on_overdue))
     timer.daemon = True
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -91,7 +91,7 @@ def stop_on_signals(
         request.signal = number
         timer.start()
         on_request()
-        complain("\nstopping after this step, with a checkpoint (Ctrl-C: abort now)")
+        write_stderr("\nstopping after this step, with a checkpoint (Ctrl-C: abort now)")
 
     before = {number: signal.signal(number, handle) for number in STOPPING}
     try:
@@ -102,11 +102,11 @@ def stop_on_signals(
             signal.signal(number, handler)
 
 
-def _leave_overdue(request: StopRequest, leave: Callable[[StopRequest], None]) -> None:
+def _end_overdue(request: StopRequest, on_overdue: Callable[[StopRequest], None]) -> None:
     request.overdue = True
-    leave(request)
+    on_overdue(request)
 
 
 def interrupt_main(request: StopRequest) -> None:
-    """Raise KeyboardInterrupt in the main thread, which waits for other processes."""
+    """Raise KeyboardInterrupt in the main thread, which is waiting for other processes."""
     os.kill(os.getpid(), signal.SIGINT)

@@ -14,12 +14,12 @@ _FIRST_PORT, _PORTS = 10_000, 20_000  # below the range from which systems assig
 def join_slurm_step(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Set the distributed variables of one task of a multi-task `srun`.
 
-    Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. A batch script and a single
-    task stay unchanged, because they start workers themselves. (Slurm calls the process of a batch
-    script task 0 of all tasks, but gives it no step ID.)
+    Sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. Nothing is set in a batch script
+    or a single task, because these start workers themselves. (In Slurm, the process of a batch
+    script is task 0 of all tasks, but has no step ID.)
 
     Args:
-        environment: Variables to read and to change.
+        environment: Environment variables to read and to change.
 
     Returns:
         True if the variables were set.

@@ -1,4 +1,4 @@
-"""Starting and resuming runs: every check that can fail is made before a worker starts."""
+"""Start and resume of runs; every check that can fail is made before a worker starts."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.console import Console
-from gigabatch.launcher.output import complain, write
+from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.preflight.data import check_data
-from gigabatch.launcher.preflight.doctor import refuse_unfit
+from gigabatch.launcher.preflight.doctor import check_machine
 from gigabatch.launcher.preflight.remote_checkpoints import (
+    check_copy_name_is_free,
     claim_copies,
     is_copied_name,
-    refuse_copied_name,
     writable_remote_run,
 )
 from gigabatch.launcher.progress import progress_bar
@@ -46,31 +46,32 @@ from gigabatch.trainer.config.load import (
     read_config,
     resolve,
 )
-from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.distributed import exit_now, join_world
 from gigabatch.trainer.init_from import pin_init_from
 from gigabatch.trainer.inputs import make_tokenizer
 from gigabatch.trainer.loop import run_training
-from gigabatch.trainer.run.create import create_run, refuse_taken_name, resolve_epochs
+from gigabatch.trainer.run.create import check_name_is_free, create_run, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 OpenRun = Callable[[], AbstractContextManager[RunFolder]]
-"""Prepares a run folder and holds its lock."""
+"""Function whose context prepares a run folder and holds its lock."""
 
-FREE_ON_RESUME = (
+RESUMABLE_KEYS = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
     "run.dir", "train.zero_stage", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
     "train.hang_timeout_s",
 )  # fmt: skip
-"""Keys that may change on resume without `--allow`: they do not change the training."""
+"""Prefixes of keys that may change on resume without `--allow`, because they do not affect
+training."""
 
 
 def start_run(config_path: Path, overrides: Sequence[str]) -> int:
-    """Train a new run. Under torchrun, every rank calls this.
+    """Train a new run. Under torchrun, every rank must call it.
 
     Args:
-        config_path: YAML file; its name begins the name of the run folder.
+        config_path: YAML file; its name is the prefix of the run folder's name.
         overrides: Strings `key=value`.
 
     Returns:
@@ -96,7 +97,7 @@ def start_run(config_path: Path, overrides: Sequence[str]) -> int:
 
 
 def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -> int:
-    """Continue a run from its newest valid checkpoint. Under torchrun, every rank calls this.
+    """Continue a run from its newest valid checkpoint. Under torchrun, every rank must call it.
 
     Args:
         run: Run folder.
@@ -104,7 +105,7 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
         allow: Keys that may change although they change the training; `data` for the shards.
 
     Returns:
-        Exit code, as of `start_run`.
+        Exit code; see `start_run`.
 
     Raises:
         GigabatchError: for a user error, or if the workers failed.
@@ -113,7 +114,7 @@ def resume_run(run: RunFolder, overrides: Sequence[str], allow: Sequence[str]) -
 
     @contextmanager
     def old_run() -> Iterator[RunFolder]:
-        with run.lock():  # before anything else: a run that trains now must not be changed
+        with run.lock():  # before anything else, so that a run that trains now is not changed
             reopen_run(run, config, allow)
             yield run
 
@@ -132,7 +133,7 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
         allow: Keys that may change although they change the training; `data` for the shards.
 
     Returns:
-        Exit code, as of `start_run`.
+        Exit code; see `start_run`.
 
     Raises:
         GigabatchError: for a user error, or if the workers failed.
@@ -158,7 +159,8 @@ def resume_copy(url: str, overrides: Sequence[str], allow: Sequence[str]) -> int
 
 
 def _world_overrides() -> list[str]:
-    """Under the user's own torchrun or srun, the number of workers is theirs."""
+    """Return the overrides that adopt the launcher and world size of the user's own torchrun or
+    srun; none otherwise."""
     join_slurm_step()
     if "RANK" not in os.environ:
         return []
@@ -178,8 +180,8 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
     """Return the run's config with overrides.
 
     Raises:
-        GigabatchError: with a diff, if they would change the training and `allow` does not name
-            the key.
+        GigabatchError: if they would change the training and `allow` does not name the key; the
+            message contains a diff.
     """
     path = run.path / "config.yaml"
     return _resumed(read_config(path), str(path), overrides, allow)
@@ -197,7 +199,7 @@ def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[st
     refused = {
         key: values
         for key, values in changed.items()
-        if not key.startswith(FREE_ON_RESUME) and key not in allow
+        if not key.startswith(RESUMABLE_KEYS) and key not in allow
     }
     if refused:
         diff = "\n".join(f"  {key}: {a!r} -> {b!r}" for key, (a, b) in refused.items())
@@ -214,14 +216,14 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
 
     Args:
         config: Resolved config.
-        stem: Begins the run's name if `run.name` is unset.
+        stem: Prefix of the run's name if `run.name` is unset.
 
     Raises:
-        GigabatchError: for anything that would make the run fail.
+        GigabatchError: if a check fails.
     """
-    refuse_taken_name(config)
-    refuse_unfit(config, log.warning)
-    refuse_copied_name(config)
+    check_name_is_free(config)
+    check_machine(config, log.warning)
+    check_copy_name_is_free(config)
     config = pin_init_from(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
@@ -236,7 +238,11 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
 
 
 def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
-    """Prepare a run folder whose lock is held for more training. Raises GigabatchError."""
+    """Prepare an existing run folder, whose lock is held, for more training.
+
+    Raises:
+        GigabatchError: if the run is finished, or cannot be resumed with this config or data.
+    """
     newest = latest_checkpoint(run)
     last = config.train.steps
     if newest and newest.step > last:
@@ -249,7 +255,7 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
     if newest and newest.step == last and is_evaluated and is_copied:
         raise GigabatchError(
             f"{run.path}: the run is finished ({last} steps). To train longer: train.steps=N "
-            "--allow train.steps. To evaluate another set: gigabatch eval."
+            "--allow train.steps. To evaluate a different set: gigabatch eval."
         )
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
@@ -262,7 +268,9 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
-        make_tokenizer(config, data).save(str(run.tokenizer))  # the first start was interrupted
+        make_tokenizer(config, data).save(
+            str(run.tokenizer)
+        )  # the run's first start was interrupted
     if remote:
         claim_copies(remote, run, newest.step if newest else 0)
     run.clear_requests()
@@ -274,10 +282,10 @@ def _launch(run: RunFolder) -> int:
     """Run the workers, print their log, and return the exit code."""
     config = run.config()
     is_inline = config.cluster.launcher == "inline"
-    leave_late = partial(_leave_now, run) if is_inline else interrupt_main
+    on_overdue = partial(_exit_overdue, run) if is_inline else interrupt_main
     with (
         Console(run.log) as console,
-        stop_on_signals(config.cluster.grace_s, leave_late, run.request_stop) as stop,
+        stop_on_signals(config.cluster.grace_s, on_overdue, run.request_stop) as stop,
     ):
         console.say(f"run {_relative(run.path)}")
         try:
@@ -293,7 +301,7 @@ def _launch(run: RunFolder) -> int:
         write(f"to continue: gigabatch resume {_relative(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
-        complain(too_late(run))
+        write_stderr(overdue_message(run))
         return stop.exit_code
     crash = run.crash() or "a worker was killed, or ended without an error message"
     raise GigabatchError(
@@ -302,12 +310,12 @@ def _launch(run: RunFolder) -> int:
     )
 
 
-def _leave_now(run: RunFolder, stop: StopRequest) -> None:
-    complain(too_late(run))
-    leave(stop.exit_code)
+def _exit_overdue(run: RunFolder, stop: StopRequest) -> None:
+    write_stderr(overdue_message(run))
+    exit_now(stop.exit_code)
 
 
-def too_late(run: RunFolder) -> str:
+def overdue_message(run: RunFolder) -> str:
     """Return the message for a stop that took longer than `cluster.grace_s`."""
     saved = run.steps_saved()
     last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
@@ -337,8 +345,8 @@ def _run_workers(run: RunFolder, config: Config, stop: StopRequest, console: Con
 
 
 def _worker_range(config: Config) -> str:
-    least, most = config.cluster.least, config.cluster.most
-    return f"{most} worker{'s' * (most > 1)}" if least == most else f"{least} to {most} workers"
+    low, high = config.cluster.min_workers, config.cluster.max_workers
+    return f"{high} worker{'s' * (high > 1)}" if low == high else f"{low} to {high} workers"
 
 
 def _relative(path: Path) -> Path:
@@ -348,17 +356,17 @@ def _relative(path: Path) -> Path:
 
 
 def _exit_as_rank(open_run: OpenRun, config: Config) -> NoReturn:
-    """Train in this process, a rank of the user's own torchrun or srun; then exit."""
+    """Train in this process, which is a rank of the user's own torchrun or srun; then exit."""
     try:
         code = _train_as_rank(open_run, config)
     except GigabatchError as error:
-        complain(f"gigabatch: {error}")
+        write_stderr(f"gigabatch: {error}")
         code = 2
-    leave(code)  # also after an error: an aborting teardown would hide the exit code
+    exit_now(code)  # after an error too, because an abort during teardown would hide the exit code
 
 
 def _train_as_rank(open_run: OpenRun, config: Config) -> int:
-    """Let rank 0 prepare the run for all ranks, train, and return the exit code."""
+    """Prepare the run on rank 0 for all ranks, train, and return the exit code."""
     os.environ.update(config.cluster.env)
     with join_world(config.cluster.threads) as world, ExitStack() as stack:
         outcome: tuple[str, str] | None = None
@@ -367,7 +375,7 @@ def _train_as_rank(open_run: OpenRun, config: Config) -> int:
                 outcome = ("run", str(stack.enter_context(open_run()).path))
             except GigabatchError as error:
                 outcome = ("error", str(error))
-        kind, text = world.share(outcome)
+        kind, text = world.broadcast(outcome)
         if kind == "error":
             raise GigabatchError(text)
         run = RunFolder(Path(text))
@@ -375,5 +383,5 @@ def _train_as_rank(open_run: OpenRun, config: Config) -> int:
             console = stack.enter_context(Console(run.log))
             console.say(f"run {_relative(run.path)}")
         grace = run.config().cluster.grace_s
-        stop = stack.enter_context(stop_on_signals(grace, partial(_leave_now, run)))
+        stop = stack.enter_context(stop_on_signals(grace, partial(_exit_overdue, run)))
         return 0 if run_training(run, stop) else stop.exit_code

@@ -14,14 +14,14 @@ from gigabatch.trainer.run.folder import RunFolder
 EXIT_TIMEOUT_S = 30
 """Seconds that torchrun has to exit after SIGTERM."""
 KILL_AFTER_S = "5"
-"""Seconds from torchrun's SIGTERM to SIGKILL: the only signal that ends a stopped worker."""
+"""Seconds between torchrun's SIGTERM and SIGKILL; only SIGKILL ends a stopped worker."""
 
 
 def run_torchrun(run: RunFolder) -> None:
     """Train with torchrun on this machine.
 
-    Workers read a requested stop from the run folder and record errors there. torchrun ends when
-    this process ends, for whatever reason.
+    Workers read stop requests from the run folder and record errors there. torchrun ends when this
+    process ends, for whatever reason.
     """
     retry_while_progressing(run, run.config().cluster.max_restarts, lambda: _run_worker_group(run))
 
@@ -31,7 +31,7 @@ def _run_worker_group(run: RunFolder) -> None:
     cluster = run.config().cluster
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",
-        f"--nproc-per-node={cluster.most}", f"--max-restarts={cluster.max_restarts}",
+        f"--nproc-per-node={cluster.max_workers}", f"--max-restarts={cluster.max_restarts}",
         "-m", "gigabatch.launcher.worker", str(run.path), str(run.attempts()),
     ]  # fmt: skip
     environment = {
@@ -40,7 +40,8 @@ def _run_worker_group(run: RunFolder) -> None:
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": KILL_AFTER_S,
     }
     with open(run.path / "workers.log", "ab") as output:
-        # A separate session: Ctrl-C reaches only this process, which then requests a clean stop.
+        # In a separate session, so that Ctrl-C reaches only this process, which requests a
+        # graceful stop.
         process = subprocess.Popen(
             command, stdout=output, stderr=output, env=environment,
             start_new_session=True, preexec_fn=_prepare_child,

@@ -1,4 +1,4 @@
-"""One rank: called by a Ray worker, or run by torchrun as
+"""Training as one rank: called by a Ray worker, or run by torchrun as
 `python -m gigabatch.launcher.worker RUN FIRST`."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.processes import exit_with_parent
 from gigabatch.launcher.restarts import wait_for_turn
-from gigabatch.trainer.distributed import leave
+from gigabatch.trainer.distributed import exit_now
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.folder import RunFolder, Superseded
 
@@ -22,7 +22,7 @@ def work(run: RunFolder, first: int) -> None:
     """Train as one rank; record errors in the run folder for the starting process.
 
     A user error is recorded as a failure, after which workers are not restarted; any other
-    exception is recorded with its traceback. A requested stop also arrives through the folder.
+    exception is recorded with its traceback. Stop requests are read from the folder too.
 
     Args:
         run: Run folder.
@@ -45,7 +45,7 @@ def work(run: RunFolder, first: int) -> None:
 
 
 if __name__ == "__main__":
-    # torchrun puts each rank into a new session, so ranks would outlive torchrun.
+    # torchrun starts each rank in a new session, so ranks would outlive torchrun.
     exit_with_parent(signal.SIGKILL)
     work(RunFolder(Path(sys.argv[1])), int(sys.argv[2]))
-    leave(0)
+    exit_now(0)

@@ -44,13 +44,19 @@ class World:
         return self.rank == 0
 
     def sum(self, value: Tensor) -> Tensor:
-        """Add `value` over ranks, in place. A collective."""
+        """Sum `value` over ranks, in place, and return it.
+
+        Collective: every rank must call it.
+        """
         if self.group is not None:
             dist.all_reduce(value, group=self.group)
         return value
 
     def any(self, *flags: bool) -> list[bool]:
-        """Return for each flag whether it is set on any rank. A single small collective."""
+        """Return for each flag whether it is set on any rank.
+
+        Collective: every rank must call it. All flags are reduced together.
+        """
         if self.group is None:
             return list(flags)
         reduced = torch.tensor(flags, dtype=torch.int32, device=self.device)
@@ -58,7 +64,9 @@ class World:
         return [bool(flag) for flag in reduced]
 
     def concat(self, rows: Tensor) -> tuple[Tensor, int]:
-        """Concatenate all ranks' rows [n, ...] in rank order; n may differ. A collective.
+        """Concatenate all ranks' rows [n, ...] in rank order; n may differ.
+
+        Collective: every rank must call it.
 
         Returns:
             (rows of all ranks, index of this rank's first row).
@@ -76,15 +84,18 @@ class World:
         return joined, sum(counts[: self.rank])
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every rank's `value`, in rank order, on every rank. A collective."""
+        """Return every rank's `value`, in rank order, on every rank.
+
+        Collective: every rank must call it.
+        """
         if self.group is None:
             return [value]
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.group)
         return values
 
-    def share(self, value: Any) -> Any:
-        """Return rank 0's `value` on every rank. A collective."""
+    def broadcast(self, value: Any) -> Any:
+        """Broadcast rank 0's `value`. Collective: every rank must call it."""
         if self.group is None:
             return value
         box = [value]
@@ -99,11 +110,11 @@ def single_process() -> World:
 
 @contextmanager
 def join_world(threads: int) -> Iterator[World]:
-    """Join the process group of the environment, and leave it at the end.
+    """Join the process group that the environment describes, and leave it at the end.
 
     The environment sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT. An existing group is used
-    as it is. Without RANK, this is the only process; its group stays, because DeepSpeed keeps a
-    reference to the first group of a process.
+    as it is. Without RANK, this is the only process; its group is not destroyed, because DeepSpeed
+    keeps a reference to the first group of a process.
 
     Args:
         threads: CPU threads of this process.
@@ -125,12 +136,12 @@ def join_world(threads: int) -> Iterator[World]:
             dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
+def exit_now(code: int) -> NoReturn:
     """Exit this process at once, after flushing its output.
 
-    gloo's threads outlive `destroy_process_group` as long as something (DeepSpeed's globals) holds
-    a group, and abort the interpreter while it shuts down: a finished rank would count as crashed.
-    With torch 2.13, three ranks and busy cores this happened one time in four.
+    While something references a process group (DeepSpeed's globals do), gloo's threads outlive
+    `destroy_process_group`. They abort the interpreter while it shuts down, so that a finished rank
+    counts as crashed. With torch 2.13, three ranks and busy cores, every fourth exit failed.
     """
     logging.shutdown()
     for output in (sys.stdout, sys.stderr):
@@ -141,7 +152,7 @@ def leave(code: int) -> NoReturn:
 
 def _join_from_environment(backend: str) -> None:
     store, rank, size = next(dist.rendezvous("env://", timeout=JOIN_TIMEOUT))
-    # torchrun keeps its store when it restarts workers, with the addresses of the dead ones.
+    # When torchrun restarts workers, its store still has the addresses of the dead ones.
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = dist.PrefixStore(f"start-{start}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -151,7 +162,7 @@ def device_of_this_process() -> torch.device:
     """Return this process's GPU, made current, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # Ray shows a worker its device only; torchrun shows all devices and sets LOCAL_RANK.
+    # Ray shows a worker only its device; torchrun shows all devices and sets LOCAL_RANK.
     local = int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count()
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)

@@ -22,11 +22,11 @@ def frozen_copy(towers: Towers) -> Towers:
 
 
 def open_ema(towers: Towers, momentum: float, checkpoint: Checkpoint | None) -> Towers | None:
-    """Return the averaged weights of a checkpoint, or a copy of the initial weights.
+    """Return towers with the averaged weights of a checkpoint, or with the initial weights.
 
     Args:
         towers: The towers, not yet in an engine.
-        momentum: `train.ema`; 0 returns None.
+        momentum: `train.ema`; with 0, None is returned.
         checkpoint: Checkpoint to resume, if any.
 
     Raises:
@@ -51,8 +51,8 @@ def stored_weights(checkpoint: Checkpoint, weights: str | None) -> dict[str, Ten
 
     Args:
         checkpoint: A verified checkpoint.
-        weights: `last`, the weights of the last step; `ema`, their average over steps; None, the
-            average if the checkpoint has one.
+        weights: `last` for the weights of the last step, `ema` for their average over steps; None
+            means the average if the checkpoint has one.
 
     Raises:
         GigabatchError: if the checkpoint has no average, or cannot be read.
@@ -73,9 +73,9 @@ def update_averages(
     """Move each average a towards the weights w in place: a <- m a + (1 - m) w.
 
     Args:
-        weights: (state name, tensor) of the current weights. Not consumed without averages: under
-            ZeRO 3 each item is a gather.
-        averages: (module, momentum m). Integer buffers are copied.
+        weights: (state name, tensor) of each current weight. Not iterated if there are no
+            averages, because under ZeRO 3 each item gathers a weight.
+        averages: (module, momentum m) of each average. Integer buffers are copied.
     """
     if not averages:
         return
@@ -85,7 +85,7 @@ def update_averages(
         for state, momentum in states:
             average = state[name]
             if average.data_ptr() in updated:
-                continue  # The same tensor under another name: tied weights.
+                continue  # The same tensor under a second name: tied weights.
             updated.add(average.data_ptr())
             if average.is_floating_point():
                 average.lerp_(weight.to(average.device), 1 - momentum)
@@ -96,7 +96,7 @@ def update_averages(
 def warmup_momentum(momentum: float, steps: int) -> float:
     """Return the momentum after `steps` applied steps, at most (1 + steps) / (10 + steps).
 
-    A small early momentum lets the average forget the initial weights, as in TensorFlow's moving
-    averages.
+    With a small momentum in the first steps, the average forgets the initial weights, as in
+    TensorFlow's moving averages.
     """
     return min(momentum, (1 + steps) / (10 + steps))

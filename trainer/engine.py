@@ -1,6 +1,6 @@
-"""DeepSpeed behind a small interface: embed, backward, one reduction, step; save and load.
+"""Training engine: DeepSpeed behind a small interface, the same for all ZeRO stages.
 
-This file holds everything that differs between DeepSpeed's ZeRO stages.
+Everything that differs between the stages is in this file.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from gigabatch.trainer.distributed import World
 from gigabatch.trainer.optim import adamw, tower_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state per weight; also the suffixes of its names in a checkpoint."""
+"""Names of AdamW's moments of a weight; also suffixes of names in a checkpoint."""
 State = dict[str, Tensor]
 
 
 class Engine:
     """The towers under DeepSpeed, at any ZeRO stage.
 
-    A step is any number of `engine.backward(...)` inside `with engine.accumulating():`, then
-    `engine.step(lr)`. Gradients are averaged over ranks in one reduction per step.
+    A step calls `engine.backward(...)` any number of times inside `with engine.accumulating():`,
+    then `engine.step(lr)`. Gradients are averaged over ranks in one reduction per step.
     """
 
     def __init__(self, towers: nn.Module, config: Config, world: World) -> None:
@@ -62,9 +62,9 @@ class Engine:
         self.ds.module.train(mode)
 
     def accumulating(self) -> AbstractContextManager[None]:
-        """Accumulate gradients locally inside; ZeRO 1 to 3 reduce once at the end.
+        """Return a context in which gradients accumulate locally; ZeRO 1 to 3 reduce at its end.
 
-        ZeRO 0 does not support DeepSpeed's context: without managed accumulation it reduces once,
+        ZeRO 0 does not support DeepSpeed's context. Without managed accumulation, it reduces once,
         in `step`.
         """
         return nullcontext() if self.stage == 0 else self._coalesced()
@@ -76,8 +76,8 @@ class Engine:
             self._poison_unless_finite()
 
     def _poison_unless_finite(self) -> None:
-        # ZeRO skips a step cleanly only if it detects the overflow itself. Omitting `step` after
-        # the reduction would corrupt the next one, so all ranks write NaN for ZeRO to detect.
+        # ZeRO skips a step cleanly only if it detects the overflow itself, and omitting `step`
+        # after the reduction would corrupt the next step. So all ranks write NaN, which it detects.
         if not self._all_finite():
             for parameter in self.trained.values():
                 if parameter.grad is not None:
@@ -93,7 +93,7 @@ class Engine:
         self.ds.backward(loss)
 
     def step(self, lr: float) -> tuple[bool, float]:
-        """Apply the accumulated gradient. A collective.
+        """Apply the accumulated gradient. Collective: every rank must call it.
 
         Args:
             lr: Learning rate.
@@ -121,10 +121,10 @@ class Engine:
         self._grad_norm = float(nn.utils.clip_grad_norm_(parameters, limit))
 
     def _create_moments(self) -> None:
-        """Create zero moments, which AdamW would create in its first step only.
+        """Create the moments as zeros; AdamW would create them only in its first step.
 
-        A checkpoint may be loaded or saved before that. AdamW steps the weights themselves, or
-        from ZeRO 1 on flat fp32 shards of them.
+        A checkpoint may be loaded or saved before that. At ZeRO 0, AdamW updates the weights
+        themselves; from ZeRO 1, flat fp32 shards of them.
         """
         zero: Any = self.ds.optimizer
         stepped: Iterable[Tensor]
@@ -138,8 +138,8 @@ class Engine:
             moments = {moment: torch.zeros_like(tensor) for moment in MOMENTS}
             self.adamw.state[tensor] = {"step": torch.zeros(()), **moments}
         if self.stage in (1, 2):
-            # DeepSpeed would link its fragments as soon as the first parameter group has moments,
-            # before the second has any.
+            # DeepSpeed would link its fragments once the first parameter group has moments, before
+            # the second group has them.
             zero._lazy_init_hp_params_optimizer_state()
 
     def _count_from(self, steps: int) -> None:
@@ -148,9 +148,9 @@ class Engine:
             state["step"].fill_(steps)
 
     def weights(self) -> State:
-        """Return all weights and buffers, complete, float32, on rank 0, else nothing.
+        """Return all weights and buffers, complete and in float32; {} on ranks other than 0.
 
-        A collective.
+        Collective: every rank must call it.
         """
         full: State = {}
         for name, tensor in self.live_weights():
@@ -159,17 +159,21 @@ class Engine:
         return full
 
     def live_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield all weights and buffers; a gathered one is valid until the next. A collective."""
-        # The names that `load_state_dict` needs: persistent buffers only, and both names of tied
-        # weights.
+        """Yield all weights and buffers; a gathered tensor is valid until the next one.
+
+        Collective: every rank must call it and exhaust it.
+        """
+        # `state_dict` has the names that `load_state_dict` needs: those of persistent buffers only,
+        # and both names of tied weights.
         for name, tensor in self.ds.module.state_dict(keep_vars=True).items():
             with _gathered(tensor, self.stage):
                 yield name, tensor.detach()
 
     def moments(self) -> State:
-        """Return AdamW's moments of every trained weight on rank 0, else nothing. A collective.
+        """Return AdamW's moments of every trained weight; {} on ranks other than 0.
 
-        Names are `NAME.exp_avg` and `NAME.exp_avg_sq`; tensors are complete.
+        Collective: every rank must call it. Names are `NAME.exp_avg` and `NAME.exp_avg_sq`; tensors
+        are complete.
         """
         full: State = {}
         for name, parameter in self.trained.items():
@@ -192,7 +196,7 @@ class Engine:
     def load_moments(self, moments: Mapping[str, Tensor], steps: int) -> None:
         """Restore the result of `moments`, at any world size and ZeRO stage.
 
-        Weights are not restored here: load them into the module before making the Engine.
+        Weights are not restored: load them into the module before the Engine is created.
         """
         for name, parameter in self.trained.items():
             for moment in MOMENTS:
@@ -206,8 +210,8 @@ class Engine:
         if self.stage == 0:
             self.adamw.state[parameter][moment].copy_(value)
         elif self.stage == 3:
-            # safe_set_full_optimizer_state fails if the world size does not divide the weight, so
-            # split it here.
+            # safe_set_full_optimizer_state fails if the weight's size is not a multiple of the
+            # world size, so the moment is split here.
             size = parameter.ds_tensor.numel()
             padded = nn.functional.pad(value.flatten(), (0, size * self.world.size - value.numel()))
             shard = padded.narrow(0, size * self.world.rank, size)
@@ -219,7 +223,7 @@ class Engine:
 def deepspeed_config(config: Config) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a run.
 
-    Mixed precision is the towers' own autocast: weights and reductions stay float32, and an
+    The towers use autocast for mixed precision: weights and reductions stay float32, and an
     evaluation without DeepSpeed computes the same values.
     """
     stage = config.train.zero_stage
@@ -242,7 +246,7 @@ def cpu_copy(tensor: Tensor) -> Tensor:
 
 
 def _gathered(tensor: Tensor, stage: int) -> AbstractContextManager[Any]:
-    """Make a weight complete inside the context, if ZeRO 3 shards it."""
+    """Return a context in which a weight is complete, even if ZeRO 3 shards it."""
     if stage < 3 or not isinstance(tensor, nn.Parameter):
         return nullcontext()
     from deepspeed.runtime.zero import GatheredParameters
@@ -259,6 +263,6 @@ def _import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
-    # Otherwise the first start compiles this extension, 40 s per worker; gloo does without it.
+    # Otherwise the first start compiles this extension, in 40 s per worker; gloo does not need it.
     __compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

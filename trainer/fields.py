@@ -24,4 +24,4 @@ def _as_list(value: Any) -> Any:
 
 
 ONE_OR_MORE = BeforeValidator(_as_list)
-"""For a tuple of strings: accept a single string without brackets."""
+"""Validator of a tuple of strings that also accepts a single string without brackets."""

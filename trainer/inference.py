@@ -26,8 +26,8 @@ def load_newest_towers(
     Args:
         run: The run.
         world: Ranks that must load the same checkpoint; None for a single process.
-        weights: `ema`, the average over steps (`train.ema`); `last`, those of the last step; None,
-            the average if the run has one.
+        weights: `ema` for the average over steps (`train.ema`), `last` for the weights of the last
+            step; None means the average if the run has one.
 
     Returns:
         (step, towers in evaluation mode on the CPU).

@@ -1,8 +1,8 @@
-"""Fine-tuning: a new run's towers start from the weights of another run's checkpoint.
+"""Fine-tuning: initial weights of a new run's towers from another run's checkpoint.
 
-Only weights are taken: the optimizer, the schedule and the objective start fresh. The run's config
-names the checkpoint, which is fixed when the run is created and read only while the run has no
-checkpoint itself.
+Only weights are taken: the optimizer, the schedule and the objective start fresh. The checkpoint is
+chosen when the run is created and recorded in its config. It is read only while the run has no
+checkpoint of its own.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ MAX_NAMES = 5
 def pin_init_from(config: Config) -> Config:
     """Return the config with `train.init_from` set to the folder of a verified checkpoint.
 
-    A run is replaced by its newest valid checkpoint.
+    If it names a run, the run's newest valid checkpoint is chosen.
 
     Raises:
-        GigabatchError: if there is none.
+        GigabatchError: if there is no such checkpoint, or it is damaged.
     """
     if config.train.init_from is None:
         return config
@@ -56,12 +56,14 @@ def _open(path: Path, runs: Path) -> Checkpoint:
 
 
 def load_init_weights(towers: Towers, config: Config, world: World) -> None:
-    """Load the parts of the towers that `train.init_parts` names. A collective.
+    """Load the parts of the towers that `train.init_parts` names.
+
+    Collective: every rank must call it.
 
     Raises:
         GigabatchError: on every rank, if the checkpoint is missing or damaged, lacks the weights
-            of `train.init_weights`, or its names or shapes differ from the towers'. Then nothing
-            is loaded.
+            of `train.init_weights`, or has weights whose names or shapes differ from the towers'.
+            Then nothing is loaded.
     """
     folder, parts = config.train.init_from, config.train.init_parts
     assert folder is not None
@@ -71,18 +73,18 @@ def load_init_weights(towers: Towers, config: Config, world: World) -> None:
             stored_weights(open_checkpoint(folder), config.train.init_weights)
         except GigabatchError as error:
             problem = f"train.init_from: {error}"
-    problem = world.share(problem)
+    problem = world.broadcast(problem)
     if problem:
         raise GigabatchError(problem)
-    # Rank 0 has verified the checksums; the other ranks need not read everything twice.
+    # Rank 0 has verified the checksums; the other ranks skip this, to read the files only once.
     stored = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
-    # Token heads and second heads, named as in `further_head`, may exist on one side only.
+    # Token heads and second heads (see `further_head`) may be missing in the checkpoint or here.
     extra = {name for name in stored.keys() ^ wanted.keys() if "-" in name.split(".")[1]}
     if fresh := sorted({name.split(".")[1] for name in extra & wanted.keys()}):
         log.info("%s has no head %s: initializing it randomly", folder, ", ".join(fresh))
     stored, wanted = (_without(state, extra) for state in (stored, wanted))
-    _refuse_misfit(stored, wanted, folder, parts)
+    _check_names_and_shapes(stored, wanted, folder, parts)
     towers.load_state_dict(stored, strict=False)
     log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
 
@@ -101,7 +103,7 @@ def _without(tensors: Mapping[str, Tensor], names: Set[str]) -> dict[str, Tensor
     return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
-def _refuse_misfit(
+def _check_names_and_shapes(
     stored: Mapping[str, Tensor], wanted: Mapping[str, Tensor], folder: Path, parts: Iterable[str]
 ) -> None:
     """Raise if the stored weights and the towers' weights differ in names or shapes."""
@@ -109,7 +111,7 @@ def _refuse_misfit(
     misfits = {
         "missing in the checkpoint": [name for name in wanted if name not in stored],
         "unknown to this run": [name for name in stored if name not in wanted],
-        "of another shape": [
+        "of a different shape": [
             f"{name} ({list(stored[name].shape)} in the checkpoint, {list(wanted[name].shape)} "
             "in this run)"
             for name in common

@@ -1,4 +1,4 @@
-"""A run's data: indexes of its sources, the order of samples, streams, the tokenizer."""
+"""A run's data: indexes of its sources, sample order, streams, tokenizer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from gigabatch.trainer.config import Config
 
 log = logging.getLogger(__name__)
 BPE_CAPTIONS = 1_000_000
-"""Most captions that train a tokenizer."""
+"""Maximum number of captions on which a tokenizer is trained."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _locate(config: Config, path: str) -> str:
     root = data_root(config)
     is_missing = not is_remote(root) and not (Path(root) / path).exists()
     if is_missing and (hint := pack_hint(root)):
-        raise GigabatchError(f"data.root: {root} holds no {path}. {hint}")
+        raise GigabatchError(f"data.root: {root} contains no {path}. {hint}")
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)
 
 
@@ -152,7 +152,7 @@ def fields_of(
         config: The run.
         columns: Fields of the samples' json to yield as codes.
         numbers: Fields of the samples' json to yield as float32.
-        vectors: Further vectors by name.
+        vectors: Settings of further vectors, by name.
     """
     data, read = config.data, config.modalities
     return Fields(
@@ -181,7 +181,7 @@ def cache_of(config: Config) -> ShardCache:
 def plans_of(
     data: TrainData, world_size: int, rank: int, first_step: int, last_step: int
 ) -> TrainPlans:
-    """Return the sample numbers of a rank's micro-batches, of steps first to last."""
+    """Return the sample numbers of a rank's micro-batches in steps `first_step` to `last_step`."""
     batch = data.config.batch
     sizes = (batch.global_size, batch.micro_size)
     return TrainPlans(data.mixture, *sizes, world_size, rank, first_step, last_step)
@@ -196,7 +196,7 @@ def train_stream(
     numbers: Sequence[str] = (),
     vectors: Mapping[str, VectorSettings] | None = None,
 ) -> Iterable[MicroBatch]:
-    """Return the decoded micro-batches of `plans`.
+    """Return a stream of the decoded micro-batches of `plans`.
 
     Args:
         data: Opened sources.
@@ -205,7 +205,7 @@ def train_stream(
         columns: Fields of the samples' json to yield as codes int64 [n].
         pin_memory: Allocate pinned memory, for copies to a GPU.
         numbers: Fields of the samples' json to yield as float32 [n].
-        vectors: Further vectors by name, float32 [n, size].
+        vectors: Settings of further vectors to yield as float32 [n, size], by name.
     """
     settings = data.config.data
     stream: Iterable[MicroBatch] = open_stream(
@@ -224,10 +224,11 @@ def train_stream(
 
 
 def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
-    """Make the run's tokenizer.
+    """Return the run's tokenizer; train it if necessary.
 
-    With `train.init_from` and a text tower it is the source run's, whose token ids the weights
-    know. Otherwise it is the one of `data.text`; `bpe` trains one on the captions.
+    With `train.init_from` and a text tower, it is that of the source run, because the weights
+    depend on its token ids. Otherwise it is the one of `data.text`; `bpe` trains one on the
+    captions.
 
     Raises:
         GigabatchError: if the source run has no tokenizer, or there are no captions.

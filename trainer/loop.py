@@ -46,19 +46,19 @@ from gigabatch.trainer.towers import build_towers
 
 log = logging.getLogger(__name__)
 Stop = Callable[[], bool]
-"""Returns whether this process should stop early."""
+"""Function that returns whether this process should stop early."""
 
 
 def run_training(run: RunFolder, stop: Stop = lambda: False) -> bool:
-    """Train a run to its last step. Called on every rank.
+    """Train a run to its last step. Every rank must call it.
 
     Args:
         run: The run's folder.
         stop: Called after every step, and after every micro-batch of an evaluation.
 
     Returns:
-        True if the run is finished; false if `stop`, or a stop request in the folder, ended it
-        early, after a checkpoint.
+        True if the run is finished; false if it stopped early, with a checkpoint, because `stop`
+        returned true or the run folder has a stop request.
 
     Raises:
         GigabatchError: for errors that the user can fix.
@@ -127,9 +127,10 @@ class _Trainer:
     def _rewind(self) -> None:
         """Restore the last checkpoint and continue with the next step.
 
-        The result is saved at once: a later resume must not depend on the checkpoint it finds.
+        The result is saved at once, so that a later resume does not depend on which checkpoint it
+        finds.
         """
-        self.saver.finish_write()  # The write in flight may be the last checkpoint.
+        self.saver.finish_write()  # The write in progress may be the last checkpoint.
         checkpoint = agree_on_checkpoint(self.run, self.world)
         restored = checkpoint.step if checkpoint else 0
         del self.engine, self.step_fn, self.objective, self.ema
@@ -151,7 +152,7 @@ class _Trainer:
         self.saved_at, self.saved_step = time.monotonic(), self.counts.done
 
     def _snapshot(self) -> tuple[dict[str, Tensors], dict[str, Any]]:
-        """Copy everything that a checkpoint holds: tensors by file, and the JSON state."""
+        """Copy everything that a checkpoint contains: tensors by file, and the JSON state."""
         towers, moments = self.engine.weights(), self.engine.moments()
         objective = self.step_fn.objective_state()
         files: dict[str, Tensors] = {
@@ -171,12 +172,12 @@ class _Trainer:
         return files, state
 
     def train(self, stop: Stop) -> bool:
-        """Run the training loop; returns as `run_training` does."""
+        """Run the training loop; return what `run_training` returns."""
         steps = self.config.train.steps
         self._log_start()
         self.progress.enter("data", self.counts.done + 1)
         with ExitStack() as cleanup:
-            # Watch for hangs from here on. Closed last, so that it also covers the final writes.
+            # Watch for hangs. The watchdog is closed last, so that it also covers the final writes.
             hang_timeout = self.config.train.hang_timeout_s
             cleanup.enter_context(
                 watching(self.run, self.attempt, self.world, self.progress, hang_timeout)
@@ -221,7 +222,7 @@ class _Trainer:
         return True
 
     def _stop_early(self) -> bool:
-        """Save the last step and record the stop; returns false."""
+        """Save the last step and record the stop; return false."""
         if self.saved_step < self.counts.done:
             self._save()
         self.saver.finish_write()
@@ -248,7 +249,7 @@ class _Trainer:
             log.info("resuming after step %d", self.counts.done)
 
     def _batches(self) -> Iterator[list[MicroBatch]]:
-        """Yield this rank's micro-batches of each remaining step; times the wait for data."""
+        """Yield this rank's micro-batches of each remaining step; measure the wait for data."""
         world, clock = self.world, self.reporter.clock
         last = self.config.train.steps
         plans = plans_of(self.data, world.size, world.rank, self.counts.done + 1, last)
@@ -268,7 +269,7 @@ class _Trainer:
             yield batch
 
     def _one_step(self, batch: list[MicroBatch]) -> None:
-        """Take a step and report it; rewinds or raises after too many non-finite steps."""
+        """Take a step and report it; rewind or raise after too many non-finite steps."""
         config, step = self.config, self.counts.done + 1
         lr = config.optimizer.lr * lr_factor(step, config.train.steps, config.schedule)
         result = self.step_fn(step, batch, lr)
@@ -308,8 +309,8 @@ class _Trainer:
         minutes = (time.monotonic() - self.saved_at) / 60
         by_time = settings.every_minutes and minutes >= settings.every_minutes
         by_step = save_is_due(done, settings, evaluation_is_due(done, self.config))
-        # Non-finite steps are not saved, or they would push the checkpoints before them out. A
-        # save request stays until they are over.
+        # Do not save after a non-finite step: retention would remove the last good checkpoints. A
+        # save request stays pending until a step is finite.
         requested = self.counts.bad_steps == 0 and world.is_main and self.run.take_save_request()
         save_here = world.is_main and (requested or bool(by_time))
         stopping, saving, any_bad, written = world.any(
@@ -321,25 +322,25 @@ class _Trainer:
 
     def _stop_requested(self, stop: Stop) -> bool:
         """Return whether this process, or the run folder, requests a stop."""
-        # Called once per step or evaluated micro-batch: a sign of progress for the watchdog.
+        # Called after each step and each evaluated micro-batch; tells the watchdog of progress.
         self.progress.enter(self.progress.phase)
         return stop() or (self.world.is_main and self.run.stop_requested())
 
     def _stop_requested_anywhere(self, stop: Stop) -> bool:
-        """Return whether any rank requests a stop. A collective."""
+        """Return whether any rank requests a stop. Collective: every rank must call it."""
         return self.world.any(self._stop_requested(stop))[0]
 
     def _evaluate(self, stop: Stop, if_due: bool = False) -> bool:
-        """Evaluate the run's sets; writes eval/, metrics.jsonl and TensorBoard.
+        """Evaluate the run's sets; write eval/, metrics.jsonl and TensorBoard events.
 
-        Returns false if a stop was requested meanwhile; then no result is kept, and a resume
+        Returns false if a stop was requested meanwhile. Then no result is kept, and the resumed run
         evaluates again.
         """
         config, world, done = self.config, self.world, self.counts.done
         if not config.eval.sets or (if_due and not evaluation_is_due(done, config)):
             return True
         # Rank 0 decides: on a shared file system the other ranks may see an older folder.
-        if world.share(self.run.evaluated(done)):
+        if world.broadcast(self.run.evaluated(done)):
             return True
         self.engine.train(False)
         self.progress.enter("evaluate", done)

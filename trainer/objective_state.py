@@ -1,4 +1,4 @@
-"""State of an objective besides its parameters: tables of samples and a momentum tower."""
+"""State of an objective other than its parameters: tables of samples and a momentum tower."""
 
 from __future__ import annotations
 
@@ -40,11 +40,14 @@ class ObjectiveState:
         }
 
     def read(self, numbers: Tensor) -> dict[str, Tensor]:
-        """Return each table's rows float32 [n, F] of sample numbers int64 [n]. A collective."""
+        """Return each table's rows float32 [n, F] of sample numbers int64 [n].
+
+        Collective: every rank must call it.
+        """
         return {name: table.read(numbers) for name, table in self.tables.items()}
 
     def commit(self, updates: Mapping[str, Tensor], numbers: Tensor) -> None:
-        """Write a step's new table rows and buffers. A collective.
+        """Write a step's new table rows and buffers. Collective: every rank must call it.
 
         Args:
             updates: Table name -> rows float32 [n, F]; buffer name -> its new value.
@@ -57,14 +60,20 @@ class ObjectiveState:
                 self.objective.get_buffer(name).copy_(value)
 
     def begin_epoch(self, ctx: Context) -> None:
-        """Run the objective's `on_epoch` once in every epoch but the first. A collective."""
+        """Run the objective's `on_epoch` once in every epoch but the first.
+
+        Collective: every rank must call it.
+        """
         if ctx.epoch > self.epoch:
             self.epoch = ctx.epoch
             for name, value in self.objective.on_epoch(self.tables, ctx).items():
                 self.objective.get_buffer(name).copy_(value)
 
     def save(self) -> dict[str, Tensor]:
-        """Return all tables and the momentum tower on rank 0, else nothing. A collective."""
+        """Return all tables and the momentum tower; {} on ranks other than 0.
+
+        Collective: every rank must call it.
+        """
         tensors = {TABLE + name: table.gather() for name, table in self.tables.items()}
         tensors[EPOCH] = torch.tensor(self.epoch)
         if self.teacher is not None:
@@ -85,6 +94,6 @@ class ObjectiveState:
 def open_state(
     objective: Objective[Any], sizes: Sequence[int], towers: Towers, world: World
 ) -> ObjectiveState:
-    """Return an objective's state before the first step; `towers` are not yet in an engine."""
+    """Return an objective's state before the first step; `towers` must not be in an engine yet."""
     teacher = frozen_copy(towers) if objective.needs.teacher else None
     return ObjectiveState(objective, sizes, teacher, world)

@@ -14,7 +14,7 @@ from gigabatch.trainer.config import OptimizerSettings, ScheduleSettings
 def tower_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float
 ) -> list[dict[str, object]]:
-    """Return AdamW's groups: matrices, which are decayed; norms and biases, which are not."""
+    """Return AdamW's parameter groups: matrices with weight decay, norms and biases without."""
     trained = [p for _, p in named if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
@@ -35,7 +35,7 @@ def lr_factor(step: int, steps: int, settings: ScheduleSettings) -> float:
 
     Args:
         step: Number of the step, from 1 to `steps`.
-        steps: Steps of the whole run.
+        steps: Total steps of the run.
         settings: Shape of the schedule.
     """
     if step <= settings.warmup_steps:

@@ -3,12 +3,12 @@
 The idea is GradCache (Gao et al. 2021), with the randomness of each micro-batch replayed:
 
 1. Embed every micro-batch without a graph.
-2. Evaluate the objective on the embeddings of the whole global batch; take its gradient in them.
+2. Evaluate the objective on the embeddings of the global batch, and its gradient in them.
 3. Embed each micro-batch again and backpropagate its slice of that gradient through the towers.
 
-Every gradient, that of the logit scale included, equals the gradient of one graph over the same
-micro-batches. With one micro-batch per rank and one view, the first embedding keeps its graph and
-there is no second.
+All gradients, including that of the logit scale, equal those of a single graph over the same
+micro-batches. With one micro-batch per rank and one view, the first embedding keeps its graph, and
+there is no second pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gigabatch.trainer.taps import TEACHER, bases_in_view, count_views, parse_ta
 from gigabatch.trainer.towers import Towers
 
 Outputs = dict[str, Tensor]
-"""Tap name -> vectors [n, D], or of tokens [n, T, D]."""
+"""Tap name -> vectors [n, D], or token vectors [n, T, D]."""
 
 
 class ExactStep:
@@ -47,7 +47,7 @@ class ExactStep:
         config: The run.
         world: This process and its group.
         progress: Records the current phase.
-        state: Tables and momentum tower of the objective; by default without samples.
+        state: Tables and momentum tower of the objective; None creates tables without samples.
         ema: Copy of the towers that averages the engine's weights over steps (`train.ema`).
     """
 
@@ -76,7 +76,7 @@ class ExactStep:
         self.optimizer = adamw(groups, config.optimizer) if self.objective_params else None
 
     def __call__(self, step: int, batch: Sequence[MicroBatch], lr: float) -> StepResult:
-        """Take one optimizer step. A collective.
+        """Take one optimizer step. Collective: every rank must call it.
 
         Args:
             step: Number of the step, from 1.
@@ -123,10 +123,10 @@ class ExactStep:
         return StepResult(value, applied, norm, metrics)
 
     def objective_state(self) -> dict[str, Tensor]:
-        """Copy the objective's state to host memory, for a checkpoint. A collective.
+        """Copy the objective's state to host memory, for a checkpoint.
 
-        Parameters, buffers, moments, tables and momentum tower; sharded tables are complete on
-        rank 0.
+        Collective: every rank must call it. The state has the parameters, buffers, moments, tables
+        and momentum tower; sharded tables are complete on rank 0.
         """
         state = {name: cpu_copy(t) for name, t in self.objective.state_dict().items()}
         for name, parameter in self.objective.named_parameters():
@@ -162,8 +162,8 @@ class ExactStep:
     def _embed(self, micro: MicroBatch, view: int, phase: str) -> Outputs:
         """Embed one view of a micro-batch.
 
-        View 0 runs every tower, also those without a tap in that view, because ZeRO's collectives
-        expect each of them.
+        View 0 runs every tower, even without a tap in that view, so that all ranks issue the same
+        ZeRO collectives.
         """
         self.progress.enter(phase)
         rng_key, taps = self._rng_key(micro), bases_in_view(self.objective.needs.taps, view)
@@ -189,7 +189,7 @@ class ExactStep:
         return _concat_real(outputs, batch)
 
     def _objective_inputs(self, outputs: Sequence[Outputs], batch: Sequence[MicroBatch]) -> Outputs:
-        """Concatenate the taps that the objective reads, as leaves that collect its gradient."""
+        """Concatenate the taps that the objective reads, as leaf tensors that get its gradient."""
         rows = _concat_real(outputs, batch)
         taps = self.objective.needs.taps
         return {tap: rows[tap].detach().requires_grad_() for tap in taps}
@@ -286,6 +286,6 @@ def _surrogate_loss(outputs: Outputs, rows: Outputs, first: int, end: int) -> Te
         if grad is None or end == first:
             total = total + (output * 0.0).sum()
         else:
-            per_sample = len(output) // (end - first)  # captions per sample
+            per_sample = len(output) // (end - first)  # rows per sample, such as its captions
             total = total + (output * grad[first * per_sample : end * per_sample]).sum()
     return total

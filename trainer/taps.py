@@ -2,8 +2,8 @@
 
 image              after the projection head, in the shared space
 image.encoder      before the projection head
-image.projection   after a second projection head: a loss between views need not shape the shared
-                   space
+image.projection   after a second projection head, so that a loss between views does not shape the
+                   shared space
 text.tokens        one vector per token, after a separate token head
 image@1            from a second augmented view (text: with different dropout)
 teacher.image      from the momentum tower
@@ -25,7 +25,7 @@ class Tap(NamedTuple):
 
     Attributes:
         modality: Name of the tower.
-        output: head, encoder, projection or tokens.
+        output: `head`, `encoder`, `projection` or `tokens`.
         view: Number of the augmented view, from 0.
     """
 
@@ -35,7 +35,7 @@ class Tap(NamedTuple):
 
     @property
     def base(self) -> str:
-        """The name without the view, as `Towers.forward` knows it."""
+        """The name without the view, as in the result of `Towers.forward`."""
         return self.modality if self.output == "head" else f"{self.modality}.{self.output}"
 
 
@@ -58,7 +58,7 @@ def with_view(base: str, view: int) -> str:
 
 
 def count_views(taps: Iterable[str]) -> int:
-    """Return how many views the taps refer to, at least one."""
+    """Return the number of views that the taps refer to, at least 1."""
     return 1 + max((parse_tap(tap).view for tap in taps), default=0)
 
 

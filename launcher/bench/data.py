@@ -23,7 +23,7 @@ from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import cache_of, fields_of, make_tokenizer, open_train, plans_of
 
 STEPS = 1000
-"""Number of steps whose batches are read, repeated endlessly."""
+"""Number of steps whose batches are read; after the last, reading starts over."""
 
 
 def bench_data(

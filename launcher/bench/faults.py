@@ -35,9 +35,9 @@ Say = Callable[[str], None]
 CHECKPOINT_STEPS = 4
 """Steps between checkpoints."""
 WAIT_TIMEOUT_S = 300.0
-"""The benchmark fails if the run does not reach the next kill within this time."""
+"""Seconds within which the run must reach the next kill; otherwise the benchmark fails."""
 KILL_KINDS = RANK, EVERYTHING, SAVE = "a rank", "everything", "everything, in a save"
-"""Kill one rank; the launcher and all its descendants; the same during a save."""
+"""Kinds of kill: one rank; the launcher and all its descendants; the same during a save."""
 
 CONFIG = """
 data:
@@ -134,7 +134,7 @@ class _Command:
         self.process, self.output = process, output
 
     def wait_until(self, condition: Callable[[], object], goal: str) -> None:
-        """Wait for a condition; fail if the process ends or the timeout passes before."""
+        """Wait for a condition; raise if the process ends first, or the timeout passes."""
         deadline = time.monotonic() + WAIT_TIMEOUT_S
         while not condition():
             if self.process.poll() is not None:
@@ -146,7 +146,7 @@ class _Command:
             time.sleep(0.02)
 
     def wait_for_end(self) -> None:
-        """Wait for the process to end; fail if its exit code is not 0."""
+        """Wait for the process to end; raise if its exit code is not 0."""
         if self.process.wait() != 0:
             raise GigabatchError(f"the run failed without being killed:\n{self._tail()}")
 
@@ -204,7 +204,7 @@ def _kill_once(command: _Command, run: RunFolder, how: str, rng: random.Random) 
     command.wait_until(lambda: _last_step(run) >= step, f"reach step {step}")
     time.sleep(rng.random() * 0.2)
     if how == SAVE:
-        # Files of this attempt only; earlier kills may have left others.
+        # Match only files of this attempt; earlier kills may have left files of others.
         pattern = f".step-*.{run.attempts():06d}.tmp"
         command.wait_until(lambda: any(run.checkpoints.glob(pattern)), "save")
     launcher = command.process.pid
@@ -230,7 +230,7 @@ def _losses(run: RunFolder) -> dict[int, float]:
 
 
 def _cost(metrics: Path, kill: Kill) -> dict[str, float]:
-    """Compute what a kill cost.
+    """Compute the cost of a kill.
 
     Args:
         metrics: `metrics.jsonl` of the disturbed run.

@@ -39,7 +39,7 @@ from gigabatch.trainer.taps import TEACHER, parse_tap
 MAX_QUOTIENT = 1.25
 CPU = torch.device("cpu")
 TOKENS = 16
-"""Tokens of an item in late interaction; items times tokens equals the rows of other objectives."""
+"""Tokens per item in late interaction; items times tokens equals the rows of other objectives."""
 
 
 def benchmark_cases() -> dict[str, tuple[str, Benchmark]]:
@@ -59,7 +59,7 @@ class Subject:
         step: Runs forward and backward.
         samples: Number of samples in a step.
         passes: Number of matrix passes that the objective declares.
-        work: Number of multiplications in these passes.
+        work: Number of multiplications of these passes.
         times: Wall-clock and processor seconds of each step.
     """
 
@@ -110,7 +110,7 @@ def bench(
 
 
 def _measure(objective: str, case: Benchmark, size: int, width: int, rounds: int) -> dict[str, Any]:
-    """Return JSON values; `quotient` is by wall clock, `processor_quotient` by processor time."""
+    """Return JSON values; `quotient` uses the wall clock, `processor_quotient` processor time."""
     base = _subject("infonce", Benchmark(), size, width)
     tested = _subject(objective, case, size, width)
     for subject in (base, tested):
@@ -161,14 +161,15 @@ def make_inputs(
     """Create random inputs of n samples.
 
     Args:
-        needs: Inputs that the objective needs.
+        needs: Inputs of the objective.
         n: Number of samples.
         width: Embedding dimension.
-        case: The objective.
+        case: Benchmark case of the objective.
 
     Returns:
-        Unit vectors float32 [rows, width] of each tap, with gradients; those of teachers, without;
-        columns [n]. On average two samples share a `concept`; `lang` has 4 values, `age` 80.
+        (unit vectors float32 [rows, width] of each tap, with gradients; those of teacher taps,
+        without gradients; columns [n]). On average two samples share a `concept`. `lang` has 4
+        values, and `age` 80.
     """
     g = torch.Generator().manual_seed(n)
 

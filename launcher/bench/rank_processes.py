@@ -1,4 +1,4 @@
-"""Processes of a torchrun run on this machine, listed from its launcher's process."""
+"""Processes of a torchrun run on this machine, found from its launcher's process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rank_processes(launcher: int) -> list[psutil.Process]:
         with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
             if "gigabatch.launcher.worker" in process.cmdline() and "RANK" in process.environ():
                 workers[process.pid] = (int(process.environ()["RANK"]), process)
-    # A loader is forked from its rank: it has the same command, and a rank as parent.
+    # A loader is forked from its rank, so it has the same command, and a rank as parent.
     ranks = [(rank, p) for rank, p in workers.values() if _parent_pid(p) not in workers]
     return [process for _, process in sorted(ranks, key=lambda pair: pair[0])]
 

@@ -1,6 +1,6 @@
-"""The command `gigabatch`: its verbs, its options and its exit codes.
+"""The command `gigabatch`: its subcommands, options and exit codes.
 
-Modules that import torch are imported inside the verbs, after the paths were checked.
+Modules that import torch are imported inside the subcommands, after the paths are checked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gigabatch.launcher.cli.jobs import jobs, submit
 from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
 from gigabatch.launcher.cli.template import template
-from gigabatch.launcher.output import complain, write
+from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.signals import INTERRUPTED
 
 
@@ -39,7 +39,7 @@ class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer itself would exit without a message
+        except KeyboardInterrupt:  # Typer would exit without a message
             print("gigabatch: aborted", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
 
@@ -70,7 +70,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Options before the verb."""
+    """Handle the options that precede the command."""
 
 
 @app.command()
@@ -89,7 +89,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
       gigabatch train my.yaml train.steps=1000 cluster.workers=8
       gigabatch train clip data.root=/data/pairs train.epochs=3
     """
-    # Ctrl-C waits for the imports: some libraries swallow it, others stay broken after it.
+    # Ctrl-C is deferred during the imports: some libraries catch it, others stay broken after it.
     with ctrl_c_deferred():
         from gigabatch.launcher.start import start_run
 
@@ -181,18 +181,18 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except GigabatchError as error:
-        complain(f"gigabatch: {error}")
+        write_stderr(f"gigabatch: {error}")
         code = 2
     except (KeyboardInterrupt, typer.Abort, typer.Exit) as end:
         code = getattr(end, "exit_code", INTERRUPTED)
         if code == INTERRUPTED:
-            complain("gigabatch: aborted")
+            write_stderr("gigabatch: aborted")
     except Exception as error:
-        if not hasattr(error, "format_message"):  # only a wrong command line has one
+        if not hasattr(error, "format_message"):  # only errors of the command line have it
             raise
         message = error.format_message()
-        # Without a verb the message is the help text.
-        complain(message if message.startswith("Usage:") else f"gigabatch: {message}")
+        # Without a command, the message is the help text.
+        write_stderr(message if message.startswith("Usage:") else f"gigabatch: {message}")
         code = 2
     sys.exit(code)
 

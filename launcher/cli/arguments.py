@@ -1,5 +1,5 @@
-"""Arguments that several commands share. Each path is checked while the line is parsed, before a
-command imports torch, so that a typing error gets its answer at once."""
+"""Arguments that several commands share. Paths are checked while the line is parsed, before a
+command imports torch, so that a typing error is reported at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _config(name: Path | None) -> Path | None:
 
 
 def _run(name: str) -> str:
-    """Return the path of a run; a URL of copied checkpoints stays as it is."""
+    """Return the path of a run; return a URL of copied checkpoints unchanged."""
     from gigabatch.trainer.run.find import find_run
 
     return name if "://" in name else str(find_run(name))
@@ -30,7 +30,7 @@ def check_shards(source: str) -> str:
     """Return `source`, which must name shards or a filtered view.
 
     Raises:
-        GigabatchError: if nothing is there, or something that must be packed first.
+        GigabatchError: if there is nothing, or data that must be packed first.
     """
     from gigabatch.data.shards.pack_hint import pack_hint
 
@@ -40,7 +40,7 @@ def check_shards(source: str) -> str:
 
 
 def check_exists(source: str) -> str:
-    """Return `source`, a local path or pattern that must match something, or a URL.
+    """Return `source`, which must be a URL, or a local path or pattern that matches something.
 
     Raises:
         GigabatchError: if nothing matches, or a URL's scheme is not supported.
@@ -54,7 +54,7 @@ def check_exists(source: str) -> str:
 
 
 def _table_or_shards(source: str) -> str:
-    """Return the source of `data pack`, which reads tables by file or folder, not by pattern."""
+    """Return `source`, a table or shards for `data pack`; a pattern of tables is an error."""
     from gigabatch.data.shards.pack_hint import pack_hint
 
     if not os.path.exists(source) and "://" not in source and pack_hint(source):
@@ -122,7 +122,7 @@ TableOrShards = Annotated[
     typer.Argument(
         metavar="SOURCE",
         help="Table (CSV, TSV, JSONL, Parquet, Arrow; a file, or a folder of files of one format) "
-        "that names files or holds their bytes; or shards to be written again.",
+        "that names files or contains their bytes; or shards to be written again.",
         callback=_table_or_shards,
     ),
 ]

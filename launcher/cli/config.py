@@ -43,7 +43,7 @@ def config(
         bool,
         typer.Option(
             "--explain",
-            help="Explain all keys, or the KEYs and sections named: meaning, type, default, value.",
+            help="Explain all keys, or only the given ones: meaning, type, default, value.",
         ),
     ] = False,
 ) -> None:

@@ -1,7 +1,7 @@
 """Actions of `gigabatch data ...`: open shards, run an operation, print its result.
 
-`decode` and `trainer` import torch, so they are imported where they are used: indexing and packing
-do not need them.
+`decode` and `trainer` import torch, so they are imported inside the functions that use them;
+indexing and packing do not need them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from gigabatch.data.shards.scan import IndexSettings
 from gigabatch.launcher.progress import progress_bar
 
 LAST_POSITION = 1 << 62
-"""Positions in the epoch order are int64; beyond this their arithmetic could overflow."""
+"""Limit of positions in the epoch order; above it, their int64 arithmetic could overflow."""
 
 
 def index_source(
@@ -77,13 +77,13 @@ def _describe_column(index: Index, name: str) -> str:
 
 
 def _missing_members(index: Index) -> list[str]:
-    """Describe samples without a member that others have, one line per kind of member."""
+    """Describe samples without a member that other samples have, one line per kind of member."""
     if all(count == len(index) for _, count in index.member_counts):
         return []
     from gigabatch.data.decode.audio import AUDIO_MEMBERS
     from gigabatch.data.decode.members import IMAGE_MEMBERS
 
-    alternatives = (IMAGE_MEMBERS, AUDIO_MEMBERS)  # a sample needs any one of each
+    alternatives = (IMAGE_MEMBERS, AUDIO_MEMBERS)  # of each group, a sample needs one member
     known = {member for members in alternatives for member in members}
     kinds = [tuple(m for m in members if m in index.members) for members in alternatives]
     kinds += [(member,) for member in index.members if member not in known]
@@ -113,7 +113,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
     from gigabatch.data.describe.check import check
     from gigabatch.data.text.captions import CaptionSettings
 
-    # Use the stored index: a fresh one would take a changed shard's content as correct.
+    # Use the stored index; a new one would accept the content of a changed shard.
     index = stored_index(source) or open_source(source)
     fields = Fields(
         image=ImageSettings() if set(IMAGE_MEMBERS) & set(index.members) else None,
@@ -135,7 +135,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
 
 
 def pack_source(source: str, out: Path, settings: Mapping[str, Any]) -> None:
-    """Write shards of a table, or of other shards."""
+    """Write shards from a table, or from other shards."""
     from gigabatch.data.packing.pack import PackSettings, pack
 
     try:

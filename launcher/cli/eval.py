@@ -1,4 +1,4 @@
-"""`gigabatch eval`: options, and the list of tasks in its help."""
+"""`gigabatch eval`: its options, and the list of tasks in its help."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def evaluate(
         str,
         typer.Option(
             metavar="NAME",
-            help="Task, listed below, or package.mod:Class of a task of your own.",
+            help="Task, listed below, or package.mod:Class of your own task.",
         ),
     ] = "retrieval",
     positives: Annotated[

@@ -48,8 +48,8 @@ def submit(
         typer.Option(
             "--with",
             metavar="PATH",
-            help="Python file or package folder to send along, for code that the config names as "
-            "package.mod:Class. Repeatable.",
+            help="Python file or package folder to send with the job, for code that the config "
+            "names as package.mod:Class. Repeatable.",
             exists=True,
         ),
     ] = None,

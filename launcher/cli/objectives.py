@@ -1,4 +1,4 @@
-"""`gigabatch objectives`: a list and explanations of the objectives, read from their classes."""
+"""`gigabatch objectives`: list and explanations of the objectives, read from their classes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def objectives(
 ) -> None:
     """List the objectives, or explain one.
 
-    An explanation has formula, papers, config keys, required data and cost.
+    An explanation shows formula, papers, config keys, required data and cost.
 
     \b
     Examples:
@@ -70,7 +70,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _needs(name: str) -> dict[str, Any]:
-    """Return what the objective reads under default settings, with examples for required keys."""
+    """Return the inputs of the objective with default settings, and examples for required keys."""
     from gigabatch.trainer.objectives import OBJECTIVES, build_objective, parse_settings
 
     fields = OBJECTIVES[name].Settings.model_fields

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="NAME|all", help="Experiment to run; without one, list them."),
+        typer.Argument(
+            metavar="NAME|all", help="Experiment to run. Default: list the experiments."
+        ),
     ] = None,
     data: Annotated[
         Path | None,
@@ -66,7 +68,7 @@ def reproduce(
     if name is None:
         write("\n".join(_list_lines(STUDIES, on_real_data)) + "\n")
         return 0
-    # Imported only here: it imports torch, which takes seconds.
+    # Imported late, because it imports torch, which takes seconds.
     from gigabatch.launcher.experiments.session import run_studies
 
     studies, papers = _select(name, STUDIES, on_real_data, has_data=data is not None)
@@ -93,12 +95,12 @@ def _list_lines(synthetic: Studies, on_real_data: Studies) -> list[str]:
 def _select(
     name: str, synthetic: Studies, on_real_data: Studies, *, has_data: bool
 ) -> tuple[Studies, tuple[Paper, ...]]:
-    """Return the studies that a name or a paper's alias selects, and a paper without a study.
+    """Return the studies that a name or a paper's alias selects, and selected papers without one.
 
     Studies on real data are part of `all` and of a paper's alias only if `has_data`.
 
     Raises:
-        GigabatchError: If the name is unknown, or its study needs `--data`.
+        GigabatchError: if the name is unknown, or its study needs `--data`.
     """
     from gigabatch.launcher.experiments.papers import PAPERS
 

@@ -32,7 +32,7 @@ def template(
     """Write a job file for KubeRay, Slurm, ray up or SkyPilot.
 
     The job trains CONFIG with one worker per GPU; secrets are only referenced. The top of each file
-    says how to use it and what it expects. A restarted job continues its run. docs/operations.md
+    says how to use it and what it requires. A restarted job continues its run. docs/operations.md
     says how each kind was tested.
 
     \b

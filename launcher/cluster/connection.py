@@ -151,7 +151,7 @@ def _check_dashboard(url: str, token: str | None) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of a message that states the reason: after a traceback, the last one."""
+    """Return the line of a message that states the reason: the last one, if it has a traceback."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     if any(line.startswith("Traceback") for line in lines):
         return lines[-1].strip()

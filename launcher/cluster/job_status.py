@@ -1,4 +1,4 @@
-"""Submitted jobs of a Ray cluster: list, log, outcome, stop."""
+"""Jobs of a Ray cluster: list, log, outcome, stop."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gigabatch.launcher.output import write
 from gigabatch.launcher.signals import INTERRUPTED, REQUEUE
 
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
-"""Variable of a job's environment: seconds between its SIGTERM and SIGKILL."""
+"""Environment variable of a job: seconds between its SIGTERM and SIGKILL."""
 STOP_S = 150
-"""Default of that variable."""
+"""Default of the variable `STOP_WAIT`."""
 _POLL_S = 0.5
 _MAX_FAILURES = 5
-"""Consecutive connection failures without new output before following a log fails."""
+"""Maximum consecutive connection failures without new output while a log is followed."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -65,7 +65,7 @@ def outcome(client: Any, job: str) -> int:
 async def _print_log(client: Any, job: str) -> None:
     """Print a job's log until it ends, reconnecting after failures.
 
-    On each connection Ray sends the log from its beginning, so the part printed before is skipped.
+    On each connection Ray sends the log from its beginning, so the part already printed is skipped.
     """
     import aiohttp
 

@@ -1,4 +1,4 @@
-"""Preemption notices from Ray: nodes that a cloud will take away or that are being drained.
+"""Preemption notices from Ray: nodes that a cloud will remove or that are being drained.
 
 `ray.train.get_preemption_info` would need a barrier of all workers at each step. Instead, the
 driver polls Ray, as Ray Train's watcher does, and requests a checkpoint through the run folder.
@@ -19,10 +19,10 @@ POLL_S = 2.0
 
 
 class PreemptionWatcher:
-    """Reaction to preemption notices.
+    """Poller of preemption notices, which requests a checkpoint or a stop.
 
-    A notice about another node requests a checkpoint from the workers; one about this process's
-    node requests a graceful stop.
+    After a notice about this process's node, it requests a graceful stop; after a notice about any
+    other node, a checkpoint.
     """
 
     def __init__(self, run: RunFolder) -> None:
@@ -35,7 +35,9 @@ class PreemptionWatcher:
         self.polled_at = time.monotonic()
         try:
             draining = draining_nodes()
-        except Exception as error:  # Ray is busy or has another version; the run can continue.
+        except (
+            Exception
+        ) as error:  # Ray is busy or has an incompatible version; the run can continue.
             if not self.failed:
                 log.warning("cannot read preemption notices from Ray: %s", error)
             self.failed = True

@@ -12,16 +12,16 @@ from typing import Any
 from gigabatch.data.errors import GigabatchError
 
 TIMEOUT_S = 60.0
-"""Time for all nodes to respond; each starts a process."""
+"""Seconds for all nodes to respond; each starts a process."""
 _LAG_S = 5.0
-"""Time that a network file system may take to show a new file."""
+"""Seconds that a network file system may take to show a new file."""
 
 
 def check_shared(folder: Path) -> None:
-    """Let every node of the joined cluster read and write a file in `folder`.
+    """Check that every node of the cluster can read and write files in `folder`.
 
     Raises:
-        GigabatchError: if a node cannot; the message names the nodes.
+        GigabatchError: if a node cannot; the message names these nodes.
     """
     import ray
 
@@ -64,7 +64,7 @@ def _start_task(node: str, probe: str, token: str) -> Any:
 
 
 def _read_and_write(probe: str, token: str, node: str) -> str | None:
-    """Read the driver's file and write another, on a node; returns the problem, if any."""
+    """On a node, read the driver's file and write a second one; return the problem, if any."""
     if _read(Path(probe)) != token:
         return "cannot see the driver's file"
     try:

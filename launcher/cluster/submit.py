@@ -1,7 +1,7 @@
 """Submission of runs as jobs to a Ray cluster, with this code, user modules and the config.
 
 A job's driver is `gigabatch train` or `gigabatch resume`. The cluster starts it on its head node,
-in a folder that holds the config. It trains with workers of the same cluster; see `workers`.
+in a folder that contains the config. It trains with workers of the same cluster; see `workers`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from gigabatch.trainer.config.load import dump_config, parse_config, read_config
 from gigabatch.trainer.run.folder import RunFolder
 
 NOT_SENT = shutil.ignore_patterns("__pycache__", ".git", ".env", ".env.*", ".netrc", "*.pem")
-"""Files of a `--with` folder that are not sent: they are not code, or may hold secrets."""
+"""Files of a `--with` folder that are not sent, because they are not code or may be secret."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Job:
         files: Text of each file in the job's working folder, by name.
         modules: Files and folders of user modules.
         label: Name in a list of jobs.
-        stop_s: Seconds between a stop request and the job's end by force.
+        stop_s: Seconds between a stop request and SIGKILL.
     """
 
     arguments: tuple[str, ...]
@@ -109,7 +109,7 @@ def resume_job(
 
 
 def _stop_s(config: Config) -> int:
-    """Compute a job's `stop_s`: the run's grace period, and 30 s for its processes to end."""
+    """Compute a job's `stop_s`: the run's grace period plus 30 s for its processes to end."""
     return math.ceil(config.cluster.grace_s) + 30
 
 
@@ -129,7 +129,7 @@ def submit(client: Any, job: Job) -> str:
     """Send a job together with the installed code.
 
     Returns:
-        Submission id.
+        Id of the job.
 
     Raises:
         GigabatchError: if the cluster does not accept the job.

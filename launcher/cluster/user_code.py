@@ -1,4 +1,4 @@
-"""Import check for a config's user modules, run before a job is submitted."""
+"""Check for a config's user modules, made before a job is submitted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_user_code(config: Config, sent: Sequence[Path]) -> None:
 
     Raises:
         GigabatchError: if a module is neither sent nor installed, or does not define the name; the
-            message states the key and what to add.
+            message names the key and the fix.
     """
     for path in sent:
         _check_path(path)
@@ -72,7 +72,7 @@ def _find(module: str, sent: Sequence[Path]) -> Path:
         if path.absolute().stem == top:
             return _inside(path.absolute(), rest, module)
     if top in sys.builtin_module_names or top in sys.stdlib_module_names:
-        raise GigabatchError(f"{top} is a module of Python; name a module of your own.")
+        raise GigabatchError(f"{top} is a module of Python; name your own module.")
     spec = PathFinder.find_spec(top)
     if spec is None:
         raise GigabatchError(
@@ -105,7 +105,7 @@ def _inside(path: Path, rest: Sequence[str], module: str) -> Path:
 
 
 def _defines(file: Path, name: str) -> bool:
-    """Whether a module's source may bind a name; errs on the side of True."""
+    """Return whether a module's source may bind a name; in doubt, return True."""
     try:
         tree = ast.parse(file.read_text(encoding="utf-8"), str(file))
     except (SyntaxError, UnicodeDecodeError) as error:

@@ -1,8 +1,8 @@
-"""A wheel of the code that runs here, built without a network, build tools or a checkout.
+"""Wheel of the installed code, built without a network, build tools or a checkout.
 
-A cluster keeps uploaded wheels by file name, so the name must change when the code does: the local
-part of the version is a digest of all files. The wheel declares no dependencies. The cluster's
-image has them, and a starting job may download nothing.
+A cluster stores uploaded wheels by file name, so the name must change with the code: the local part
+of the version is a digest of all files. The wheel declares no dependencies, because the cluster's
+image has them and a starting job must not download anything.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def build_wheel(folder: Path) -> Path:
     """Write `gigabatch-VERSION+DIGEST-py3-none-any.whl` into a folder.
 
     Args:
-        folder: Where to write it; must exist.
+        folder: Folder for the wheel; must exist.
 
     Returns:
         The path of the wheel. The same files give the same bytes.

@@ -1,8 +1,8 @@
 """Training under Ray Train, which places workers, assigns their ranks and restarts them.
 
-Ray stores no checkpoints and gets no reports; the run folder holds everything. Ray's `fit` exits at
-once on a signal, and its workers cannot handle signals. Therefore `fit` runs in a thread, and stop
-requests reach the workers through the run folder.
+Checkpoints and metrics are stored in the run folder, not by Ray. Ray's `fit` exits at once on a
+signal, and its workers cannot handle signals. Therefore `fit` runs in a thread, and stop requests
+reach the workers through the run folder.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def _start_local_ray(cluster: ClusterSettings) -> None:
     import ray
 
     ray.init(
-        # The default may be the address that a crashed session left in /tmp/ray.
+        # By default, Ray may use the address that a crashed session left in /tmp/ray.
         address="local",
-        num_cpus=math.ceil(cluster.most * cluster.cpus_per_worker),
+        num_cpus=math.ceil(cluster.max_workers * cluster.cpus_per_worker),
         include_dashboard=False,
         log_to_driver=False,
         logging_level=logging.ERROR,
@@ -105,8 +105,10 @@ def _check_cluster(run: RunFolder, cluster: ClusterSettings) -> None:
         f"cluster capacity: {capacity} workers with {resources} each, on {nodes} "
         f"node{'' if nodes == 1 else 's'}\n"
     )
-    if capacity < cluster.least:
-        write(f"cluster.workers={cluster.least} is required; waiting for the cluster to grow\n")
+    if capacity < cluster.min_workers:
+        write(
+            f"cluster.workers={cluster.min_workers} is required; waiting for the cluster to grow\n"
+        )
 
 
 def _per_worker(cluster: ClusterSettings) -> dict[str, float]:
@@ -115,7 +117,7 @@ def _per_worker(cluster: ClusterSettings) -> dict[str, float]:
 
 
 def _any_gpu() -> bool:
-    """Whether any node has a GPU; the head node, where the driver runs, often has none."""
+    """Return whether any node has a GPU; the head node, where the driver runs, often has none."""
     import ray
     import torch
 
@@ -126,7 +128,9 @@ def _fit(run: RunFolder, cluster: ClusterSettings) -> None:
     def fit() -> None:
         try:
             while _lacks_capacity(run, cluster):
-                log.warning("the cluster has no capacity for %d workers; waiting", cluster.least)
+                log.warning(
+                    "the cluster has no capacity for %d workers; waiting", cluster.min_workers
+                )
         except Exception as error:
             # Workers record their errors in the run folder themselves; this error is Ray's.
             run.record_crash(f"{type(error).__name__}: {error}")
@@ -143,8 +147,8 @@ def _fit(run: RunFolder, cluster: ClusterSettings) -> None:
 def _lacks_capacity(run: RunFolder, cluster: ClusterSettings) -> bool:
     """Train to the end, or until the cluster has no capacity for the workers.
 
-    Returns True in the second case, unless a stop was requested. Such a wait does not count as one
-    of `cluster.max_restarts`.
+    Returns True if the cluster lacks capacity and no stop was requested. Waiting for capacity does
+    not count towards `cluster.max_restarts`.
     """
     from ray.train import ControllerError
 

@@ -1,1 +1,1 @@
-"""Small experiments that test the effects papers claim, with the real trainer."""
+"""Small experiments that test the effects that papers claim, with the real trainer."""

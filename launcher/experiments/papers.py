@@ -1,4 +1,4 @@
-"""The surveyed papers, and what gigabatch offers for each."""
+"""The surveyed papers, and the features of gigabatch for each."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ STATUS_TEXT: dict[Status, str] = {
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper. `alias`: a number that the command line accepts in place of a study's name."""
+    """A paper. `alias` is a number that the command line accepts in place of a study's name."""
 
     alias: int
     title: str
     status: Status
     offers: str
-    """What gigabatch has for the paper's topic."""
+    """Features of gigabatch for the paper's topic."""
 
     @property
     def status_text(self) -> str:

@@ -1,4 +1,4 @@
-"""Results of a study: as text for the terminal, as JSON, and as docs/reproductions.md."""
+"""Formats of a study's results: text for the terminal, JSON, and docs/reproductions.md."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gigabatch.launcher.experiments.study import Check, Estimate, Study
 from gigabatch.trainer.run.files import write_atomically
 
 MAX_COLUMNS = 8
-"""Metrics; tables of more are transposed, to fit a screen."""
+"""Maximum number of metric columns; tables with more are transposed to fit a screen."""
 
 
 def as_json(outcome: Outcome) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def _threshold(minimum: float | None, maximum: float | None) -> str:
 
 
 def _number(value: float) -> str:
-    """Format with two decimals, or with more where two would round."""
+    """Format with two decimals, or with more if two would round the value."""
     short = f"{value:.2f}"
     return short if float(short) == value else f"{value:g}"
 

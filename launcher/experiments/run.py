@@ -46,7 +46,7 @@ from gigabatch.trainer.run.folder import RunFolder
 Say = Callable[[str], None]
 Stop = Callable[[], bool]
 Interval = tuple[float, float | None, float | None]
-"""A metric of one run: value, then the ends of its 95 % interval, or None without one."""
+"""A metric of one run: its value, and the ends of its 95 % interval, or None without one."""
 
 BASE = {
     "cluster": {"launcher": "inline", "workers": 1, "threads": 1},
@@ -82,11 +82,11 @@ def run_study(study: Study, seeds: int, out: Path, say: Say, stop: Stop) -> Outc
         seeds: Number of seeds.
         out: Folder for data and runs.
         say: Receives one line per finished run.
-        stop: Polled in training; True ends it after a checkpoint.
+        stop: Called during training; True ends it after a checkpoint.
 
     Raises:
-        GigabatchError: If data or a stored run does not fit the study.
-        Stopped: If `stop` returned True.
+        GigabatchError: if data or a stored run does not fit the study.
+        Stopped: if `stop` returned True.
     """
     start_time = time.monotonic()
     values: dict[str, dict[str, list[Interval]]] = {v.name: {} for v in study.variants}
@@ -194,14 +194,18 @@ def _train(
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
-    """Raise GigabatchError if a stored run was trained with another config."""
+    """Check that a stored run was trained with this config.
+
+    Raises:
+        GigabatchError: if it was not.
+    """
     changed = differences(run.config(), config)
     changed.pop("train.init_from", None)  # the stored run names the checkpoint, not the run
     if changed:
         key_, (old, new) = next(iter(changed.items()))
         raise GigabatchError(
-            f"{run.path} was trained by another version of this experiment ({key_}: {old!r}, now "
-            f"{new!r}). Remove the folder, or choose another --out."
+            f"{run.path} was trained by a different version of this experiment ({key_}: "
+            f"{old!r}, now {new!r}). Remove the folder, or choose a different --out."
         )
 
 

@@ -13,9 +13,9 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.experiments import report
 from gigabatch.launcher.experiments.run import Stopped, run_study
 from gigabatch.launcher.experiments.study import Study
-from gigabatch.launcher.output import complain, write
+from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.signals import StopRequest, stop_on_signals
-from gigabatch.trainer.distributed import leave
+from gigabatch.trainer.distributed import exit_now
 
 GRACE_S = 60.0
 
@@ -26,7 +26,7 @@ def run_studies(
     """Run studies, print and save their results.
 
     Args:
-        studies: Run in this order.
+        studies: Studies, in the order in which they run.
         seeds: Number of seeds per variant.
         out: Folder for data, runs and results.
         document: Markdown file for the verdicts of all papers; None for no file.
@@ -36,7 +36,7 @@ def run_studies(
         Exit code: 0 if all studies pass, 1 if not, or that of the signal that stopped them.
 
     Raises:
-        GigabatchError: If `out` cannot be created, or a study raises it.
+        GigabatchError: if `out` cannot be created, or a study raises it.
     """
     logging.getLogger("gigabatch").setLevel(logging.WARNING)  # details are in each train.log
     try:
@@ -44,14 +44,14 @@ def run_studies(
     except OSError as error:
         raise GigabatchError(f"--out {out} cannot be created: {error.strerror}.") from error
     all_passed = True
-    say = complain if as_json else _write_line
+    say = write_stderr if as_json else _write_line
     with stop_on_signals(GRACE_S, _abandon_step) as stop:
         for study in studies:
             say(f"{study.name} ({'; '.join(study.papers)}): {study.claim}")
             try:
                 outcome = run_study(study, seeds, out.absolute(), say, stop)
             except Stopped:
-                complain("stopped; run the same command to continue")
+                write_stderr("stopped; run the same command to continue")
                 return stop.exit_code
             saved = report.save(out, study, report.as_json(outcome))
             all_passed &= outcome.passed
@@ -77,9 +77,9 @@ def _summary(outcome: dict[str, Any]) -> Iterator[str]:
 
 
 def _abandon_step(stop: StopRequest) -> None:
-    complain(
+    write_stderr(
         f"gigabatch: the step in progress did not finish within {GRACE_S:.0f} s; "
         "run the same command to continue"
     )
     sys.stdout.flush()
-    leave(stop.exit_code)
+    exit_now(stop.exit_code)

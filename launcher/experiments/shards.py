@@ -1,4 +1,4 @@
-"""Writing of small synthetic data sets as WebDataset shards."""
+"""Writer of small synthetic data sets as WebDataset shards."""
 
 from __future__ import annotations
 

@@ -17,16 +17,17 @@ DATA = "{data}"
 """Placeholder in config strings, replaced by the path of the seed's data folder."""
 
 WriteData = Callable[[Path, np.random.Generator, str], None]
-"""Writes the data sets of one seed: (folder, random generator, `Variant.data_kind`)."""
+"""Function that writes the data sets of one seed: (folder, random generator,
+`Variant.data_kind`)."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way of training.
+    """A variant of training, such as the baseline or the paper's method.
 
     Attributes:
         name: Label in tables, and part of the run folder's name.
-        config: Dotted config keys that this variant sets beyond the study's.
+        config: Dotted config keys that this variant sets in addition to the study's.
         data_kind: Passed to `Study.write`, for studies that train on several kinds of data.
         init_from: Name of the variant whose run provides the towers' initial weights.
     """
@@ -43,7 +44,7 @@ class Metric:
 
     Attributes:
         name: Column heading; checks refer to it.
-        task: Evaluation task, or `history` for the best and final values seen in training.
+        task: Evaluation task; `history` gives the best and final values during training.
         dataset: Set of the variant's data to evaluate on.
         tag: Tag of the value, after `eval/SET/`.
         settings: KEY=VALUE settings of the task.
@@ -88,7 +89,7 @@ class Estimate:
 Results = Mapping[str, Mapping[str, Estimate]]
 """Variant name -> metric name -> estimate."""
 MeanOf = Callable[[str, str], float]
-"""Looks up a mean over seeds: (variant name, metric name)."""
+"""Function that returns a mean over seeds: (variant name, metric name)."""
 Formula = Callable[[MeanOf], float]
 
 
@@ -101,7 +102,7 @@ class Check:
         formula: Computes the value from the means.
         minimum: Smallest passing value; None for no lower threshold.
         maximum: Largest passing value; None for no upper threshold.
-        baseline: The check guards against a weak baseline, which any method would beat.
+        baseline: Whether the check guards against a weak baseline, which any method would beat.
     """
 
     name: str
@@ -130,9 +131,9 @@ class Study:
         setting: The data, the variants and the metric, in a few sentences.
         write: Writes the data of one seed.
         config: Dotted config keys that all variants share.
-        variants: Trained in this order for every seed.
-        metrics: Measured on every finished run.
-        checks: All must pass.
+        variants: Variants, in the order in which they are trained for every seed.
+        metrics: Metrics to measure on every finished run.
+        checks: Checks, all of which must pass.
         intervals: JSON field whose values are resampled, each with all its queries, for 95 %
             intervals; None for no intervals.
     """

@@ -1,1 +1,1 @@
-"""Checks before a run: machine, network, data, shared folder, user code."""
+"""Checks before a run: machine, network, data, copies of checkpoints."""

@@ -9,13 +9,13 @@ from statistics import median
 import torch
 import torch.distributed as dist
 
-from gigabatch.trainer.distributed import World, join_world, leave
+from gigabatch.trainer.distributed import World, exit_now, join_world
 
-SMALL, LARGE = 1 << 10, 16 << 20  # bytes of each rank
+SMALL, LARGE = 1 << 10, 16 << 20  # bytes per rank
 
 
 def median_seconds(world: World, size: int, times: int) -> float:
-    """Return the median time of an all-gather of `size` bytes from each rank."""
+    """Return the median seconds of an all-gather of `size` bytes from each rank."""
     local = torch.zeros(size, dtype=torch.uint8, device=world.device)
     parts = [torch.empty_like(local) for _ in range(world.size)]
     seconds = []
@@ -26,7 +26,7 @@ def median_seconds(world: World, size: int, times: int) -> float:
         if world.device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return median(seconds[len(seconds) // 5 :])  # the first ones also set up connections
+    return median(seconds[len(seconds) // 5 :])  # the first runs also set up connections
 
 
 if __name__ == "__main__":
@@ -40,4 +40,4 @@ if __name__ == "__main__":
                 "bytes_per_s": received / large,
             }
             print(json.dumps(result), flush=True)
-    leave(0)
+    exit_now(0)

@@ -28,37 +28,42 @@ from gigabatch.trainer.inputs import (
 
 
 def examine_data(config: Config) -> str:
-    """Open a run's data as its start would; return its description. Raises GigabatchError."""
+    """Open a run's data with the checks of its start; return a description.
+
+    Raises:
+        GigabatchError: if a check fails.
+    """
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     return f"{len(data):,} samples in {', '.join(index.source for index in data.indexes)}"
 
 
 def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainData:
-    """Open the training data, and check whatever the run needs of data and devices.
+    """Open the training data; check the data and devices that the run needs.
 
     Args:
         config: Resolved config.
         progress: Called with (shards indexed, shards in total).
 
     Raises:
-        GigabatchError: for too few GPUs, a missing stage, damaged or missing shards, and fields or
-            vectors that samples lack.
+        GigabatchError: if there are too few GPUs, a stage or shards are missing, shards are
+            damaged, or samples lack a field or vector.
     """
     devices = torch.cuda.device_count()
     is_ray = config.cluster.launcher == "ray"
     needs_no_gpu_here = "RANK" in os.environ or (
         is_ray and (in_ray_job() or config.cluster.gpus_per_worker == 0)
     )
-    if not needs_no_gpu_here and 0 < devices < config.cluster.least:
+    workers = config.cluster.min_workers
+    if not needs_no_gpu_here and 0 < devices < workers:
         raise GigabatchError(
-            f"cluster.workers: {config.cluster.least} workers need {config.cluster.least} GPUs, "
-            f"and this machine has {devices}. Set cluster.workers={devices}."
+            f"cluster.workers: {workers} workers need {workers} GPUs, and this machine has "
+            f"{devices}. Set cluster.workers={devices}."
         )
     for path in config.data.stages:
         load_stage(path)
     data = open_train(config, progress)
-    data.mixture.samples_before(0)  # raises for wrong weights or groups
+    data.mixture.samples_before(0)  # raises if weights or groups are invalid
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
     vectors = vectors_of(config.objective)
     fields_of(config, vectors=vectors).members(data.indexes)

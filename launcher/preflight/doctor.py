@@ -30,11 +30,12 @@ from gigabatch.launcher.environment import in_ray_job
 from gigabatch.trainer.config import Config
 
 OPEN_FILES = 4096
-"""Open files that a rank may need: its shards, and its loaders' pipes and shared memory."""
+"""Number of open files that a rank may need for shards, and for its loaders' pipes and shared
+memory."""
 DISK_BYTES = 1 << 30
 """Free disk space below which a run should not start."""
 CLOCK_SKEW_S = 2.0
-"""Difference between two clocks above which curves and logs become confusing."""
+"""Difference in seconds between two clocks above which curves and logs are misleading."""
 GATHER_TIMEOUT_S = 180
 Level = Literal["ok", "warning", "error"]
 
@@ -44,10 +45,10 @@ class Finding:
     """The result of one check.
 
     Attributes:
-        subject: What was checked.
-        level: ok; warning; or error, with which a run cannot start or would fail.
-        text: What was measured or found.
-        fix: What to do about it; empty if nothing.
+        subject: Subject of the check.
+        level: `ok`, `warning`, or `error` if a run cannot start or would fail.
+        text: Result.
+        fix: Instruction that fixes the problem; empty if there is none.
     """
 
     subject: str
@@ -66,7 +67,7 @@ def doctor(
     """Run all checks and print each finding.
 
     Args:
-        config: Resolved config of the run to be started; None checks only the machine.
+        config: Resolved config of a run; None checks only the machine.
         check_data: Opens a run's data and returns a description of it.
         say: Prints a line.
 
@@ -81,8 +82,16 @@ def doctor(
     return 2 if errors else 0
 
 
-def refuse_unfit(config: Config, warn: Callable[[str], None]) -> None:
-    """Make the quick checks before a run; print warnings. Raises GigabatchError for an error."""
+def check_machine(config: Config, warn: Callable[[str], None]) -> None:
+    """Run the quick checks before a run.
+
+    Args:
+        config: Resolved config of the run.
+        warn: Receives each warning.
+
+    Raises:
+        GigabatchError: if a check finds an error.
+    """
     for finding in quick_checks(config):
         if finding.level == "error":
             raise GigabatchError(f"{finding.subject}: {finding.text}. {finding.fix}")
@@ -91,7 +100,7 @@ def refuse_unfit(config: Config, warn: Callable[[str], None]) -> None:
 
 
 def quick_checks(config: Config | None) -> Iterator[Finding]:
-    """Yield the findings that take no noticeable time."""
+    """Yield the findings of checks that take no noticeable time."""
     yield from _packages()
     yield _shared_memory(config)
     yield _open_files()
@@ -116,8 +125,8 @@ def _all_checks(config: Config | None, check_data: Callable[[Config], str]) -> I
 def _local_ranks(config: Config) -> int:
     """Return the maximum number of a run's ranks on this machine."""
     if config.cluster.launcher == "ray" and in_ray_job():
-        return 1  # this is the driver, whose workers may all be on other nodes
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.most))
+        return 1  # this process is the driver, and its workers may all be on other nodes
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", config.cluster.max_workers))
     return min(ranks, torch.cuda.device_count() or ranks)
 
 
@@ -169,7 +178,7 @@ def _devices() -> Iterator[Finding]:
 
 
 def _shared_memory(config: Config | None) -> Finding:
-    """Check /dev/shm, through which loaders pass micro-batches."""
+    """Check the free space of /dev/shm, through which loaders pass micro-batches."""
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0
     need = 64 << 20
     if config is not None:
@@ -177,7 +186,7 @@ def _shared_memory(config: Config | None) -> Finding:
         batches = data.workers * (data.prefetch + 2) * _local_ranks(config)
         need = batches * config.batch.micro_size * _sample_bytes(config)
     text = f"{free / 2**20:,.0f} MiB of /dev/shm free; this run needs about {need / 2**20:,.0f} MiB"
-    if free < need:  # `need` is an upper bound; below half of it a run is sure to fail
+    if free < need:  # `need` is an upper bound; with less than half of it, a run would fail
         fix = "Enlarge it (docker: --shm-size), or lower data.workers or data.prefetch"
         return Finding("shared memory", "error" if free < need / 2 else "warning", text, fix)
     return Finding("shared memory", "ok", text)
@@ -232,7 +241,7 @@ def _existing_parent(folder: Path) -> Path:
 
 
 def _copies(config: Config | None) -> Iterator[Finding]:
-    """Check that checkpoints can be copied: write, read and remove a file there."""
+    """Check `checkpoint.copy_to`: write, read and remove a file."""
     if config is None or config.checkpoint.copy_to is None:
         return
     url = writable_folder(config.checkpoint.copy_to)
@@ -246,7 +255,7 @@ def _copies(config: Config | None) -> Iterator[Finding]:
 
 
 def _clock(folder: Path) -> Finding:
-    """Compare clocks with the file system, which on a network is that of another machine."""
+    """Compare this machine's clock with the file system's, which a different machine may serve."""
     existing = _existing_parent(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=existing) as file:
@@ -262,7 +271,7 @@ def _clock(folder: Path) -> Finding:
 
 
 def _host() -> Finding:
-    """Check that this host's name has an address, by which ranks on other machines reach it."""
+    """Check that this host's name has an address, with which ranks on other machines connect."""
     name = socket.gethostname()
     try:
         address = socket.gethostbyname(name)

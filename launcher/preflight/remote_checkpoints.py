@@ -11,27 +11,30 @@ from gigabatch.trainer.run.folder import RunFolder
 
 
 def is_copied_name(settings: CheckpointSettings, name: str) -> bool:
-    """Return whether `checkpoint.copy_to` already holds copies of a run called `name`."""
+    """Return whether `checkpoint.copy_to` already contains copies of a run called `name`."""
     remote = remote_run(settings, name)
     return remote is not None and remote.read("environment.json") is not None
 
 
-def refuse_copied_name(config: Config) -> None:
-    """Raise GigabatchError if `checkpoint.copy_to` holds copies of a run called `run.name`.
+def check_copy_name_is_free(config: Config) -> None:
+    """Check that `checkpoint.copy_to` contains no copies of a run called `run.name`.
 
     Call it before the data is read, which may take minutes.
+
+    Raises:
+        GigabatchError: if it contains copies of such a run.
     """
     name = config.run.name
     if name and is_copied_name(config.checkpoint, name):
         url = f"{str(config.checkpoint.copy_to).rstrip('/')}/{name}"
         raise GigabatchError(
-            f"run.name: {url} (checkpoint.copy_to) holds copies of a run of this name. Resume it "
-            f"with `gigabatch resume {url}`, or set another run.name."
+            f"run.name: {url} (checkpoint.copy_to) contains copies of a run of this name. Resume "
+            f"it with `gigabatch resume {url}`, or set a different run.name."
         )
 
 
 def writable_remote_run(run: RunFolder, settings: CheckpointSettings) -> RemoteRun | None:
-    """Return the copies of `run` after a test write; None without `checkpoint.copy_to`.
+    """Return the copies of `run`, after a test write; None without `checkpoint.copy_to`.
 
     Args:
         run: Run folder; its name is also the name of the copies.
@@ -52,15 +55,16 @@ def writable_remote_run(run: RunFolder, settings: CheckpointSettings) -> RemoteR
 
 
 def claim_copies(remote: RemoteRun, run: RunFolder, step: int) -> None:
-    """Prepare to copy a resumed run: earlier attempts lose the right to write copies.
+    """Take over the copies of a resumed run, so that earlier attempts cannot write them.
 
     Args:
         remote: Copies of the run.
         run: Run folder, whose lock is held.
-        step: Step from which the run resumes; 0 for a new run. A newer copy is logged.
+        step: Step from which the run resumes; 0 for a new run. If a copy is newer, a warning is
+            logged.
 
     Raises:
-        GigabatchError: if the copies belong to another run.
+        GigabatchError: if the copies belong to a different run.
     """
     remote.claim(run)
     run.reserve_attempts(remote.newest_attempt(), remote.url)

@@ -1,4 +1,4 @@
-"""Facts about a run that all templates need: workers, nodes, folders, start command."""
+"""Properties of a run that templates need: workers, nodes, folders, start command."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 
 SECRETS = "gigabatch-secrets"
-"""Name under which the cluster stores secrets such as HF_TOKEN; templates hold no values."""
+"""Name under which the cluster stores secrets such as HF_TOKEN; templates contain no secrets."""
 VOLUME = "gigabatch-runs"
 DATA_VOLUME = "gigabatch-data"
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run and the machines it should use.
+    """A run and the nodes that it will use.
 
     Attributes:
         config: Config, resolved except for `cluster.threads`, which depends on the cluster.
         path: Absolute path of the config.
         overrides: Config settings as `key=value`.
         image: Container image.
-        gpus_per_node: GPUs of a node; 0 trains on CPUs with one worker per node.
+        gpus_per_node: GPUs per node; 0 trains on CPUs with one worker per node.
     """
 
     config: Config
@@ -41,7 +41,7 @@ class Plan:
     @property
     def workers(self) -> int:
         """Maximum number of workers; nodes are requested for all of them."""
-        return self.config.cluster.most
+        return self.config.cluster.max_workers
 
     @property
     def workers_per_node(self) -> int:
@@ -65,7 +65,7 @@ class Plan:
     @property
     def min_nodes(self) -> int:
         """Minimum number of nodes with which the run trains."""
-        return -(-self.config.cluster.least // self.workers_per_node)
+        return -(-self.config.cluster.min_workers // self.workers_per_node)
 
     @property
     def name(self) -> str:
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def label(self) -> str:
-        """The name with only the characters that Kubernetes and SkyPilot allow."""
+        """Name of the run, reduced to the characters that Kubernetes and SkyPilot allow."""
         text = re.sub(r"[^a-z0-9-]+", "-", self.name.lower()).strip("-")
         # Kubernetes limits labels to 63 characters, and RayJob appends suffixes.
         return (text if text[:1].isalpha() else f"run-{text}")[:40].rstrip("-")
@@ -93,7 +93,7 @@ class Plan:
 
 
 def start_script(plan: Plan, config: str, *settings: str) -> str:
-    """Return shell lines that start the run, or resume it if it exists; they replace the shell.
+    """Return shell lines that start the run, or resume it if it exists, in place of the shell.
 
     Args:
         plan: The run.

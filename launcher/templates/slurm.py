@@ -25,7 +25,7 @@ Submit with: sbatch FILE
 Requirements:
 - every node mounts {plan.config.run.dir} at this path
 - `python` has gigabatch: activate its environment below
-Secrets such as HF_TOKEN come from the environment of sbatch; this file holds none.
+Secrets such as HF_TOKEN come from the environment of sbatch; this file contains none.
 Two minutes before the time limit, and on preemption, each rank saves a checkpoint and exits with
 code {REQUEUE}; the job is then requeued with the same job id and resumes the run.
 Failed ranks are restarted up to {restarts} times from the last checkpoint.""")

@@ -282,12 +282,12 @@ def run_group(out: Path, world_size: int) -> None:
 
 def run_rank(rank: int, store: str, out: Path, world_size: int) -> None:
     main(store, out, rank, world_size)
-    leave(0)
+    exit_now(0)
 
 
 if __name__ == "__main__":
     # Tests of the engine import this module without the trainer, so import it here.
-    from gigabatch.trainer.distributed import leave
+    from gigabatch.trainer.distributed import exit_now
 
     for size in map(int, sys.argv[2:]):
         run_group(Path(sys.argv[1], str(size)), size)

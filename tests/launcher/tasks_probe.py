@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
-from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.distributed import exit_now, join_world
 from gigabatch.trainer.evaluation.command import open_context
 from gigabatch.trainer.evaluation.registry import parse_task
 from gigabatch.trainer.evaluation.task import SetTask
@@ -23,4 +23,4 @@ with join_world(1) as world:
         report.append(task.measure(open_context(run, on, world)).metrics())
     if world.is_main:
         print(json.dumps(report))
-leave(0)
+exit_now(0)

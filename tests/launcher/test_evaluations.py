@@ -184,7 +184,7 @@ def write_named(folder: Path) -> None:
         (["--on", "val", "--task", "geometry", "--slice", "concept"], "no metric of single"),
         (["--on", "none.jsonl", "--task", "text-retrieval"], "none.jsonl: does not exist"),
         (["--on", "val", "--task", "order", "against=wrong"], "wrong"),
-        (["--on", "train", "--task", "sample-state"], "keeps no state of samples"),
+        (["--on", "train", "--task", "sample-state"], "has no state per sample"),
         (["--on", "val", "label=concept"], "label: unknown key of retrieval"),
     ],
 )

@@ -326,6 +326,6 @@ def test_superseded_process_changes_nothing_in_the_run(
     first.signal(signal.SIGCONT)
     done = first.wait()
     assert done.returncode == 2, done.stdout + done.stderr
-    assert "attempt 1 was superseded: a later one trains this run" in done.stderr
+    assert "attempt 1 was superseded: a later attempt trains this run" in done.stderr
     assert contents(run, *files) == before
     assert {line["attempt"] for line in read_metrics(run / "metrics.jsonl")} == {1, 2}

@@ -22,7 +22,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.root=/no/such/folder"], "data.root: /no/such/folder is not a folder"),
         (["data.root=demo:birds"], "demo:glyphs"),
         (["data.train=nothing"], "nothing: is not a folder"),
-        (["data.root={}/tables"], "holds no train. This is a folder of tables (.csv)"),
+        (["data.root={}/tables"], "contains no train. This is a folder of tables (.csv)"),
         (["data.root={}/tables/*.csv"], "`gigabatch data pack {}/tables OUT`"),
         (["data.train=../tables"], "`gigabatch data pack {}/data/../tables OUT`"),
         (["data.root={}/pairs.zip"], "Unzip it, then write shards with `gigabatch data pack"),

@@ -50,7 +50,7 @@ def test_inline_run_trains_evaluates_and_shows_in_tensorboard(
 
     duplicate = gigabatch("train", tiny, "run.name=a")
     assert duplicate.returncode == 2
-    assert "holds a finished run" in duplicate.stderr
+    assert "contains a finished run" in duplicate.stderr
     resumed = gigabatch("resume", run)
     assert resumed.returncode == 2
     assert "the run is finished" in resumed.stderr

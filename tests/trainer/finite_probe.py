@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.distributed import World, join_world, leave
+from gigabatch.trainer.distributed import World, exit_now, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.monitoring.step_result import StepResult
 from gigabatch.trainer.objectives import Context, Loss
@@ -123,4 +123,4 @@ def one_stage(path: Path, tokenizer: Path, world: World, zero: int) -> dict[str,
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave(0)
+    exit_now(0)

@@ -17,7 +17,7 @@ from gigabatch.data.rng import key
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.distributed import exit_now, join_world
 from gigabatch.trainer.objectives import Context, build_objective
 from gigabatch.trainer.step import ExactStep, tower_inputs
 from gigabatch.trainer.taps import bases_in_view, count_views, with_view
@@ -68,4 +68,4 @@ def main(path: Path, tokenizer: Path, settings: list[str]) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
-    leave(0)
+    exit_now(0)

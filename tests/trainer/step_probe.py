@@ -19,7 +19,7 @@ from gigabatch.data.stream import MicroBatch, group_by_step
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import load_config
-from gigabatch.trainer.distributed import World, join_world, leave
+from gigabatch.trainer.distributed import World, exit_now, join_world
 from gigabatch.trainer.engine import Engine
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
 from gigabatch.trainer.objectives import Context, Objective, build_objective
@@ -159,4 +159,4 @@ def main(config_path: Path, tokenizer: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))
-    leave(0)
+    exit_now(0)

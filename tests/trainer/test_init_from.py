@@ -117,7 +117,7 @@ def test_run_name_is_pinned_to_its_newest_checkpoint(
     [
         (
             ["towers.width=8"],
-            r"2 of another shape: heads.image.0.weight \(\[16, 128\] in the checkpoint, \[8,",
+            r"2 of a different shape: heads.image.0.weight \(\[16, 128\] in the checkpoint, \[8,",
         ),
         (["towers.image.depths=[2, 1]"], r"missing in the checkpoint: encoders\.image\.\S+"),
         (["towers.image.depths=[0, 1]"], r"unknown to this run: encoders\.image\.\S+"),

@@ -222,7 +222,7 @@ def test_invalid_extra_towers_raise(tmp_path: Path) -> None:
         ([PATH, "towers.more.path.heads=3", "objective.taps=[path, text]"], "multiple of heads"),
         (
             ["objective.name=supcon", "eval.every_steps=1", "checkpoint.best=eval/val/x"],
-            "image alo",
+            "reads only image",
         ),
     ):
         with pytest.raises(GigabatchError) as error:

@@ -34,17 +34,21 @@ def open_remote_run(url: str, retry: Retry = Retry()) -> RemoteRun:
         retry: Attempts and waits of each request.
 
     Raises:
-        GigabatchError: if checkpoints cannot be copied to such a URL.
+        GigabatchError: if the URL is not one to which checkpoints can be copied.
     """
     return RemoteRun(writable_folder(url), retry)
 
 
 def read_copied_config(remote: RemoteRun) -> str:
-    """Return the text of the run's config. Raises GigabatchError if `remote` has none."""
+    """Return the text of the run's config.
+
+    Raises:
+        GigabatchError: if `remote` has none.
+    """
     text = remote.read(_CONFIG)
     if text is None:
         raise GigabatchError(
-            f"{remote.url}: no copy of a run ({_CONFIG} is missing). Give the URL as "
+            f"{remote.url}: not a copy of a run ({_CONFIG} is missing). Give the URL as "
             "`checkpoint.copy_to`/`run.name` of the run."
         )
     return text
@@ -64,7 +68,7 @@ def fetch_run(remote: RemoteRun, run: RunFolder) -> None:
     files = remote.files()
     if run.path.exists():
         raise GigabatchError(
-            f"{run.path}: exists but is not a run folder. Move it, or set another run.dir."
+            f"{run.path}: exists but is not a run folder. Move it, or set a different run.dir."
         )
     missing = [name for name in (*_REQUIRED, _CONFIG) if name not in files]
     if missing:
@@ -89,7 +93,7 @@ def fetch_run(remote: RemoteRun, run: RunFolder) -> None:
     except OSError as error:
         raise GigabatchError(
             f"run.dir: cannot write the run from {remote.url} to {run.path.parent}: "
-            f"{error.strerror or error}. Free space, or set another run.dir."
+            f"{error.strerror or error}. Free space, or set a different run.dir."
         ) from error
 
 
@@ -101,9 +105,9 @@ def fetch_newer_checkpoint(remote: RemoteRun, run: RunFolder) -> None:
         run: Existing run folder, whose lock is held.
 
     Raises:
-        GigabatchError: if the copies belong to another run, or the folder cannot be written.
+        GigabatchError: if the copies belong to a different run, or the folder cannot be written.
     """
-    remote.refuse_other_run(run)
+    remote.check_same_run(run)
     try:
         _fetch_newest(remote, remote.files(), run, _newest_step(run))
     except OSError as error:
@@ -118,7 +122,7 @@ def warn_if_copy_is_newer(remote: RemoteRun, run: RunFolder, step: int) -> None:
     copied_step = max(remote.steps(), default=0)
     if copied_step > step:
         log.warning(
-            "%s holds a newer checkpoint, of step %d; resuming from step %d of %s. To resume from "
+            "%s has a newer checkpoint, of step %d; resuming from step %d of %s. To resume from "
             "the newer one: gigabatch resume %s",
             remote.url, copied_step, step, run.path, remote.url,
         )  # fmt: skip
@@ -147,7 +151,7 @@ def _fetch_newest(remote: RemoteRun, files: Files, run: RunFolder, after: int) -
 
 
 def _fetch_checkpoint(remote: RemoteRun, files: Files, run: RunFolder, step: int) -> str:
-    """Fetch and verify the copy of `step`; return its damage, or "" once it is in `run`."""
+    """Fetch and verify the copy of `step`; return what is damaged, or "" once it is in `run`."""
     folder = f"checkpoints/step-{step:08d}"
     temporary, final = run.checkpoints / f".step-{step:08d}.fetch.tmp", run.path / folder
     shutil.rmtree(temporary, ignore_errors=True)
@@ -174,7 +178,11 @@ def _fetch_checkpoint(remote: RemoteRun, files: Files, run: RunFolder, step: int
 
 
 def _sizes(manifest: Path) -> dict[str, Any]:
-    """Return file name -> bytes. Raises ValueError for a name outside the manifest's folder."""
+    """Return file name -> bytes.
+
+    Raises:
+        ValueError: if a name is outside the manifest's folder.
+    """
     entries = json.loads(manifest.read_text())["files"]
     for name in entries:
         if Path(name).name != name or name.startswith("."):

@@ -1,9 +1,9 @@
 """The checkpoint format: safetensors and JSON, committed atomically, verified on loading.
 
 A checkpoint is written to `.step-N.ATTEMPT.tmp`: every file is synced, then a manifest with sizes
-and SHA-256 checksums is added, then the folder is renamed to `step-N` and named in LATEST. No
-pickle is ever read. Weights and moments are stored complete, so any world size and ZeRO stage loads
-them.
+and SHA-256 checksums is added, then the folder is renamed to `step-N` and named in LATEST. Pickles
+are never read. Weights and moments are stored complete, so they can be loaded at any world size and
+ZeRO stage.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ TRANSIENT_ERRORS = (
     errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOMEM,
     errno.ENOTCONN, errno.ECONNRESET, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN,
 )  # fmt: skip
-"""Errors of a disk or file server that a retry may not meet again."""
+"""Disk and file-server errors that may not recur on a retry."""
 Tensors = Mapping[str, Tensor]
 
 
@@ -63,7 +63,7 @@ class Checkpoint:
         """Load one file: `towers`, `moments`, `objective`, or `ema` if the run averages weights.
 
         Raises:
-            GigabatchError: if it is not a safetensors file. Nothing is ever unpickled.
+            GigabatchError: if it is not a safetensors file; pickles are never read.
         """
         file = self.path / f"{name}.safetensors"
         try:
@@ -96,7 +96,7 @@ def write_checkpoint(
         files: File name without suffix -> its tensors.
         state: Contents of state.json.
         settings: Which checkpoints to keep.
-        busy: Steps whose checkpoints must stay for now.
+        busy: Steps whose checkpoints must not be removed yet.
 
     Raises:
         GigabatchError: for errors that only the user can fix, such as a full disk.
@@ -119,12 +119,12 @@ def write_checkpoint(
         shutil.rmtree(fresh, ignore_errors=True)
     try:
         _remove_old(run, step, attempt, settings, busy)
-    except (OSError, ValueError) as error:  # NFS keeps open files; a folder may be a link.
+    except (OSError, ValueError) as error:  # NFS keeps open files; the folder may be a link.
         log.warning("%s: an old checkpoint was not removed: %s", run.checkpoints, error)
 
 
 def _is_transient(error: Exception) -> bool:
-    """Return whether a restart may succeed: after a server's pause, not after a full disk."""
+    """Return whether a restart may succeed, as after a server's pause; not so on a full disk."""
     if isinstance(error, OSError):
         return error.errno in TRANSIENT_ERRORS
     # A SafetensorError has no errno, only the system's message.
@@ -156,34 +156,35 @@ def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping
 
 def _commit(run: RunFolder, fresh: Path, step: int, attempt: int) -> None:
     """Rename a written folder to its final name and point LATEST at it."""
-    _refuse_superseded(run, attempt)
+    _check_not_superseded(run, attempt)
     final = run.checkpoints / f"step-{step:08d}"
     if final.exists() and damage_in(final):
-        shutil.rmtree(final)  # An earlier attempt's, which loading has skipped.
+        shutil.rmtree(final)  # It is from an earlier attempt, and loading has skipped it.
     if final.exists() and _has_other_weights(final, fresh, attempt):
-        # The name of a leftover, which the next write removes.
+        # The next write removes folders with such a name as leftovers.
         final.rename(run.checkpoints / f".{final.name}.{attempt - 1:06d}.tmp")
     if not final.exists():
         fresh.rename(final)
         sync_folder(run.checkpoints)
     write_atomically(run.checkpoints / "LATEST", final.name + "\n")
     if not run.owned_by(attempt):
-        # This process was suspended, and a later attempt started: undo the change of LATEST.
+        # This process was suspended, and a later attempt has started: undo the change of LATEST.
         saved = (run.checkpoints / f"step-{number:08d}" for number in run.steps_saved())
         newest = max(saved, key=lambda path: (_attempt_of(path), path.name))
         write_atomically(run.checkpoints / "LATEST", newest.name + "\n")
-        _refuse_superseded(run, attempt)
+        _check_not_superseded(run, attempt)
 
 
-def _refuse_superseded(run: RunFolder, attempt: int) -> None:
+def _check_not_superseded(run: RunFolder, attempt: int) -> None:
     if not run.owned_by(attempt):
         raise OSError(f"attempt {attempt} was superseded by a later one")
 
 
 def _has_other_weights(final: Path, fresh: Path, attempt: int) -> bool:
-    """Return whether a checkpoint of an earlier attempt holds other weights for the same step.
+    """Return whether an earlier attempt's checkpoint of the same step has different weights.
 
-    Then the resume has skipped it and trained differently. Equal checkpoints are not replaced.
+    This happens if the resumed run skipped that checkpoint and then trained differently. Equal
+    checkpoints are not replaced.
     """
     old, new = (json.loads((p / "manifest.json").read_text())["files"] for p in (final, fresh))
     weights = "towers.safetensors"
@@ -195,8 +196,9 @@ def _remove_old(
 ) -> None:
     """Remove the checkpoints that `settings` does not keep.
 
-    Those after `newest` are damaged, or belong to a later attempt. Each removal checks that again,
-    because this process may have been suspended since its commit, or see an older folder.
+    Checkpoints after `newest` are damaged, or belong to a later attempt. The attempt is checked
+    before each removal, because this process may have been suspended since its commit, or may see
+    an outdated folder.
     """
     saved = run.steps_saved()
     kept = steps_to_keep(run, [step for step in saved if step <= newest], settings)
@@ -221,7 +223,7 @@ def latest_checkpoint(run: RunFolder) -> Checkpoint | None:
     Damaged checkpoints are skipped with a warning.
 
     Raises:
-        GigabatchError: if all are damaged. A run never restarts from step 1 unless requested.
+        GigabatchError: if all are damaged. A run never restarts from step 1 by itself.
     """
     problems = []
     for step in reversed(run.steps_saved()):
@@ -248,7 +250,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     damage = damage_in(path)
     if damage:
-        raise GigabatchError(f"{damage}. Use another checkpoint.")
+        raise GigabatchError(f"{damage}. Use a different checkpoint.")
     state = json.loads((path / "state.json").read_text())
     return Checkpoint(path, state["step"], state)
 
@@ -263,7 +265,7 @@ def damage_in(path: Path) -> str:
     """Return what is wrong with a checkpoint folder; empty if it is valid.
 
     Raises:
-        GigabatchError: if another version of this package wrote it.
+        GigabatchError: if a version of this package with a different format wrote it.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Copies of a run under `checkpoint.copy_to`: layout, and which attempt may write them.
+"""Copies of a run in `checkpoint.copy_to`: their layout, and which attempt may write them.
 
 URL/NAME/environment.json   created once, when the run is created; claims the name
          config.yaml  tokenizer.json  data.digest  metrics.jsonl  eval/
@@ -64,7 +64,7 @@ class RemoteRun:
         Args:
             path: Local file.
             name: Path in the remote folder.
-            new: Create the file; never overwrite one.
+            new: Create the file; fail if it exists.
 
         Raises:
             FileTaken: if `new` and the remote file exists.
@@ -77,48 +77,61 @@ class RemoteRun:
         access.remove(f"{self.url}/{name}", self.retry)
 
     def newest_attempt(self) -> int:
-        """Return the highest number of an attempt that has started to copy; 0 if none has."""
+        """Return the number of the last registered attempt; 0 if there is none."""
         matches = map(_ATTEMPT.fullmatch, self.files("attempts"))
         return max((int(match[1]) for match in matches if match), default=0)
 
     def claim(self, run: RunFolder) -> None:
-        """Reserve the remote folder for `run`. Raises GigabatchError if another run has it."""
+        """Reserve the remote folder for `run`.
+
+        Raises:
+            GigabatchError: if it belongs to a different run.
+        """
         try:
             self.write(run.environment, "environment.json", new=True)
         except access.FileTaken:
-            self.refuse_other_run(run)
+            self.check_same_run(run)
 
-    def refuse_other_run(self, run: RunFolder) -> None:
-        """Raise GigabatchError if the copies belong to another run than `run`."""
+    def check_same_run(self, run: RunFolder) -> None:
+        """Check that the copies belong to `run`.
+
+        Raises:
+            GigabatchError: if they belong to a different run.
+        """
         if self.read("environment.json") != run.environment.read_text():
             raise GigabatchError(
-                f"checkpoint.copy_to: {self.url} holds another run than {run.path} (their "
-                "environment.json differ). Set another checkpoint.copy_to or another run.name."
+                f"checkpoint.copy_to: {self.url} belongs to a different run than {run.path} (their "
+                "environment.json differ). Set a different checkpoint.copy_to or run.name."
             )
 
     def register_attempt(self, run: RunFolder, attempt: int) -> None:
-        """Register an attempt, and upload the files that a run needs besides its checkpoints.
+        """Register an attempt, and upload the files that a run needs in addition to checkpoints.
 
         Args:
             run: Local run folder.
             attempt: Number of the attempt.
 
         Raises:
-            UploadSuperseded: if another start has registered this number or a higher one.
+            UploadSuperseded: if a different start has registered this number, or a higher number is
+                registered.
         """
         name = f"attempts/{attempt:06d}.json"
         try:
             self.write(run.attempt_file(attempt), name, new=True)
         except access.FileTaken:
-            # This attempt wrote the file itself if only the server's answer was lost.
+            # The file is this attempt's own if an earlier try wrote it and its response was lost.
             if self.read(name) != run.attempt_file(attempt).read_text():
                 raise self._superseded(attempt) from None
-        self.refuse_superseded(run, attempt)
+        self.check_not_superseded(run, attempt)
         for path in (run.path / "config.yaml", run.tokenizer, run.path / "data.digest"):
             self.write(path, path.name)
 
-    def refuse_superseded(self, run: RunFolder, attempt: int) -> None:
-        """Raise UploadSuperseded if a later attempt owns the run folder or its copies."""
+    def check_not_superseded(self, run: RunFolder, attempt: int) -> None:
+        """Check that this attempt may write the copies.
+
+        Raises:
+            UploadSuperseded: if a later attempt owns the run folder or its copies.
+        """
         if not run.owned_by(attempt) or self.newest_attempt() > attempt:
             raise self._superseded(attempt)
 

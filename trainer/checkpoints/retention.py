@@ -1,4 +1,4 @@
-"""Which checkpoints a run keeps: the newest, every M-th step, and the best by a metric."""
+"""Retention of checkpoints: the newest, every M-th step, and the best by a metric."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def steps_to_keep(run: RunFolder, saved: Iterable[int], settings: CheckpointSett
     """Select the steps whose checkpoints `settings` keeps.
 
     Args:
-        run: The run, whose evaluations decide the best.
+        run: The run, whose evaluations determine the best checkpoint.
         saved: Steps with a valid checkpoint.
         settings: Which checkpoints to keep.
     """
@@ -28,9 +28,9 @@ def steps_to_keep(run: RunFolder, saved: Iterable[int], settings: CheckpointSett
 
 
 def best_step(run: RunFolder, steps: Iterable[int], metric: str) -> int | None:
-    """Return the step whose evaluation has the highest `metric`, the earliest of equal ones.
+    """Return the earliest step whose evaluation has the highest value of `metric`.
 
-    None if no step of `steps` has a finite value.
+    Returns None if no step of `steps` has a finite value.
     """
     values = {step: run.evaluation(step).get(metric, math.nan) for step in sorted(steps)}
     finite = [step for step, value in values.items() if math.isfinite(value)]
@@ -38,12 +38,12 @@ def best_step(run: RunFolder, steps: Iterable[int], metric: str) -> int | None:
 
 
 def save_is_due(step: int, settings: CheckpointSettings, evaluated: bool) -> bool:
-    """Return whether a checkpoint is due at a step by its number.
+    """Return whether a step's number makes a checkpoint due.
 
     Args:
         step: Steps trained so far.
         settings: When to save.
-        evaluated: Whether this step is evaluated, which `best` needs saved.
+        evaluated: Whether this step is evaluated; with `best`, evaluated steps are saved.
     """
     intervals = (settings.every_steps, settings.keep_every)
     return any(n and step % n == 0 for n in intervals) or (evaluated and settings.best is not None)

@@ -1,6 +1,6 @@
-"""Saving in the background: a snapshot in host memory, then a thread that writes it.
+"""Saving of checkpoints in the background: a snapshot in host memory, and a thread that writes it.
 
-Training waits for the snapshot only. At most one write is in flight. All ranks check its result
+Training waits only for the snapshot. At most one write is in progress. All ranks check its result
 together, so a failed write ends the run on every rank with the same message.
 """
 
@@ -23,10 +23,10 @@ from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 Snapshot = Callable[[], tuple[Mapping[str, Tensors], Mapping[str, Any]]]
-"""Returns the tensors of each file, which share no memory with the training state, and the JSON
-state; complete on rank 0. A collective."""
+"""Function that returns the tensors of each file and the JSON state, complete on rank 0. The
+tensors share no memory with the training state. Collective: every rank must call it."""
 Report = Callable[[int, Mapping[str, float]], None]
-"""Receives a step and metrics of its checkpoint."""
+"""Function that receives a step and metrics of its checkpoint."""
 
 
 class NotSaved(Exception):
@@ -38,7 +38,7 @@ class _Write:
 
     def __init__(self, step: int) -> None:
         self.step, self.problem = step, ""
-        self.needs_user = True  # If it failed, only the user can fix the cause.
+        self.needs_user = True  # Whether only the user can fix the cause of a failure.
         self.blocked_s = self.write_s = 0.0
         self.thread: threading.Thread | None = None
 
@@ -72,14 +72,14 @@ class _Write:
 class Saver:
     """Saves one attempt's checkpoints.
 
-    Leaving the context waits for the write in flight, also after an error. If that write failed,
-    its error replaces the other one: a full disk explains what followed.
+    The end of the context waits for the write in progress, also after an error. If that write
+    failed, its error replaces the other one, which it has probably caused.
 
     Args:
         run: The run.
         world: This process and its group.
         attempt: Number of this attempt.
-        settings: When to save, what to keep, where to copy.
+        settings: When to save, which checkpoints to keep, and where to copy them.
         report: Receives `checkpoint/blocked_s` (seconds that training waited) and
             `checkpoint/write_s` of each committed checkpoint.
     """
@@ -99,9 +99,9 @@ class Saver:
         self.copier = Copier(remote, run, attempt, settings) if remote else None
 
     def save(self, step: int, snapshot: Snapshot) -> None:
-        """Take a snapshot and start to write it. A collective.
+        """Take a snapshot and start to write it. Collective: every rank must call it.
 
-        Waits for the previous write first, so that host memory never holds two snapshots.
+        Waits for the previous write first, so that host memory never has two snapshots.
 
         Raises:
             GigabatchError: as `finish_write`.
@@ -125,19 +125,19 @@ class Saver:
         self.copy(step)
 
     def copy(self, step: int) -> None:
-        """Queue a committed checkpoint for `checkpoint.copy_to`, unless it is there already."""
+        """Queue a committed checkpoint to be copied; one that was copied before is skipped."""
         if self.copier:
             self.copier.offer(step)
 
     def await_copies(self, step: int, alive: Callable[[], None]) -> None:
-        """Wait until the copy of the last checkpoint has succeeded or failed. Not a collective.
+        """Wait until the copy of the last checkpoint has succeeded or failed. Not collective.
 
         Args:
             step: Step of the last checkpoint; 0 for none.
             alive: Called every second while waiting.
         """
         if self.copier and step:
-            # Again, for the last metrics and evaluation, or after a failure.
+            # Queued again, to copy the last metrics and evaluation, or to retry a failed copy.
             self.copier.offer(step)
             self.copier.wait(alive)
             self.report(step, self.copier.metrics())
@@ -147,13 +147,13 @@ class Saver:
         return self.copier.metrics() if self.copier else {}
 
     def write_ended(self) -> bool:
-        """Return whether a write has ended on this rank that `finish_write` must still report."""
+        """Return whether this rank's write has ended and `finish_write` must report it."""
         return self.write is not None and self.write.ended
 
     def finish_write(self) -> None:
-        """Wait for the write in flight, if any, and report it. A collective.
+        """Wait for the write in progress, if any, and report it.
 
-        If it failed, earlier checkpoints are untouched.
+        Collective: every rank must call it. If the write failed, earlier checkpoints are untouched.
 
         Raises:
             GigabatchError: on every rank, if it failed and only the user can fix the cause.
@@ -163,7 +163,7 @@ class Saver:
         if write is None:
             return
         write.join()
-        problem, needs_user = self.world.share((write.problem, write.needs_user))
+        problem, needs_user = self.world.broadcast((write.problem, write.needs_user))
         if problem:
             raise _error(problem, needs_user)
         tags = {"checkpoint/blocked_s": write.blocked_s, "checkpoint/write_s": write.write_s}

@@ -1,8 +1,8 @@
 """Upload of committed checkpoints to `checkpoint.copy_to`, in a thread that no step waits for.
 
-One checkpoint is copied at a time and one may wait; a newer one replaces the waiting one, with a
-warning. Files are created, never overwritten, so that a delayed write of an earlier attempt cannot
-change a later attempt's copy. The manifest is written last.
+One checkpoint is copied at a time, and one may wait. A newer checkpoint replaces the waiting one,
+and a warning names the replaced one. Files are created, never overwritten, so that a delayed write
+of an earlier attempt cannot change a later attempt's copy. The manifest is written last.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ UPLOAD_RETRY = Retry(attempts=7, first_wait_s=1.0)
 
 
 def copy_checkpoint(remote: RemoteRun, run: RunFolder, step: int, attempt: int) -> bool:
-    """Copy a checkpoint, its metrics and its evaluations; replace another copy of the same step.
+    """Copy a checkpoint, its metrics and its evaluations; replace an older copy of the same step.
 
     Args:
         remote: Copies of the run.
@@ -36,14 +36,14 @@ def copy_checkpoint(remote: RemoteRun, run: RunFolder, step: int, attempt: int) 
         attempt: Number of this attempt, registered with `remote`.
 
     Returns:
-        False if this checkpoint was copied before.
+        False if this checkpoint had been copied before, else True.
 
     Raises:
         UploadSuperseded: if a later attempt has started.
         GigabatchError: if the copy cannot be written or has other files than the checkpoint.
         OSError: if the checkpoint cannot be read.
     """
-    remote.refuse_superseded(run, attempt)
+    remote.check_not_superseded(run, attempt)
     folder = f"checkpoints/step-{step:08d}"
     manifest = run.path / folder / "manifest.json"
     text = manifest.read_text()
@@ -57,8 +57,8 @@ def copy_checkpoint(remote: RemoteRun, run: RunFolder, step: int, attempt: int) 
     copied_sizes = {name: state.bytes for name, state in remote.files(folder).items()}
     if copied_sizes != sizes:
         raise GigabatchError(
-            f"{remote.url}/{folder}: expected files of these bytes: {sizes}; it holds: "
-            f"{copied_sizes}. Stop whatever else writes to this folder."
+            f"{remote.url}/{folder}: expected files of these bytes: {sizes}; it contains: "
+            f"{copied_sizes}. Stop other programs that write to this folder."
         )
     _write_new(remote, run, attempt, manifest)
     return True
@@ -67,19 +67,19 @@ def copy_checkpoint(remote: RemoteRun, run: RunFolder, step: int, attempt: int) 
 def _write_new(remote: RemoteRun, run: RunFolder, attempt: int, path: Path) -> None:
     """Upload a file of a checkpoint that the copy should not have yet."""
     name = str(path.relative_to(run.path))
-    remote.refuse_superseded(run, attempt)
+    remote.check_not_superseded(run, attempt)
     try:
         remote.write(path, name, new=True)
     except FileTaken:
-        # Either this attempt wrote it and the server's answer was lost, or a delayed write of an
-        # earlier attempt arrived. A later attempt is excluded by the check.
-        remote.refuse_superseded(run, attempt)
+        # The file is from an earlier try whose response was lost, or from a delayed write of an
+        # earlier attempt. The check excludes a later attempt.
+        remote.check_not_superseded(run, attempt)
         remote.remove(name)
         remote.write(path, name, new=True)
 
 
 def _write_metrics(remote: RemoteRun, run: RunFolder) -> None:
-    """Upload metrics.jsonl and new evaluations, from which retention picks the best step."""
+    """Upload metrics.jsonl and new evaluations, which determine the best step for retention."""
     if run.metrics.exists():
         remote.write(run.metrics, run.metrics.name)
     copied = remote.files("eval")
@@ -91,7 +91,7 @@ def _write_metrics(remote: RemoteRun, run: RunFolder) -> None:
 def _remove(remote: RemoteRun, run: RunFolder, attempt: int, folder: str, names: list[str]) -> None:
     """Remove files of a copied checkpoint, its manifest first."""
     if names:
-        remote.refuse_superseded(run, attempt)
+        remote.check_not_superseded(run, attempt)
     for name in sorted(names, key=lambda name: name != "manifest.json"):
         remote.remove(f"{folder}/{name}")
 
@@ -118,7 +118,8 @@ def retain_copies(
         folders.setdefault(folder, []).append(name)
     finished = {int(f.removeprefix("step-")): f for f in folders if "manifest.json" in folders[f]}
     kept = steps_to_keep(run, [step for step in finished if step <= newest], settings)
-    # The run has resumed from before the later copies; they are replaced when it gets there.
+    # The run resumed from a step before these copies; they are replaced when training reaches those
+    # steps again.
     kept |= {step for step in finished if step > newest}
     for folder in folders.keys() - {finished[step] for step in kept}:
         _remove(remote, run, attempt, f"checkpoints/{folder}", folders[folder])
@@ -170,7 +171,7 @@ class Copier:
             return {step for step in (self._current, self._next) if step is not None}
 
     def wait(self, alive: Callable[[], None]) -> None:
-        """Wait until no copy is in flight or queued.
+        """Wait until no copy is in progress or queued.
 
         Args:
             alive: Called every second while waiting.
@@ -184,7 +185,7 @@ class Copier:
                     logged = True
 
     def metrics(self) -> dict[str, float]:
-        """Return the failures so far, and the step and seconds of the newest copy if any."""
+        """Return the number of failures, and the step and seconds of the newest copy, if any."""
         metrics = {"checkpoint/copy_failures": float(self.failures)}
         if self.copied_step is not None:
             metrics |= {

@@ -1,4 +1,4 @@
-"""The whole run as one typed description; each field's docstring is its help."""
+"""The typed config of a run; each field's docstring is its help text."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Config(Settings):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that the objective reads: image and text first, then those of
-        `towers.more`. Others are neither decoded nor have a tower."""
+        `towers.more`. Other modalities are not decoded and get no tower."""
         read = {parse_tap(tap).modality for tap in taps_of(self.objective)}
         return tuple(name for name in ("image", "text", *self.towers.more) if name in read)
 
@@ -108,7 +108,7 @@ class Config(Settings):
 
     @property
     def shared(self) -> dict[str, str]:
-        """Modality -> the modality whose tower also reads it."""
+        """Modality -> the modality whose tower it shares."""
         owners = {name: getattr(self.towers.more.get(name), "share", None) for name in self.texts}
         return {name: owner for name, owner in owners.items() if owner}
 
@@ -140,7 +140,7 @@ class Config(Settings):
                 )
 
     def _check_towers_are_read(self) -> None:
-        """Refuse towers and heads that no objective reads, and ambiguous names."""
+        """Reject towers and heads that no objective reads, and ambiguous names."""
         for name, output in sorted(self.outputs_read):
             if output == "projection" and (name, "head") not in self.outputs_read:
                 raise ValueError(
@@ -181,7 +181,7 @@ class Config(Settings):
         if len(self.modalities) < 2:
             raise ValueError(
                 f"checkpoint.best: {best} is never measured: retrieval needs two modalities, and "
-                f"the objective reads {self.modalities[0]} alone"
+                f"the objective reads only {self.modalities[0]}"
             )
         if measured not in sets or not self.eval.every_steps:
             raise ValueError(
@@ -193,17 +193,17 @@ class Config(Settings):
 
 
 def singles(settings: ObjectiveSettings) -> tuple[SingleSettings, ...]:
-    """Return the terms of a sum, or the one objective."""
+    """Return the terms of a sum, or the objective itself if it is not a sum."""
     return settings.singles()
 
 
 def taps_of(settings: ObjectiveSettings) -> tuple[str, ...]:
-    """Return all taps that the objectives read, each once."""
+    """Return all taps that the objectives read, without duplicates."""
     return unique(tap for single in settings.singles() for tap in single.taps)
 
 
 def positives_of(settings: ObjectiveSettings) -> str | None:
-    """Return the field whose equal values mark positives, by the first objective that has one."""
+    """Return the first objective's field whose equal values mark positives, if any has one."""
     return settings.positives_field()
 
 
@@ -213,5 +213,5 @@ def columns_of(settings: ObjectiveSettings) -> tuple[str, ...]:
 
 
 def vectors_of(settings: ObjectiveSettings) -> dict[str, VectorSettings]:
-    """Return the samples' vectors that the objectives read and no tower does, by name."""
+    """Return the samples' vectors that the objectives read but no tower reads, by name."""
     return settings.vectors()

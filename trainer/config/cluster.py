@@ -24,20 +24,20 @@ LAUNCHER_VARIABLES = {
 
 
 def _workers(value: Any) -> Any:
-    """Accept a number or a range; a range of a single number becomes that number."""
+    """Accept a number or a range; a range with equal ends becomes a number."""
     numbers = list(value) if isinstance(value, list | tuple) else [value]
     if len(numbers) not in (1, 2) or not all(type(n) is int and n >= 1 for n in numbers):
         raise ValueError(
-            "set a number of workers of at least 1, or a range [least, most] such as [2, 8]"
+            "set a number of workers of at least 1, or a range [minimum, maximum], such as [2, 8]"
         )
-    least, most = numbers[0], numbers[-1]
-    if least > most:
-        raise ValueError(f"set a range as [least, most]; {least} is more than {most}")
-    return least if least == most else (least, most)
+    low, high = numbers[0], numbers[-1]
+    if low > high:
+        raise ValueError(f"set a range as [minimum, maximum]; {low} is more than {high}")
+    return low if low == high else (low, high)
 
 
 def _strings(value: Any) -> Any:
-    """Convert numbers to strings: YAML reads 1 as a number, but variables hold strings."""
+    """Convert numbers to strings: YAML reads 1 as a number, but variables are strings."""
     if not isinstance(value, dict):
         return value
     return {k: str(v) if type(v) in (int, float) else v for k, v in value.items()}
@@ -52,7 +52,7 @@ class RunSettings(Settings):
     """Name of the run's folder inside `run.dir`. Unset: a new name, made from the config file's
     name and a number."""
     dir: Path = Path("runs")
-    """Folder that holds the run folders. On several nodes it must be a path that all nodes
+    """Folder that contains the run folders. On several nodes it must be a path that all nodes
     share."""
     seed: int = Field(0, ge=0, lt=1 << 62, strict=True)
     """Seed for weights, sample order, augmentation and dropout."""
@@ -65,9 +65,9 @@ class ClusterSettings(Settings):
     """Program that starts the workers. ray: Ray Train, which also restarts them. torchrun: torch's
     own launcher. inline: this process, as a single worker."""
     workers: Annotated[int | tuple[int, int], BeforeValidator(_workers)] = 2
-    """Number of workers, one per device. With launcher ray also a range [least, most]: training
-    uses as many as the cluster has room for, and resumes from the last checkpoint with fewer or
-    more when nodes leave or join. The samples of each step stay the same."""
+    """Number of workers, one per device. With launcher ray also a range [minimum, maximum]:
+    training uses as many as the cluster has room for, and resumes from the last checkpoint with
+    fewer or more when nodes leave or join. The samples of each step stay the same."""
     threads: Amount = 0
     """CPU threads per worker. 0: this machine's cores divided by the workers. The number is fixed
     when the run starts, because gradients differ in the last bits between thread counts."""
@@ -80,7 +80,7 @@ class ClusterSettings(Settings):
     possible. one_per_node: never two on a node. one_node: all on the same node."""
     env: Annotated[dict[str, str], BeforeValidator(_strings)] = Field(default_factory=dict)
     """Environment variables of the workers, such as {NCCL_SOCKET_IFNAME: eth0}. The run folder
-    shows them, so they must not hold secrets. With launcher inline they are set after Python has
+    shows them, so they must not contain secrets. With launcher inline they are set after Python has
     started, too late for OMP_*."""
     max_restarts: Amount = 3
     """Restarts of a failed group of workers without a new checkpoint in between, after 1, 2, 4, ...
@@ -98,13 +98,13 @@ class ClusterSettings(Settings):
     send SIGKILL 30 s after SIGTERM by default."""
 
     @property
-    def least(self) -> int:
-        """The fewest workers that train."""
+    def min_workers(self) -> int:
+        """Minimum number of workers with which the run trains."""
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most(self) -> int:
-        """The most workers that train."""
+    def max_workers(self) -> int:
+        """Maximum number of workers with which the run trains."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     @property
@@ -119,10 +119,10 @@ class ClusterSettings(Settings):
                 "cluster.launcher=inline runs a single worker; set cluster.workers=1, or use "
                 "torchrun"
             )
-        if self.launcher != "ray" and self.least < self.most:
+        if self.launcher != "ray" and self.min_workers < self.max_workers:
             raise ValueError(
                 f"cluster.launcher={self.launcher} needs a fixed number of workers; set "
-                f"cluster.workers={self.most}, or cluster.launcher=ray"
+                f"cluster.workers={self.max_workers}, or cluster.launcher=ray"
             )
         return self
 

@@ -48,14 +48,14 @@ class DataSettings(Settings):
     train: Annotated[tuple[SourceSettings, ...], BeforeValidator(_sources)] = Field(
         (SourceSettings(path="train"),), min_length=1
     )
-    """Training shards, inside `data.root`; `.` if the root holds them. A list mixes several
-    sources, written as paths or as {path, weight}."""
+    """Training shards, inside `data.root`; `.` if they are in the root itself. A list mixes
+    several sources, written as paths or as {path, weight}."""
     curriculum: tuple[CurriculumSettings, ...] = ()
     """Changes of the sources' weights during the run. Default: none."""
     group: str | None = None
-    """Field of the samples' json, or `source`, that groups batches: each batch holds samples of a
-    single value. The rest comes in mixed batches, where only samples of the same value are
-    compared. Unset: no groups."""
+    """Field of the samples' json, or `source`, that groups batches: each batch has samples of a
+    single value. The remaining samples come in mixed batches, where only samples of the same value
+    are compared. Unset: no groups."""
     window: Count = 64
     """Number of shards that the shuffle mixes at a time."""
     workers: Amount = 1

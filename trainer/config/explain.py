@@ -41,7 +41,7 @@ class KeyHelp:
         type: Accepted values in words, such as `integer >= 1`.
         default: Default as YAML, or `required`.
         value: Value in a config as YAML; None without a config.
-        choice: The kind that has this key, such as `towers.image.kind=conv`; empty if all have it.
+        choice: Kind that has this key, such as `towers.image.kind=conv`; empty if all have it.
     """
 
     key: str
@@ -63,7 +63,7 @@ def explain_keys(config: Config | None, names: Sequence[str] = ()) -> list[KeyHe
         The keys. A name that the config's own kinds lack is explained for the kinds that have it.
 
     Raises:
-        GigabatchError: for a name that is no key of any kind.
+        GigabatchError: if no kind has a key of this name.
     """
     everything = list(_describe(Config))
     shown = list(_describe(Config, config)) if config else everything
@@ -88,7 +88,7 @@ def _is_in(key: str, name: str) -> bool:
 def _describe(
     model: type[BaseModel], value: BaseModel | None = None, prefix: str = "", choice: str = ""
 ) -> Iterator[KeyHelp]:
-    """Yield the keys of a settings class: with a value, of the kinds in it; else of all kinds."""
+    """Yield the keys of a settings class, of the kinds that `value` uses, or else of all kinds."""
     for name, info in model.model_fields.items():
         key = f"{prefix}{name}"
         current = getattr(value, name) if value is not None else None
@@ -133,7 +133,7 @@ def _describe_kinds(
 
 
 def _is_section(annotation: Any) -> bool:
-    """Whether a value of this type is always one mapping with known keys."""
+    """Return whether values of this type are always mappings with known keys."""
     if get_origin(annotation) is Annotated:
         return _is_section(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):

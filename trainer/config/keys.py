@@ -14,15 +14,15 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel
 
 ANY = "NAME"
-"""Represents a name that the user chooses, in `towers.more.NAME`."""
+"""Placeholder in keys for a name that the user chooses, as in `towers.more.NAME`."""
 DEFAULT_TAGS = {"kind": "conv", "name": "infonce"}
-"""Fields that choose one of several kinds, by a literal value -> the value that is the default."""
+"""Field that selects one of several kinds by a literal value -> the default value."""
 
 Models = Sequence[type[BaseModel]]
 
 
 def known_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Yield every dotted key that a settings class accepts, over all kinds; with repetitions."""
+    """Yield every dotted key that a settings class accepts, for all kinds; keys may repeat."""
     for name, info in model.model_fields.items():
         models = models_in(info.annotation)
         item = f"{ANY}." if get_origin(info.annotation) is dict else ""
@@ -68,7 +68,10 @@ def tags_of(model: type[BaseModel], selector: str) -> tuple[str, ...]:
 
 
 def select(models: Models, selector: str, tag: str | None) -> type[BaseModel] | None:
-    """Return the class of a tag; of no tag, the default kind. None if there is no such class."""
+    """Return the class that a tag selects.
+
+    Returns the default class if `tag` is None, or None if no class has the tag.
+    """
     wanted = DEFAULT_TAGS[selector] if tag is None else tag
     return next((model for model in models if wanted in tags_of(model, selector)), None)
 

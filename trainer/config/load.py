@@ -1,7 +1,7 @@
-"""Reading, resolving, comparing and printing a `Config`.
+"""Functions that read, resolve, compare and print a `Config`.
 
 Values come from the defaults, then from a YAML file, then from `key=value` overrides. Unknown keys
-are rejected with the nearest known key, so every key in a config is one that something reads.
+are rejected, and the message suggests the nearest known key.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from gigabatch.trainer.config.names import suggest_kind, suggest_objective
 from gigabatch.trainer.config.overrides import apply_overrides
 
 FREE_FORM = (".config", ".args", ".env")
-"""Ends of keys whose mapping may hold any keys."""
+"""Suffixes of keys whose value is a free-form mapping."""
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -51,7 +51,11 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def read_config(path: Path) -> str:
-    """Return the text of a config file. Raises GigabatchError."""
+    """Return the text of a config file.
+
+    Raises:
+        GigabatchError: if it cannot be read or is not UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8")
     except OSError as error:
@@ -95,7 +99,7 @@ def resolve(config: Config) -> Config:
     data = root if is_elsewhere else str(Path(root).expanduser().absolute())
     sets = tuple(name if "/" not in name else _absolute_folder(name) for name in config.eval.sets)
     cores = len(os.sched_getaffinity(0))
-    threads = config.cluster.threads or max(1, cores // config.cluster.most)
+    threads = config.cluster.threads or max(1, cores // config.cluster.max_workers)
     return config.model_copy(
         update={
             "run": config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()}),
@@ -108,7 +112,7 @@ def resolve(config: Config) -> Config:
 
 
 def _absolute_folder(name: str) -> str:
-    """Return the absolute path of a folder; another name may be one inside `data.root`."""
+    """Return the absolute path of a folder that exists; other names are relative to the root."""
     path = Path(name).expanduser()
     return str(path.absolute()) if path.is_dir() else name
 
@@ -198,7 +202,7 @@ def _explain_one(error: ErrorDetails) -> str:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where an error is: its dotted key, and the innermost section that has kinds."""
+    """Location of an error: its dotted key, and the innermost section that has kinds."""
 
     key: str
     section: str = ""
@@ -214,7 +218,7 @@ class _Place:
 
 
 def _place_of(location: Sequence[int | str]) -> _Place:
-    """Return the place of a location of pydantic, which holds a kind's tag after its section."""
+    """Convert pydantic's location of an error, which has the tag of a kind after its section."""
     key: list[str] = []
     place = _Place("")
     parts = iter(map(str, location))

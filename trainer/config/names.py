@@ -1,4 +1,4 @@
-"""Suggestions for names that a config misspells, or that are called otherwise here."""
+"""Suggestions for names in a config that are misspelled or have a different name in gigabatch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KIND_ALIASES = {
     "mlp": "vector",
     "sound": "audio",
 }
-"""Well-known name -> kind of tower here. Those of objectives are in their cards."""
+"""Common name -> tower kind. Aliases of objectives are in `Card.aliases`."""
 
 
 def suggest_kind(name: str, known: Iterable[str]) -> str:

@@ -24,7 +24,7 @@ RENAMED_KEYS = {
 }
 """Old key -> new key. Configs of earlier runs keep loading."""
 EXCLUSIVE_KEYS = {"train.steps": "train.epochs", "train.epochs": "train.steps"}
-"""Key -> the key of the file that an override of it replaces."""
+"""Key -> key that an override of the first removes from the config."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], where: str) -> None:
         where: Name of the file, for messages.
 
     Raises:
-        GigabatchError: for a malformed override, or a key inside a value.
+        GigabatchError: for a malformed override, or a key below one that is not a section.
     """
     rename_old_keys(tree, where)
     done: list[str] = []
@@ -53,13 +53,13 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], where: str) -> None:
         other = EXCLUSIVE_KEYS.get(key)
         if other and other not in done and value is not None:
             _remove(tree, other)
-        if key == "train.steps" and value is None:  # no step count: that of train.epochs
+        if key == "train.steps" and value is None:  # train.epochs sets the number of steps
             _remove(tree, key)
         else:
             _drop_old_kind(tree, key, value, done)
             _set(tree, key, value, override)
         done.append(key)
-    rename_old_keys(tree, where)  # an override may hold a section: objective={scale: 10}
+    rename_old_keys(tree, where)  # an override may set a section: objective={scale: 10}
 
 
 def _parse(override: str) -> tuple[str, Any]:
@@ -130,7 +130,10 @@ def _drop_old_kind(tree: Tree, key: str, value: Any, done: Sequence[str]) -> Non
 
 
 def _belongs_to(field: str, old: type[BaseModel], new: type[BaseModel]) -> bool:
-    """Whether a field is the old kind's: the new one lacks it, or means something else by it."""
+    """Return whether a field applies only to the old kind.
+
+    That is, the new kind lacks it, or gives it a different type or default.
+    """
     before, after = old.model_fields.get(field), new.model_fields.get(field)
     if before is None:
         return False  # an unknown key, to be rejected as such
@@ -155,6 +158,6 @@ def rename_old_keys(tree: Tree, where: str) -> None:
             if not isinstance(table, dict) or old_name not in table:
                 continue
             if new_name in table:
-                raise GigabatchError(f"{where}: {old} is now {new}; give only {new}.")
+                raise GigabatchError(f"{where}: {old} is now called {new}; set only {new}.")
             logger.warning("%s: %s is now called %s", where, old, new)
             table[new_name] = table.pop(old_name)

@@ -19,7 +19,7 @@ from gigabatch.trainer.towers.conv import ConvTextTower, ConvTower
 
 ModalityName = Annotated[str, Field(pattern=r"^[a-z]+$")]
 RESERVED = {"image", "text", "sample", "teacher", *filter(str.isalpha, dir(ModuleDict()))}
-"""Names with another meaning in a micro-batch, a tap, or a dict of modules."""
+"""Names that have a meaning in a micro-batch, a tap or an `nn.ModuleDict`."""
 
 
 def _any_kind_of(slot: Slot, *others: type[Settings]) -> Any:
@@ -61,7 +61,7 @@ class ExtraTextTower(ExtraText):
         return self
 
     def decode_settings(self) -> ExtraModality:
-        """Return how this text is read from a sample."""
+        """Return the settings with which this text is read from a sample."""
         return self
 
     def with_absolute_paths(self) -> Self:
@@ -97,11 +97,13 @@ class TowersSettings(Settings):
     @model_validator(mode="after")
     def _names_are_free(self) -> Self:
         if taken := sorted(RESERVED & set(self.more)):
-            raise ValueError(f"towers.more: {taken[0]!r} is a reserved name; choose another")
+            raise ValueError(
+                f"towers.more: {taken[0]!r} is a reserved name; choose a different one"
+            )
         return self
 
     def kinds(self) -> dict[str, TowerKind]:
-        """Return config key -> tower, of all towers with separate weights."""
+        """Return the towers with separate weights, by config key."""
         kinds = {"towers.image": self.image, "towers.text": self.text}
         for name, entry in self.more.items():
             if isinstance(entry, TowerKind):
@@ -111,7 +113,7 @@ class TowersSettings(Settings):
         return kinds
 
     def with_absolute_paths(self) -> Self:
-        """Return these settings with absolute local paths: workers start in other folders."""
+        """Return these settings with absolute local paths; workers start in other folders."""
         update = {
             "image": self.image.with_absolute_paths(),
             "text": self.text.with_absolute_paths(),

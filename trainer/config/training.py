@@ -19,10 +19,10 @@ class TrainSettings(Settings):
     """Length, precision and safety of training."""
 
     steps: Count = 1000
-    """Optimizer steps of the whole run. Or give `epochs`."""
+    """Total number of optimizer steps. Set either this or `epochs`."""
     epochs: float | None = Field(None, gt=0)
     """Length of the run in passes over the data instead of in steps; fractions such as 0.5 are
-    allowed. One epoch is as many samples as all sources of `data.train` hold together. When a run
+    allowed. One epoch is as many samples as all sources of `data.train` have together. When a run
     is created, this becomes `steps` = epochs * samples / `batch.global_size`, rounded up."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of the towers. bf16: bf16 autocast inside the towers; weights, logits and loss stay
@@ -36,7 +36,7 @@ class TrainSettings(Settings):
     ema: Fraction = 0.0
     """Momentum of an average of the towers' weights over steps, such as 0.9999; evaluations then
     use the average. 0: none. After step t the momentum is at most (1 + t) / (10 + t). Each worker
-    holds a complete copy."""
+    keeps a complete copy."""
     max_bad_steps: Count = 10
     """Consecutive non-finite steps to skip before `on_bad_steps` applies."""
     on_bad_steps: Literal["stop", "rewind"] = "stop"
@@ -63,12 +63,12 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if self.epochs is not None and "steps" in self.model_fields_set:
-            raise ValueError("give either `steps` or `epochs`, not both")
+            raise ValueError("set either `steps` or `epochs`, not both")
         return self
 
     @model_serializer(mode="wrap")
     def _without_unused_steps(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out the default of `steps` beside `epochs`, so that the result validates again."""
+        """Omit the default of `steps` if `epochs` is set, so that the result validates again."""
         tree: dict[str, Any] = handler(self)
         if self.epochs is not None:
             del tree["steps"]
@@ -108,7 +108,7 @@ class ScheduleSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """When to save, what to keep, where to copy."""
+    """When checkpoints are saved, which are kept, and where they are copied."""
 
     every_steps: Amount = 0
     """Steps between two checkpoints; 0: not by steps. The last step is always saved."""
@@ -119,8 +119,8 @@ class CheckpointSettings(Settings):
     keep_every: Amount = 0
     """Multiple of steps at which a checkpoint is also saved and never removed; 0: none."""
     best: Annotated[str, Field(pattern=r"^eval/[^/]+/[^/]+$")] | None = None
-    """Metric of eval/step-*.json, such as `eval/val/mean_recall@10`, whose best checkpoint is kept:
-    each evaluated step is saved, and the one with the highest value so far stays. Unset: none."""
+    """Metric of eval/step-*.json, such as `eval/val/mean_recall@10`. Each evaluated step is saved,
+    and the checkpoint with the highest value so far is kept. Unset: none."""
     asynchronous: bool = True
     """Write checkpoints in the background; training waits only for a copy to host memory."""
     copy_to: str | None = None
@@ -130,8 +130,8 @@ class CheckpointSettings(Settings):
     copies."""
 
     @model_validator(mode="after")
-    def _refuse_secrets(self) -> Self:
-        # On the whole model: a field's own error would show its value, with the password.
+    def _check_copy_to(self) -> Self:
+        # A validator of the field would put its value, which may have a password, into its error.
         if self.copy_to is not None:
             try:
                 writable_folder(self.copy_to)
@@ -154,8 +154,8 @@ class EvalSettings(Settings):
 
     sets: Annotated[tuple[str, ...], ONE_OR_MORE] = ()
     """Evaluation sets: folders of shards, inside `data.root` or by path. Retrieval is measured on
-    each set, between all modalities that the objective compares; for symile, of each modality by
-    all others together. Default: none."""
+    each set, between all modalities that the objective compares; with symile, each modality is
+    retrieved by all others together. Default: none."""
     every_steps: Amount = 0
     """Steps between two evaluations; 0: only after the last step."""
 

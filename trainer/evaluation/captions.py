@@ -1,4 +1,4 @@
-"""Embeddings of captions from a chosen field, beside the modality that they describe."""
+"""Embeddings of captions from a chosen field, and of the modality that they describe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gigabatch.trainer.evaluation.embedding import SAMPLE_COLUMN, Embedded, requ
 
 
 def captioned_modality(context: EvalContext, requested: str | None) -> str:
-    """Return the modality that captions describe: the requested one, or the first besides text.
+    """Return the modality that captions describe: the requested one, or the first except text.
 
     Raises:
         GigabatchError: if it is text, or the run lacks it or text.
@@ -40,7 +40,7 @@ def embed_captions(
         modality: The modality that captions describe.
         field: JSON field of the captions; None reads the run's captions.
         columns: JSON fields to read as codes.
-        base: An earlier result whose `modality` is used again instead of embedding it.
+        base: An earlier result, whose rows of `modality` are reused; None embeds the modality.
 
     Raises:
         GigabatchError: if the samples with a caption differ from those of `base`.
@@ -50,7 +50,7 @@ def embed_captions(
     embedded = context.embed_for_comparison(names, output, columns, captions=field)
     base = base or embedded
     expected, actual = (rows.columns[SAMPLE_COLUMN] for rows in (base, embedded))
-    # An unusable sample is replaced by another, so a missing caption shows as another index.
+    # A different sample replaces one without a caption, so its index differs.
     if different := (expected != actual).nonzero().flatten().tolist():
         raise GigabatchError(
             f"{context.index.where(int(expected[different[0]]))} has no caption in {field}, or has "

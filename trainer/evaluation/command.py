@@ -1,4 +1,4 @@
-"""`gigabatch eval`: measures the newest checkpoint of a run on a set, without DeepSpeed."""
+"""Command `gigabatch eval`: measure a run's newest checkpoint on a set, without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gigabatch.trainer.distributed import World, join_world, leave, single_process
+from gigabatch.trainer.distributed import World, exit_now, join_world, single_process
 from gigabatch.trainer.evaluation.context import EvalContext
 from gigabatch.trainer.evaluation.result import TaskResult
 from gigabatch.trainer.evaluation.tags import metric_tags, slice_tags
@@ -24,20 +24,20 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What `gigabatch eval` measures.
+    """A request to `gigabatch eval`.
 
     Attributes:
         task: The task with its settings.
-        on: The set; None for a task that reads only the run.
+        set_argument: The set; None for a task that reads only the run.
         settings: The `key=value` texts that `task` was parsed from.
         slice_fields: JSON fields to slice by.
         intervals: Add bootstrap intervals over queries.
-        weights: ema or last; None means ema if the run has it.
+        weights: `ema` or `last`; None means `ema` if the run has it.
         intervals_by: Add bootstrap intervals over the values of this JSON field.
     """
 
     task: EvalTask
-    on: str | None
+    set_argument: str | None
     settings: Sequence[str]
     slice_fields: Sequence[str]
     intervals: bool
@@ -61,7 +61,7 @@ def evaluate_run(run: RunFolder, request: EvalRequest, as_json: bool) -> None:
             assert isinstance(request.task, SetTask)
             _measure(run, world, request, request.task, as_json)
     if world.size > 1:
-        leave(0)
+        exit_now(0)
 
 
 def _joined_world() -> AbstractContextManager[World]:
@@ -75,9 +75,9 @@ def _measure(
     run: RunFolder, world: World, request: EvalRequest, task: SetTask, as_json: bool
 ) -> None:
     """Measure a set; rank 0 prints and writes the metrics."""
-    context = open_context(run, str(request.on), world, request.weights)
+    context = open_context(run, str(request.set_argument), world, request.weights)
     result = task.measure(context)
-    # Every rank reads labels and groups, because reading them is collective.
+    # Every rank reads labels and groups, because the reads are collective.
     fields = request.slice_fields if result.sample_indices is not None else ()
     labels = {field: context.field_values(field, required=False) for field in fields}
     groups = context.query_groups(request.intervals_by, result)
@@ -87,7 +87,7 @@ def _measure(
     metrics = metric_tags(task, result, seed, groups)
     for field in request.slice_fields:
         metrics |= slice_tags(task, result, field, labels.get(field, ()), seed, groups)
-    # Results of the last weights go beside those of the average, not over them.
+    # Results of the last weights must not overwrite those of the average.
     last = context.config.train.ema and request.weights == "last"
     tag = f"{task.result_tag()}-last" if last else task.result_tag()
     _write(run, result, tag, context.step, metrics, request.settings)
@@ -96,21 +96,23 @@ def _measure(
     _print(metrics, as_json)
 
 
-def open_context(run: RunFolder, on: str, world: World, weights: str | None = None) -> EvalContext:
+def open_context(
+    run: RunFolder, set_argument: str, world: World, weights: str | None = None
+) -> EvalContext:
     """Load the towers of a run's newest checkpoint for measuring a set.
 
     Args:
         run: Folder of the run.
-        on: Folder of the set, or its name in the run's `data.root`.
+        set_argument: Folder of the set, or its name in the run's `data.root`.
         world: The ranks.
-        weights: ema or last; None means ema if the run has it.
+        weights: `ema` or `last`; None means `ema` if the run has it.
     """
     step, towers = load_newest_towers(run, world, weights)
-    return EvalContext(run, run.config(), towers.to(world.device), world, on, step)
+    return EvalContext(run, run.config(), towers.to(world.device), world, set_argument, step)
 
 
 def result_name(set_name: str, tag: str, settings: Sequence[str]) -> str:
-    """Name the result of a task; other settings give another name, so both are kept."""
+    """Name the result of a task; results with different settings have different names."""
     return "-".join((set_name, tag, *sorted(settings)))
 
 

@@ -1,4 +1,4 @@
-"""What a run's objective compares: which modalities, at which output, with which score."""
+"""Comparisons that a run's objective makes: their modalities, tower output and score."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from gigabatch.trainer.taps import parse_tap
 def comparisons(config: Config) -> list[tuple[str, ...]]:
     """Return the groups of modalities that the objective compares.
 
-    A group of two retrieves each other. A larger group comes from an objective that scores all of
-    its taps at once; each of its modalities is then retrieved by all others. A run whose objective
-    compares no two modalities gets its first two.
+    The modalities of a group of two retrieve each other. A larger group is from an objective that
+    scores all its taps at once; each of its modalities is then retrieved by all others. If the
+    objective compares no modalities with each other, the run's first two are returned.
     """
     groups: list[tuple[str, ...]] = []
     for objective in singles(config.objective):
@@ -28,7 +28,7 @@ def comparisons(config: Config) -> list[tuple[str, ...]]:
 
 
 def joint_score(config: Config, modalities: Sequence[str]) -> str:
-    """Return how the objective scores these modalities together: `product` or `sum`."""
+    """Return the score with which the objective compares these modalities: `product` or `sum`."""
     products = [
         {parse_tap(tap).modality for tap in objective.taps}
         for objective in singles(config.objective)
@@ -40,8 +40,8 @@ def joint_score(config: Config, modalities: Sequence[str]) -> str:
 def choose_output(config: Config, modalities: Sequence[str], requested: str | None = None) -> str:
     """Choose the tower output for comparing modalities: `head` or `tokens`.
 
-    Without a request it is `tokens` if the objective reads the tokens of all modalities but not
-    the vectors of all, because untrained vectors retrieve next to nothing.
+    Without a request, it is `tokens` if the objective reads the tokens of all modalities, but not
+    the vectors of all, because vectors that were not trained retrieve almost nothing.
 
     Raises:
         GigabatchError: if tokens are requested that the objective does not read.

@@ -1,4 +1,4 @@
-"""What an evaluation task reads: the towers of a run, a set, and fields of its samples."""
+"""Inputs of an evaluation task: the towers of a run, a set, and fields of its samples."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class EvalContext:
     Attributes:
         run: Folder of the run.
         config: Config of the run.
-        towers: In evaluation mode, on `world.device`.
+        towers: The towers, in evaluation mode, on `world.device`.
         world: The ranks that share the work.
-        on: The set, as `--on` names it.
+        set_argument: The set, as given to `--on`.
         step: Training step of the towers.
     """
 
@@ -49,22 +49,28 @@ class EvalContext:
     config: Config
     towers: Towers
     world: World
-    on: str
+    set_argument: str
     step: int
 
     @property
     def set_name(self) -> str:
         """Name of the set in metric tags."""
-        return Path(self.on).resolve().name if Path(self.on).is_dir() else self.index.name
+        return (
+            Path(self.set_argument).resolve().name
+            if Path(self.set_argument).is_dir()
+            else self.index.name
+        )
 
     @cached_property
     def index(self) -> Index:
         """Index of the set."""
-        return self.open_set(self.on)
+        return self.open_set(self.set_argument)
 
-    def open_set(self, on: str) -> Index:
+    def open_set(self, set_argument: str) -> Index:
         """Open a set by its folder, or by its name in the run's `data.root`."""
-        return open_index(on) if Path(on).is_dir() else open_eval(self.config, on)
+        if Path(set_argument).is_dir():
+            return open_index(set_argument)
+        return open_eval(self.config, set_argument)
 
     def embed(
         self,
@@ -73,16 +79,16 @@ class EvalContext:
         width: int | None = None,
         index: Index | None = None,
     ) -> Embedded:
-        """Embed modalities separately, as vectors read at a tap.
+        """Embed modalities separately, as vectors of a tower output.
 
         Args:
             modalities: Modalities of the run.
-            tap: head, encoder, projection, or the path of a module.
-            width: Leading coordinates to keep, of unit length again; None keeps all.
+            tap: `head`, `encoder`, `projection`, or the path of a module.
+            width: Number of leading coordinates to keep, normalized again; None keeps all.
             index: Set to embed; None embeds the context's.
 
         Raises:
-            GigabatchError: if `width` is combined with another tap than `head`, or the run lacks
+            GigabatchError: if `width` is combined with a tap other than `head`, or the run lacks
                 a modality, a tap or coordinates.
         """
         if width is not None and tap != HEAD:
@@ -106,8 +112,8 @@ class EvalContext:
             modalities: Modalities of the run.
             output: `head` for vectors, `tokens` for token vectors; see `comparisons.choose_output`.
             columns: JSON fields to read as codes.
-            captions: Where the captions are: txt or a JSON field; None reads the run's captions.
-            width: Leading coordinates to keep, of unit length again; None keeps all.
+            captions: `txt`, or the JSON field of the captions; None reads the run's captions.
+            width: Number of leading coordinates to keep, normalized again; None keeps all.
         """
         settings = caption_settings(self.config, captions) if captions else None
         spec = EmbedSpec(modalities, columns, settings, width)
@@ -115,7 +121,7 @@ class EvalContext:
 
     def _embed(self, embed: Embed, spec: EmbedSpec, index: Index) -> Embedded:
         embedded = embed_set(embed, index, self.config, self.run, self.world, spec)
-        assert embedded is not None  # embed_set returns None only if its `stop` says so
+        assert embedded is not None  # embed_set returns None only if its `stop` returns true
         return embedded
 
     def field_values(
@@ -127,14 +133,14 @@ class EvalContext:
             GigabatchError: on every rank, if a sample lacks the field and `required` is true.
         """
         index = index or self.index
-        # An error on rank 0 is shared as text: raised there only, it would leave others waiting.
+        # An error on rank 0 is broadcast as text; raised only there, it would block other ranks.
         values: list[Any] | str = []
         if self.world.is_main:
             try:
                 values = field_values(index, field, cache_of(self.config), required)
             except GigabatchError as error:
                 values = str(error)
-        values = self.world.share(values)
+        values = self.world.broadcast(values)
         if isinstance(values, str):
             raise GigabatchError(values)
         return list(values)
@@ -152,7 +158,7 @@ class EvalContext:
         """Return the JSON field that positives share.
 
         Args:
-            override: A field, or `none` for pairs only; None takes the run's.
+            override: A field, or `none` for pairs only; None means that of the run.
         """
         field = positives_of(self.config.objective) if override is None else override
         return None if field == "none" else field

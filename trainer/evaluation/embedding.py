@@ -1,4 +1,4 @@
-"""Embeddings of a set or of texts: each rank embeds its share of the samples, in order."""
+"""Embeddings of a set or of texts; each rank embeds its share of the samples, in order."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gigabatch.trainer.step import tower_inputs
 log = logging.getLogger(__name__)
 Inputs = Mapping[str, tuple[Tensor, ...]]
 Embed = Callable[[Inputs], Mapping[str, Tensor]]
-"""Maps tower inputs to {modality: [B, D], or tokens [B, T, D]}, in evaluation mode."""
+"""Function from tower inputs to {modality: [B, D], or tokens [B, T, D]}, in evaluation mode."""
 SAMPLE_COLUMN = "sample"
 """Column of `Embedded` with the index of each sample in its set."""
 
@@ -53,13 +53,13 @@ class Embedded:
 
 @dataclass(frozen=True)
 class EmbedSpec:
-    """What to read of each sample, and how much of its vectors to keep.
+    """Fields to read of each sample, and coordinates of its vectors to keep.
 
     Attributes:
         modalities: Modalities of the run.
         columns: JSON fields to read as codes.
-        captions: Where the captions are; None reads the run's captions.
-        width: Leading coordinates to keep, of unit length again; None keeps all.
+        captions: Location of the captions; None reads the run's captions.
+        width: Number of leading coordinates to keep, normalized again; None keeps all.
     """
 
     modalities: Sequence[str] = ("image", "text")
@@ -117,13 +117,13 @@ def embed_set(
     """Embed this rank's share of an indexed set; every rank must call this.
 
     Args:
-        embed: Reads the towers.
+        embed: Computes the embeddings of a batch.
         index: The set.
         config: Config of the run.
         run: Folder of the run, for its tokenizer.
         world: The ranks that share the set.
-        spec: What to read of each sample.
-        stop: Called after each micro-batch, with the same answer on every rank; true stops.
+        spec: Fields to read of each sample.
+        stop: Called after each micro-batch; returns the same on every rank. True stops.
 
     Returns:
         This rank's rows, or None if `stop` returned true.
@@ -148,7 +148,8 @@ def embed_set(
         if micro.real:
             unusable += [sample.why for sample in micro.substitutions]
         batch = micro.to(world.device)
-        # Ranks with fewer samples embed padding batches, so that collectives stay in step.
+        # Ranks with fewer samples embed padding batches, so that all ranks issue the same
+        # collectives.
         kept = slice(None) if batch.real else slice(0)
         for name, vectors in embed(tower_inputs(batch, config.data, rng_key=None)).items():
             rows = vectors[kept].float()
@@ -180,11 +181,11 @@ def _warn_of_unusable(reasons: list[str], index: Index, world: World) -> None:
 
 
 def caption_settings(config: Config, field: str) -> CaptionSettings:
-    """Return the run's caption settings for another field.
+    """Return the run's caption settings, changed to a different field.
 
     Args:
         config: Config of the run.
-        field: `txt` for that member, else a JSON field or a path such as `names.de`.
+        field: `txt` for that member, or a JSON field, or a path such as `names.de`.
     """
     member = "txt" if field == "txt" else "json"
     changes = {"member": member, "field": None if member == "txt" else field, "choose": "first"}
@@ -195,7 +196,7 @@ def caption_settings(config: Config, field: str) -> CaptionSettings:
 def embed_texts(
     embed: Embed, texts: Sequence[str], config: Config, run: RunFolder, world: World
 ) -> Rows:
-    """Embed this rank's share of texts that every rank has: contiguous, in order.
+    """Embed this rank's share of `texts`, which is contiguous; every rank passes all texts.
 
     Raises:
         GigabatchError: if the run has no text tower.

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluation_is_due(step: int, config: Config) -> bool:
-    """Return whether to evaluate after this step; the last step is always evaluated elsewhere."""
+    """Return whether to evaluate after this step; false for the last, which is always evaluated."""
     every = config.eval.every_steps
     return bool(every) and 0 < step < config.train.steps and step % every == 0
 
@@ -41,7 +41,7 @@ def evaluate_sets(
     """Measure retrieval on every set of `eval.sets`; every rank must call this.
 
     Args:
-        towers: Called as `Towers` are, in evaluation mode.
+        towers: Function with the arguments of `Towers.forward`, in evaluation mode.
         config: Config of the run.
         run: Folder of the run.
         world: The ranks.
@@ -88,22 +88,22 @@ def evaluate_retrieval(
 ) -> dict[str, float] | None:
     """Measure retrieval on one set, for everything that the objective compares.
 
-    Compares vectors, or tokens if the objective reads those instead.
+    Compares vectors, or tokens if the objective reads tokens instead of vectors.
 
     Args:
-        towers: Called as `Towers` are, in evaluation mode.
+        towers: Function with the arguments of `Towers.forward`, in evaluation mode.
         index: The set.
         config: Config of the run.
         run: Folder of the run.
         world: The ranks; every rank must call this function.
         positives: JSON field that relevant items share; None pairs samples with themselves.
-        stop: Called after each micro-batch, with the same answer on every rank; true stops.
+        stop: Called after each micro-batch; returns the same on every rank. True stops.
 
     Returns:
-        Metrics by name, the same on every rank, or None if `stop` returned true. `candidates`,
-        `mean_recall@10` over all ways, and of each way (`i2t`, `t2i`, `audio2text`,
-        `image+audio2text`) `..._recall@1|5|10`, `..._mrr`, `..._ndcg@10`, `..._r_precision`,
-        `..._mean_rank`, `..._median_rank`.
+        Metrics by name, the same on every rank, or None if `stop` returned true. They are
+        `candidates`, `mean_recall@10` over all directions, and for each direction (`i2t`, `t2i`,
+        `audio2text`, `image+audio2text`) `..._recall@1|5|10`, `..._mrr`, `..._ndcg@10`,
+        `..._r_precision`, `..._mean_rank` and `..._median_rank`.
     """
     values: dict[str, Tensor] = {}
     for modalities in comparisons(config):

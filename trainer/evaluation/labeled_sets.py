@@ -21,9 +21,9 @@ class LabeledSet:
 
     Attributes:
         features: float32 [n, D].
-        embedded: What the features were taken from.
+        embedded: The embeddings from which the features were taken.
         label: JSON field of the label.
-        values: Value of the field of every sample of the set.
+        values: Value of the field for every sample of the set.
         index: The set.
     """
 

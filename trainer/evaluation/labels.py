@@ -21,7 +21,7 @@ from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import value_at
 
 CHUNK = 4096
-"""Samples read at a time."""
+"""Number of samples to read at a time."""
 
 
 def field_values(
@@ -33,10 +33,11 @@ def field_values(
         index: The set.
         field: A field, or a path such as `names.en`.
         cache: Local copies of remote shards.
-        required: Raise for a sample without the field; otherwise its value is None.
+        required: Raise for a sample without the field; if false, its value is None.
 
     Raises:
-        GigabatchError: if samples have no JSON, or the first sample without the field.
+        GigabatchError: if samples have no JSON, or if `required` and a sample lacks the field; the
+            message names the first such sample.
     """
     if "json" not in index.members:
         raise GigabatchError(
@@ -72,15 +73,15 @@ def _value(
 
 
 def codes_of(values: Sequence[Any]) -> Tensor:
-    """Return int64 [N]: equal values have equal codes, in this set and in any other."""
+    """Return codes int64 [N]; equal values have equal codes, also in different sets."""
     return torch.tensor([code_of(value) for value in values], dtype=torch.int64)
 
 
 def numbers_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
-    """Return float64 [N].
+    """Return the values as float64 [N].
 
     Raises:
-        GigabatchError: naming the first sample whose value is not a finite number.
+        GigabatchError: if a value is not a finite number; the message names the first such sample.
     """
     for sample, value in enumerate(values):
         # bool is a subclass of int, so it is excluded first.
@@ -100,10 +101,10 @@ def _finite(value: float) -> bool:
 
 
 def flags_of(values: Sequence[Any], field: str, index: Index) -> Tensor:
-    """Return bool [N] from true and false, or 1 and 0.
+    """Convert true and false, or 1 and 0, to bool [N].
 
     Raises:
-        GigabatchError: naming the first sample with another value.
+        GigabatchError: if a value is not one of these; the message names the first such sample.
     """
     for sample, value in enumerate(values):
         if not isinstance(value, int | float) or value not in (0, 1):
@@ -121,15 +122,15 @@ def named_classes(
 
     Args:
         values: Value of each sample.
-        names: A .json file that maps values to names, or a text file whose line n, from 0, names
-            the value n. None: each distinct value is a class and its own name.
+        names: A .json file that maps values to names, or a text file whose line n, counted from 0,
+            names the value n. None makes each distinct value a class, named by the value.
         field: Name of the field, for messages.
 
     Returns:
         (names of the classes, the class of each sample int64 [N]).
 
     Raises:
-        GigabatchError: if the file is invalid or names no class for a value.
+        GigabatchError: if the file is invalid, or lacks the name of a value.
     """
     if names is None:
         known = sorted({str(value) for value in values})

@@ -1,7 +1,7 @@
 """Registry of the tasks of `gigabatch eval`, and parsing of their settings.
 
 A task is a class in a separate module of `trainer/evaluation/tasks`, decorated with `register`.
-The command line, the settings and the dispatch come from that class; nothing else names it.
+Its command line, settings and dispatch come from that class; no other file changes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ def register(task: TaskClass) -> TaskClass:
     """Register a task class under its name and aliases; a class decorator.
 
     Raises:
-        ValueError: if another module registered one of these names.
+        ValueError: if a different module registered one of these names.
     """
     for name in (task.name, *task.aliases):
         other = TASKS.setdefault(name, task)
         if other.__module__ != task.__module__:
             raise ValueError(
                 f"{task.__module__}: the evaluation task name {name!r} is taken by "
-                f"{other.__module__}; choose another name."
+                f"{other.__module__}; choose a different name."
             )
         TASKS[name] = task
     return task
@@ -44,7 +44,7 @@ def register(task: TaskClass) -> TaskClass:
 
 def all_tasks() -> dict[str, type[EvalTask]]:
     """Import every module of `trainer/evaluation/tasks`; return its tasks by name, sorted."""
-    # Modules are looked up at every call: a folder added to the package's path is found.
+    # Modules are listed at every call, to find those of a folder added to the package's path.
     for module in pkgutil.iter_modules(tasks.__path__):
         importlib.import_module(f"{tasks.__name__}.{module.name}")
     return {name: TASKS[name] for name in sorted(TASKS) if TASKS[name].name == name}

@@ -13,13 +13,13 @@ from gigabatch.trainer.evaluation.metrics.statistics import Summarize
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task measured on a set, the same on every rank.
+    """Values that a task measured on a set, the same on every rank.
 
     Attributes:
         set_name: Name of the set in metric tags.
-        query_values: Name -> float64 [N], one value a query, in order.
-        summarize: Turns `query_values`, or the rows of some queries, into metrics.
-        set_metrics: Metrics that do not follow from values of single queries.
+        query_values: Name -> float64 [N], one value per query, in order.
+        summarize: Computes metrics from `query_values`, or from the rows of some queries.
+        set_metrics: Metrics that are not computed from values of single queries.
         sample_indices: int64 [N], the sample of each query; None if queries are not samples.
     """
 

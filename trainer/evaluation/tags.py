@@ -1,4 +1,4 @@
-"""Tags of metrics, as TensorBoard and eval/*.json have them: flat names with slashes."""
+"""Tags of metrics in TensorBoard and eval/*.json: flat names with slashes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def metric_tags(
     Args:
         task: The task.
         result: Its result.
-        seed: Adds 95 % intervals over resampled queries, as `.../low` and `.../high`; None adds
-            none.
-        groups: int64 [N]; intervals resample groups of queries instead.
+        seed: Seed of the resampled queries for 95 % intervals, `.../low` and `.../high`; None adds
+            no intervals.
+        groups: Group of each query, int64 [N]; intervals then resample groups, not queries.
     """
     prefix = task.metric_prefix(result.set_name)
     metrics = {f"{prefix}{name}": value for name, value in result.metrics().items()}
@@ -38,13 +38,13 @@ def slice_tags(
 ) -> dict[str, float]:  # fmt: skip
     """Name the metrics of each slice: `eval/SET/[TASK/]FIELD=VALUE/METRIC`, and `count`.
 
-    A query's candidates remain those of the full set.
+    The candidates of a query are still those of the full set.
 
     Args:
         task: The task.
         result: Its result.
         field: The JSON field to slice by.
-        labels: Its value of each sample of the set.
+        labels: Value of the field for each sample of the set.
         seed: See `metric_tags`.
         groups: See `metric_tags`.
 
@@ -79,7 +79,7 @@ def _interval_tags(
     prefix: str, values: Mapping[str, Tensor], result: TaskResult, seed: int,
     groups: Tensor | None,
 ) -> dict[str, float]:  # fmt: skip
-    """Name the ends of the intervals of metrics that vary with the queries."""
+    """Compute and name the interval ends of metrics that vary with the queries."""
     if not values:
         return {}
     ends = intervals(values, result.summarize, seed, groups=groups)

@@ -3,7 +3,7 @@
 head        unit vectors, the output that the objective reads
 encoder     the input of the head
 projection  the output of a second projection head, if there is one
-tokens      unit vectors, one a token, for comparisons across modalities
+tokens      unit vectors, one per token, for comparisons across modalities
 
 Any other tap is the path of a module, such as `encoder.blocks.2` or `head.0`. A feature map
 [B, C, H, W] is averaged over positions, token states [B, L, W] over real tokens.
@@ -25,9 +25,9 @@ HEAD, TOKENS = "head", "tokens"
 
 
 def comparison_reader(towers: Callable[..., Mapping[str, Tensor]], output: str) -> Embed:
-    """Return a function that reads the towers at `head` or `tokens`.
+    """Return a function from tower inputs to the outputs at `head` or `tokens`.
 
-    It returns {modality: float32 [B, D], or tokens [B, T, D]}.
+    The outputs are {modality: float32 [B, D], or tokens [B, T, D]}.
     """
     if output == HEAD:
         return towers
@@ -41,7 +41,7 @@ def comparison_reader(towers: Callable[..., Mapping[str, Tensor]], output: str) 
 
 
 def tap_reader(towers: Towers, tap: str) -> Embed:
-    """Return a function that reads the towers at a tap: {modality: float32 [B, W]}."""
+    """Return a function from tower inputs to the outputs at a tap: {modality: float32 [B, W]}."""
     if tap == HEAD:
         return towers
 
@@ -52,7 +52,7 @@ def tap_reader(towers: Towers, tap: str) -> Embed:
 
 
 def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) -> Tensor:
-    """Run a tower up to a tap and return one vector a sample."""
+    """Run a tower up to a tap and return one vector per sample."""
     owner = towers.owner(name)
     encoder, head = towers.encoders[owner], towers.heads[owner]
     roots = {"head": head, "encoder": encoder}
@@ -78,7 +78,7 @@ def _read(towers: Towers, name: str, tap: str, arguments: tuple[Tensor, ...]) ->
 
 
 def _module(roots: Mapping[str, nn.Module], tap: str, name: str) -> nn.Module:
-    """Find the module at a tap, or name some that exist."""
+    """Return the module at a tap; the error names some that exist."""
     root, _, path = tap.partition(".")
     modules: dict[str, nn.Module] = dict(roots[root].named_modules()) if root in roots else {}
     if path in modules:
@@ -107,6 +107,6 @@ def _pool(output: Any, arguments: tuple[Tensor, ...], tap: str) -> Tensor:
     if states.ndim == 2 and len(states) == len(arguments[0]):
         return states
     raise GigabatchError(
-        f"tap={tap}: the module's output has shape {list(states.shape)}, not one vector a sample. "
-        "Name another module."
+        f"tap={tap}: the module's output has shape {list(states.shape)}, not one vector per "
+        "sample. Name a different module."
     )

@@ -1,7 +1,7 @@
 """Base classes of evaluation tasks: settings, help text and measurement in one class.
 
-`gigabatch eval --help` imports this module and every task. Neither may import torch at the top:
-tasks import what they compute with inside `measure`, which keeps the help below one second.
+`gigabatch eval --help` imports this module and every task, so these must not import torch at the
+top. Tasks import such modules inside `measure`, which keeps the help below one second.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 OneOrMore = BeforeValidator(lambda value: [value] if isinstance(value, str) else value)
 Texts = Annotated[tuple[str, ...], OneOrMore]
-"""Texts; a single one needs no brackets on the command line."""
+"""One or several texts; a single text needs no brackets on the command line."""
 
 
 class EvalTask(Settings):
@@ -32,7 +32,7 @@ class EvalTask(Settings):
         name: Value of `--task`.
         summary: One line for `gigabatch eval --help`.
         aliases: Further values that `--task` accepts.
-        tag: Part of metric tags and of result file names; empty means `name`.
+        tag: Name of the task in metric tags and result files; empty means `name`.
     """
 
     name: ClassVar[str]
@@ -42,7 +42,7 @@ class EvalTask(Settings):
 
     @classmethod
     def result_tag(cls) -> str:
-        """Return the task's part of metric tags and file names."""
+        """Return the name of the task in metric tags and result files."""
         return cls.tag or cls.name
 
 
@@ -59,7 +59,7 @@ class SetTask(EvalTask):
 
     @classmethod
     def metric_prefix(cls, set_name: str) -> str:
-        """Return what precedes every metric name in the tags of a set."""
+        """Return the prefix of all metric tags of a set."""
         return f"eval/{set_name}/{cls.result_tag()}/"
 
     def headline(self, result: TaskResult) -> str | None:
@@ -68,7 +68,7 @@ class SetTask(EvalTask):
 
 
 class RunTask(EvalTask):
-    """A task that reads the files of a run: no set and no checkpoint."""
+    """A task that reads only files of a run, without a set or a checkpoint."""
 
     @abstractmethod
     def read(self, run: RunFolder) -> dict[str, float]:
@@ -83,11 +83,11 @@ class LabeledTask(SetTask):
     """Settings of a task that reads a labeled training set and predicts the labels of a set."""
 
     label: str
-    """JSON field that holds the class."""
+    """JSON field of the class."""
     train: str | None = None
     """Set with the known labels. Default: the run's training set."""
     modality: str | None = None
-    """image, text, or a tower of `towers.more`. Default: the run's first, in that order."""
+    """`image`, `text`, or a tower of `towers.more`. Default: the run's first, in this order."""
     tap: str = "head"
     """Tower output to read: head, encoder (before the head), or a module's path."""
     width: int | None = Field(None, ge=1)

@@ -1,6 +1,6 @@
 """Counters of a run: steps, skipped steps, rewinds and replaced samples.
 
-They are the same on every rank and part of each checkpoint.
+They are the same on every rank, and each checkpoint has them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Counts:
     Attributes:
         done: Steps taken.
         skipped: Steps that were not applied.
-        bad_steps: Consecutive steps that were not applied, up to the last one.
-        rewinds: Returns to a checkpoint.
-        bad_samples: Replaced samples per source number.
+        bad_steps: Consecutive steps, up to the last one, that were not applied.
+        rewinds: Number of rewinds to a checkpoint.
+        bad_samples: Number of replaced samples by number of the source.
     """
 
     done: int = 0

@@ -1,4 +1,4 @@
-"""Outputs of a run while it trains: metrics.jsonl, TensorBoard, and progress lines in train.log.
+"""Output of a run while it trains: metrics.jsonl, TensorBoard, and progress lines in train.log.
 
 Only rank 0 writes. A line of metrics.jsonl is one flat object: `step`, `samples_seen`, `time`,
 `attempt`, then tags (null for values that are not finite). Attempt k replaces earlier attempts'
@@ -23,9 +23,9 @@ from gigabatch.trainer.run.folder import RunFolder
 
 log = logging.getLogger(__name__)
 MAX_LOGGED = 5
-"""Unreadable samples that an attempt logs in train.log; quarantine.jsonl lists all."""
+"""Maximum number of unreadable samples per attempt in train.log; quarantine.jsonl lists all."""
 PROGRESS = "step "
-"""Start of a progress line; a terminal shows only the newest."""
+"""Prefix of progress lines; a terminal shows only the newest."""
 
 
 class Monitor:
@@ -35,7 +35,7 @@ class Monitor:
         run: The run.
         attempt: Number of the attempt.
         first_step: First step that the attempt trains.
-        steps: Steps of the whole run.
+        steps: Total steps of the run.
     """
 
     def __init__(self, run: RunFolder, attempt: int, first_step: int, steps: int) -> None:
@@ -103,7 +103,7 @@ class Monitor:
     def flush(self) -> None:
         """Sync all files to disk.
 
-        Called before a checkpoint is committed: a resumed run then has all lines before it.
+        Called before a checkpoint is committed, so that a resumed run has all earlier lines.
         """
         self.board.flush()
         self.file.flush()
@@ -119,7 +119,7 @@ class Monitor:
 
 
 def _end_last_line(path: Path) -> None:
-    """End the last line if a kill has cut it short."""
+    """Add a newline if a kill has truncated the last line."""
     if path.exists() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
@@ -144,20 +144,22 @@ def _wait_for_next_second(folder: Path) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the valid lines of a metrics.jsonl in order, without one cut short by a kill."""
-    # An attempt may start by evaluating the checkpoint that it resumes; that replaces no line.
+    """Return the valid lines of a metrics.jsonl, in order; truncated lines are left out."""
+    # An attempt may start with an evaluation of the checkpoint that it resumes, which replaces no
+    # line.
     return _valid_lines(path, lambda line: "train/loss" in line)
 
 
 def read_samples(path: Path) -> dict[int, list[int]]:
-    """Return step -> sample numbers that it trained on, from a samples.jsonl."""
+    """Return the sample numbers of each step, from a samples.jsonl."""
     return {line["step"]: line["samples"] for line in _valid_lines(path, lambda line: True)}
 
 
 def _valid_lines(path: Path, trained: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
     """Return the lines that no later attempt replaces.
 
-    An attempt replaces earlier lines from the step of its first `trained` line on.
+    An attempt replaces the lines of earlier attempts from the step of its first line that satisfies
+    `trained`.
     """
     lines: list[dict[str, Any]] = []
     first_step: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""A rank's current step and phase, and its computing time. Written by the main thread only."""
+"""Current step and phase of a rank, and its computing time. Only the main thread writes it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Progress:
     Attributes:
         step: Step in progress; while evaluating, the last step done.
         phase: Current phase.
-        since: Monotonic time of the last sign of progress, in seconds: a new phase, or another
+        since: Monotonic time in seconds of the last progress, which is a new phase, or a further
             micro-batch embedded or evaluated.
         wall: Wall-clock time of the same moment.
     """

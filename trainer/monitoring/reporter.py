@@ -1,6 +1,6 @@
 """Reports of training steps: metrics, sample numbers, and replaced samples.
 
-Every rank calls these; only rank 0 writes.
+Every rank must call these functions; only rank 0 writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Clock:
     Attributes:
         since: Monotonic time of the last line, in seconds.
         steps: Steps since then.
-        waited: Seconds since then in which training waited for data.
+        waited: Seconds since then for which training waited for data.
     """
 
     since: float = field(default_factory=time.monotonic)
@@ -38,7 +38,7 @@ class Clock:
     waited: float = 0.0
 
     def rates(self, global_size: int) -> dict[str, float]:
-        """Return the speed since the last call, and start again."""
+        """Return the rates since the last call, and reset the clock."""
         elapsed = max(time.monotonic() - self.since, 1e-9)
         rates = {
             "perf/samples_per_s": self.steps * global_size / elapsed,
@@ -98,7 +98,10 @@ class Reporter:
         self.monitor.progress(counts.done, metrics)
 
     def samples(self, batch: Sequence[MicroBatch]) -> None:
-        """Record the sample numbers of the last step, in batch order. A collective."""
+        """Record the sample numbers of the last step, in batch order.
+
+        Collective: every rank must call it.
+        """
         local = [(m.number, m.tensors["sample"].tolist()) for m in batch if m.real]
         micro_batches = sorted(micro for rank in self.world.gather(local) for micro in rank)
         if self.monitor:
@@ -106,7 +109,7 @@ class Reporter:
             self.monitor.samples(self.counts.done, samples)
 
     def bad_samples(self, bad: Sequence[Substitution]) -> None:
-        """Count and record replaced samples. A collective.
+        """Count and record replaced samples. Collective: every rank must call it.
 
         Raises:
             GigabatchError: if they exceed `data.max_damaged`.
@@ -125,7 +128,7 @@ class Reporter:
         return self.data.mixture.samples_before(self.counts.done * self.config.batch.global_size)
 
     def _epochs(self) -> dict[str, float]:
-        """Return how many epochs of each source are done."""
+        """Return the number of completed epochs of each source."""
         epochs = [
             n / len(i) for n, i in zip(self._drawn().tolist(), self.data.indexes, strict=True)
         ]

@@ -1,7 +1,7 @@
 """Detection of slow ranks.
 
-Each rank measures the time that it computes or waits for data, which is the part of a step before
-it waits for other ranks. The slowest rank is compared with the median.
+Each rank measures how long it computes or waits for data, which is the part of a step without waits
+for other ranks. The slowest rank is compared with the median.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from gigabatch.trainer.monitoring.progress import Progress
 
 log = logging.getLogger(__name__)
 RATIO = 1.5
-"""A straggler takes more than this multiple of the median (of two ranks: of the other)."""
+"""A straggler takes more than this multiple of the median; with two ranks, of the faster one."""
 SHARE = 0.1
-"""Its extra time is more than this share of the elapsed time."""
+"""Its time above the median is more than this share of the elapsed time."""
 REPORTS = 3
-"""It has been the same rank in this many consecutive reports."""
+"""Number of consecutive reports with the same straggler after which a warning is logged."""
 
 
 class Stragglers:
@@ -31,9 +31,10 @@ class Stragglers:
         self.suspect, self.reports = -1, 0
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Return perf/slowest_rank and perf/straggler_ratio since the last call. A collective.
+        """Return perf/slowest_rank and perf/straggler_ratio since the last call.
 
-        Empty for a single rank. Logs a warning if a rank is a straggler.
+        Collective: every rank must call it. Returns {} for a single rank. Logs a warning if a rank
+        is a straggler.
         """
         busy = [float(seconds) for seconds in self.world.gather(self.progress.take_busy())]
         elapsed, self.since = time.monotonic() - self.since, time.monotonic()

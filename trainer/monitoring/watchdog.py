@@ -1,4 +1,4 @@
-"""A watchdog against hangs: reports which rank is behind, its step, phase and stack.
+"""Watchdog against hangs: reports which rank is behind, with its step, phase and stack.
 
 A thread of each rank writes heartbeats to the run folder. A stopped process writes none; a process
 whose main thread is stuck keeps writing the same step and phase. If a rank makes no progress for
@@ -31,11 +31,11 @@ from gigabatch.trainer.monitoring.progress import PHASES, Progress
 from gigabatch.trainer.run.folder import RunFolder
 
 HUNG = 1
-"""Exit code of a rank that detected a hang."""
+"""Exit code of a rank that has detected a hang."""
 MAX_INTERVAL_S = 10.0
-"""Longest time between two heartbeats."""
+"""Maximum seconds between two heartbeats."""
 REPORT_TIME_S = 30.0
-"""Time that the other ranks give the reporting rank before they exit."""
+"""Seconds that the other ranks wait for the reporting rank before exiting."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ class Heartbeat:
         rank: Number of the rank.
         host: Its host.
         pid: Its process.
-        started: Start time of the process in kernel ticks: its pid may be reused.
+        started: Start time of the process in kernel ticks, because its pid may be reused.
         number: Number of the heartbeat.
         step: Step in progress.
         phase: Phase in progress.
-        progress: Wall-clock time of the last sign of progress.
+        progress: Wall-clock time of the last progress.
     """
 
     rank: int
@@ -78,7 +78,7 @@ Heartbeats = Mapping[int, Heartbeat]
 def watching(
     run: RunFolder, attempt: int, world: World, progress: Progress, timeout: float
 ) -> Iterator[None]:
-    """Watch this rank, and if it hangs, the others.
+    """Watch this rank; if it hangs, also examine the other ranks.
 
     Args:
         run: The run.
@@ -108,7 +108,7 @@ class _Watchdog:
         self.progress, self.timeout = progress, timeout
         self.interval = min(max(timeout / 20, 0.1), MAX_INTERVAL_S)
         self.number = 0
-        # Seconds for which the whole process was suspended, and the progress time at that moment.
+        # Seconds for which the process was suspended, and the time of the last progress before.
         self.suspended, self.suspended_at = 0.0, 0.0
         self.identity = (world.rank, platform.node(), os.getpid(), _started(os.getpid()))
         self.heartbeats, self.hangs = run.path / "heartbeats", run.path / "hangs"
@@ -133,24 +133,24 @@ class _Watchdog:
                     path.unlink(missing_ok=True)
 
     def _beat_and_wait(self) -> bool:
-        """Write one heartbeat and wait an interval; returns false once training has ended."""
+        """Write one heartbeat and wait an interval; return false once training has ended."""
         self.number += 1
         at = self.progress
         self.heartbeat = Heartbeat(*self.identity, self.number, at.step, at.phase, at.wall)
         fresh = self.file(self.world.rank).with_suffix(".tmp")
-        # A full disk is reported elsewhere; the next heartbeat tries again.
+        # A full disk is reported elsewhere; the next heartbeat is another try.
         with suppress(OSError):
             fresh.write_text(json.dumps(asdict(self.heartbeat)))
             os.replace(fresh, self.file(self.world.rank))
         began = time.monotonic()
         ended = self.ended.wait(self.interval)
         late = time.monotonic() - began - self.interval
-        if late > 2 * self.interval:  # The whole process was suspended and has resumed.
+        if late > 2 * self.interval:  # The process was suspended and has resumed.
             self.suspended, self.suspended_at = late, self.progress.since
         return not ended
 
     def _idle(self) -> float:
-        """Return the seconds without progress, not counting those of a suspended process."""
+        """Return the seconds without progress, without those in which the process was suspended."""
         since = self.progress.since
         suspended = self.suspended if self.suspended and self.suspended_at == since else 0.0
         return time.monotonic() - since - suspended
@@ -158,7 +158,7 @@ class _Watchdog:
     def _handle_hang(self) -> bool:
         """Report the hang and end this process.
 
-        Returns true if training has ended meanwhile, false if it continues.
+        Returns true if training has ended meanwhile, and false if the rank makes progress again.
         """
         since, before = self.progress.since, self._read_heartbeats()
         stacks = self._dump_stacks()
@@ -173,7 +173,7 @@ class _Watchdog:
             if self.run.owned_by(self.attempt):
                 stopped = stopped_ranks(before, after)
                 self._end_group(stopped, after, describe(self.world.size, stopped, after))
-        finally:  # Also if a full or broken disk prevents the report.
+        finally:  # Exit even if a full or broken disk prevents the report.
             os._exit(HUNG)
 
     def _read_heartbeats(self) -> Heartbeats:
@@ -184,7 +184,11 @@ class _Watchdog:
         return heartbeats
 
     def _end_group(self, stopped: set[int], beats: Heartbeats, message: str) -> None:
-        """Report on the first running rank; kill stopped processes on the first of each host."""
+        """Report the hang and kill stopped processes.
+
+        The first running rank reports. On each host, the first running rank kills stopped
+        processes.
+        """
         running = [rank for rank in sorted(beats) if rank not in stopped]
         here = [rank for rank in running if beats[rank].host == self.identity[1]]
         if self.world.rank == running[0]:
@@ -221,9 +225,9 @@ class _Watchdog:
         return self.hangs / f"attempt-{self.attempt:06d}-rank-{rank}.txt"
 
     def _kill_stopped(self, beat: Heartbeat) -> None:
-        """Write the stacks of a stopped process of this host, if py-spy is installed; kill it.
+        """Kill a stopped process of this host; first write its stacks, if py-spy is installed.
 
-        SIGTERM, which a launcher sends first, does not reach a stopped process.
+        A launcher sends SIGTERM first, which does not reach a stopped process.
         """
         if beat.host != self.identity[1] or beat.started != _started(beat.pid):
             return
@@ -241,13 +245,13 @@ class _Watchdog:
 def stopped_ranks(before: Heartbeats, after: Heartbeats) -> set[int]:
     """Return the ranks without a new heartbeat between two readings.
 
-    Numbers are compared, not times: hosts' clocks differ.
+    The numbers of heartbeats are compared, not their times, because hosts' clocks differ.
     """
     return {r for r, beat in after.items() if r in before and before[r].number == beat.number}
 
 
 def describe(size: int, stopped: set[int], beats: Heartbeats) -> str:
-    """Describe which ranks the others wait for.
+    """Describe the ranks that the others wait for.
 
     Args:
         size: Number of ranks.

@@ -1,6 +1,6 @@
 """Records of attempts: one per start of the workers, with their hosts and environment variables.
 
-attempts/000001.json  time, config, `saved` (the newest checkpoint then), workers, environment
+attempts/000001.json  time, config, `saved` (newest checkpoint at the start), workers, environment
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ log = logging.getLogger(__name__)
 RECORDED = (
     "NCCL_", "TORCH_NCCL_", "GLOO_", "FI_", "UCX_", "OMP_", "MKL_", "CUDA_", "PYTORCH_", "TRITON_",
 )  # fmt: skip
-"""Prefixes of environment variables that can change a run's speed, success or last bits."""
+"""Prefixes of recorded environment variables, which can change speed, success or last bits."""
 PER_RANK = ("CUDA_VISIBLE_DEVICES",)
 """Environment variables that differ between ranks by design."""
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Where one rank runs, and its environment variables that start as in `RECORDED`."""
+    """Host and device of one rank, and its environment variables with a `RECORDED` prefix."""
 
     rank: int
     host: str
@@ -36,7 +36,10 @@ class Worker:
 
 
 def begin_attempt(run: RunFolder, world: World) -> int:
-    """Record this start of the workers; returns its number on every rank. A collective."""
+    """Record this start of the workers; return its number on every rank.
+
+    Collective: every rank must call it.
+    """
     workers = [Worker(**fields) for fields in world.gather(asdict(_this_worker(world)))]
     number = None
     if world.is_main:
@@ -44,7 +47,7 @@ def begin_attempt(run: RunFolder, world: World) -> int:
             log.warning("%s", warning)
         shown = [{"rank": w.rank, "host": w.host, "device": w.device} for w in workers]
         number = run.take_attempt(workers=shown, environment=workers[0].environment)
-    return int(world.share(number))
+    return int(world.broadcast(number))
 
 
 def _this_worker(world: World) -> Worker:

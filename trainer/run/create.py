@@ -1,4 +1,4 @@
-"""Creating and opening runs: folders with unique names inside `run.dir`."""
+"""Creation and opening of runs: folders with unique names inside `run.dir`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def create_run(
 
     Args:
         config: The run; an unset `run.name` is filled in.
-        stem: Start of the name if `run.name` is unset.
+        stem: Prefix of the name if `run.name` is unset.
         taken: Returns whether a name is in use elsewhere; such names are skipped.
 
     Raises:
@@ -70,7 +70,7 @@ def _take_name(home: Path, name: str | None, stem: str, taken: Callable[[str], b
 
 
 def _is_empty(path: Path) -> bool:
-    """Return whether a folder is empty, as a kill may leave it; it can then be used."""
+    """Return whether a folder is empty, as after a kill; it can then be used for a run."""
     return path.is_dir() and not any(path.iterdir())
 
 
@@ -79,7 +79,7 @@ def resolve_epochs(config: Config, samples: int) -> Config:
 
     Args:
         config: The config of a new run. Returned unchanged if it has no `train.epochs`.
-        samples: Number of samples of all training sources together: one epoch.
+        samples: Total number of samples of all training sources, which is one epoch.
     """
     epochs = config.train.epochs
     if epochs is None:
@@ -95,8 +95,12 @@ def resolve_epochs(config: Config, samples: int) -> Config:
     return config.model_copy(update={"train": train})
 
 
-def refuse_taken_name(config: Config) -> None:
-    """Raise GigabatchError if `run.name` is in use; called before the data is read."""
+def check_name_is_free(config: Config) -> None:
+    """Check that `run.name` is not in use. Call it before the data is read.
+
+    Raises:
+        GigabatchError: if the name is in use.
+    """
     path = config.run.dir / (config.run.name or "")
     if config.run.name and path.exists() and not _is_empty(path):
         raise _name_taken(path)
@@ -104,17 +108,21 @@ def refuse_taken_name(config: Config) -> None:
 
 def _name_taken(path: Path) -> GigabatchError:
     if not (path / "config.yaml").exists():
-        return GigabatchError(f"run.name: {path} exists and is not a run. Set another name.")
+        return GigabatchError(f"run.name: {path} exists and is not a run. Set a different name.")
     if RunFolder(path).is_finished():
         return GigabatchError(
-            f"run.name: {path} holds a finished run. Set another name, or leave it unset."
+            f"run.name: {path} contains a finished run. Set a different name, or leave it unset."
         )
     return GigabatchError(
-        f"run.name: {path} holds an unfinished run. Resume it with `gigabatch resume {path}`, or "
-        "set another name."
+        f"run.name: {path} contains an unfinished run. Resume it with `gigabatch resume {path}`, "
+        "or set a different name."
     )
 
 
 def open_run(where: str, home: Path = HOME) -> RunFolder:
-    """The run at a path, or by its name inside `home`. Raises GigabatchError."""
+    """Open the run at a path, or the run of this name in `home`.
+
+    Raises:
+        GigabatchError: if there is neither; the message names the runs that exist.
+    """
     return RunFolder(find_run(where, home))

@@ -29,7 +29,7 @@ def to_json(value: Any) -> str:
 
 
 def create_numbered(folder: Path, name: Callable[[int], str], text: str) -> int:
-    """Create the first file of `name(1)`, `name(2)`, ... that does not exist.
+    """Create the first of the files `name(1)`, `name(2)`, ... that does not exist yet.
 
     Returns its number. The creation is exclusive: no two callers get the same number.
     """

@@ -1,4 +1,4 @@
-"""Locating a run folder by its path or its name. Imports nothing heavy."""
+"""Search for a run folder by its path or its name. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from gigabatch.data.errors import GigabatchError
 
 HOME = Path("runs")
-"""Where a run is looked for by its name: the default of `run.dir`."""
+"""Folder in which a run is searched by its name; the default of `run.dir`."""
 
 
 def find_run(where: str, home: Path = HOME) -> Path:
-    """Return the absolute path of the run folder at a path, or of this name inside `home`.
+    """Return the absolute path of the run folder at a path, or of the run of this name in `home`.
 
     Raises:
-        GigabatchError: if neither holds a config.yaml; it names the runs that exist.
+        GigabatchError: if neither contains a config.yaml; the message names the runs that exist.
     """
     for path in (Path(where), home / where):
         if os.path.exists(path / "config.yaml"):
@@ -25,4 +25,4 @@ def find_run(where: str, home: Path = HOME) -> Path:
     nearest = difflib.get_close_matches(Path(where).name, known, 1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     hint += f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
-    raise GigabatchError(f"{where}: not a run folder (it holds no config.yaml).{hint}")
+    raise GigabatchError(f"{where}: not a run folder (it contains no config.yaml).{hint}")

@@ -2,7 +2,7 @@
 
 config.yaml  environment.json  tokenizer.json  data.digest  train.log
 metrics.jsonl  quarantine.jsonl  samples.jsonl
-attempts/     one file per start of the workers; the highest number owns the folder
+attempts/     one file per start of the workers; only the highest number may write the folder
 checkpoints/  step-00001200/, LATEST
 tb/           TensorBoard events
 eval/         step-00001200.json; from `gigabatch eval`, SET-TASK-[SETTINGS-]step-00001200.json
@@ -47,7 +47,7 @@ class RunFolder:
 
     @property
     def environment(self) -> Path:
-        """How and when the run was created; distinguishes runs of the same name."""
+        """File that records how and when the run was created; tells runs of the same name apart."""
         return self.path / "environment.json"
 
     @property
@@ -133,7 +133,7 @@ class RunFolder:
         safe = re.sub(r"[^\w.=-]+", "_", name) or "set"
         if len(safe) > 150:  # file names may have 255 bytes
             safe = f"{safe[:133]}-{sha256(name.encode()).hexdigest()[:16]}"
-        # A set named `step` gets a prefix: evaluations while training start with `step`.
+        # A set named `step` gets a prefix, because evaluations while training start with `step`.
         return self.path / "eval" / f"{'set_' * safe.startswith('step')}{safe}-step-{step:08d}.json"
 
     def remove_evaluations_after(self, step: int) -> None:
@@ -161,12 +161,12 @@ class RunFolder:
         return bool(steps) and steps[-1] >= last and (self.evaluated(last) or not config.eval.sets)
 
     def take_attempt(self, **details: Any) -> int:
-        """Record a start of the workers; returns its number, higher than all before.
+        """Record a start of the workers; return its number, which is higher than all before.
 
         The file is created exclusively, so no two starts get the same number.
 
         Args:
-            details: Recorded with it.
+            details: Further fields of the record.
         """
         for name in ("crash.txt", "stopped"):
             (self.path / name).unlink(missing_ok=True)
@@ -184,13 +184,13 @@ class RunFolder:
         return number
 
     def _warn_of_changes(self, number: int) -> None:
-        """Warn if this attempt runs other code than the last attempt that recorded its code."""
+        """Warn if this attempt's code differs from that of the last attempt that recorded it."""
         for earlier in range(number - 1, 0, -1):
             if "code" in (old := self.attempt(earlier)):
                 if differences := changes(old, self.attempt(number)):
                     log.warning(
-                        "attempt %d runs other code than attempt %d: %s. From this step on, losses "
-                        "may differ in the last bits from an uninterrupted run.",
+                        "attempt %d runs different code from attempt %d: %s. From this step on, "
+                        "losses may differ in the last bits from an uninterrupted run.",
                         number, earlier, ", ".join(differences),
                     )  # fmt: skip
                 return
@@ -216,7 +216,7 @@ class RunFolder:
         """Make the next attempt's number higher than `newest`.
 
         Args:
-            newest: Number of the last attempt in another copy of the run.
+            newest: Number of the last attempt in a remote copy of the run.
             where: URL of that copy.
         """
         self.attempt_file(newest).parent.mkdir(exist_ok=True)
@@ -224,27 +224,27 @@ class RunFolder:
             _write_if_new(self.attempt_file(number), to_json({"known": where}))
 
     def owned_by(self, attempt: int) -> bool:
-        """Return whether no later attempt has started; else this attempt must not write."""
+        """Return whether no later attempt has started; otherwise this attempt must not write."""
         return not self.attempt_file(attempt + 1).exists()
 
     @contextmanager
     def fenced(self, attempt: int) -> Iterator[None]:
-        """Turn errors inside into `Superseded` if a later attempt has started meanwhile."""
+        """Convert errors in the block to `Superseded` if a later attempt has started meanwhile."""
         try:
             yield
         except Exception as error:
             if self.owned_by(attempt):
                 raise
             raise Superseded(
-                f"{self.path}: attempt {attempt} was superseded: a later one trains this run."
+                f"{self.path}: attempt {attempt} was superseded: a later attempt trains this run."
             ) from error
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Lock the run while its workers train.
 
-        A POSIX lock ends with its process, however that ends, and children do not inherit it. On a
-        file system without locks, a newer attempt still stops the older one from writing.
+        A POSIX lock ends with its process, however the process ends, and children do not inherit
+        it. On a file system without locks, a later attempt still keeps earlier ones from writing.
 
         Raises:
             GigabatchError: if another process holds the lock.
@@ -265,8 +265,8 @@ class RunFolder:
             file.flush()
             yield
 
-    # Requests and failures are files: the launcher and the workers share this folder, and under
-    # Ray nothing else reaches a worker during a step.
+    # Requests and failures are files, because the launcher and the workers share only this folder:
+    # under Ray nothing else reaches a worker during a step.
 
     def request_stop(self) -> None:
         """Request a stop after the step in progress."""
@@ -285,7 +285,7 @@ class RunFolder:
         return (self.path / "stopped").exists()
 
     def is_over(self) -> bool:
-        """Return whether workers have nothing left to do: finished, stopped, or failed for good."""
+        """Return whether the workers are done: finished, stopped, or failed with a user error."""
         return self.failure() is not None or self.stopped() or self.is_finished()
 
     def request_save(self) -> None:
@@ -301,7 +301,7 @@ class RunFolder:
         return True
 
     def record_failure(self, message: str) -> None:
-        """Record the first error that only the user can fix; a restart would not help."""
+        """Record an error that only the user can fix, unless one is recorded already."""
         _write_if_new(self.path / "failure.txt", message)
 
     def failure(self) -> str | None:
@@ -311,7 +311,7 @@ class RunFolder:
         return f"{self.log} may show what went wrong; is its disk full?" if text == "" else text
 
     def record_crash(self, traceback: str) -> None:
-        """Record the first traceback of an attempt; it causes those of other ranks."""
+        """Record an attempt's first traceback; it is the cause of the other ranks' errors."""
         _write_if_new(self.path / "crash.txt", traceback)
 
     def crash(self) -> str | None:

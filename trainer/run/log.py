@@ -14,7 +14,7 @@ from gigabatch.trainer.run.folder import RunFolder
 def log_to(run: RunFolder, world: World) -> Iterator[None]:
     """Write rank 0's log messages to train.log only.
 
-    The process that started the run follows that file and shows it.
+    The process that started the run reads that file and prints it.
     """
     logger = logging.getLogger("gigabatch")
     handler = logging.FileHandler(run.log) if world.is_main else logging.NullHandler()

@@ -1,7 +1,7 @@
 """The code and package versions that train a run, recorded by every attempt.
 
-Losses are equal to the last bit only with equal code. So an attempt compares its code and packages
-with those of the attempt before and logs what differs.
+Losses are equal to the last bit only with equal code. An attempt therefore compares its code and
+packages with those of the attempt before, and logs the differences.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import gigabatch  # a namespace: its folders are what is installed, editable or not
+import gigabatch  # a namespace package: `__path__` has the installed folders, editable or not
 
 _PACKAGES = (
     "gigabatch", "torch", "deepspeed", "ray", "webdataset", "transformers", "tokenizers", "numpy",
     "pillow",
 )  # fmt: skip
-_SUFFIXES = (".py", ".yaml", "py.typed")  # the files that a wheel holds
+_SUFFIXES = (".py", ".yaml", "py.typed")  # the files that a wheel contains
 
 
 def provenance() -> dict[str, Any]:
@@ -50,8 +50,8 @@ def environment() -> dict[str, Any]:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return the differences between two results of `provenance()`, as `NAME OLD -> NEW`.
 
-    The version of gigabatch is not compared, only its digest: a job's wheel has another version for
-    the same code. If `old` was written before digests were recorded, the list is empty.
+    The version of gigabatch is not compared, only its digest: a job's wheel has a different version
+    for the same code. If `old` was written before digests were recorded, the list is empty.
     """
     if "code" not in old:
         return []
@@ -67,7 +67,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _versions(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what to print as the version of each package, of Python and of gigabatch."""
+    """Return the versions of the packages, of Python and of gigabatch, as they are printed."""
     packages = {name: version or "(none)" for name, version in record["packages"].items()}
     gigabatch_version = f"{packages['gigabatch']} (code {record['code']})"
     return {**packages, "gigabatch": gigabatch_version, "Python": record["python"]}
@@ -103,7 +103,7 @@ def installed_files() -> dict[str, bytes]:
         for folder, _, names in os.walk(root, followlinks=True):  # an editable install has links
             for path in (Path(folder, name) for name in names if name.endswith(_SUFFIXES)):
                 name = f"gigabatch/{path.relative_to(root).as_posix()}"
-                # Like an import: the first folder wins. A link to a removed file is no file.
+                # The first folder wins, as for an import. A link to a removed file is skipped.
                 if path.is_file() and name not in contents:
                     contents[name] = path.read_bytes()
     return dict(sorted(contents.items()))

@@ -28,7 +28,7 @@ class AudioTower(TowerKind, AudioSettings, StageSettings):
     """Bands of the spectrogram, evenly spaced on the mel scale from 0 Hz to half the sampling
     rate."""
     window_ms: float = Field(25.0, gt=0)
-    """Length in milliseconds of the window behind one column of the spectrogram."""
+    """Length in milliseconds of the window of one column of the spectrogram."""
     hop_ms: float = Field(10.0, gt=0)
     """Milliseconds from one window of the spectrogram to the next."""
     dropout: Fraction = 0.0
@@ -85,8 +85,8 @@ class LogMel(nn.Module):
 def mel_bands(rate: int, fft: int, mels: int) -> Tensor:
     """Return triangular filters float32 [mels, fft // 2 + 1].
 
-    Their peaks are evenly spaced on the mel scale from 0 to rate / 2. Each has area 1 over its
-    frequencies in Hz, so wide bands are not louder.
+    Their peaks are evenly spaced on the mel scale from 0 to rate / 2. Each filter has area 1 over
+    its frequencies in Hz, so wide bands are not louder.
     """
     top = 2595 * math.log10(1 + rate / 2 / 700)
     edges = 700 * (10 ** (torch.linspace(0, top, mels + 2, dtype=torch.float64) / 2595) - 1)
@@ -100,7 +100,8 @@ def mel_bands(rate: int, fft: int, mels: int) -> Tensor:
 class AudioEncoder(nn.Module):
     """Encode waves float32 [B, T] of real lengths int64 [B] to [B, width].
 
-    Residual stages over the spectrogram, then the mean and the maximum over the real times.
+    Residual stages run over the spectrogram; the mean and the maximum over the real times are
+    concatenated.
     """
 
     def __init__(

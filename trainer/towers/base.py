@@ -1,4 +1,4 @@
-"""The interface of a tower kind, and the registry of all kinds.
+"""Interface of a tower kind, and registry of all kinds.
 
 A tower kind is one class in one file of this folder: its fields are the keys under `towers.NAME`,
 its docstrings are the documentation, and `build` makes the encoder. Importing the file registers
@@ -23,10 +23,10 @@ from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import Amount, Count
 
 Slot = Literal["image", "text", "more"]
-"""The config section that a kind is for: `towers.image`, `towers.text` (also `tower` of an extra
-text), or an entry of `towers.more`."""
+"""Config section in which a kind can be used: `towers.image`, `towers.text` (and `tower` of an
+extra text), or an entry of `towers.more`."""
 Encoded = Tensor | tuple[Tensor, Tensor]
-"""An encoder's result: pooled [B, width], or with `tokens=True` (pooled, tokens [B, T, C])."""
+"""Result of an encoder: pooled [B, width], or with `tokens=True` (pooled, tokens [B, T, C])."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class TowerInput:
 
 
 class HeadSettings(Settings):
-    """The projection head: from an encoder's width to the shared space."""
+    """The projection head, which maps an encoder's output to the shared space."""
 
     layers: Count = 1
     """Linear layers of the projection head, with GELU between them. The default 1 is a linear
@@ -73,7 +73,7 @@ class TowerKind(Settings):
     def build(self, data: TowerInput) -> nn.Module:
         """Build the encoder; its initial weights come from torch's global generator.
 
-        The encoder is called with what its slot provides:
+        The arguments of the encoder depend on its slot:
 
         - image: float32 [B, C, S, S], normalized;
         - text: int64 [B, L] token ids and a bool mask [B, L];
@@ -90,9 +90,11 @@ class TowerKind(Settings):
         """
 
     def decode_settings(self) -> ExtraModality:
-        """Return how a sample is decoded for this tower. Only kinds of slot `more` have this."""
+        """Return the settings that decode a sample for this tower. Only for slot `more`."""
         if not isinstance(self, ExtraModality):
-            raise TypeError(f"{type(self).__name__} must extend one of data's settings")
+            raise TypeError(
+                f"{type(self).__name__} must extend one of the settings classes of `data`"
+            )
         return self
 
     def user_modules(self) -> tuple[str, ...]:
@@ -100,7 +102,7 @@ class TowerKind(Settings):
         return ()
 
     def with_absolute_paths(self) -> Self:
-        """Return these settings with absolute local paths: workers start in other folders."""
+        """Return these settings with absolute local paths; workers start in other folders."""
         return self
 
 
@@ -111,7 +113,7 @@ class StageSettings(Settings):
     """Channels of each convolutional stage. Each stage halves both sides of its input (of audio:
     mel bands and time)."""
     depths: tuple[Amount, ...] = (1, 1, 2)
-    """Residual blocks of each convolutional stage; as many numbers as `widths`."""
+    """Residual blocks of each convolutional stage; one number per entry of `widths`."""
 
     @model_validator(mode="after")
     def _one_depth_per_width(self) -> Self:
@@ -130,8 +132,8 @@ def tower_kind(*slots: Slot) -> Callable[[type[K]], type[K]]:
     """Return a class decorator that registers a tower kind in these slots.
 
     Raises:
-        TypeError: if the class has no `kind: Literal[...]` field, or another class of the slot
-            has the same kind.
+        TypeError: if the class has no `kind: Literal[...]` field, or a different class of the
+            slot has the same kind.
     """
 
     def register(cls: type[K]) -> type[K]:
@@ -143,7 +145,7 @@ def tower_kind(*slots: Slot) -> Callable[[type[K]], type[K]]:
             for name in names:
                 if name in _KINDS[slot]:
                     taken = _KINDS[slot][name].__name__
-                    raise TypeError(f"{cls.__name__}: {taken} already is kind {name!r} of {slot}")
+                    raise TypeError(f"{cls.__name__}: {taken} is already kind {name!r} of {slot}")
                 _KINDS[slot][name] = cls
         return cls
 

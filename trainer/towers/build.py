@@ -15,14 +15,14 @@ from gigabatch.data.rng import key
 from gigabatch.trainer.towers.base import HeadSettings, Slot, TowerInput, TowerKind
 from gigabatch.trainer.towers.model import Towers, further_head, seed_everything
 
-if TYPE_CHECKING:  # The config is built from the tower kinds.
+if TYPE_CHECKING:  # The config imports the tower kinds; this avoids an import cycle.
     from gigabatch.trainer.config import Config
 
 
 def build_towers(config: Config, vocab_size: int) -> Towers:
     """Build the towers of all modalities that the objective reads.
 
-    The initial weights depend on `run.seed` and the modality's name only.
+    The initial weights depend only on `run.seed` and the modality's name.
 
     Args:
         config: The run.
@@ -44,7 +44,7 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         if settings.freeze:
             encoder.requires_grad_(False)
             encoder.frozen = True
-        _refuse_inexact(encoder, data.key)
+        _check_exact(encoder, data.key)
         encoders[name] = encoder
         heads[name] = _head(encoder.width, config.towers.width, settings.head)
         if (name, "tokens") in config.outputs_read:
@@ -96,7 +96,7 @@ def _token_head(encoder: Any, name: str, width: int, settings: TowerKind) -> nn.
 
 
 def _checkpoint_activations(encoder: Any, tower_key: str) -> None:
-    """Recompute the encoder's activations in the backward pass."""
+    """Make the encoder recompute its activations in the backward pass."""
     if hasattr(encoder, "checkpoint_activations"):
         encoder.checkpoint_activations()
     elif isinstance(getattr(encoder, "blocks", None), nn.ModuleList):
@@ -110,7 +110,7 @@ def _checkpoint_activations(encoder: Any, tower_key: str) -> None:
         )
 
 
-def _refuse_inexact(encoder: nn.Module, tower_key: str) -> None:
+def _check_exact(encoder: nn.Module, tower_key: str) -> None:
     """Reject modules that the two-pass step or DeepSpeed cannot train exactly."""
     for path, module in encoder.named_modules():
         running = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
@@ -118,7 +118,7 @@ def _refuse_inexact(encoder: nn.Module, tower_key: str) -> None:
             raise GigabatchError(
                 f"{tower_key}: {path} is a batch norm with running statistics. A step embeds each "
                 "micro-batch twice and would count its samples twice. Set "
-                f"{tower_key}.freeze=true, or use another norm."
+                f"{tower_key}.freeze=true, or use a different norm."
             )
     for path, parameter in encoder.named_parameters():
         if parameter.ndim == 0:

@@ -1,7 +1,7 @@
 """Tower kind `conv`: small convolutional encoders of images and of tokens.
 
-Both are pre-activation residual networks (He et al. 2016). Their norms use statistics of one
-sample only, so a sample's embedding does not depend on its micro-batch.
+Both are pre-activation residual networks (He et al. 2016). Their norms use only the statistics of
+one sample, so a sample's embedding does not depend on its micro-batch.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ class ConvTextTower(TowerKind):
 class ConvEncoder(nn.Module):
     """Encode images float32 [B, C, S, S] to [B, width].
 
-    Each stage halves the side. The last feature map is flattened, not averaged: at this size
-    positions matter more than their mean. Its positions are the tokens [B, T, token_width].
+    Each stage halves the side. The last feature map is flattened, not averaged, because at this
+    size the mean over positions would lose too much. Its positions are the tokens
+    [B, T, token_width].
     """
 
     def __init__(
@@ -78,8 +79,8 @@ class ConvEncoder(nn.Module):
         self.width, self.token_width = widths[-1] * side * side, widths[-1]
 
     def forward(self, images: Tensor, tokens: bool = False) -> Encoded:
-        # Feature maps run channels-last, the fastest layout on a CPU. The weights stay contiguous,
-        # because DeepSpeed broadcasts them as bytes.
+        # Feature maps are channels-last, which is the fastest layout on a CPU. The weights stay
+        # contiguous, because DeepSpeed broadcasts them as bytes.
         x = self.stem(images.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             x = block(x)
@@ -123,9 +124,9 @@ class _Downsample(nn.Module):
 
 
 def _he_init(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
-    """Initialize as He et al. (2015), times `gain`.
+    """Initialize as in He et al. (2015), multiplied by `gain`.
 
-    A gain below 1 on residual branches keeps the sum over blocks from growing.
+    A gain below 1 on residual branches limits the growth of the sum over blocks.
     """
     nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
     with torch.no_grad():
@@ -136,8 +137,8 @@ def _he_init(conv: nn.Conv2d, gain: float) -> nn.Conv2d:
 class TokenEncoder(nn.Module):
     """Encode token ids int64 [B, L] with a mask bool [B, L] to [B, width].
 
-    Residual convolutions over three neighboring tokens, then the mean and the maximum over the
-    real tokens. L is at most `length`. Tokens: [B, L, token_width].
+    Residual convolutions run over three neighboring tokens; the mean and the maximum over the real
+    tokens are concatenated. L is at most `length`. The tokens are [B, L, token_width].
     """
 
     def __init__(
@@ -170,7 +171,7 @@ class _TokenResidual(nn.Module):
         self.linear = nn.Linear(3 * width, width)
 
     def forward(self, x: Tensor, real: Tensor) -> Tensor:
-        # The convolution is one matrix product over each token and its two neighbors: on short
-        # captions this is several times faster than conv1d on a CPU.
+        # The convolution is one matrix product over each token and its two neighbors; on a CPU and
+        # short captions it is several times faster than conv1d.
         y = F.pad(self.norm(x) * real, (0, 0, 1, 1))
         return x + F.relu(self.linear(torch.cat([y[:, :-2], y[:, 1:-1], y[:, 2:]], dim=-1)))

@@ -1,4 +1,4 @@
-"""Tower kinds `huggingface` and `module`: encoders from other libraries and the user's own."""
+"""Tower kinds `huggingface` and `module`: encoders from `transformers`, and user modules."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class HuggingFaceTower(TowerKind):
     """A `transformers` model."""
 
     kind: Literal["huggingface"]
-    """Kind of tower; huggingface: a `transformers` model. Of a two-tower model such as CLIP, only
-    this modality's half is used."""
+    """Kind of tower; huggingface: a `transformers` model. Only this modality's half of a two-tower
+    model such as CLIP is used."""
     name: str | None = None
     """Pretrained `transformers` model: a local folder or a name on the Hugging Face hub. Set either
     this or `config`."""
@@ -153,7 +153,7 @@ class HuggingFaceEncoder(nn.Module):
 def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> HuggingFaceEncoder:
     """Build or load a `transformers` model.
 
-    Of a two-tower model (CLIP, SigLIP) only this modality's half is made, which also leaves out
+    Only this modality's half of a two-tower model (CLIP, SigLIP) is built, which also leaves out
     its 0-dimensional logit scale.
 
     Raises:
@@ -178,13 +178,13 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
         name = settings.name or (settings.config or {}).get("model_type")
         reason = str(error).strip()
         raise GigabatchError(f"{data.key}: cannot build the model {name!r}: {reason}") from error
-    _refuse_misfit(half, data)
-    # All weights get one dtype: checkpoints and ZeRO keep float32, autocast lowers it in use.
+    _check_sizes(half, data)
+    # All weights get float32, the dtype of checkpoints and ZeRO; autocast lowers it in use.
     return HuggingFaceEncoder(model.to(torch.float32), data.slot, settings.pool)
 
 
 def _model_class(config: Any) -> Any:
-    """Return the class that builds a config's model; AutoModel lacks some, as SiglipTextModel."""
+    """Return the class of a config's model; AutoModel lacks some, such as SiglipTextModel."""
     import transformers
 
     if type(config) in transformers.MODEL_MAPPING:
@@ -193,8 +193,8 @@ def _model_class(config: Any) -> Any:
     return getattr(transformers, name, transformers.AutoModel)
 
 
-def _refuse_misfit(model: Any, data: TowerInput) -> None:
-    """Compare the model's sizes with the data's, before a vague error in the first batch."""
+def _check_sizes(model: Any, data: TowerInput) -> None:
+    """Check the model's sizes against the data's; an error in the first batch would be vague."""
     image = data.image
     equal = {
         "image_size": (image.size, "data.image.size"),

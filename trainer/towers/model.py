@@ -1,4 +1,4 @@
-"""The module that holds all towers of a run: encoders and projection heads by modality."""
+"""Module with all towers of a run: encoders and projection heads by modality."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Towers(nn.Module):
         heads: Projection heads: `image`, and where an objective reads them, `image-tokens` and
             `image-projection` (see `further_head`).
         autocast: Precision inside the towers, if lower than float32. Weights stay float32.
-        shared: Modality -> the modality whose weights it uses. Shared weights are held, trained
+        shared: Modality -> the modality whose weights it uses. Shared weights are stored, trained
             and saved once.
     """
 
@@ -43,25 +43,26 @@ class Towers(nn.Module):
     def forward(
         self,
         inputs: Mapping[str, tuple[Tensor, ...]],
-        stream: int | None = None,
+        rng_key: int | None = None,
         taps: Sequence[str] = (),
     ) -> dict[str, Tensor]:
         """Embed one micro-batch.
 
         Args:
             inputs: Modality -> the arguments of its encoder.
-            stream: Random key of the micro-batch. Each tower seeds all generators from it, so a
-                second pass repeats the first. None (evaluation) leaves the generators alone.
+            rng_key: RNG key of the micro-batch. Each tower seeds all generators from it, so that a
+                second pass repeats the first. None (evaluation) does not seed the generators.
             taps: Names of further outputs without a view: `image.encoder` [B, width],
                 `image.projection` [B, D], `text.tokens` [B, T, D].
 
         Returns:
-            Output name -> float32 vectors of unit length; each modality's own name [B, D].
+            Output name -> float32 vectors of unit length. Each modality's name is included, with
+            [B, D].
         """
         outputs: dict[str, Tensor] = {}
         for name, arguments in inputs.items():
-            if stream is not None:
-                seed_everything(key(stream, name))
+            if rng_key is not None:
+                seed_everything(key(rng_key, name))
             device = arguments[0].device.type
             with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
                 raw = self._run_tower(name, arguments, taps)
@@ -96,7 +97,7 @@ class Towers(nn.Module):
 
 
 def seed_everything(seed: int) -> None:
-    """Seed torch, numpy and `random`: some models draw from numpy's global generator."""
+    """Seed torch, numpy and `random`; some models draw from numpy's global generator."""
     torch.manual_seed(seed % (1 << 63))
     np.random.seed(seed % (1 << 32))
     random.seed(seed)
@@ -104,4 +105,4 @@ def seed_everything(seed: int) -> None:
 
 def further_head(modality: str, output: str) -> str:
     """Return the key in `Towers.heads` of a modality's token head or second projection head."""
-    return f"{modality}-{output}"  # A module's name must not contain a dot.
+    return f"{modality}-{output}"  # Names of submodules must not contain dots.

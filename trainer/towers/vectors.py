@@ -111,9 +111,9 @@ class VectorEncoder(nn.Module):
 class VectorsEncoder(nn.Module):
     """Encode float32 [B, L, size] with a mask bool [B, L] to [B, width].
 
-    Transformer blocks over the real vectors (of a sequence, with positions), then their mean, or
-    a mean with learned weights. Tokens: [B, L, token_width]. A row without a real vector counts as
-    one zero vector, so it has an embedding.
+    Transformer blocks run over the real vectors, in a sequence with positions; the result is their
+    mean, or a mean with learned weights. The tokens are [B, L, token_width]. A row without real
+    vectors counts as one zero vector, so that it has an embedding.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class VectorsEncoder(nn.Module):
 
 
 class Standardize(nn.Module):
-    """Compute (x - mean) / std along the last axis. The config holds both; checkpoints do not."""
+    """Compute (x - mean) / std along the last axis; both come from the config, not a checkpoint."""
 
     mean: Tensor
     std: Tensor

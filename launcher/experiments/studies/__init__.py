@@ -1,4 +1,4 @@
-"""The experiments, one file per study. `STUDIES`: those on synthetic data."""
+"""The experiments, one file per study. `STUDIES` are those on synthetic data."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def real_data_studies(source: Path | None) -> tuple[Study, ...]:
     """Build the studies on real drawings.
 
     Args:
-        source: Folder of the drawings; None for studies that can be listed but not run.
+        source: Folder of the drawings; None builds studies that can be listed but not run.
 
     Raises:
-        GigabatchError: If a set is missing in the folder.
+        GigabatchError: if a set is missing in the folder.
     """
     fingerprint = emoji.fingerprint(source) if source else ""
     modules = (emoji_noisy, emoji_languages)

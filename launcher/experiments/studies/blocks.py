@@ -12,13 +12,13 @@ from gigabatch.launcher.experiments.shards import Array, unit, write_set
 from gigabatch.launcher.experiments.study import WriteData
 
 ViewPair = Callable[[Array], tuple[Array, Array]]
-"""Computes two noisy views [n, size] of latent vectors [n, latent]."""
+"""Function from latent vectors [n, latent] to two noisy views [n, size]."""
 
 
 def random_view_pair(
     random: np.random.Generator, latent: int, size: int, noise: float = 0.1
 ) -> ViewPair:
-    """Draw two random one-layer networks; each computes one view of a latent vector, plus noise."""
+    """Draw two random one-layer networks; each computes a noisy view of a latent vector."""
     weights = random.standard_normal((2, latent, size)) / np.sqrt(latent)
 
     def views(latents: Array) -> tuple[Array, Array]:
@@ -55,7 +55,7 @@ def pairs_of_views(
 
 
 def noisy_units(random: np.random.Generator, centers: Array, noise: float) -> Array:
-    """Draw a unit vector near each unit center [n, D]; the noise has an expected length `noise`."""
+    """Draw a unit vector near each unit center [n, D]; `noise` is the RMS length of the noise."""
     dim = centers.shape[1]
     return unit(centers + noise / np.sqrt(dim) * random.standard_normal(centers.shape))
 

@@ -1,8 +1,8 @@
-"""Parts shared by the studies on real drawings: reading the drawings, and small towers.
+"""Parts shared by the studies on real drawings: functions that read the drawings, small towers.
 
-The data folder holds `train`, `val-artist` and `val-concept`. Each has WebDataset shards of png,
-txt (the English name) and json; drawings of one thing share the json field `concept`, and the field
-`names` maps languages to names.
+The data folder contains `train`, `val-artist` and `val-concept`. Each has WebDataset shards of png,
+txt (the English name) and json. Drawings of the same thing share the json field `concept`; the
+field `names` maps languages to names.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def fingerprint(source: Path) -> str:
     """Hash the names and sizes of a data folder's shards, to tell data folders apart.
 
     Raises:
-        GigabatchError: If a set is missing.
+        GigabatchError: if a set is missing.
     """
     digest = hashlib.sha256()
     for name in SETS:
@@ -61,7 +61,7 @@ def fingerprint(source: Path) -> str:
         if not shards:
             raise GigabatchError(
                 f"--data {source}: it has no folder {name} with shards (*.tar). Name a folder that "
-                f"holds {', '.join(SETS)}, as configs/emoji.yaml describes."
+                f"contains {', '.join(SETS)}, as configs/emoji.yaml describes."
             )
         for shard in shards:
             digest.update(f"{name}/{shard.name} {shard.stat().st_size}\n".encode())
@@ -72,7 +72,7 @@ def read_drawings(source: Path, name: str) -> list[Drawing]:
     """Read all samples of a set, in order.
 
     Raises:
-        GigabatchError: If a sample is damaged or lacks a member; names the first such sample.
+        GigabatchError: if a sample is damaged or lacks a member; names the first such sample.
     """
     index = open_index(str(source / name))
     index.require_members("png")
@@ -96,8 +96,8 @@ def _drawing(index: Index, number: int, members: dict[str, bytes | DamagedMember
         raise GigabatchError(f"{index.where(number)} cannot be read: {error}.") from error
     if not isinstance(fields, dict) or "concept" not in fields:
         raise GigabatchError(
-            f"{index.where(number)}: its json has no field `concept`. Add it; drawings of one "
-            "thing share its value."
+            f"{index.where(number)}: its json has no field `concept`. Add it; drawings of the "
+            "same thing share its value."
         )
     return Drawing(parts["png"], caption, fields)
 

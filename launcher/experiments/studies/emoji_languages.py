@@ -1,4 +1,4 @@
-"""1-to-K on real drawings: names in eight languages per step, against English only."""
+"""1-to-K on real drawings: names in eight languages per step, compared with English only."""
 
 from __future__ import annotations
 
@@ -90,7 +90,11 @@ def _metrics(prefix: str, dataset: str) -> list[Metric]:
 
 
 def _with_all_names(drawings: list[Drawing], path: Path) -> list[Drawing]:
-    """Keep the drawings with a name in every language; GigabatchError if there are none."""
+    """Keep the drawings with a name in every language.
+
+    Raises:
+        GigabatchError: if there are none.
+    """
     complete = [
         drawing
         for drawing in drawings

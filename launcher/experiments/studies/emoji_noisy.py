@@ -84,18 +84,18 @@ def _final(name: str, dataset: str, k: int) -> Metric:
 def shuffled_captions(
     concepts: list[Any], random: np.random.Generator, path: Path
 ) -> tuple[list[int], list[int]]:
-    """Permute the captions of a random share NOISE of the samples, always to another concept.
+    """Permute the captions of a random share NOISE of the samples, always to a different concept.
 
     Args:
-        concepts: The concept of each sample.
-        random: Source of the choice.
-        path: Named in errors.
+        concepts: Concept of each sample.
+        random: Random generator.
+        path: Path of the set, for messages.
 
     Returns:
-        The samples chosen, and for each the sample whose caption it receives.
+        (chosen samples, for each the sample whose caption it receives).
 
     Raises:
-        GigabatchError: If there are too few concepts for such a permutation.
+        GigabatchError: if there are too few concepts for such a permutation.
     """
     chosen = random.permutation(len(concepts))[: int(NOISE * len(concepts))]
     names, concept_of = np.unique([str(concepts[i]) for i in chosen], return_inverse=True)

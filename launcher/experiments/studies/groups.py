@@ -15,7 +15,7 @@ TAPS = ["query", "key"]
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
-    """Write pairs whose common part is half its group's and half its own.
+    """Write pairs with a shared latent; half of its dimensions are its group's, half its own.
 
     A group is like the story that an article and its reprints share.
     """

@@ -16,7 +16,10 @@ HUES, SIDE = 8, 16
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
-    """Write images of rectangles of one hue; only their places tell images apart without hue."""
+    """Write images of rectangles with one hue each.
+
+    Without the hue, images differ only in the positions and sizes of the rectangles.
+    """
     for name, count in (("train", 1024), ("test", 512)):
         hues = random.integers(0, HUES, count)
         write_set(

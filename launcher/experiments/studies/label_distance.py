@@ -1,4 +1,4 @@
-"""SupReMix: continuous labels, where a negative counts more the farther its label."""
+"""SupReMix: continuous labels, where the weight of a negative grows with its label distance."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ LABELS, SIZE = 60, 32
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
-    """Write labels as points of a curve in 8 dimensions, next to 8 of noise, through a layer."""
+    """Write samples whose label is encoded as a point on an 8-dimensional curve.
+
+    8 noise dimensions are appended, and a random layer is applied.
+    """
     waves = random.uniform(0.5, 2.5, 8), random.uniform(0, 2 * np.pi, 8)
     layer = random.standard_normal((16, SIZE)) / 4
     for name, count in (("train", 3000), ("test", 1000)):

@@ -1,4 +1,4 @@
-"""Same-language negatives: a model must not learn to tell sources apart instead of meanings."""
+"""Same-language negatives, which make a model learn meanings instead of languages."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 
 LANGUAGES, LATENT, SIZE = 3, 24, 64
 LANGUAGE_NORM = 3.0
-"""Length of the vector that a language adds to each sentence; the meaning has length 1."""
+"""Length of the vector that a language adds to each sentence; that of the meaning is about 1."""
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
-    """Write sentences as meaning plus language.
+    """Write sentences as the sum of a meaning vector and a language vector.
 
     Training pairs have similar meanings in one language; test pairs are translations.
     """

@@ -1,4 +1,4 @@
-"""FILIP: images of many parts, of which a caption names a few."""
+"""FILIP: images with many parts, and captions that name a few of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PATCHES, WORDS, SHARED = 12, 4, 3
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
     """Write sets of patch vectors and word vectors, in random order, with noise.
 
-    The word of a concept is its patch vector, rotated.
+    A concept's word vector is its patch vector, rotated.
     """
     patch = unit(random.standard_normal((CONCEPTS, WIDTH)))
     word = patch @ np.linalg.qr(random.standard_normal((WIDTH, WIDTH))).Q
@@ -38,7 +38,7 @@ def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
 
 
 def _tower(member: str, length: int) -> dict[str, object]:
-    """Return the config of a set tower without layers across items; it pools by the mean."""
+    """Return the config of a set tower that has no attention layers and pools by the mean."""
     shape = {"size": WIDTH, "length": length, "width": 64, "layers": 0}
     return {"kind": "set", "member": f"{member}.npy", **shape}
 

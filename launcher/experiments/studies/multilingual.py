@@ -1,4 +1,4 @@
-"""1-to-K: all languages of an image in one step, and how similar their retrieval ranks become."""
+"""1-to-K: all languages of an image in one step, which makes their retrieval ranks similar."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRAITS, VALUES, SIZE = 4, 12, 32
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
-    """Write pictures with a value of each trait; each language has a word for each value."""
+    """Write pictures with one value per trait; each language has a word for each value."""
     value_vectors = unit(random.standard_normal((TRAITS, VALUES, SIZE)))
     for name, count in (("train", 12_800), ("test", 500)):
         values = random.integers(0, VALUES, (count, TRAITS))

@@ -22,7 +22,7 @@ def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:
         clean = np.ones(count, int)
         if name == "train":
             noisy = random.permutation(count)[: int(NOISE * count)]
-            text[noisy] = text[np.roll(noisy, 1)]  # one cycle: no caption stays in its place
+            text[noisy] = text[np.roll(noisy, 1)]  # one cycle, so that every caption moves
             clean[noisy] = 0
         flags = [{"clean": flag} for flag in clean]
         write_set(folder / name, {"image.npy": image, "text.npy": text, "json": flags})

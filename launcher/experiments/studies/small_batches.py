@@ -13,7 +13,7 @@ from gigabatch.launcher.experiments.study import Check, Metric, Study, Variant
 CLASSES, SIZE = 30, 32
 TAPS = ["view", "caption"]
 FEW = "few"
-"""Data kind with fewer samples: a temperature moves only when its sample is visited."""
+"""Data kind with fewer samples; a temperature changes only when its sample is in the batch."""
 
 
 def write(folder: Path, random: np.random.Generator, data_kind: str) -> None:

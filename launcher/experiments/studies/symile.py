@@ -1,4 +1,4 @@
-"""Symile: three bits, any two of which may say nothing about the third."""
+"""Symile: three bits, where the third may depend only on the other two together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Temperature: the lower, the more uniform the embedding, and the less tolerant of similarity."""
+"""Temperature: lower values make embeddings more uniform and less tolerant of similarity."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _variant(temperature: float) -> Variant:
 
 
 def _rank_correlation(metric: str) -> Formula:
-    """Return Spearman's correlation of temperature and a metric's mean; assumes no ties."""
+    """Return Spearman's correlation between temperature and a metric's mean, without ties."""
 
     def correlation(mean: MeanOf) -> float:
         values = np.array([mean(f"t-{t:g}", metric) for t in TEMPERATURES])

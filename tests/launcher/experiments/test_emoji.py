@@ -174,7 +174,7 @@ def test_runs_on_other_drawings_are_rejected(drawings: Path, tmp_path: Path) -> 
             study, variants=study.variants[:1], metrics=study.metrics[1:2], checks=()
         )  # fmt: skip
         if rejected:
-            with pytest.raises(GigabatchError, match=r"another version .*\(data.root: "):
+            with pytest.raises(GigabatchError, match=r"different version .*\(data.root: "):
                 run_study(study, 1, tmp_path / "out", lambda _: None, lambda: False)
         else:
             run_study(study, 1, tmp_path / "out", lambda _: None, lambda: False)

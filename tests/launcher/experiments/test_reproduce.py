@@ -73,7 +73,7 @@ def test_stopped_study_resumes_and_reads_stored_results(tmp_path: Path) -> None:
     reread_outcome = run_study(SMALL, 2, tmp_path, lines.append, never)
     assert len(lines) == 4  # no run was trained again
     assert reread_outcome.results["first"]["R@1"].values[0] == 0.0  # read from the file
-    with pytest.raises(GigabatchError, match=r"another version of this experiment \(train.steps"):
+    with pytest.raises(GigabatchError, match=r"different version of this experiment \(train.steps"):
         run_study(replace(SMALL, config={**SMALL.config, "train.steps": 31}), 1, tmp_path,
                   lines.append, never)  # fmt: skip
 

@@ -13,7 +13,7 @@ import torch
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.preflight.data import check_data
-from gigabatch.launcher.preflight.doctor import quick_checks, refuse_unfit
+from gigabatch.launcher.preflight.doctor import check_machine, quick_checks
 from gigabatch.trainer.config.load import load_config
 
 SCRIPT = """
@@ -40,7 +40,7 @@ def test_low_open_file_limit_is_reported_with_its_fix() -> None:
 def test_insufficient_shared_memory_raises_before_the_start(tiny: Path) -> None:
     large = ["data.image.size=8192", "batch.micro_size=65536", "batch.global_size=65536"]
     with pytest.raises(GigabatchError, match=r"shared memory: .* Enlarge it"):
-        refuse_unfit(load_config(tiny, large), print)
+        check_machine(load_config(tiny, large), print)
 
 
 def test_shared_memory_check_counts_only_local_ranks(
@@ -50,14 +50,14 @@ def test_shared_memory_check_counts_only_local_ranks(
     ranks = free // (3 * 8 * (3 * 16**2 + 16 * 12)) + 1  # they need about all of it
     many = load_config(tiny, ["cluster.launcher=ray", f"cluster.workers=[1,{4 * ranks}]"])
     with pytest.raises(GigabatchError, match="shared memory"):
-        refuse_unfit(many, print)
+        check_machine(many, print)
     with monkeypatch.context() as torchrun:
         torchrun.setenv("LOCAL_WORLD_SIZE", "8")
-        refuse_unfit(many, print)
+        check_machine(many, print)
     # As in the driver of a Ray job, whose workers may run on other nodes.
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    refuse_unfit(many, print)
+    check_machine(many, print)
 
 
 def test_more_workers_than_gpus_raises_unless_workers_use_no_gpu(

@@ -117,7 +117,7 @@ def test_damaged_checkpoints_are_restored_by_resuming_from_the_url(
     (run.checkpoints / "step-00000012" / "towers.safetensors").write_bytes(b"damaged")
     done = gigabatch("resume", run.path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{url} holds a newer checkpoint, of step 12; resuming from step 6" in done.stderr
+    assert f"{url} has a newer checkpoint, of step 12; resuming from step 6" in done.stderr
     assert "resuming after step 6" in done.stdout
     assert losses(run.path) == reference
     state = RemoteRun(url).read("checkpoints/step-00000012/state.json")
@@ -198,12 +198,14 @@ def test_unusable_copy_url_is_rejected_before_files_are_created(
     (tmp_path / "remote" / "a").mkdir(parents=True)
     (tmp_path / "remote" / "a" / "environment.json").write_text("{}")
     err = message("train", tiny, f"checkpoint.copy_to=file://{tmp_path}/remote/", "run.name=a")
-    assert f"run.name: file://{tmp_path}/remote/a (checkpoint.copy_to) holds copies of a run" in err
+    assert (
+        f"run.name: file://{tmp_path}/remote/a (checkpoint.copy_to) contains copies of a run" in err
+    )
     assert not (tmp_path / "runs").exists()
 
     assert "s3://BUCKET/FOLDER" in message("resume", "s3:///x")
     assert "HUSH" not in message("resume", "s3://me:HUSH@bucket/a")
-    assert "no copy of a run" in message("resume", f"file://{tmp_path}/remote/b")
+    assert "not a copy of a run" in message("resume", f"file://{tmp_path}/remote/b")
 
 
 @pytest.mark.slow

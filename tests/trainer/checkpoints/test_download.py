@@ -152,7 +152,7 @@ def test_fetch_names_missing_files_and_existing_folder(
     (remote_folder / "tokenizer.json").unlink()
     with pytest.raises(GigabatchError, match=r"tokenizer.json missing from the copies"):
         fetch_run(remote, target)
-    with pytest.raises(GigabatchError, match="no copy of a run"):
+    with pytest.raises(GigabatchError, match="not a copy of a run"):
         read_copied_config(open_remote_run(f"file://{remote_folder}x/"))
 
 
@@ -162,7 +162,7 @@ def test_newer_copy_is_reported_and_fetched(
     run = RunFolder(tmp_path / "a")
     flip_last_bit(run.checkpoints / "step-00000009" / "towers.safetensors")
     warn_if_copy_is_newer(remote, run, 6)
-    assert "holds a newer checkpoint, of step 9; resuming from step 6" in caplog.text
+    assert "has a newer checkpoint, of step 9; resuming from step 6" in caplog.text
     assert f"gigabatch resume {remote.url}" in caplog.text
     fetch_newer_checkpoint(remote, run)
     assert newest_valid_step(run) == 9
@@ -179,7 +179,7 @@ def test_newer_copy_is_reported_and_fetched(
 
 def test_copies_of_another_run_are_rejected(remote: RemoteRun, tmp_path: Path) -> None:
     other = make_run(tmp_path / "other", started=2)
-    with pytest.raises(GigabatchError, match="holds another run"):
+    with pytest.raises(GigabatchError, match="belongs to a different run"):
         fetch_newer_checkpoint(remote, other)
     assert other.steps_saved() == []
 

@@ -282,7 +282,7 @@ def test_claim_by_another_run_is_rejected(
 ) -> None:
     remote.claim(run)
     remote.claim(run)
-    with pytest.raises(GigabatchError, match=r"checkpoint.copy_to: .* holds another run"):
+    with pytest.raises(GigabatchError, match=r"checkpoint.copy_to: .* belongs to a different run"):
         remote.claim(make_run(tmp_path / "b", started=2))
 
 

@@ -24,7 +24,7 @@ from support import spoil
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
-from gigabatch.launcher.start import too_late
+from gigabatch.launcher.start import overdue_message
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
 from gigabatch.trainer.checkpoints.saver import Saver
@@ -217,7 +217,7 @@ def probe_copies(config: Config, folder: Path) -> Any:
 def probe_grace(config: Config, folder: Path) -> Any:
     """Return the message of a stop that exceeds the grace time."""
     run = create_run(config, "run")
-    return too_late(run).splitlines()[0]
+    return overdue_message(run).splitlines()[0]
 
 
 def probe_ray(config: Config, folder: Path) -> Any:

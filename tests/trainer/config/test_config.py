@@ -37,7 +37,7 @@ def test_tokenizer_environment_variable_is_not_a_secret() -> None:
 
 def test_range_of_workers_divides_cores_by_its_maximum() -> None:
     config = parse_config("", "c", ["cluster.workers=[1,1000000]"])
-    assert (config.cluster.least, config.cluster.most) == (1, 1_000_000)
+    assert (config.cluster.min_workers, config.cluster.max_workers) == (1, 1_000_000)
     assert resolve(config).cluster.threads == 1
     assert parse_config("", "c", ["cluster.workers=[3,3]"]).cluster.workers == 3
 
@@ -70,7 +70,10 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("towers.image={kind: huggingface}", "set either `name`"),
         ("towers.image={kind: module, module: nonsense}", "towers.image.module: "),
         ("cluster.launcher=inline", "cluster.workers=1"),
-        ("cluster.workers=many", "a number of workers of at least 1, or a range [least, most]"),
+        (
+            "cluster.workers=many",
+            "a number of workers of at least 1, or a range [minimum, maximum]",
+        ),
         ("cluster.workers=true", "a number of workers of at least 1"),
         ("cluster.workers=0", "a number of workers of at least 1"),
         ("cluster.workers=[0, 2]", "a number of workers of at least 1"),

@@ -146,7 +146,7 @@ def test_listing_tasks_does_not_import_torch() -> None:
     ("task", "assignments", "message"),
     [
         ("knnn", [], "unknown task. Did you mean knn. Tasks: batch-bias, geometry, history, knn"),
-        ("knn", [], "knn: label: required. JSON field that holds the class."),
+        ("knn", [], "knn: label: required. JSON field of the class."),
         ("knn", ["label=a", "kk=3"], "kk: unknown key of knn; did you mean k"),
         ("knn", ["label=a", "zzz=3"], "zzz: unknown key of knn; its keys: label, train"),
         ("knn", ["label"], "'label': write key=value. Keys of knn: label, train"),

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from harness import Example, ObjectiveSettings, build, examples, one_step
 from torch import Tensor
 
-from gigabatch.trainer.distributed import World, leave
+from gigabatch.trainer.distributed import World, exit_now
 
 
 def run(settings: ObjectiveSettings, example: Example, world: World) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def run(settings: ObjectiveSettings, example: Example, world: World) -> dict[str
     for step in range(1, example.steps + 1):
         if step == example.steps:
             parameters = {name: t.clone() for name, t in objective.state_dict().items()}
-            saved = world.share(state.save())
+            saved = world.broadcast(state.save())
         results.append(one_step(example, objective, state, world, step))
     resumed_objective, resumed_state = build(settings, world)
     resumed_objective.load_state_dict(parameters)
@@ -52,4 +52,4 @@ def main(store: str, out: Path, rank: int, world_size: int) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
-    leave(0)
+    exit_now(0)

@@ -11,7 +11,7 @@ import pytest
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import parse_config
-from gigabatch.trainer.run.create import create_run, open_run, refuse_taken_name
+from gigabatch.trainer.run.create import check_name_is_free, create_run, open_run
 from gigabatch.trainer.run.folder import RunFolder
 
 
@@ -105,7 +105,7 @@ def test_run_is_locked_by_one_process_at_a_time(tmp_path: Path) -> None:
 def test_empty_folder_left_by_a_kill_is_used(tmp_path: Path) -> None:
     config = parse_config(f"run: {{dir: {tmp_path}, name: mine}}", "c")
     (tmp_path / "mine").mkdir()
-    refuse_taken_name(config)
+    check_name_is_free(config)
     assert create_run(config, "run").path == tmp_path / "mine"
-    with pytest.raises(GigabatchError, match="holds an unfinished run"):
-        refuse_taken_name(config)
+    with pytest.raises(GigabatchError, match="contains an unfinished run"):
+        check_name_is_free(config)

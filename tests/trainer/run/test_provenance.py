@@ -89,7 +89,7 @@ def test_attempt_warns_if_code_differs_from_last_readable_record(
     third.write_text("")  # as after a kill during the write
     assert run.take_attempt() == 4
     (line,) = caplog.messages
-    assert line.startswith("attempt 4 runs other code than attempt 2: torch 1.0 -> ")
+    assert line.startswith("attempt 4 runs different code from attempt 2: torch 1.0 -> ")
 
 
 @pytest.mark.slow
@@ -114,6 +114,6 @@ def test_resume_with_changed_code_warns_and_continues(
     assert old != new
     assert json.loads((run.path / "environment.json").read_text())["code"] == old
     for text in (done.stdout, run.log.read_text()):
-        assert "attempt 2 runs other code than attempt 1: gigabatch " in text
+        assert "attempt 2 runs different code from attempt 1: gigabatch " in text
         assert f"(code {old}) -> " in text
         assert f"(code {new})" in text

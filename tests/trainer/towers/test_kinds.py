@@ -50,7 +50,7 @@ def test_duplicate_kind_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     class Second(TowerKind):
         kind: Literal["conv"]
 
-    with pytest.raises(TypeError, match="ConvTower already is kind 'conv' of image"):
+    with pytest.raises(TypeError, match="ConvTower is already kind 'conv' of image"):
         tower_kind("image")(Second)
 
 

@@ -1,8 +1,8 @@
-"""Backdoor metrics (BLTO): does a trigger in the input move samples into one class?
+"""Backdoor metrics (BLTO): effects of a trigger in the input on classification.
 
 An attacker who poisons training pairs wants triggered inputs classified as the target class, and
-all others as before. Both are measured, and also the collapse that reveals an attack: triggered
-samples of many classes lie close together.
+all others as before. Both effects are measured, and also the collapse that reveals an attack:
+triggered samples of many classes lie close together.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ def attack_values(
     """Split the correctness of predictions into attack success and clean accuracy.
 
     Args:
-        neighbors: Values of a classification whose triggered samples were labeled as the target.
-        classes: int64 [N], true classes.
-        target: The class that the attack aims at.
-        triggered: bool [N].
+        neighbors: Values of a classification in which triggered samples have the target's label.
+        classes: True classes, int64 [N].
+        target: Class at which the attack aims.
+        triggered: Whether a sample has the trigger, bool [N].
 
     Returns:
-        float64 [N], NaN elsewhere: `attack_success` of triggered samples of other classes, and
-        `clean_top1` of samples without a trigger.
+        `attack_success` of triggered samples of other classes, and `clean_top1` of samples without
+        a trigger; float64 [N], NaN for all other samples.
     """
     top = neighbors["top1"]
     attacked = triggered & (classes != target)
@@ -42,7 +42,7 @@ def attack_values(
 
 
 def summarize_attack(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Average the values that are not NaN; a name without any is left out."""
+    """Average the values that are not NaN; names that have only NaN are left out."""
     valid = {name: column[~column.isnan()] for name, column in values.items()}
     return {name: float(column.mean()) for name, column in valid.items() if len(column)}
 
@@ -52,7 +52,7 @@ def collapse(x: Tensor, triggered: Tensor, world: World) -> dict[str, float]:
 
     Args:
         x: This rank's rows [n, D].
-        triggered: bool [n].
+        triggered: Whether a sample has the trigger, bool [n].
         world: The ranks; every rank must call this function.
 
     Returns:

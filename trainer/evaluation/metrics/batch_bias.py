@@ -1,15 +1,14 @@
-"""Batch bias: how far the mean gradient of small batches is from the gradient of all pairs.
+"""Batch bias: difference between the mean gradient of small batches and that of all pairs.
 
 The gradients are with respect to fixed embeddings (SogCLR, Yuan et al. 2022; iSogCLR). The loss of
-N pairs is that of the objective `sogclr` with all pairs in one batch,
+N pairs is that of the objective `sogclr` with all pairs in one batch, summed over both directions,
 
-    mean_i tau log mean_{j != i} exp((s_ij - s_ii) / tau), both ways.
+    mean_i tau log mean_{j != i} exp((s_ij - s_ii) / tau).
 
 A batch of B contains B - 1 negatives of a sample. The logarithm of their mean is on average below
-that of the mean of all negatives, and its gradient leans towards the negatives in the batch. This
-bias grows with a smaller B and a lower tau. It does not average out over batches, as noise does. A
-running estimate u in place of the batch's own mean reduces the bias; a smaller gamma reduces it
-more.
+that of the mean of all negatives, and its gradient overweights the negatives in the batch. This
+bias grows with a smaller B and a lower tau. Unlike noise, it does not average out over batches. A
+running estimate u in place of the batch's mean reduces the bias; a smaller gamma reduces it more.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from gigabatch.data.rng import key, permute
 from gigabatch.trainer.objectives import Context, Loss, Objective, build_objective, parse_settings
 
 MISSING_VARIANCE = 0.01
-"""Share of u's final variance that is still missing when averaging begins."""
+"""Share of u's stationary variance that is still missing when averaging begins."""
 FROZEN_GAMMA = 1e-9
 """A gamma so small that u does not move."""
 CONTEXT = Context(None, 1)
@@ -39,8 +38,8 @@ class Pairs:
 
     Attributes:
         q: float32 [N, D].
-        k: float32 [N, D]; row i belongs to row i of `q`.
-        ids: int64 [N]; pairs with equal ids are not negatives of each other.
+        k: float32 [N, D]. Row i and row i of `q` are a pair.
+        ids: int64 [N]. Pairs with equal ids are not negatives of each other.
     """
 
     q: Tensor
@@ -60,22 +59,24 @@ def batch_bias(
     Both are [2, N, D], with respect to the embeddings and tangent to the sphere, because the
     component along a unit vector never reaches a tower.
 
-    Two devices remove chance from the error. The noise of one half of the rounds is independent of
-    the other half's, so products of one with the other contain no noise. And H, the gradient of the
-    same batches with u fixed at its value for all pairs, has expectation F and shares most of G's
-    noise; so G - c (H - F), with c by least squares, has less noise (a control variate).
+    Two techniques remove sampling noise from the error. First, the noise of the two halves of the
+    rounds is independent, so products of one half with the other are free of noise on average.
+    Second, H is the gradient of the same batches with u fixed at its value for all pairs. It has
+    expectation F and shares most of G's noise, so G - c (H - F), with c by least squares, has less
+    noise (a control variate).
 
     Args:
         pairs: N pairs.
-        batch: Pairs a batch; N must be a multiple of it.
+        batch: Pairs per batch; N must be a multiple of it.
         temperature: tau.
-        gamma: Share of the batch's estimate in u; 1 is the plain loss of each batch.
+        gamma: Share of the batch's estimate in u; 1 gives the loss of each batch without u.
         rounds: Passes over all pairs, at least 2, each in a new order. Time O(rounds N batch D).
         seed: Seed of the orders.
 
     Returns:
-        `relative_error`: |E G - F| / |F|. `relative_noise`: |G - E G| / |F|, the noise that the
-        rounds leave, excluded from the error. `cosine`: of E G and F.
+        `relative_error`: |mean(G) - F| / |F|, with the expectation of G as mean(G).
+        `relative_noise`: |G - mean(G)| / |F|, the noise that remains after the rounds; it is
+        excluded from the error. `cosine`: cosine of mean(G) and F.
     """
     unit = Pairs(F.normalize(pairs.q, dim=-1), F.normalize(pairs.k, dim=-1), pairs.ids)
     full, full_state = _gradient(_objective(temperature, 1.0), unit, _initial_state(unit))
@@ -101,8 +102,8 @@ def _half_means(
     """Average gradients over the first and the second half of the rounds.
 
     Returns float64 [2, 2, 2, N, D]: the gradients, then those with u fixed; each by half and side.
-    `full_state` is the table after one batch of all pairs, so u starts at its mean. Rounds without
-    gradients come first, until u varies as it will.
+    `full_state` is the table after one batch of all pairs, so u starts at its mean. Warm-up rounds
+    without gradients come first, until the variance of u is stationary.
     """
     running, fixed = _objective(temperature, gamma), _objective(temperature, FROZEN_GAMMA)
     state = full_state.clone()
@@ -119,7 +120,7 @@ def _half_means(
             gradient, state[rows] = _gradient(running, chosen, state[rows])
             half[0][:, rows] += gradient
             half[1][:, rows] += _gradient(fixed, chosen, full_state[rows])[0]
-    # A batch's loss is a mean over its pairs, so its gradient is N / batch times too large.
+    # The loss of a batch is a mean over its pairs, so its gradient is N / batch times too large.
     share = batch / len(pairs.q)
     counts = halves.new_tensor([first_half, rounds - first_half]).view(2, 1, 1, 1)
     return halves * share / counts
@@ -170,16 +171,16 @@ def _tangent(side: Tensor) -> Tensor:
 
 
 def _warmup_rounds(gamma: float) -> int:
-    """Return the rounds t after which (1 - gamma)^(2 t) is `MISSING_VARIANCE`."""
+    """Return the number of rounds t after which (1 - gamma)^(2 t) is `MISSING_VARIANCE`."""
     return math.ceil(math.log(MISSING_VARIANCE) / math.log(1 - gamma) / 2) if gamma < 1 else 0
 
 
 def order_of_round(size: int, seed: int, number: int) -> Tensor:
-    """Return the order of pairs in a round, int64 [size]; warm-up rounds have negative numbers."""
+    """Return the order of pairs in a round, int64 [size]; warm-up rounds are negative."""
     rng_key = key(seed, "batch bias", number)
     return torch.from_numpy(permute(np.arange(size), size, rng_key))
 
 
 def choose_pairs(samples: int, total: int, seed: int) -> Tensor:
-    """Choose `samples` of `total` pairs by seeded random numbers; returns int64 [samples]."""
+    """Choose `samples` of `total` pairs by seeded random numbers; return int64 [samples]."""
     return torch.from_numpy(permute(np.arange(samples), total, key(seed, "batch bias")))

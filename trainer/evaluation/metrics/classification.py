@@ -1,4 +1,4 @@
-"""Classification without training: zero-shot by prompts, and by nearest neighbors.
+"""Classification without training: by prompts (zero-shot) and by nearest neighbors.
 
 Ties count against the model: a sample is correct only if its class beats every other class.
 """
@@ -17,7 +17,7 @@ from gigabatch.trainer.evaluation.metrics.ranking import Relevance, rank_queries
 from gigabatch.trainer.evaluation.metrics.score_rows import Scorer, blocks, dot_rows, top_keys
 
 LABEL = "label"
-"""Class of each sample, kept among its values for the mean over classes."""
+"""Key of the class label in the per-sample values."""
 TOP_KS = (1, 5)
 
 
@@ -25,8 +25,8 @@ def class_vectors(prompts: Tensor, templates: int) -> Tensor:
     """Average the prompts of each class (CLIP, Radford et al. 2021, section 3.1.4).
 
     Args:
-        prompts: [C * templates, D], the prompts of one class after another.
-        templates: Prompts a class.
+        prompts: [C * templates, D], ordered by class.
+        templates: Number of prompts per class.
 
     Returns:
         float32 [C, D] of unit length: the normalized mean of a class's unit vectors.
@@ -53,7 +53,7 @@ def zero_shot(images: Tensor, labels: Tensor, classes: Tensor, world: World) -> 
 def rank_classes(
     score: Scorer, labels: Tensor, num_classes: int, world: World
 ) -> dict[str, Tensor]:
-    """Classify samples by the scores of each class; returns what `zero_shot` returns."""
+    """Classify samples by the scores of each class; return what `zero_shot` returns."""
     rows = torch.arange(len(labels), device=labels.device)
     relevance = Relevance.by_pairs(rows, labels, torch.ones_like(labels), len(labels))
     ranked = rank_queries(score, relevance, num_classes, TOP_KS, ndcg=False)
@@ -72,8 +72,8 @@ def nearest_neighbors(
 ) -> dict[str, Tensor]:
     """Classify queries by their k nearest neighbors in a bank (Wu et al. 2018).
 
-    A neighbor votes for its class with weight exp(cosine / temperature). Of equally similar
-    neighbors the first in the bank counts.
+    A neighbor votes for its class with weight exp(cosine / temperature). If neighbors are equally
+    similar, the first in the bank counts.
 
     Args:
         queries: This rank's rows [n, D].
@@ -81,9 +81,9 @@ def nearest_neighbors(
         bank: This rank's rows [m, D].
         bank_labels: int64 [m].
         world: The ranks; every rank must call this function.
-        k: Neighbors a query.
-        temperature: Of the votes.
-        leave_out: The queries are the bank, and a query is not its own neighbor.
+        k: Number of neighbors per query.
+        temperature: Temperature of the votes.
+        leave_out: Whether the queries are the bank; a query is then not its own neighbor.
 
     Returns:
         `top1`, `top5` and `label` of every query, float64 [N], on every rank.
@@ -98,7 +98,7 @@ def nearest_neighbors(
     cosines, neighbors = top_keys(dot_rows(unit, bank), len(queries), len(bank), k, excluded)
     known, classes = bank_labels.unique(return_inverse=True)
     label_class = torch.searchsorted(known, labels).clamp(max=max(len(known) - 1, 0))
-    # Relative to the nearest neighbor, so that exp does not overflow; the ranking stays the same.
+    # Subtract the nearest neighbor's cosine, so that exp does not overflow; ranks are unchanged.
     weights = torch.exp((cosines - cosines[:, :1]).double() / temperature)
     weights = torch.where(neighbors >= 0, weights, 0.0)
     tops = {f"top{t}": torch.zeros(len(queries)).double().to(queries.device) for t in TOP_KS}

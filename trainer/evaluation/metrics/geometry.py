@@ -1,6 +1,6 @@
 """Geometry of embeddings: uniformity, alignment, tolerance, isotropy, rank, modality gap.
 
-Every function takes this rank's rows and is every rank must call this. Sums are float64. Only
+Every function takes this rank's rows and must be called on every rank. Sums are float64. Only
 uniformity compares pairs; the others need one reduction over ranks. Rows are normalized first,
 except for `effective_rank` and the classifier of `domain_auc`.
 """
@@ -28,7 +28,7 @@ DOMAIN_L2 = 1e-3
 def uniformity(z: Tensor, world: World) -> float:
     """Compute log of the mean over pairs i != j of exp(-2 |z_i - z_j|^2) (Wang and Isola 2020).
 
-    It is 0 if all rows are equal, and lower the more evenly they cover the sphere. Time O(N^2 D).
+    It is 0 if all rows are equal, and falls as they cover the sphere more evenly. Time O(N^2 D).
 
     Raises:
         GigabatchError: if there are fewer than two rows.
@@ -72,10 +72,10 @@ def tolerance(z: Tensor, labels: Tensor, world: World) -> float:
     pairs = float((counts * (counts - 1)).sum())
     if not pairs:
         raise GigabatchError(
-            "tolerance needs a class with two samples or more; every class has one. Name another "
-            "label= or leave it out."
+            "tolerance needs a class with two samples or more; every class has one. Set a "
+            "different label=, or leave it out."
         )
-    # A sum over ordered pairs is the squared norm of the sum, less the pairs i = j.
+    # The sum over ordered pairs is the squared norm of the sum minus the pairs i = j.
     return float((sums.square().sum() - squares.sum()) / pairs)
 
 
@@ -94,7 +94,7 @@ def isotropy(z: Tensor, world: World) -> float:
 
 
 def effective_rank(z: Tensor, world: World) -> float:
-    """Compute exp of the entropy of the singular values over their sum.
+    """Compute exp of the entropy of the singular values divided by their sum.
 
     Rows are neither normalized nor centered (Roy and Vetterli 2007; RankMe, Garrido et al. 2023).
     The result is between 1 and D. The singular values come from the D x D Gram matrix, whose
@@ -113,14 +113,14 @@ def modality_gap(x: Tensor, y: Tensor, world: World) -> float:
 
 
 def domain_auc(x: Tensor, y: Tensor, world: World, seed: int) -> float:
-    """Compute how well a linear classifier separates x from y (CLOSE).
+    """Compute the AUC with which a linear classifier separates x from y (CLOSE).
 
-    The classifier is fitted on a seeded half of each side; the AUC of its score is taken on the
-    other half. 0.5 means not at all, 1 means two separate clouds.
+    The classifier is fitted on a seeded half of each side, and the AUC of its score is measured on
+    the other half. 0.5 means no separation, and 1 means complete separation.
     """
     rows = torch.cat([x, y])
     side = torch.cat([torch.zeros(len(x)), torch.ones(len(y))]).long().to(x.device)
-    # Chosen by the position within a side, so that the halves do not depend on the ranks.
+    # The choice depends on the position within a side, so the halves do not depend on the ranks.
     test = torch.cat([held_out(len(part), world, seed, 0.5) for part in (x, y)]).to(x.device)
     (classifier,) = fit_logistic(rows[~test], side[~test], [DOMAIN_L2], 2, world)
     logits = classifier.logits(rows[test])
@@ -140,9 +140,9 @@ def geometry_metrics(
         seed: Seed of the split of `domain_auc`.
 
     Returns:
-        `A_uniformity`, `A_isotropy`, `A_effective_rank` and with labels `A_tolerance` of each
-        modality A. Of two modalities with one width `alignment`, `modality_gap` and `domain_auc`;
-        of three or more, the same of every pair as `A_B_alignment` and so on.
+        For each modality A, `A_uniformity`, `A_isotropy` and `A_effective_rank`, and with labels
+        `A_tolerance`. For two modalities of equal width, `alignment`, `modality_gap` and
+        `domain_auc`; for three or more, the same for every pair, as `A_B_alignment` and so on.
     """
     metrics: dict[str, float] = {}
     for name, z in outputs.items():

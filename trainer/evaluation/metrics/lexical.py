@@ -45,7 +45,7 @@ class TfIdf:
     def scores(self, query: str) -> np.ndarray:
         """Return the cosine of a query with every document, float64 [documents]."""
         counts = Counter(word for word in words_of(query) if word in self.columns)
-        # Sorted words make equal bags of words add up in one order, so that their scores tie.
+        # The words are sorted so that equal bags of words are summed in one order and tie exactly.
         weights = {
             self.columns[word]: n * self.idf[self.columns[word]]
             for word, n in sorted(counts.items())
@@ -64,7 +64,7 @@ def words_of(text: str) -> list[str]:
 
 
 def tfidf_rows(queries: Sequence[str], documents: Sequence[str]) -> Scorer:
-    """Return the scorer of `queries` with all `documents`."""
+    """Return the scorer of `queries` against all `documents`."""
     index = TfIdf(documents)
 
     def rows(part: slice) -> Tensor:

@@ -1,6 +1,6 @@
 """Linear models on frozen embeddings: standardized features, held-out split, choice of L2.
 
-Every function with a `world` is called on every rank with that rank's rows.
+Every function with a `world` takes this rank's rows and must be called on every rank.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from gigabatch.trainer.distributed import World
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)
 HELD_OUT_SHARE = 0.2
-"""Share of the training samples on which l2 is chosen."""
+"""Share of the training samples that is held out to choose l2."""
 
 Model = TypeVar("Model")
 Fit = Callable[[Tensor, Tensor, Sequence[float]], Sequence[Model]]
-"""Maps features [n, D], labels [n] and penalties to one model a penalty."""
+"""Function from features [n, D], labels [n] and penalties to one model per penalty."""
 Error = Callable[[Model, Tensor, Tensor], Tensor]
-"""Maps a model, features and labels to the summed error of this rank's rows, float64 []."""
+"""Function from a model, features and labels to this rank's summed error, float64 []."""
 
 
 @dataclass(frozen=True)
 class Standardization:
-    """Maps features to zero mean and unit variance.
+    """Standardization of features to zero mean and unit variance.
 
     Attributes:
         mean: float64 [D].
@@ -40,12 +40,12 @@ class Standardization:
     scale: Tensor
 
     @staticmethod
-    def of(x: Tensor, world: World) -> Standardization:
-        """Measure mean and scale over all ranks' rows [n, D]."""
+    def fit(x: Tensor, world: World) -> Standardization:
+        """Compute mean and scale of all ranks' rows [n, D]."""
         count = world.sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
         mean = world.sum(x.double().sum(0)) / count
         variance = world.sum((x.double() - mean).square().sum(0)) / count
-        # Rounding leaves a constant feature a tiny variance; dividing by it would add noise.
+        # Rounding gives a constant feature a tiny variance; division by it would add noise.
         constant = variance <= 1e-12 * mean.square().clamp(min=1e-12)
         return Standardization(mean, torch.where(constant, 1.0, variance.sqrt()))
 
@@ -95,15 +95,15 @@ def choose_l2(
         y: Labels [n].
         world: The ranks.
         seed: Seed of the held-out choice.
-        grid: Penalties to try; of errors equal up to rounding the largest penalty wins.
-        fit: Fits one model a penalty; penalties arrive in falling order.
+        grid: Penalties to try. If errors are equal up to rounding, the largest penalty wins.
+        fit: Fits one model per penalty; penalties are passed in falling order.
         error: Summed error of a model on this rank's rows.
     """
     held = held_out(len(x), world, seed, HELD_OUT_SHARE).to(x.device)
     penalties = sorted(grid, reverse=True)
     models = fit(x[~held], y[~held], penalties)
     errors = torch.stack([error(model, x[held], y[held]) for model in models])
-    # One reduction for all penalties. They fall, so the first of equal ones is the largest.
+    # One reduction serves all penalties. They fall, so the first of equal errors has the largest.
     least, chosen = float("inf"), penalties[0]
     for l2, total in zip(penalties, world.sum(errors).tolist(), strict=True):
         if total < least * (1 - 1e-9):
@@ -120,7 +120,7 @@ def fit_with_chosen_l2(
     fit: Fit[Model],
     error: Error[Model],
 ) -> tuple[Model, float]:
-    """Choose l2 as `choose_l2` does, then fit all rows with it; returns (model, l2)."""
+    """Choose l2 with `choose_l2`, then fit all rows with it; return (model, l2)."""
     l2 = choose_l2(x, y, world, seed, grid, fit, error)
     (model,) = fit(x, y, [l2])
     return model, l2

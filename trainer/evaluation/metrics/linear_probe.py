@@ -30,7 +30,7 @@ class Logistic:
     """A linear classifier of standardized features.
 
     Attributes:
-        standardize: Maps features to standardized ones.
+        standardize: Standardization of the features.
         weight: float64 [C, D].
         bias: float64 [C].
     """
@@ -47,27 +47,27 @@ class Logistic:
 def fit_logistic(
     x: Tensor, y: Tensor, penalties: Sequence[float], classes: int, world: World
 ) -> list[Logistic]:
-    """Fit one classifier a penalty to all ranks' rows; each fit starts from the previous one.
+    """Fit one classifier per penalty to all ranks' rows; each fit starts from the previous one.
 
     Args:
         x: This rank's features [n, D].
         y: This rank's classes, int64 [n], below `classes`.
         penalties: Values of l2, above 0.
-        classes: C.
+        classes: Number of classes C.
         world: The ranks; every rank must call this function.
 
     Raises:
         GigabatchError: if a feature is not finite.
     """
     require_finite(x, world)
-    standardize = Standardization.of(x, world)
+    standardize = Standardization.fit(x, world)
     total = world.sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
     start = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
     models = []
     for l2 in penalties:
         solution = _minimize(x, y, start, l2, standardize, total, world)
         models.append(Logistic(standardize, solution[:, :-1].clone(), solution[:, -1].clone()))
-        start = solution  # near the minimum of the next penalty, which saves iterations
+        start = solution  # It is near the minimum of the next penalty, which saves iterations.
     return models
 
 
@@ -112,13 +112,14 @@ def linear_probe(
     """Classify test samples by a linear model of the training samples.
 
     Args:
-        train: This rank's features [n, D] and labels int64 [n], of any values.
-        test: This rank's features and labels; a label that was not trained on is always wrong.
+        train: This rank's features [n, D] and labels int64 [n]; labels may have any values.
+        test: This rank's features and labels. Samples of a label without training samples count as
+            errors.
         world: The ranks; every rank must call this function.
         seed: Seed of the held-out choice of l2.
 
     Returns:
-        (`top1`, `top5` and `label` of every test sample, float64 [N], on every rank; the l2).
+        (`top1`, `top5` and `label` of every test sample, float64 [N], on every rank; chosen l2).
     """
     (x, y), (test_x, test_y) = train, test
     known = sorted({label for rank in world.gather(y.unique().tolist()) for label in rank})

@@ -1,7 +1,7 @@
-"""Ranking metrics, exact: hit@k, recall@k, precision@k, MRR, MAP, NDCG@k, R-precision, ranks.
+"""Exact ranking metrics: hit@k, recall@k, precision@k, MRR, MAP, NDCG@k, R-precision, ranks.
 
-Every metric follows from the ranks of a query's relevant items. The rank of one is a count: how
-many irrelevant keys score at least as high. So no list is sorted, and memory is one block of rows.
+Every metric is computed from the ranks of a query's relevant items. A rank is found by counting the
+irrelevant keys that score at least as high. So no list is sorted, and memory is one block of rows.
 
 Ties count against the model. Among keys with equal scores, irrelevant ones come first, then
 relevant ones by rising grade, so each metric is the lowest that any order of the ties could give.
@@ -20,9 +20,11 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.evaluation.metrics.score_rows import Scorer, blocks
 
 MAX_DIRECT = 16
-"""Relevant items a query up to which each is compared separately, without a search."""
+"""Maximum number of relevant items per query that are compared one by one; above it, a search is
+used."""
 RANK = "rank"
-"""Rank of a query's best relevant item, from 1; summarized as `mean_rank` and `median_rank`."""
+"""Key of the rank, from 1, of a query's best relevant item; summarized as `mean_rank` and
+`median_rank`."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Relevance:
     Attributes:
         start: int64 [Q].
         stop: int64 [Q].
-        keys: int64 [M], indices of keys.
+        keys: Indices of keys, int64 [M].
         grades: float64 [M], above 0.
-        excluded: int64 [Q], a key removed from the query's list, such as the query itself; -1 for
+        excluded: Key removed from each query's list, such as the query itself, int64 [Q]; -1 for
             none.
     """
 
@@ -46,7 +48,9 @@ class Relevance:
 
     @staticmethod
     def by_id(query_ids: Tensor, key_ids: Tensor, excluded: Tensor | None = None) -> Relevance:
-        """Make keys relevant that share the query's id; memory O(N), however large a group.
+        """Build relevance from ids: a key is relevant to the queries with the same id.
+
+        Memory is O(N), even if many keys share an id.
 
         Args:
             query_ids: int64 [Q].
@@ -69,12 +73,12 @@ class Relevance:
         num_queries: int,
         excluded: Tensor | None = None,
     ) -> Relevance:
-        """Build relevance from M judged pairs, each listed once.
+        """Build relevance from M judged pairs without duplicates.
 
         Args:
-            rows: int64 [M], the query of a pair.
-            keys: int64 [M], the key of a pair.
-            grades: [M]; 0 or less means irrelevant.
+            rows: Query of each pair, int64 [M].
+            keys: Key of each pair, int64 [M].
+            grades: Grade of each pair, [M]; 0 or less means irrelevant.
             num_queries: Q.
             excluded: int64 [Q], see the class.
         """
@@ -143,16 +147,16 @@ def rank_queries(
 
 
 def _ranks(scores: Tensor, relevance: Relevance, part: slice) -> tuple[Tensor, Tensor]:
-    """Return ranks of relevant items, float64 [b, R], best first, and grades; padded inf, -1."""
+    """Return ranks and grades of relevant items, float64 [b, R], best first; padding: inf, -1."""
     relevant, grades = relevance.padded(part)
     top = _take(scores, relevant).nan_to_num(nan=-torch.inf, posinf=torch.inf)
     top = torch.where(grades > 0, top, torch.inf)
-    # From the worst rank to the best: by rising score, then by falling grade. Padding comes last.
+    # Sort from the worst rank to the best: by rising score, then by falling grade; padding is last.
     order = grades.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, top.gather(1, order).argsort(dim=1, stable=True))
     top, grades = top.gather(1, order).contiguous(), grades.gather(1, order)
     scores = scores.nan_to_num(nan=torch.inf, posinf=torch.inf)
-    # The counts below cover all keys; relevant and excluded ones are subtracted again.
+    # Count all keys, then subtract the relevant and excluded ones.
     not_counted = relevant
     if relevance.excluded is not None:
         not_counted = torch.cat([relevant, relevance.excluded[part].unsqueeze(1)], 1)
@@ -172,16 +176,16 @@ def _take(scores: Tensor, keys: Tensor) -> Tensor:
 def _count_not_below(scores: Tensor, top: Tensor, counted: Tensor | None = None) -> Tensor:
     """Count, for each of `top` [b, R], the `scores` [b, n] that are at least as high.
 
-    `top` rises along a row; `counted` bool [b, n] selects scores. Returns int64 [b, R].
+    `top` rises along a row. `counted` bool [b, n] selects scores. Returns int64 [b, R].
     """
     rows, width = top.shape
-    if width <= MAX_DIRECT:  # so few comparisons are faster than a search
+    if width <= MAX_DIRECT:  # for so few items, comparisons are faster than a search
         counts = []
         for i in range(width):
             reached = scores >= top[:, i : i + 1]
             counts.append((reached if counted is None else reached & counted).sum(1))
         return torch.stack(counts, 1) if counts else top.long()
-    beaten = torch.searchsorted(top, scores, right=True)  # how many of `top` a key reaches
+    beaten = torch.searchsorted(top, scores, right=True)  # number of `top` that a score reaches
     if counted is not None:
         beaten = torch.where(counted, beaten, 0)
     beaten += torch.arange(rows, device=scores.device).unsqueeze(1) * (width + 1)

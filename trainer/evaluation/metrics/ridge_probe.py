@@ -2,8 +2,8 @@
 
 Minimizes mean (y - w . x - b)^2 + l2 |w|^2 over standardized features in float64, with an
 unpenalized bias b. The normal equations are D x D sums over samples, so one reduction over ranks
-gives the exact minimum for every l2 at once. An iterative solver would reduce at every step and
-stop at a tolerance.
+gives the exact minimum for every l2 at once. An iterative solver would need a reduction per step,
+and its result would depend on a tolerance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gigabatch.trainer.evaluation.metrics.score_rows import blocks
 
 RIDGE_L2_GRID = (1e3, 1e2, 1e1, *L2_GRID)
 PREDICTED, TRUE = "predicted", "true"
-"""Names of the values of a sample."""
+"""Keys of the predicted and true labels."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Ridge:
     """A linear model of standardized features.
 
     Attributes:
-        standardize: Maps features to standardized ones.
+        standardize: Standardization of the features.
         weight: float64 [D].
         bias: float64 [].
     """
@@ -45,13 +45,13 @@ class Ridge:
     bias: Tensor
 
     def predict(self, x: Tensor) -> Tensor:
-        """Return float64 [n]."""
+        """Return predictions float64 [n]."""
         parts = [self.standardize(x[part]) @ self.weight for part in blocks(len(x), x.shape[1])]
         return torch.cat([*parts, self.bias.new_zeros(0)]) + self.bias
 
 
 def fit_ridge(x: Tensor, y: Tensor, penalties: Sequence[float], world: World) -> list[Ridge]:
-    """Fit one model a penalty to all ranks' rows.
+    """Fit one model per penalty to all ranks' rows.
 
     Args:
         x: This rank's features [n, D].
@@ -66,7 +66,7 @@ def fit_ridge(x: Tensor, y: Tensor, penalties: Sequence[float], world: World) ->
     count, total = world.sum(torch.stack([y.new_tensor(float(len(y))), y.sum()]))
     if not count:
         raise GigabatchError("a linear probe needs training samples; there are none.")
-    standardize, mean = Standardization.of(x, world), total / count
+    standardize, mean = Standardization.fit(x, world), total / count
     width = x.shape[1]
     # Standardized features have mean zero, so the best bias is the mean label for every l2.
     sums = torch.zeros(width, width + 1, dtype=torch.float64, device=x.device)
@@ -98,7 +98,7 @@ def regression_probe(
         seed: Seed of the held-out choice of l2.
 
     Returns:
-        (`predicted` and `true` of every test sample, float64 [N], on every rank; the l2).
+        (`predicted` and `true` of every test sample, float64 [N], on every rank; chosen l2).
     """
     (x, y), (test_x, test_y) = train, test
 

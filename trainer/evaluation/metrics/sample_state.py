@@ -1,4 +1,4 @@
-"""Distributions of per-sample state: quantiles, means by field value, correlation with counts."""
+"""Statistics of per-sample state: quantiles, means by field value, correlation with counts."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def group_by_value(
 
     Args:
         values: Name -> [N] on the CPU.
-        labels: Value of a JSON field of each sample.
+        labels: Value of a JSON field for each sample.
         field: Name of the field.
 
     Returns:
-        `FIELD/values`: the number of labels. For up to `MAX_SLICES` labels `FIELD=LABEL/NAME`, the
+        `FIELD/values`: number of labels. For up to `MAX_SLICES` labels, `FIELD=LABEL/NAME`, the
         mean, and `FIELD=LABEL/count`. `NAME/log_frequency_correlation`: Pearson's correlation over
-        labels of that mean with log count, if both vary.
+        labels of that mean with the logarithm of the count, if both vary.
     """
     names, group = np.unique([str(label) for label in labels], return_inverse=True)
     counts = np.bincount(group)

@@ -1,7 +1,7 @@
-"""Score rows: each query's scores with all keys, for one block of queries at a time.
+"""Score rows: scores of each query with all keys, for one block of queries at a time.
 
-Rankings, neighbors and classes are computed from these rows. A block holds as many rows as fit
-`BUDGET`, so memory stays O(N) in the number of keys.
+Rankings, neighbors and classes are computed from these rows. A block has as many rows as fit
+`BUDGET`, so memory is O(N) in the number of keys.
 
 Products are summed in float64 and rounded once, to float32. Equal vectors then have equal scores
 in any block and on any number of ranks, so ties are exact.
@@ -20,10 +20,10 @@ from gigabatch.kernels import MaxSim, gather_rows, maxsim, token_keys
 from gigabatch.kernels.sources import KeyBlock
 
 Scorer = Callable[[slice], Tensor]
-"""Maps a slice of b queries to their scores with all N keys, float32 [b, N]."""
+"""Function from a slice of b queries to their scores with all N keys, float32 [b, N]."""
 BUDGET = 1 << 22
-"""Scores in a block, unless a single row is longer."""
-_FLOAT64_VALUES = 1 << 22  # converted to float64 at a time
+"""Maximum number of scores in a block, unless a single row is longer."""
+_FLOAT64_VALUES = 1 << 22  # number of values converted to float64 at a time
 _MAX_INDEX = (1 << 32) - 1
 
 
@@ -74,7 +74,7 @@ def dot_rows(queries: Tensor, keys: Tensor) -> Scorer:
 def maxsim_rows(queries: Tensor, query_mask: Tensor, keys: Tensor, key_mask: Tensor) -> Scorer:
     """Return the scorer of late interaction (ColBERT, FILIP).
 
-    The score is the mean, over a query's real tokens, of the largest product with a real token of
+    The score is the mean, over the query's real tokens, of the largest product with a real token of
     the key. A query or key without real tokens scores -inf. Token products are computed tile by
     tile.
 
@@ -127,14 +127,14 @@ def score_pairs(queries: Rows, keys: Rows) -> Tensor:
 def top_keys(
     score: Scorer, num_queries: int, num_keys: int, k: int, excluded: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Find the k best keys of each query; of equal scores the lower index comes first.
+    """Find the k best keys of each query; if scores are equal, the lower index comes first.
 
     Args:
         score: Scorer of Q queries and N keys; NaN counts as -inf.
         num_queries: Q.
         num_keys: N, below 2^32.
-        k: Keys a query.
-        excluded: int64 [Q], a key to leave out, such as the query itself; -1 for none.
+        k: Number of keys per query.
+        excluded: Key to leave out for each query, such as the query itself, int64 [Q]; -1 for none.
 
     Returns:
         Scores float32 [Q, k], descending, and key indices int64 [Q, k]; -inf and -1 where there
@@ -143,11 +143,11 @@ def top_keys(
     values, indices = [], []
     kept = min(k, num_keys)
     for part in blocks(num_queries, num_keys):
-        # Adding 0.0 turns -0.0 into 0.0: they are equal, but their bits below are not.
+        # Adding 0.0 turns -0.0 into 0.0; the two are equal, but their bits, used below, are not.
         scores = score(part).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
         if excluded is not None:
             _fill_at(scores, excluded[part], -torch.inf)
-        # topk orders equal scores arbitrarily; score and index in one integer are all distinct.
+        # topk orders equal values arbitrarily, so score and index are packed into one integer.
         bits = scores.view(torch.int32).to(torch.int64)
         ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) << 32
         ordered += _MAX_INDEX - torch.arange(num_keys, device=scores.device)

@@ -15,17 +15,17 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key, uniforms
 
 Summarize = Callable[[Mapping[str, Tensor]], dict[str, float]]
-"""Turns per-query values, name -> [N], into metrics."""
+"""Function from per-query values, name -> [N], to metrics."""
 RESAMPLES = 1000
 MAX_SLICES = 1000
-"""Values of a field up to which metrics are reported for each value."""
+"""Maximum number of field values for which slices are reported."""
 
 
 def auc(scores: Tensor, positive: Tensor) -> float:
     """Compute the area under the ROC curve exactly.
 
-    It is the probability that a positive scores above a negative, ties counting half (Mann and
-    Whitney's U over its maximum).
+    It is the probability that a positive scores above a negative, where ties count half: Mann and
+    Whitney's U divided by its maximum.
 
     Args:
         scores: [N].
@@ -65,10 +65,10 @@ def order_accuracy(correct: Tensor, changed: Tensor) -> Tensor:
 
 
 def rank_variance(ranks: Tensor) -> dict[str, Tensor]:
-    """Compute how much the rank of each item varies over languages.
+    """Compute the variance and standard deviation of each item's rank over languages.
 
-    The mean of the variances is MRV (1-to-K); its published code averages the standard
-    deviations instead. Both divide by the number of languages.
+    The mean of the variances is MRV (1-to-K); its published code averages the standard deviations
+    instead. Variances divide by the number of languages.
 
     Args:
         ranks: [languages, N].
@@ -81,7 +81,7 @@ def rank_variance(ranks: Tensor) -> dict[str, Tensor]:
 
 
 def slices(labels: Sequence[object], values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Split per-query values by the label of each query; slices are in order of label."""
+    """Split per-query values by the label of each query; slices are sorted by label."""
     names = np.array([str(label) for label in labels])
     split = {}
     for name in sorted(set(names.tolist())):
@@ -99,15 +99,15 @@ def intervals(
 ) -> dict[str, tuple[float, float]]:
     """Compute percentile bootstrap intervals (Efron 1979) of metrics.
 
-    The resamples are a function of (seed, N), so that two models on one set can be compared.
+    The resamples depend only on (seed, N), so that models on the same set can be compared.
 
     Args:
-        values: Name -> [N], one value a query.
-        summarize: Turns values of queries into metrics.
+        values: Name -> [N], one value per query.
+        summarize: Computes metrics from values of queries.
         seed: Seed of the resamples.
         level: Coverage.
-        groups: int64 [N]; queries of one group are drawn together (the cluster bootstrap). N is
-            then the number of groups.
+        groups: Group of each query, int64 [N]; queries of a group are drawn together (cluster
+            bootstrap). The resamples then depend on the number of groups instead of N.
 
     Returns:
         Metric -> (low, high).
@@ -122,7 +122,7 @@ def intervals(
             rows = torch.cat([members[group] for group in rows.tolist()])
         draws.append(summarize({name: column[rows] for name, column in on_cpu.items()}))
     ends = [(1 - level) / 2, (1 + level) / 2]
-    # A resample may lack a metric, for example if it holds no triggered sample.
+    # A resample may lack a metric, for example if it contains no triggered sample.
     names = dict.fromkeys(name for draw in draws for name in draw)
     return {
         name: tuple(np.quantile([draw[name] for draw in draws if name in draw], ends).tolist())

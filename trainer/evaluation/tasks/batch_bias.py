@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @register
 class BatchBias(SetTask):
-    """How far the mean gradient of small batches is from the gradient of all samples."""
+    """Difference between the mean gradient of small batches and the gradient of all samples."""
 
     name = "batch-bias"
     summary = "bias of the gradients of small batches, to judge the batch size"
 
     batch: int | None = Field(None, ge=2)
-    """Pairs in a batch. Default: the run's batch.global_size."""
+    """Pairs per batch. Default: the run's batch.global_size."""
     gamma: float = Field(1.0, gt=0, le=1)
-    """Share of the batch's estimate in a sample's running one (SogCLR); 1: plain InfoNCE."""
+    """Share of the batch's estimate in a sample's running estimate (SogCLR); 1: plain InfoNCE."""
     temperature: float | None = Field(None, gt=0)
     """Temperature of the loss. Default: the current one of the run's objective."""
     samples: int = Field(1024, ge=4)
@@ -36,10 +36,10 @@ class BatchBias(SetTask):
     rounds: int = Field(40, ge=2)
     """Passes over these samples whose gradients are averaged."""
     between: tuple[str, str] | None = None
-    """Two of the run's modalities. Default: its first two, of image, text and `towers.more`."""
+    """Two of the run's modalities. Default: the first two of image, text, `towers.more`."""
     positives: str | None = None
-    """JSON field of samples that are not negatives of each other; `none`: all are. Default: the
-    run's."""
+    """JSON field; samples with equal values are not negatives of each other. `none`: all are.
+    Default: the run's field."""
 
     def measure(self, context: EvalContext) -> TaskResult:
         """Average the gradients of batches over all rounds."""
@@ -60,14 +60,14 @@ class BatchBias(SetTask):
         return TaskResult(context.set_name, set_metrics=metrics)
 
     def _sizes(self, context: EvalContext) -> tuple[int, int]:
-        """Return (pairs a batch, samples), the second a multiple of the first."""
+        """Return (pairs per batch, samples); the second is a multiple of the first."""
         batch, total = self.batch or context.config.batch.global_size, len(context.index)
         samples = min(self.samples, total) // batch * batch
         if samples < 2 * batch:
             raise GigabatchError(
                 f"batch-bias: batch={batch} needs at least {2 * batch} samples, two batches; there "
-                f"are {min(self.samples, total)} (samples={self.samples}, {context.on} has "
-                f"{total}). Raise samples= or lower batch=."
+                f"are {min(self.samples, total)} (samples={self.samples}, {context.set_argument} "
+                f"has {total}). Raise samples= or lower batch=."
             )
         return batch, samples
 
@@ -95,7 +95,7 @@ class BatchBias(SetTask):
 
 
 def _run_temperature(context: EvalContext) -> float:
-    """Return the current temperature of the run's objective, a mean if samples have their own."""
+    """Return the objective's current temperature, or the mean of its samples' temperatures."""
     from gigabatch.trainer.inference import load_objective
 
     objective, tables = load_objective(context.run, context.step)

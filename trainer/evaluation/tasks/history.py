@@ -1,7 +1,7 @@
-"""Task `history`: best against last step of the evaluations made while training.
+"""Task `history`: best and last step of the evaluations made while training.
 
-With noisy pairs a model first learns and then memorizes the noise. The drop from the best to the
-last step shows this (PC2); either value alone hides it.
+With noisy pairs, a model first learns and then memorizes the noise. The drop from the best to the
+last step shows this (PC2); neither value alone does.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from gigabatch.trainer.evaluation.task import RunTask
 if TYPE_CHECKING:
     from gigabatch.trainer.run.folder import RunFolder
 
-FALLING = ("mean_rank", "median_rank", "mrv", "alignment", "uniformity", "gap")
-"""Parts of names of metrics that are better when lower."""
+LOWER_IS_BETTER = ("mean_rank", "median_rank", "mrv", "alignment", "uniformity", "gap")
+"""Substrings that identify lower-is-better metrics."""
 
 
 @register
 class History(RunTask):
-    """Best against last step, of the evaluations made while training. Needs no --on."""
+    """Best and last step of the evaluations made while training. Needs no --on."""
 
     name = "history"
-    summary = "best against last step of the evaluations made while training; without --on"
+    summary = "best and last step of the evaluations made while training; without --on"
 
     def read(self, run: RunFolder) -> dict[str, float]:
         """Read the evaluations of the run."""
@@ -32,21 +32,21 @@ class History(RunTask):
 
 
 def lower_is_better(metric: str) -> bool:
-    """Return whether a metric falls as a model improves: ranks, their variance, distances."""
+    """Return whether a metric is better when lower: ranks, their variance, distances."""
     name = metric.rsplit("/", 1)[-1]
-    return any(part in name for part in FALLING)
+    return any(part in name for part in LOWER_IS_BETTER)
 
 
 def best_and_last(run: RunFolder, prefix: str = "eval/") -> dict[str, float]:
-    """Compare the best with the last value of each metric that was measured while training.
+    """Return the best and the last value of each metric that was measured while training.
 
     Args:
         run: Folder of the run.
-        prefix: Beginning of the metrics' tags.
+        prefix: Prefix of the metrics' tags.
 
     Returns:
-        `METRIC/best`, `METRIC/best_step`, `METRIC/last`, `METRIC/last_step`; of equal values the
-        first step is the best.
+        `METRIC/best`, `METRIC/best_step`, `METRIC/last`, `METRIC/last_step`; if values are equal,
+        the first step is the best.
 
     Raises:
         GigabatchError: if nothing was measured.

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 class NearestNeighbors(LabeledTask):
     """Classification by the nearest training samples.
 
-    If the training set is the measured set, each sample is left out of its own neighbors.
+    If the training set is also the measured set, a sample is not its own neighbor.
     """
 
     name = "knn"
     summary = "classification by nearest neighbors among training samples"
 
     k: int = Field(200, ge=1)
-    """Neighbors that vote."""
+    """Number of neighbors that vote."""
     temperature: float = Field(0.07, gt=0)
-    """A neighbor votes with weight exp(cosine / temperature)."""
+    """Temperature of the votes: a neighbor votes with weight exp(cosine / temperature)."""
 
     def measure(self, context: EvalContext) -> TaskResult:
         """Classify every sample by the votes of its neighbors."""

@@ -1,4 +1,4 @@
-"""Task `languages`: retrieval in each language, and how much ranks vary over languages."""
+"""Task `languages`: retrieval in each language, and the variance of ranks over languages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Languages(SetTask):
     summary = "retrieval in each language, and the variance of ranks over languages (MRV)"
 
     captions: Annotated[Texts, Field(min_length=2)]
-    """Caption fields, one a language: [names.en, names.de]."""
+    """Caption fields, one per language, such as [names.en, names.de]."""
     modality: str | None = None
     """Modality that the captions describe. Default: the run's first that is not text."""
     positives: str | None = None
@@ -37,7 +37,7 @@ class Languages(SetTask):
         """Rank in each language, then compare the ranks of each sample."""
         from gigabatch.trainer.evaluation.captions import captioned_modality, embed_captions
         from gigabatch.trainer.evaluation.metrics.ranking import summarize
-        from gigabatch.trainer.evaluation.metrics.retrieval import retrieval_values, way_names
+        from gigabatch.trainer.evaluation.metrics.retrieval import direction_names, retrieval_values
         from gigabatch.trainer.evaluation.result import TaskResult
 
         positives = context.positives_field(self.positives)
@@ -50,12 +50,14 @@ class Languages(SetTask):
             embedded = embed_captions(context, modality, language, columns, first)
             first = first or embedded
             in_language = retrieval_values(embedded, positives, context.world)
-            for way in way_names(modality, "text"):
+            for direction in direction_names(modality, "text"):
                 for k in KS:
-                    values[f"{language}/{way}_recall@{k}"] = in_language[f"{way}_recall@{k}"]
-                ranks.setdefault(way, []).append(in_language[f"{way}_rank"])
-        for way, over_languages in ranks.items():
-            values |= self._over_languages(way, over_languages, values)
+                    values[f"{language}/{direction}_recall@{k}"] = in_language[
+                        f"{direction}_recall@{k}"
+                    ]
+                ranks.setdefault(direction, []).append(in_language[f"{direction}_rank"])
+        for direction, over_languages in ranks.items():
+            values |= self._over_languages(direction, over_languages, values)
         assert first is not None
         metrics = {
             "languages": float(len(self.captions)), "candidates": float(len(context.index)),
@@ -64,7 +66,7 @@ class Languages(SetTask):
         return TaskResult(context.set_name, values, summarize, metrics, indices)
 
     def _over_languages(
-        self, way: str, ranks: list[Tensor], values: dict[str, Tensor]
+        self, direction: str, ranks: list[Tensor], values: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Return the variance of each sample's rank, and its mean recall."""
         import torch
@@ -72,8 +74,11 @@ class Languages(SetTask):
         from gigabatch.trainer.evaluation.metrics.statistics import rank_variance
 
         variance = rank_variance(torch.stack(ranks))
-        out = {f"{way}_mrv": variance["rank_variance"], f"{way}_mrv_std": variance["rank_std"]}
+        out = {
+            f"{direction}_mrv": variance["rank_variance"],
+            f"{direction}_mrv_std": variance["rank_std"],
+        }
         for k in KS:
-            recalls = [values[f"{language}/{way}_recall@{k}"] for language in self.captions]
-            out[f"{way}_recall@{k}"] = torch.stack(recalls).mean(0)
+            recalls = [values[f"{language}/{direction}_recall@{k}"] for language in self.captions]
+            out[f"{direction}_recall@{k}"] = torch.stack(recalls).mean(0)
         return out

@@ -22,11 +22,11 @@ class Order(SetTask):
     summary = "correct captions score above captions with a changed order"
 
     against: Annotated[Texts, Field(min_length=1)]
-    """JSON fields with changed captions. One, or a list."""
+    """JSON field of changed captions, or a list of fields."""
     modality: str | None = None
     """Modality that the captions describe. Default: the run's first that is not text."""
     captions: str | None = None
-    """Where the correct caption is. Default: as in the run."""
+    """Location of the correct caption: txt, or a JSON field. Default: as in the run."""
 
     def measure(self, context: EvalContext) -> TaskResult:
         """Score every sample with its correct and its changed captions."""

@@ -22,7 +22,7 @@ class Probe(LabeledTask):
     summary = "linear model on frozen embeddings, of classes or of numbers"
 
     label: str
-    """JSON field that holds the class, or the number."""
+    """JSON field of the class, or of the number."""
     kind: Literal["classification", "regression"] = "classification"
     """classification: logistic regression of classes; regression: ridge regression of numbers."""
 
@@ -37,8 +37,8 @@ class Probe(LabeledTask):
         train, test, same_set = read_labeled_sets(context, self)
         if same_set:
             raise GigabatchError(
-                f"probe: {context.on} is also the training set of the probe. Name another set with "
-                "train=SET or --on SET."
+                f"probe: {context.set_argument} is also the training set of the probe. "
+                "Name a different set with train=SET or --on SET."
             )
         if self.kind == "regression":
             return _regression(context, train, test)

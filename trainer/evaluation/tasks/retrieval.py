@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 @register
 class Retrieval(SetTask):
-    """Retrieval between two modalities, both ways, or of one modality by several together."""
+    """Retrieval between two modalities in both directions, or of one modality by several."""
 
     name = "retrieval"
     summary = "two modalities retrieve each other; with given= find=, several retrieve one"
 
     between: tuple[str, str] | None = None
-    """Two of the run's modalities, [audio, text]. Default: what its first objective compares; with
-    symile each modality is retrieved by all others."""
+    """Two of the run's modalities, such as [audio, text]. Default: those that its first objective
+    compares; with symile, each modality is retrieved by all others."""
     tap: Literal["head", "tokens"] | None = None
-    """head: one vector a sample; tokens: late interaction. Default: tokens if the objective reads
-    the tokens of both modalities and not both vectors."""
+    """head: one vector per sample; tokens: late interaction. Default: tokens if the objective reads
+    the tokens of both modalities, but not the vectors of both."""
     given: Annotated[Texts, Field(min_length=1)] | None = None
-    """Modalities of the query, together: [image, labs]. Requires `find`."""
+    """Modalities that form the query together, such as [image, labs]. Requires `find`."""
     find: str | None = None
-    """The modality to retrieve. Requires `given`."""
+    """Modality to retrieve. Requires `given`."""
     score: Literal["product", "sum"] | None = None
-    """Score with `given`. product: sum_d of the product of all vectors; sum: the sum of dot
-    products. Default: product if a symile objective reads all of them, else sum."""
+    """Score with `given`. product: sum_d of the product of all vectors; sum: sum of dot products.
+    Default: product if a symile objective reads all of these modalities, else sum."""
     positives: str | None = None
     """JSON field that relevant items share; `none` for pairs only. Default: the run's."""
     captions: str | None = None
-    """Where the captions are: txt, or a JSON field such as names.de. Default: as in the run."""
+    """Location of the captions: txt, or a JSON field such as names.de. Default: as in the run."""
     width: int | None = Field(None, ge=1)
     """Number of leading coordinates to keep (Matryoshka). Default: all."""
 
@@ -51,7 +51,7 @@ class Retrieval(SetTask):
             raise ValueError("given and find go together, as in given=[image,labs] find=text")
         if self.given is None:
             if self.score:
-                raise ValueError("score needs given=[A,B] find=C; between compares by dot products")
+                raise ValueError("score needs given=[A,B] find=C; between uses dot products")
             if self.between and len(set(self.between)) < 2:
                 raise ValueError(f"between needs two modalities, not {self.between[0]} twice")
             return self
@@ -67,17 +67,17 @@ class Retrieval(SetTask):
 
     @classmethod
     def metric_prefix(cls, set_name: str) -> str:
-        """Return the prefix of retrieval metrics, the one that training writes."""
+        """Return the prefix of retrieval metrics, which is that of training."""
         return f"eval/{set_name}/"
 
     def headline(self, result: TaskResult) -> str:
-        """Describe the recall of all ways."""
+        """Describe the recall of all directions."""
         from gigabatch.trainer.evaluation.metrics.retrieval import describe_retrieval
 
         return describe_retrieval(result.set_name, result.metrics())
 
     def measure(self, context: EvalContext) -> TaskResult:
-        """Rank all samples for every query."""
+        """Rank the samples for every query."""
         from gigabatch.trainer.evaluation.metrics.retrieval import summarize_retrieval
         from gigabatch.trainer.evaluation.result import TaskResult
 
@@ -116,7 +116,7 @@ class Retrieval(SetTask):
     def _measure_comparison(
         self, context: EvalContext, positives: str | None
     ) -> tuple[Embedded, dict[str, Tensor]]:
-        """Retrieve both ways between two modalities, or what the objective compares."""
+        """Retrieve between two modalities in both directions, or as the objective compares them."""
         from gigabatch.data.errors import GigabatchError
         from gigabatch.trainer.evaluation.comparisons import choose_output, comparisons
         from gigabatch.trainer.evaluation.metrics.retrieval import comparison_values

@@ -1,4 +1,4 @@
-"""Task `sample-state`: what the objective's tables hold for each training sample.
+"""Task `sample-state`: state of each training sample in the objective's tables.
 
 Reads learned temperatures, running estimates, losses and clean probabilities (iSogCLR, PC2) from
 the newest checkpoint. Nothing is embedded.
@@ -28,15 +28,15 @@ class SampleState(SetTask):
 
     name = "sample-state"
     summary = "state of each training sample in the objective; --on is a training source"
-    # Runs and studies hold results under the task's first name.
+    # Existing runs and studies have results under this name, the task's first.
     aliases = ("table",)
     tag = "table"
 
     label: str | None = None
-    """JSON field: adds the mean for each value, and its correlation with frequency."""
+    """JSON field; adds the mean for each of its values, and its correlation with frequency."""
     auc: str | None = None
-    """JSON field of flags, such as whether a caption is correct: adds how well each value separates
-    the two kinds."""
+    """JSON field of flags, such as whether a caption is correct; adds the AUC with which each value
+    separates the two kinds."""
 
     def measure(self, context: EvalContext) -> TaskResult:
         """Describe the distribution of each value over the samples seen in training."""
@@ -55,7 +55,8 @@ class SampleState(SetTask):
         samples = seen.nonzero().flatten()
         if not len(samples):
             raise GigabatchError(
-                f"sample-state: no sample of {context.on} has been trained on yet. Train further."
+                f"sample-state: no sample of {context.set_argument} has been trained on yet. "
+                "Train further."
             )
         values = {name: column[samples].double() for name, column in state.items()}
         metrics = {"seen": float(len(samples)), "samples": float(len(seen))}
@@ -83,17 +84,17 @@ def _sample_state(context: EvalContext) -> dict[str, Tensor]:
     digests = [index.digest for index in data.indexes]
     if context.index.digest not in digests:
         raise GigabatchError(
-            f"sample-state: the run was not trained on {context.on} but on "
+            f"sample-state: the run was not trained on {context.set_argument} but on "
             f"{', '.join(data.names)}. Name one of these with --on."
         )
     objective, tables = load_objective(run, context.step)
     source = digests.index(context.index.digest)
-    # Tables hold all sources, one after the other.
+    # Tables contain all sources, one after the other.
     first = sum(data.sizes[:source])
     rows = {name: table[first : first + data.sizes[source]] for name, table in tables.items()}
     state = objective.sample_values(rows)
     if not state:
         raise GigabatchError(
-            "sample-state: the run's objective keeps no state of samples; sogclr and noisy do."
+            "sample-state: the run's objective has no state per sample; sogclr and noisy have it."
         )
     return state

@@ -1,4 +1,4 @@
-"""Task `text-retrieval`: queries retrieve documents, beside a TF-IDF baseline."""
+"""Task `text-retrieval`: queries retrieve documents, with a TF-IDF baseline."""
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ REPORTED = ("hit@1", "ndcg@10", "mrr", "map", "r_precision", "rank", *(f"recall@
 
 @register
 class TextRetrieval(SetTask):
-    """Retrieval of documents by the text tower, beside TF-IDF.
+    """Retrieval of documents by the text tower, and by TF-IDF as a baseline.
 
     --on is a JSONL file or a folder in the BEIR layout.
     """
 
     name = "text-retrieval"
-    summary = "queries retrieve documents, beside TF-IDF; --on is a .jsonl file or a BEIR folder"
+    summary = (
+        "queries retrieve documents, compared with TF-IDF; --on is a .jsonl file or a BEIR folder"
+    )
 
     split: str = "test"
     """Split of a BEIR folder: reads qrels/SPLIT.tsv."""
@@ -39,8 +41,8 @@ class TextRetrieval(SetTask):
     document_prefix: str = ""
     """Text before each document."""
     tap: Literal["head", "tokens"] | None = None
-    """head: one vector a text; tokens: late interaction. Default: tokens if the objective reads
-    the tokens of text and not its vectors."""
+    """head: one vector per text; tokens: late interaction. Default: tokens if the objective reads
+    the tokens of text, but not its vectors."""
 
     def measure(self, context: EvalContext) -> TaskResult:
         """Rank all documents for every query, by the text tower and by TF-IDF."""
@@ -49,7 +51,7 @@ class TextRetrieval(SetTask):
         from gigabatch.trainer.evaluation.metrics.score_rows import score_rows
         from gigabatch.trainer.evaluation.result import TaskResult
 
-        collection = open_collection(Path(context.on), self.split)
+        collection = open_collection(Path(context.set_argument), self.split)
         queries, documents = self._embed(context, collection)
         device = queries.values.device
         relevance = _relevance(collection).to(device)
@@ -111,7 +113,7 @@ def _rank_share(
     from gigabatch.trainer.evaluation.metrics.ranking import rank_queries
 
     world, total = context.world, len(collection.queries)
-    # Shares are contiguous, so gathering them keeps the order of the queries.
+    # Shares are contiguous, so the gathered values are in the order of the queries.
     first, last = (total * rank // world.size for rank in (world.rank, world.rank + 1))
 
     def score_share(part: slice) -> Tensor:

@@ -23,12 +23,12 @@ class Trigger(NearestNeighbors):
     summary = "backdoors: share of samples with a trigger that are classified as the target"
 
     target: int | str
-    """The class that the attack aims at: a value of `label`."""
+    """Class at which the attack aims: a value of `label`."""
     triggered: str
     """JSON field that is 1 if a sample has the trigger, else 0."""
 
     def measure(self, context: EvalContext) -> TaskResult:
-        """Classify every sample as `knn` does; a triggered one counts if it is the target."""
+        """Classify every sample as `knn` does; for triggered samples, the target is correct."""
         import torch
 
         from gigabatch.data.decode.members import code_of
@@ -70,6 +70,7 @@ class Trigger(NearestNeighbors):
         count = int(flags.sum())
         if min(count, len(flags) - count) < 2:
             raise GigabatchError(
-                f"trigger: {context.on}: {self.triggered} marks {count} of {len(flags)} samples; "
-                "at least two with a trigger and two without are needed. Name another set or field."
+                f"trigger: {context.set_argument}: {self.triggered} marks {count} of {len(flags)} "
+                "samples; at least two with a trigger and two without are needed. Name a different "
+                "set or field."
             )

@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 
 @register
 class ZeroShot(SetTask):
-    """Classification of images, or of another modality, by prompts."""
+    """Classification of images, or of a different modality, by prompts."""
 
     name = "zero-shot"
     summary = "classification by prompts that name the classes"
 
     label: str
-    """JSON field that holds the class."""
+    """JSON field of the class."""
     classes: Path | None = None
     """A .json file that maps values of `label` to names, or a text file whose line n names the
     value n. Default: the values are the names."""
     templates: Annotated[Texts, Field(min_length=1)] = ("{}",)
-    """Prompts, with {} for the name; a class is the mean of its prompts. One, or a list."""
+    """Prompt or list of prompts, with {} for the name; a class is the mean of its prompts."""
     modality: str | None = None
     """Modality to classify. Default: the run's first that is not text."""
 

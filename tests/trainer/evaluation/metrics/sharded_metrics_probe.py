@@ -6,10 +6,10 @@ import json
 
 from sharded_metrics import sharded_metrics
 
-from gigabatch.trainer.distributed import join_world, leave
+from gigabatch.trainer.distributed import exit_now, join_world
 
 with join_world(1) as world:
     report = sharded_metrics(world)
     if world.is_main:
         print(json.dumps(report))
-leave(0)
+exit_now(0)

@@ -104,7 +104,7 @@ def test_text_retrieval_ranks_documents_by_tokens(untrained: EvalContext, tmp_pa
     ]
     path = tmp_path / "texts.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))
-    context = replace(untrained, on=str(path))
+    context = replace(untrained, set_argument=str(path))
     result = TextRetrieval().measure(context)
     matrix = dense.maxsim(*text_tokens(context, queries), *text_tokens(context, documents))
     expected = dense.ranking_metrics(matrix.astype(np.float32), np.eye(12), (10,))
