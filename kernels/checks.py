@@ -67,7 +67,11 @@ def check_columns(
 
 
 def check_finite(group: dist.ProcessGroup | None, **tensors: Tensor | None) -> None:
-    """Raise ValueError on every rank if a tensor of any rank holds NaN or infinity."""
+    """Check that tensors are finite, by name. Collective: every rank must call it.
+
+    Raises:
+        ValueError: on every rank, if a tensor of any rank holds NaN or infinity.
+    """
     for name, tensor in tensors.items():
         count = 0 if tensor is None else int(all_sum((~tensor.isfinite()).sum(), group))
         if count:

@@ -28,7 +28,7 @@ class Concat(KeySource):
     Per-key values and results are concatenated.
 
     Args:
-        *sources: Their metadata columns must have the same names.
+        *sources: Key sources whose metadata columns have the same names.
     """
 
     def __init__(self, *sources: KeySource) -> None:

@@ -58,7 +58,7 @@ class Eq:
 
 
 class Ne(Eq):
-    """Mask: different values. Examples are another row, or another class."""
+    """Mask: different values. Examples are a different row or a different class."""
 
     def evaluate(self, rows: slice, block: KeyBlock, scores: Tensor) -> Tensor:
         return self.rows[rows].unsqueeze(1) != block.metadata[self.keys]
@@ -176,7 +176,11 @@ def combine_ids(ids: Tensor, groups: Tensor) -> Tensor:
 
 
 def check_rule(rule: Rule, m: int) -> None:
-    """Raise ValueError if a clause's row values are not [m, ...] or require a gradient."""
+    """Check the row values of all clauses.
+
+    Raises:
+        ValueError: if a clause's row values are not [m, ...] or require a gradient.
+    """
     for clause in rule:
         for name, value in vars(clause).items():
             argument = f"{type(clause).__name__}.{name}"

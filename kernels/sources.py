@@ -262,7 +262,11 @@ def add_rows(total: Tensor, index: Tensor, values: Tensor) -> None:
 
 
 def check_metadata(k: Tensor, metadata: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return `metadata`; raise ValueError if a column's length is not that of `k`."""
+    """Check the metadata of keys, and return it.
+
+    Raises:
+        ValueError: if a column's length is not that of `k`.
+    """
     for name, column in metadata.items():
         if len(column) != len(k):
             raise ValueError(f"metadata {name!r} must have {len(k)} entries; got {len(column)}")
@@ -293,7 +297,7 @@ def exchange_sizes(
 
 
 def all_sum(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Sum a tensor over ranks, in place and without gradient; returns it."""
+    """Sum a tensor over ranks, in place and without gradient. Returns the tensor."""
     if group is not None:
         dist.all_reduce(value, group=group)
     return value

@@ -313,7 +313,7 @@ def _add_lse(
 
 def _logits_key(reduction: Reduction) -> Any:
     """Return a dict key that is equal for log-sum-exps of the same logits, over rows or columns."""
-    # Without a rule, computing the logits again is cheaper than storing them in another tile.
+    # Without a rule, computing the logits again is cheaper than storing them in a separate tile.
     separate = reduction.bias is not None or reduction.scale.ndim or not reduction.rule
     return id(reduction) if separate else (id(reduction.scale), id(reduction.rule))
 

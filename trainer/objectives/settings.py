@@ -59,7 +59,11 @@ class ObjectiveSettings(Settings):
         return self
 
     def check(self, config: Config) -> None:
-        """Raise ValueError if the objective cannot work with the rest of the config."""
+        """Check the objective against the rest of the config.
+
+        Raises:
+            ValueError: If it cannot work with the config.
+        """
 
 
 class SingleSettings(ObjectiveSettings):

@@ -63,7 +63,7 @@ class Symile(Scaled[SymileSettings]):
         "Symile: three or more modalities, including what only all of them together predict",
         "Symile, Saporta et al. 2024",
         "mean over taps a, mean_i [log sum_j exp(scale <a_i, b_j * c_j>) - scale <a_i, b_i * c_i>];"
-        " keys are the batch's own tuples (paired), shuffled ones, or all combinations",
+        " keys are the true tuples of the batch (paired), shuffled ones, or all combinations",
         "4 M for M taps; with keys=all 4 M N^(M - 2)",
         "image, text and audio; clinical or sensor data in which pairs are not informative enough",
         ("multilinear", "trimodal"),
@@ -124,8 +124,8 @@ class Symile(Scaled[SymileSettings]):
         shuffle reproduces it.
         """
         scale, n = self.scale(), len(factors[0])
-        own = [factor[indices].float() for factor in factors]
-        positive = scale * (rows.float() * math.prod(own[1:], start=own[0])).sum(1)
+        others = [factor[indices].float() for factor in factors]  # of the row's true tuple
+        positive = scale * (rows.float() * math.prod(others[1:], start=others[0])).sum(1)
         if self.settings.keys == "all":
             pairings, rule = all_pairings(n, len(factors)), [Ne(indices, "tuple")]
         else:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @register
 class Order(SetTask):
-    """Whether a sample scores its caption above captions with a changed order."""
+    """Share of samples that score their caption above captions with a changed order."""
 
     name = "order"
     summary = "correct captions score above captions with a changed order"
