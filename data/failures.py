@@ -83,6 +83,8 @@ def explain_loader_failure(error: BaseException) -> GigabatchError | None:
         if match := _LOST.search(text):
             return _lost_process(match[1].strip(), (match[2] or "").strip())
         too_many = isinstance(cause, OSError) and cause.errno == errno.EMFILE
+        # The process that sends an open file could not open one more.
+        too_many |= isinstance(cause, EOFError) and place_of(cause).endswith("in recvfds")
         if too_many or "Too many open files" in text or "items of ancdata" in text:
             return _too_many_open_files()
         if isinstance(cause, RuntimeError) and any(part in text for part in _NO_SHARED_MEMORY):
@@ -117,10 +119,11 @@ def _lost_process(pid: str, signal_name: str) -> GigabatchError:
 
 
 def _no_shared_memory(detail: str) -> GigabatchError:
+    detail = re.sub(r" for file <[^>]*>", "", detail).strip().rstrip(".")
     return GigabatchError(
-        f"/dev/shm has no room for the micro-batches that loader workers pass on "
-        f"({detail.strip().rstrip('.')}). Enlarge it (docker: --shm-size), free it, or lower "
-        "data.workers or data.prefetch; data.workers=0 needs none."
+        f"/dev/shm has no room for the micro-batches that loader workers pass on ({detail}). "
+        "Enlarge it (docker: --shm-size), free it, or lower data.workers or data.prefetch; "
+        "data.workers=0 needs none."
     )
 
 
