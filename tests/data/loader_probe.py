@@ -1,6 +1,6 @@
 """Read a set through loader workers, as training does, and print how it ends.
 
-python loader_probe.py SHARDS SIZE WORKERS PREFETCH OPEN_FILES
+python loader_probe.py SHARDS SIZE WORKERS PREFETCH OPEN_FILES SIGNAL
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.decode.members import ImageSettings
 from gigabatch.data.failures import as_failure
@@ -18,7 +20,7 @@ from gigabatch.data.shards.indexing import open_index
 from gigabatch.data.stream import open_stream
 
 
-def main(shards: str, size: int, workers: int, prefetch: int, open_files: int) -> None:
+def main(shards: str, size: int, workers: int, prefetch: int, open_files: int, number: int) -> None:
     index = open_index(Path(shards))
     stream = open_stream(
         [index], EvalPlans(len(index), 1, 1, 0), fields=Fields(ImageSettings(size=size)),
@@ -31,6 +33,9 @@ def main(shards: str, size: int, workers: int, prefetch: int, open_files: int) -
     try:
         for batch in stream:
             batches.append(batch)
+            if number and len(batches) == 1:
+                (child,) = psutil.Process().children()
+                child.send_signal(number)
     except Exception as error:
         failure = as_failure(error)
         print(f"{type(failure).__name__}: {failure}")
