@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 from torch.utils.data import get_worker_info
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.failures import as_failure
+from gigabatch.data.failures import LostProcess, as_failure, explain_loader_failure
 
 T = TypeVar("T")
+SIGCHLD_TIME_S = 1.0
+"""Seconds to wait for the signal of a loader worker that has ended."""
 
 
 def prepare_worker(worker: int) -> None:
@@ -93,8 +96,25 @@ def _send_feeder_error(queue: Any, error: BaseException, item: Any) -> None:
 
 def raise_errors(batches: Iterator[T | WorkerError]) -> Iterator[T]:
     """Yield the batches; raise the exception of a WorkerError."""
-    for batch in batches:
+    for batch in _name_lost_workers(iter(batches)):
         if isinstance(batch, WorkerError):
             del batches  # otherwise the traceback would keep the loader's workers alive
             raise batch.exception()
+        yield batch
+
+
+def _name_lost_workers(batches: Iterator[T]) -> Iterator[T]:
+    """Yield the batches; a connection that breaks because a worker died is a LostProcess."""
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            # The worker died while it sent a batch. torch's handler of SIGCHLD raises an error with
+            # the reason, here or in the sleep.
+            time.sleep(SIGCHLD_TIME_S)
+            if explained := explain_loader_failure(error):
+                raise explained from error
+            raise LostProcess(f"a loader worker ended while it sent a batch ({error}).") from error
         yield batch

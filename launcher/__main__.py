@@ -1,5 +1,6 @@
 """Entry point of the command `gigabatch` and of `python -m gigabatch.launcher`."""
 
+import signal
 import sys
 
 
@@ -9,7 +10,11 @@ def main() -> None:
         from gigabatch.launcher.cli import app
     except KeyboardInterrupt:
         sys.exit(130)
-    app.main()
+    try:
+        app.main()
+    finally:
+        # torch reports the death of a loader worker again at every SIGCHLD, also during the exit.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

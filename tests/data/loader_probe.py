@@ -5,6 +5,7 @@ python loader_probe.py SHARDS SIZE WORKERS PREFETCH OPEN_FILES SIGNAL
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -40,7 +41,8 @@ def main(shards: str, size: int, workers: int, prefetch: int, open_files: int, n
         failure = as_failure(error)
         print(f"{type(failure).__name__}: {failure}")
         print(f"after {time.monotonic() - began:.0f} s")
-        raise SystemExit(2) from None
+        sys.stdout.flush()
+        os._exit(2)  # torch's handler would raise again while Python shuts down
     print(f"read {len(batches)}")
 
 
