@@ -21,6 +21,8 @@ _TURNS = {
 """EXIF orientation -> operation that turns the stored image as a viewer shows it."""
 _SWAPS_SIDES = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
 """Operations after which the width is the stored height."""
+_WITH_ORIENTATION = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
+"""Entries of `info` from which Pillow reads the orientation."""
 _STRIP_PIXELS = 1 << 20
 """Number of pixels that are put on white at a time, to keep copies of a large image small."""
 _GRAY_LAYOUTS = {"L": (255, 1), "L;2": (3, 85), "L;4": (15, 17)}
@@ -67,6 +69,8 @@ def _turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
 
     The pixels must be loaded: a PNG may have its EXIF data after them.
     """
+    if _WITH_ORIENTATION.isdisjoint(file.info):  # most images: `getexif` is slow
+        return None
     try:
         value = file.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # Viewers show an image with damaged EXIF data as it is stored.
