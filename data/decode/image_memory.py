@@ -88,9 +88,9 @@ def _bytes_per_pixel(file: ImageFile.ImageFile, mode: str, is_turned: bool) -> i
     if file.format == "WEBP":
         total += 12  # two canvases of the decoder, and its output
     if file.has_transparency_data:
-        total += 4 + converted
-        if isinstance(file.info.get("transparency"), tuple):
-            total += 12  # the transparent color is compared in up to 16 bits
+        total += 4 if mode == "RGB" else 4 + converted  # in front of white, by strips
+        if file.tile and file.tile[0].args == "RGB;16B":
+            total += 12  # the low bytes, and arrays to compare both with the transparent color
     elif file.mode != mode:
         total += converted
     return total + converted * is_turned
