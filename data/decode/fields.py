@@ -21,11 +21,9 @@ from gigabatch.data.decode.ids import (
     old_code_of,
     unknown_code,
 )
+from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings, decode_image
 from gigabatch.data.decode.members import (
-    IMAGE_MEMBERS,
-    ImageSettings,
     decode_array,
-    decode_image,
     json_record,
     missing_id,
     number_or_error,
