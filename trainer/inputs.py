@@ -28,6 +28,7 @@ from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.pack_hint import pack_hint
 from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
+from gigabatch.data.stages import NamedStage
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config, column_keys
@@ -274,7 +275,7 @@ def train_stream(
         seed=data.config.run.seed,
         workers=settings.workers,
         prefetch=settings.prefetch,
-        stages=[load_stage(path) for path in settings.stages],
+        stages=[NamedStage(path, load_stage(path)) for path in settings.stages],
         pin_memory=pin_memory,
         cache=cache_of(data.config),
     )

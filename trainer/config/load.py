@@ -28,6 +28,7 @@ from gigabatch.trainer.config.keys import (
     selector_of,
 )
 from gigabatch.trainer.config.names import suggest_kind, suggest_objective
+from gigabatch.trainer.config.old_runs import old_run_overrides
 from gigabatch.trainer.config.overrides import apply_overrides
 
 FREE_FORM = (".config", ".args", ".env")
@@ -87,6 +88,14 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config
         return Config.model_validate(tree)
     except ValidationError as error:
         raise GigabatchError(_explain(error, where)) from error
+
+
+def parse_run_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate the `config.yaml` of a run folder with overrides applied; see `parse_config`.
+
+    Keys that are newer than the run keep the meaning that the run began with.
+    """
+    return parse_config(text, where, [*old_run_overrides(text), *overrides])
 
 
 def resolve(config: Config) -> Config:

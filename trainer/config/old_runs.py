@@ -1,8 +1,7 @@
-"""Values of keys that the configs of earlier versions' runs lack.
+"""Values of keys that the run folders of earlier versions lack.
 
-A run writes every key to its `config.yaml`. A key that is missing there is newer than the run. If
-its default changes what a seed gives, the run keeps the older meaning, so that it resumes as it
-began.
+A run writes every key to its `config.yaml`, so a key that is missing there is newer than the run.
+If the key pins how a value is computed, the run keeps the meaning that it began with.
 """
 
 from __future__ import annotations
@@ -10,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OLD_VALUES: Mapping[str, Any] = {"data.fields_version": 1}
+import yaml
+
+OLD_VALUES: Mapping[str, Any] = {"data.fields_version": 1, "data.image.version": 1}
 """Key -> its value in runs that began before the key existed."""
 
 
-def old_run_overrides(tree: Mapping[str, Any]) -> list[str]:
-    """Return overrides `key=value` for the keys that a run's config lacks.
-
-    Args:
-        tree: Contents of the run's `config.yaml`.
-    """
+def old_run_overrides(text: str) -> list[str]:
+    """Return overrides `key=value` for the keys that the `config.yaml` of a run lacks."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return []  # reported where the config is parsed
     return [f"{key}={value}" for key, value in OLD_VALUES.items() if not _has(tree, key)]
 
 
