@@ -66,7 +66,7 @@ def parse_filter(
     """Parse a condition. `size("png")` in it is the size of that member in bytes.
 
     `is None` holds for every missing value (see `ids.is_missing`), not only for nulls. NaN compares
-    as null: no comparison with it holds.
+    as null.
 
     Args:
         text: The condition.
