@@ -198,6 +198,11 @@ def check_columns(config: Config, indexes: Sequence[Index]) -> None:
     objective = config.objective
     if config.data.fields_version == 1:
         return
+    for name in {"sample", *config.modalities} & {*objective.columns(), config.data.group}:
+        raise GigabatchError(
+            f"{column_keys(config)[name]}: {name!r} is what a run calls a part of every sample, not "
+            "only a json field. Rewrite the shards with the field under a different name."
+        )
     uses: dict[str, Use] = dict.fromkeys(objective.numbers(), "number")
     uses |= dict.fromkeys(objective.flags(), "flag")
     for index in indexes:

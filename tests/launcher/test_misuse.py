@@ -33,6 +33,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.train=unreadable"], "a.tar: the shard cannot be read: No such file"),
         (["data.train=broken"], "broken-000.tar: at byte 1024: the header's checksum is wrong"),
         (["objective.positives=concpet"], "objective.positives: 40 of 40 samples"),
+        (["objective.positives=sample"], "objective.positives: 'sample' is what a run calls"),
         (["data.group=lagn"], "data.group: 40 of 40 samples of"),
         (
             ["data.train=mute", "data.missing=mask", "objective.positives=null"],

@@ -81,7 +81,8 @@ MIXED: list[Any] = [1, "", None, [], {"a": 1}]
     [
         ("x is None", [1, 2, 3]), ("x is not None", [0, 4]), ("x != 1.5", [3, 4]),
         ("not x == 1.5", [3, 4]), ("x not in [1.5]", [1, 2, 3, 4]), ("x > 0", [0, 3]),
-        ("x + 1 != 0", [0, 3, 4]), ("t not in ['a', 'c']", [1, 2, 3, 4]), ("t in ['a', '']", [0, 1]),
+        ("x + 1 != 0", [0, 3, 4]), ("t not in ['a', 'c']", [1, 2, 3, 4]),
+        ("t in ['a', '']", [0, 1]),
         ("t is None", [1, 2, 3]), ("t is not None", [0, 4]), ("t != 'a'", [1, 3, 4]),
         ("t == ''", [1]), ("m is None", [1, 2, 3]), ("m is not None", [0, 4]),
         ("x is not None and t is not None and m is not None", [0, 4]),
