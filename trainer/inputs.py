@@ -23,7 +23,6 @@ from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
 from gigabatch.data.remote.cache import ShardCache, node_cache
 from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.rng import key
-from gigabatch.data.shards.field_check import Use, check_fields
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.pack_hint import pack_hint
@@ -32,6 +31,7 @@ from gigabatch.data.stages import NamedStage
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
 from gigabatch.trainer.config import Config, column_keys
+from gigabatch.trainer.required_fields import check_ids, missing_ids_of_eval
 
 log = logging.getLogger(__name__)
 BPE_CAPTIONS = 1_000_000
@@ -80,7 +80,7 @@ class TrainData:
         source_seed = key(seed, "source", number) if number else seed
         if data.group and data.group != SOURCE_COLUMN:
             codes = indexed_codes(index, data.group, number, data.fields_version)
-            _check_ids(index, [data.group], self.config)
+            check_ids(index, [data.group], self.config)
             return GroupedOrder(codes, self.config.batch.global_size, source_seed)
         return ShuffledOrder(index.shard_sizes, source_seed, data.window)
 
@@ -171,11 +171,7 @@ def fields_of(
 
 
 def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
-    """Return the fields that an evaluation reads: complete pairs, the first caption of each.
-
-    Samples without an id are treated as `data.missing_ids` says. A run that began before that key
-    is measured with ids of which each equals only itself.
-    """
+    """Return the fields that an evaluation reads: complete pairs, the first caption of each."""
     fields = fields_of(config, columns)
     first_caption = fields.text and fields.text.model_copy(update={"choose": "first"})
     return replace(
@@ -184,56 +180,8 @@ def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
         allow_missing=False,
         version=2,
         ordered=config.objective.ordered_texts(),
-        missing_ids=config.data.missing_ids if config.data.fields_version > 1 else "unique",
+        missing_ids=missing_ids_of_eval(config),
         missing_hint="",
-    )
-
-
-def check_columns(config: Config, indexes: Sequence[Index]) -> None:
-    """Check that the samples' json has what the objective reads of it.
-
-    Raises:
-        GigabatchError: if samples lack a field; the message counts them and names the key.
-    """
-    objective = config.objective
-    if config.data.fields_version == 1:
-        return
-    for name in {"sample", *config.modalities} & {*objective.columns(), config.data.group}:
-        raise GigabatchError(
-            f"{column_keys(config)[name]}: {name!r} is what a run calls a part of every sample, not "
-            "only a json field. Rewrite the shards with the field under a different name."
-        )
-    uses: dict[str, Use] = dict.fromkeys(objective.numbers(), "number")
-    uses |= dict.fromkeys(objective.flags(), "flag")
-    for index in indexes:
-        check_fields(index, uses, column_keys(config), cache=cache_of(config))
-        _check_ids(index, [name for name in objective.columns() if name not in uses], config)
-
-
-def check_eval_columns(config: Config, index: Index, columns: Sequence[str]) -> None:
-    """Check that the samples of an evaluation set have the ids in these json fields.
-
-    Raises:
-        GigabatchError: if samples lack them; the message counts them.
-    """
-    check_fields(
-        index,
-        dict.fromkeys((name for name in columns if name != SOURCE_COLUMN), "id"),
-        dict.fromkeys(columns, "positives") | column_keys(config),
-        remedy="measure pairs only (`gigabatch eval`: positives=none)",
-        allow_missing=eval_fields(config).missing_ids == "unique",
-        cache=cache_of(config),
-    )
-
-
-def _check_ids(index: Index, names: Sequence[str], config: Config) -> None:
-    check_fields(
-        index,
-        dict.fromkeys((name for name in names if name != SOURCE_COLUMN), "id"),
-        column_keys(config),
-        remedy="set data.missing_ids=unique: each of them then equals only itself",
-        allow_missing=config.data.missing_ids == "unique" or config.data.fields_version == 1,
-        cache=cache_of(config),
     )
 
 

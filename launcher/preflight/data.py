@@ -19,13 +19,12 @@ from gigabatch.trainer.config import Config, positives_of, vectors_of
 from gigabatch.trainer.inputs import (
     TrainData,
     cache_of,
-    check_columns,
-    check_eval_columns,
     eval_fields,
     fields_of,
     open_eval,
     open_train,
 )
+from gigabatch.trainer.required_fields import check_columns, check_eval_columns
 
 
 def examine_data(config: Config) -> str:

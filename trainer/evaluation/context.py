@@ -27,7 +27,8 @@ from gigabatch.trainer.evaluation.embedding import (
 from gigabatch.trainer.evaluation.labels import codes_of, field_values
 from gigabatch.trainer.evaluation.result import TaskResult
 from gigabatch.trainer.evaluation.taps import HEAD, comparison_reader, tap_reader
-from gigabatch.trainer.inputs import cache_of, check_eval_columns, open_eval
+from gigabatch.trainer.inputs import cache_of, open_eval
+from gigabatch.trainer.required_fields import check_eval_columns
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import Towers
 
