@@ -176,6 +176,7 @@ def _train(
     run = RunFolder(out / "runs" / str(config.run.name))
     exists = (run.path / "config.yaml").exists()
     if exists:
+        config = _with_versions_of(run.config(), config)
         _check_same_config(run, config)
     if exists and run.is_finished():
         return run
@@ -191,6 +192,13 @@ def _train(
     seconds = time.monotonic() - start_time
     say(f"  seed {seed}, {variant.name}: {config.train.steps} steps, {seconds:.0f} s")
     return run
+
+
+def _with_versions_of(old: Config, config: Config) -> Config:
+    """Return the config for a run that began with the versions in its own config, `old`."""
+    image = config.data.image.model_copy(update={"version": old.data.image.version})
+    versions = {"image": image, "fields_version": old.data.fields_version}
+    return config.model_copy(update={"data": config.data.model_copy(update=versions)})
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:
