@@ -27,15 +27,17 @@ OLD_UNKNOWN_CODE = -1
 
 def is_missing(value: Any) -> bool:
     """Return whether a json value holds nothing that could identify a sample."""
-    if value is None:
-        return True
-    if isinstance(value, float):
-        return not math.isfinite(value)
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, list | dict):
-        return all(map(is_missing, value.values() if isinstance(value, dict) else value))
-    return False
+    values = [value]
+    while values:  # no recursion: json may be nested as deeply as Python's stack
+        item = values.pop()
+        if isinstance(item, list | dict):
+            values += item.values() if isinstance(item, dict) else item
+        elif isinstance(item, float):
+            if math.isfinite(item):
+                return False
+        elif item is not None and (not isinstance(item, str) or item.strip()):
+            return False
+    return True
 
 
 def code_of(value: Any) -> int:

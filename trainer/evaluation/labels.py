@@ -81,8 +81,10 @@ def _record(data: bytes | DamagedMember | None, index: Index, sample: int) -> An
 def _value(record: Any, field: str, index: Index, sample: int) -> Any:
     """Return the field of one sample's JSON."""
     try:
-        return value_at(record, field)
-    except ValueError as error:
+        value = value_at(record, field)
+        canonical_value(value)  # fails here, with the sample's name, if it is nested too deeply
+        return value
+    except (ValueError, RecursionError) as error:
         raise GigabatchError(f"{index.where(sample)}: its json cannot be read: {error}.") from None
 
 
