@@ -77,11 +77,11 @@ def named_tokenizer(settings: TextSettings) -> Tokenizer:
     Raises:
         GigabatchError: if it cannot be loaded, or has no padding.
     """
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         loaded = AutoTokenizer.from_pretrained(settings.tokenizer)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken dependency of `transformers` raises any type
         raise GigabatchError(
             f"data.text.tokenizer: {settings.tokenizer!r} cannot be loaded ({_first_line(error)}). "
             "Set it to `bpe`, a local folder with tokenizer.json, or a name on the Hugging Face "

@@ -126,6 +126,23 @@ class Config(Settings):
         assert isinstance(tower, TowerKind)
         return tower
 
+    def tower_key(self, modality: str) -> str:
+        """Return the config key of the tower that reads a modality."""
+        modality = self.shared.get(modality, modality)
+        if modality not in self.towers.more:
+            return f"towers.{modality}"
+        is_text = isinstance(self.towers.more[modality], ExtraTextTower)
+        return f"towers.more.{modality}{'.tower' * is_text}"
+
+    def with_tower(self, modality: str, tower: TowerKind) -> Self:
+        """Return this config with other settings of the tower of an unshared modality."""
+        towers = self.towers
+        entry = towers.more.get(modality)
+        if isinstance(entry, ExtraTextTower):
+            tower = entry.model_copy(update={"tower": tower})
+        changed = {modality: tower} if entry is None else {"more": {**towers.more, modality: tower}}
+        return self.model_copy(update={"towers": towers.model_copy(update=changed)})
+
     def text_length(self, modality: str) -> int:
         """Return the number of tokens of a text."""
         return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length

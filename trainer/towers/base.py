@@ -124,6 +124,12 @@ class StageSettings(Settings):
         return self
 
 
+def reason(error: BaseException) -> str:
+    """Return the type and text of another library's exception in one line, for a message."""
+    text = " ".join(str(error).split()).rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 _KINDS: dict[Slot, dict[str, type[TowerKind]]] = {slot: {} for slot in get_args(Slot)}
 K = TypeVar("K", bound=TowerKind)
 
