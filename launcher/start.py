@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
@@ -15,6 +17,7 @@ from gigabatch.launcher.console import Console
 from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.preflight.data import check_data
 from gigabatch.launcher.preflight.doctor import check_machine
+from gigabatch.launcher.preflight.rehearsal import rehearse
 from gigabatch.launcher.preflight.remote_checkpoints import (
     check_copy_name_is_free,
     claim_copies,
@@ -52,6 +55,7 @@ from gigabatch.trainer.inputs import make_tokenizer
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.create import check_name_is_free, create_run, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
+from gigabatch.trainer.towers.pretrained import adopt_pretrained
 
 log = logging.getLogger(__name__)
 OpenRun = Callable[[], AbstractContextManager[RunFolder]]
@@ -224,16 +228,23 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
     check_name_is_free(config)
     check_machine(config, log.warning)
     check_copy_name_is_free(config)
-    config = pin_init_from(config)
+    config = adopt_pretrained(pin_init_from(config))
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     config = resolve_epochs(config, len(data))
+    data = replace(data, config=config)  # with the length that `resolve_epochs` filled in
     tokenizer = make_tokenizer(config, data)
+    if config.train.rehearse:
+        rehearse(config, data, tokenizer)
     run = create_run(config, stem, partial(is_copied_name, config.checkpoint))
-    tokenizer.save(str(run.tokenizer))
-    run.write_data_digest(data.digest)
-    if remote := remote_run(config.checkpoint, run.path.name):
-        remote.claim(run)
+    try:
+        tokenizer.save(str(run.tokenizer))
+        run.write_data_digest(data.digest)
+        if remote := remote_run(config.checkpoint, run.path.name):
+            remote.claim(run)
+    except BaseException:  # a refusal or Ctrl-C leaves no run folder behind
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
 
 

@@ -77,6 +77,27 @@ def load_init_weights(towers: Towers, config: Config, world: World) -> None:
     if problem:
         raise GigabatchError(problem)
     # Rank 0 has verified the checksums; the other ranks skip this, to read the files only once.
+    towers.load_state_dict(_stored_parts(towers, folder, config), strict=False)
+    log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
+
+
+def check_init_weights(towers: Towers, config: Config) -> None:
+    """Check that `train.init_from` has the weights that `load_init_weights` needs.
+
+    Raises:
+        GigabatchError: if their names or shapes differ from the towers'.
+    """
+    if config.train.init_from is not None:
+        _stored_parts(towers, config.train.init_from, config)
+
+
+def _stored_parts(towers: Towers, folder: Path, config: Config) -> dict[str, Tensor]:
+    """Return the weights of `train.init_parts` in a verified checkpoint that the towers have.
+
+    Raises:
+        GigabatchError: if their names or shapes differ from the towers'.
+    """
+    parts = config.train.init_parts
     stored = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
     # Token heads and second heads (see `further_head`) may be missing in the checkpoint or here.
@@ -85,8 +106,7 @@ def load_init_weights(towers: Towers, config: Config, world: World) -> None:
         log.info("%s has no head %s: initializing it randomly", folder, ", ".join(fresh))
     stored, wanted = (_without(state, extra) for state in (stored, wanted))
     _check_names_and_shapes(stored, wanted, folder, parts)
-    towers.load_state_dict(stored, strict=False)
-    log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
+    return stored
 
 
 def _of_parts(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from gigabatch.data import glyphs
 from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import TrainPlans
+from gigabatch.data.order.assignment import MicroBatchPlan, TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
@@ -189,7 +189,7 @@ def plans_of(
 
 def train_stream(
     data: TrainData,
-    plans: TrainPlans,
+    plans: Iterable[MicroBatchPlan],
     tokenizer: Path,
     columns: Sequence[str],
     pin_memory: bool = False,

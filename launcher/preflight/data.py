@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 
 from gigabatch.data.decode.members import decode_column
 from gigabatch.data.decode.vectors import VectorSettings, read_vectors
-from gigabatch.data.errors import GigabatchError
+from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import Reader
@@ -25,6 +27,9 @@ from gigabatch.trainer.inputs import (
     open_eval,
     open_train,
 )
+
+MAX_FIELDS = 20
+"""Json fields that an error lists."""
 
 
 def examine_data(config: Config) -> str:
@@ -91,4 +96,22 @@ def _check_column(index: Index, column: str, cache: ShardCache) -> None:
         return
     index.require_members("json")
     with Reader(index, cache) as reader:
-        decode_column(reader.read(0, "json"), column, index.where(0))
+        try:
+            decode_column(reader.read(0, "json"), column, index.where(0))
+        except BadSample as error:
+            raise GigabatchError(f"{error}{fields_message([index])}") from error
+
+
+def fields_message(indexes: Sequence[Index]) -> str:
+    """Return a sentence that lists the json fields of the sets' first samples; empty without any.
+
+    It follows an error about a field that is missing.
+    """
+    names: dict[str, None] = {}
+    for index in indexes:
+        if "json" in index.members:
+            with Reader(index) as reader, suppress(GigabatchError, ValueError, RecursionError):
+                record = json.loads(reader.read(0, "json"))
+                names |= dict.fromkeys(record if isinstance(record, dict) else ())
+    shown = ", ".join([*names][:MAX_FIELDS]) + ", ..." * (len(names) > MAX_FIELDS)
+    return f" The json fields are: {shown}." if names else ""

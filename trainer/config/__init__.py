@@ -136,12 +136,13 @@ class Config(Settings):
 
     def with_tower(self, modality: str, tower: TowerKind) -> Self:
         """Return this config with other settings of the tower of an unshared modality."""
-        towers = self.towers
-        entry = towers.more.get(modality)
+        more, entry = self.towers.more, self.towers.more.get(modality)
+        changed: dict[str, object] = {modality: tower}
         if isinstance(entry, ExtraTextTower):
-            tower = entry.model_copy(update={"tower": tower})
-        changed = {modality: tower} if entry is None else {"more": {**towers.more, modality: tower}}
-        return self.model_copy(update={"towers": towers.model_copy(update=changed)})
+            changed = {"more": {**more, modality: entry.model_copy(update={"tower": tower})}}
+        elif entry is not None:
+            changed = {"more": {**more, modality: tower}}
+        return self.model_copy(update={"towers": self.towers.model_copy(update=changed)})
 
     def text_length(self, modality: str) -> int:
         """Return the number of tokens of a text."""

@@ -133,7 +133,9 @@ def embed_set(
     fields = spec.fields(config)
     stream = open_stream(
         [index],
-        EvalPlans(min(len(index), limit or len(index)), config.batch.micro_size, world.size, world.rank),
+        EvalPlans(
+            min(len(index), limit or len(index)), config.batch.micro_size, world.size, world.rank
+        ),
         fields=fields,
         tokenizer=run.tokenizer if fields.texts_only.modalities else None,
         seed=config.run.seed,

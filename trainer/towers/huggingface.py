@@ -132,9 +132,7 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
     # All weights get float32, the dtype of checkpoints and ZeRO; autocast lowers it in use.
     model = model.to(torch.float32)
     width = _width(model, data)
-    return HuggingFaceEncoder(
-        model, data.slot, width, settings.pool, bool(settings.attend_padding)
-    )
+    return HuggingFaceEncoder(model, data.slot, width, settings.pool, bool(settings.attend_padding))
 
 
 def half_config(settings: HuggingFaceTower, slot: str) -> Any:
