@@ -93,6 +93,11 @@ def named_tokenizer(settings: TextSettings) -> Tokenizer:
             f"data.text.tokenizer: {settings.tokenizer!r} has no `tokenizers` implementation. "
             "Choose one that comes with a tokenizer.json."
         )
+    if not loaded.get_vocab().keys() - {*loaded.all_special_tokens}:
+        raise GigabatchError(  # transformers makes an empty tokenizer of a folder without files
+            f"data.text.tokenizer: {settings.tokenizer!r} has no vocabulary. Choose one that comes "
+            "with a tokenizer.json."
+        )
     pad = loaded.pad_token or loaded.eos_token
     if pad is None:
         raise GigabatchError(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable
 
 import torch
 
@@ -23,13 +21,11 @@ from gigabatch.trainer.inputs import (
     TrainData,
     cache_of,
     eval_fields,
+    fields_message,
     fields_of,
     open_eval,
     open_train,
 )
-
-MAX_FIELDS = 20
-"""Json fields that an error lists."""
 
 
 def examine_data(config: Config) -> str:
@@ -100,18 +96,3 @@ def _check_column(index: Index, column: str, cache: ShardCache) -> None:
             decode_column(reader.read(0, "json"), column, index.where(0))
         except BadSample as error:
             raise GigabatchError(f"{error}{fields_message([index])}") from error
-
-
-def fields_message(indexes: Sequence[Index]) -> str:
-    """Return a sentence that lists the json fields of the sets' first samples; empty without any.
-
-    It follows an error about a field that is missing.
-    """
-    names: dict[str, None] = {}
-    for index in indexes:
-        if "json" in index.members:
-            with Reader(index) as reader, suppress(GigabatchError, ValueError, RecursionError):
-                record = json.loads(reader.read(0, "json"))
-                names |= dict.fromkeys(record if isinstance(record, dict) else ())
-    shown = ", ".join([*names][:MAX_FIELDS]) + ", ..." * (len(names) > MAX_FIELDS)
-    return f" The json fields are: {shown}." if names else ""

@@ -28,12 +28,11 @@ from gigabatch.data.order.mixture import batch_sample_numbers, to_sample_number
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.stream import MicroBatch
-from gigabatch.launcher.preflight.data import fields_message
 from gigabatch.trainer.config import Config, positives_of
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.in_training import check_best, evaluate_retrieval
 from gigabatch.trainer.init_from import check_init_weights
-from gigabatch.trainer.inputs import TrainData, open_eval, train_stream
+from gigabatch.trainer.inputs import TrainData, fields_message, open_eval, train_stream
 from gigabatch.trainer.objective_state import ObjectiveState
 from gigabatch.trainer.objectives import Context, Loss, Objective, build_objective
 from gigabatch.trainer.run.folder import RunFolder
@@ -119,31 +118,52 @@ def _rehearse_step(towers: Towers, config: Config, data: TrainData, tokenizer: P
     outputs = _embed(towers, config, micro, needs.taps)
     with torch.no_grad():
         teacher = _embed_as_teacher(towers, config, micro, needs.teacher)
-    rows = {tap: outputs[tap].detach().requires_grad_() for tap in needs.taps}
-    # The tables get rows for these samples only: those of all samples may take gigabytes.
-    local = torch.arange(len(micro.keys))
-    state = ObjectiveState(objective, [len(local)], None, ALONE)
     tower_tensors = {"image", "text", *micro.more}
     meta = {name: t for name, t in micro.tensors.items() if name not in tower_tensors}
+    rehearse_objective(objective, {tap: outputs[tap] for tap in needs.taps}, teacher, meta)
+
+
+def rehearse_objective(
+    objective: Objective[Any],
+    outputs: Mapping[str, Tensor],
+    teacher: Mapping[str, Tensor],
+    meta: Mapping[str, Tensor],
+) -> None:
+    """Run an objective forward and backward, and commit its updates to state of its own.
+
+    Args:
+        objective: The objective; its buffers change.
+        outputs: The taps that it reads.
+        teacher: `teacher.TAP` -> outputs of the momentum tower.
+        meta: As in `Objective.forward`, without tables.
+
+    Raises:
+        GigabatchError: if it raises anything, or its loss is not a scalar with a gradient.
+    """
+    rows = {tap: vectors.detach().requires_grad_() for tap, vectors in outputs.items()}
+    # The tables get rows for these samples only: those of all samples may take gigabytes.
+    local = torch.arange(len(meta["sample"]))
+    state = ObjectiveState(objective, [len(local)], None, ALONE)
+    name = type(objective).__name__
     try:
-        loss = objective(rows | teacher, meta | state.read(local), Context(None, 1, 0, 0))
-        _check_loss(loss, objective)
+        loss = objective({**rows, **teacher}, {**meta, **state.read(local)}, Context(None, 1, 0, 0))
+        _check_loss(loss, name)
         loss.value.backward()
         state.commit(loss.updates(), local)
     except GigabatchError:
         raise
     except Exception as error:
         raise GigabatchError(
-            f"objective: {type(objective).__name__}.forward failed on {len(local)} samples: "
-            f"{reason(error)}. Fix it, or the keys of `objective`. {OFF}"
+            f"objective: {name}.forward failed on {len(local)} samples: {reason(error)}. Fix it, "
+            f"or the keys of `objective`. {OFF}"
         ) from error
 
 
-def _check_loss(loss: Any, objective: Objective[Any]) -> None:
+def _check_loss(loss: Any, name: str) -> None:
     value = loss.value if isinstance(loss, Loss) else loss
     if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
         raise GigabatchError(
-            f"objective: {type(objective).__name__}.forward must return a Loss whose value is "
+            f"objective: {name}.forward must return a Loss whose value is "
             "0-dimensional and has a gradient in the towers' outputs, or nothing would be trained."
         )
 

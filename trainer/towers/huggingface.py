@@ -154,7 +154,7 @@ def _model_class(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         # Loads the encoder alone; the models that it lacks are built whole and then halved.
         encoders = transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
-        return encoders[type(config)] if type(config) in encoders else transformers.AutoModel
+        return encoders.get(type(config), transformers.AutoModel)
     if type(config) in transformers.MODEL_MAPPING:
         return transformers.AutoModel
     name = type(config).__name__.removesuffix("Config") + "Model"
