@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.preflight.data import check_data
 from gigabatch.launcher.preflight.doctor import check_machine
-from gigabatch.launcher.preflight.rehearsal import rehearse
+from gigabatch.launcher.preflight.rehearsal import rehearse, rehearse_evaluations
 from gigabatch.launcher.preflight.remote_checkpoints import (
     check_copy_name_is_free,
     claim_copies,
@@ -276,6 +277,9 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
             "that the run was trained on (their names, sizes, members or checksums differ). "
             "Restore them, or add --allow data."
         )
+    new_sets = set(config.eval.sets) - set(run.config().eval.sets)
+    if new_sets and run.tokenizer.exists() and config.train.rehearse:
+        rehearse_evaluations(config, load_tokenizer(run.tokenizer), sorted(new_sets))
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")

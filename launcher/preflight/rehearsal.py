@@ -65,18 +65,49 @@ def rehearse(config: Config, data: TrainData, tokenizer: Tokenizer) -> None:
     Raises:
         GigabatchError: if anything fails.
     """
+    log.info("rehearsing with two samples of each set, on this machine's CPU")
+    with _rehearsed_run(config, tokenizer) as (towers, config, run):
+        began = time.monotonic()
+        check_init_weights(towers, config)
+        _check_text_models(towers, config, tokenizer)
+        _rehearse_step(towers.train(), config, replace(data, config=config), run.tokenizer)
+        _rehearse_evaluations(towers.eval(), config, run)
+        log.debug("rehearsal: %.2f s beyond building the towers", time.monotonic() - began)
+
+
+def rehearse_evaluations(config: Config, tokenizer: Tokenizer, sets: Sequence[str]) -> None:
+    """Pass two samples of some evaluation sets through towers and metrics.
+
+    Args:
+        config: Resolved config of a run that is resumed.
+        tokenizer: The run's tokenizer.
+        sets: Those of `eval.sets` that the run has not had before.
+
+    Raises:
+        GigabatchError: if anything fails.
+    """
+    checked = config.eval.model_copy(update={"sets": tuple(sets)})
+    best = config.checkpoint.model_copy(update={"best": None})  # it may name a set of before
+    config = config.model_copy(update={"eval": checked, "checkpoint": best})
+    with _rehearsed_run(config, tokenizer) as (towers, config, run):
+        _rehearse_evaluations(towers.eval(), config, run)
+
+
+@contextmanager
+def _rehearsed_run(
+    config: Config, tokenizer: Tokenizer
+) -> Iterator[tuple[Towers, Config, RunFolder]]:
+    """Yield towers, config and folder of a run that is removed at the end.
+
+    The global random number generators are restored.
+    """
     with _global_state_kept(), tempfile.TemporaryDirectory() as folder:
         run = RunFolder(Path(folder))
         tokenizer.save(str(run.tokenizer))
         towers = build_towers(config, tokenizer.get_vocab_size())
-        began = time.monotonic()
         towers.autocast = None  # CPUs lack some operators in bf16
-        check_init_weights(towers, config)
-        _check_text_models(towers, config, tokenizer)
-        config = config.model_copy(update={"data": config.data.model_copy(update={"workers": 0})})
-        _rehearse_step(towers.train(), config, replace(data, config=config), run.tokenizer)
-        _rehearse_evaluations(towers.eval(), config, run)
-        log.debug("rehearsal: %.2f s beyond building the towers", time.monotonic() - began)
+        data = config.data.model_copy(update={"workers": 0})
+        yield towers, config.model_copy(update={"data": data}), run
 
 
 @contextmanager

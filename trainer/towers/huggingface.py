@@ -110,6 +110,8 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
     Raises:
         GigabatchError: if the model cannot be loaded or does not fit the data.
     """
+    if data.slot == "image" and settings.attend_padding is not None:
+        raise GigabatchError(f"{data.key}.attend_padding: images have no padding. Remove the key.")
     name = settings.name or (settings.config or {}).get("model_type")
     key = f"{data.key}.{'name' if settings.name else 'config'}"
     call = "loading"

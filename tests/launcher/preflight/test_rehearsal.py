@@ -13,7 +13,7 @@ import webdataset as wds
 from support import losses
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.start import prepare_run
+from gigabatch.launcher.start import prepare_run, reopen_run, resumed_config
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.folder import RunFolder
@@ -162,3 +162,14 @@ def test_refusal_after_the_folder_was_made_removes_it(
     with pytest.raises(OSError, match="No space"):
         prepared(rehearsed)
     assert not [*(tmp_path / "runs").glob("*")]
+
+
+def test_resume_rehearses_new_evaluation_sets_only(rehearsed: Path) -> None:
+    run = prepared(rehearsed)
+    same = resumed_config(run, [], [])
+    reopen_run(run, same, [])
+    broken = resumed_config(run, ["eval.sets=[val, torn]"], [])
+    with pytest.raises(GigabatchError, match=r"eval\.sets: torn: "):
+        reopen_run(run, broken, [])
+    assert run.config().eval.sets == ("val",)
+    reopen_run(run, resumed_config(run, ["eval.sets=[train]"], []), [])

@@ -173,7 +173,7 @@ BERT = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_at
 
 
 def configured(modality: str, **keys: Any) -> str:
-    values = {**BERT, "intermediate_size": 16, "vocab_size": 400, **keys}
+    values = {**BERT, "intermediate_size": 16, "vocab_size": 400} | keys
     return f"towers.{modality}={{kind: huggingface, config: {values}}}"
 
 
@@ -217,7 +217,8 @@ def configured(modality: str, **keys: Any) -> str:
         ([named("image", "wide")], "its images have 16 x 32 pixels"),
         ([named("image", "torn")], "cannot read preprocessor_config.json: JSONDecodeError"),
         # Libraries.
-        ([SMALL, configured("image", model_type="vit", num_attention_heads=3)],
+        ([SMALL, configured("image", model_type="vit", image_size=16, patch_size=8,
+                            intermediate_size=-1)],
          "towers.image.config: cannot build the model 'vit': building"),
         ([SMALL, configured("text", model_type="gpt_neo")], "towers.text.config: cannot build"),
         ([named("image", "resnet")], "is a batch norm with running statistics"),
@@ -290,5 +291,5 @@ def test_broken_dependency_of_the_library_is_one_message(
     with pytest.raises(GigabatchError) as error:
         prepared(unset, tmp_path, [SMALL, f"towers.image={{kind: huggingface, config: {keys}}}"])
     assert "towers.image.config: cannot build the model 'poolformer'" in str(error.value)
-    assert module in str(error.value)
+    assert "ModuleNotFoundError" in str(error.value)
     assert not [*(tmp_path / "runs").glob("*")]
