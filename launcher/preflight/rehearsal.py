@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -285,11 +284,11 @@ def _rehearse_evaluations(towers: Towers, config: Config, run: RunFolder) -> Non
     metrics: dict[str, float] = {}
     if len(config.modalities) < 2:
         return
+    embed = _OneRowTowers(towers, config)
     for name in config.eval.sets:
         index = open_eval(config, name)
         try:
             positives, never = positives_of(config.objective), lambda: False
-            embed = partial(_embed_in_evaluation, towers, config)
             of_set = evaluate_retrieval(
                 embed, index, config, run, ALONE, positives, never, limit=SAMPLES
             )
@@ -305,16 +304,30 @@ def _rehearse_evaluations(towers: Towers, config: Config, run: RunFolder) -> Non
         check_best(config, metrics)
 
 
-def _embed_in_evaluation(
-    towers: Towers,
-    config: Config,
-    inputs: Mapping[str, tuple[Tensor, ...]],
-    rng_key: int | None = None,
-    taps: Sequence[str] = (),
-) -> dict[str, Tensor]:
-    """Run the towers as `Towers.forward` does, with the checks of `call_tower`."""
-    outputs: dict[str, Tensor] = {}
-    for name, arguments in inputs.items():
-        own = [tap for tap in taps if parse_tap(tap).modality == name]
-        outputs |= call_tower(towers, config, name, arguments, own)
-    return outputs
+class _OneRowTowers:
+    """Towers in evaluation mode that embed the first row of each shape once, and repeat it.
+
+    The towers are the costly part of a rehearsal, and further sets would tell nothing new of them.
+    A single row is also what the last micro-batch of a set may have.
+    """
+
+    def __init__(self, towers: Towers, config: Config) -> None:
+        self.towers, self.config = towers, config
+        self.known: dict[object, dict[str, Tensor]] = {}
+
+    def __call__(
+        self,
+        inputs: Mapping[str, tuple[Tensor, ...]],
+        rng_key: int | None = None,
+        taps: Sequence[str] = (),
+    ) -> dict[str, Tensor]:
+        outputs: dict[str, Tensor] = {}
+        for name, arguments in inputs.items():
+            own = [tap for tap in taps if parse_tap(tap).modality == name]
+            shapes = (name, *own, *((a.shape[1:], a.dtype) for a in arguments))
+            if shapes not in self.known:
+                first = tuple(argument[:1] for argument in arguments)
+                self.known[shapes] = call_tower(self.towers, self.config, name, first, own)
+            rows = len(arguments[0])
+            outputs |= {tap: v.repeat_interleave(rows, 0) for tap, v in self.known[shapes].items()}
+        return outputs
