@@ -34,7 +34,7 @@ class TextSettings(Settings):
 
     tokenizer: str = "bpe"
     """Tokenizer: `bpe`, byte-pair encoding trained on this run's captions, or the name of a
-    Hugging Face tokenizer."""
+    Hugging Face tokenizer. Unset: that of the pretrained text towers, if the run has any."""
     vocab_size: int = Field(4096, ge=300)
     """Size of the `bpe` vocabulary; a Hugging Face tokenizer has its own."""
     length: int = Field(32, ge=2)
@@ -104,7 +104,8 @@ def named_tokenizer(settings: TextSettings) -> Tokenizer:
             f"data.text.tokenizer: {settings.tokenizer!r} has neither a padding nor an end token. "
             "Choose another tokenizer."
         )
-    return _set_length(backend, settings.length, loaded.convert_tokens_to_ids(pad), pad)
+    pad_id = loaded.convert_tokens_to_ids(pad)
+    return _set_length(backend, settings.length, pad_id, pad, loaded.padding_side)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -136,12 +137,15 @@ def with_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
     """Make a run's tokenizer return `length` tokens per text, in place, and return it."""
     padding = tokenizer.padding
     assert padding is not None
-    return _set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    side = padding["direction"]
+    return _set_length(tokenizer, length, padding["pad_id"], padding["pad_token"], side)
 
 
-def _set_length(tokenizer: Tokenizer, length: int, pad_id: int, pad: str) -> Tokenizer:
+def _set_length(
+    tokenizer: Tokenizer, length: int, pad_id: int, pad: str, side: str = "right"
+) -> Tokenizer:
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    tokenizer.enable_padding(direction=side, length=length, pad_id=pad_id, pad_token=pad)
     return tokenizer
 
 

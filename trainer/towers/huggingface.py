@@ -21,8 +21,9 @@ class HuggingFaceTower(TowerKind):
     """Kind of tower; huggingface: a `transformers` model. Only this modality's half of a two-tower
     model such as CLIP is used."""
     name: str | None = None
-    """Pretrained `transformers` model: a local folder or a name on the Hugging Face hub. Set either
-    this or `config`."""
+    """Pretrained `transformers` model: a local folder or a name on the Hugging Face hub. It brings
+    its image processor's values or its tokenizer, where keys of `data` are unset. Set either this
+    or `config`."""
     config: dict[str, Any] | None = None
     """Configuration of a `transformers` model with random weights: `model_type` and the model's own
     keys. Nothing is downloaded. Set either this or `name`."""
@@ -112,22 +113,17 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
     """
     if data.slot == "image" and settings.attend_padding is not None:
         raise GigabatchError(f"{data.key}.attend_padding: images have no padding. Remove the key.")
-    name = settings.name or (settings.config or {}).get("model_type")
-    key = f"{data.key}.{'name' if settings.name else 'config'}"
-    call = "loading"
+    half = half_config(settings, data.slot, data.key)
+    call = "finding its class"
     try:
-        half = half_config(settings, data.slot)
         model_class = _model_class(half)
-        call = f"building {model_class.__name__} for"
+        call = f"building {model_class.__name__}"
         if settings.name is None:
             model = getattr(model_class, "from_config", model_class)(half)
         else:
             model = model_class.from_pretrained(settings.name, config=half)
     except Exception as error:  # a broken dependency of `transformers` raises any type
-        raise GigabatchError(
-            f"{key}: cannot build the model {name!r}: {call} it failed: {reason(error)}. Fix "
-            f"{key}, or what the reason names."
-        ) from error
+        raise _cannot_build(settings, data.key, call, error) from error
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()  # the decoder would need texts of its own
     _check_sizes(half, data)
@@ -137,16 +133,34 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
     return HuggingFaceEncoder(model, data.slot, width, settings.pool, bool(settings.attend_padding))
 
 
-def half_config(settings: HuggingFaceTower, slot: str) -> Any:
-    """Return the `transformers` config of a tower: of its own half if the model has two."""
-    from transformers import AutoConfig
+def half_config(settings: HuggingFaceTower, slot: str, tower_key: str) -> Any:
+    """Return the `transformers` config of a tower: of its own half if the model has two.
 
-    if settings.name is not None:
-        config = AutoConfig.from_pretrained(settings.name)
-    else:
-        keys = dict(settings.config or {})
-        config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    Raises:
+        GigabatchError: if it cannot be loaded.
+    """
+    try:
+        from transformers import AutoConfig
+
+        if settings.name is not None:
+            config = AutoConfig.from_pretrained(settings.name)
+        else:
+            keys = dict(settings.config or {})
+            config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    except Exception as error:  # a broken dependency of `transformers` raises any type
+        raise _cannot_build(settings, tower_key, "loading its config", error) from error
     return getattr(config, "vision_config" if slot == "image" else "text_config", config)
+
+
+def _cannot_build(
+    settings: HuggingFaceTower, tower_key: str, call: str, error: Exception
+) -> GigabatchError:
+    name = settings.name or (settings.config or {}).get("model_type")
+    key = f"{tower_key}.{'name' if settings.name else 'config'}"
+    return GigabatchError(
+        f"{key}: cannot build the model {name!r}: {call} failed: {reason(error)}. Fix {key}, or "
+        "what the reason names."
+    )
 
 
 def _model_class(config: Any) -> Any:

@@ -229,10 +229,7 @@ def _adopt_texts(config: Config) -> Config:
 
 def _adopt_mask(config: Config, modality: str, key: str, tower: HuggingFaceTower) -> Config:
     """Set `attend_padding` of a SigLIP tower, and the length that a pretrained one has."""
-    try:
-        half = half_config(tower, "text")
-    except Exception:  # building the tower reports it
-        return config
+    half = half_config(tower, "text", key)
     if half.model_type not in ATTENDS_PADDING:
         return config
     if tower.attend_padding is None:

@@ -81,6 +81,8 @@ VECTOR = "{kind: vector, fields: [concept], size: 1}"
         ([module("Returns", what="detached")],
          "returned vectors without a gradient, so none of its 2 weights would be trained"),
         ([module("Returns", what="no_grad")], "towers.image: Returns.forward returned vectors"),
+        ([module("NarrowTokens"), "objective={name: late_interaction}"],
+         "NarrowTokens.forward returned float32 [2, 3, 4], but tokens, floats [2, T, 5]"),
         ([module("Crashing")],
          "towers.image: calling Crashing.forward(float32 [2, 3, 16, 16]) failed: RuntimeError: "
          "this tower cannot see"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from support import losses
 from support_models import CLIP_PIXELS, VIT_PIXELS, save_models, save_pixels
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.text.tokenizer import TextSettings, encode, named_tokenizer, with_length
 from gigabatch.launcher.start import prepare_run, resumed_config
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.loop import run_training
@@ -221,6 +223,10 @@ def configured(modality: str, **keys: Any) -> str:
                             intermediate_size=-1)],
          "towers.image.config: cannot build the model 'vit': building"),
         ([SMALL, configured("text", model_type="gpt_neo")], "towers.text.config: cannot build"),
+        ([SMALL, named("text", "missing")],
+         "towers.text.name: cannot build the model 'MODELS/missing': loading its config failed"),
+        ([SMALL, configured("text", model_type="no_such")],
+         "towers.text.config: cannot build the model 'no_such': loading its config failed"),
         ([named("image", "resnet")], "is a batch norm with running statistics"),
     ],
 )  # fmt: skip
@@ -293,3 +299,13 @@ def test_broken_dependency_of_the_library_is_one_message(
     assert "towers.image.config: cannot build the model 'poolformer'" in str(error.value)
     assert "ModuleNotFoundError" in str(error.value)
     assert not [*(tmp_path / "runs").glob("*")]
+
+
+def test_tokenizer_pads_on_its_own_side(models: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(models / "siglip", tmp_path / "left")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    tokenizer = named_tokenizer(TextSettings(tokenizer=str(folder), length=5))
+    for length in (5, 4):
+        _, mask = encode(with_length(tokenizer, length), ["small cat"])
+        assert mask[0].tolist() == [False] * (length - 3) + [True] * 3
