@@ -51,7 +51,7 @@ from gigabatch.trainer.config.load import (
     resolve,
 )
 from gigabatch.trainer.distributed import exit_now, join_world
-from gigabatch.trainer.init_from import pin_init_from
+from gigabatch.trainer.init_from import pin_init_from, warn_of_other_pixels
 from gigabatch.trainer.inputs import make_tokenizer
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.create import check_name_is_free, create_run, resolve_epochs
@@ -230,6 +230,7 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
     check_machine(config, log.warning)
     check_copy_name_is_free(config)
     config = adopt_pretrained(pin_init_from(config))
+    warn_of_other_pixels(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     config = resolve_epochs(config, len(data))
