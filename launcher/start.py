@@ -66,7 +66,7 @@ RESUMABLE_KEYS = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
     "run.dir", "train.zero_stage", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
-    "train.hang_timeout_s",
+    "train.hang_timeout_s", "train.rehearse",
 )  # fmt: skip
 """Prefixes of keys that may change on resume without `--allow`, because they do not affect
 training."""

@@ -174,4 +174,5 @@ def test_resume_rehearses_new_evaluation_sets_only(rehearsed: Path) -> None:
     with pytest.raises(GigabatchError, match=r"eval\.sets: torn: "):
         reopen_run(run, broken, [])
     assert run.config().eval.sets == ("val",)
-    reopen_run(run, resumed_config(run, ["eval.sets=[train]"], []), [])
+    reopen_run(run, resumed_config(run, ["eval.sets=[val, torn]", "train.rehearse=false"], []), [])
+    reopen_run(run, resumed_config(run, ["eval.sets=[train]", "train.rehearse=true"], []), [])
