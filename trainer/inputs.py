@@ -29,10 +29,12 @@ from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.pack_hint import pack_hint
 from gigabatch.data.shards.reader import Reader
-from gigabatch.data.shards.sources import SOURCE_COLUMN, UNKNOWN_CODE, indexed_codes
+from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
+from gigabatch.data.stages import NamedStage
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, column_keys
+from gigabatch.trainer.required_fields import check_ids, missing_ids_of_eval
 
 log = logging.getLogger(__name__)
 MAX_FIELDS = 20
@@ -82,12 +84,8 @@ class TrainData:
         data, seed = self.config.data, self.config.run.seed
         source_seed = key(seed, "source", number) if number else seed
         if data.group and data.group != SOURCE_COLUMN:
-            codes = indexed_codes(index, data.group)
-            if (codes == UNKNOWN_CODE).all():
-                raise GigabatchError(
-                    f"data.group: no sample of {index.source} has the json field {data.group!r}. "
-                    "Set it to an existing field, or to `source`."
-                )
+            codes = indexed_codes(index, data.group, number, data.fields_version)
+            check_ids(index, [data.group], self.config)
             return GroupedOrder(codes, self.config.batch.global_size, source_seed)
         return ShuffledOrder(index.shard_sizes, source_seed, data.window)
 
@@ -168,6 +166,12 @@ def fields_of(
         numbers=tuple(numbers),
         vectors=vectors or {},
         allow_missing=data.missing == "mask",
+        flags=tuple(name for name in columns if name in config.objective.flags()),
+        ordered=config.objective.ordered_texts() if data.fields_version > 1 else (),
+        missing_ids=data.missing_ids,
+        version=data.fields_version,
+        column_keys=column_keys(config),
+        missing_hint="Set data.missing=mask to train on samples that lack a modality.",
     )
 
 
@@ -175,7 +179,15 @@ def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
     """Return the fields that an evaluation reads: complete pairs, the first caption of each."""
     fields = fields_of(config, columns)
     first_caption = fields.text and fields.text.model_copy(update={"choose": "first"})
-    return replace(fields, text=first_caption, allow_missing=False)
+    return replace(
+        fields,
+        text=first_caption,
+        allow_missing=False,
+        version=2,
+        ordered=config.objective.ordered_texts(),
+        missing_ids=missing_ids_of_eval(config),
+        missing_hint="",
+    )
 
 
 def fields_message(indexes: Sequence[Index]) -> str:
@@ -236,7 +248,7 @@ def train_stream(
         seed=data.config.run.seed,
         workers=settings.workers,
         prefetch=settings.prefetch,
-        stages=[load_stage(path) for path in settings.stages],
+        stages=[NamedStage(path, load_stage(path)) for path in settings.stages],
         pin_memory=pin_memory,
         cache=cache_of(data.config),
     )

@@ -117,7 +117,7 @@ def _decode(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str
     if isinstance(text := raw.get("json"), bytes) and fields.modalities:
         try:
             json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
 
 

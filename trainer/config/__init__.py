@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -41,6 +42,7 @@ __all__ = [
     "ScheduleSettings",
     "TowersSettings",
     "TrainSettings",
+    "column_keys",
     "columns_of",
     "positives_of",
     "singles",
@@ -228,6 +230,24 @@ def positives_of(settings: ObjectiveSettings) -> str | None:
 def columns_of(settings: ObjectiveSettings) -> tuple[str, ...]:
     """Return the fields of the samples' json that the objectives read."""
     return settings.columns()
+
+
+def column_keys(config: Config) -> dict[str, str]:
+    """Return field of the samples' json -> key of the config that names it, for messages."""
+    keys = {config.data.group: "data.group"} if config.data.group else {}
+    columns = config.objective.columns()
+    found = _named_leaves(config.objective.model_dump(), "objective")
+    return keys | {value: key for key, value in reversed([*found]) if value in columns}
+
+
+def _named_leaves(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, text) of the texts in nested settings."""
+    if isinstance(tree, Mapping | list | tuple):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for name, value in items:
+            yield from _named_leaves(value, f"{key}.{name}")
+    elif isinstance(tree, str) and not key.endswith(".name"):
+        yield key, tree
 
 
 def vectors_of(settings: ObjectiveSettings) -> dict[str, VectorSettings]:

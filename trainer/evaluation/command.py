@@ -80,6 +80,12 @@ def _measure(
     # Every rank reads labels and groups, because the reads are collective.
     fields = request.slice_fields if result.sample_indices is not None else ()
     labels = {field: context.field_values(field, required=False) for field in fields}
+    for field, values in labels.items():
+        if world.is_main and (missing := values.count(None)):
+            log.warning(
+                "--slice %s: %d of %d samples have no value (it is absent, null, NaN or empty); "
+                "they are in the slice %s=None", field, missing, len(values), field,
+            )  # fmt: skip
     groups = context.query_groups(request.intervals_by, result)
     if not world.is_main:
         return

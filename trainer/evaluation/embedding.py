@@ -81,8 +81,10 @@ class EmbedSpec:
             )
         fields = eval_fields(config, list(dict.fromkeys(self.columns)))
         image, text = fields.image, self.captions or fields.text
+        is_field_of_run = text is None or fields.text is None or text.field == fields.text.field
         return replace(
             fields,
+            ordered=fields.ordered if is_field_of_run else (),
             image=image if "image" in self.modalities else None,
             text=text if "text" in self.modalities else None,
             more={name: read for name, read in fields.more.items() if name in self.modalities},

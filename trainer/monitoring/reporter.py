@@ -121,7 +121,8 @@ class Reporter:
         names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         most = self.config.data.max_damaged
-        check_damage_rate(self.counts.bad_samples, drawn, names, most)
+        example = replaced[0].why if replaced else ""
+        check_damage_rate(self.counts.bad_samples, drawn, names, most, example)
 
     def _drawn(self) -> NDArray[np.int64]:
         """Return the samples drawn so far, int64 [sources]."""

@@ -125,8 +125,9 @@ class StageSettings(Settings):
 
 
 def reason(error: BaseException) -> str:
-    """Return the type and text of another library's exception in one line, for a message."""
-    text = " ".join(str(error).split()).rstrip(".")
+    """Return the type, text and notes of another library's exception in one line."""
+    parts = (str(error), *getattr(error, "__notes__", ()))
+    text = " ".join(". ".join(part.rstrip(". \n") for part in parts).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

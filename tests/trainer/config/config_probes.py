@@ -22,6 +22,7 @@ from PIL import ExifTags, Image
 from support import spoil
 
 from gigabatch.data.decode.images import decode_image
+from gigabatch.data.errors import BadSample
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
@@ -35,6 +36,7 @@ from gigabatch.trainer.engine import deepspeed_config
 from gigabatch.trainer.init_from import load_init_weights
 from gigabatch.trainer.inputs import (
     cache_of,
+    fields_of,
     make_tokenizer,
     open_train,
     plans_of,
@@ -258,6 +260,18 @@ def probe_mixture(config: Config, folder: Path) -> Any:
     return [mixture.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
 
 
+def probe_ids(config: Config, folder: Path) -> Any:
+    """Return the codes or errors of a number and of a missing value."""
+    fields, index = fields_of(config, ["x"]), open_train(config).indexes[0]
+    codes: list[Any] = []
+    for record in (b'{"x": 7.0}', b'{"x": null}'):
+        try:
+            codes.append(fields.column_values(0, index, 0, {"json": record}, "here"))
+        except BadSample as error:
+            codes.append(str(error))
+    return codes
+
+
 def probe_lines(config: Config, folder: Path) -> Any:
     """Read a member of two lines with the settings of every text."""
     texts = [tower for tower in config.towers.more.values() if isinstance(tower, ExtraText)]
@@ -300,5 +314,6 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "ray": probe_ray,
     "mixture": probe_mixture,
     "lines": probe_lines,
+    "ids": probe_ids,
     "cache": lambda config, folder: cache_of(config).limit_bytes,
 }

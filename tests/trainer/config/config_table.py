@@ -107,6 +107,8 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "data.group": ("concept", "batch", []),
     "data.cache_gib": ("3", "cache", []),
     "data.missing": ("mask", "batch", []),
+    "data.missing_ids": ("unique", "ids", []),
+    "data.fields_version": ("1", "ids", []),
     "data.max_damaged": ("0", "damage", ["data.max_damaged=0.5"]),
     "data.stages": ("['support_towers:darken']", "batch", []),
     "data.captions.member": ("json", "batch", []),
