@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.failures import LostProcess, as_failure
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.output import write, write_stderr
@@ -27,8 +29,10 @@ from gigabatch.launcher.preflight.remote_checkpoints import (
 )
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
+    INTERRUPTED,
     StopRequest,
     abort_on_interrupt,
+    ctrl_c_received,
     interrupt_main,
     stop_on_signals,
 )
@@ -306,9 +310,15 @@ def _launch(run: RunFolder) -> int:
         console.say(f"run {_relative(run.path)}")
         try:
             _run_workers(run, config, stop, console)
-        except KeyboardInterrupt:
-            if not stop.overdue:
+        except KeyboardInterrupt as error:
+            if ctrl_c_received() and not stop.overdue:
                 raise
+            if not stop.overdue:
+                _raise_with_resume(run, error)
+        except GigabatchError:
+            raise
+        except BaseException as error:
+            _raise_with_resume(run, error)
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
@@ -324,6 +334,20 @@ def _launch(run: RunFolder) -> int:
         f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
         f"`gigabatch resume {run.path}` continues from the last checkpoint."
     )
+
+
+def _raise_with_resume(run: RunFolder, error: BaseException) -> NoReturn:
+    """Raise the failure of an inline run, with the command that continues it."""
+    failure = as_failure(error)
+    resume = f"`gigabatch resume {_relative(run.path)}` continues from the last checkpoint."
+    if isinstance(failure, LostProcess):
+        raise GigabatchError(f"{run.path}: {failure}\n{resume}") from error
+    if isinstance(failure, GigabatchError):
+        raise failure from error
+    failure.add_note(f"gigabatch: {resume}")
+    if failure is error:
+        raise failure
+    raise failure from error
 
 
 def _exit_overdue(run: RunFolder, stop: StopRequest) -> None:
@@ -375,9 +399,17 @@ def _exit_as_rank(open_run: OpenRun, config: Config) -> NoReturn:
     """Train in this process, which is a rank of the user's own torchrun or srun; then exit."""
     try:
         code = _train_as_rank(open_run, config)
-    except GigabatchError as error:
-        write_stderr(f"gigabatch: {error}")
-        code = 2
+    except BaseException as error:  # SystemExit(0) too, which would count as success
+        failure = as_failure(error)
+        if isinstance(failure, GigabatchError):
+            write_stderr(f"gigabatch: {failure}")
+            code = 2
+        elif isinstance(error, KeyboardInterrupt) and ctrl_c_received():
+            code = INTERRUPTED
+        else:
+            note = f"\n{failure}" if failure is not error else ""
+            write_stderr("".join(traceback.format_exception(error)).rstrip() + note)
+            code = 1
     exit_now(code)  # after an error too, because an abort during teardown would hide the exit code
 
 
