@@ -63,6 +63,7 @@ class Reporter:
     ) -> None:
         self.config, self.world, self.data, self.counts = config, world, data, counts
         self.clock = Clock()
+        self.first = counts.done + 1
         self.monitor: Monitor | None = None
         if world.is_main:
             self.monitor = Monitor(run, attempt, counts.done + 1, config.train.steps)
@@ -96,6 +97,12 @@ class Reporter:
         }
         self.write(counts.done, metrics)
         self.monitor.progress(counts.done, metrics)
+
+    def log_first(self, result: StepResult) -> None:
+        """Log the first step of an attempt, whose metrics are not due yet."""
+        if self.monitor:
+            elapsed = time.monotonic() - self.clock.since
+            self.monitor.log_first(self.counts.done, result.loss, elapsed)
 
     def samples(self, batch: Sequence[MicroBatch]) -> None:
         """Record the sample numbers of the last step, in batch order.

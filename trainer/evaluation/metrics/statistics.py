@@ -17,6 +17,7 @@ from gigabatch.data.decode.ids import code_of, is_missing
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key, uniforms
 from gigabatch.data.shards.json_columns import canonical_json
+from gigabatch.trainer.evaluation.progress import tracked
 
 Summarize = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """Function from per-query values, name -> [N], to metrics."""
@@ -140,7 +141,7 @@ def intervals(
     size = len(next(iter(on_cpu.values())))
     members = None if groups is None else _members(groups)
     draws = []
-    for number in range(RESAMPLES):
+    for number in tracked("resampling queries", range(RESAMPLES), RESAMPLES):
         rows = _resample(size if members is None else len(members), seed, number)
         if members is not None:
             rows = torch.cat([members[group] for group in rows.tolist()])
