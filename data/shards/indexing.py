@@ -6,9 +6,11 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from gigabatch.data.shards.index_build import (
     manifest_name,
     scan_jobs,
 )
-from gigabatch.data.shards.pack_hint import pack_hint
+from gigabatch.data.shards.pack_hint import ZIP, pack_hint
 from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.shards.unread import count_splits, files_by_split, split_pattern, unread_data
 
 log = logging.getLogger(__name__)
 
@@ -108,16 +111,10 @@ def _index(source: str, folder: Path, manifest: dict[str, Any]) -> Index:
 
 
 def _shard_states(source: str) -> list[ShardState]:
-    """Return URL, size and version of every shard of a set."""
+    """Return URL, size and version of every shard of a set; warn of data that it does not read."""
     path = Path(source)
     if os.path.isdir(source) and not any(path.glob("*.tar")):
-        fix = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
-        if any(path.parent.glob("*.tar")):
-            fix = (
-                f"{path.parent} contains shards itself: to train on them, set data.train=. (a dot)."
-            )
-        fix = pack_hint(source) or fix
-        raise GigabatchError(f"{source}: contains no .tar shards. {fix}")
+        raise GigabatchError(f"{source}: contains no .tar shards. {_no_shards_fix(source)}")
     if not os.path.isdir(source) and (hint := pack_hint(source)):
         raise GigabatchError(f"{source}: {hint}")
     is_pattern = any(character in source for character in "*?[{")
@@ -126,7 +123,47 @@ def _shard_states(source: str) -> list[ShardState]:
             f"{source}: is not a folder. Name a folder of shards or a pattern (training: data.root "
             "and data.train; sets: eval.sets)."
         )
-    return stat_all(expand([source]))
+    omitted: list[str] = []
+    shards = expand([source], omitted=omitted)
+    for warning in _warnings(source, tuple(shards), tuple(omitted)):
+        _warn_once(warning)
+    return stat_all(shards)
+
+
+def _no_shards_fix(source: str) -> str:
+    """Return what to do about a folder without shards."""
+    path = Path(source)
+    hint = pack_hint(source)
+    unread = unread_data(os.listdir(source), source) if hint != ZIP else []
+    if unread:
+        return " ".join([f"Data there that is not read: {'; '.join(unread)}.", hint or ""]).strip()
+    if hint:
+        return hint
+    if any(path.parent.glob("*.tar")):
+        return f"{path.parent} contains shards itself: to train on them, set data.train=. (a dot)."
+    return "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
+
+
+def _warnings(source: str, shards: Sequence[str], omitted: Sequence[str]) -> Iterator[str]:
+    """Yield a warning about data that is not read, and one about several splits."""
+    folder = source if os.path.isdir(source) else None
+    unread = unread_data([name.rpartition("/")[2] for name in omitted], folder)
+    if unread:
+        yield f"{source}: not read: {'; '.join(unread)}"
+    splits = files_by_split(shards)
+    if splits and folder is not None:
+        patterns = [shlex.quote(f"{folder}/{split_pattern(split, splits)}") for split in splits]
+        yield (
+            f"{source}: its shards are of several splits, which this set merges: "
+            f"{count_splits(splits)}. To keep them apart, name them by pattern: "
+            f"{', '.join(patterns)}"
+        )
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    """Log a warning the first time; a process opens the same set more than once."""
+    log.warning("%s", message)
 
 
 def _find_index(
