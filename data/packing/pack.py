@@ -7,9 +7,11 @@ of another pack.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -31,11 +33,13 @@ from gigabatch.data.packing.folder import (
     temporary_file,
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
-from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
-from gigabatch.data.remote.locations import is_remote
+from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files, unread_tables
+from gigabatch.data.remote.locations import expand, is_remote
 from gigabatch.data.shards.index import read_manifest
 from gigabatch.data.shards.indexing import open_index
+from gigabatch.data.shards.unread import count_splits, files_by_split, split_pattern
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY = 100
 """Rows between calls of `progress`."""
@@ -64,8 +68,8 @@ def pack(
     Samples of shards are copied unchanged. Finished shards of the same pack are kept.
 
     Args:
-        source: A table (a file, or a folder of files of one format), or a folder or pattern of
-            WebDataset shards.
+        source: A table (a file, or a folder or pattern of files of one format), or a folder or
+            pattern of WebDataset shards.
         out: Output folder; created if needed.
         settings: Settings of the pack; None uses `PackSettings()`.
         progress: Called with the number of rows done and their total.
@@ -82,7 +86,7 @@ def pack(
     prefix = samples.settings.prefix or out.name
     if not re.fullmatch(PREFIX, prefix):
         raise GigabatchError(
-            f"{out}: {prefix!r} is not a valid prefix of file names. Set prefix to another name."
+            f"{out}: {prefix!r} is not a valid prefix of file names. Set --prefix to another name."
         )
     samples.settings = samples.settings.model_copy(update={"prefix": prefix})
     try:
@@ -121,17 +125,45 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
     if "view" in read_manifest(path):
         return ShardSamples(open_index(path), settings)
     is_folder = os.path.isdir(path)  # Path.is_dir would raise for a name that is too long.
+    is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
     tables = table_files(path) if is_folder else []
-    shards = is_folder and any(path.glob("*.tar"))
+    shards = sorted(path.glob("*.tar")) if is_folder else []
+    if is_pattern:
+        files = [Path(name) for name in expand([str(source)])]
+        tables = [file for file in files if file.suffix.lower() in SUFFIXES]
+        shards = [file for file in files if file not in set(tables)]
     if shards and tables:
         raise GigabatchError(
-            f"{source}: the folder contains both shards and tables ({tables[0].name}). Specify the "
-            f"table, or the shards as {path / '*.tar'}."
+            f"{source}: contains both shards and tables ({tables[0].name}). Specify the table, or "
+            f"the shards as {(path if is_folder else path.parent) / '*.tar'}."
         )
-    is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
-    if shards or is_pattern or path.suffix == ".tar":
+    if not settings.merge_splits:
+        _reject_splits(str(source), [str(file) for file in tables or shards])
+    if is_folder and tables and (unread := unread_tables(path)):
+        log.warning(
+            "%s: not read: %s. Unpack or convert them to a table of the same format.",
+            source, ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else ""),
+        )  # fmt: skip
+    if shards or path.suffix == ".tar":
         return ShardSamples(open_index(str(source)), settings)
-    return TableSamples(open_table(path), settings)
+    samples = TableSamples(open_table(path, settings.delimiter), settings)
+    log.info("%s: %s", source, samples.columns.describe())
+    return samples
+
+
+def _reject_splits(source: str, files: Sequence[str]) -> None:
+    """Raise GigabatchError if files are of several splits: evaluation data would be trained on."""
+    if splits := files_by_split(files):
+        folder = os.path.dirname(files[0])
+        commands = [
+            f"`gigabatch data pack {shlex.quote(f'{folder}/{split_pattern(split, splits)}')} "
+            f"OUT/{split}`"
+            for split in splits
+        ]
+        raise GigabatchError(
+            f"{source}: its files are of several splits: {count_splits(splits)}. Pack each into a "
+            f"set of its own: {', '.join(commands)}; or set --merge-splits to make one set of all."
+        )
 
 
 def _write_shards(out: Path, state: State, samples: Samples, report: Callable[[int], None]) -> None:

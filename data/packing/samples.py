@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose_columns
 from gigabatch.data.packing.members import (
@@ -33,13 +34,17 @@ from gigabatch.data.packing.members import (
     read_file,
     relative_name,
 )
-from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, RowStore, Table
+from gigabatch.data.packing.row_store import RowStore
+from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, Table
 from gigabatch.data.rng import key, permute
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import DamagedMember, Reader
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""
+_TABLE_SETTINGS = (
+    "folder", "file_column", "caption_column", "key_column", "json_columns", "delimiter",
+)  # fmt: skip
 LISTED_ROWS = 5
 """Maximum number of rows listed in an error."""
 THREADS = 32
@@ -98,8 +103,7 @@ class TableSamples:
     def __init__(self, table: Table, settings: PackSettings) -> None:
         self.table = table
         self.columns = choose_columns(table, settings)
-        table_folder = table.source if table.source.is_dir() else table.source.parent
-        self.folder = Path(os.path.abspath(settings.folder or table_folder))
+        self.folder = Path(os.path.abspath(settings.folder or table.folder))
         self.settings = settings.model_copy(
             update={
                 "folder": self.folder if self.columns.file and not self.columns.embedded else None,
@@ -137,8 +141,8 @@ class TableSamples:
             )
         if missing.count and not self.settings.skip_missing:
             raise GigabatchError(
-                f"{self._summary(missing)}. Restore the missing parts, or set skip_missing to skip "
-                "these rows and list them in skipped.jsonl."
+                f"{self._summary(missing)}. Restore the missing parts, or set --skip-missing to "
+                "skip these rows and list them in skipped.jsonl."
             )
         self._reject_repeated_keys()
         return self._count
@@ -156,8 +160,8 @@ class TableSamples:
         )
         if problem:
             raise GigabatchError(
-                f"{self.table.source}: {problem}. Set key_column to a column of unique values, or "
-                "omit it to number the rows."
+                f"{self.table.source}: {problem}. Set --key-column to a column of unique values, "
+                "or omit it to number the rows."
             )
 
     def read(self, start: int) -> Iterator[Sample | Skipped]:
@@ -170,7 +174,7 @@ class TableSamples:
                 )
             if isinstance(result, Skipped) and not self.settings.skip_missing:
                 raise GigabatchError(
-                    f"{where}: {result.why}. Restore it, or set skip_missing to skip such rows, "
+                    f"{where}: {result.why}. Restore it, or set --skip-missing to skip such rows, "
                     "and rerun `gigabatch data pack`; finished shards are kept."
                 )
             yield result
@@ -223,7 +227,7 @@ class TableSamples:
         return member_of(row.get(self.columns.file), load)
 
     def _file_on_disk(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        name = relative_name(value)
+        name = relative_name(value, self.folder)
         problem = file_problem(self.folder, name)
         if problem or not load:
             return name, problem or {}
@@ -240,7 +244,8 @@ class TableSamples:
             return name, "no file content"
         kind = extension(name) or detect_type(data)
         if kind is None:
-            return name, f"file content is not of a known type ({', '.join(FILES)})"
+            actual = describe_bytes(data) or "not recognized"
+            return name, f"file content is {actual}, not of a known type ({', '.join(FILES)})"
         return name, {kind: data}
 
     def _key(self, number: int, row: Row) -> str:
@@ -269,11 +274,12 @@ class ShardSamples:
     def __init__(self, index: Index, settings: PackSettings) -> None:
         self.index, self.settings = index, settings
         self.fingerprint = {"index": index.digest}
-        for name in ("folder", "file_column", "caption_column", "key_column", "json_columns"):
+        for name in _TABLE_SETTINGS:
             if getattr(settings, name):
+                option = "--" + name.replace("_", "-").replace("columns", "column")
                 raise GigabatchError(
-                    f"{index.source}: {name} applies to tables, but this source contains shards. "
-                    f"Remove {name}."
+                    f"{index.source}: {option} applies to tables, but this source contains shards. "
+                    f"Remove {option}."
                 )
 
     def check(self) -> int:
@@ -286,8 +292,8 @@ class ShardSamples:
                 )
         if problem := find_repeated_key(self._keys):
             raise GigabatchError(
-                f"{self.index.source}: {problem}. Keys must be unique; pack the shards into "
-                "separate folders."
+                f"{self.index.source}: {problem}. Keys of a pack must be unique; pack each shard "
+                "into a separate folder."
             )
         return len(self.index)
 
