@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.augment import augment
+from gigabatch.data.decode.images import normalize
 from gigabatch.data.rng import key
 from gigabatch.data.stream import MicroBatch
 from gigabatch.trainer.config import Config, DataSettings
@@ -253,7 +254,7 @@ def tower_inputs(
             pixels = images.float() / 255
         else:
             pixels = augment(images, data.augment, key(rng_key, "augment"))
-        inputs["image"] = ((pixels - data.image.mean) / data.image.std,)
+        inputs["image"] = (normalize(pixels, data.image),)
     if "text" in micro.tensors:
         inputs["text"] = (micro.tensors["text"], micro.tensors["text_mask"])
     for name in micro.more:

@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings, decode_audio
-from gigabatch.data.decode.members import (
-    IMAGE_MEMBERS,
-    ImageSettings,
-    decode_array,
-    decode_column,
-    decode_image,
-    decode_number,
-)
+from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings, decode_image
+from gigabatch.data.decode.members import decode_array, decode_column, decode_number
 from gigabatch.data.decode.vectors import MissingVector, VectorSettings, read_vectors
 from gigabatch.data.errors import BadSample
 from gigabatch.data.remote.cache import ShardCache

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gigabatch.data.decode.members import IMAGE_MEMBERS
+from gigabatch.data.decode.images import IMAGE_MEMBERS
 from gigabatch.data.describe.content_stats import IMAGE_ERRORS, one_line, open_image, reason
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.files import atomic_replace

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gigabatch.data.decode.members import FORMATS
+from gigabatch.data.decode.images import FORMATS
 from gigabatch.data.describe.index_stats import (
     TOP,
     Distribution,

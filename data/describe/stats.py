@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gigabatch.data.decode.members import IMAGE_MEMBERS
+from gigabatch.data.decode.images import IMAGE_MEMBERS
 from gigabatch.data.describe.content_stats import (
     Captions,
     CaptionStats,

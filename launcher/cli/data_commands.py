@@ -81,7 +81,7 @@ def _missing_members(index: Index) -> list[str]:
     if all(count == len(index) for _, count in index.member_counts):
         return []
     from gigabatch.data.decode.audio import AUDIO_MEMBERS
-    from gigabatch.data.decode.members import IMAGE_MEMBERS
+    from gigabatch.data.decode.images import IMAGE_MEMBERS
 
     alternatives = (IMAGE_MEMBERS, AUDIO_MEMBERS)  # of each group, a sample needs one member
     known = {member for members in alternatives for member in members}
@@ -109,7 +109,7 @@ def check_source(source: str, every: int, decode: bool, processes: int | None) -
     """
     from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings
     from gigabatch.data.decode.fields import Fields
-    from gigabatch.data.decode.members import IMAGE_MEMBERS, ImageSettings
+    from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings
     from gigabatch.data.describe.check import check
     from gigabatch.data.text.captions import CaptionSettings
 

@@ -12,7 +12,7 @@ import torch
 from tarfiles import write_tar
 
 from gigabatch.data.decode.fields import Fields, Sample, captions_for_tokenizer
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import EvalPlans, MicroBatchPlan, TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder

@@ -18,7 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from gigabatch.data.decode.fields import ExtraModality
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.settings import Settings
 from gigabatch.trainer.fields import Amount, Count
 

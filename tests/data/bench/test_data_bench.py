@@ -25,7 +25,7 @@ from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.shards import synthesize
 from gigabatch.data.bench.workloads import micro_batches
 from gigabatch.data.decode.fields import Fields, Sample, captions_for_tokenizer
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import EvalPlans, MicroBatchPlan
 from gigabatch.data.shards.indexing import open_index

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from gigabatch.data.decode.members import ImageSettings, decode_column, decode_image, decode_number
+from gigabatch.data.decode.images import ImageSettings, decode_image
+from gigabatch.data.decode.members import decode_column, decode_number
 from gigabatch.data.errors import BadSample, GigabatchError
 
 WHERE = "/data/s.tar: sample 'cat'"

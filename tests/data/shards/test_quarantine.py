@@ -15,7 +15,7 @@ from support import spoil
 from tarfiles import overwrite
 
 from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder

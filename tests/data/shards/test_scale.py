@@ -15,7 +15,7 @@ import pytest
 from support import write_samples
 
 from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.order.assignment import TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.mixture import Mixture, Phase

@@ -1,0 +1,148 @@
+"""Decode images to pixels: the one implementation for training, evaluation and inference.
+
+`docs/data.md` specifies every step under "Pixels". `ImageSettings.version` pins the steps of a run.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Literal, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from gigabatch.data.errors import BadSample
+from gigabatch.data.settings import Settings
+
+IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+class ImageSettings(Settings):
+    """Decoding, size and normalization of images."""
+
+    size: int = Field(224, ge=8)
+    """Side length in pixels of the square that towers see."""
+    channels: Literal[1, 3] = 3
+    """Color channels: 3 for RGB, 1 for gray."""
+    mean: float | tuple[float, ...] = 0.5
+    """Value subtracted from pixels in [0, 1]: one for all channels, or a list with one per
+    channel."""
+    std: float | tuple[float, ...] = 0.5
+    """Value that pixels are divided by after `mean` is subtracted: one for all channels, or a list
+    with one per channel."""
+    resize: Literal["shortest", "squash", "pad"] = "shortest"
+    """How an image becomes a square. shortest: its shorter side is resized to `size`, then the
+    center is cropped. squash: both sides are resized to `size`. pad: its longer side is resized to
+    `size`, then the shorter side is padded with `fill`."""
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] = "bicubic"
+    """Filter of the resize. All but `nearest` are antialiased, as in Pillow and in the PIL path of
+    torchvision and Hugging Face."""
+    crop: Literal["torchvision", "huggingface"] = "torchvision"
+    """Offset of the center crop when d pixels are left over: int(round(d / 2)) as in torchvision,
+    or int(d / 2) as in Hugging Face's image processors."""
+    fill: int | tuple[int, ...] = 0
+    """Color of the padding of `resize: pad`, from 0 to 255: one for all channels, or a list with
+    one per channel."""
+    draft: bool | None = None
+    """Let libjpeg decode a large JPEG at 1/2, 1/4 or 1/8 of its size, at least as large as the
+    resized image. This is several times as fast; pixels differ slightly from a full decode. Unset:
+    true, unless a pretrained tower names its image processor."""
+    max_decoded_mib: float = Field(512.0, gt=0)
+    """Largest memory in MiB for decoding an image and converting its colors, computed from the
+    file's header. A larger image is a bad sample."""
+    version: Literal[1, 2] = 2
+    """Version of the steps from file to pixels; see "Pixels" in docs/data.md. A run keeps the
+    version it began with; run folders without this key have version 1."""
+
+    @model_validator(mode="after")
+    def _values_fit(self) -> Self:
+        for name in ("mean", "std", "fill"):
+            value = getattr(self, name)
+            if isinstance(value, tuple) and len(value) != self.channels:
+                raise ValueError(
+                    f"data.image.{name}: {len(value)} numbers for {self.channels} channels; give "
+                    "one number, or one per channel"
+                )
+        if min(_as_tuple(self.std)) <= 0:
+            raise ValueError("data.image.std: must be above 0")
+        if not all(0 <= value <= 255 for value in _as_tuple(self.fill)):
+            raise ValueError("data.image.fill: must be from 0 to 255")
+        return self
+
+
+def _as_tuple(value: float | tuple[float, ...]) -> tuple[float, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def normalize(pixels: Tensor, settings: ImageSettings) -> Tensor:
+    """Subtract `mean` and divide by `std`, both per channel.
+
+    Args:
+        pixels: float32 [B, C, S, S] in [0, 1].
+        settings: Mean and standard deviation.
+
+    Returns:
+        float32 [B, C, S, S].
+    """
+    mean, std = (
+        pixels.new_tensor(value).view(-1, 1, 1) if isinstance(value, tuple) else value
+        for value in (settings.mean, settings.std)
+    )
+    return (pixels - mean) / std
+
+
+def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
+    """Decode a PNG, JPEG or WebP image; transparent pixels become white.
+
+    Args:
+        data: Contents of the file.
+        settings: Size and channels.
+        where: Name of the sample, for error messages.
+
+    Returns:
+        uint8 [C, S, S], a view of memory laid out as [S, S, C].
+
+    Raises:
+        BadSample: if the image cannot be decoded.
+    """
+    size = settings.size
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            file.draft("RGB", (size, size))  # decodes a JPEG at a reduced scale; else no effect
+            if file.has_transparency_data:
+                white = Image.new("RGBA", file.size, (255, 255, 255, 255))
+                image: Image.Image = Image.alpha_composite(white, file.convert("RGBA"))
+            else:
+                image = file
+            if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            mode = "L" if settings.channels == 1 else "RGB"
+            image.load()
+            image = image if image.mode == mode else image.convert(mode)
+            image = _resize_and_crop(image, size)
+    except Exception as error:  # Pillow raises many types, even AssertionError
+        raise BadSample(
+            f"{where}: the image cannot be decoded: {error or type(error).__name__}. Restore or "
+            "remove the sample."
+        ) from error
+    pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to `size` and crop the center."""
+    if image.size == (size, size):
+        return image
+    box = []
+    for length in image.size:
+        resized = max(size, round(length * size / min(image.size)))
+        first = (resized - size) // 2
+        box.append((first * length / resized, min(length, (first + size) * length / resized)))
+    (left, right), (top, bottom) = box
+    # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes.
+    area = (left, top, right, bottom)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=area)
