@@ -14,6 +14,7 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gigabatch.data.decode.signatures import explain_failure
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
@@ -24,6 +25,10 @@ FORMATS = ("PNG", "JPEG", "WEBP")
 class ImageSettings(Settings):
     """Decoding, size and normalization of images."""
 
+    member: str | None = Field(None, pattern=r"^[^/\s]+$")
+    """Extension of the image's member, such as `jpg`, for samples that have several: an image and
+    its mask. Unset: the only one of png, jpg, jpeg and webp; a sample with two of them is an
+    error."""
     size: int = Field(224, ge=8)
     """Side length in pixels of the square that towers see."""
     channels: Literal[1, 3] = 3
@@ -57,6 +62,11 @@ class ImageSettings(Settings):
     version: Literal[1, 2] = 2
     """Version of the steps from file to pixels; see "Pixels" in docs/data.md. A run keeps the
     version it began with; run folders without this key have version 1."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Possible extensions of the image's member, in the order in which they are tried."""
+        return IMAGE_MEMBERS if self.member is None else (self.member.lower(),)
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
@@ -126,8 +136,8 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
             image = _resize_and_crop(image, size)
     except Exception as error:  # Pillow raises many types, even AssertionError
         raise BadSample(
-            f"{where}: the image cannot be decoded: {error or type(error).__name__}. Restore or "
-            "remove the sample."
+            f"{where}: the image cannot be decoded: {explain_failure(data, FORMATS, error)}. "
+            "Restore or remove the sample."
         ) from error
     pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)

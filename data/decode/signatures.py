@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 _HEAD = 512
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
@@ -49,6 +50,7 @@ _BRANDS = {
     b"M4A ": "an M4A", b"qt  ": "a QuickTime video",
 }  # fmt: skip
 """Brand of an ISO media file (`ftyp` at byte 4) -> name; all others are MP4 videos."""
+_OBJECT = re.compile(r"<[\w.]+ object at 0x[0-9a-fA-F]+>")
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body|title|script|meta)\b", re.IGNORECASE)
 _SVG = re.compile(rb"<svg\b", re.IGNORECASE)
 
@@ -74,6 +76,28 @@ def describe_bytes(data: bytes) -> str | None:
     if not head.strip(b"\x00"):
         return "zeros"
     return _describe_text(head)
+
+
+def explain_failure(data: bytes, formats: Sequence[str], error: Exception) -> str:
+    """Return why a file cannot be decoded, in the same words in each run.
+
+    Args:
+        data: Contents of the file.
+        formats: Names of the formats that the decoder reads, such as PNG.
+        error: What the decoder raised.
+
+    Returns:
+        What the file is, if it is not of these formats; else the error's message without memory
+        addresses.
+    """
+    kind = describe_bytes(data)
+    readable = {name.lower() for name in formats}
+    if kind is not None and kind.rpartition(" ")[2].lower() not in readable:
+        return f"it is {kind}" if kind != "0 bytes" else "the file has 0 bytes"
+    message = _OBJECT.sub("the file", str(error)) or type(error).__name__
+    if kind is None and message.startswith("cannot identify image file"):
+        return "its first bytes are of no known format"
+    return message.rstrip(" .")
 
 
 def _iso_media(head: bytes) -> str:

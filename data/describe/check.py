@@ -6,12 +6,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 
+from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import Fields
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 from gigabatch.data.remote.locations import is_remote
@@ -74,7 +76,7 @@ def check(
 
     Args:
         index: Set to check.
-        fields: Fields to decode.
+        fields: Fields to decode; of several images or audio files of a sample, every one.
         every: Check every n-th sample.
         decode: Decode `fields`; false compares checksums only.
         processes: Number of processes; None uses all available cores.
@@ -85,7 +87,7 @@ def check(
     """
     chosen = np.arange(0, len(index), every)
     chunks = [chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK)]
-    work = partial(_check_chunk, index, fields if decode else Fields())
+    work = partial(_check_chunk, index, _each_member(fields, index) if decode else [])
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
     total = Report(bad=list(_resized_shards(index)))
     for report in _map(work, chunks, processes):
@@ -112,9 +114,23 @@ def _map(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str) -> None:
-    fields.decode(raw, where, None)
-    if isinstance(text := raw.get("json"), bytes) and fields.modalities:
+def _each_member(fields: Fields, index: Index) -> list[Fields]:
+    """Split fields so that every image and audio member of a sample is decoded."""
+    singles = []
+    for name, settings in {"image": fields.image, **fields.more}.items():
+        if isinstance(settings, ImageSettings | AudioSettings) and settings.member is None:
+            present = [member for member in settings.members if member in index.members]
+            for member in present if len(present) > 1 else ():
+                one = settings.model_copy(update={"member": member})
+                part = Fields(image=one) if name == "image" else Fields(more={name: one})
+                singles.append(replace(part, allow_missing=True))
+    return [fields, *singles]
+
+
+def _decode(raw: Mapping[str, bytes | DamagedMember], fields: list[Fields], where: str) -> None:
+    for part in fields:
+        part.decode(raw, where, None)
+    if isinstance(text := raw.get("json"), bytes) and fields and fields[0].modalities:
         try:
             json.loads(text)
         except ValueError as error:
@@ -130,7 +146,7 @@ def _resized_shards(index: Index) -> Iterator[str]:
                 yield f"{shard.name}: size is {size:,} bytes, but was {shard.bytes:,} when indexed"
 
 
-def _check_chunk(index: Index, fields: Fields, samples: I64) -> Report | str:
+def _check_chunk(index: Index, fields: list[Fields], samples: I64) -> Report | str:
     report = Report()
     try:
         with Reader(index) as reader:

@@ -52,6 +52,8 @@ def index_source(
     if index.columns:
         print(f"  columns: {', '.join(_describe_column(index, name) for name in index.columns)}")
     print(f"  fingerprint {index.digest[:16]}; index in {index.folder}")
+    for line in _several_members(index):
+        print(f"  note: {line}")
     missing = _missing_members(index)
     for line in missing:
         print(f"  {'note' if partial else 'error'}: {line}")
@@ -74,6 +76,21 @@ def _describe_column(index: Index, name: str) -> str:
     kind = "JSON text" if holds_json(index.table.schema.field(name)) else column.type
     nulls = f", {column.null_count:,} without" if column.null_count else ""
     return f"{name} ({kind}{nulls})"
+
+
+def _several_members(index: Index) -> list[str]:
+    """Describe samples with several images or audio files, one line per modality."""
+    from gigabatch.data.decode.audio import AUDIO_MEMBERS
+    from gigabatch.data.decode.images import IMAGE_MEMBERS
+
+    lines = []
+    for noun, members, key in (
+        ("images", IMAGE_MEMBERS, "data.image.member"),
+        ("audio files", AUDIO_MEMBERS, "the tower's key member"),
+    ):
+        if count := index.samples_with_several(*members):
+            lines.append(f"{count:,} samples have several {noun}; training needs {key} to name one")
+    return lines
 
 
 def _missing_members(index: Index) -> list[str]:
