@@ -19,6 +19,7 @@ from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.locations import ShardState, expand, is_remote, stat_all
 from gigabatch.data.shards.index import Index, cache_folder, index_from_manifest, read_manifest
 from gigabatch.data.shards.index_build import (
+    FULL,
     Progress,
     build_index,
     full_name,
@@ -73,12 +74,23 @@ def open_index(
                     )
                     manifest = build_index(jobs, manifest, folder, source, progress, processes)
     except OSError as error:
+        problem = "Free space on its disk" if error.errno in FULL else "Make the folder writable"
         raise GigabatchError(
-            f"{folder}: the index cannot be written: {error}. Make the folder writable, or set "
-            "GIGABATCH_CACHE to a folder that is."
+            f"{folder}: the index cannot be written: {error.strerror or error}. {problem}, or set "
+            "GIGABATCH_CACHE to another folder."
         ) from error
+    unused = sum(shard.get("unused", 0) for shard in manifest["shards"])
     if not any(shard["samples"] for shard in manifest["shards"]):
-        raise GigabatchError(f"{source}: the shards contain no samples. Name a set with samples.")
+        why = f"; {unused:,} members have no extension, such as .jpg, to say what they are"
+        raise GigabatchError(
+            f"{source}: the shards contain no samples{why if unused else ''}. Name a set with "
+            "samples."
+        )
+    if unused:
+        _warn_once(
+            f"{source}: not used: {unused:,} members without an extension, such as .jpg, to say "
+            "what they are"
+        )
     return _index(source, folder, manifest)
 
 
