@@ -42,7 +42,7 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import (
     differences,
     load_config,
-    parse_config,
+    parse_run_config,
     read_config,
     resolve,
 )
@@ -188,8 +188,8 @@ def resumed_config(run: RunFolder, overrides: Sequence[str], allow: Sequence[str
 
 
 def _resumed(text: str, where: str, overrides: Sequence[str], allow: Sequence[str]) -> Config:
-    old = parse_config(text, where)
-    new = resolve(parse_config(text, where, overrides))
+    old = parse_run_config(text, where)
+    new = resolve(parse_run_config(text, where, overrides))
     if new.train.epochs is not None:
         raise GigabatchError(
             f"{where}: train.epochs sets the length of a new run. To change the length of this one "

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import io
+import math
 from typing import Literal, Self
 
 import numpy as np
@@ -14,12 +14,20 @@ from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
 
+from gigabatch.data.decode import images_v1
+from gigabatch.data.decode.image_memory import TooLarge
+from gigabatch.data.decode.image_steps import decode_upright
 from gigabatch.data.decode.signatures import explain_failure
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
 IMAGE_MEMBERS = ("png", "jpg", "jpeg", "webp")
-FORMATS = ("PNG", "JPEG", "WEBP")
+_FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
 
 
 class ImageSettings(Settings):
@@ -81,6 +89,10 @@ class ImageSettings(Settings):
             raise ValueError("data.image.std: must be above 0")
         if not all(0 <= value <= 255 for value in _as_tuple(self.fill)):
             raise ValueError("data.image.fill: must be from 0 to 255")
+        if self.version == 1:
+            for name in ("resize", "interpolation", "crop", "fill", "max_decoded_mib"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"data.image.{name}: has no effect with data.image.version=1")
         return self
 
 
@@ -110,30 +122,26 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
 
     Args:
         data: Contents of the file.
-        settings: Size and channels.
+        settings: The steps, the size and the channels.
         where: Name of the sample, for error messages.
 
     Returns:
         uint8 [C, S, S], a view of memory laid out as [S, S, C].
 
     Raises:
-        BadSample: if the image cannot be decoded.
+        BadSample: if the image cannot be decoded, or would take more than `max_decoded_mib`.
     """
-    size = settings.size
+    size, mode = settings.size, "L" if settings.channels == 1 else "RGB"
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            file.draft("RGB", (size, size))  # decodes a JPEG at a reduced scale; else no effect
-            if file.has_transparency_data:
-                white = Image.new("RGBA", file.size, (255, 255, 255, 255))
-                image: Image.Image = Image.alpha_composite(white, file.convert("RGBA"))
-            else:
-                image = file
-            if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-            mode = "L" if settings.channels == 1 else "RGB"
-            image.load()
-            image = image if image.mode == mode else image.convert(mode)
-            image = _resize_and_crop(image, size)
+        if settings.version == 1:
+            image = images_v1.decode_square(data, size, mode, settings.draft is not False)
+        else:
+            image = _decode_square(data, settings, mode)
+    except TooLarge as error:
+        raise BadSample(
+            f"{where}: the image is too large: {error}, more than data.image.max_decoded_mib="
+            f"{settings.max_decoded_mib:g}. Raise it, or remove the sample."
+        ) from error
     except Exception as error:  # Pillow raises many types, even AssertionError
         raise BadSample(
             f"{where}: the image cannot be decoded: {explain_failure(data, FORMATS, error)}. "
@@ -143,16 +151,54 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """Resize the shorter side to `size` and crop the center."""
-    if image.size == (size, size):
-        return image
+def _decode_square(data: bytes, settings: ImageSettings, mode: str) -> Image.Image:
+    """Return an image as a viewer shows it, in the color mode and size that towers see."""
+    least = {}
+    if settings.draft is not False:
+        least = {"longer" if settings.resize == "pad" else "shorter": settings.size}
+    image, size = decode_upright(data, mode, settings.max_decoded_mib, **least)
+    return _to_square(image, size, settings)
+
+
+def _to_square(image: Image.Image, size: tuple[int, int], settings: ImageSettings) -> Image.Image:
+    """Resize an image to a square.
+
+    Args:
+        image: Upright image, possibly decoded at a reduced scale.
+        size: Width and height of the upright image at its full scale.
+        settings: Side of the square, and how to reach it.
+    """
+    side, filter = settings.size, _FILTERS[settings.interpolation]
+    short, long = sorted(size)
+    is_wide = size[0] > size[1]
+    if settings.resize == "squash" or short == long:
+        return image if image.size == (side, side) else image.resize((side, side), filter)
+    if settings.resize == "pad":
+        other = max(1, int(side * short / long))
+        inner = (side, other) if is_wide else (other, side)
+        square = Image.new(image.mode, (side, side), settings.fill)
+        square.paste(image.resize(inner, filter), ((side - inner[0]) // 2, (side - inner[1]) // 2))
+        return square
+    other = int(side * long / short)
+    return _resize_and_crop(image, (other, side) if is_wide else (side, other), settings)
+
+
+def _resize_and_crop(
+    image: Image.Image, resized: tuple[int, int], settings: ImageSettings
+) -> Image.Image:
+    """Return the center of the image that a resize to `resized` would give."""
+    side, filter = settings.size, _FILTERS[settings.interpolation]
+    left, top = (_crop_offset(length - side, settings.crop) for length in resized)
+    if filter == Image.Resampling.NEAREST and math.prod(resized) <= 16 * side * side:
+        # Rounding the box to float32 could choose a neighboring pixel.
+        return image.resize(resized, filter).crop((left, top, left + side, top + side))
+    # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes. The filter still
+    # sees pixels beyond the box.
     box = []
-    for length in image.size:
-        resized = max(size, round(length * size / min(image.size)))
-        first = (resized - size) // 2
-        box.append((first * length / resized, min(length, (first + size) * length / resized)))
-    (left, right), (top, bottom) = box
-    # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes.
-    area = (left, top, right, bottom)
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=area)
+    for first, decoded, length in zip((left, top), image.size, resized, strict=True):
+        box += [first * decoded / length, min(decoded, (first + side) * decoded / length)]
+    return image.resize((side, side), filter, box=(box[0], box[2], box[1], box[3]))
+
+
+def _crop_offset(surplus: int, crop: str) -> int:
+    return round(surplus / 2) if crop == "torchvision" else surplus // 2

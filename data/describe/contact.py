@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gigabatch.data.decode.images import IMAGE_MEMBERS
-from gigabatch.data.describe.content_stats import IMAGE_ERRORS, one_line, open_image, reason
+from gigabatch.data.decode.image_steps import decode_upright
+from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings
+from gigabatch.data.describe.content_stats import one_line
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.files import atomic_replace
 from gigabatch.data.rng import key, uniforms
@@ -116,25 +117,11 @@ def _picture(data: bytes | DamagedMember) -> tuple[Image.Image | None, str]:
     if isinstance(data, DamagedMember):
         return None, data.why[data.why.find("at byte ") :]  # Omit the shard: its path is long.
     try:
-        with open_image(data) as image:
-            image.draft("RGB", (CELL, CELL))
-            scale = CELL / max(image.size)
-            size = tuple(max(1, round(side * scale)) for side in image.size)
-            return on_white(image).resize((size[0], size[1]), Image.Resampling.BICUBIC), ""
-    except IMAGE_ERRORS as error:
-        return None, f"the image cannot be decoded: {reason(error)}"
-    except BadSample as error:
-        return None, str(error)
-
-
-def on_white(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB; transparent pixels become white."""
-    if image.mode.startswith("I"):  # 16-bit pixels, which `convert` would clip.
-        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, PAPER), image).convert("RGB")
-    return image.convert("RGB")
+        image, size = decode_upright(data, "RGB", ImageSettings().max_decoded_mib, longer=CELL)
+    except Exception as error:  # Pillow raises many types
+        return None, f"the image cannot be decoded: {str(error) or type(error).__name__}"
+    width, height = (max(1, round(side * CELL / max(size))) for side in size)
+    return image.resize((width, height), Image.Resampling.BICUBIC), ""
 
 
 def _caption(data: bytes | DamagedMember | None, settings: CaptionSettings) -> tuple[str, bool]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import unicodedata
-import warnings
 from array import array
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +12,8 @@ from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from gigabatch.data.decode.images import FORMATS
+from gigabatch.data.decode.image_memory import open_image
 from gigabatch.data.describe.index_stats import (
     TOP,
     Distribution,
@@ -31,8 +28,6 @@ from gigabatch.data.text.captions import CaptionSettings, MissingCaption, read_c
 
 SMALL = (64, 224)
 """Limits in pixels; the images whose shorter side is below each limit are counted."""
-IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""Exceptions that PIL raises for a file it cannot read."""
 MAX_NAMES = 1000
 """Maximum number of scripts and languages that are listed."""
 JOINERS = "\u200c\u200d"
@@ -99,27 +94,6 @@ class CaptionStats:
     keys: Frequencies | None
 
 
-def open_image(data: bytes) -> Image.Image:
-    """Open an image and decode its header only.
-
-    Raises:
-        BadSample: if it cannot be read.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-    except IMAGE_ERRORS as error:
-        raise BadSample(f"the image cannot be read: {reason(error)}.") from error
-
-
-def reason(error: Exception) -> str:
-    """Return the error's message without the memory address that PIL adds."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a PNG, JPEG or WebP file"
-    return str(error)
-
-
 def one_line(text: str, width: int = 300) -> str:
     """Replace line ends and control characters, and shorten `text` to `width` characters."""
     line = "".join(c if c.isprintable() or c in JOINERS else " " for c in text[: 4 * width])
@@ -146,7 +120,12 @@ class Images:
         Raises:
             BadSample: if it cannot be read.
         """
-        with open_image(data) as image:
+        try:
+            image = open_image(data)
+        except Exception as error:  # Pillow raises many types
+            why = str(error) or type(error).__name__
+            raise BadSample(f"the image cannot be read: {why}.") from error
+        with image:
             width, height = image.size
             self.formats.add(image.format)
             self.modes.add(image.mode)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -176,6 +176,7 @@ def _train(
     run = RunFolder(out / "runs" / str(config.run.name))
     exists = (run.path / "config.yaml").exists()
     if exists:
+        config = _with_pixel_version(config, run.config().data.image.version)
         _check_same_config(run, config)
     if exists and run.is_finished():
         return run
@@ -191,6 +192,12 @@ def _train(
     seconds = time.monotonic() - start_time
     say(f"  seed {seed}, {variant.name}: {config.train.steps} steps, {seconds:.0f} s")
     return run
+
+
+def _with_pixel_version(config: Config, version: Literal[1, 2]) -> Config:
+    """Return the config for a run that began with this version of the steps to pixels."""
+    image = config.data.image.model_copy(update={"version": version})
+    return config.model_copy(update={"data": config.data.model_copy(update={"image": image})})
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:

@@ -33,6 +33,9 @@ from gigabatch.trainer.config.overrides import apply_overrides
 FREE_FORM = (".config", ".args", ".env")
 """Suffixes of keys whose value is a free-form mapping."""
 
+VALUES_OF_OLD_RUNS: dict[str, Any] = {"data.image.version": 1}
+"""Key -> value in runs whose config.yaml lacks it, because they began before the key existed."""
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file, apply `key=value` overrides, validate and resolve.
@@ -75,12 +78,47 @@ def parse_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config
     Raises:
         GigabatchError: if a key or value is wrong.
     """
+    return _validate(_parse_yaml(text, where), where, overrides)
+
+
+def parse_run_config(text: str, where: str, overrides: Sequence[str] = ()) -> Config:
+    """Validate the config.yaml of a run folder, or of its copy, with overrides applied.
+
+    A run keeps the steps it began with: a key that older versions did not write has the value of
+    those versions, not the default of new runs.
+
+    Args:
+        text: YAML.
+        where: Name of the text, for messages.
+        overrides: Strings `key=value`; values are YAML.
+
+    Raises:
+        GigabatchError: if a key or value is wrong.
+    """
+    tree = _parse_yaml(text, where)
+    for key, value in VALUES_OF_OLD_RUNS.items():
+        *path, last = key.split(".")
+        section: Any = tree
+        for name in path:
+            if isinstance(section, dict):
+                section[name] = section.get(name) or {}
+                section = section[name]
+        if isinstance(section, dict):  # `_validate` rejects anything else
+            section.setdefault(last, value)
+    return _validate(tree, where, overrides)
+
+
+def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise GigabatchError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise GigabatchError(f"{where}: a config is a mapping of sections, such as `train:`.")
+    return tree
+
+
+def _validate(tree: dict[str, Any], where: str, overrides: Sequence[str]) -> Config:
     apply_overrides(tree, overrides, where)
     _reject_unknown(tree, where)
     try:

@@ -28,7 +28,7 @@ from typing import Any
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.config.load import dump_config, parse_config, read_config
+from gigabatch.trainer.config.load import dump_config, parse_run_config, read_config
 from gigabatch.trainer.run.files import create_numbered, to_json, write_atomically
 from gigabatch.trainer.run.provenance import changes, provenance
 
@@ -81,7 +81,7 @@ class RunFolder:
     def config(self) -> Config:
         """Read the run's config."""
         path = self.path / "config.yaml"
-        return parse_config(read_config(path), str(path))
+        return parse_run_config(read_config(path), str(path))
 
     def write_config(self, config: Config) -> None:
         """Write the run's config."""
