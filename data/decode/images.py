@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gigabatch.data.decode import images_v1
-from gigabatch.data.decode.image_memory import TooLarge
+from gigabatch.data.decode.image_memory import FORMATS, TooLarge
 from gigabatch.data.decode.image_steps import decode_upright
 from gigabatch.data.decode.signatures import explain_failure
 from gigabatch.data.errors import BadSample

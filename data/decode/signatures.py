@@ -96,7 +96,7 @@ def explain_failure(data: bytes, formats: Sequence[str], error: Exception) -> st
         return f"it is {kind}" if kind != "0 bytes" else "the file has 0 bytes"
     message = _OBJECT.sub("the file", str(error)) or type(error).__name__
     if kind is None and message.startswith("cannot identify image file"):
-        return "its first bytes are of no known format"
+        return f"not a {', '.join(formats)} file"
     return message.rstrip(" .")
 
 
