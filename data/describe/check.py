@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
 from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.processes import ctrl_c_deferred, worker_pool
 from gigabatch.data.remote.locations import is_remote
@@ -117,14 +116,22 @@ def _map(
 def _each_member(fields: Fields, index: Index) -> list[Fields]:
     """Split fields so that every image and audio member of a sample is decoded."""
     singles = []
-    for name, settings in {"image": fields.image, **fields.more}.items():
-        if isinstance(settings, ImageSettings | AudioSettings) and settings.member is None:
-            present = [member for member in settings.members if member in index.members]
-            for member in present if len(present) > 1 else ():
-                one = settings.model_copy(update={"member": member})
-                part = Fields(image=one) if name == "image" else Fields(more={name: one})
-                singles.append(replace(part, allow_missing=True))
+    if fields.image is not None and fields.image.member is None:
+        for member in _present(index, fields.image.members):
+            image = fields.image.model_copy(update={"member": member})
+            singles.append(Fields(image=image, allow_missing=True))
+    for name, audio in fields.more.items():
+        if isinstance(audio, AudioSettings) and audio.member is None:
+            for member in _present(index, audio.members):
+                one = audio.model_copy(update={"member": member})
+                singles.append(Fields(more={name: one}, allow_missing=True))
     return [fields, *singles]
+
+
+def _present(index: Index, members: Sequence[str]) -> list[str]:
+    """Return those of `members` that occur; none if one occurs alone, which is decoded anyway."""
+    present = [member for member in members if member in index.members]
+    return present if len(present) > 1 else []
 
 
 def _decode(raw: Mapping[str, bytes | DamagedMember], fields: list[Fields], where: str) -> None:
