@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from tarfile import BLOCKSIZE, RECORDSIZE
@@ -33,11 +32,11 @@ from gigabatch.data.packing.folder import (
     temporary_file,
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
+from gigabatch.data.packing.splits import reject_splits
 from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files, unread_tables
 from gigabatch.data.remote.locations import expand, is_remote
 from gigabatch.data.shards.index import read_manifest
 from gigabatch.data.shards.indexing import open_index
-from gigabatch.data.shards.unread import count_splits, files_by_split, split_pattern
 
 log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -94,6 +93,8 @@ def pack(
             state = open_state(out, samples)
             if not state.complete:
                 total = samples.check()
+                if warning := samples.warning(out):
+                    log.warning("%s", warning)
                 if not total:
                     raise GigabatchError(f"{source}: there are no rows. Choose a source with rows.")
                 save_state(out, state)
@@ -138,7 +139,7 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
             f"the shards as {(path if is_folder else path.parent) / '*.tar'}."
         )
     if not settings.merge_splits:
-        _reject_splits(str(source), [str(file) for file in tables or shards])
+        reject_splits(str(source), [str(file) for file in tables or shards])
     if is_folder and tables and (unread := unread_tables(path)):
         log.warning(
             "%s: not read: %s. Unpack or convert them to a table of the same format.",
@@ -149,21 +150,6 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
     samples = TableSamples(open_table(path, settings.delimiter), settings)
     log.info("%s: %s", source, samples.columns.describe())
     return samples
-
-
-def _reject_splits(source: str, files: Sequence[str]) -> None:
-    """Raise GigabatchError if files are of several splits: evaluation data would be trained on."""
-    if splits := files_by_split(files):
-        folder = os.path.dirname(files[0])
-        commands = [
-            f"`gigabatch data pack {shlex.quote(f'{folder}/{split_pattern(split, splits)}')} "
-            f"OUT/{split}`"
-            for split in splits
-        ]
-        raise GigabatchError(
-            f"{source}: its files are of several splits: {count_splits(splits)}. Pack each into a "
-            f"set of its own: {', '.join(commands)}; or set --merge-splits to make one set of all."
-        )
 
 
 def _write_shards(out: Path, state: State, samples: Samples, report: Callable[[int], None]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -35,8 +35,9 @@ from gigabatch.data.packing.members import (
     relative_name,
 )
 from gigabatch.data.packing.row_store import RowStore
+from gigabatch.data.packing.rows import find_repeated_key, packing_order
+from gigabatch.data.packing.splits import SplitColumn
 from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, Table
-from gigabatch.data.rng import key, permute
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import DamagedMember, Reader
 
@@ -78,6 +79,13 @@ class Samples(Protocol):
             GigabatchError: if a row cannot be packed.
         """
 
+    def warning(self, out: Path) -> str | None:
+        """Return a warning about the rows that `check` read, or None.
+
+        Args:
+            out: The output folder.
+        """
+
     def read(self, start: int) -> Iterator[Sample | Skipped]:
         """Read rows in packing order from position `start`; call `check` first."""
 
@@ -116,6 +124,7 @@ class TableSamples:
         self._store: RowStore | None = None
         self._count = 0
         self._numeric: frozenset[str] = frozenset()
+        self._split = SplitColumn(())
 
     def check(self) -> int:
         """Check all rows and return their number.
@@ -127,7 +136,8 @@ class TableSamples:
         invalid, missing = _RowProblems(), _RowProblems()
         numeric = NumericColumns(self.columns.extra if self.table.untyped else ())
         columns = self.columns.to_read(include_file=not self.columns.embedded)
-        rows = numeric.observe(self.table.rows(columns=columns))
+        self._split = SplitColumn(self.columns.extra)
+        rows = self._split.observe(numeric.observe(self.table.rows(columns=columns)))
         for number, result in self._convert(rows, load=False):
             self._count = number + 1
             if isinstance(result, InvalidRow):
@@ -146,6 +156,10 @@ class TableSamples:
             )
         self._reject_repeated_keys()
         return self._count
+
+    def warning(self, out: Path) -> str | None:
+        """Return a warning about the rows that `check` read, or None."""
+        return None if self.settings.merge_splits else self._split.warning(self.table.source, out)
 
     def _summary(self, problems: _RowProblems) -> str:
         rows = f"{problems.count:,} of {self._count:,} rows cannot be packed"
@@ -297,6 +311,10 @@ class ShardSamples:
             )
         return len(self.index)
 
+    def warning(self, out: Path) -> str | None:
+        """Return None: `open_index` warns of what it does not read."""
+        return None
+
     def _keys(self) -> Iterator[str]:
         for first in range(0, len(self.index), BATCH_ROWS):
             rows = np.arange(first, min(first + BATCH_ROWS, len(self.index)))
@@ -313,28 +331,3 @@ class ShardSamples:
                         if isinstance(member, DamagedMember):
                             raise GigabatchError(member.why)
                     yield {"__key__": self.index.key(row)} | members
-
-
-def packing_order(start: int, count: int, seed: int | None) -> Iterator[int]:
-    """Yield the rows at positions `start` to `count` - 1; `seed` permutes them, None does not."""
-    for first in range(start, count, BATCH_ROWS):
-        positions = np.arange(first, min(first + BATCH_ROWS, count), dtype=np.int64)
-        if seed is not None:
-            positions = permute(positions, count, key(seed, "pack"))
-        yield from positions.tolist()
-
-
-def find_repeated_key(keys: Callable[[], Iterator[str]]) -> str | None:
-    """Describe the first key that occurs twice; None if all differ.
-
-    Args:
-        keys: Function that returns an iterator over all keys. It is called again if hashes repeat,
-            so that only eight bytes per key are in memory.
-    """
-    hashes, counts = np.unique(np.fromiter(map(hash, keys()), np.int64), return_counts=True)
-    repeated_hashes = set(hashes[counts > 1].tolist())
-    first_row: dict[str, int] = {}
-    for row, name in enumerate(keys() if repeated_hashes else ()):
-        if hash(name) in repeated_hashes and first_row.setdefault(name, row) != row:
-            return f"rows {first_row[name]} and {row} have the same key {name!r}"
-    return None

@@ -120,11 +120,11 @@ def table_files(source: Path) -> list[Path]:
     if not os.path.isdir(source):  # `Path.is_dir` raises for a name that is too long
         return list(map(Path, expand([str(source)]))) if _is_pattern(source) else [source]
     # `datasets` caches results in `cache-*.arrow` next to a data set.
-    return sorted(
-        path
-        for path in source.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith((".", "cache-"))
-    )
+    return sorted(path for path in source.iterdir() if _is_table(path))
+
+
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith((".", "cache-"))
 
 
 def _is_pattern(source: Path) -> bool:
@@ -175,6 +175,8 @@ def _not_a_table(source: Path, files: Sequence[Path]) -> GigabatchError:
     several = f"; it contains {', '.join(suffixes)}" if len(suffixes) > 1 else ""
     if not files and (unread := unread_tables(source)):
         several = f"; {unread[0]} must be unpacked or converted first"
+    elif not files and (deeper := [p for p in sorted(source.glob("*/*")) if _is_table(p)]):
+        several = f"; {deeper[0].parent} contains tables: pack each such folder into its own set"
     if len(files) == 1 and files[0].is_file():
         with open(files[0], "rb") as file:
             kind = describe_bytes(file.read(512))
@@ -296,6 +298,11 @@ def _read_errors(path: Path) -> Iterator[None]:
     """Convert read errors to a one-line GigabatchError that names the file."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise GigabatchError(
+            f"{path}: the table is not UTF-8 text (byte {error.object[error.start]:#04x}). Save it "
+            f"as UTF-8, as `iconv -f ENCODING -t UTF-8` does."
+        ) from error
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         problem = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise GigabatchError(

@@ -253,13 +253,19 @@ def _open_view(source: str, manifest: dict[str, Any], columns: Sequence[str]) ->
         if now[shard["name"]] != (shard["bytes"], shard["version"]):
             raise GigabatchError(
                 f"{source}: {shard['name']} changed after this view was made. Make it again with "
-                f"`gigabatch data filter {view['source']} '{view['where']}' {source}`."
+                f"`{_command('filter', view['source'], view['where'], source)}`."
             )
     names = [shard["name"] for shard in manifest["shards"]]
     index = index_from_manifest(source, Path(source), manifest, names)
     if missing := [name for name in columns if name not in index.columns]:
         raise GigabatchError(
-            f"{source}: the view has no column {', '.join(missing)}. Run `gigabatch data index "
-            f"{view['source']} --columns {','.join(missing)}`, then make the view again."
+            f"{source}: the view has no column {', '.join(missing)}. Run "
+            f"`{_command('index', view['source'], '--columns', ','.join(missing))}`, then make the "
+            f"view again: `{_command('filter', view['source'], view['where'], source)}`."
         )
     return index
+
+
+def _command(*arguments: str) -> str:
+    """Return a `gigabatch data` command as typed into a shell."""
+    return shlex.join(["gigabatch", "data", *arguments])

@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "no header": ("t.csv", b"", "first line must name the columns"),
     "a column twice": ("t.csv", b"file,text,file\n", "each with a different name"),
     "no row": ("t.csv", b"file,text\n", "there are no rows"),
-    "not UTF-8": ("t.csv", b"file,text\na.png,\xff\n", "utf-8"),
+    "not UTF-8": ("t.csv", b"file,text\na.png,\xff\n", "is not UTF-8"),
     "not JSON": ("t.jsonl", b'{"file": "a", "text": "b"}\n{"a\n', "line 2: "),
     "not an object": ("t.jsonl", b"[1]\n", "line 1 is not a JSON object"),
     "not Parquet": ("t.parquet", b"PAR1 not at all PAR1", "cannot be read"),

@@ -7,6 +7,7 @@ import logging
 import re
 import shlex
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from tarfiles import write_tar
 
 from gigabatch.data.packing.csv_tables import find_delimiter
 from gigabatch.data.packing.pack import PackSettings, pack
+from gigabatch.data.shards.indexing import open_index
 
 
 def texts(folder: Path, *names: str) -> Path:
@@ -70,6 +72,58 @@ def test_splits_are_refused_and_the_commands_pack_each(
     merged = [folder, "merged", "--merge-splits", *options]
     assert outcome(monkeypatch, capsys, "data", "pack", *merged)[0] == 0
     assert len(members(tmp_path / "merged")) == sum(counts.values())
+
+
+@pytest.mark.parametrize(
+    "values", [("train", "val", "restval"), ("training", "test"), ("Dev", "test")]
+)
+def test_split_column_is_named_and_the_commands_make_a_view(
+    values: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    names = [values[0]] * 3 + list(values[1:])
+    rows = [{"text": f"t{i}", "split": name} for i, name in enumerate(names)]
+    table, out = write_table(tmp_path / "t.csv", rows), tmp_path / "o ut"
+    pack(table, out, PackSettings(file_column="none", prefix="p"))
+    assert f"states several splits, which one set now merges: {values[0]} (3), " in caplog.text
+    for command in re.findall(r"`gigabatch ([^`]+)`", caplog.text):
+        assert outcome(monkeypatch, capsys, *shlex.split(command))[0] == 0
+    assert len(open_index(f"{out}-{values[0]}")) == 3
+    caplog.clear()
+    pack(table, tmp_path / "b", PackSettings(file_column="none", merge_splits=True))
+    assert "several splits" not in caplog.text
+
+
+@pytest.mark.parametrize("values", [("train", "train"), ("a", "b"), ("1", "2")])
+def test_column_of_one_split_or_other_values_is_not_named(
+    values: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"text": "t", "split": value} for value in values]
+    pack(write_table(tmp_path / "t.csv", rows), tmp_path / "o", PackSettings(file_column="none"))
+    assert "several splits" not in caplog.text
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "iso-8859-1", "cp1252"])
+def test_table_of_another_encoding_is_named(encoding: str, tmp_path: Path) -> None:
+    text = "file,text\nx.png,größer\n"
+    (tmp_path / "t.csv").write_bytes(text.encode(encoding))
+    message = pack_error(tmp_path / "t.csv", tmp_path / "out")
+    assert "is not UTF-8 text" in message
+    (tmp_path / "x.png").write_bytes(PNG)
+    command = ["iconv", "-f", encoding, "-t", "UTF-8", tmp_path / "t.csv"]
+    (tmp_path / "t.csv").write_bytes(subprocess.check_output(command))
+    pack(tmp_path / "t.csv", tmp_path / "out")
+    assert members(tmp_path / "out")["000000.txt"] == "größer".encode()
+
+
+def test_tables_in_subfolders_are_named(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        texts(tmp_path / "in" / split, "metadata.csv")
+    message = pack_error(tmp_path / "in", tmp_path / "out")
+    assert f"{tmp_path / 'in' / 'test'} contains tables: pack each such folder" in message
 
 
 def test_pattern_of_tables_is_one_table_in_order(tmp_path: Path) -> None:
