@@ -108,13 +108,12 @@ def decode(held: HeldBatches) -> Pieces:
 
 
 def fit(image: Image.Image, settings: ImageSettings) -> Tensor:
-    """Resize the shorter side and crop the center; return uint8 [C, S, S]."""
+    """Resize the shorter side and crop the center, as torchvision; return uint8 [C, S, S]."""
     size = settings.size
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     if (width, height) != (size, size):
         image = image.crop((left, top, left + size, top + size))
     pixels = np.array(image).reshape(size, size, settings.channels)

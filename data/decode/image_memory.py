@@ -23,24 +23,39 @@ def open_image(data: bytes) -> ImageFile.ImageFile:
     size and raises at another: `check_memory` is the limit.
 
     Raises:
+        TooLarge: if a WebP file has more pixels than Pillow decodes.
         ValueError: if the contents are of no such format.
         Exception: any other, if the header is damaged.
     """
     for name in FORMATS:
         factory, accepts = Image.OPEN[name]
         if accepts is None or accepts(data[:16]) is True:
-            return factory(io.BytesIO(data), "")
+            try:
+                return factory(io.BytesIO(data), "")
+            except Image.DecompressionBombError as error:  # only Pillow's WebP decoder checks this
+                pixels = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+                raise TooLarge(
+                    f"over {pixels:,} pixels (WebP) take over {16 * pixels / _MIB:,.0f} MiB to "
+                    "decode"
+                ) from error
     raise ValueError("not a PNG, JPEG or WebP file")
 
 
 def check_memory(
-    file: ImageFile.ImageFile, data: bytes, mode: str, max_mib: float, *, is_turned: bool = False
+    file: ImageFile.ImageFile,
+    data: bytes,
+    size: tuple[int, int],
+    mode: str,
+    max_mib: float,
+    *,
+    is_turned: bool = False,
 ) -> None:
     """Check that an image, at the scale at which it will be decoded, is not too large.
 
     Args:
-        file: Opened image.
+        file: Opened image, possibly to be decoded at a reduced scale.
         data: Its contents.
+        size: Its width and height at full scale.
         mode: Pixel mode to which it will be converted: `L` or `RGB`.
         max_mib: Allowed memory in MiB.
         is_turned: Count a turned copy as well.
@@ -48,10 +63,11 @@ def check_memory(
     Raises:
         TooLarge: if decoding and converting it takes more than `max_mib`.
     """
-    width, height = file.size
-    if _pixels(file) * _MOST_BYTES <= max_mib * _MIB:
+    width, height = size
+    if width * height * _MOST_BYTES <= max_mib * _MIB:
         return
-    needed = width * height * _bytes_per_pixel(file, mode, is_turned) + _coefficients(file, data)
+    needed = file.width * file.height * _bytes_per_pixel(file, mode, is_turned)
+    needed += width * height * _coefficient_bytes(file, data)
     if needed > max_mib * _MIB:
         raise TooLarge(
             f"{width} x {height} pixels ({file.mode}) take {needed / _MIB:,.0f} MiB to decode"
@@ -60,14 +76,6 @@ def check_memory(
 
 _MOST_BYTES = 32
 """More bytes per pixel of the file than any image takes: smaller images need no closer look."""
-
-
-def _pixels(file: ImageFile.ImageFile) -> int:
-    """Return the number of pixels of the file at its full scale."""
-    if isinstance(file, JpegImagePlugin.JpegImageFile) and file.decoderconfig:
-        scale = int(file.decoderconfig[0])
-        return file.width * scale * file.height * scale
-    return file.width * file.height
 
 
 def _bytes_per_pixel(file: ImageFile.ImageFile, mode: str, is_turned: bool) -> int:
@@ -80,16 +88,16 @@ def _bytes_per_pixel(file: ImageFile.ImageFile, mode: str, is_turned: bool) -> i
     if file.format == "WEBP":
         total += 12  # two canvases of the decoder, and its output
     if file.has_transparency_data:
-        total += 4 + converted
-        if isinstance(file.info.get("transparency"), tuple):
-            total += 12  # the transparent color is compared in up to 16 bits
+        total += 4 if mode == "RGB" else 4 + converted  # in front of white, by strips
+        if file.tile and file.tile[0].args == "RGB;16B":
+            total += 12  # the low bytes, and arrays to compare both with the transparent color
     elif file.mode != mode:
         total += converted
     return total + converted * is_turned
 
 
-def _coefficients(file: ImageFile.ImageFile, data: bytes) -> float:
-    """Return the bytes that libjpeg keeps of a progressive or other JPEG of several scans.
+def _coefficient_bytes(file: ImageFile.ImageFile, data: bytes) -> int:
+    """Return the bytes per pixel that libjpeg keeps of a progressive or other JPEG of many scans.
 
     They are the coefficients of the whole image, at whatever scale it is decoded.
     """
@@ -97,4 +105,4 @@ def _coefficients(file: ImageFile.ImageFile, data: bytes) -> float:
         return 0
     sampling = [(layer[1], layer[2]) for layer in file.layer]
     most = max(h for h, _ in sampling) * max(v for _, v in sampling)
-    return 2 * _pixels(file) * sum(h * v for h, v in sampling) / most
+    return 2 * sum(h * v for h, v in sampling) // most

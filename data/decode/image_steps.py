@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from gigabatch.data.decode.image_memory import check_memory, open_image
 
+
+class _Turn(NamedTuple):
+    """Operation that turns a stored image as a viewer shows it.
+
+    Attributes:
+        method: Pillow's name of it.
+        swaps: The stored height becomes the width.
+        flips: For width and height of the result: it runs against the stored direction.
+    """
+
+    method: Image.Transpose
+    swaps: bool
+    flips: tuple[bool, bool]
+
+
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: _Turn(Image.Transpose.FLIP_LEFT_RIGHT, False, (True, False)),
+    3: _Turn(Image.Transpose.ROTATE_180, False, (True, True)),
+    4: _Turn(Image.Transpose.FLIP_TOP_BOTTOM, False, (False, True)),
+    5: _Turn(Image.Transpose.TRANSPOSE, True, (False, False)),
+    6: _Turn(Image.Transpose.ROTATE_270, True, (True, False)),
+    7: _Turn(Image.Transpose.TRANSVERSE, True, (True, True)),
+    8: _Turn(Image.Transpose.ROTATE_90, True, (False, True)),
 }
-"""EXIF orientation -> operation that turns the stored image as a viewer shows it."""
-_SWAPS_SIDES = (_TURNS[5], _TURNS[6], _TURNS[7], _TURNS[8])
-"""Operations after which the width is the stored height."""
+"""EXIF orientation -> operation."""
 _WITH_ORIENTATION = frozenset({"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"})
 """Entries of `info` from which Pillow reads the orientation."""
 _STRIP_PIXELS = 1 << 20
@@ -29,9 +42,26 @@ _GRAY_LAYOUTS = {"L": (255, 1), "L;2": (3, 85), "L;4": (15, 17)}
 """Pillow's name of a gray layout -> mask of a value, and factor by which Pillow multiplies it."""
 
 
+class Upright(NamedTuple):
+    """An image as a viewer shows it.
+
+    Attributes:
+        image: The image, possibly at a reduced scale.
+        size: Width and height at full scale.
+        begin: Left and top of the part of `image` that shows the file. At a reduced scale, its
+            last column and row may cover less than a pixel; a turn may make them the first.
+        end: Right and bottom of that part.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
+    begin: tuple[float, float]
+    end: tuple[float, float]
+
+
 def decode_upright(
     data: bytes, mode: str, max_mib: float, *, shorter: int = 0, longer: int = 0
-) -> tuple[Image.Image, tuple[int, int]]:
+) -> Upright:
     """Decode an image as a viewer shows it, in front of white.
 
     Args:
@@ -41,30 +71,43 @@ def decode_upright(
         shorter: Needed length of the shorter side: libjpeg may reduce a JPEG to no less.
         longer: The same of the longer side. With neither, nothing is reduced.
 
-    Returns:
-        The image, and its width and height at full scale.
-
     Raises:
         TooLarge: if decoding takes more than `max_mib`.
         Exception: any other, if the image cannot be decoded.
     """
     with open_image(data) as file:
         size = file.size
-        if shorter:
-            file.draft("RGB", (shorter, shorter))  # no effect except on a JPEG
-        elif longer:
-            width, height = (max(1, side * longer // max(size)) for side in size)
-            file.draft("RGB", (width, height))
-        check_memory(file, data, mode, max_mib)
+        end: tuple[float, float] = size
+        if shorter or longer:
+            width, height = shorter, shorter
+            if longer:
+                width, height = (max(1, side * longer // max(size)) for side in size)
+            reduced = file.draft("RGB", (width, height))  # no effect except on a JPEG
+            end = reduced[1][2:] if reduced else size
+        check_memory(file, data, size, mode, max_mib)
         image = _opaque(file, data, mode)
         turn = _turn(file)
         if turn is None:
-            return image, size
-        check_memory(file, data, mode, max_mib, is_turned=True)
-        return image.transpose(turn), size[::-1] if turn in _SWAPS_SIDES else size
+            return Upright(image, size, (0, 0), end)
+        check_memory(file, data, size, mode, max_mib, is_turned=True)
+        return _turned(image, size, end, turn)
 
 
-def _turn(file: ImageFile.ImageFile) -> Image.Transpose | None:
+def _turned(
+    image: Image.Image, size: tuple[int, int], end: tuple[float, float], turn: _Turn
+) -> Upright:
+    image = image.transpose(turn.method)
+    if turn.swaps:
+        size, end = size[::-1], end[::-1]
+    begin = [
+        length - last if flips else 0
+        for length, last, flips in zip(image.size, end, turn.flips, strict=True)
+    ]
+    right, bottom = (first + last for first, last in zip(begin, end, strict=True))
+    return Upright(image, size, (begin[0], begin[1]), (right, bottom))
+
+
+def _turn(file: ImageFile.ImageFile) -> _Turn | None:
     """Return the operation that shows an image upright, or None if none is needed.
 
     The pixels must be loaded: a PNG may have its EXIF data after them.

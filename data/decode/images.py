@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gigabatch.data.decode import images_v1
 from gigabatch.data.decode.image_memory import FORMATS, TooLarge
-from gigabatch.data.decode.image_steps import decode_upright
+from gigabatch.data.decode.image_steps import Upright, decode_upright
 from gigabatch.data.decode.signatures import explain_failure
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
@@ -156,48 +156,51 @@ def _decode_square(data: bytes, settings: ImageSettings, mode: str) -> Image.Ima
     least = {}
     if settings.draft is not False:
         least = {"longer" if settings.resize == "pad" else "shorter": settings.size}
-    image, size = decode_upright(data, mode, settings.max_decoded_mib, **least)
-    return _to_square(image, size, settings)
+    upright = decode_upright(data, mode, settings.max_decoded_mib, **least)
+    return _to_square(upright, settings)
 
 
-def _to_square(image: Image.Image, size: tuple[int, int], settings: ImageSettings) -> Image.Image:
-    """Resize an image to a square.
-
-    Args:
-        image: Upright image, possibly decoded at a reduced scale.
-        size: Width and height of the upright image at its full scale.
-        settings: Side of the square, and how to reach it.
-    """
+def _to_square(upright: Upright, settings: ImageSettings) -> Image.Image:
+    """Resize an image to a square."""
     side, filter = settings.size, _FILTERS[settings.interpolation]
-    short, long = sorted(size)
-    is_wide = size[0] > size[1]
+    image, (width, height) = upright.image, upright.size
+    short, long = min(width, height), max(width, height)
     if settings.resize == "squash" or short == long:
-        return image if image.size == (side, side) else image.resize((side, side), filter)
+        if image.size == (side, side):
+            return image
+        return image.resize((side, side), filter, box=(*upright.begin, *upright.end))
+    is_wide = width > height
     if settings.resize == "pad":
         other = max(1, int(side * short / long))
         inner = (side, other) if is_wide else (other, side)
+        image = image.resize(inner, filter, box=(*upright.begin, *upright.end))
         square = Image.new(image.mode, (side, side), settings.fill)
-        square.paste(image.resize(inner, filter), ((side - inner[0]) // 2, (side - inner[1]) // 2))
+        square.paste(image, ((side - inner[0]) // 2, (side - inner[1]) // 2))
         return square
     other = int(side * long / short)
-    return _resize_and_crop(image, (other, side) if is_wide else (side, other), settings)
+    return _resize_and_crop(upright, (other, side) if is_wide else (side, other), settings)
 
 
 def _resize_and_crop(
-    image: Image.Image, resized: tuple[int, int], settings: ImageSettings
+    upright: Upright, resized: tuple[int, int], settings: ImageSettings
 ) -> Image.Image:
     """Return the center of the image that a resize to `resized` would give."""
     side, filter = settings.size, _FILTERS[settings.interpolation]
     left, top = (_crop_offset(length - side, settings.crop) for length in resized)
     if filter == Image.Resampling.NEAREST and math.prod(resized) <= 16 * side * side:
         # Rounding the box to float32 could choose a neighboring pixel.
-        return image.resize(resized, filter).crop((left, top, left + side, top + side))
+        whole = upright.image.resize(resized, filter, box=(*upright.begin, *upright.end))
+        return whole.crop((left, top, left + side, top + side))
     # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes. The filter still
     # sees pixels beyond the box.
     box = []
-    for first, decoded, length in zip((left, top), image.size, resized, strict=True):
-        box += [first * decoded / length, min(decoded, (first + side) * decoded / length)]
-    return image.resize((side, side), filter, box=(box[0], box[2], box[1], box[3]))
+    for first, length, begin, end in zip(
+        (left, top), resized, upright.begin, upright.end, strict=True
+    ):
+        scale = (end - begin) / length
+        box += [begin + first * scale, min(end, begin + (first + side) * scale)]
+    area = (box[0], box[2], box[1], box[3])
+    return upright.image.resize((side, side), filter, box=area)
 
 
 def _crop_offset(surplus: int, crop: str) -> int:

@@ -117,11 +117,12 @@ def _picture(data: bytes | DamagedMember) -> tuple[Image.Image | None, str]:
     if isinstance(data, DamagedMember):
         return None, data.why[data.why.find("at byte ") :]  # Omit the shard: its path is long.
     try:
-        image, size = decode_upright(data, "RGB", ImageSettings().max_decoded_mib, longer=CELL)
+        upright = decode_upright(data, "RGB", ImageSettings().max_decoded_mib, longer=CELL)
     except Exception as error:  # Pillow raises many types
         return None, f"the image cannot be decoded: {str(error) or type(error).__name__}"
+    size = upright.size
     width, height = (max(1, round(side * CELL / max(size))) for side in size)
-    return image.resize((width, height), Image.Resampling.BICUBIC), ""
+    return upright.image.resize((width, height), Image.Resampling.BICUBIC), ""
 
 
 def _caption(data: bytes | DamagedMember | None, settings: CaptionSettings) -> tuple[str, bool]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-ENTRIES = 10_000
+ENTRIES = 1_000
 """Maximum number of entries inspected in the subfolders of a folder."""
 _UNPACKERS = {
     ".tar.gz": "gunzip", ".tgz": "gunzip", ".tar.zst": "zstd -d --rm", ".tzst": "zstd -d --rm",
@@ -22,6 +22,7 @@ _UNPACKERS = {
 }  # fmt: skip
 _ARCHIVES = (".zip", ".7z", ".rar")
 _UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|download|crdownload|incomplete|aria2)$")
+_SUSPECT = re.compile(r"\.(tar|tgz|tzst|tbz2|txz|zip|7z|rar)", re.IGNORECASE)
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation",
     "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
@@ -39,7 +40,8 @@ def unread_data(names: Sequence[str], folder: str | None = None) -> list[str]:
     Returns:
         One phrase per kind of file; empty if everything is read.
     """
-    lower = {name: name.lower() for name in sorted(names) if not name.startswith(".")}
+    suspects = sorted(name for name in names if _SUSPECT.search(name) and name[0] != ".")
+    lower = {name: name.lower() for name in suspects}
     phrases = []
     for suffix, unpacker in _UNPACKERS.items():
         found = [name for name, low in lower.items() if low.endswith(suffix)]
@@ -85,6 +87,9 @@ def _shards_below(folder: str) -> Iterator[str]:
             return
 
 
+_NO_DIGITS = str.maketrans("", "", "0123456789")
+
+
 def split_of(name: str) -> str | None:
     """Return the split that a file's name states: train, validation or test; None if none.
 
@@ -98,8 +103,12 @@ def split_of(name: str) -> str | None:
 
 def files_by_split(names: Iterable[str]) -> dict[str, list[str]]:
     """Return split -> names of its files; empty unless the names state several splits."""
+    names = sorted(names)
+    # Most sets have names that differ in their digits only; a set may have a million shards.
+    if len({split_of(name) for name in {name.translate(_NO_DIGITS) for name in names}}) < 2:
+        return {}
     splits: dict[str, list[str]] = {}
-    for name in sorted(names):
+    for name in names:
         if split := split_of(name):
             splits.setdefault(split, []).append(os.path.basename(name))
     return splits if len(splits) > 1 else {}

@@ -235,6 +235,8 @@ def describe_source(
     with progress_bar("reading samples") as progress:
         stats = collect(index, captions, sample or None, progress)
     print(json.dumps(stats.to_json()) if as_json else render(stats))
+    for line in () if as_json else _several_members(index):
+        print(f"note: {line}; these statistics use the first of their extensions")
     if sheet is not None:
         contact_sheet(index, captions, sheet)
         if not as_json:

@@ -145,7 +145,8 @@ def test_check_decodes_each_of_several_images(run: Run, tmp_path: Path) -> None:
     assert code == 2
     assert "sample 'k1': the image cannot be decoded: it is a GIF" in out
     assert "1 bad" in out
-    assert "3 samples have several images" in run("data", "index", tmp_path)[1]
+    for command in ("index", "stats"):
+        assert "3 samples have several images" in run("data", command, tmp_path)[1]
 
 
 def test_check_reports_invalid_json(run: Run, tmp_path: Path) -> None:

@@ -18,9 +18,10 @@ import psutil
 import soundfile
 import torch
 import webdataset as wds
-from PIL import Image
+from PIL import ExifTags, Image
 from support import spoil
 
+from gigabatch.data.decode.images import decode_image
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
@@ -75,6 +76,15 @@ def probe_batch(config: Config, folder: Path) -> Any:
 def probe_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
     return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
+
+
+def probe_pixels(config: Config, folder: Path) -> Any:
+    """Decode a JPEG whose EXIF data turns it upside down."""
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 61, 3), np.uint8)
+    exif, file = Image.Exif(), BytesIO()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.fromarray(pixels).save(file, "jpeg", exif=exif)
+    return digest(decode_image(file.getvalue(), config.data.image, "sample"))
 
 
 def probe_loaders(config: Config, folder: Path) -> Any:
@@ -265,6 +275,7 @@ def summarize_run(run: RunFolder) -> Any:
 PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "batch": probe_batch,
     "inputs": probe_inputs,
+    "pixels": probe_pixels,
     "loaders": probe_loaders,
     "towers": probe_towers,
     "sensors": probe_sensors,
