@@ -36,6 +36,8 @@ FILE_BATCH_ROWS = 32
 _COMPRESSED = re.compile(
     r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow|feather)\.(gz|zst|bz2|xz|zip|lz4)$"
 )
+_TABLES = ("a Parquet file", "an Arrow file", "a text")
+"""Beginnings of what `describe_bytes` calls a table."""
 _OTHERS = (".xlsx", ".xls", ".ods", ".orc", ".avro")
 """Tables of formats that are not read."""
 
@@ -201,6 +203,10 @@ _Opened = tuple[tuple[str, ...], dict[str, pa.DataType], list[_Part]]
 
 def _open_file(path: Path, delimiter: str | None) -> _Opened:
     suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        kind = describe_bytes(file.read(512)) or ""
+    if (kind.startswith(("a ", "an ")) and not kind.startswith(_TABLES)) or "compressed" in kind:
+        raise ValueError(f"it is {kind}, whatever its name says")
     if suffix in (".csv", ".tsv"):
         return _open_csv(path, delimiter or find_delimiter(path))
     if suffix in (".jsonl", ".ndjson"):

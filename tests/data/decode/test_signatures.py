@@ -11,6 +11,8 @@ import zipfile
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from gigabatch.data.decode.audio import AudioSettings, decode_audio
@@ -128,3 +130,10 @@ def test_any_cut_of_a_character_is_still_a_text() -> None:
     for length in range(505, 520):
         data = (b"x" * (length - 3) + "ü".encode() * 9)[:512]
         assert str(describe_bytes(data)).startswith("a text that starts with 'xxx")
+
+
+@given(st.binary(max_size=600), st.sampled_from(sorted(NOT_IMAGES)))
+def test_any_bytes_have_a_short_name_or_none(data: bytes, kind: str) -> None:
+    for content in (data, NOT_IMAGES[kind][:20] + data):
+        name = describe_bytes(content)
+        assert name is None or (0 < len(name) < 200 and "\n" not in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
@@ -104,6 +105,26 @@ def test_column_of_one_split_or_other_values_is_not_named(
     rows = [{"text": "t", "split": value} for value in values]
     pack(write_table(tmp_path / "t.csv", rows), tmp_path / "o", PackSettings(file_column="none"))
     assert "several splits" not in caplog.text
+
+
+DISGUISED: dict[str, tuple[str, bytes, str]] = {
+    "a spreadsheet": ("t.csv", b"PK\x03\x04" + bytes(range(256)), "it is a zip archive"),
+    "a page": ("t.tsv", b"<!DOCTYPE html><html>quota exceeded", "it is an HTML page"),
+    "gzip": ("t.jsonl", gzip.compress(b'{"text": "a"}'), "it is gzip-compressed data"),
+    "a pointer": (
+        "t.parquet",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "a Git LFS pointer",
+    ),
+    "a name of gzip": ("t.csv.gz", gzip.compress(b"text"), "not a table but gzip-compressed data"),
+}
+
+
+@pytest.mark.parametrize("case", DISGUISED)
+def test_file_that_is_no_table_is_named(case: str, tmp_path: Path) -> None:
+    name, content, expected = DISGUISED[case]
+    (tmp_path / name).write_bytes(content)
+    assert expected in pack_error(tmp_path / name, tmp_path / "out", file_column="none")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "iso-8859-1", "cp1252"])
