@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -16,7 +18,7 @@ from gigabatch.data import glyphs
 from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import TrainPlans
+from gigabatch.data.order.assignment import MicroBatchPlan, TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
@@ -26,6 +28,7 @@ from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.pack_hint import pack_hint
+from gigabatch.data.shards.reader import Reader
 from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
 from gigabatch.data.stages import NamedStage
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
@@ -34,6 +37,8 @@ from gigabatch.trainer.config import Config, column_keys
 from gigabatch.trainer.required_fields import check_ids, missing_ids_of_eval
 
 log = logging.getLogger(__name__)
+MAX_FIELDS = 20
+"""Json fields that an error lists."""
 BPE_CAPTIONS = 1_000_000
 """Maximum number of captions on which a tokenizer is trained."""
 
@@ -185,6 +190,21 @@ def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
     )
 
 
+def fields_message(indexes: Sequence[Index]) -> str:
+    """Return a sentence that lists the json fields of the sets' first samples; empty without any.
+
+    It follows an error about a field that is missing.
+    """
+    names: dict[str, None] = {}
+    for index in indexes:
+        if "json" in index.members:
+            with Reader(index) as reader, suppress(GigabatchError, ValueError, RecursionError):
+                record = json.loads(reader.read(0, "json"))
+                names |= dict.fromkeys(record if isinstance(record, dict) else ())
+    shown = ", ".join([*names][:MAX_FIELDS]) + ", ..." * (len(names) > MAX_FIELDS)
+    return f" The json fields are: {shown}." if names else ""
+
+
 def cache_of(config: Config) -> ShardCache:
     """Return this node's cache of remote shards."""
     return node_cache(config.data.cache_gib)
@@ -201,7 +221,7 @@ def plans_of(
 
 def train_stream(
     data: TrainData,
-    plans: TrainPlans,
+    plans: Iterable[MicroBatchPlan],
     tokenizer: Path,
     columns: Sequence[str],
     pin_memory: bool = False,
@@ -260,7 +280,7 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     if first is None:
         raise GigabatchError(
             f"{', '.join(data.names)}: there are no captions. Set data.captions to their member "
-            "and field."
+            f"and field.{fields_message(data.indexes)}"
         )
     return train_bpe(chain([first], captions), config.data.text)
 

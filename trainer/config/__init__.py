@@ -128,6 +128,24 @@ class Config(Settings):
         assert isinstance(tower, TowerKind)
         return tower
 
+    def tower_key(self, modality: str) -> str:
+        """Return the config key of the tower that reads a modality."""
+        modality = self.shared.get(modality, modality)
+        if modality not in self.towers.more:
+            return f"towers.{modality}"
+        is_text = isinstance(self.towers.more[modality], ExtraTextTower)
+        return f"towers.more.{modality}{'.tower' * is_text}"
+
+    def with_tower(self, modality: str, tower: TowerKind) -> Self:
+        """Return this config with other settings of the tower of an unshared modality."""
+        more, entry = self.towers.more, self.towers.more.get(modality)
+        changed: dict[str, object] = {modality: tower}
+        if isinstance(entry, ExtraTextTower):
+            changed = {"more": {**more, modality: entry.model_copy(update={"tower": tower})}}
+        elif entry is not None:
+            changed = {"more": {**more, modality: tower}}
+        return self.model_copy(update={"towers": self.towers.model_copy(update=changed)})
+
     def text_length(self, modality: str) -> int:
         """Return the number of tokens of a text."""
         return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length

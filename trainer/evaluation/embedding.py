@@ -116,6 +116,7 @@ def embed_set(
     world: World,
     spec: EmbedSpec,
     stop: Callable[[], bool] = lambda: False,
+    limit: int | None = None,
 ) -> Embedded | None:
     """Embed this rank's share of an indexed set; every rank must call this.
 
@@ -127,6 +128,7 @@ def embed_set(
         world: The ranks that share the set.
         spec: Fields to read of each sample.
         stop: Called after each micro-batch; returns the same on every rank. True stops.
+        limit: Largest number of samples, the first of the set; None embeds all.
 
     Returns:
         This rank's rows, or None if `stop` returned true.
@@ -134,7 +136,9 @@ def embed_set(
     fields = spec.fields(config)
     stream = open_stream(
         [index],
-        EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
+        EvalPlans(
+            min(len(index), limit or len(index)), config.batch.micro_size, world.size, world.rank
+        ),
         fields=fields,
         tokenizer=run.tokenizer if fields.texts_only.modalities else None,
         seed=config.run.seed,

@@ -26,7 +26,7 @@ from gigabatch.data.errors import BadSample
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
-from gigabatch.launcher.start import overdue_message
+from gigabatch.launcher.start import overdue_message, prepare_run
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
 from gigabatch.trainer.checkpoints.saver import Saver
@@ -78,6 +78,10 @@ def probe_batch(config: Config, folder: Path) -> Any:
 def probe_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
     return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
+
+
+def probe_prepared(config: Config, folder: Path) -> Any:
+    return prepare_run(config, "run").path.name
 
 
 def probe_pixels(config: Config, folder: Path) -> Any:
@@ -289,6 +293,7 @@ def summarize_run(run: RunFolder) -> Any:
 PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "batch": probe_batch,
     "inputs": probe_inputs,
+    "prepared": probe_prepared,
     "pixels": probe_pixels,
     "loaders": probe_loaders,
     "towers": probe_towers,
