@@ -337,7 +337,7 @@ def _launch(run: RunFolder) -> int:
 
 
 def _raise_with_resume(run: RunFolder, error: BaseException) -> NoReturn:
-    """Raise the failure of an inline run, with the command that continues it."""
+    """Raise the failure of a run in this process, with the command that continues it."""
     failure = as_failure(error)
     resume = f"`gigabatch resume {_relative(run.path)}` continues from the last checkpoint."
     if isinstance(failure, LostProcess):
@@ -432,4 +432,11 @@ def _train_as_rank(open_run: OpenRun, config: Config) -> int:
             console.say(f"run {_relative(run.path)}")
         grace = run.config().cluster.grace_s
         stop = stack.enter_context(stop_on_signals(grace, partial(_exit_overdue, run)))
-        return 0 if run_training(run, stop) else stop.exit_code
+        try:
+            return 0 if run_training(run, stop) else stop.exit_code
+        except GigabatchError:
+            raise
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and ctrl_c_received():
+                raise
+            _raise_with_resume(run, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -189,6 +190,27 @@ def test_command_ends_soon_with_the_reason_and_how_to_resume(
         last = done.stderr.rstrip().splitlines()[-1]
         assert "gigabatch resume" in last
         assert "continues from the last checkpoint" in last
+
+
+@pytest.mark.slow
+def test_rank_of_the_users_own_torchrun_exits_with_1(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = write_module(tmp_path, "forward", "raise SystemExit(0)", monkeypatch)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = f"{tmp_path}:{os.environ['PYTHONPATH']}"
+    torchrun = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gigabatch.launcher", "train", str(tiny), "train.steps=6",
+         "eval.sets=[]", TOWER.replace("MODULE", module)],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        env={**os.environ, **torchrun, "MASTER_PORT": str(port), "PYTHONPATH": paths},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "SystemExit(0) was raised at" in done.stderr
+    assert "continues from the last checkpoint" in done.stderr
 
 
 def test_worker_records_an_exit_of_user_code_as_a_crash(
