@@ -26,6 +26,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.packing.csv_tables import csv_header, csv_rows, find_delimiter
 from gigabatch.data.remote.locations import expand
 from gigabatch.data.shards.pack_hint import SUFFIXES
+from gigabatch.data.shards.unread import unread_data
 
 Row = dict[str, Any]
 RowBatch: TypeAlias = "list[Row] | pa.RecordBatch"
@@ -34,7 +35,7 @@ BATCH_ROWS = 1024
 FILE_BATCH_ROWS = 32
 """Rows read at a time if they contain whole files."""
 _COMPRESSED = re.compile(
-    r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow|feather)\.(gz|zst|bz2|xz|zip|lz4)$"
+    r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow|feather|tar)\.(gz|zst|bz2|xz|zip|lz4)$"
 )
 _TABLES = ("a Parquet file", "an Arrow file", "a text")
 """Beginnings of what `describe_bytes` calls a table."""
@@ -179,6 +180,8 @@ def _not_a_table(source: Path, files: Sequence[Path]) -> GigabatchError:
         several = f"; {unread[0]} must be unpacked or converted first"
     elif not files and (deeper := [p for p in sorted(source.glob("*/*")) if _is_table(p)]):
         several = f"; {deeper[0].parent} contains tables: pack each such folder into its own set"
+    elif not files and (shards := unread_data(os.listdir(source), str(source))):
+        several = f"; data there that is not read: {'; '.join(shards)}"
     if len(files) == 1 and files[0].is_file():
         with open(files[0], "rb") as file:
             kind = describe_bytes(file.read(512))

@@ -335,6 +335,8 @@ def _not_a_tar(where: str, head: bytes) -> GigabatchError:
     if "://" not in where:
         old, new = shlex.quote(where), shlex.quote(where + suffix)
         fix = f"Unpack it: `mv {old} {new} && {command} {new}`"
+        if where.endswith(suffix):
+            fix = f"Unpack it: `{command} {old}`, and use {where.removesuffix(suffix)}"
     return GigabatchError(
         f"{where}: at byte 0: this is not a tar file but {kind}; samples are read by their offset, "
         f"which compression does not allow. {fix}."

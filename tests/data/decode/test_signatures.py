@@ -11,7 +11,7 @@ import zipfile
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -132,6 +132,7 @@ def test_any_cut_of_a_character_is_still_a_text() -> None:
         assert str(describe_bytes(data)).startswith("a text that starts with 'xxx")
 
 
+@settings(max_examples=50)
 @given(st.binary(max_size=600), st.sampled_from(sorted(NOT_IMAGES)))
 def test_any_bytes_have_a_short_name_or_none(data: bytes, kind: str) -> None:
     for content in (data, NOT_IMAGES[kind][:20] + data):

@@ -147,6 +147,17 @@ def test_tables_in_subfolders_are_named(tmp_path: Path) -> None:
     assert f"{tmp_path / 'in' / 'test'} contains tables: pack each such folder" in message
 
 
+def test_compressed_shards_are_named(tmp_path: Path) -> None:
+    source = texts(tmp_path / "in", "a.tar")
+    data = gzip.compress((source / "a.tar").read_bytes())
+    (source / "a.tar").unlink()
+    (source / "a.tar.gz").write_bytes(data)
+    for name in (source, source / "a.tar.gz"):
+        assert "unpack" in pack_error(name, tmp_path / "out")
+    subprocess.run(["gunzip", source / "a.tar.gz"], check=True)
+    assert pack(source, tmp_path / "out").samples == 2
+
+
 def test_pattern_of_tables_is_one_table_in_order(tmp_path: Path) -> None:
     for part in ("a-1", "a-2", "b-1"):
         write_table(tmp_path / f"{part}.csv", [{"file": "x.png", "text": part}])

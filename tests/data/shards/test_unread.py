@@ -134,6 +134,16 @@ def test_compressed_shard_called_tar_is_named_and_the_command_unpacks_it(
     assert len(open_index(tmp_path)) == 3
 
 
+def test_compressed_shard_named_by_its_path_is_unpacked_in_place(tmp_path: Path) -> None:
+    file = compressed(tmp_path / "1.tar.gz", gzip.compress)
+    with pytest.raises(GigabatchError) as error:
+        open_index(file)
+    command = re.search(r"`([^`]+)`, and use (.*)\.$", str(error.value))
+    assert command is not None
+    run(command[1])
+    assert len(open_index(command[2])) == 3
+
+
 @pytest.mark.parametrize(
     ("content", "kind"),
     [

@@ -24,7 +24,7 @@ from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.run.folder import RunFolder
 
-UMASKS = (0o022, 0o027, 0o077, 0o002)
+UMASKS = (0o022, 0o027, 0o077)
 
 
 @pytest.fixture(params=UMASKS, ids=[f"{umask:03o}" for umask in UMASKS])
