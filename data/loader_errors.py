@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing.queues
 import signal
 import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from multiprocessing.queues import Queue
 from typing import Any, TypeVar
 
 from torch.utils.data import get_worker_info
@@ -26,7 +26,7 @@ def prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # As a plain function it becomes a method, which has the queue; this process has no other queue.
-    queue_class: Any = Queue
+    queue_class: Any = multiprocessing.queues.Queue
     queue_class._on_queue_feeder_error = _send_feeder_error
 
 

@@ -22,6 +22,7 @@ from packaging.requirements import Requirement
 
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.failures import OPEN_FILES
 from gigabatch.data.remote.access import check_writable
 from gigabatch.data.remote.locations import writable_folder
 from gigabatch.data.shards.index import cache_folder
@@ -29,9 +30,6 @@ from gigabatch.data.text.captions import ExtraText
 from gigabatch.launcher.environment import in_ray_job
 from gigabatch.trainer.config import Config
 
-OPEN_FILES = 4096
-"""Number of open files that a rank may need for shards, and for its loaders' pipes and shared
-memory."""
 DISK_BYTES = 1 << 30
 """Free disk space below which a run should not start."""
 CLOCK_SKEW_S = 2.0

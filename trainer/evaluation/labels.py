@@ -20,6 +20,7 @@ from gigabatch.data.shards.json_columns import canonical_value
 from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import value_at
+from gigabatch.trainer.evaluation.progress import tracked
 
 CHUNK = 4096
 """Number of samples to read at a time."""
@@ -50,7 +51,8 @@ def field_values(
     values: list[Any] = []
     missing: list[tuple[int, str]] = []
     with Sources([index], cache) as sources:
-        for first in range(0, len(index), CHUNK):
+        chunks = range(0, len(index), CHUNK)
+        for first in tracked(f"reading {field} in chunks", chunks, len(chunks)):
             rows = np.arange(first, min(first + CHUNK, len(index)))
             for sample, members in zip(rows.tolist(), sources.read(rows, ["json"]), strict=True):
                 record = _record(members.get("json"), index, sample)

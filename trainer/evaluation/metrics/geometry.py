@@ -19,7 +19,7 @@ from gigabatch.kernels import gather_rows
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.metrics.linear_fit import held_out
 from gigabatch.trainer.evaluation.metrics.linear_probe import fit_logistic
-from gigabatch.trainer.evaluation.metrics.score_rows import blocks, dot_rows
+from gigabatch.trainer.evaluation.metrics.score_rows import dot_rows, tracked_blocks
 from gigabatch.trainer.evaluation.metrics.statistics import auc
 
 DOMAIN_L2 = 1e-3
@@ -36,7 +36,7 @@ def uniformity(z: Tensor, world: World) -> float:
     z = _unit(z).float()
     first, keys = sum(world.gather(len(z))[: world.rank]), gather_rows(z, world.group)
     score, total = dot_rows(z, keys), z.new_zeros((), dtype=torch.float64)
-    for part in blocks(len(z), len(keys)):
+    for part in tracked_blocks("measuring uniformity", len(z), len(keys)):
         terms = (4 * (score(part).double() - 1)).exp()  # |z_i - z_j|^2 = 2 - 2 cosine
         diagonal = torch.arange(first + part.start, first + part.stop, device=z.device)
         total += terms.sum() - terms.gather(1, diagonal.unsqueeze(1)).sum()
