@@ -23,7 +23,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.root=demo:birds"], "demo:glyphs"),
         (["data.train=nothing"], "nothing: is not a folder"),
         (["data.root={}/tables"], "contains no train. This is a folder of tables (.csv)"),
-        (["data.root={}/tables/*.csv"], "`gigabatch data pack {}/tables OUT`"),
+        (["data.root={}/tables/*.csv"], "`gigabatch data pack '{}/tables/*.csv' OUT`"),
         (["data.train=../tables"], "`gigabatch data pack {}/data/../tables OUT`"),
         (["data.root={}/pairs.zip"], "Unzip it, then write shards with `gigabatch data pack"),
         (["eval.sets=[nothing]"], "nothing: is not a folder"),
