@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -26,7 +27,8 @@ def atomic_replace(
         with suppress(OSError):  # a file system without locks: see `remove_stale_temporaries`
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
-            yield temporary
+            with with_umask_mode(temporary):
+                yield temporary
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
             (install or os.replace)(temporary, path)
@@ -70,6 +72,24 @@ def remove_stale_temporaries(folder: Path, pattern: str) -> None:
         with suppress(OSError), open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+@contextmanager
+def with_umask_mode(path: Path) -> Iterator[None]:
+    """Give the file that the block writes the permissions of any new file, as the umask says.
+
+    Some libraries write a private temporary file and rename it, which leaves mode 0600:
+    safetensors does. Such a file could not be read by the user's group beside others that can.
+
+    Args:
+        path: The file that the block writes; it is created here, and its folder must exist.
+    """
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)  # from the umask, or from the folder's default ACL
+    yield
+    if stat.S_IMODE(path.stat().st_mode) != mode:
+        with suppress(PermissionError):  # a file system without permissions
+            path.chmod(mode)
 
 
 def sync_folder(path: Path) -> None:

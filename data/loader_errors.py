@@ -26,7 +26,8 @@ def prepare_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # As a plain function it becomes a method, which has the queue; this process has no other queue.
-    Queue._on_queue_feeder_error = _send_feeder_error  # type: ignore[assignment]
+    queue_class: Any = Queue
+    queue_class._on_queue_feeder_error = _send_feeder_error
 
 
 @dataclass(frozen=True)

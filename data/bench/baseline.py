@@ -25,7 +25,7 @@ from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.workloads import HeldBatches, Pieces
 from gigabatch.data.decode.fields import Sample
 from gigabatch.data.decode.ids import code_of
-from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.processes import ignore_ctrl_c
 from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions
@@ -78,7 +78,7 @@ def batches(setup: Setup, workers: int) -> Iterator[dict[str, Any]]:
     source = wds.WebDataset(setup.shards, resampled=True, shardshuffle=False, seed=setup.seed)
     pipeline = source.shuffle(SHUFFLE, initial=SHUFFLE)
     if image is not None:
-        pipeline = pipeline.decode(_mode(image), only=list(IMAGE_MEMBERS))
+        pipeline = pipeline.decode(_mode(image), only=list(image.members))
     pipeline = pipeline.map(partial(_preprocess, setup, _sources(setup)))
     for stage in setup.stages:
         pipeline = pipeline.compose(stage)
@@ -100,7 +100,7 @@ def decode(held: HeldBatches) -> Pieces:
     image = held.setup.fields.image
     assert image is not None
     for raw in cycle(held.raws):
-        data = next(raw[member] for member in IMAGE_MEMBERS if member in raw)
+        data = next(raw[member] for member in image.members if member in raw)
         assert isinstance(data, bytes)
         with Image.open(io.BytesIO(data)) as file:
             fit(file.convert("L" if image.channels == 1 else "RGB"), image)
@@ -108,13 +108,12 @@ def decode(held: HeldBatches) -> Pieces:
 
 
 def fit(image: Image.Image, settings: ImageSettings) -> Tensor:
-    """Resize the shorter side and crop the center; return uint8 [C, S, S]."""
+    """Resize the shorter side and crop the center, as torchvision; return uint8 [C, S, S]."""
     size = settings.size
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
+    left, top = round((width - size) / 2), round((height - size) / 2)
     if (width, height) != (size, size):
         image = image.crop((left, top, left + size, top + size))
     pixels = np.array(image).reshape(size, size, settings.channels)
@@ -125,7 +124,7 @@ def _preprocess(setup: Setup, sources: dict[str, int], sample: Sample) -> Sample
     fields = setup.fields
     result: Sample = {"__key__": sample["__key__"]}
     if fields.image is not None:
-        member = next(member for member in IMAGE_MEMBERS if member in sample)
+        member = next(member for member in fields.image.members if member in sample)
         result["image"] = fit(sample[member], fields.image)
     if fields.text is not None:
         data = sample[fields.text.member]

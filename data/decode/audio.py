@@ -13,11 +13,13 @@ from pydantic import Field
 from torch import Tensor
 
 from gigabatch.data.decode.audio_headers import expected_samples, is_truncated
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
 AUDIO_MEMBERS = ("wav", "flac", "ogg", "mp3")
 _FORMATS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
+_NAMES = ("a WAV", "a FLAC", "an Ogg file", "an MP3")
 _RATES = (1_000, 1_000_000)
 _MAX_CHANNELS = 64
 _MARGIN_S = 0.1
@@ -34,8 +36,16 @@ class AudioSettings(Settings):
 
     rate: int = Field(16000, ge=1_000, le=192_000)
     """Samples per second; audio of a different rate is resampled."""
+    member: str | None = Field(None, pattern=r"^[^/\s]+$")
+    """Extension of the audio's member, such as `flac`, for samples that have several. Unset: the
+    only one of wav, flac, ogg and mp3; a sample with two of them is an error."""
     seconds: float = Field(10.0, ge=0.01, le=3600)
     """Length in seconds; longer audio is truncated, shorter audio padded with silence."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Possible extensions of the audio's member, in the order in which they are tried."""
+        return AUDIO_MEMBERS if self.member is None else (self.member.lower(),)
 
     @property
     def samples(self) -> int:
@@ -89,6 +99,9 @@ def _read_start(data: bytes, seconds: float, where: str) -> tuple[F32, int]:
             kind, rate = file.format, file.samplerate
     except soundfile.LibsndfileError as error:  # its str() contains a memory address
         why = error.error_string.removeprefix("Error : ").rstrip(" .")
+        kind = describe_bytes(data)
+        if kind is not None and kind not in _NAMES:
+            why = f"it is {kind}" if data else "the file has 0 bytes"
         raise _error(where, why) from error
     if is_truncated(data, kind):
         raise _error(where, f"the {kind} file is truncated")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gigabatch.data.decode.audio import AUDIO_MEMBERS, AudioSettings, decode_audio
+from gigabatch.data.decode.audio import AudioSettings, decode_audio
 from gigabatch.data.decode.ids import (
     OLD_UNKNOWN_CODE,
     FieldsVersion,
@@ -21,7 +21,7 @@ from gigabatch.data.decode.ids import (
     old_code_of,
     unknown_code,
 )
-from gigabatch.data.decode.images import IMAGE_MEMBERS, ImageSettings, decode_image
+from gigabatch.data.decode.images import ImageSettings, decode_image
 from gigabatch.data.decode.members import (
     decode_array,
     json_record,
@@ -99,7 +99,7 @@ class Fields:
         """Modality -> its possible extensions."""
         extensions: dict[str, tuple[str, ...]] = {name: (name,) for name in self.arrays}
         if self.image is not None:
-            extensions["image"] = IMAGE_MEMBERS
+            extensions["image"] = self.image.members
         if self.text is not None:
             extensions["text"] = (self.text.member,)
         for name, settings in self.more_and_vectors.items():
@@ -121,16 +121,49 @@ class Fields:
         """Return the extensions to read.
 
         Raises:
-            GigabatchError: if samples lack a member that they must have.
+            GigabatchError: if samples lack a member that they must have, or have several images or
+                several audio files and no setting chooses one.
         """
         extensions: dict[str, None] = {}
         for index in indexes:
-            for choices in self.modalities.values():
-                present = index.require_members(*choices, allow_missing=self.allow_missing)
+            for name, choices in self.modalities.items():
+                present = index.require_members(
+                    *choices,
+                    allow_missing=self.allow_missing,
+                    key=self._member_key(name),
+                )
+                if not self._takes_first(name):
+                    self._reject_several(index, name, present)
                 extensions |= dict.fromkeys(present)
             if self.unindexed_columns(index):
                 extensions |= dict.fromkeys(index.require_members("json"))
         return tuple(extensions)
+
+    def _member_key(self, modality: str) -> str | None:
+        """Return the config key that names the member of a modality; None if there is none."""
+        if modality == "image":
+            return "data.image.member"
+        if modality == "text" and self.text is not None:
+            return "data.captions.field" if self.text.field is None else None
+        return f"towers.more.{modality}.member" if modality in self.more else None
+
+    def _takes_first(self, modality: str) -> bool:
+        """Return whether a run began with a version that took the first of several images."""
+        return modality == "image" and self.image is not None and self.image.version == 1
+
+    def _reject_several(self, index: Index, modality: str, present: tuple[str, ...]) -> None:
+        """Raise GigabatchError if samples have several members of a modality."""
+        count = index.samples_with_several(*present)
+        if not count:
+            return
+        counts = dict(index.member_counts)
+        kinds = ", ".join(f"{counts[member]:,} .{member}" for member in present)
+        noun = "images" if modality == "image" else "audio files"
+        key = self._member_key(modality)
+        raise GigabatchError(
+            f"{index.source}: {count:,} of {len(index):,} samples have several {noun} ({kinds}). "
+            f"Set {key} to the one to use, such as {key}={present[-1]}."
+        )
 
     def unindexed_columns(self, index: Index) -> list[str]:
         """Return the columns that the index lacks, which are parsed from every sample's json."""
@@ -266,7 +299,7 @@ def _intact(data: bytes | DamagedMember) -> bytes:
 def _extensions(settings: ExtraModality) -> tuple[str, ...]:
     """Return the possible extensions of a modality."""
     if isinstance(settings, AudioSettings):
-        return AUDIO_MEMBERS
+        return settings.members
     return (settings.extension if isinstance(settings, VectorSettings) else settings.member,)
 
 

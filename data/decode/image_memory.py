@@ -82,17 +82,16 @@ def _bytes_per_pixel(file: ImageFile.ImageFile, mode: str, is_turned: bool) -> i
     """Return the bytes per pixel of all copies that exist at the same time."""
     converted = 1 if mode == "L" else 4  # Pillow pads a pixel of several channels to 4 bytes.
     if file.mode.startswith("I"):
-        total = 8  # 16-bit values, two arrays of them, and their high bytes
-    else:
-        total = 1 if file.mode in ("1", "L", "P") else 4
+        return 7 + converted * is_turned  # 16-bit values, two arrays of them, their high bytes
+    total = 1 if file.mode in ("1", "L", "P") else 4
     if file.format == "WEBP":
         total += 12  # two canvases of the decoder, and its output
     if file.has_transparency_data:
-        total += 4 + converted
-        if isinstance(file.info.get("transparency"), tuple):
-            total += 12  # the transparent color is compared in up to 16 bits
+        total += 4 if mode == "RGB" else 5  # in front of white, by strips
+        if file.tile and file.tile[0].args == "RGB;16B":
+            total += 12  # the low bytes, and arrays to compare both with the transparent color
     elif file.mode != mode:
-        total += converted
+        total += converted if file.mode != "CMYK" else 4 + converted * (mode == "L")
     return total + converted * is_turned
 
 

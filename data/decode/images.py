@@ -15,8 +15,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from gigabatch.data.decode import images_v1
-from gigabatch.data.decode.image_memory import TooLarge
+from gigabatch.data.decode.image_memory import FORMATS, TooLarge
 from gigabatch.data.decode.image_steps import Upright, decode_upright
+from gigabatch.data.decode.signatures import explain_failure
 from gigabatch.data.errors import BadSample
 from gigabatch.data.settings import Settings
 
@@ -32,6 +33,10 @@ _FILTERS = {
 class ImageSettings(Settings):
     """Decoding, size and normalization of images."""
 
+    member: str | None = Field(None, pattern=r"^[^/\s]+$")
+    """Extension of the image's member, such as `jpg`, for samples that have several: an image and
+    its mask. Unset: the only one of png, jpg, jpeg and webp; a sample with two of them is an
+    error."""
     size: int = Field(224, ge=8)
     """Side length in pixels of the square that towers see."""
     channels: Literal[1, 3] = 3
@@ -65,6 +70,11 @@ class ImageSettings(Settings):
     version: Literal[1, 2] = 2
     """Version of the steps from file to pixels; see "Pixels" in docs/data.md. A run keeps the
     version it began with; run folders without this key have version 1."""
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Possible extensions of the image's member, in the order in which they are tried."""
+        return IMAGE_MEMBERS if self.member is None else (self.member.lower(),)
 
     @model_validator(mode="after")
     def _values_fit(self) -> Self:
@@ -133,9 +143,9 @@ def decode_image(data: bytes, settings: ImageSettings, where: str) -> Tensor:
             f"{settings.max_decoded_mib:g}. Raise it, or remove the sample."
         ) from error
     except Exception as error:  # Pillow raises many types, even AssertionError
-        why = str(error) or type(error).__name__
         raise BadSample(
-            f"{where}: the image cannot be decoded: {why}. Restore or remove the sample."
+            f"{where}: the image cannot be decoded: {explain_failure(data, FORMATS, error)}. "
+            "Restore or remove the sample."
         ) from error
     pixels = np.array(image, dtype=np.uint8).reshape(size, size, settings.channels)
     return torch.from_numpy(pixels).permute(2, 0, 1)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
 
+from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import Fields
 from gigabatch.data.errors import BadSample, GigabatchError
 from gigabatch.data.processes import ctrl_c_deferred, worker_pool
@@ -74,7 +75,7 @@ def check(
 
     Args:
         index: Set to check.
-        fields: Fields to decode.
+        fields: Fields to decode; of several images or audio files of a sample, every one.
         every: Check every n-th sample.
         decode: Decode `fields`; false compares checksums only.
         processes: Number of processes; None uses all available cores.
@@ -85,7 +86,7 @@ def check(
     """
     chosen = np.arange(0, len(index), every)
     chunks = [chosen[i : i + CHUNK] for i in range(0, len(chosen), CHUNK)]
-    work = partial(_check_chunk, index, fields if decode else Fields())
+    work = partial(_check_chunk, index, _each_member(fields, index) if decode else [])
     processes = min(processes or len(os.sched_getaffinity(0)), len(chunks))
     total = Report(bad=list(_resized_shards(index)))
     for report in _map(work, chunks, processes):
@@ -112,9 +113,31 @@ def _map(
         pool.shutdown(cancel_futures=True)
 
 
-def _decode(raw: Mapping[str, bytes | DamagedMember], fields: Fields, where: str) -> None:
-    fields.decode(raw, where, None)
-    if isinstance(text := raw.get("json"), bytes) and fields.modalities:
+def _each_member(fields: Fields, index: Index) -> list[Fields]:
+    """Split fields so that every image and audio member of a sample is decoded."""
+    singles = []
+    if fields.image is not None and fields.image.member is None:
+        for member in _present(index, fields.image.members):
+            image = fields.image.model_copy(update={"member": member})
+            singles.append(Fields(image=image, allow_missing=True))
+    for name, audio in fields.more.items():
+        if isinstance(audio, AudioSettings) and audio.member is None:
+            for member in _present(index, audio.members):
+                one = audio.model_copy(update={"member": member})
+                singles.append(Fields(more={name: one}, allow_missing=True))
+    return [fields, *singles]
+
+
+def _present(index: Index, members: Sequence[str]) -> list[str]:
+    """Return those of `members` that occur; none if one occurs alone, which is decoded anyway."""
+    present = [member for member in members if member in index.members]
+    return present if len(present) > 1 else []
+
+
+def _decode(raw: Mapping[str, bytes | DamagedMember], fields: list[Fields], where: str) -> None:
+    for part in fields:
+        part.decode(raw, where, None)
+    if isinstance(text := raw.get("json"), bytes) and fields and fields[0].modalities:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -130,7 +153,7 @@ def _resized_shards(index: Index) -> Iterator[str]:
                 yield f"{shard.name}: size is {size:,} bytes, but was {shard.bytes:,} when indexed"
 
 
-def _check_chunk(index: Index, fields: Fields, samples: I64) -> Report | str:
+def _check_chunk(index: Index, fields: list[Fields], samples: I64) -> Report | str:
     report = Report()
     try:
         with Reader(index) as reader:

@@ -21,6 +21,8 @@ FILE_NAMES = (
 CAPTION_NAMES = (
     "caption", "captions", "text", "txt", "sentence", "sentences", "transcript", "transcription",
 )  # fmt: skip
+SECOND_CAPTION_NAMES = ("title", "description", "alt", "alt_text")
+"""Names of caption columns in tables that have none of `CAPTION_NAMES`."""
 
 
 NO_FILE = "none"
@@ -28,7 +30,7 @@ PREFIX = r"[^/\s.*?{}\[\]][^/*?{}\[\]]*"
 
 
 class PackSettings(Settings):
-    """Settings of a pack. The first five apply to tables only."""
+    """Settings of a pack. Those up to `delimiter` apply to tables only."""
 
     folder: Path | None = None
     """Folder of the files that a table names. Default: the table's folder."""
@@ -41,6 +43,12 @@ class PackSettings(Settings):
     """Column of sample keys. Default: row numbers."""
     json_columns: tuple[str, ...] | None = None
     """Columns of the json member. Default: all remaining columns."""
+    delimiter: str | None = Field(None, min_length=1, max_length=1)
+    """Character between the fields of a CSV file. Default: the comma (.csv) or tab (.tsv), or the
+    one of comma, tab, semicolon and bar that fits the first lines."""
+    merge_splits: bool = False
+    """Pack files of several splits, such as `train-*` and `validation-*`, into one set; false makes
+    them an error."""
     skip_missing: bool = False
     """Skip rows without a caption or without a file of a known type, and list them in
     `skipped.jsonl`; false makes them an error."""
@@ -78,6 +86,19 @@ class Columns:
         names += [*self.captions, *([self.key] if self.key else []), *self.extra]
         return list(dict.fromkeys(names))
 
+    def describe(self) -> str:
+        """Return one sentence on where each column goes."""
+        file = f"files from {self.file!r}" if self.file else "no files"
+        if self.captions:
+            caption = f"captions (txt) from {self.captions[0]!r}"
+        else:
+            caption = (
+                "no captions: no column is named like one, so samples have no txt member. Name one "
+                "by --caption-column, or set data.captions.field to a json field when you train"
+            )
+        fields = [*self.captions[1:], *self.extra]
+        return f"{file}, json from {', '.join(fields) or 'no column'}, {caption}"
+
     def in_json(self, row: Row) -> Sequence[str]:
         """Return the columns of a row that go into its json member.
 
@@ -96,7 +117,9 @@ def choose_columns(table: Table, settings: PackSettings) -> Columns:
             message lists the columns.
     """
     binary = [name for name, column_type in table.types.items() if _is_file(column_type)]
-    caption_candidates = _matching_columns(table, CAPTION_NAMES)
+    caption_candidates = _matching_columns(table, CAPTION_NAMES) or _matching_columns(
+        table, SECOND_CAPTION_NAMES
+    )
     if settings.file_column == NO_FILE and NO_FILE not in table.columns:
         file = None
         captions = settings.caption_column or (
@@ -104,24 +127,24 @@ def choose_columns(table: Table, settings: PackSettings) -> Columns:
         )
     else:
         file_candidates = binary or _matching_columns(table, FILE_NAMES)
-        file = _resolve(table, "file_column", settings.file_column, file_candidates)
+        file = _resolve(table, "--file-column", settings.file_column, file_candidates)
         captions = settings.caption_column or (
-            _resolve(table, "caption_column", None, caption_candidates),
+            _resolve(table, "--caption-column", None, caption_candidates),
         )
     for name in captions:
-        _resolve(table, "caption_column", name, ())
+        _resolve(table, "--caption-column", name, ())
     if settings.key_column:
-        _resolve(table, "key_column", settings.key_column, ())
+        _resolve(table, "--key-column", settings.key_column, ())
     assigned = {file, settings.key_column, *captions}
     extra = settings.json_columns
     if extra is None:
         extra = tuple(name for name in table.columns if name not in assigned)
     for name in extra:
-        _resolve(table, "json_columns", name, ())
+        _resolve(table, "--json-column", name, ())
         if _contains_bytes(table.types.get(name)):
             raise GigabatchError(
                 f"{table.source}: column {name!r} contains bytes, which JSON cannot represent. Set "
-                "json_columns to the columns to include; the columns are "
+                "--json-column to each column to include; the columns are "
                 f"{', '.join(table.columns)}."
             )
     return Columns(file, file in binary, captions, settings.key_column, extra)
@@ -131,21 +154,25 @@ def _matching_columns(table: Table, names: Collection[str]) -> list[str]:
     return [column for column in table.columns if column.lower() in names]
 
 
-def _resolve(table: Table, setting: str, requested: str | None, candidates: Sequence[str]) -> str:
+def _resolve(table: Table, option: str, requested: str | None, candidates: Sequence[str]) -> str:
     """Return the requested column, or the only candidate if none is requested."""
     if requested in table.columns:
         return str(requested)
     if requested is None and len(candidates) == 1:
         return candidates[0]
+    role = option.removeprefix("--").replace("-", " ")
     if requested is not None:
         problem = f"there is no column {requested!r}"
     elif candidates:
-        problem = f"several columns could be the {setting} ({', '.join(candidates)})"
+        problem = f"several columns could be the {role} ({', '.join(candidates)})"
     else:
-        problem = f"no column is clearly the {setting}"
-    raise GigabatchError(
-        f"{table.source}: {problem}. Set {setting}; the columns are {', '.join(table.columns)}."
-    )
+        problem = f"no column is clearly the {role}"
+    fix = f"Set {option} to one of the columns: {', '.join(table.columns)}"
+    if option == "--file-column" and not candidates:
+        fix += f". If rows have no file, set --file-column {NO_FILE}"
+    if len(table.columns) == 1 and table.untyped:
+        fix += ". If this is several columns in one, set --delimiter to the character between them"
+    raise GigabatchError(f"{table.source}: {problem}. {fix}.")
 
 
 def _is_bytes(column_type: Any) -> bool:

@@ -162,7 +162,7 @@ def _load_state(out: Path, new: State) -> State:
     differences = [
         f"{name} {state.settings.get(name)!r}, now {value!r}"
         for name, value in new.settings.items()
-        if name != "skip_missing" and state.settings.get(name) != value
+        if name not in ("skip_missing", "merge_splits") and state.settings.get(name) != value
     ]
     if differences:
         raise GigabatchError(

@@ -11,6 +11,7 @@ from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from gigabatch.data.packing.tables import Row
 
@@ -29,8 +30,8 @@ class InvalidRow(Exception):
     """Raised for a row that must be corrected in the table; `skip_missing` does not apply to it."""
 
 
-def relative_name(name: Any) -> str | None:
-    """Validate a file name from a table and return it; None if there is none.
+def relative_name(name: Any, folder: Path) -> str | None:
+    """Validate a file name from a table and return it relative to `folder`; None if there is none.
 
     Raises:
         InvalidRow: if it is not text, is a URL, or points outside the folder.
@@ -39,11 +40,20 @@ def relative_name(name: Any) -> str | None:
         return None
     if not isinstance(name, str):
         raise InvalidRow(f"file name {name!r} is not text")
-    if "://" in name:
+    path = unquote(name.removeprefix("file://")) if name.startswith("file:///") else name
+    if "://" in path:
         raise InvalidRow(f"{name!r} is a URL; download the file first")
-    if name.startswith("/") or ".." in name.split("/"):
-        raise InvalidRow(f"{name!r} is outside the folder; use a name relative to the folder")
-    return name
+    if ".." not in path.split("/"):
+        if not path.startswith("/"):
+            return path
+        # A table may name the folder itself, or what a link to it points to.
+        for parent in (str(folder), os.path.realpath(folder)):
+            if path.startswith(parent.rstrip("/") + "/"):
+                return path[len(parent) :].lstrip("/")
+    raise InvalidRow(
+        f"{name!r} is outside the folder {folder}; use a name inside it, or set --folder to a "
+        "folder that contains the files"
+    )
 
 
 def file_problem(folder: Path, name: str | None) -> str | None:

@@ -7,6 +7,7 @@ of another pack.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -31,11 +32,13 @@ from gigabatch.data.packing.folder import (
     temporary_file,
 )
 from gigabatch.data.packing.samples import Sample, Samples, ShardSamples, Skipped, TableSamples
-from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files
-from gigabatch.data.remote.locations import is_remote
+from gigabatch.data.packing.splits import reject_splits
+from gigabatch.data.packing.tables import SUFFIXES, open_table, table_files, unread_tables
+from gigabatch.data.remote.locations import expand, is_remote
 from gigabatch.data.shards.index import read_manifest
 from gigabatch.data.shards.indexing import open_index
 
+log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 PROGRESS_EVERY = 100
 """Rows between calls of `progress`."""
@@ -64,8 +67,8 @@ def pack(
     Samples of shards are copied unchanged. Finished shards of the same pack are kept.
 
     Args:
-        source: A table (a file, or a folder of files of one format), or a folder or pattern of
-            WebDataset shards.
+        source: A table (a file, or a folder or pattern of files of one format), or a folder or
+            pattern of WebDataset shards.
         out: Output folder; created if needed.
         settings: Settings of the pack; None uses `PackSettings()`.
         progress: Called with the number of rows done and their total.
@@ -82,7 +85,7 @@ def pack(
     prefix = samples.settings.prefix or out.name
     if not re.fullmatch(PREFIX, prefix):
         raise GigabatchError(
-            f"{out}: {prefix!r} is not a valid prefix of file names. Set prefix to another name."
+            f"{out}: {prefix!r} is not a valid prefix of file names. Set --prefix to another name."
         )
     samples.settings = samples.settings.model_copy(update={"prefix": prefix})
     try:
@@ -90,6 +93,8 @@ def pack(
             state = open_state(out, samples)
             if not state.complete:
                 total = samples.check()
+                if warning := samples.warning(out):
+                    log.warning("%s", warning)
                 if not total:
                     raise GigabatchError(f"{source}: there are no rows. Choose a source with rows.")
                 save_state(out, state)
@@ -121,17 +126,30 @@ def _open_source(source: str | Path, settings: PackSettings) -> Samples:
     if "view" in read_manifest(path):
         return ShardSamples(open_index(path), settings)
     is_folder = os.path.isdir(path)  # Path.is_dir would raise for a name that is too long.
+    is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
     tables = table_files(path) if is_folder else []
-    shards = is_folder and any(path.glob("*.tar"))
+    shards = sorted(path.glob("*.tar")) if is_folder else []
+    if is_pattern:
+        files = [Path(name) for name in expand([str(source)])]
+        tables = [file for file in files if file.suffix.lower() in SUFFIXES]
+        shards = [file for file in files if file not in set(tables)]
     if shards and tables:
         raise GigabatchError(
-            f"{source}: the folder contains both shards and tables ({tables[0].name}). Specify the "
-            f"table, or the shards as {path / '*.tar'}."
+            f"{source}: contains both shards and tables ({tables[0].name}). Specify the table, or "
+            f"the shards as {(path if is_folder else path.parent) / '*.tar'}."
         )
-    is_pattern = any(c in str(source) for c in "*?{[") and not os.path.exists(path)
-    if shards or is_pattern or path.suffix == ".tar":
+    if not settings.merge_splits:
+        reject_splits(str(source), [str(file) for file in tables or shards])
+    if is_folder and tables and (unread := unread_tables(path)):
+        log.warning(
+            "%s: not read: %s. Unpack or convert them to a table of the same format.",
+            source, ", ".join(unread[:5]) + (", ..." if len(unread) > 5 else ""),
+        )  # fmt: skip
+    if shards or path.suffix == ".tar":
         return ShardSamples(open_index(str(source)), settings)
-    return TableSamples(open_table(path), settings)
+    samples = TableSamples(open_table(path, settings.delimiter), settings)
+    log.info("%s: %s", source, samples.columns.describe())
+    return samples
 
 
 def _write_shards(out: Path, state: State, samples: Samples, report: Callable[[int], None]) -> None:

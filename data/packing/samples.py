@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.packing.columns import NO_FILE, PackSettings, choose_columns
 from gigabatch.data.packing.members import (
@@ -33,13 +34,18 @@ from gigabatch.data.packing.members import (
     read_file,
     relative_name,
 )
-from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, RowStore, Table
-from gigabatch.data.rng import key, permute
+from gigabatch.data.packing.row_store import RowStore
+from gigabatch.data.packing.rows import find_repeated_key, packing_order
+from gigabatch.data.packing.splits import SplitColumn
+from gigabatch.data.packing.tables import BATCH_ROWS, FILE_BATCH_ROWS, Row, Table
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import DamagedMember, Reader
 
 Sample = dict[str, Any]
 """`__key__`, and the bytes of each member by its extension."""
+_TABLE_SETTINGS = (
+    "folder", "file_column", "caption_column", "key_column", "json_columns", "delimiter",
+)  # fmt: skip
 LISTED_ROWS = 5
 """Maximum number of rows listed in an error."""
 THREADS = 32
@@ -73,6 +79,13 @@ class Samples(Protocol):
             GigabatchError: if a row cannot be packed.
         """
 
+    def warning(self, out: Path) -> str | None:
+        """Return a warning about the rows that `check` read, or None.
+
+        Args:
+            out: The output folder.
+        """
+
     def read(self, start: int) -> Iterator[Sample | Skipped]:
         """Read rows in packing order from position `start`; call `check` first."""
 
@@ -98,8 +111,7 @@ class TableSamples:
     def __init__(self, table: Table, settings: PackSettings) -> None:
         self.table = table
         self.columns = choose_columns(table, settings)
-        table_folder = table.source if table.source.is_dir() else table.source.parent
-        self.folder = Path(os.path.abspath(settings.folder or table_folder))
+        self.folder = Path(os.path.abspath(settings.folder or table.folder))
         self.settings = settings.model_copy(
             update={
                 "folder": self.folder if self.columns.file and not self.columns.embedded else None,
@@ -112,6 +124,7 @@ class TableSamples:
         self._store: RowStore | None = None
         self._count = 0
         self._numeric: frozenset[str] = frozenset()
+        self._split = SplitColumn(())
 
     def check(self) -> int:
         """Check all rows and return their number.
@@ -123,7 +136,8 @@ class TableSamples:
         invalid, missing = _RowProblems(), _RowProblems()
         numeric = NumericColumns(self.columns.extra if self.table.untyped else ())
         columns = self.columns.to_read(include_file=not self.columns.embedded)
-        rows = numeric.observe(self.table.rows(columns=columns))
+        self._split = SplitColumn(self.columns.extra)
+        rows = self._split.observe(numeric.observe(self.table.rows(columns=columns)))
         for number, result in self._convert(rows, load=False):
             self._count = number + 1
             if isinstance(result, InvalidRow):
@@ -137,11 +151,15 @@ class TableSamples:
             )
         if missing.count and not self.settings.skip_missing:
             raise GigabatchError(
-                f"{self._summary(missing)}. Restore the missing parts, or set skip_missing to skip "
-                "these rows and list them in skipped.jsonl."
+                f"{self._summary(missing)}. Restore the missing parts, or set --skip-missing to "
+                "skip these rows and list them in skipped.jsonl."
             )
         self._reject_repeated_keys()
         return self._count
+
+    def warning(self, out: Path) -> str | None:
+        """Return a warning about the rows that `check` read, or None."""
+        return None if self.settings.merge_splits else self._split.warning(self.table.source, out)
 
     def _summary(self, problems: _RowProblems) -> str:
         rows = f"{problems.count:,} of {self._count:,} rows cannot be packed"
@@ -156,8 +174,8 @@ class TableSamples:
         )
         if problem:
             raise GigabatchError(
-                f"{self.table.source}: {problem}. Set key_column to a column of unique values, or "
-                "omit it to number the rows."
+                f"{self.table.source}: {problem}. Set --key-column to a column of unique values, "
+                "or omit it to number the rows."
             )
 
     def read(self, start: int) -> Iterator[Sample | Skipped]:
@@ -170,7 +188,7 @@ class TableSamples:
                 )
             if isinstance(result, Skipped) and not self.settings.skip_missing:
                 raise GigabatchError(
-                    f"{where}: {result.why}. Restore it, or set skip_missing to skip such rows, "
+                    f"{where}: {result.why}. Restore it, or set --skip-missing to skip such rows, "
                     "and rerun `gigabatch data pack`; finished shards are kept."
                 )
             yield result
@@ -223,7 +241,7 @@ class TableSamples:
         return member_of(row.get(self.columns.file), load)
 
     def _file_on_disk(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
-        name = relative_name(value)
+        name = relative_name(value, self.folder)
         problem = file_problem(self.folder, name)
         if problem or not load:
             return name, problem or {}
@@ -240,7 +258,8 @@ class TableSamples:
             return name, "no file content"
         kind = extension(name) or detect_type(data)
         if kind is None:
-            return name, f"file content is not of a known type ({', '.join(FILES)})"
+            actual = describe_bytes(data) or "not recognized"
+            return name, f"file content is {actual}, not of a known type ({', '.join(FILES)})"
         return name, {kind: data}
 
     def _key(self, number: int, row: Row) -> str:
@@ -269,11 +288,12 @@ class ShardSamples:
     def __init__(self, index: Index, settings: PackSettings) -> None:
         self.index, self.settings = index, settings
         self.fingerprint = {"index": index.digest}
-        for name in ("folder", "file_column", "caption_column", "key_column", "json_columns"):
+        for name in _TABLE_SETTINGS:
             if getattr(settings, name):
+                option = "--" + name.replace("_", "-").replace("columns", "column")
                 raise GigabatchError(
-                    f"{index.source}: {name} applies to tables, but this source contains shards. "
-                    f"Remove {name}."
+                    f"{index.source}: {option} applies to tables, but this source contains shards. "
+                    f"Remove {option}."
                 )
 
     def check(self) -> int:
@@ -286,10 +306,14 @@ class ShardSamples:
                 )
         if problem := find_repeated_key(self._keys):
             raise GigabatchError(
-                f"{self.index.source}: {problem}. Keys must be unique; pack the shards into "
-                "separate folders."
+                f"{self.index.source}: {problem}. Keys of a pack must be unique; pack each shard "
+                "into a separate folder."
             )
         return len(self.index)
+
+    def warning(self, out: Path) -> str | None:
+        """Return None: `open_index` warns of what it does not read."""
+        return None
 
     def _keys(self) -> Iterator[str]:
         for first in range(0, len(self.index), BATCH_ROWS):
@@ -307,28 +331,3 @@ class ShardSamples:
                         if isinstance(member, DamagedMember):
                             raise GigabatchError(member.why)
                     yield {"__key__": self.index.key(row)} | members
-
-
-def packing_order(start: int, count: int, seed: int | None) -> Iterator[int]:
-    """Yield the rows at positions `start` to `count` - 1; `seed` permutes them, None does not."""
-    for first in range(start, count, BATCH_ROWS):
-        positions = np.arange(first, min(first + BATCH_ROWS, count), dtype=np.int64)
-        if seed is not None:
-            positions = permute(positions, count, key(seed, "pack"))
-        yield from positions.tolist()
-
-
-def find_repeated_key(keys: Callable[[], Iterator[str]]) -> str | None:
-    """Describe the first key that occurs twice; None if all differ.
-
-    Args:
-        keys: Function that returns an iterator over all keys. It is called again if hashes repeat,
-            so that only eight bytes per key are in memory.
-    """
-    hashes, counts = np.unique(np.fromiter(map(hash, keys()), np.int64), return_counts=True)
-    repeated_hashes = set(hashes[counts > 1].tolist())
-    first_row: dict[str, int] = {}
-    for row, name in enumerate(keys() if repeated_hashes else ()):
-        if hash(name) in repeated_hashes and first_row.setdefault(name, row) != row:
-            return f"rows {first_row[name]} and {row} have the same key {name!r}"
-    return None

@@ -1,39 +1,46 @@
 """Read tables in common formats, in batches: CSV, TSV, JSON lines, Parquet, Arrow.
 
-A table is one file, or a folder whose files have one format and are read in the order of their
-names. Rows are numbered from 0, without the header. Only `RowStore`, which returns rows in any
-order, loads a table into memory.
+A table is one file, or a folder or pattern of files of one format, read in the order of their
+names. Rows are numbered from 0, without the header.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.packing.csv_tables import csv_header, csv_rows, find_delimiter
+from gigabatch.data.remote.locations import expand
 from gigabatch.data.shards.pack_hint import SUFFIXES
+from gigabatch.data.shards.unread import unread_data
 
 Row = dict[str, Any]
 RowBatch: TypeAlias = "list[Row] | pa.RecordBatch"
-STORE_BYTES = 4 << 30
-"""Maximum memory of a `RowStore`."""
 BATCH_ROWS = 1024
 """Rows read at a time."""
 FILE_BATCH_ROWS = 32
 """Rows read at a time if they contain whole files."""
-CELL_BYTES = 64 << 20
-"""Maximum size of a CSV cell; an unclosed quote would otherwise include the rest of the file."""
+_COMPRESSED = re.compile(
+    r"\.(csv|tsv|jsonl|ndjson|json|parquet|arrow|feather|tar)\.(gz|zst|bz2|xz|zip|lz4)$"
+)
+_TABLES = ("a Parquet file", "an Arrow file", "a text")
+"""Beginnings of what `describe_bytes` calls a table."""
+_OTHERS = (".xlsx", ".xls", ".ods", ".orc", ".avro")
+"""Tables of formats that are not read."""
 
 
 class _Read(Protocol):
@@ -53,7 +60,8 @@ class Table:
     """A table that has been opened but not read.
 
     Attributes:
-        source: File or folder.
+        source: File, folder or pattern.
+        folder: Folder that the file names in a row are relative to, unless another is set.
         columns: Column names.
         types: Arrow type of each column; empty for JSON lines.
         untyped: Whether all cells are text, as in CSV.
@@ -62,6 +70,7 @@ class Table:
     """
 
     source: Path
+    folder: Path
     columns: tuple[str, ...]
     types: dict[str, pa.DataType]
     untyped: bool
@@ -98,65 +107,39 @@ class Table:
             start += len(batch_rows)
 
 
-class RowStore:
-    """All rows of a table in memory, for reading in any order.
-
-    Uncompressed Arrow files stay on disk, memory-mapped.
-    """
-
-    def __init__(self, table: Table) -> None:
-        """Read the table.
-
-        Raises:
-            GigabatchError: if its rows take more than `STORE_BYTES`.
-        """
-        self._batches: list[Any] = []
-        before, json_bytes, starts = pa.total_allocated_bytes(), 0, [0]
-        for batch in table.batches():
-            if isinstance(batch, list):  # Dictionaries would take several times as much as JSON.
-                batch = [json.dumps(row).encode() for row in batch]
-                json_bytes += sum(map(len, batch)) + 41 * len(batch)
-            self._batches.append(batch)
-            starts.append(starts[-1] + len(batch))
-            if pa.total_allocated_bytes() - before + json_bytes > STORE_BYTES:
-                raise GigabatchError(
-                    f"{table.source}: the table cannot be shuffled: its rows take more than "
-                    f"{STORE_BYTES >> 30} GiB of memory. Pack it without shuffle_seed, then pack "
-                    "the resulting shards with shuffle_seed; shards can be read in any order."
-                )
-        self._starts = np.array(starts)
-
-    def __len__(self) -> int:
-        return int(self._starts[-1])
-
-    def row(self, number: int) -> Row:
-        """Return row `number`."""
-        index = int(np.searchsorted(self._starts, number, side="right")) - 1
-        batch, offset = self._batches[index], number - int(self._starts[index])
-        if isinstance(batch, list):
-            row: Row = json.loads(batch[offset])
-            return row
-        return dict(batch.slice(offset, 1).to_pylist()[0])
-
-
 def _slice(batch: RowBatch, first: int, rows: int) -> RowBatch:
     return batch[first : first + rows] if isinstance(batch, list) else batch.slice(first, rows)
 
 
 def table_files(source: Path) -> list[Path]:
-    """Return the files of a table in order; empty for a folder without tables."""
-    if not source.is_dir():
-        return [source]
+    """Return the files of a table in order: a file, those of a folder, or those of a pattern.
+
+    Returns:
+        An empty list for a folder without tables.
+
+    Raises:
+        GigabatchError: if a pattern matches no file.
+    """
+    if not os.path.isdir(source):  # `Path.is_dir` raises for a name that is too long
+        return list(map(Path, expand([str(source)]))) if _is_pattern(source) else [source]
     # `datasets` caches results in `cache-*.arrow` next to a data set.
-    return sorted(
-        path
-        for path in source.iterdir()
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith((".", "cache-"))
-    )
+    return sorted(path for path in source.iterdir() if _is_table(path))
 
 
-def open_table(source: Path) -> Table:
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith((".", "cache-"))
+
+
+def _is_pattern(source: Path) -> bool:
+    return any(mark in str(source) for mark in "*?[{") and not os.path.exists(source)
+
+
+def open_table(source: Path, delimiter: str | None = None) -> Table:
     """Open the table at `source`.
+
+    Args:
+        source: A file, a folder of files, or a pattern of files.
+        delimiter: Character between the fields of CSV files; None finds it in the first lines.
 
     Raises:
         GigabatchError: if it is not a table, cannot be read, or its files differ in format or
@@ -165,15 +148,13 @@ def open_table(source: Path) -> Table:
     files = table_files(source)
     suffixes = {path.suffix.lower() for path in files}
     if len(suffixes) != 1 or not suffixes <= set(SUFFIXES):
-        several = f"; it contains {', '.join(sorted(suffixes))}" if len(suffixes) > 1 else ""
-        raise GigabatchError(
-            f"{source}: not a table{several}. Name a file that ends in {', '.join(SUFFIXES)}, or a "
-            "folder whose files have one of these formats."
-        )
+        raise _not_a_table(source, files)
+    if delimiter is not None and not suffixes <= {".csv", ".tsv"}:
+        raise GigabatchError(f"{source}: --delimiter applies to .csv and .tsv. Remove it.")
     opened = []
     for path in files:
         with _read_errors(path):
-            opened.append(_open_file(path))
+            opened.append(_open_file(path, delimiter))
     columns, types, _ = opened[0]
     for path, (file_columns, file_types, _) in zip(files, opened, strict=True):
         retyped = {name for name in types if types[name] != file_types.get(name)}
@@ -187,16 +168,50 @@ def open_table(source: Path) -> Table:
     columns = tuple(dict.fromkeys(name for file_columns, _, _ in opened for name in file_columns))
     parts = tuple(part for _, _, parts in opened for part in parts)
     state = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files]
-    return Table(source, columns, types, suffixes <= {".csv", ".tsv"}, parts, state)
+    folder = source if source.is_dir() else files[0].parent
+    return Table(source, folder, columns, types, suffixes <= {".csv", ".tsv"}, parts, state)
+
+
+def _not_a_table(source: Path, files: Sequence[Path]) -> GigabatchError:
+    """Return the error for files that are not of one table format."""
+    suffixes = sorted({path.suffix.lower() for path in files})
+    several = f"; it contains {', '.join(suffixes)}" if len(suffixes) > 1 else ""
+    if not files and (unread := unread_tables(source)):
+        several = f"; {unread[0]} must be unpacked or converted first"
+    elif not files and (deeper := [p for p in sorted(source.glob("*/*")) if _is_table(p)]):
+        several = f"; {deeper[0].parent} contains tables: pack each such folder into its own set"
+    elif not files and (shards := unread_data(os.listdir(source), str(source))):
+        several = f"; data there that is not read: {'; '.join(shards)}"
+    if len(files) == 1 and files[0].is_file():
+        with open(files[0], "rb") as file:
+            kind = describe_bytes(file.read(512))
+        # A text may be a table with a different name.
+        several = f" but {kind}" if kind and not kind.startswith("a text") else ""
+        if several and _COMPRESSED.search(files[0].name.lower()):
+            several += ", which must be unpacked first"
+    return GigabatchError(
+        f"{source}: not a table{several}. Name a file that ends in {', '.join(SUFFIXES)}, or a "
+        "folder or pattern whose files have one of these formats."
+    )
+
+
+def unread_tables(folder: Path) -> list[str]:
+    """Return the names of the folder's files that look like tables but are not read, sorted."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith((".", "cache-")))
+    return [n for n in names if _COMPRESSED.search(n.lower()) or n.lower().endswith(_OTHERS)]
 
 
 _Opened = tuple[tuple[str, ...], dict[str, pa.DataType], list[_Part]]
 
 
-def _open_file(path: Path) -> _Opened:
+def _open_file(path: Path, delimiter: str | None) -> _Opened:
     suffix = path.suffix.lower()
+    with open(path, "rb") as file:
+        kind = describe_bytes(file.read(512)) or ""
+    if (kind.startswith(("a ", "an ")) and not kind.startswith(_TABLES)) or "compressed" in kind:
+        raise ValueError(f"it is {kind}, whatever its name says")
     if suffix in (".csv", ".tsv"):
-        return _open_csv(path, "," if suffix == ".csv" else "\t")
+        return _open_csv(path, delimiter or find_delimiter(path))
     if suffix in (".jsonl", ".ndjson"):
         # Read every line now: a field may first appear in the last one.
         names = dict.fromkeys(name for row in _json_rows(path) for name in row)
@@ -211,35 +226,14 @@ def _batched(read: Callable[[], Iterator[Row]], columns: object, rows: int) -> I
 
 
 def _open_csv(path: Path, delimiter: str) -> _Opened:
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        names: list[str] = next(_csv_reader(file, delimiter), [])
-    if not names or len(set(names)) < len(names) or "" in names:
-        raise ValueError("the first line must name the columns, each with a different name")
-    types = dict.fromkeys(names, pa.string())
-    read = partial(_csv_rows, path, delimiter)
-    return tuple(names), types, [_Part(None, partial(_batched, read))]
+    names = csv_header(path, delimiter)
+    read = partial(_csv_batches, path, delimiter)
+    return tuple(names), dict.fromkeys(names, pa.string()), [_Part(None, read)]
 
 
-def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
-    """Yield the rows of a CSV file; cells are text, empty ones None."""
-    with _read_errors(path), open(path, newline="", encoding="utf-8-sig") as file:
-        reader = _csv_reader(file, delimiter)
-        names: list[str] = next(reader, [])
-        for cells in reader:
-            if not cells:
-                continue  # A blank line is not a row.
-            if len(cells) != len(names):
-                raise ValueError(
-                    f"the row that ends at line {reader.line_num} has {len(cells)} fields, but the "
-                    f"first line has {len(names)}"
-                )
-            yield {name: cell or None for name, cell in zip(names, cells, strict=True)}
-
-
-def _csv_reader(file: TextIO, delimiter: str) -> Any:
-    # Applies to the whole process; Python's default of 128 KiB is too small for long captions.
-    csv.field_size_limit(CELL_BYTES)
-    return csv.reader(file, delimiter=delimiter, strict=True)
+def _csv_batches(path: Path, delimiter: str, columns: object, rows: int) -> Iterator[RowBatch]:
+    with _read_errors(path):
+        yield from _batched(partial(csv_rows, path, delimiter), columns, rows)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -313,6 +307,11 @@ def _read_errors(path: Path) -> Iterator[None]:
     """Convert read errors to a one-line GigabatchError that names the file."""
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise GigabatchError(
+            f"{path}: the table is not UTF-8 text (byte {error.object[error.start]:#04x}). Save it "
+            f"as UTF-8, as `iconv -f ENCODING -t UTF-8` does."
+        ) from error
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         problem = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise GigabatchError(

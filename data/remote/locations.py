@@ -81,7 +81,12 @@ def writable_folder(url: str) -> str:
     return f"{scheme}://{path}"
 
 
-def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Retry()) -> list[str]:
+def expand(
+    paths: Sequence[str],
+    default_glob: str = "*.tar",
+    retry: Retry = Retry(),
+    omitted: list[str] | None = None,
+) -> list[str]:
     """Return the files that `paths` name, as absolute paths or URLs.
 
     Args:
@@ -89,6 +94,8 @@ def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Ret
         default_glob: Pattern of the files to take from a folder. A remote path that matches it is
             assumed to be a file, without a request.
         retry: Limits of a request. A web server's listing is requested only for a glob.
+        omitted: List to which the paths or URLs of files in a folder are added that `default_glob`
+            does not match.
 
     Returns:
         Files in the order of `paths`, sorted within each.
@@ -97,13 +104,15 @@ def expand(paths: Sequence[str], default_glob: str = "*.tar", retry: Retry = Ret
         GigabatchError: if a path is missing or empty, or a file is named twice.
     """
     files: list[str] = []
+    rest: list[str] = [] if omitted is None else omitted
     for path in paths:
         if is_remote(path):
-            names = [name for url in _braces(path) for name in _remote(url, default_glob, retry)]
+            urls = _braces(path)
+            names = [name for url in urls for name in _remote(url, default_glob, retry, rest)]
         else:
             local = os.path.expanduser(path)
             exact = [local] if os.path.exists(local) else _braces(local)
-            names = [name for part in exact for name in _local(part, default_glob)]
+            names = [name for part in exact for name in _local(part, default_glob, rest)]
         files += sorted(names)
     twice = [name for name, count in Counter(files).items() if count > 1]
     if twice:
@@ -123,12 +132,13 @@ def _braces(path: str) -> list[str]:
         raise GigabatchError(f"{path}: the braces do not match: {error}.") from None
 
 
-def _local(path: str, default_glob: str) -> list[str]:
+def _local(path: str, default_glob: str, omitted: list[str]) -> list[str]:
     full = os.path.abspath(path)
     if os.path.isdir(full):
         with os.scandir(full) as entries:
             # Keep dangling links: their shards are lost, which must be reported.
             names = [entry.path for entry in entries if not entry.is_dir()]
+        omitted += [name for name in names if not _fits(name, default_glob)]
         names = [name for name in names if _fits(name, default_glob)]
         problem = (
             f"the folder contains no {default_glob}. Name deeper or other files by a glob such as"
@@ -146,7 +156,7 @@ def _local(path: str, default_glob: str) -> list[str]:
     return names
 
 
-def _remote(url: str, default_glob: str, retry: Retry) -> list[str]:
+def _remote(url: str, default_glob: str, retry: Retry, omitted: list[str]) -> list[str]:
     web = url.startswith("http")
     is_glob = "*" in url if web else glob.has_magic(url)  # a web address may end in ?query
     if not is_glob and (web or _fits(url, default_glob)):
@@ -155,6 +165,7 @@ def _remote(url: str, default_glob: str, retry: Retry) -> list[str]:
     if list(listed) == [url]:
         return [url]
     names = [name for name in listed if is_glob or _fits(name, default_glob)]
+    omitted += sorted(set(listed) - set(names))
     if not names:
         problem = f"there is no such file, and no folder that contains {default_glob}"
         remedy = "that the bucket may be listed"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ EXAMINED = 20_000
 REMOTE_EXAMINED = 1_000
 """The same for a remote set, whose samples are taken from its first shard."""
 CHUNK = 1024
+LISTED = 20
+"""Maximum number of json fields that a message lists."""
 _USABLE = {
     "id": lambda value: not is_missing(value),
     "flag": lambda value: flag_of(value) is not None,
@@ -42,13 +45,11 @@ class Unusable:
         examined: Number of samples examined.
         rows: Rows of the unusable ones among them.
         first: Value of the first of these.
-        names: Fields of that sample.
     """
 
     examined: int = 0
     rows: list[int] = field(default_factory=list)
     first: Any = None
-    names: tuple[str, ...] = ()
 
 
 def check_fields(
@@ -76,15 +77,25 @@ def check_fields(
     for name, unusable in _examine(index, uses, cache).items():
         count, examined = len(unusable.rows), unusable.examined
         if count and (count == examined or not allow_missing):
-            others = f"; its fields are {', '.join(unusable.names)}" if unusable.names else ""
+            where = index.where(unusable.rows[0])
             part = "" if examined == len(index) else " examined"
             raise GigabatchError(
                 f"{keys.get(name, 'objective')}: {count:,} of {examined:,} samples{part} of "
                 f"{index.source} have {_PROBLEMS[uses[name]]} in the json field {name!r}. The "
-                f"first is {index.where(unusable.rows[0])} (the value is "
-                f"{brief(unusable.first)}{others}). Name a field that every sample has"
+                f"first is {where} (the value is {brief(unusable.first)})."
+                f"{_list_fields(index, unusable.rows[0], cache)} Name a field that every sample has"
                 f"{_remedies(index, name, remedy) if uses[name] == 'id' else ''}."
             )
+
+
+def _list_fields(index: Index, row: int, cache: ShardCache | None) -> str:
+    """Return a sentence with the json fields of a sample; empty if there are none."""
+    with Sources([index], cache) as sources, suppress(BadSample):
+        data = sources.read(np.array([row], np.int64), ["json"])[0].get("json")
+        names = [*json_record(data, "")] if isinstance(data, bytes) else []
+        more = ", ..." if len(names) > LISTED else ""
+        return f" The json fields are: {', '.join(names[:LISTED])}{more}." if names else ""
+    return ""
 
 
 def _remedies(index: Index, name: str, remedy: str) -> str:
@@ -132,7 +143,7 @@ def _examine_json(
                     of_field.examined += 1
                     if not _USABLE[uses[name]](record.get(name)):
                         if not of_field.rows:
-                            of_field.first, of_field.names = record.get(name), tuple(record)
+                            of_field.first = record.get(name)
                         of_field.rows.append(row)
     return unusable
 

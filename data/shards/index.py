@@ -158,12 +158,25 @@ class Index:
                     without[rows] &= self.take(f"{choice}.offset", rows) == 0
         return np.flatnonzero(without)
 
-    def require_members(self, *choices: str, allow_missing: bool = False) -> tuple[str, ...]:
+    def samples_with_several(self, *members: str) -> int:
+        """Return the number of samples that have more than one of `members` (extensions)."""
+        present = [member for member in members if member in self.members]
+        several = 0
+        for first in range(0, len(self) if len(present) > 1 else 0, ROWS):
+            rows = np.arange(first, min(first + ROWS, len(self)))
+            of_sample = sum((self.take(f"{m}.offset", rows) != 0).astype(np.int64) for m in present)
+            several += int(np.count_nonzero(of_sample > 1))
+        return several
+
+    def require_members(
+        self, *choices: str, allow_missing: bool = False, key: str | None = None
+    ) -> tuple[str, ...]:
         """Return the extensions in `choices` that occur in the set, in the order of `choices`.
 
         Args:
             choices: Alternative extensions of one modality.
             allow_missing: Accept samples that have none of them.
+            key: Config key that names the member, for errors.
 
         Raises:
             GigabatchError: if no sample has any of them, or if a sample has none and
@@ -171,10 +184,13 @@ class Index:
         """
         present = tuple(choice for choice in choices if choice in self.members)
         if not present:
+            fix = f", or set {key} to where it is" if key else ""
+            if key == "data.captions.field":
+                fix = f", or set {key} to the json field of the captions" * ("json" in self.members)
             raise GigabatchError(
                 f"{self.source}: no sample has a .{' or .'.join(choices)} member; the members are: "
                 f"{', '.join('.' + m for m in self.members)}. Check that data.train names the "
-                "intended set."
+                f"intended set{fix}."
             )
         missing = np.empty(0, np.int64) if allow_missing else self.samples_without(*present)
         if missing.size:

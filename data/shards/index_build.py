@@ -6,9 +6,11 @@ interrupted build resumes, and adding shards costs only the scan of the new ones
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -33,10 +35,14 @@ Progress = Callable[[int, int], None]
 """Called with (shards done, shards in total)."""
 MAX_LISTED = 10
 """Maximum number of damaged shards that one error lists."""
+FILES_OF_ROWS = 3
+"""Files that hold the rows while an index is written: the part, the Arrow and the Parquet file."""
 SINGLE_PROCESS_BYTES = 64 << 20
 """Total bytes of shards below which starting more processes takes longer than it saves."""
 
-_Rows = tuple[pa.Table, str]  # the rows of a shard, and its digest
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+_Rows = tuple[pa.Table, str, int]  # rows of a shard, its digest, and members it does not use
 
 
 @dataclass(frozen=True)
@@ -101,17 +107,44 @@ def build_index(
     if progress and done and todo:
         progress(done, len(jobs))
     failures = []
-    for failure in _scan_all(todo, processes):
-        done += 1
-        if progress:
-            progress(done, len(jobs))
-        if failure:
-            failures.append(failure)
+    try:
+        for failure in _scan_all(todo, processes):
+            done += 1
+            if progress:
+                progress(done, len(jobs))
+            if failure:
+                failures.append(failure)
+    except _FullDiskError as error:
+        raise _full_disk(folder, source, jobs, *error.args) from None
     if failures:
         more = len(failures) - MAX_LISTED
         lines = sorted(failures)[:MAX_LISTED] + [f"... and {more} more shards"] * (more > 0)
         raise GigabatchError("\n".join(lines))
-    return _join_and_write(jobs, old_rows, folder, source)
+    try:
+        return _join_and_write(jobs, old_rows, folder, source)
+    except _FullDiskError as error:
+        raise _full_disk(folder, source, jobs, *error.args) from None
+
+
+class _FullDiskError(Exception):
+    """No room for rows; `args` are bytes of rows in memory, and bytes of the shards they are of."""
+
+
+def _full_disk(
+    folder: Path, source: str, jobs: Sequence[ScanJob], row_bytes: int, shard_bytes: int
+) -> GigabatchError:
+    """Return the error that names the space needed, estimated from the rows of some shards."""
+    total = sum(job.state.bytes for job in jobs)
+    needed = FILES_OF_ROWS * row_bytes * total / max(1, shard_bytes)
+    used = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    missing = max(needed - used, row_bytes)
+    other = "set GIGABATCH_CACHE to a folder on another disk"
+    if folder == Path(source) / ".gigabatch":
+        other = f"store the index elsewhere: `chmod a-w {shlex.quote(source)}`, then {other}"
+    return GigabatchError(
+        f"{folder}: the disk is full. The index of {total / 1e6:,.1f} MB of shards needs about "
+        f"{missing / 1e6:,.1f} MB more. Free this space, or {other}."
+    )
 
 
 def _scan_all(jobs: Sequence[ScanJob], processes: int | None) -> Iterator[str | None]:
@@ -151,9 +184,14 @@ def _scan(job: ScanJob) -> str | None:
             return f"{state.url}: the shard changed while it was indexed. Run the command again."
     except GigabatchError as error:
         return str(error)
-    table = rows.table.replace_schema_metadata({"digest": rows.digest})
-    with atomic_replace(job.part) as path, pa.ipc.new_file(str(path), table.schema) as writer:
-        writer.write_table(table)
+    table = rows.table.replace_schema_metadata({"digest": rows.digest, "unused": str(rows.unused)})
+    try:
+        with atomic_replace(job.part) as path, pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    except OSError as error:
+        if error.errno in FULL:
+            raise _FullDiskError(table.nbytes, state.bytes) from error
+        raise
     return None
 
 
@@ -189,7 +227,7 @@ def _old_rows(
         state = states.get(shard.name)
         if state and (state.bytes, state.version) == (shard.bytes, shard.version):
             table = index.table.slice(index.shard_starts[number], shard.samples)
-            rows[state.url] = (table, shard.digest)
+            rows[state.url] = (table, shard.digest, manifest["shards"][number].get("unused", 0))
     return rows
 
 
@@ -202,17 +240,19 @@ def _join_and_write(
         if job.state.url in old_rows:
             return old_rows[job.state.url]
         table = pa.ipc.open_file(pa.memory_map(str(job.part))).read_all()
-        return table, table.schema.metadata[b"digest"].decode()
+        metadata = table.schema.metadata
+        return table, metadata[b"digest"].decode(), int(metadata.get(b"unused", b"0"))
 
     schema = merge_schemas(rows(job)[0].schema for job in jobs)
     shards = []
     digest = hashlib.sha256()
     for job in jobs:
-        table, shard_digest = rows(job)
+        table, shard_digest, unused = rows(job)
         name = manifest_name(source, job.state.url)
         digest.update(f"{os.path.basename(name)} {shard_digest}\n".encode())
         shards.append({"name": name, "bytes": job.state.bytes, "version": job.state.version,
-                       "samples": table.num_rows, "digest": shard_digest})  # fmt: skip
+                       "samples": table.num_rows, "digest": shard_digest,
+                       **({"unused": unused} if unused else {})})  # fmt: skip
     manifest = {
         "format": FORMAT,
         "settings": jobs[0].settings.model_dump(mode="json"),
@@ -220,7 +260,13 @@ def _join_and_write(
         "digest": digest.hexdigest(),
     }
     tables = (conform_to_schema(rows(job)[0], schema) for job in jobs)
-    write_index(tables, schema, manifest, folder)
+    try:
+        write_index(tables, schema, manifest, folder)
+    except OSError as error:
+        if error.errno in FULL:
+            nbytes = sum(rows(job)[0].nbytes for job in jobs)
+            raise _FullDiskError(nbytes, sum(job.state.bytes for job in jobs)) from error
+        raise
     shutil.rmtree(folder / "parts", ignore_errors=True)
     return manifest
 

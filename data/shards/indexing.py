@@ -6,9 +6,11 @@ import fcntl
 import hashlib
 import logging
 import os
+import shlex
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,16 @@ from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.remote.locations import ShardState, expand, is_remote, stat_all
 from gigabatch.data.shards.index import Index, cache_folder, index_from_manifest, read_manifest
 from gigabatch.data.shards.index_build import (
+    FULL,
     Progress,
     build_index,
     full_name,
     manifest_name,
     scan_jobs,
 )
-from gigabatch.data.shards.pack_hint import pack_hint
+from gigabatch.data.shards.pack_hint import ZIP, pack_hint
 from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.shards.unread import count_splits, files_by_split, split_pattern, unread_data
 
 log = logging.getLogger(__name__)
 
@@ -70,12 +74,23 @@ def open_index(
                     )
                     manifest = build_index(jobs, manifest, folder, source, progress, processes)
     except OSError as error:
+        problem = "Free space on its disk" if error.errno in FULL else "Make the folder writable"
         raise GigabatchError(
-            f"{folder}: the index cannot be written: {error}. Make the folder writable, or set "
-            "GIGABATCH_CACHE to a folder that is."
+            f"{folder}: the index cannot be written: {error.strerror or error}. {problem}, or set "
+            "GIGABATCH_CACHE to another folder."
         ) from error
+    unused = sum(shard.get("unused", 0) for shard in manifest["shards"])
     if not any(shard["samples"] for shard in manifest["shards"]):
-        raise GigabatchError(f"{source}: the shards contain no samples. Name a set with samples.")
+        why = f"; {unused:,} members have no extension, such as .jpg, to say what they are"
+        raise GigabatchError(
+            f"{source}: the shards contain no samples{why if unused else ''}. Name a set with "
+            "samples."
+        )
+    if unused:
+        _warn_once(
+            f"{source}: not used: {unused:,} members without an extension, such as .jpg, to say "
+            "what they are"
+        )
     return _index(source, folder, manifest)
 
 
@@ -108,16 +123,10 @@ def _index(source: str, folder: Path, manifest: dict[str, Any]) -> Index:
 
 
 def _shard_states(source: str) -> list[ShardState]:
-    """Return URL, size and version of every shard of a set."""
+    """Return URL, size and version of every shard of a set; warn of data that it does not read."""
     path = Path(source)
     if os.path.isdir(source) and not any(path.glob("*.tar")):
-        fix = "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
-        if any(path.parent.glob("*.tar")):
-            fix = (
-                f"{path.parent} contains shards itself: to train on them, set data.train=. (a dot)."
-            )
-        fix = pack_hint(source) or fix
-        raise GigabatchError(f"{source}: contains no .tar shards. {fix}")
+        raise GigabatchError(f"{source}: contains no .tar shards. {_no_shards_fix(source)}")
     if not os.path.isdir(source) and (hint := pack_hint(source)):
         raise GigabatchError(f"{source}: {hint}")
     is_pattern = any(character in source for character in "*?[{")
@@ -126,7 +135,47 @@ def _shard_states(source: str) -> list[ShardState]:
             f"{source}: is not a folder. Name a folder of shards or a pattern (training: data.root "
             "and data.train; sets: eval.sets)."
         )
-    return stat_all(expand([source]))
+    omitted: list[str] = []
+    shards = expand([source], omitted=omitted)
+    for warning in _warnings(source, tuple(shards), tuple(omitted)):
+        _warn_once(warning)
+    return stat_all(shards)
+
+
+def _no_shards_fix(source: str) -> str:
+    """Return what to do about a folder without shards."""
+    path = Path(source)
+    hint = pack_hint(source)
+    unread = unread_data(os.listdir(source), source) if hint != ZIP else []
+    if unread:
+        return " ".join([f"Data there that is not read: {'; '.join(unread)}.", hint or ""]).strip()
+    if hint:
+        return hint
+    if any(path.parent.glob("*.tar")):
+        return f"{path.parent} contains shards itself: to train on them, set data.train=. (a dot)."
+    return "Name a folder of shards (training: data.root and data.train; sets: eval.sets)."
+
+
+def _warnings(source: str, shards: Sequence[str], omitted: Sequence[str]) -> Iterator[str]:
+    """Yield a warning about data that is not read, and one about several splits."""
+    folder = source if os.path.isdir(source) else None
+    unread = unread_data([name.rpartition("/")[2] for name in omitted], folder)
+    if unread:
+        yield f"{source}: not read: {'; '.join(unread)}"
+    splits = files_by_split(shards)
+    if splits and folder is not None:
+        patterns = [shlex.quote(f"{folder}/{split_pattern(split, splits)}") for split in splits]
+        yield (
+            f"{source}: its shards are of several splits, which this set merges: "
+            f"{count_splits(splits)}. To keep them apart, name them by pattern: "
+            f"{', '.join(patterns)}"
+        )
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    """Log a warning the first time; a process opens the same set more than once."""
+    log.warning("%s", message)
 
 
 def _find_index(
@@ -204,13 +253,19 @@ def _open_view(source: str, manifest: dict[str, Any], columns: Sequence[str]) ->
         if now[shard["name"]] != (shard["bytes"], shard["version"]):
             raise GigabatchError(
                 f"{source}: {shard['name']} changed after this view was made. Make it again with "
-                f"`gigabatch data filter {view['source']} '{view['where']}' {source}`."
+                f"`{_command('filter', view['source'], view['where'], source)}`."
             )
     names = [shard["name"] for shard in manifest["shards"]]
     index = index_from_manifest(source, Path(source), manifest, names)
     if missing := [name for name in columns if name not in index.columns]:
         raise GigabatchError(
-            f"{source}: the view has no column {', '.join(missing)}. Run `gigabatch data index "
-            f"{view['source']} --columns {','.join(missing)}`, then make the view again."
+            f"{source}: the view has no column {', '.join(missing)}. Run "
+            f"`{_command('index', view['source'], '--columns', ','.join(missing))}`, then make the "
+            f"view again: `{_command('filter', view['source'], view['where'], source)}`."
         )
     return index
+
+
+def _command(*arguments: str) -> str:
+    """Return a `gigabatch data` command as typed into a shell."""
+    return shlex.join(["gigabatch", "data", *arguments])

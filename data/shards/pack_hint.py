@@ -37,7 +37,7 @@ def pack_hint(source: str) -> str | None:
     if os.path.exists(source):
         return ZIP if suffix == ".zip" else _table_hint(suffix, path, "a table")
     if any(mark in source for mark in "*?[{"):
-        return _table_hint(suffix, path.parent, "a pattern of tables")
+        return _table_hint(suffix, path, "a pattern of tables")
     return None
 
 

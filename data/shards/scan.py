@@ -46,10 +46,12 @@ class ShardRows:
         table: Columns `key`, `EXT.offset`, `EXT.size` and `EXT.crc` of every extension, and the
             json fields.
         digest: SHA-256 of names, sizes and checksums.
+        unused: Number of members without an extension, which belong to no sample.
     """
 
     table: pa.Table
     digest: str
+    unused: int = 0
 
 
 @dataclass
@@ -63,6 +65,7 @@ class _Grouping:
         members: Numbers of the members that belong to a sample.
         rows: Sample of each of these members.
         kinds: Extension of each of these members, as a position in `extensions`.
+        unused: Number of members without an extension; hidden files are not counted.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -71,6 +74,7 @@ class _Grouping:
     members: list[int] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     kinds: list[int] = field(default_factory=list)
+    unused: int = 0
 
 
 def scan_shard(file: int, where: str, settings: IndexSettings) -> ShardRows:
@@ -95,7 +99,9 @@ def scan_shard(file: int, where: str, settings: IndexSettings) -> ShardRows:
     member_fields = [pa.field(name, array.type) for name, array in columns.items()]
     schema = pa.schema([*member_fields, *(field for field, _ in json_columns)])
     arrays = [*columns.values(), *(array for _, array in json_columns)]
-    return ShardRows(pa.table(arrays, schema=schema), _digest(members, samples.members))
+    return ShardRows(
+        pa.table(arrays, schema=schema), _digest(members, samples.members), samples.unused
+    )
 
 
 def _group_members(members: Members, where: str) -> _Grouping:
@@ -111,6 +117,7 @@ def _group_members(members: Members, where: str) -> _Grouping:
         if name[0] == "/" or (".." in name and ".." in name.split("/")):
             raise _error(where, members, number, f"the name {name!r} leads out of the shard")
         if dot <= start:
+            out.unused += dot < 0
             continue  # webdataset skips names without an extension, and hidden files
         key, extension = name[:dot], name[dot + 1 :]
         if key != last_key:

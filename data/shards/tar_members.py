@@ -9,6 +9,7 @@ the parser read file data as headers, so the error names the first header whose 
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.errors import GigabatchError
 
 BLOCK = 512
@@ -27,6 +29,13 @@ NEAR = 16 << 10  # a header this close to the end of the window means that membe
 VERIFY_AT_ONCE = 1 << 14  # headers verified at a time: 8 MiB
 _FILE_TYPES = (0x30, 0)  # "0" and NUL: regular files
 _LONG_NAME, _PAX, _PAX_GLOBAL, _FOLDER = b"L", b"x", b"g", b"5"
+_UNPACK = {
+    "gzip-compressed data": (".gz", "gunzip"),
+    "zstd-compressed data": (".zst", "zstd -d --rm"),
+    "bzip2-compressed data": (".bz2", "bunzip2"),
+    "xz-compressed data": (".xz", "unxz"),
+}  # fmt: skip
+"""What a compressed tar file is -> the suffix that its program needs, and the program."""
 _OCTAL = 8 ** np.arange(5, -1, -1)
 
 
@@ -119,6 +128,8 @@ def _parse(parser: _Parser, checksums: bool) -> None:
             window, start, at = os.pread(file, length, position), position, 0
             if len(window) < BLOCK:
                 what = "the file ends without an end mark: it was truncated"
+                if position == 0 and describe_bytes(window) not in (None, "a tar file"):
+                    raise _not_a_tar(parser.where, window)
                 raise _damage(parser.where, position, what)
             if len(headers) >= VERIFY_AT_ONCE:
                 _verify_headers(parser)
@@ -226,10 +237,15 @@ def _verify_headers(parser: _Parser) -> None:
 
 def _verify_header(header: bytes, where: str, position: int) -> None:
     """Raise GigabatchError if the checksum in a header is wrong."""
-    stored = _number(header[148:156], where, position)
+    try:
+        stored = _number(header[148:156], where, position)
+    except GigabatchError:
+        if position == 0:
+            raise _not_a_tar(where, header) from None
+        raise
     if stored != sum(header) - sum(header[148:156]) + 8 * 32:
         if position == 0:
-            raise _damage(where, 0, "this is not a tar file")
+            raise _not_a_tar(where, header)
         raise _damage(where, position, "the header's checksum is wrong: the block is damaged")
 
 
@@ -246,8 +262,7 @@ def _number(digits: bytes, where: str, position: int) -> int:
     try:
         return int(digits.strip(b" \x00") or b"0", 8)
     except ValueError:
-        what = "this is not a tar file" if position == 0 else "the header is damaged"
-        raise _damage(where, position, what) from None
+        raise _damage(where, position, "the header is damaged") from None
 
 
 def _names(parser: _Parser, headers: NDArray[np.uint8], first: int) -> list[str]:
@@ -301,6 +316,31 @@ def _pax_records(records: bytes, where: str, position: int) -> Iterator[tuple[by
             raise _damage(where, position, "an extended header cannot be read") from None
         yield name, value
         records = records[length:]
+
+
+def _not_a_tar(where: str, head: bytes) -> GigabatchError:
+    """Return the error for a file that does not start with a tar header.
+
+    Args:
+        where: Name of the file.
+        head: Its first 512 bytes, or all of them if there are fewer.
+    """
+    kind = describe_bytes(head)
+    if kind is None or kind == "a tar file":
+        return _damage(where, 0, "this is not a tar file")
+    if kind not in _UNPACK:
+        return _damage(where, 0, f"this is not a tar file but {kind}")
+    suffix, command = _UNPACK[kind]
+    fix = "Unpack it at its source"
+    if "://" not in where:
+        old, new = shlex.quote(where), shlex.quote(where + suffix)
+        fix = f"Unpack it: `mv {old} {new} && {command} {new}`"
+        if where.endswith(suffix):
+            fix = f"Unpack it: `{command} {old}`, and use {where.removesuffix(suffix)}"
+    return GigabatchError(
+        f"{where}: at byte 0: this is not a tar file but {kind}; samples are read by their offset, "
+        f"which compression does not allow. {fix}."
+    )
 
 
 def _damage(where: str, position: int, what: str) -> GigabatchError:

@@ -60,7 +60,12 @@ def read_text_tuples(path: Path) -> Iterator[TextTuple]:
         record = _parse(where, line)
         positives = _text_list(where, record, "positive", "positives")
         if not positives:
-            raise _error(where, "no text in `positive`. Write a text, or a list of texts")
+            fields = ", ".join(record) or "none"
+            raise _error(
+                where,
+                f"no text in `positive`; the fields are: {fields}. Write a text, or a list of "
+                "texts, in a field of this name",
+            )
         negatives = _text_list(where, record, "negative", "negatives")
         yield TextTuple(_text(where, record, "anchor"), positives, negatives)
 

@@ -4,7 +4,6 @@ command imports torch, so that a typing error is reported at once."""
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -51,19 +50,6 @@ def check_exists(source: str) -> str:
         if not is_remote(source):
             expand([source])
     return source
-
-
-def _table_or_shards(source: str) -> str:
-    """Return `source`, a table or shards for `data pack`; a pattern of tables is an error."""
-    from gigabatch.data.shards.pack_hint import pack_hint
-
-    if not os.path.exists(source) and "://" not in source and pack_hint(source):
-        folder = shlex.quote(os.path.dirname(source) or ".")
-        raise GigabatchError(
-            f"{source}: name a table or its folder, not a pattern: `gigabatch data pack {folder} "
-            "OUT`."
-        )
-    return check_exists(source)
 
 
 def check_set(name: str | None) -> str | None:
@@ -123,7 +109,7 @@ TableOrShards = Annotated[
         metavar="SOURCE",
         help="Table (CSV, TSV, JSONL, Parquet, Arrow; a file, or a folder of files of one format) "
         "that names files or contains their bytes; or shards to be written again.",
-        callback=_table_or_shards,
+        callback=check_exists,
     ),
 ]
 JSON_HELP = "Print one JSON object."

@@ -147,6 +147,17 @@ def pack(
         list[str] | None,
         typer.Option(help="Column for the json member. Repeatable. Default: all other columns."),
     ] = None,
+    delimiter: Annotated[
+        str | None,
+        typer.Option(help="Character between the fields of a CSV file. Default: found in it."),
+    ] = None,
+    merge_splits: Annotated[
+        bool,
+        typer.Option(
+            "--merge-splits",
+            help="Make one set of files of several splits, such as train-* and validation-*.",
+        ),
+    ] = False,
     per_shard: Annotated[int, typer.Option(min=1, help="Maximum samples per shard.")] = 10_000,
     shard_mib: Annotated[float, typer.Option(help="Maximum MiB per shard.")] = 512,
     shuffle_seed: Annotated[
@@ -182,7 +193,8 @@ def pack(
         "folder": folder, "file_column": file_column, "caption_column": caption_column or (),
         "key_column": key_column, "json_columns": json_column, "per_shard": per_shard,
         "shard_bytes": int(shard_mib * 2**20), "shuffle_seed": shuffle_seed, "prefix": prefix,
-        "skip_missing": skip_missing,
+        "skip_missing": skip_missing, "merge_splits": merge_splits,
+        "delimiter": "\t" if delimiter == "\\t" else delimiter,
     }  # fmt: skip
     pack_source(source, out, settings)
 

@@ -18,6 +18,7 @@ from gigabatch.data.shards.index import Index, read_manifest
 from gigabatch.data.shards.indexing import index_folder, open_index, stored_index
 from gigabatch.data.shards.json_columns import check_column_names, holds_json
 from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.shards.sources import rows_without_value
 from gigabatch.launcher.progress import progress_bar
 
 LAST_POSITION = 1 << 62
@@ -52,6 +53,8 @@ def index_source(
     if index.columns:
         print(f"  columns: {', '.join(_describe_column(index, name) for name in index.columns)}")
     print(f"  fingerprint {index.digest[:16]}; index in {index.folder}")
+    for line in _several_members(index):
+        print(f"  note: {line}")
     missing = _missing_members(index)
     for line in missing:
         print(f"  {'note' if partial else 'error'}: {line}")
@@ -72,8 +75,23 @@ def _indexed_columns(source: str) -> tuple[str, ...]:
 def _describe_column(index: Index, name: str) -> str:
     column = index.table[name]
     kind = "JSON text" if holds_json(index.table.schema.field(name)) else column.type
-    nulls = f", {column.null_count:,} without" if column.null_count else ""
-    return f"{name} ({kind}{nulls})"
+    missing = len(rows_without_value(index, name))
+    return f"{name} ({kind}{f', {missing:,} without' if missing else ''})"
+
+
+def _several_members(index: Index) -> list[str]:
+    """Describe samples with several images or audio files, one line per modality."""
+    from gigabatch.data.decode.audio import AUDIO_MEMBERS
+    from gigabatch.data.decode.images import IMAGE_MEMBERS
+
+    lines = []
+    for noun, members, key in (
+        ("images", IMAGE_MEMBERS, "data.image.member"),
+        ("audio files", AUDIO_MEMBERS, "the tower's key member"),
+    ):
+        if count := index.samples_with_several(*members):
+            lines.append(f"{count:,} samples have several {noun}; training needs {key} to name one")
+    return lines
 
 
 def _missing_members(index: Index) -> list[str]:
@@ -218,6 +236,8 @@ def describe_source(
     with progress_bar("reading samples") as progress:
         stats = collect(index, captions, sample or None, progress)
     print(json.dumps(stats.to_json()) if as_json else render(stats))
+    for line in () if as_json else _several_members(index):
+        print(f"note: {line}; these statistics use the first of their extensions")
     if sheet is not None:
         contact_sheet(index, captions, sheet)
         if not as_json:

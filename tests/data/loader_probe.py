@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 
 from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.failures import as_failure
 from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.shards.indexing import open_index

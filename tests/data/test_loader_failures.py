@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.loader_errors import LoaderError
 from gigabatch.data.order.assignment import EvalPlans
 from gigabatch.data.shards.indexing import open_index

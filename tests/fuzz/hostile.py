@@ -54,9 +54,19 @@ def json_bytes(rng: random.Random) -> bytes:
 
 
 def record_text(rng: random.Random) -> str:
-    """Return a json object with the fields that are read."""
-    names = ("caption", "id", "label", "vector")
-    return "{" + ", ".join(f'"{name}": {json_text(rng, 2)}' for name in names) + "}"
+    """Return a json object with the fields that are read, most of them ordinary."""
+    ordinary = {
+        "caption": rng.choice(['"a text"', '["one", "two"]', '{"a": "inner"}']),
+        "id": rng.choice(["7", '"x1"', "true", "7.5"]),
+        "label": rng.choice(["3", "0.25"]),
+        "a": '{"b": "deep"}',
+        "0": '"zero"',
+    }
+    pairs = [
+        f'"{name}": {value if rng.random() < 0.85 else json_text(rng, 2)}'
+        for name, value in ordinary.items()
+    ]
+    return "{" + ", ".join(pairs) + "}"
 
 
 def text_bytes(rng: random.Random) -> bytes:

@@ -18,7 +18,7 @@ from tarfiles import write_tar
 
 from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import Fields
-from gigabatch.data.decode.members import ImageSettings
+from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.decode.vectors import VectorSettings, VectorsSettings
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.assignment import EvalPlans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,6 +73,7 @@ class Task(SetTask):
 TOWER = "towers.image={kind: module, module: 'MODULE:Tower'}"
 STAGE = "data.stages=['MODULE:stage']"
 OBJECTIVE = "objective={name: module, module: 'MODULE:Loss'}"
+TORCHRUN = ["cluster.launcher=torchrun", "cluster.workers=2", "cluster.max_restarts=0"]
 CASES = [
     # place, statement, override, words of the message
     ("import", "raise SystemExit(0)", STAGE, "SystemExit(0)"),
@@ -147,19 +149,46 @@ def test_exception_of_user_task_fails_the_evaluation(
         outcome(monkeypatch, capsys, "eval", *arguments)
 
 
+ENDS = [
+    # place, statement, settings, `ulimit -n`, exit code, words
+    ("forward", "raise SystemExit(0)", [TOWER], 0, 1, "SystemExit(0) was raised at"),
+    ("forward", "raise SystemExit(0)", [TOWER, *TORCHRUN], 0, 2, "SystemExit(0) was raised at"),
+    ("stage", "os.kill(os.getpid(), 9)", [STAGE], 0, 2, "usually because the machine ran out"),
+    ("stage", "os.kill(os.getpid(), 9)", [STAGE, *TORCHRUN], 0, 2, "usually because the machine"),
+    ("never", "", ["data.prefetch=40", "batch.micro_size=2"], 90, 2, "Set `ulimit -n 4096`"),
+]
+
+
 @pytest.mark.slow
-def test_command_that_meets_system_exit_exits_with_1(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("place", "statement", "settings", "files", "expected", "words"), ENDS)
+def test_command_ends_soon_with_the_reason_and_how_to_resume(
+    place: str,
+    statement: str,
+    settings: list[str],
+    files: int,
+    expected: int,
+    words: str,
+    tiny: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    module = write_module(tmp_path, "forward", "raise SystemExit(0)", monkeypatch)
+    module = write_module(tmp_path, place, statement or "pass", monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ['PYTHONPATH']}")
     command = [
-        sys.executable, "-m", "gigabatch.launcher", "train", str(tiny), "train.steps=3",
-        TOWER.replace("MODULE", module), "eval.sets=[]",
+        sys.executable, "-m", "gigabatch.launcher", "train", str(tiny), "train.steps=6",
+        "eval.sets=[]", *(setting.replace("MODULE", module) for setting in settings),
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1, done.stderr
-    assert "SystemExit(0) was raised at" in done.stderr
-    assert done.stderr.rstrip().endswith("continues from the last checkpoint.")
+    limit = f"ulimit -n {files}; " if files else ""
+    done = subprocess.run(
+        ["bash", "-c", f'{limit}exec "$@"', "bash", *command],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == expected, done.stdout + done.stderr
+    assert words in done.stderr
+    if not files:
+        last = done.stderr.rstrip().splitlines()[-1]
+        assert "gigabatch resume" in last
+        assert "continues from the last checkpoint" in last
 
 
 def test_worker_records_an_exit_of_user_code_as_a_crash(

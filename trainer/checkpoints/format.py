@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.files import sync_folder
+from gigabatch.data.files import sync_folder, with_umask_mode
 from gigabatch.trainer.checkpoints.retention import steps_to_keep
 from gigabatch.trainer.config import CheckpointSettings
 from gigabatch.trainer.run.files import sync_file, to_json, write_atomically
@@ -142,7 +142,9 @@ def _remove_leftovers(run: RunFolder, attempt: int) -> None:
 def _write(folder: Path, step: int, files: Mapping[str, Tensors], state: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True)
     for name, tensors in files.items():
-        save_file(dict(tensors), folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        with with_umask_mode(path):
+            save_file(dict(tensors), path)
     (folder / "state.json").write_text(to_json(state))
     entries = {}
     for path in sorted(folder.iterdir()):

@@ -179,6 +179,7 @@ def test_check_counts_the_samples_without_an_id(
     message = checked(tmp_path, values, columns, remedy="set data.missing_ids=unique")
     assert message.startswith(f"objective.positives: {count} of {len(values)} samples of ")
     assert f"in the json field 'x'. The first is {tmp_path}/a.tar: sample {first!r}" in message
+    assert ("The json fields are: x." in message) == (values[0] is not ...)
     assert message.endswith("or set data.missing_ids=unique.")
     assert ("gigabatch data index" in message) == (not columns)
     assert not checked(tmp_path, values, columns, allow_missing=True)

@@ -29,7 +29,7 @@ from packs import (
 )
 from tarfiles import contents, write_tar
 
-from gigabatch.data.packing import tables
+from gigabatch.data.packing import row_store
 from gigabatch.data.packing.pack import PackSettings, pack
 from gigabatch.data.shards.filtered_view import create_view
 from gigabatch.data.shards.indexing import open_index
@@ -308,11 +308,11 @@ def test_packing_twice_gives_identical_files(kind: str, tmp_path: Path) -> None:
 def test_shuffling_a_table_beyond_memory_limit_fails(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "STORE_BYTES", 10_000)
+    monkeypatch.setattr(row_store, "STORE_BYTES", 10_000)
     table = write_table(tmp_path / f"t.{kind}", album(tmp_path, 300))
     message = pack_error(table, tmp_path / "out", shuffle_seed=1)
     assert "cannot be shuffled" in message
-    assert "pack the resulting shards with shuffle_seed" in message
+    assert "pack the resulting shards with --shuffle-seed" in message
     pack(table, tmp_path / "ordered")
     pack(tmp_path / "ordered", tmp_path / "mixed", PackSettings(shuffle_seed=1))
     assert members(tmp_path / "mixed") == members(tmp_path / "ordered")
@@ -321,7 +321,7 @@ def test_shuffling_a_table_beyond_memory_limit_fails(
 def test_shuffling_a_mapped_arrow_file_needs_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "STORE_BYTES", 10_000)
+    monkeypatch.setattr(row_store, "STORE_BYTES", 10_000)
     rows = album(tmp_path, 100)
     table = write_arrow(tmp_path / "t.arrow", embedded(tmp_path, rows))
     pack(table, tmp_path / "out", PackSettings(shuffle_seed=1))

@@ -44,7 +44,7 @@ def test_missing_files_and_captions_are_listed_by_row(tmp_path: Path) -> None:
     assert f"{rows[3]['file']!r} is empty; row 4: 'im' is not of a known type" in message
     assert "row 5: no file name; row 6: no caption; row 7: 'x.gif'" in message
     assert "; and 11 more" in message
-    assert "skip_missing" in message
+    assert "--skip-missing" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -155,11 +155,11 @@ COLUMNS: dict[str, tuple[dict[str, str], dict[str, Any], str]] = {
     "no file": (
         {"name": "a", "text": "b"},
         {},
-        "no column is clearly the file_column. Set file_column; the",
+        "no column is clearly the file column. Set --file-column to one of the",
     ),
-    "two files": ({"image": "a", "path": "b", "text": "c"}, {}, r"file_column \(image, path\)"),
-    "no caption": ({"file": "a", "said": "b"}, {}, "clearly the caption_column"),
-    "two captions": ({"file": "a", "Text": "b", "txt": "c"}, {}, r"caption_column \(Text, txt\)"),
+    "two files": ({"image": "a", "path": "b", "text": "c"}, {}, r"file column \(image, path\)"),
+    "no caption": ({"file": "a", "said": "b"}, {}, "clearly the caption column"),
+    "two captions": ({"file": "a", "Text": "b", "txt": "c"}, {}, r"caption column \(Text, txt\)"),
     "no such file": ({"file": "a", "text": "b"}, {"file_column": "x"}, "there is no column 'x'"),
     "no such caption": ({"file": "a", "text": "b"}, {"caption_column": ("x",)}, "no column 'x'"),
     "no such key": ({"file": "a", "text": "b"}, {"key_column": "x"}, "no column 'x'"),
@@ -173,13 +173,13 @@ def test_ambiguous_or_unknown_columns_are_listed(case: str, tmp_path: Path) -> N
     table = write_table(tmp_path / "t.csv", [row])
     with pytest.raises(GigabatchError, match=pattern) as error:
         pack(table, tmp_path / "out", PackSettings(**settings))
-    assert f"the columns are {', '.join(row)}." in str(error.value)
+    assert f"to one of the columns: {', '.join(row)}" in str(error.value)
 
 
 def test_second_column_of_bytes_must_be_excluded(tmp_path: Path) -> None:
     table = pa.table({"image": [PNG], "mask": [PNG], "text": ["x"]})
     source = write_arrow(tmp_path / "t.parquet", table)
-    assert "file_column (image, mask)" in pack_error(source, tmp_path / "out")
+    assert "file column (image, mask)" in pack_error(source, tmp_path / "out")
     assert "'mask' contains bytes" in pack_error(source, tmp_path / "out", file_column="image")
     pack(source, tmp_path / "out", PackSettings(file_column="image", json_columns=()))
     assert members(tmp_path / "out") == {"000000.png": PNG, "000000.txt": b"x"}
@@ -191,7 +191,7 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "no header": ("t.csv", b"", "first line must name the columns"),
     "a column twice": ("t.csv", b"file,text,file\n", "each with a different name"),
     "no row": ("t.csv", b"file,text\n", "there are no rows"),
-    "not UTF-8": ("t.csv", b"file,text\na.png,\xff\n", "utf-8"),
+    "not UTF-8": ("t.csv", b"file,text\na.png,\xff\n", "is not UTF-8"),
     "not JSON": ("t.jsonl", b'{"file": "a", "text": "b"}\n{"a\n', "line 2: "),
     "not an object": ("t.jsonl", b"[1]\n", "line 1 is not a JSON object"),
     "not Parquet": ("t.parquet", b"PAR1 not at all PAR1", "cannot be read"),
@@ -238,7 +238,9 @@ def test_table_files_with_different_columns_are_rejected(tmp_path: Path) -> None
 
 def test_table_settings_are_rejected_for_shards(tmp_path: Path) -> None:
     write_tar(tmp_path / "s.tar", {"a.txt": b"x"})
-    assert "key_column applies to tables" in pack_error(tmp_path, tmp_path / "out", key_column="x")
+    assert "--key-column applies to tables" in pack_error(
+        tmp_path, tmp_path / "out", key_column="x"
+    )
 
 
 def test_unsupported_member_types_are_rejected(tmp_path: Path) -> None:
@@ -268,6 +270,6 @@ def test_unwritable_output_folder_is_reported(tmp_path: Path) -> None:
 
 def test_invalid_shard_names_are_rejected(tmp_path: Path) -> None:
     source = make_source("files", tmp_path, 3)
-    assert "Set prefix" in pack_error(source, tmp_path / "a[1]")
+    assert "Set --prefix" in pack_error(source, tmp_path / "a[1]")
     with pytest.raises(ValueError, match="prefix"):
         PackSettings(prefix="../x")

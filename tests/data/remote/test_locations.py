@@ -141,6 +141,14 @@ def test_expand_folder_of_bucket(s3: RemoteFolder) -> None:
         assert "the glob matches no file" in error_message(expand, [empty])
 
 
+def test_files_of_a_folder_that_are_not_shards_are_collected(s3: RemoteFolder) -> None:
+    for location in (s3.url, str(s3.folder)):
+        omitted: list[str] = []
+        shards = expand([location], retry=QUICK, omitted=omitted)
+        assert len(shards) == len(expand([f"{location}/*.tar"], retry=QUICK))
+        assert [name.rpartition("/")[2] for name in omitted] == ["notes.txt"]
+
+
 def test_web_address_with_query_is_one_file(site: RemoteFolder) -> None:
     signed = f"{site.url}/s0.tar?signature=a%2Fb&x=[1]"
     assert expand([signed]) == [signed]

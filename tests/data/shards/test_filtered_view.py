@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
+import shlex
 import signal
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import outcome
 from tarfiles import write_tar
 from test_indexing import jsons, keys
 
@@ -250,3 +253,32 @@ def test_opening_view_raises_if_used_shard_changed(index: Index, tmp_path: Path)
     os.utime(tmp_path / "set" / "b.tar", ns=(1, 1))
     with pytest.raises(GigabatchError, match=r"b\.tar changed after this view was made"):
         open_index(tmp_path / "view")
+
+
+@pytest.mark.parametrize(
+    "condition", ["lang == 'en'", 'lang == "en" and score > 0.5', "key == '$1'"]
+)
+def test_commands_of_view_errors_make_it_again(
+    condition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source, out = tmp_path / "the set", tmp_path / "the view"
+    records = {f"{key}.json": b'{"lang": "en", "score": 0.9, "x": 1}' for key in ("a", "$1")}
+    shard = write_tar(source / "a.tar", records)
+    create_view(open_index(source, columns=("lang", "score")), condition, out)
+    errors = []
+    with pytest.raises(GigabatchError) as missing:
+        open_index(out, columns=("x",))
+    errors.append(str(missing.value))
+    os.utime(shard, (1, 1))
+    with pytest.raises(GigabatchError) as changed:
+        open_index(out)
+    errors.append(str(changed.value))
+    for error in reversed(errors):
+        script = re.findall(r"`(gigabatch data .*?)`(?:[.,]| then|$)", error)
+        assert script
+        for command in script:
+            code, _, err = outcome(monkeypatch, capsys, *shlex.split(command)[1:])
+            assert code == 0, err
+        assert len(open_index(out)) > 0
+    assert "x" in open_index(out, columns=("x",)).columns

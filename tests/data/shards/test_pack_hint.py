@@ -31,10 +31,10 @@ def root(tmp_path: Path) -> Path:
     [
         ("csv", "gigabatch data pack {}/csv OUT"),
         ("csv/a.csv", "gigabatch data pack {}/csv/a.csv OUT"),
-        ("csv/*.csv", "gigabatch data pack {}/csv OUT"),
+        ("csv/*.csv", "gigabatch data pack '{}/csv/*.csv' OUT"),
         ("parquet", "gigabatch data pack {}/parquet/data OUT"),
-        ("parquet/data/*.parquet", "gigabatch data pack {}/parquet/data OUT"),
-        ("parquet/data/part-{00..99}.PARQUET", "gigabatch data pack {}/parquet/data OUT"),
+        ("parquet/data/*.parquet", "gigabatch data pack '{}/parquet/data/*.parquet' OUT"),
+        ("parquet/data/part-{0..9}.PARQUET", "pack '{}/parquet/data/part-{0..9}.PARQUET' OUT"),
         ("a b", "gigabatch data pack '{}/a b' OUT"),
         ("images", "`gigabatch data pack TABLE OUT`"),
         ("set.zip", "Unzip it, then write shards with `gigabatch data pack TABLE OUT`"),

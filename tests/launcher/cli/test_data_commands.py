@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,19 @@ def test_check_compares_with_the_index_after_a_shard_was_rewritten(run: Run, fol
     with open(shard, "ab") as file:
         file.write(bytes(1024))
     assert f"{shard}: size is " in run("data", "check", folder)[1]
+
+
+def test_check_decodes_each_of_several_images(run: Run, tmp_path: Path) -> None:
+    file = BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    members = {f"k{i}.{kind}": file.getvalue() for i in range(3) for kind in ("png", "jpg")}
+    write_tar(tmp_path / "a.tar", members | {"k1.jpg": b"GIF89a"})
+    code, out, _ = run("data", "check", tmp_path)
+    assert code == 2
+    assert "sample 'k1': the image cannot be decoded: it is a GIF" in out
+    assert "1 bad" in out
+    for command in ("index", "stats"):
+        assert "3 samples have several images" in run("data", command, tmp_path)[1]
 
 
 def test_check_reports_invalid_json(run: Run, tmp_path: Path) -> None:

@@ -120,6 +120,7 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "data.window": ("1", "batch", []),
     "data.workers": ("2", "loaders", []),
     "data.prefetch": ("3", "loaders", []),
+    "data.image.member": ("webp", "batch", []),
     "data.image.size": ("24", "batch", []),
     "data.image.channels": ("1", "batch", []),
     "data.image.mean": ("0.3", "inputs", []),
