@@ -8,7 +8,6 @@ The only state is the step at which the stream starts.
 from __future__ import annotations
 
 import random
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gigabatch.data.decode.collate import Collate
 from gigabatch.data.decode.fields import Fields, Sample
 from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.failures import name_of
+from gigabatch.data.loader_errors import errors_as_values, prepare_worker, raise_errors
 from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.order.mixture import to_sample_number
 from gigabatch.data.remote.cache import ShardCache
@@ -177,13 +178,6 @@ def _worker_share(plans: Iterable[MicroBatchPlan]) -> Iterator[MicroBatchPlan]:
     return islice(plans, offset, None, stride)
 
 
-def _reset_signals(worker: int) -> None:
-    """Stop a forked loader worker from running its parent's signal handlers."""
-    # The parent handles Ctrl-C, and ends its loader workers with SIGTERM.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
 def _seed_all(seed: int) -> None:
     torch.manual_seed(seed % (1 << 63))
     np.random.seed(seed % (1 << 32))
@@ -214,31 +208,6 @@ class CollateStage:
             tensors = self.collate(rows)
             more = tuple(self.collate.fields.more)
             yield MicroBatch(plan.step, plan.number, plan.real, keys, tensors, records, more)
-
-
-@dataclass(frozen=True)
-class WorkerError:
-    """The message of a GigabatchError, sent from a loader worker to the training process."""
-
-    message: str
-
-
-def _errors_as_values(batches: Iterator[MicroBatch]) -> Iterator[MicroBatch | WorkerError]:
-    """Yield the batches; a GigabatchError becomes the last value."""
-    # Raised in a loader worker, the error would arrive with a traceback in its message.
-    try:
-        yield from batches
-    except GigabatchError as error:
-        yield WorkerError(str(error))
-
-
-def _raise_errors(batches: Iterator[MicroBatch | WorkerError]) -> Iterator[MicroBatch]:
-    """Yield the batches; raise GigabatchError for a WorkerError."""
-    for batch in batches:
-        if isinstance(batch, WorkerError):
-            del batches  # otherwise the traceback would keep the loader's workers alive
-            raise GigabatchError(batch.message)
-        yield batch
 
 
 def open_stream(
@@ -276,7 +245,7 @@ def open_stream(
         MicroBatchSource(indexes, plans, fields, seed, cache),
         *stages,
         CollateStage(plans, Collate(fields, tokenizer.read_text() if tokenizer else None)),
-        _errors_as_values,
+        errors_as_values,
     )
     loader = wds.WebLoader(
         pipeline,
@@ -284,9 +253,9 @@ def open_stream(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_reset_signals,
+        worker_init_fn=prepare_worker,
     )
-    return loader.compose(_raise_errors)
+    return loader.compose(raise_errors)
 
 
 def load_stage(path: str) -> Stage:
@@ -298,9 +267,12 @@ def load_stage(path: str) -> Stage:
     module, _, name = path.partition(":")
     try:
         stage = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the module is user code, which may even call sys.exit
+        reason = str(error) if isinstance(error, ImportError | AttributeError) else name_of(error)
         raise GigabatchError(
-            f"data.stages: {path!r} cannot be imported: {error}. Name it as package.mod:name."
+            f"data.stages: {path!r} cannot be imported: {reason}. Name it as package.mod:name."
         ) from error
     if not callable(stage):
         raise GigabatchError(

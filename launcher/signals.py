@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from gigabatch.launcher.output import write_stderr
 
@@ -21,6 +22,40 @@ INTERRUPTED = 130
 REQUEUE = 75
 """Exit code after SIGTERM, SIGUSR1 or SIGUSR2 (EX_TEMPFAIL): stopped; start it again."""
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+_ctrl_c_received = False
+
+
+def ctrl_c_received() -> bool:
+    """Return whether a KeyboardInterrupt of this process may be that of a Ctrl-C.
+
+    Code can raise KeyboardInterrupt too, which is then a failure of that code.
+    """
+    return _ctrl_c_received
+
+
+def _raise_interrupt(number: int = 0, frame: FrameType | None = None) -> NoReturn:
+    """Handle SIGINT as Python does, and remember it."""
+    global _ctrl_c_received
+    _ctrl_c_received = True
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def remember_ctrl_c() -> Iterator[None]:
+    """Make `ctrl_c_received` work inside the block."""
+    global _ctrl_c_received
+    _ctrl_c_received = False
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # a parent lets this process ignore Ctrl-C
+        return
+    signal.signal(signal.SIGINT, _raise_interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is _raise_interrupt:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class StopRequest:
@@ -54,7 +89,7 @@ def abort_on_interrupt() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal interrupted
         interrupted = True
-        raise KeyboardInterrupt
+        _raise_interrupt()
 
     before = signal.signal(signal.SIGINT, handle)
     try:
@@ -86,7 +121,7 @@ def stop_on_signals(
     def handle(number: int, frame: FrameType | None) -> None:
         if request.signal is not None:
             if number == signal.SIGINT:
-                raise KeyboardInterrupt
+                _raise_interrupt()
             return  # schedulers repeat their signals
         request.signal = number
         timer.start()

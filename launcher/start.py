@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.failures import LostProcess, as_failure
+from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.preflight.data import check_data
 from gigabatch.launcher.preflight.doctor import check_machine
+from gigabatch.launcher.preflight.rehearsal import rehearse, rehearse_evaluations
 from gigabatch.launcher.preflight.remote_checkpoints import (
     check_copy_name_is_free,
     claim_copies,
@@ -23,8 +29,10 @@ from gigabatch.launcher.preflight.remote_checkpoints import (
 )
 from gigabatch.launcher.progress import progress_bar
 from gigabatch.launcher.signals import (
+    INTERRUPTED,
     StopRequest,
     abort_on_interrupt,
+    ctrl_c_received,
     interrupt_main,
     stop_on_signals,
 )
@@ -47,11 +55,12 @@ from gigabatch.trainer.config.load import (
     resolve,
 )
 from gigabatch.trainer.distributed import exit_now, join_world
-from gigabatch.trainer.init_from import pin_init_from
+from gigabatch.trainer.init_from import pin_init_from, warn_of_other_pixels
 from gigabatch.trainer.inputs import make_tokenizer
 from gigabatch.trainer.loop import run_training
 from gigabatch.trainer.run.create import check_name_is_free, create_run, resolve_epochs
 from gigabatch.trainer.run.folder import RunFolder
+from gigabatch.trainer.towers.pretrained import adopt_pretrained
 
 log = logging.getLogger(__name__)
 OpenRun = Callable[[], AbstractContextManager[RunFolder]]
@@ -61,7 +70,7 @@ RESUMABLE_KEYS = (
     "cluster.", "checkpoint.", "monitor.", "eval.", "data.workers", "data.prefetch", "data.root",
     "data.cache_gib", "data.max_damaged",
     "run.dir", "train.zero_stage", "train.max_bad_steps", "train.on_bad_steps", "train.max_rewinds",
-    "train.hang_timeout_s",
+    "train.hang_timeout_s", "train.rehearse",
 )  # fmt: skip
 """Prefixes of keys that may change on resume without `--allow`, because they do not affect
 training."""
@@ -224,16 +233,24 @@ def prepare_run(config: Config, stem: str) -> RunFolder:
     check_name_is_free(config)
     check_machine(config, log.warning)
     check_copy_name_is_free(config)
-    config = pin_init_from(config)
+    config = adopt_pretrained(pin_init_from(config))
+    warn_of_other_pixels(config)
     with progress_bar("indexing shards") as progress:
         data = check_data(config, progress)
     config = resolve_epochs(config, len(data))
+    data = replace(data, config=config)  # with the length that `resolve_epochs` filled in
     tokenizer = make_tokenizer(config, data)
+    if config.train.rehearse:
+        rehearse(config, data, tokenizer)
     run = create_run(config, stem, partial(is_copied_name, config.checkpoint))
-    tokenizer.save(str(run.tokenizer))
-    run.write_data_digest(data.digest)
-    if remote := remote_run(config.checkpoint, run.path.name):
-        remote.claim(run)
+    try:
+        tokenizer.save(str(run.tokenizer))
+        run.write_data_digest(data.digest)
+        if remote := remote_run(config.checkpoint, run.path.name):
+            remote.claim(run)
+    except BaseException:  # a refusal or Ctrl-C leaves no run folder behind
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
 
 
@@ -265,6 +282,9 @@ def reopen_run(run: RunFolder, config: Config, allow: Sequence[str]) -> None:
             "that the run was trained on (their names, sizes, members or checksums differ). "
             "Restore them, or add --allow data."
         )
+    new_sets = set(config.eval.sets) - set(run.config().eval.sets)
+    if new_sets and run.tokenizer.exists() and config.train.rehearse:
+        rehearse_evaluations(config, load_tokenizer(run.tokenizer), sorted(new_sets))
     if not run.tokenizer.exists():
         if newest:
             raise GigabatchError(f"{run.tokenizer} is missing; restore it from a copy of the run.")
@@ -290,9 +310,15 @@ def _launch(run: RunFolder) -> int:
         console.say(f"run {_relative(run.path)}")
         try:
             _run_workers(run, config, stop, console)
-        except KeyboardInterrupt:
-            if not stop.overdue:
+        except KeyboardInterrupt as error:
+            if ctrl_c_received() and not stop.overdue:
                 raise
+            if not stop.overdue:
+                _raise_with_resume(run, error)
+        except GigabatchError:
+            raise
+        except BaseException as error:
+            _raise_with_resume(run, error)
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
@@ -308,6 +334,20 @@ def _launch(run: RunFolder) -> int:
         f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
         f"`gigabatch resume {run.path}` continues from the last checkpoint."
     )
+
+
+def _raise_with_resume(run: RunFolder, error: BaseException) -> NoReturn:
+    """Raise the failure of an inline run, with the command that continues it."""
+    failure = as_failure(error)
+    resume = f"`gigabatch resume {_relative(run.path)}` continues from the last checkpoint."
+    if isinstance(failure, LostProcess):
+        raise GigabatchError(f"{run.path}: {failure}\n{resume}") from error
+    if isinstance(failure, GigabatchError):
+        raise failure from error
+    failure.add_note(f"gigabatch: {resume}")
+    if failure is error:
+        raise failure
+    raise failure from error
 
 
 def _exit_overdue(run: RunFolder, stop: StopRequest) -> None:
@@ -359,9 +399,17 @@ def _exit_as_rank(open_run: OpenRun, config: Config) -> NoReturn:
     """Train in this process, which is a rank of the user's own torchrun or srun; then exit."""
     try:
         code = _train_as_rank(open_run, config)
-    except GigabatchError as error:
-        write_stderr(f"gigabatch: {error}")
-        code = 2
+    except BaseException as error:  # SystemExit(0) too, which would count as success
+        failure = as_failure(error)
+        if isinstance(failure, GigabatchError):
+            write_stderr(f"gigabatch: {failure}")
+            code = 2
+        elif isinstance(error, KeyboardInterrupt) and ctrl_c_received():
+            code = INTERRUPTED
+        else:
+            note = f"\n{failure}" if failure is not error else ""
+            write_stderr("".join(traceback.format_exception(error)).rstrip() + note)
+            code = 1
     exit_now(code)  # after an error too, because an abort during teardown would hide the exit code
 
 

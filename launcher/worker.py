@@ -11,6 +11,7 @@ import traceback
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.failures import LostProcess, as_failure, raise_open_file_limit
 from gigabatch.data.processes import exit_with_parent
 from gigabatch.launcher.restarts import wait_for_turn
 from gigabatch.trainer.distributed import exit_now
@@ -22,7 +23,8 @@ def work(run: RunFolder, first: int) -> None:
     """Train as one rank; record errors in the run folder for the starting process.
 
     A user error is recorded as a failure, after which workers are not restarted; any other
-    exception is recorded with its traceback. Stop requests are read from the folder too.
+    exception is recorded with its traceback, and raised as one that torchrun and Ray take for a
+    failure. Stop requests are read from the folder too.
 
     Args:
         run: Run folder.
@@ -30,18 +32,37 @@ def work(run: RunFolder, first: int) -> None:
     """
     if run.failure() is not None:
         return
+    raise_open_file_limit()
     wait_for_turn(run, first)
     try:
         run_training(run)
     except Superseded:
         raise
-    except GigabatchError as error:
-        run.record_failure(str(error))
-        raise
-    except Exception:
-        rank, host = os.environ.get("RANK", "0"), platform.node()
-        run.record_crash(f"rank {rank} on {host} failed first:\n{traceback.format_exc()}")
-        raise
+    except BaseException as error:
+        failure = as_failure(error)
+        if isinstance(failure, GigabatchError) and not isinstance(failure, LostProcess):
+            run.record_failure(str(failure))
+        else:
+            record_crash(run, error, failure)
+        if failure is error:
+            raise
+        raise failure from error
+
+
+def record_crash(run: RunFolder, error: BaseException, failure: Exception) -> None:
+    """Record an error in the run folder: its message if that explains it, else its traceback.
+
+    Args:
+        run: Run folder.
+        error: The error.
+        failure: `as_failure(error)`.
+    """
+    rank, host = os.environ.get("RANK", "0"), platform.node()
+    text = str(failure)
+    if not isinstance(failure, GigabatchError):
+        text = "".join(traceback.format_exception(error)).rstrip()
+        text += f"\n{failure}" if failure is not error else ""
+    run.record_crash(f"rank {rank} on {host} failed first:\n{text}\n")
 
 
 if __name__ == "__main__":

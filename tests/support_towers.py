@@ -18,6 +18,11 @@ def darken(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         yield sample | {"image": sample["image"] // 2}
 
 
+def failing_stage(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for sample in samples:
+        yield sample | {"image": sample["depth"]}
+
+
 class Pixels(nn.Module):
     def __init__(self, width: int = 4) -> None:
         super().__init__()
@@ -182,3 +187,52 @@ class FailingLater(Pixels):
         if self.left < 0:
             raise RuntimeError("out of batches")
         return super().forward(images)
+
+
+class Returns(nn.Module):
+    """Return something else than vectors [B, 4]."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.width, self.what = 4, what
+        self.linear = nn.Linear(1, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        rows = self.linear(x.float().flatten(1).mean(1, keepdim=True))
+        match self.what.removeprefix("vector "):
+            case "narrow":
+                return rows[:, :3]
+            case "integers":
+                return rows.long()
+            case "complex":
+                return rows + 1j
+            case "one":
+                return rows.mean(0, keepdim=True)
+            case "map":
+                return rows[:, :, None, None]
+            case "dict":
+                return {"pooled": rows}
+            case "none":
+                return None
+            case "detached":
+                return rows.detach()
+            case "no_grad":
+                return torch.tensor(rows.tolist())
+        return rows[:, None]
+
+
+class Exiting(Pixels):
+    """Fail in the constructor with an error of an unusual type."""
+
+    def __init__(self) -> None:
+        super().__init__(1 // 0)
+
+
+class NarrowTokens(Pixels):
+    """Return tokens of another width than `token_width`."""
+
+    token_width = 5
+
+    def forward(self, images: Tensor, tokens: bool = False) -> Any:
+        rows = super().forward(images)
+        return (rows, rows[:, None].expand(-1, 3, -1)) if tokens else rows

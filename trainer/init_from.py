@@ -16,12 +16,15 @@ from torch import Tensor
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.checkpoints.format import Checkpoint, latest_checkpoint, open_checkpoint
 from gigabatch.trainer.config import Config
+from gigabatch.trainer.config.load import parse_run_config, read_config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.ema import stored_weights
 from gigabatch.trainer.run.create import open_run
 from gigabatch.trainer.towers import Towers
 
 log = logging.getLogger(__name__)
+PIXEL_KEYS = ("size", "channels", "mean", "std", "resize", "interpolation")
+"""Keys of `data.image` that an image tower notices."""
 MAX_NAMES = 5
 """Weight names that an error lists per kind of problem."""
 
@@ -77,6 +80,46 @@ def load_init_weights(towers: Towers, config: Config, world: World) -> None:
     if problem:
         raise GigabatchError(problem)
     # Rank 0 has verified the checksums; the other ranks skip this, to read the files only once.
+    towers.load_state_dict(_stored_parts(towers, folder, config), strict=False)
+    log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
+
+
+def warn_of_other_pixels(config: Config) -> None:
+    """Warn if the run of `train.init_from` prepared images for its tower in another way."""
+    folder, parts = config.train.init_from, config.train.init_parts
+    if folder is None or not any(part.partition(".")[0] == "image" for part in parts):
+        return
+    path = folder.parent.parent / "config.yaml"
+    if not path.exists():
+        return  # a copy of the checkpoint alone
+    old = parse_run_config(read_config(path), str(path)).data.image.model_dump()
+    new = config.data.image.model_dump()
+    changed = [f"{k}: {old[k]} there, {new[k]} here" for k in PIXEL_KEYS if old[k] != new[k]]
+    if changed:
+        log.warning(
+            "train.init_from: %s trained its image tower on other pixels (data.image.%s). Set the "
+            "keys to its values, unless the change is intended.",
+            path.parent, "; data.image.".join(changed),
+        )  # fmt: skip
+
+
+def check_init_weights(towers: Towers, config: Config) -> None:
+    """Check that `train.init_from` has the weights that `load_init_weights` needs.
+
+    Raises:
+        GigabatchError: if their names or shapes differ from the towers'.
+    """
+    if config.train.init_from is not None:
+        _stored_parts(towers, config.train.init_from, config)
+
+
+def _stored_parts(towers: Towers, folder: Path, config: Config) -> dict[str, Tensor]:
+    """Return the weights of `train.init_parts` in a verified checkpoint that the towers have.
+
+    Raises:
+        GigabatchError: if their names or shapes differ from the towers'.
+    """
+    parts = config.train.init_parts
     stored = _of_parts(stored_weights(Checkpoint(folder, 0, {}), config.train.init_weights), parts)
     wanted = _of_parts(towers.state_dict(), parts)
     # Token heads and second heads (see `further_head`) may be missing in the checkpoint or here.
@@ -85,8 +128,7 @@ def load_init_weights(towers: Towers, config: Config, world: World) -> None:
         log.info("%s has no head %s: initializing it randomly", folder, ", ".join(fresh))
     stored, wanted = (_without(state, extra) for state in (stored, wanted))
     _check_names_and_shapes(stored, wanted, folder, parts)
-    towers.load_state_dict(stored, strict=False)
-    log.info("loaded the weights of %s from %s", ", ".join(parts), folder)
+    return stored
 
 
 def _of_parts(tensors: Mapping[str, Tensor], parts: Iterable[str]) -> dict[str, Tensor]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
@@ -16,7 +18,7 @@ from gigabatch.data import glyphs
 from gigabatch.data.decode.fields import Fields, captions_for_tokenizer
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.order.assignment import TrainPlans
+from gigabatch.data.order.assignment import MicroBatchPlan, TrainPlans
 from gigabatch.data.order.epoch_order import ShuffledOrder
 from gigabatch.data.order.groups import GroupedOrder
 from gigabatch.data.order.mixture import Mixture, Phase, SampleOrder
@@ -26,12 +28,17 @@ from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
 from gigabatch.data.shards.pack_hint import pack_hint
-from gigabatch.data.shards.sources import SOURCE_COLUMN, UNKNOWN_CODE, indexed_codes
+from gigabatch.data.shards.reader import Reader
+from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
+from gigabatch.data.stages import NamedStage
 from gigabatch.data.stream import MicroBatch, load_stage, open_stream
 from gigabatch.data.text.tokenizer import load_tokenizer, named_tokenizer, train_bpe
-from gigabatch.trainer.config import Config
+from gigabatch.trainer.config import Config, column_keys
+from gigabatch.trainer.required_fields import check_ids, missing_ids_of_eval
 
 log = logging.getLogger(__name__)
+MAX_FIELDS = 20
+"""Json fields that an error lists."""
 BPE_CAPTIONS = 1_000_000
 """Maximum number of captions on which a tokenizer is trained."""
 
@@ -77,12 +84,8 @@ class TrainData:
         data, seed = self.config.data, self.config.run.seed
         source_seed = key(seed, "source", number) if number else seed
         if data.group and data.group != SOURCE_COLUMN:
-            codes = indexed_codes(index, data.group)
-            if (codes == UNKNOWN_CODE).all():
-                raise GigabatchError(
-                    f"data.group: no sample of {index.source} has the json field {data.group!r}. "
-                    "Set it to an existing field, or to `source`."
-                )
+            codes = indexed_codes(index, data.group, number, data.fields_version)
+            check_ids(index, [data.group], self.config)
             return GroupedOrder(codes, self.config.batch.global_size, source_seed)
         return ShuffledOrder(index.shard_sizes, source_seed, data.window)
 
@@ -163,6 +166,12 @@ def fields_of(
         numbers=tuple(numbers),
         vectors=vectors or {},
         allow_missing=data.missing == "mask",
+        flags=tuple(name for name in columns if name in config.objective.flags()),
+        ordered=config.objective.ordered_texts() if data.fields_version > 1 else (),
+        missing_ids=data.missing_ids,
+        version=data.fields_version,
+        column_keys=column_keys(config),
+        missing_hint="Set data.missing=mask to train on samples that lack a modality.",
     )
 
 
@@ -170,7 +179,30 @@ def eval_fields(config: Config, columns: Sequence[str] = ()) -> Fields:
     """Return the fields that an evaluation reads: complete pairs, the first caption of each."""
     fields = fields_of(config, columns)
     first_caption = fields.text and fields.text.model_copy(update={"choose": "first"})
-    return replace(fields, text=first_caption, allow_missing=False)
+    return replace(
+        fields,
+        text=first_caption,
+        allow_missing=False,
+        version=2,
+        ordered=config.objective.ordered_texts(),
+        missing_ids=missing_ids_of_eval(config),
+        missing_hint="",
+    )
+
+
+def fields_message(indexes: Sequence[Index]) -> str:
+    """Return a sentence that lists the json fields of the sets' first samples; empty without any.
+
+    It follows an error about a field that is missing.
+    """
+    names: dict[str, None] = {}
+    for index in indexes:
+        if "json" in index.members:
+            with Reader(index) as reader, suppress(GigabatchError, ValueError, RecursionError):
+                record = json.loads(reader.read(0, "json"))
+                names |= dict.fromkeys(record if isinstance(record, dict) else ())
+    shown = ", ".join([*names][:MAX_FIELDS]) + ", ..." * (len(names) > MAX_FIELDS)
+    return f" The json fields are: {shown}." if names else ""
 
 
 def cache_of(config: Config) -> ShardCache:
@@ -189,7 +221,7 @@ def plans_of(
 
 def train_stream(
     data: TrainData,
-    plans: TrainPlans,
+    plans: Iterable[MicroBatchPlan],
     tokenizer: Path,
     columns: Sequence[str],
     pin_memory: bool = False,
@@ -216,7 +248,7 @@ def train_stream(
         seed=data.config.run.seed,
         workers=settings.workers,
         prefetch=settings.prefetch,
-        stages=[load_stage(path) for path in settings.stages],
+        stages=[NamedStage(path, load_stage(path)) for path in settings.stages],
         pin_memory=pin_memory,
         cache=cache_of(data.config),
     )
@@ -248,7 +280,7 @@ def make_tokenizer(config: Config, data: TrainData) -> Tokenizer:
     if first is None:
         raise GigabatchError(
             f"{', '.join(data.names)}: there are no captions. Set data.captions to their member "
-            "and field."
+            f"and field.{fields_message(data.indexes)}"
         )
     return train_bpe(chain([first], captions), config.data.text)
 

@@ -28,6 +28,7 @@ from gigabatch.trainer.distributed import World, join_world
 from gigabatch.trainer.ema import EMA, open_ema
 from gigabatch.trainer.engine import Engine, cpu_copy
 from gigabatch.trainer.evaluation.in_training import evaluate_sets, evaluation_is_due
+from gigabatch.trainer.evaluation.progress import log_progress, showing
 from gigabatch.trainer.init_from import load_init_weights
 from gigabatch.trainer.inputs import open_train, plans_of, train_stream
 from gigabatch.trainer.monitoring.counters import Counts
@@ -280,6 +281,8 @@ class _Trainer:
         if step % config.monitor.every_steps == 0 or step == config.train.steps:
             more = {**self.saver.metrics(), **self.stragglers.metrics(step)}
             self.reporter.step(result, lr, more)
+        elif step == self.reporter.first:
+            self.reporter.log_first(result)
         if self.counts.bad_steps >= config.train.max_bad_steps:
             self._rewind_or_stop()
 
@@ -347,7 +350,9 @@ class _Trainer:
         began = time.monotonic()
         stop_requested = partial(self._stop_requested_anywhere, stop)
         embed = self.engine if self.ema is None else self.ema
-        metrics = evaluate_sets(embed, config, self.run, world, stop_requested)
+        show = log_progress(f"evaluating step {done}") if world.is_main else None
+        with showing(show):
+            metrics = evaluate_sets(embed, config, self.run, world, stop_requested)
         self.engine.train(True)
         # Evaluation does not count as training time.
         self.reporter.clock.since += time.monotonic() - began

@@ -24,8 +24,8 @@ from torch import Tensor
 from gigabatch.data.bench.setup import Setup
 from gigabatch.data.bench.workloads import HeldBatches, Pieces
 from gigabatch.data.decode.fields import Sample
+from gigabatch.data.decode.ids import code_of
 from gigabatch.data.decode.images import ImageSettings
-from gigabatch.data.decode.members import code_of
 from gigabatch.data.processes import ignore_ctrl_c
 from gigabatch.data.shards.sources import SOURCE_COLUMN
 from gigabatch.data.text.captions import read_captions

@@ -125,14 +125,14 @@ def _tokenizer(text: str, length: int | None) -> Tokenizer:
 def _stack(parts: Sequence[Tensor | None], blank: Tensor) -> Tensor:
     """Stack tensors [...] to [n, ...]; `blank` replaces None."""
     rows = [blank if part is None else part for part in parts]
-    try:
-        return torch.stack(rows, out=_empty_shared((len(rows), *blank.shape), blank.dtype))
-    except RuntimeError as error:
+    if any(row.shape != blank.shape for row in rows):
         shapes = sorted({tuple(row.shape) for row in rows})
         raise GigabatchError(
-            f"samples of different shapes cannot be stacked ({shapes}): {error}. Make the shapes "
-            "equal, in a stage (data.stages) or in the shards."
-        ) from error
+            f"samples of different shapes cannot be stacked ({shapes}). Make the shapes equal, in "
+            "a stage (data.stages) or in the shards."
+        )
+    # An error now is one of memory, such as a full /dev/shm.
+    return torch.stack(rows, out=_empty_shared((len(rows), *blank.shape), blank.dtype))
 
 
 def _to_shared(tensor: Tensor) -> Tensor:

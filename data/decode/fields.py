@@ -11,17 +11,33 @@ from typing import Any
 import numpy as np
 
 from gigabatch.data.decode.audio import AudioSettings, decode_audio
+from gigabatch.data.decode.ids import (
+    OLD_UNKNOWN_CODE,
+    FieldsVersion,
+    MissingIds,
+    code_of,
+    flag_of,
+    is_missing,
+    old_code_of,
+    unknown_code,
+)
 from gigabatch.data.decode.images import ImageSettings, decode_image
-from gigabatch.data.decode.members import decode_array, decode_column, decode_number
+from gigabatch.data.decode.members import (
+    decode_array,
+    json_record,
+    missing_id,
+    number_or_error,
+)
 from gigabatch.data.decode.vectors import MissingVector, VectorSettings, read_vectors
-from gigabatch.data.errors import BadSample, GigabatchError
+from gigabatch.data.errors import BadSample, GigabatchError, brief, describe_error
+from gigabatch.data.order.mixture import SAMPLE_BITS
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import (
     SOURCE_COLUMN,
     Sources,
-    indexed_codes,
+    indexed_values,
     source_sample_numbers,
 )
 from gigabatch.data.text.captions import (
@@ -37,6 +53,9 @@ RawMembers = Mapping[str, bytes | DamagedMember]
 """Extension -> bytes of one sample's members."""
 ExtraModality = AudioSettings | VectorSettings | ExtraText
 """Settings of a modality other than image and caption."""
+_OF_ALL_SAMPLES = (GigabatchError, ImportError)
+"""Errors of decoding that are clear already, or that any sample would raise. Any other error is
+damage of the sample: libraries raise many types for content that they cannot parse."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +68,15 @@ class Fields:
         more: Settings of additional modalities, by the user's name for each.
         arrays: Extensions of .npy members to yield unchanged; all arrays have the same shape.
         columns: Fields of the json member to yield as integer codes.
+        flags: The columns that are flags: 1 for true or 1, 0 for false or 0.
         numbers: Fields of the json member to yield as numbers.
         vectors: Settings of vectors that no tower reads, by name.
         allow_missing: Accept samples that lack a modality or vector, which is then masked.
+        ordered: Texts of which a sample's first is the positive; see `read_captions`.
+        missing_ids: Treatment of samples without a value in a column that is not a flag.
+        version: Meaning of columns and lists; 1 only in runs that began with it.
+        column_keys: Column -> key of the config that names it, for messages.
+        missing_hint: What to do about samples without a modality, for messages.
     """
 
     image: ImageSettings | None = None
@@ -62,6 +87,12 @@ class Fields:
     numbers: tuple[str, ...] = ()
     vectors: Mapping[str, VectorSettings] = field(default_factory=dict)
     allow_missing: bool = False
+    flags: tuple[str, ...] = ()
+    ordered: tuple[str, ...] = ()
+    missing_ids: MissingIds = "error"
+    version: FieldsVersion = 2
+    column_keys: Mapping[str, str] = field(default_factory=dict)
+    missing_hint: str = ""
 
     @cached_property
     def modalities(self) -> dict[str, tuple[str, ...]]:
@@ -79,7 +110,7 @@ class Fields:
     def texts_only(self) -> Fields:
         """These fields, reduced to texts."""
         more = {name: s for name, s in self.more.items() if isinstance(s, ExtraText)}
-        return Fields(text=self.text, more=more, allow_missing=self.allow_missing)
+        return replace(self, image=None, more=more, arrays=(), columns=(), numbers=(), vectors={})
 
     @property
     def more_and_vectors(self) -> Mapping[str, ExtraModality]:
@@ -163,19 +194,25 @@ class Fields:
             data = _intact(raw[member])
             try:
                 out[name] = self._decode_modality(name, data, where, rng_key)
-            except (MissingCaption, MissingVector):
+            except (MissingCaption, MissingVector) as error:
                 if not self.allow_missing:
-                    raise
+                    raise type(error)(f"{error} {self.missing_hint}".rstrip()) from error
+            except _OF_ALL_SAMPLES:
+                raise
+            except Exception as error:
+                why = describe_error(error)
+                raise BadSample(f"{where}: the .{member} member cannot be read: {why}.") from error
         return out
 
     def _decode_modality(self, name: str, data: bytes, where: str, rng_key: int | None) -> Any:
         if name == "image" and self.image is not None:
             return decode_image(data, self.image, where)
         if name == "text" and self.text is not None:
-            captions = read_captions(data, self.text, where)
+            draws = self.text.choose == "random"  # then any text may be the positive
+            captions = read_captions(data, self.text, where, name in self.ordered and not draws)
             if self.text.choose == "all":
                 return captions[: self.text.most]
-            if self.text.choose == "random" and rng_key is not None:
+            if draws and rng_key is not None:
                 return choose_caption(captions, rng_key)
             return captions[0]
         match self.more_and_vectors.get(name):
@@ -184,7 +221,7 @@ class Fields:
             case VectorSettings() as settings:
                 return read_vectors(data, settings, where)
             case ExtraText() as settings:
-                return read_captions(data, settings, where)[0]
+                return read_captions(data, settings, where, name in self.ordered)[0]
         return decode_array(data, where)
 
     def column_values(
@@ -200,19 +237,56 @@ class Fields:
             where: Name of the sample, for error messages.
 
         Raises:
-            BadSample: if the json is damaged or lacks a column.
+            BadSample: if the json is damaged, or a column has no value in it.
         """
+        try:
+            return self._column_values(source, index, row, raw, where)
+        except _OF_ALL_SAMPLES:
+            raise
+        except Exception as error:
+            why = describe_error(error)
+            raise BadSample(f"{where}: the json member cannot be read: {why}.") from error
+
+    def _column_values(
+        self, source: int, index: Index, row: int, raw: RawMembers, where: str
+    ) -> dict[str, int | float]:
         out: dict[str, int | float] = {}
+        unindexed = self.unindexed_columns(index)
+        record = json_record(_intact(raw["json"]), where) if unindexed else {}
         for column in self.columns:
             if column == SOURCE_COLUMN:
                 out[column] = source
-            elif column in index.columns:
-                out[column] = int(indexed_codes(index, column, np.array([row]))[0])
+                continue
+            is_indexed = column in index.columns
+            value = indexed_values(index, column, [row])[0] if is_indexed else record.get(column)
+            if self.version == 1 and is_indexed and value is None:
+                out[column] = OLD_UNKNOWN_CODE
             else:
-                out[column] = decode_column(_intact(raw["json"]), column, where)
+                out[column] = self._code(column, value, source << SAMPLE_BITS | row, where)
         for column in self.numbers:
-            out[column] = decode_number(_intact(raw["json"]), column, where)
+            out[column] = number_or_error(record.get(column), column, where)
         return out
+
+    def _code(self, column: str, value: Any, number: int, where: str) -> int:
+        """Return the int64 code of a column's value of the sample with this number."""
+        if self.version == 1 and value is not None:
+            return old_code_of(value)
+        if column in self.flags:
+            flag = flag_of(value)
+            if flag is None:
+                raise BadSample(
+                    f"{where}: {column!r} of its json member is {brief(value)}, not true, false, "
+                    f"1 or 0. Set {self._key(column)} to a field of flags that every sample has."
+                )
+            return flag
+        if not is_missing(value):
+            return code_of(value)
+        if self.missing_ids == "unique":
+            return unknown_code(number)
+        raise missing_id(column, value, where, self._key(column))
+
+    def _key(self, column: str) -> str:
+        return self.column_keys.get(column, "objective.positives")
 
 
 def _intact(data: bytes | DamagedMember) -> bytes:

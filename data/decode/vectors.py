@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from gigabatch.data.decode.members import Array, load_array
-from gigabatch.data.errors import BadSample
+from gigabatch.data.errors import BadSample, brief
 from gigabatch.data.settings import Settings
 from gigabatch.data.text.captions import value_at
 
@@ -106,5 +106,5 @@ def _to_array(value: Any, name: str) -> Array:
     """Convert a json value to float64 [...] of at least one axis; ValueError if not numeric."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":  # also rejects numbers written as text
-        raise ValueError(f"{name} contains no numbers: {value!r:.60}")
+        raise ValueError(f"{name} contains no numbers: {brief(value)}")
     return np.atleast_1d(array.astype(np.float64))

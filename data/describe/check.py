@@ -140,7 +140,7 @@ def _decode(raw: Mapping[str, bytes | DamagedMember], fields: list[Fields], wher
     if isinstance(text := raw.get("json"), bytes) and fields and fields[0].modalities:
         try:
             json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BadSample(f"{where}: the json member cannot be read: {error}.") from error
 
 

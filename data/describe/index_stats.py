@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
@@ -222,8 +223,10 @@ def member_stats(index: Index, name: str) -> Member:
 
 
 def column_stats(index: Index, name: str) -> Column:
-    """Return the statistics of an indexed json field."""
+    """Return the statistics of an indexed json field; NaN counts as null."""
     column = index.table[name]
+    if column.type == "double":
+        column = pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
     tally = Tally()
     for first in range(0, len(column), CHUNK):
         chunk = column.slice(first, CHUNK).drop_null().combine_chunks()

@@ -24,8 +24,8 @@ class GroupedOrder:
     from 2^31 samples on), and 20 more during construction.
 
     Args:
-        codes: Group of every sample, integers [n]. Every value is a group, including the one that
-            means "unknown".
+        codes: Group of every sample, integers [n]. Every value is a group; a sample without a
+            value has a code of its own, and so comes in mixed batches.
         batch: Number of positions in a batch.
         seed: Seed that selects the order.
     """

@@ -43,6 +43,8 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "starts_with": pc.starts_with,
     "matches": pc.match_substring_regex,
 }
+_EMPTY_JSON = ['""', "[]", "{}", "NaN", "Infinity", "-Infinity"]
+"""JSON text of values that hold nothing; a nested one, such as `[null]`, is not recognized."""
 MAX_LENGTH = 1 << 16
 """Maximum number of characters in a condition; a list of values may be long."""
 MAX_TERMS = 1000
@@ -55,14 +57,23 @@ HELP = (
 
 
 def parse_filter(
-    text: str, columns: Sequence[str], json_columns: Collection[str] = ()
+    text: str,
+    columns: Sequence[str],
+    json_columns: Collection[str] = (),
+    float_columns: Collection[str] = (),
+    text_columns: Collection[str] = (),
 ) -> pc.Expression:
     """Parse a condition. `size("png")` in it is the size of that member in bytes.
+
+    `is None` holds for every missing value (see `ids.is_missing`), not only for nulls. NaN compares
+    as null.
 
     Args:
         text: The condition.
         columns: Names of the index's columns.
         json_columns: Columns of JSON text; values compared with them become JSON text too.
+        float_columns: Columns of floating-point numbers.
+        text_columns: Columns of other text.
 
     Returns:
         A pyarrow expression that is true for the samples that meet the condition.
@@ -78,7 +89,8 @@ def parse_filter(
     try:
         tree = ast.parse(text.strip(), mode="eval").body
         _check_term_count(tree)
-        expression = _Parser(columns, json_columns).visit(tree)
+        parser = _Parser(columns, json_columns, float_columns, text_columns)
+        expression = parser.visit(tree)
     except SyntaxError as error:
         raise GigabatchError(f"{text!r}: not a condition: {error.msg}. {HELP}.") from None
     except (RecursionError, MemoryError):  # Python's parser raises MemoryError for deep nesting
@@ -106,8 +118,15 @@ def _check_term_count(tree: ast.AST) -> None:
 class _Parser(ast.NodeVisitor):
     """Converts a syntax tree to a pyarrow expression; raises SyntaxError for unknown syntax."""
 
-    def __init__(self, columns: Sequence[str], json_columns: Collection[str]) -> None:
+    def __init__(
+        self,
+        columns: Sequence[str],
+        json_columns: Collection[str],
+        float_columns: Collection[str],
+        text_columns: Collection[str],
+    ) -> None:
         self.columns, self.json_columns = columns, json_columns
+        self.float_columns, self.text_columns = float_columns, text_columns
 
     def generic_visit(self, node: ast.AST) -> Any:
         raise SyntaxError(f"{type(node).__name__.lower()} is not allowed")
@@ -116,7 +135,10 @@ class _Parser(ast.NodeVisitor):
         if node.id not in self.columns:
             known = ", ".join(name for name in self.columns if name.isidentifier())
             raise SyntaxError(f"there is no column {node.id!r} (the columns are: {known})")
-        return pc.field(node.id)
+        column = pc.field(node.id)
+        if node.id in self.float_columns:
+            return pc.if_else(pc.is_nan(column), pa.scalar(None, pa.float64()), column)
+        return column
 
     def visit_Constant(self, node: ast.Constant) -> Any:
         if not isinstance(node.value, str | int | float | bool | None):
@@ -154,17 +176,29 @@ class _Parser(ast.NodeVisitor):
         parts = []
         for op, (left, right) in zip(node.ops, pairwise(operands), strict=True):
             values = [self.visit(left), self.visit(right)]
+            if isinstance(op, ast.Is | ast.IsNot):
+                parts.append(self._compare_with_none(op, left, *values))
+                continue
             if any(isinstance(n, ast.Name) and n.id in self.json_columns for n in (left, right)):
                 values = [_to_json(value) for value in values]
-            parts.append(self._compare(op, *values))
+            parts.append(_COMPARISONS[type(op)](*values))
         return reduce(operator.and_, parts)
 
-    def _compare(self, op: ast.cmpop, left: Any, right: Any) -> Any:
-        if isinstance(op, ast.Is | ast.IsNot):
-            if right is not None:
-                raise SyntaxError("`is` requires None, as in `lang is None`")
-            return left.is_null() if isinstance(op, ast.Is) else left.is_valid()
-        return _COMPARISONS[type(op)](left, right)
+    def _compare_with_none(self, op: ast.cmpop, node: ast.expr, left: Any, right: Any) -> Any:
+        """Return whether a value is missing, or whether it is not."""
+        if right is not None:
+            raise SyntaxError("`is` requires None, as in `lang is None`")
+        name = node.id if isinstance(node, ast.Name) else ""
+        empty = None
+        if name in self.float_columns:
+            empty = ~pc.is_finite(left)
+        elif name in self.json_columns:
+            empty = left.isin(_EMPTY_JSON)
+        elif name in self.text_columns:
+            empty = pc.utf8_trim_whitespace(left) == ""
+        is_null = left.is_null()
+        missing = is_null if empty is None else pc.if_else(is_null, True, empty)
+        return missing if isinstance(op, ast.Is) else ~missing
 
     def visit_Call(self, node: ast.Call) -> Any:
         name = node.func.id if isinstance(node.func, ast.Name) else ""

@@ -90,7 +90,12 @@ def _absolute(name: str) -> str:
 def _matching_rows(index: Index, condition: str) -> Iterator[I64]:
     """Yield the rows of the samples that meet a condition, int64, one record batch at a time."""
     schema = index.table.schema
-    expression = parse_filter(condition, schema.names, [f.name for f in schema if holds_json(f)])
+    of_type = {
+        is_type: [f.name for f in schema if is_type(f.type) and not holds_json(f)]
+        for is_type in (pa.types.is_floating, pa.types.is_string)
+    }
+    json_columns = [f.name for f in schema if holds_json(f)]
+    expression = parse_filter(condition, schema.names, json_columns, *of_type.values())
     first = 0
     for batch in index.table.to_batches():
         try:

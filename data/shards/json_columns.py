@@ -48,6 +48,9 @@ def build_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
     Args:
         name: The column's name.
         values: Parsed JSON values, one per sample.
+
+    Raises:
+        GigabatchError: if a value is nested too deeply; the message lacks the shard.
     """
     types = {type(value) for value in values if value is not None}
     if not types:
@@ -64,7 +67,13 @@ def build_column(name: str, values: Sequence[Any]) -> tuple[pa.Field, pa.Array]:
     if types == {str}:
         texts = [None if value is None else _replace_surrogates(value) for value in values]
         return pa.field(name, pa.string()), pa.array(texts, pa.string())
-    return pa.field(name, pa.string(), metadata=_JSON), _json_array(values)
+    try:
+        return pa.field(name, pa.string(), metadata=_JSON), _json_array(values)
+    except RecursionError:
+        raise GigabatchError(
+            f"a value of the json field {name!r} is nested too deeply. Index without the column "
+            f"{name!r}, or rewrite the shard."
+        ) from None
 
 
 def merge_fields(one: pa.Field | None, two: pa.Field) -> pa.Field:
@@ -96,16 +105,22 @@ def holds_json(field: pa.Field) -> bool:
 
 def canonical_json(value: Any) -> str:
     """Return JSON text that is equal for equal values: names sorted, 1.0 as 1."""
-    text = json.dumps(_whole_floats_to_int(value), sort_keys=True, ensure_ascii=False)
-    return _replace_surrogates(text)
+    return json.dumps(canonical_value(value), sort_keys=True, ensure_ascii=False)
 
 
-def _whole_floats_to_int(value: Any) -> Any:
+def canonical_value(value: Any) -> Any:
+    """Return a json value in the form that an index stores: 1.0 as 1, no half surrogate pairs.
+
+    Raises:
+        RecursionError: if the value is nested too deeply.
+    """
     if isinstance(value, float) and value.is_integer() and abs(value) <= FLOAT_EXACT:
         return int(value)
+    if isinstance(value, str):
+        return _replace_surrogates(value)
     if isinstance(value, dict):
-        return {name: _whole_floats_to_int(item) for name, item in value.items()}
-    return [_whole_floats_to_int(item) for item in value] if isinstance(value, list) else value
+        return {_replace_surrogates(name): canonical_value(item) for name, item in value.items()}
+    return list(map(canonical_value, value)) if isinstance(value, list) else value
 
 
 def _json_array(values: Sequence[Any]) -> pa.Array:

@@ -62,7 +62,11 @@ def substitute_row(seed: int, number: int, attempt: int, size: int) -> int:
 
 
 def check_damage_rate(
-    bad: Mapping[int, int], drawn: Mapping[int, int], names: Mapping[int, str], limit: float
+    bad: Mapping[int, int],
+    drawn: Mapping[int, int],
+    names: Mapping[int, str],
+    limit: float,
+    example: str = "",
 ) -> None:
     """Check that no source has too many bad samples.
 
@@ -71,6 +75,7 @@ def check_damage_rate(
         drawn: Source number -> number of samples read.
         names: Source number -> folder or pattern.
         limit: Largest share of bad samples allowed.
+        example: What is wrong with one of them, and what fixes it, for the message.
 
     Raises:
         GigabatchError: if a source exceeds `limit`.
@@ -80,7 +85,8 @@ def check_damage_rate(
             raise GigabatchError(
                 f"{names[source]}: {count} of {drawn[source]:,} samples read could not be used, "
                 f"more than data.max_damaged={limit:g} allows. quarantine.jsonl in the run folder "
-                f"lists them. Check the shards with `gigabatch data check {names[source]}`."
+                f"lists them. {f'One of them: {example} ' if example else ''}Check the shards with "
+                f"`gigabatch data check {names[source]}`."
             )
 
 

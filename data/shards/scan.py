@@ -250,7 +250,10 @@ def _json_columns(
             record = _parse_json(os.pread(file, size, offset), where, offset, columns, row)
         for name in names:
             values[name].append(record.get(name))
-    return [build_column(name, of_name) for name, of_name in values.items()]
+    try:
+        return [build_column(name, of_name) for name, of_name in values.items()]
+    except GigabatchError as error:
+        raise GigabatchError(f"{where}: {error}") from None
 
 
 def _parse_json(

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from gigabatch.data.decode.members import code_of
+from gigabatch.data.decode.ids import (
+    OLD_UNKNOWN_CODE,
+    FieldsVersion,
+    code_of,
+    is_missing,
+    old_code_of,
+    unknown_code,
+)
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.order.mixture import SAMPLE_BITS, from_sample_number, to_sample_number
 from gigabatch.data.remote.cache import ShardCache
@@ -20,8 +28,6 @@ from gigabatch.data.shards.reader import DamagedMember, Reader
 
 SOURCE_COLUMN = "source"
 """The column that every sample has: the number of its source."""
-UNKNOWN_CODE = -1
-"""The code of a value that a sample lacks."""
 
 
 class Sources:
@@ -126,40 +132,77 @@ class Sources:
         self.close()
 
 
-def indexed_codes(index: Index, column: str, rows: I64 | None = None) -> NDArray[np.int64]:
-    """Return the integer codes of an indexed json field.
-
-    Args:
-        index: The index.
-        column: Name of the field.
-        rows: int64 [n], rows of the index; None selects all.
-
-    Returns:
-        int64 [n]; UNKNOWN_CODE where the field is null.
+def indexed_values(index: Index, column: str, rows: Sequence[int]) -> list[Any]:
+    """Return the json values of an indexed field at some rows; None where it is null.
 
     Raises:
         GigabatchError: if the index lacks the field.
     """
+    values = index.values(column, np.array(rows, np.int64))
+    if holds_json(_column_field(index, column)):
+        return [None if value is None else json.loads(value) for value in values]
+    return values
+
+
+def indexed_codes(
+    index: Index, column: str, source: int = 0, version: FieldsVersion = 2
+) -> NDArray[np.int64]:
+    """Return the codes of an indexed json field, which equal those of an index without it.
+
+    Args:
+        index: The index.
+        column: Name of the field.
+        source: Number of the source, for the codes of samples without a value.
+        version: Meaning of the values.
+
+    Returns:
+        int64 [n]. A sample without a value has a code that no other sample has; in version 1,
+        OLD_UNKNOWN_CODE if the field is null.
+
+    Raises:
+        GigabatchError: if the index lacks the field.
+    """
+    codes, known = [np.empty(0, np.int64)], [np.empty(0, bool)]
+    code = old_code_of if version == 1 else code_of
+    lacks = (lambda value: value is None) if version == 1 else is_missing
+    for values, indices in _dictionaries(index, column):
+        known.append(np.array([not lacks(value) for value in values], bool)[indices])
+        codes.append(
+            np.array([0 if lacks(value) else code(value) for value in values], np.int64)[indices]
+        )
+    unknown = np.full(len(index), OLD_UNKNOWN_CODE)
+    if version != 1:
+        unknown = unknown_code(0) - source_sample_numbers(source, np.arange(len(index)))
+    return np.where(np.concatenate(known), np.concatenate(codes), unknown)
+
+
+def rows_without_value(index: Index, column: str) -> I64:
+    """Return the rows of the samples for which an indexed json field has no value, int64 [n]."""
+    missing = [np.empty(0, bool)]
+    for values, indices in _dictionaries(index, column):
+        missing.append(np.array([is_missing(value) for value in values], bool)[indices])
+    return np.flatnonzero(np.concatenate(missing))
+
+
+def _dictionaries(index: Index, column: str) -> Iterator[tuple[list[Any], NDArray[np.int32]]]:
+    """Yield each chunk's distinct json values, the last None, and the value of every row."""
+    # JSON text represents its value: the code must equal that of an index without the column.
+    is_json = holds_json(_column_field(index, column))
+    for chunk in index.table[column].chunks:
+        encoded = chunk.dictionary_encode()
+        values = encoded.dictionary.to_pylist()
+        indices = encoded.indices.fill_null(len(values))
+        buffer = np.frombuffer(indices.buffers()[1], np.int32, len(indices), 4 * indices.offset)
+        yield [*(map(json.loads, values) if is_json else values), None], buffer
+
+
+def _column_field(index: Index, column: str) -> pa.Field:
     if column not in index.columns:
         raise GigabatchError(
             f"{index.source}: the index has no column {column!r}. Add it with "
             f"`gigabatch data index {index.source} --columns {column}`."
         )
-    # JSON text represents its value: the code must equal that of an index without the column.
-    parse = json.loads if holds_json(index.table.field(column)) else lambda value: value
-    if rows is not None:
-        values = index.values(column, rows)
-        codes = [UNKNOWN_CODE if v is None else code_of(parse(v)) for v in values]
-        return np.array(codes, np.int64)
-    parts = []
-    for chunk in index.table[column].chunks:
-        encoded = chunk.dictionary_encode()
-        codes = [code_of(parse(value)) for value in encoded.dictionary.to_pylist()]
-        indices = encoded.indices.fill_null(len(codes))
-        buffer = indices.buffers()[1]
-        code_indices = np.frombuffer(buffer, np.int32, len(indices), 4 * indices.offset)
-        parts.append(np.array([*codes, UNKNOWN_CODE], np.int64)[code_indices])
-    return np.concatenate(parts)
+    return index.table.field(column)
 
 
 def source_sample_numbers(source: int, rows: I64) -> I64:

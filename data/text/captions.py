@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from gigabatch.data.errors import BadSample
+from gigabatch.data.errors import BadSample, brief
 from gigabatch.data.rng import key
 from gigabatch.data.settings import Settings
 
@@ -58,19 +58,24 @@ class MissingCaption(BadSample):
     """
 
 
-def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
+def read_captions(
+    data: bytes, settings: TextLocation, where: str, ordered: bool = False
+) -> list[str]:
     """Read the texts of a member.
 
     Args:
         data: Contents of the member.
         settings: Location of the texts in it.
         where: Name of the sample, for error messages.
+        ordered: Whether the first text differs from the others in meaning, as a positive from its
+            negatives. Then it must exist, and a mapping, which has no order, is rejected.
 
     Returns:
-        One or more texts, stripped and prefixed. Texts of a mapping are sorted by name.
+        One or more texts, stripped and prefixed, without empty ones. Texts of a mapping are sorted
+        by name.
 
     Raises:
-        MissingCaption: if there is no text.
+        MissingCaption: if there is no text, or if `ordered` and the first is empty.
         BadSample: if the texts cannot be read.
     """
     subject = f"{where}: its caption ({settings.field or settings.member})"
@@ -80,6 +85,11 @@ def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
             value = value_at(json.loads(value), settings.field)
     except (ValueError, RecursionError) as error:
         raise BadSample(f"{subject} cannot be read: {error}.") from error
+    if isinstance(value, dict) and ordered:
+        raise BadSample(
+            f"{subject} is a mapping, which has no order, but the objective takes the first text "
+            "as the positive. Write a list, the positive first."
+        )
     if isinstance(value, dict):
         value = [value[name] for name in sorted(value)]
     if isinstance(value, str):
@@ -87,10 +97,15 @@ def read_captions(data: bytes, settings: TextLocation, where: str) -> list[str]:
     if not isinstance(value, list | None) or not all(
         isinstance(text, str | None) for text in value or ()
     ):
-        raise BadSample(f"{subject} is not text: {value!r:.60}.")
-    captions = [text.strip() for text in value or () if text and text.strip()]
+        raise BadSample(f"{subject} is not text: {brief(value)}.")
+    texts = [(text or "").strip() for text in value or ()]
+    captions = [text for text in texts if text]
     if not captions:
         raise MissingCaption(f"{subject} is empty.")
+    if ordered and not texts[0]:
+        raise MissingCaption(
+            f"{subject} is empty at its first position, where the objective expects the positive."
+        )
     if not all(map(_is_unicode, captions)):
         raise BadSample(f"{subject} contains half a surrogate pair, which no tokenizer accepts.")
     return [settings.prefix + caption for caption in captions]
@@ -108,7 +123,7 @@ def value_at(record: Any, path: str) -> Any:
         if record is None:
             return None
         if not isinstance(record, dict):
-            raise ValueError(f"expected a mapping with {name!r}, got {record!r:.60}")
+            raise ValueError(f"expected a mapping with {name!r}, got {brief(record)}")
         record = record.get(name)
     return record
 

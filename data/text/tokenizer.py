@@ -34,7 +34,7 @@ class TextSettings(Settings):
 
     tokenizer: str = "bpe"
     """Tokenizer: `bpe`, byte-pair encoding trained on this run's captions, or the name of a
-    Hugging Face tokenizer."""
+    Hugging Face tokenizer. Unset: that of the pretrained text towers, if the run has any."""
     vocab_size: int = Field(4096, ge=300)
     """Size of the `bpe` vocabulary; a Hugging Face tokenizer has its own."""
     length: int = Field(32, ge=2)
@@ -77,11 +77,11 @@ def named_tokenizer(settings: TextSettings) -> Tokenizer:
     Raises:
         GigabatchError: if it cannot be loaded, or has no padding.
     """
-    from transformers import AutoTokenizer
-
     try:
+        from transformers import AutoTokenizer
+
         loaded = AutoTokenizer.from_pretrained(settings.tokenizer)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a broken dependency of `transformers` raises any type
         raise GigabatchError(
             f"data.text.tokenizer: {settings.tokenizer!r} cannot be loaded ({_first_line(error)}). "
             "Set it to `bpe`, a local folder with tokenizer.json, or a name on the Hugging Face "
@@ -93,13 +93,19 @@ def named_tokenizer(settings: TextSettings) -> Tokenizer:
             f"data.text.tokenizer: {settings.tokenizer!r} has no `tokenizers` implementation. "
             "Choose one that comes with a tokenizer.json."
         )
+    if not loaded.get_vocab().keys() - {*loaded.all_special_tokens}:
+        raise GigabatchError(  # transformers makes an empty tokenizer of a folder without files
+            f"data.text.tokenizer: {settings.tokenizer!r} has no vocabulary. Choose one that comes "
+            "with a tokenizer.json."
+        )
     pad = loaded.pad_token or loaded.eos_token
     if pad is None:
         raise GigabatchError(
             f"data.text.tokenizer: {settings.tokenizer!r} has neither a padding nor an end token. "
             "Choose another tokenizer."
         )
-    return _set_length(backend, settings.length, loaded.convert_tokens_to_ids(pad), pad)
+    pad_id = loaded.convert_tokens_to_ids(pad)
+    return _set_length(backend, settings.length, pad_id, pad, loaded.padding_side)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
@@ -131,12 +137,15 @@ def with_length(tokenizer: Tokenizer, length: int) -> Tokenizer:
     """Make a run's tokenizer return `length` tokens per text, in place, and return it."""
     padding = tokenizer.padding
     assert padding is not None
-    return _set_length(tokenizer, length, padding["pad_id"], padding["pad_token"])
+    side = padding["direction"]
+    return _set_length(tokenizer, length, padding["pad_id"], padding["pad_token"], side)
 
 
-def _set_length(tokenizer: Tokenizer, length: int, pad_id: int, pad: str) -> Tokenizer:
+def _set_length(
+    tokenizer: Tokenizer, length: int, pad_id: int, pad: str, side: str = "right"
+) -> Tokenizer:
     tokenizer.enable_truncation(length)
-    tokenizer.enable_padding(length=length, pad_id=pad_id, pad_token=pad)
+    tokenizer.enable_padding(direction=side, length=length, pad_id=pad_id, pad_token=pad)
     return tokenizer
 
 

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.failures import as_failure, raise_open_file_limit
 from gigabatch.data.processes import ctrl_c_deferred
 from gigabatch.launcher.cli.arguments import (
     ConfigPath,
@@ -32,16 +33,22 @@ from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
 from gigabatch.launcher.cli.template import template
 from gigabatch.launcher.output import write, write_stderr
-from gigabatch.launcher.signals import INTERRUPTED
+from gigabatch.launcher.signals import INTERRUPTED, ctrl_c_received, remember_ctrl_c
 
 
 class _Group(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer would exit without a message
-            print("gigabatch: aborted", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+        except BaseException as error:
+            if isinstance(error, KeyboardInterrupt) and ctrl_c_received():
+                # Typer would exit without a message.
+                print("gigabatch: aborted", file=sys.stderr)
+                raise typer.Exit(INTERRUPTED) from None
+            failure = as_failure(error)  # click would take an EOFError for an abort
+            if failure is error:
+                raise
+            raise failure from error
 
 
 app = typer.Typer(
@@ -178,8 +185,10 @@ def main() -> None:
     """Run the command line; a user error prints one message and exits with code 2."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("gigabatch").setLevel(logging.INFO)
+    raise_open_file_limit()
     try:
-        code = app(standalone_mode=False)
+        with remember_ctrl_c():
+            code = app(standalone_mode=False)
     except GigabatchError as error:
         write_stderr(f"gigabatch: {error}")
         code = 2

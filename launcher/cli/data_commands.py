@@ -18,6 +18,7 @@ from gigabatch.data.shards.index import Index, read_manifest
 from gigabatch.data.shards.indexing import index_folder, open_index, stored_index
 from gigabatch.data.shards.json_columns import check_column_names, holds_json
 from gigabatch.data.shards.scan import IndexSettings
+from gigabatch.data.shards.sources import rows_without_value
 from gigabatch.launcher.progress import progress_bar
 
 LAST_POSITION = 1 << 62
@@ -74,8 +75,8 @@ def _indexed_columns(source: str) -> tuple[str, ...]:
 def _describe_column(index: Index, name: str) -> str:
     column = index.table[name]
     kind = "JSON text" if holds_json(index.table.schema.field(name)) else column.type
-    nulls = f", {column.null_count:,} without" if column.null_count else ""
-    return f"{name} ({kind}{nulls})"
+    missing = len(rows_without_value(index, name))
+    return f"{name} ({kind}{f', {missing:,} without' if missing else ''})"
 
 
 def _several_members(index: Index) -> list[str]:

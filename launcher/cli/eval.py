@@ -116,10 +116,12 @@ def evaluate(
     from gigabatch.trainer.run.create import open_run
 
     folder = open_run(run)
+    from gigabatch.launcher.progress import progress_bars
     from gigabatch.trainer.evaluation.command import EvalRequest, evaluate_run
 
     chosen = weights and weights.value
     request = EvalRequest(
         parsed, on, assignments, slice_fields or [], intervals, chosen, intervals_by
     )
-    evaluate_run(folder, request, as_json=json)
+    with progress_bars() as show:
+        evaluate_run(folder, request, as_json=json, show=show)

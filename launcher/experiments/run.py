@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import yaml
@@ -176,7 +176,7 @@ def _train(
     run = RunFolder(out / "runs" / str(config.run.name))
     exists = (run.path / "config.yaml").exists()
     if exists:
-        config = _with_pixel_version(config, run.config().data.image.version)
+        config = _with_versions_of(run.config(), config)
         _check_same_config(run, config)
     if exists and run.is_finished():
         return run
@@ -194,10 +194,11 @@ def _train(
     return run
 
 
-def _with_pixel_version(config: Config, version: Literal[1, 2]) -> Config:
-    """Return the config for a run that began with this version of the steps to pixels."""
-    image = config.data.image.model_copy(update={"version": version})
-    return config.model_copy(update={"data": config.data.model_copy(update={"image": image})})
+def _with_versions_of(old: Config, config: Config) -> Config:
+    """Return the config for a run that began with the versions in its own config, `old`."""
+    image = config.data.image.model_copy(update={"version": old.data.image.version})
+    versions = {"image": image, "fields_version": old.data.fields_version}
+    return config.model_copy(update={"data": config.data.model_copy(update=versions)})
 
 
 def _check_same_config(run: RunFolder, config: Config) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from gigabatch.data.decode.members import decode_column
 from gigabatch.data.decode.vectors import VectorSettings, read_vectors
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache
@@ -16,7 +15,7 @@ from gigabatch.data.shards.reader import Reader
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.progress import progress_bar
-from gigabatch.trainer.config import Config, columns_of, positives_of, vectors_of
+from gigabatch.trainer.config import Config, positives_of, vectors_of
 from gigabatch.trainer.inputs import (
     TrainData,
     cache_of,
@@ -25,6 +24,7 @@ from gigabatch.trainer.inputs import (
     open_eval,
     open_train,
 )
+from gigabatch.trainer.required_fields import check_columns, check_eval_columns
 
 
 def examine_data(config: Config) -> str:
@@ -68,11 +68,10 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
     vectors = vectors_of(config.objective)
     fields_of(config, vectors=vectors).members(data.indexes)
     eval_fields(config).members(sets)
-    positives = positives_of(config.objective)
-    columns = [(index, name) for index in data.indexes for name in columns_of(config.objective)]
-    columns += [(index, positives) for index in sets if positives]
-    for index, column in columns:
-        _check_column(index, column, cache_of(config))
+    check_columns(config, data.indexes)
+    if positives := positives_of(config.objective):
+        for index in sets:
+            check_eval_columns(config, index, [positives])
     for index in () if config.data.missing == "mask" else data.indexes:
         for settings in vectors.values():
             _check_vector(index, settings, cache_of(config))
@@ -83,12 +82,3 @@ def _check_vector(index: Index, settings: VectorSettings, cache: ShardCache) -> 
     """Check the first sample's vector against the settings of the objective."""
     with Reader(index, cache) as reader:
         read_vectors(reader.read(0, settings.extension), settings, index.where(0))
-
-
-def _check_column(index: Index, column: str, cache: ShardCache) -> None:
-    """Check that the first sample has the field, so that a misspelled one fails at once."""
-    if column in index.columns:
-        return
-    index.require_members("json")
-    with Reader(index, cache) as reader:
-        decode_column(reader.read(0, "json"), column, index.where(0))

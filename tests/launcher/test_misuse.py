@@ -32,8 +32,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["data.train=words"], "no sample has a .png"),
         (["data.train=unreadable"], "a.tar: the shard cannot be read: No such file"),
         (["data.train=broken"], "broken-000.tar: at byte 1024: the header's checksum is wrong"),
-        (["objective.positives=concpet"], "has no 'concpet'. Set objective.positives"),
-        (["data.group=lagn"], "data.group: no sample of"),
+        (["objective.positives=concpet"], "objective.positives: 40 of 40 samples"),
+        (["objective.positives=sample"], "objective.positives: 'sample' is what a run calls"),
+        (["data.group=lagn"], "data.group: 40 of 40 samples of"),
         (
             ["data.train=mute", "data.missing=mask", "objective.positives=null"],
             "there are no captions. Set data.captions",

@@ -12,12 +12,16 @@ from support import TINY, losses
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.start import resumed_config
+from gigabatch.launcher.start import prepare_run, resumed_config
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.config import CheckpointSettings, Config
 from gigabatch.trainer.config.load import parse_config
 from gigabatch.trainer.distributed import World
-from gigabatch.trainer.init_from import load_init_weights, pin_init_from
+from gigabatch.trainer.init_from import (
+    load_init_weights,
+    pin_init_from,
+    warn_of_other_pixels,
+)
 from gigabatch.trainer.inputs import make_tokenizer, open_train
 from gigabatch.trainer.run.create import create_run
 from gigabatch.trainer.run.folder import RunFolder
@@ -228,3 +232,31 @@ def test_second_head_is_loaded_if_the_source_has_one_else_random(
     for config in (fresh, config_of(shards, tmp_path, f"train.init_from={source.path}")):
         before, after = initial_weights(config)
         assert all(torch.equal(after[name], files["towers"][name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.image.mean=0.4", "(data.image.mean: 0.5 there, 0.4 here)"),
+        ("data.image.interpolation=bilinear", "data.image.interpolation: bicubic there"),
+        ("data.image.draft=false", ""),
+        ("train.init_parts=[text]", ""),
+    ],
+)
+def test_other_pixels_than_those_of_the_source_are_named(
+    override: str, message: str, source: RunFolder, shards: Path, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = config_of(shards, tmp_path, f"train.init_from={source.path}", override)
+    warn_of_other_pixels(pin_init_from(config))
+    assert message in caplog.text
+    assert bool(message) == bool(caplog.records)
+
+
+def test_weights_that_do_not_fit_leave_no_run_folder(
+    source: RunFolder, shards: Path, tmp_path: Path
+) -> None:
+    settings = [f"train.init_from={source.path}", "towers.width=8", "run.name=b"]
+    with pytest.raises(GigabatchError, match=r"train\.init_from: the weights .* do not fit"):
+        prepare_run(config_of(shards, tmp_path, *settings), "b")
+    assert not (tmp_path / "b").exists()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import Field, model_validator
 
@@ -41,6 +42,7 @@ __all__ = [
     "ScheduleSettings",
     "TowersSettings",
     "TrainSettings",
+    "column_keys",
     "columns_of",
     "positives_of",
     "singles",
@@ -126,6 +128,24 @@ class Config(Settings):
         assert isinstance(tower, TowerKind)
         return tower
 
+    def tower_key(self, modality: str) -> str:
+        """Return the config key of the tower that reads a modality."""
+        modality = self.shared.get(modality, modality)
+        if modality not in self.towers.more:
+            return f"towers.{modality}"
+        is_text = isinstance(self.towers.more[modality], ExtraTextTower)
+        return f"towers.more.{modality}{'.tower' * is_text}"
+
+    def with_tower(self, modality: str, tower: TowerKind) -> Self:
+        """Return this config with other settings of the tower of an unshared modality."""
+        more, entry = self.towers.more, self.towers.more.get(modality)
+        changed: dict[str, object] = {modality: tower}
+        if isinstance(entry, ExtraTextTower):
+            changed = {"more": {**more, modality: entry.model_copy(update={"tower": tower})}}
+        elif entry is not None:
+            changed = {"more": {**more, modality: tower}}
+        return self.model_copy(update={"towers": self.towers.model_copy(update=changed)})
+
     def text_length(self, modality: str) -> int:
         """Return the number of tokens of a text."""
         return getattr(self.towers.more.get(modality), "length", None) or self.data.text.length
@@ -210,6 +230,24 @@ def positives_of(settings: ObjectiveSettings) -> str | None:
 def columns_of(settings: ObjectiveSettings) -> tuple[str, ...]:
     """Return the fields of the samples' json that the objectives read."""
     return settings.columns()
+
+
+def column_keys(config: Config) -> dict[str, str]:
+    """Return field of the samples' json -> key of the config that names it, for messages."""
+    keys = {config.data.group: "data.group"} if config.data.group else {}
+    columns = config.objective.columns()
+    found = _named_leaves(config.objective.model_dump(), "objective")
+    return keys | {value: key for key, value in reversed([*found]) if value in columns}
+
+
+def _named_leaves(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, text) of the texts in nested settings."""
+    if isinstance(tree, Mapping | list | tuple):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        for name, value in items:
+            yield from _named_leaves(value, f"{key}.{name}")
+    elif isinstance(tree, str) and not key.endswith(".name"):
+        yield key, tree
 
 
 def vectors_of(settings: ObjectiveSettings) -> dict[str, VectorSettings]:

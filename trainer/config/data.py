@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from gigabatch.data.augment import Augmentation
+from gigabatch.data.decode.ids import FieldsVersion, MissingIds
 from gigabatch.data.decode.images import ImageSettings
 from gigabatch.data.settings import Settings
 from gigabatch.data.text.captions import CaptionSettings
@@ -67,6 +68,13 @@ class DataSettings(Settings):
     missing: Literal["error", "mask"] = "error"
     """Treatment of samples without an image, a caption, or the input of a tower of `towers.more`.
     error: stop. mask: keep them, and leave them out of the terms that need the missing part."""
+    missing_ids: MissingIds = "error"
+    """Treatment of samples without a value in a field of the objective or in `data.group`: null,
+    NaN, an empty text. error: stop and count them. unique: each such sample equals only itself."""
+    fields_version: FieldsVersion = 2
+    """Meaning of fields and lists; a run keeps the version that it began with. 1, before 0.2: nulls
+    in an indexed field are equal to each other, 7 and 7.0 differ, and an empty text at the first
+    position of a list is skipped, even if the first text is the positive."""
     max_damaged: float = Field(0.001, ge=0, le=1)
     """Largest share of a source's samples that may be unreadable before the run stops. Each is
     replaced and recorded."""

@@ -33,7 +33,7 @@ from gigabatch.trainer.config.overrides import apply_overrides
 FREE_FORM = (".config", ".args", ".env")
 """Suffixes of keys whose value is a free-form mapping."""
 
-VALUES_OF_OLD_RUNS: dict[str, Any] = {"data.image.version": 1}
+VALUES_OF_OLD_RUNS: dict[str, Any] = {"data.image.version": 1, "data.fields_version": 1}
 """Key -> value in runs whose config.yaml lacks it, because they began before the key existed."""
 
 

@@ -49,6 +49,11 @@ class TrainSettings(Settings):
     which rank is behind, its step and phase, writes stacks to RUN/hangs, and ends the process; the
     launcher restarts the group. Set it above the slowest phase, such as the compilation in the
     first step or the write of a checkpoint."""
+    rehearse: bool = True
+    """Before workers start, pass two samples of the training data and of each evaluation set
+    through decoding, towers, objective and metrics, in the process that starts the run, on its CPU.
+    A mistake then fails at once and leaves no run folder. false: skip it, for towers that run on a
+    GPU only or do not fit in this machine's memory."""
     init_from: Path | None = None
     """Run, or checkpoint folder of a run, whose weights initialize a new run's towers; everything
     else starts fresh. The run's config records the checkpoint. Unset: random weights, or those of

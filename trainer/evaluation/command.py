@@ -13,6 +13,7 @@ import torch
 
 from gigabatch.trainer.distributed import World, exit_now, join_world, single_process
 from gigabatch.trainer.evaluation.context import EvalContext
+from gigabatch.trainer.evaluation.progress import Show, showing
 from gigabatch.trainer.evaluation.result import TaskResult
 from gigabatch.trainer.evaluation.tags import metric_tags, slice_tags
 from gigabatch.trainer.evaluation.task import EvalTask, RunTask, SetTask
@@ -45,10 +46,18 @@ class EvalRequest:
     intervals_by: str | None = None
 
 
-def evaluate_run(run: RunFolder, request: EvalRequest, as_json: bool) -> None:
+def evaluate_run(
+    run: RunFolder, request: EvalRequest, as_json: bool, show: Show | None = None
+) -> None:
     """Measure a run, print the metrics, and write them to the run's eval/.
 
     Under torchrun the ranks share the work; rank 0 prints and writes.
+
+    Args:
+        run: The run.
+        request: What to measure.
+        as_json: Print one JSON object.
+        show: Shows the progress of loops.
 
     Raises:
         GigabatchError: if the run or the set lacks what the task reads.
@@ -59,7 +68,8 @@ def evaluate_run(run: RunFolder, request: EvalRequest, as_json: bool) -> None:
                 _print(request.task.read(run), as_json)
         else:
             assert isinstance(request.task, SetTask)
-            _measure(run, world, request, request.task, as_json)
+            with showing(show if world.is_main else None):
+                _measure(run, world, request, request.task, as_json)
     if world.size > 1:
         exit_now(0)
 
@@ -80,6 +90,12 @@ def _measure(
     # Every rank reads labels and groups, because the reads are collective.
     fields = request.slice_fields if result.sample_indices is not None else ()
     labels = {field: context.field_values(field, required=False) for field in fields}
+    for field, values in labels.items():
+        if world.is_main and (missing := values.count(None)):
+            log.warning(
+                "--slice %s: %d of %d samples have no value (it is absent, null, NaN or empty); "
+                "they are in the slice %s=None", field, missing, len(values), field,
+            )  # fmt: skip
     groups = context.query_groups(request.intervals_by, result)
     if not world.is_main:
         return

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from gigabatch.trainer.evaluation.labels import codes_of, field_values
 from gigabatch.trainer.evaluation.result import TaskResult
 from gigabatch.trainer.evaluation.taps import HEAD, comparison_reader, tap_reader
 from gigabatch.trainer.inputs import cache_of, open_eval
+from gigabatch.trainer.required_fields import check_eval_columns
 from gigabatch.trainer.run.folder import RunFolder
 from gigabatch.trainer.towers import Towers
 
@@ -120,6 +121,7 @@ class EvalContext:
         return self._embed(comparison_reader(self.towers, output), spec, self.index)
 
     def _embed(self, embed: Embed, spec: EmbedSpec, index: Index) -> Embedded:
+        self._on_rank_0(partial(check_eval_columns, self.config, index, spec.columns))
         embedded = embed_set(embed, index, self.config, self.run, self.world, spec)
         assert embedded is not None  # embed_set returns None only if its `stop` returns true
         return embedded
@@ -132,18 +134,23 @@ class EvalContext:
         Raises:
             GigabatchError: on every rank, if a sample lacks the field and `required` is true.
         """
-        index = index or self.index
+        cache = cache_of(self.config)
+        read = partial(field_values, index or self.index, field, cache, required)
+        return list(self._on_rank_0(read))
+
+    def _on_rank_0(self, function: Callable[[], Any]) -> Any:
+        """Return a function's result on rank 0, on every rank; an error is raised on every rank."""
         # An error on rank 0 is broadcast as text; raised only there, it would block other ranks.
-        values: list[Any] | str = []
+        result: tuple[Any, str | None] = (None, None)
         if self.world.is_main:
             try:
-                values = field_values(index, field, cache_of(self.config), required)
+                result = (function(), None)
             except GigabatchError as error:
-                values = str(error)
-        values = self.world.broadcast(values)
-        if isinstance(values, str):
-            raise GigabatchError(values)
-        return list(values)
+                result = (None, str(error))
+        value, problem = self.world.broadcast(result)
+        if problem is not None:
+            raise GigabatchError(problem)
+        return value
 
     def field_codes(self, field: str, embedded: Embedded) -> Tensor:
         """Return int64 [n]: codes of a JSON field for this rank's rows."""

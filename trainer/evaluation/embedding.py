@@ -19,6 +19,7 @@ from gigabatch.data.text.tokenizer import encode, load_tokenizer
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.distributed import World
 from gigabatch.trainer.evaluation.metrics.score_rows import Rows
+from gigabatch.trainer.evaluation.progress import tracked
 from gigabatch.trainer.inputs import cache_of, eval_fields
 from gigabatch.trainer.objectives.common import first_coordinates
 from gigabatch.trainer.run.folder import RunFolder
@@ -81,8 +82,10 @@ class EmbedSpec:
             )
         fields = eval_fields(config, list(dict.fromkeys(self.columns)))
         image, text = fields.image, self.captions or fields.text
+        is_field_of_run = text is None or fields.text is None or text.field == fields.text.field
         return replace(
             fields,
+            ordered=fields.ordered if is_field_of_run else (),
             image=image if "image" in self.modalities else None,
             text=text if "text" in self.modalities else None,
             more={name: read for name, read in fields.more.items() if name in self.modalities},
@@ -113,6 +116,7 @@ def embed_set(
     world: World,
     spec: EmbedSpec,
     stop: Callable[[], bool] = lambda: False,
+    limit: int | None = None,
 ) -> Embedded | None:
     """Embed this rank's share of an indexed set; every rank must call this.
 
@@ -124,6 +128,7 @@ def embed_set(
         world: The ranks that share the set.
         spec: Fields to read of each sample.
         stop: Called after each micro-batch; returns the same on every rank. True stops.
+        limit: Largest number of samples, the first of the set; None embeds all.
 
     Returns:
         This rank's rows, or None if `stop` returned true.
@@ -131,7 +136,9 @@ def embed_set(
     fields = spec.fields(config)
     stream = open_stream(
         [index],
-        EvalPlans(len(index), config.batch.micro_size, world.size, world.rank),
+        EvalPlans(
+            min(len(index), limit or len(index)), config.batch.micro_size, world.size, world.rank
+        ),
         fields=fields,
         tokenizer=run.tokenizer if fields.texts_only.modalities else None,
         seed=config.run.seed,
@@ -144,7 +151,8 @@ def embed_set(
     masks: dict[str, list[Tensor]] = {}
     codes: dict[str, list[Tensor]] = {name: [] for name in columns}
     unusable: list[str] = []
-    for micro in stream:
+    plans = -(-len(index) // (config.batch.micro_size * world.size))
+    for micro in tracked(f"embedding {index.name} in micro-batches", stream, plans):
         if micro.real:
             unusable += [sample.why for sample in micro.substitutions]
         batch = micro.to(world.device)
@@ -204,7 +212,9 @@ def embed_texts(
     require_modalities(config, ["text"])
     tokenizer = load_tokenizer(run.tokenizer)
     rows, masks = [], []
-    for plan in EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank):
+    plans = EvalPlans(len(texts), config.batch.micro_size, world.size, world.rank)
+    total = -(-len(texts) // (config.batch.micro_size * world.size))
+    for plan in tracked("embedding texts in micro-batches", plans, total):
         tokens, mask = encode(tokenizer, [texts[index] for index in plan.samples])
         inputs = {"text": (tokens.to(world.device), mask.to(world.device))}
         kept = slice(None) if plan.real else slice(0)

@@ -69,12 +69,21 @@ def evaluate_sets(
             return None
         metrics |= {f"eval/{index.name}/{key}": value for key, value in of_set.items()}
         log.info(describe_retrieval(index.name, of_set))
+    check_best(config, metrics)
+    return metrics
+
+
+def check_best(config: Config, metrics: Mapping[str, float]) -> None:
+    """Check that `checkpoint.best` is among the metrics of an evaluation, by tag.
+
+    Raises:
+        GigabatchError: if it is not.
+    """
     best = config.checkpoint.best
     if best and best not in metrics:
         raise GigabatchError(
             f"checkpoint.best: there is no metric {best}. Set it to one of {', '.join(metrics)}."
         )
-    return metrics
 
 
 def evaluate_retrieval(
@@ -85,6 +94,7 @@ def evaluate_retrieval(
     world: World,
     positives: str | None,
     stop: Callable[[], bool] = lambda: False,
+    limit: int | None = None,
 ) -> dict[str, float] | None:
     """Measure retrieval on one set, for everything that the objective compares.
 
@@ -98,6 +108,7 @@ def evaluate_retrieval(
         world: The ranks; every rank must call this function.
         positives: JSON field that relevant items share; None pairs samples with themselves.
         stop: Called after each micro-batch; returns the same on every rank. True stops.
+        limit: Largest number of samples, the first of the set; None measures all.
 
     Returns:
         Metrics by name, the same on every rank, or None if `stop` returned true. They are
@@ -109,8 +120,8 @@ def evaluate_retrieval(
     for modalities in comparisons(config):
         spec = EmbedSpec(modalities, [positives] if positives else [])
         embed = comparison_reader(towers, choose_output(config, modalities))
-        embedded = embed_set(embed, index, config, run, world, spec, stop)
+        embedded = embed_set(embed, index, config, run, world, spec, stop, limit)
         if embedded is None:
             return None
         values |= comparison_values(embedded, positives, world)
-    return summarize_retrieval(values, len(index))
+    return summarize_retrieval(values, min(len(index), limit or len(index)))

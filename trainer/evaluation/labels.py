@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gigabatch.data.decode.members import code_of
+from gigabatch.data.decode.ids import code_of, is_missing
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
+from gigabatch.data.shards.json_columns import canonical_value
 from gigabatch.data.shards.reader import DamagedMember
 from gigabatch.data.shards.sources import Sources
 from gigabatch.data.text.captions import value_at
@@ -33,43 +34,58 @@ def field_values(
         index: The set.
         field: A field, or a path such as `names.en`.
         cache: Local copies of remote shards.
-        required: Raise for a sample without the field; if false, its value is None.
+        required: Raise if samples lack the field.
+
+    Returns:
+        The value of every sample; None where it is missing (see `ids.is_missing`).
 
     Raises:
-        GigabatchError: if samples have no JSON, or if `required` and a sample lacks the field; the
-            message names the first such sample.
+        GigabatchError: if samples have no JSON, or if `required` and samples lack the field; the
+            message counts them and names the first.
     """
     if "json" not in index.members:
         raise GigabatchError(
             f"{index.source}: its samples have no json member, so they have no field {field!r}."
         )
     values: list[Any] = []
+    missing: list[tuple[int, str]] = []
     with Sources([index], cache) as sources:
         for first in range(0, len(index), CHUNK):
             rows = np.arange(first, min(first + CHUNK, len(index)))
             for sample, members in zip(rows.tolist(), sources.read(rows, ["json"]), strict=True):
-                values.append(_value(members.get("json"), field, index, sample, required))
+                record = _record(members.get("json"), index, sample)
+                value = _value(record, field, index, sample)
+                if is_missing(value):
+                    value = None
+                    names = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
+                    missing.append((sample, names))
+                values.append(value)
+    if missing and required:
+        sample, names = missing[0]
+        raise GigabatchError(
+            f"{index.source}: {len(missing):,} of {len(index):,} samples have no field {field!r} "
+            f"in their json, or nothing in it (null, NaN, an empty text). The first is "
+            f"{index.where(sample)}; its fields: {names}. Name a field that every sample has."
+        )
     return values
 
 
-def _value(
-    data: bytes | DamagedMember | None, field: str, index: Index, sample: int, required: bool
-) -> Any:
-    """Return the field of one sample's JSON."""
-    record: Any = None
+def _record(data: bytes | DamagedMember | None, index: Index, sample: int) -> Any:
+    """Return the JSON of one sample; None if it has none."""
     try:
-        if isinstance(data, bytes):
-            record = json.loads(data)
-        value = value_at(record, field)
-    except ValueError as error:
+        return json.loads(data) if isinstance(data, bytes) else None
+    except (ValueError, RecursionError) as error:
         raise GigabatchError(f"{index.where(sample)}: its json cannot be read: {error}.") from None
-    if value is None and required:
-        fields = ", ".join(sorted(record)) if isinstance(record, dict) else "none"
-        raise GigabatchError(
-            f"{index.where(sample)}: its json has no field {field!r}; its fields: {fields}. Name a "
-            "field that every sample has."
-        )
-    return value
+
+
+def _value(record: Any, field: str, index: Index, sample: int) -> Any:
+    """Return the field of one sample's JSON."""
+    try:
+        value = value_at(record, field)
+        canonical_value(value)  # fails here, with the sample's name, if it is nested too deeply
+        return value
+    except (ValueError, RecursionError) as error:
+        raise GigabatchError(f"{index.where(sample)}: its json cannot be read: {error}.") from None
 
 
 def codes_of(values: Sequence[Any]) -> Tensor:
@@ -133,16 +149,21 @@ def named_classes(
         GigabatchError: if the file is invalid, or lacks the name of a value.
     """
     if names is None:
-        known = sorted({str(value) for value in values})
+        known = sorted({_text_of(value) for value in values})
         class_names = {name: name for name in known}
     else:
         class_names = _read_class_names(names)
     rows = {value: row for row, value in enumerate(class_names)}
-    unnamed = next((value for value in values if str(value) not in rows), None)
+    unnamed = next((value for value in values if _text_of(value) not in rows), None)
     if unnamed is not None:
         raise GigabatchError(f"{names}: no class name for {field} = {unnamed!r}. Add it.")
-    classes = torch.tensor([rows[str(value)] for value in values], dtype=torch.int64)
+    classes = torch.tensor([rows[_text_of(value)] for value in values], dtype=torch.int64)
     return list(class_names.values()), classes
+
+
+def _text_of(value: Any) -> str:
+    """Return the name of a value in a file of class names; 7 and 7.0 are one value."""
+    return str(canonical_value(value))
 
 
 def _read_class_names(path: Path) -> dict[str, str]:

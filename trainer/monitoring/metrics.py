@@ -100,6 +100,13 @@ class Monitor:
             + (f"  scale {metrics[scale]:.1f}" if (scale := "train/logit_scale") in metrics else "")
         )
 
+    def log_first(self, step: int, loss: float, seconds: float) -> None:
+        """Log one readable line of an attempt's first step, as a sign that it works.
+
+        It has no speed or remaining time, because a first step is slower than the others.
+        """
+        log.info(f"{PROGRESS}{step}/{self.steps}  loss {loss:.4f}  first step {seconds:.1f} s")
+
     def flush(self) -> None:
         """Sync all files to disk.
 

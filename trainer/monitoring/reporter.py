@@ -63,6 +63,7 @@ class Reporter:
     ) -> None:
         self.config, self.world, self.data, self.counts = config, world, data, counts
         self.clock = Clock()
+        self.first = counts.done + 1
         self.monitor: Monitor | None = None
         if world.is_main:
             self.monitor = Monitor(run, attempt, counts.done + 1, config.train.steps)
@@ -97,6 +98,12 @@ class Reporter:
         self.write(counts.done, metrics)
         self.monitor.progress(counts.done, metrics)
 
+    def log_first(self, result: StepResult) -> None:
+        """Log the first step of an attempt, whose metrics are not due yet."""
+        if self.monitor:
+            elapsed = time.monotonic() - self.clock.since
+            self.monitor.log_first(self.counts.done, result.loss, elapsed)
+
     def samples(self, batch: Sequence[MicroBatch]) -> None:
         """Record the sample numbers of the last step, in batch order.
 
@@ -121,7 +128,8 @@ class Reporter:
         names = {i: index.source for i, index in enumerate(self.data.indexes)}
         drawn = dict(enumerate(self._drawn().tolist()))
         most = self.config.data.max_damaged
-        check_damage_rate(self.counts.bad_samples, drawn, names, most)
+        example = replaced[0].why if replaced else ""
+        check_damage_rate(self.counts.bad_samples, drawn, names, most, example)
 
     def _drawn(self) -> NDArray[np.int64]:
         """Return the samples drawn so far, int64 [sources]."""

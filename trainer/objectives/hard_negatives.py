@@ -23,7 +23,9 @@ from gigabatch.trainer.objectives.settings import (
     ScaledSettings,
     WidthsSettings,
     named_fields,
+    unique,
 )
+from gigabatch.trainer.taps import parse_tap
 
 ZERO_WEIGHT = 1e-30
 """Replaces a weight of 0, so that its logarithm is finite."""
@@ -35,8 +37,9 @@ class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
     name: Literal["hard_negatives"]
     """InfoNCE with purpose-made hard negatives, weighted by their relation to the row. With
     data.captions.choose=all, a sample's first caption is its positive and its other captions are
-    such negatives. Otherwise, samples come in pairs of an original and a changed one, for example
-    reversed in time."""
+    such negatives; a sample whose first caption is empty has no positive and is not used.
+    Otherwise, samples come in pairs of an original and a changed one, for example reversed in
+    time."""
     taps: Pair = ("image", "text")
     """The two tower outputs to compare."""
     pair: str | None = None
@@ -52,6 +55,14 @@ class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
 
     def columns(self) -> tuple[str, ...]:
         return named_fields(self.pair, self.changed)
+
+    def flags(self) -> tuple[str, ...]:
+        return named_fields(self.changed)
+
+    def ordered_texts(self) -> tuple[str, ...]:
+        if self.changed is not None:  # the negatives are samples, not further texts
+            return ()
+        return unique(parse_tap(tap).modality for tap in self.taps)
 
     @model_validator(mode="after")
     def _check_pair(self) -> Self:

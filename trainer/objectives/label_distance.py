@@ -60,6 +60,9 @@ class LabelDistanceSettings(ScaledSettings, CachedSettings, WidthsSettings):
     def columns(self) -> tuple[str, ...]:
         return (self.label,)
 
+    def numbers(self) -> tuple[str, ...]:
+        return (self.label,)
+
 
 @register
 class LabelDistance(Scaled[LabelDistanceSettings]):

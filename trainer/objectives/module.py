@@ -44,6 +44,15 @@ class ModuleSettings(ObjectiveSettings):
     def columns(self) -> tuple[str, ...]:
         return self._settings.columns()
 
+    def numbers(self) -> tuple[str, ...]:
+        return self._settings.numbers()
+
+    def flags(self) -> tuple[str, ...]:
+        return self._settings.flags()
+
+    def ordered_texts(self) -> tuple[str, ...]:
+        return self._settings.ordered_texts()
+
     def positives_field(self) -> str | None:
         return self._settings.positives_field()
 

@@ -34,6 +34,18 @@ class ObjectiveSettings(Settings):
         """Return the fields of the samples' json that the objective reads."""
         return ()
 
+    def numbers(self) -> tuple[str, ...]:
+        """Return those of `columns()` that must be numbers."""
+        return ()
+
+    def flags(self) -> tuple[str, ...]:
+        """Return those of `columns()` that must be flags: true, false, 1 or 0."""
+        return ()
+
+    def ordered_texts(self) -> tuple[str, ...]:
+        """Return the texts of which a sample's first is its positive, and others are negatives."""
+        return ()
+
     def positives_field(self) -> str | None:
         """Return the field whose equal values mark positives, if one is set."""
         return None

@@ -64,6 +64,15 @@ class SumSettings(ObjectiveSettings):
     def columns(self) -> tuple[str, ...]:
         return unique(name for term in self.terms for name in term.columns())
 
+    def numbers(self) -> tuple[str, ...]:
+        return unique(name for term in self.terms for name in term.numbers())
+
+    def flags(self) -> tuple[str, ...]:
+        return unique(name for term in self.terms for name in term.flags())
+
+    def ordered_texts(self) -> tuple[str, ...]:
+        return unique(name for term in self.terms for name in term.ordered_texts())
+
     def positives_field(self) -> str | None:
         return next(filter(None, (term.positives_field() for term in self.terms)), None)
 

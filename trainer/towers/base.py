@@ -124,6 +124,13 @@ class StageSettings(Settings):
         return self
 
 
+def reason(error: BaseException) -> str:
+    """Return the type, text and notes of another library's exception in one line."""
+    parts = (str(error), *getattr(error, "__notes__", ()))
+    text = " ".join(". ".join(part.rstrip(". \n") for part in parts).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 _KINDS: dict[Slot, dict[str, type[TowerKind]]] = {slot: {} for slot in get_args(Slot)}
 K = TypeVar("K", bound=TowerKind)
 

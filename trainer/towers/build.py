@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key
-from gigabatch.trainer.towers.base import HeadSettings, Slot, TowerInput, TowerKind
+from gigabatch.trainer.towers.base import HeadSettings, Slot, TowerInput, TowerKind, reason
 from gigabatch.trainer.towers.model import Towers, further_head, seed_everything
 
 if TYPE_CHECKING:  # The config imports the tower kinds; this avoids an import cycle.
@@ -38,7 +38,7 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
         settings = config.tower(name)
         data = _tower_input(config, name, vocab_size)
         seed_everything(key(config.run.seed, "init", name))
-        encoder: Any = settings.build(data)
+        encoder = _encoder(settings, data)
         if settings.checkpoint_activations:
             _checkpoint_activations(encoder, data.key)
         if settings.freeze:
@@ -59,18 +59,29 @@ def build_towers(config: Config, vocab_size: int) -> Towers:
     return Towers(encoders, heads, autocast, config.shared)
 
 
+def _encoder(settings: TowerKind, data: TowerInput) -> Any:
+    try:
+        return settings.build(data)
+    except GigabatchError:
+        raise
+    except Exception as error:  # whatever a library raises becomes one message
+        raise GigabatchError(
+            f"{data.key}: building the encoder of {type(settings).__name__} failed: "
+            f"{reason(error)}. Fix the keys of {data.key}."
+        ) from error
+
+
 def _tower_input(config: Config, name: str, vocab_size: int) -> TowerInput:
     entry, is_text = config.towers.more.get(name), name in config.texts
-    tower_key = f"towers.{name}" if entry is None else f"towers.more.{name}"
     length_set = getattr(entry, "length", None) is not None
     slot: Slot = "text" if is_text else "image" if entry is None else "more"
     return TowerInput(
-        key=f"{tower_key}.tower" if is_text and entry is not None else tower_key,
+        key=config.tower_key(name),
         slot=slot,
         image=config.data.image,
         vocab_size=vocab_size,
         text_length=config.text_length(name),
-        text_length_key=f"{tower_key}.length" if length_set else "data.text.length",
+        text_length_key=f"towers.more.{name}.length" if length_set else "data.text.length",
     )
 
 

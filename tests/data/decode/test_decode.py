@@ -193,7 +193,6 @@ def test_code_of_integer_is_the_integer(value: int) -> None:
     ("value", "expected"),
     [
         ("cat", 9026725330962869788),
-        ("", 2340696168634863348),
         (True, 1580298009474638112),
         (1.5, 2435442527620025879),
         (1 << 70, 5628928359691720868),
@@ -206,7 +205,8 @@ def test_other_values_have_a_stable_63_bit_code(value: Any, expected: int) -> No
 
 def test_equal_values_share_a_code_and_others_do_not() -> None:
     assert code({"a": 1, "b": 2}) == code({"b": 2, "a": 1})
-    codes = [code(v) for v in ("1", 1, True, 1.0, [1], "cat", "Cat", "null")]
+    assert code(1) == code(1.0)
+    codes = [code(v) for v in ("1", 1, True, 1.5, [1], "cat", "Cat", "null")]
     assert len(set(codes)) == len(codes)
 
 
@@ -244,14 +244,14 @@ def test_narrow_image_uses_little_memory() -> None:
     assert peak < 4 << 20  # resized in full it would take 9 GB
 
 
-@pytest.mark.parametrize("value", [3, -0.25, 1e300])
+@pytest.mark.parametrize("value", [3, -0.25, 1e38])
 def test_decode_number_returns_the_number(value: float) -> None:
     assert decode_number(json.dumps({"x": value}).encode(), "x", WHERE) == value
 
 
 @pytest.mark.parametrize("member", [
     b'{"x": "3"}', b'{"x": true}', b'{"x": null}', b'{"x": NaN}', b'{"x": 1e999}', b"{}", b"[1]",
-    b"not json",
+    b"not json", b'{"x": 1e39}', b'{"x": 1%s}' % (b"0" * 400),
 ])  # fmt: skip
 def test_value_that_is_not_a_number_raises_bad_sample(member: bytes) -> None:
     with pytest.raises(BadSample, match=WHERE):

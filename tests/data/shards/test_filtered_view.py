@@ -74,6 +74,34 @@ def test_view_keeps_samples_that_meet_condition(
         assert [reader.read(i, "txt") for i in range(len(view))] == [b"x"] * len(expected)
 
 
+MISSING = [1.5, float("nan"), None, float("inf"), -2.0]
+TEXTS = ["a", "", None, "  ", "b"]
+MIXED: list[Any] = [1, "", None, [], {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("x is None", [1, 2, 3]), ("x is not None", [0, 4]), ("x != 1.5", [3, 4]),
+        ("not x == 1.5", [3, 4]), ("x not in [1.5]", [1, 2, 3, 4]), ("x > 0", [0, 3]),
+        ("x + 1 != 0", [0, 3, 4]), ("t not in ['a', 'c']", [1, 2, 3, 4]),
+        ("t in ['a', '']", [0, 1]),
+        ("t is None", [1, 2, 3]), ("t is not None", [0, 4]), ("t != 'a'", [1, 3, 4]),
+        ("t == ''", [1]), ("m is None", [1, 2, 3]), ("m is not None", [0, 4]),
+        ("x is not None and t is not None and m is not None", [0, 4]),
+    ],
+)  # fmt: skip
+def test_none_stands_for_every_missing_value(
+    condition: str, expected: list[int], tmp_path: Path
+) -> None:
+    fields = zip(MISSING, TEXTS, MIXED, strict=True)
+    samples: list[object] = [{"x": x, "t": t, "m": m} for x, t, m in fields]
+    write_tar(tmp_path / "set" / "a.tar", jsons(samples))
+    index = open_index(tmp_path / "set", columns=["x", "t", "m"])
+    assert count_matches(index, condition) == len(expected)
+    assert keys(create_view(index, condition, tmp_path / "view")) == [f"s00{i}" for i in expected]
+
+
 @pytest.mark.parametrize(
     "condition",
     [

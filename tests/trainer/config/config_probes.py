@@ -22,10 +22,11 @@ from PIL import ExifTags, Image
 from support import spoil
 
 from gigabatch.data.decode.images import decode_image
+from gigabatch.data.errors import BadSample
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
-from gigabatch.launcher.start import overdue_message
+from gigabatch.launcher.start import overdue_message, prepare_run
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
 from gigabatch.trainer.checkpoints.saver import Saver
@@ -35,6 +36,7 @@ from gigabatch.trainer.engine import deepspeed_config
 from gigabatch.trainer.init_from import load_init_weights
 from gigabatch.trainer.inputs import (
     cache_of,
+    fields_of,
     make_tokenizer,
     open_train,
     plans_of,
@@ -76,6 +78,10 @@ def probe_batch(config: Config, folder: Path) -> Any:
 def probe_inputs(config: Config, folder: Path) -> Any:
     micro = next(iter(micro_batches(config, folder)))
     return digest(*tower_inputs(micro, config.data, rng_key=7)["image"])
+
+
+def probe_prepared(config: Config, folder: Path) -> Any:
+    return prepare_run(config, "run").path.name
 
 
 def probe_pixels(config: Config, folder: Path) -> Any:
@@ -254,6 +260,18 @@ def probe_mixture(config: Config, folder: Path) -> Any:
     return [mixture.samples_before(position).tolist() for position in (5000, 15_000, 25_000)]
 
 
+def probe_ids(config: Config, folder: Path) -> Any:
+    """Return the codes or errors of a number and of a missing value."""
+    fields, index = fields_of(config, ["x"]), open_train(config).indexes[0]
+    codes: list[Any] = []
+    for record in (b'{"x": 7.0}', b'{"x": null}'):
+        try:
+            codes.append(fields.column_values(0, index, 0, {"json": record}, "here"))
+        except BadSample as error:
+            codes.append(str(error))
+    return codes
+
+
 def probe_lines(config: Config, folder: Path) -> Any:
     """Read a member of two lines with the settings of every text."""
     texts = [tower for tower in config.towers.more.values() if isinstance(tower, ExtraText)]
@@ -275,6 +293,7 @@ def summarize_run(run: RunFolder) -> Any:
 PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "batch": probe_batch,
     "inputs": probe_inputs,
+    "prepared": probe_prepared,
     "pixels": probe_pixels,
     "loaders": probe_loaders,
     "towers": probe_towers,
@@ -295,5 +314,6 @@ PROBES: dict[str, Callable[[Config, Path], Any]] = {
     "ray": probe_ray,
     "mixture": probe_mixture,
     "lines": probe_lines,
+    "ids": probe_ids,
     "cache": lambda config, folder: cache_of(config).limit_bytes,
 }

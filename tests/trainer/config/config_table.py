@@ -73,6 +73,7 @@ MORE: dict[str, tuple[str, str, list[str]]] = {
     "tower.head.hidden": ("7", "towers", [*TEXT, "towers.more.sensor.tower.head.layers=2"]),
     "tower.name": ("no/such-model", "towers", with_sensor(TEXT_HUGGINGFACE)),
     "tower.config": ("{model_type: nonsense}", "towers", with_sensor(TEXT_HUGGINGFACE)),
+    "tower.attend_padding": ("true", "towers", with_sensor(TEXT_BERT)),
     "tower.pool": ("first", "towers", with_sensor(TEXT_BERT)),
     "tower.module": ("torch.nn:Linear", "towers", with_sensor(TEXT_MODULE)),
     "tower.args": ("{width: 6}", "towers", with_sensor(TEXT_MODULE)),
@@ -106,6 +107,8 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "data.group": ("concept", "batch", []),
     "data.cache_gib": ("3", "cache", []),
     "data.missing": ("mask", "batch", []),
+    "data.missing_ids": ("unique", "ids", []),
+    "data.fields_version": ("1", "ids", []),
     "data.max_damaged": ("0", "damage", ["data.max_damaged=0.5"]),
     "data.stages": ("['support_towers:darken']", "batch", []),
     "data.captions.member": ("json", "batch", []),
@@ -155,6 +158,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.image.pool": (
         "mean", "towers", [f"towers.image={{kind: huggingface, config: {VIT}}}"],
     ),
+    "towers.image.attend_padding": (
+        "true", "towers", [f"towers.image={{kind: huggingface, config: {VIT}}}"],
+    ),
     "towers.image.module": ("torch.nn:Linear", "towers", ["towers.image={kind: module}"]),
     "towers.image.args": (
         "{width: 6}", "towers",
@@ -173,6 +179,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "towers.text.pool": (
         "mean", "towers", [f"towers.text={{kind: huggingface, config: {BERT}}}"],
     ),
+    "towers.text.attend_padding": (
+        "true", "towers", [f"towers.text={{kind: huggingface, config: {BERT}}}"],
+    ),
     "towers.text.module": ("torch.nn:Linear", "towers", ["towers.text={kind: module}"]),
     "towers.text.args": (
         "{width: 6}", "towers",
@@ -190,6 +199,9 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
     "train.hang_timeout_s": ("2000", "run", []),
     "train.max_bad_steps": (
         "2", "run", ["towers.image={kind: module, module: 'support_towers:Broken'}"],
+    ),
+    "train.rehearse": (
+        "false", "prepared", ["towers.image={kind: module, module: 'support_towers:Crashing'}"],
     ),
     "train.init_from": ("source", "initial", []),
     "train.init_parts": ("[image]", "initial", ["train.init_from=source"]),
@@ -242,7 +254,8 @@ KEYS: dict[str, tuple[str, str, list[str]]] = {
         "1", "command",
         [
             "cluster.launcher=torchrun", "cluster.max_restarts=0",
-            "towers.image={kind: module, module: 'support_towers:Crashing'}",
+            "towers.image={kind: module, module: 'support_towers:FailingLater', args: "
+            "{batches: 2}}",
         ],
     ),
 }  # fmt: skip

@@ -226,7 +226,9 @@ def test_model_that_does_not_fit_the_data_raises(overrides: list[str], message: 
 
 
 def test_missing_pretrained_model_raises_with_its_name() -> None:
-    with pytest.raises(GigabatchError, match=r"towers\.text: cannot build the model 'no/such'"):
+    with pytest.raises(
+        GigabatchError, match=r"towers\.text\.name: cannot build the model 'no/such'"
+    ):
         build_towers(config("towers.text={kind: huggingface, name: no/such}"), 100)
 
 

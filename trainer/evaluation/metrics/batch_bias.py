@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gigabatch.data.rng import key, permute
+from gigabatch.trainer.evaluation.progress import tracked
 from gigabatch.trainer.objectives import Context, Loss, Objective, build_objective, parse_settings
 
 MISSING_VARIANCE = 0.01
@@ -109,7 +110,8 @@ def _half_means(
     state = full_state.clone()
     halves = pairs.q.new_zeros(2, 2, 2, *pairs.q.shape, dtype=torch.float64)
     first_half = rounds // 2
-    for number in range(-_warmup_rounds(gamma), rounds):
+    numbers = range(-_warmup_rounds(gamma), rounds)
+    for number in tracked("measuring rounds of batches", numbers, len(numbers)):
         order = order_of_round(len(pairs.q), seed, number).to(pairs.q.device)
         half = halves[:, int(number >= first_half)]
         for rows in order.view(-1, batch):

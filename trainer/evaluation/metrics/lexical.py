@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.trainer.evaluation.metrics.score_rows import Scorer
+from gigabatch.trainer.evaluation.progress import tracked
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -28,7 +29,7 @@ class TfIdf:
         self.size = len(documents)
         self.columns: dict[str, int] = {}
         rows, columns, counts = [], [], []
-        for row, text in enumerate(documents):
+        for row, text in enumerate(tracked("indexing documents", documents, len(documents))):
             for word, count in Counter(words_of(text)).items():
                 rows.append(row)
                 columns.append(self.columns.setdefault(word, len(self.columns)))

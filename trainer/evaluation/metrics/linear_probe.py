@@ -1,6 +1,6 @@
 """Linear probe of classes: multinomial logistic regression on frozen embeddings.
 
-Minimizes mean cross-entropy + l2 / 2 |W|^2 over standardized features, by full-batch L-BFGS in
+Minimizes mean cross-entropy + l2 / 2 |W|^2 over standardized features, by Newton's method in
 float64, with an unpenalized bias (as CLIP's evaluation, Radford et al. 2021, appendix A.3). With
 l2 > 0 the minimum is unique, so the result does not depend on the number of ranks.
 """
@@ -22,7 +22,8 @@ from gigabatch.trainer.evaluation.metrics.linear_fit import (
     fit_with_chosen_l2,
     require_finite,
 )
-from gigabatch.trainer.evaluation.metrics.score_rows import blocks
+from gigabatch.trainer.evaluation.metrics.newton import Problem, minimize
+from gigabatch.trainer.evaluation.progress import tracked
 
 
 @dataclass(frozen=True)
@@ -62,43 +63,15 @@ def fit_logistic(
     require_finite(x, world)
     standardize = Standardization.fit(x, world)
     total = world.sum(torch.tensor(float(len(x)), dtype=torch.float64, device=x.device))
-    start = torch.zeros(classes, x.shape[1] + 1, dtype=torch.float64, device=x.device)
-    models = []
-    for l2 in penalties:
-        solution = _minimize(x, y, start, l2, standardize, total, world)
+    problem = Problem(
+        lambda part: standardize(x[part]), y, classes, x.shape[1], float(total), world
+    )
+    start, models = problem.zeros(), []
+    for l2 in tracked("fitting the probe", penalties, len(penalties)):
+        solution = minimize(problem, start, l2)
         models.append(Logistic(standardize, solution[:, :-1].clone(), solution[:, -1].clone()))
         start = solution  # It is near the minimum of the next penalty, which saves iterations.
     return models
-
-
-def _minimize(
-    x: Tensor, y: Tensor, start: Tensor, l2: float, standardize: Standardization, total: Tensor,
-    world: World,
-) -> Tensor:  # fmt: skip
-    """Return weights and, in the last column, biases [C, D + 1] at the minimum."""
-    solution = start.clone().requires_grad_()
-    solver = torch.optim.LBFGS(
-        [solution], max_iter=1000, history_size=20, tolerance_grad=1e-7, tolerance_change=1e-12,
-        line_search_fn="strong_wolfe",
-    )  # fmt: skip
-
-    def closure() -> Tensor:
-        grad, loss = torch.zeros_like(solution), solution.new_zeros(())
-        for part in blocks(len(x), len(solution)):
-            rows = torch.cat([standardize(x[part]), x.new_ones(len(x[part]), 1).double()], 1)
-            logits = rows @ solution.detach().T
-            loss += torch.nn.functional.cross_entropy(logits, y[part], reduction="sum")
-            slope = logits.softmax(1)
-            slope[torch.arange(len(rows), device=x.device), y[part]] -= 1
-            grad += slope.T @ rows
-        sums = world.sum(torch.cat([grad.flatten(), loss.view(1)])) / total
-        weight = solution.detach().clone()
-        weight[:, -1] = 0  # the bias is not penalized
-        solution.grad = sums[:-1].view_as(solution) + l2 * weight
-        return sums[-1] + l2 / 2 * weight.square().sum()
-
-    solver.step(closure)
-    return solution.detach()
 
 
 def count_errors(model: Logistic, x: Tensor, y: Tensor) -> Tensor:

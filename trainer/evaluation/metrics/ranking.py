@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.trainer.evaluation.metrics.score_rows import Scorer, blocks
+from gigabatch.trainer.evaluation.metrics.score_rows import Scorer, tracked_blocks
 
 MAX_DIRECT = 16
 """Maximum number of relevant items per query that are compared one by one; above it, a search is
@@ -136,7 +136,7 @@ def rank_queries(
         `r_precision` and `rank`; NaN for a query without a relevant item.
     """
     parts: dict[str, list[Tensor]] = {}
-    for part in blocks(len(relevance.start), num_keys):
+    for part in tracked_blocks("ranking queries", len(relevance.start), num_keys):
         ranks, grades = _ranks(score(part), relevance, part)
         for name, values in _metrics(ranks, grades, ks, ndcg).items():
             parts.setdefault(name, []).append(values)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gigabatch.trainer.evaluation.metrics.statistics import MAX_SLICES
+from gigabatch.trainer.evaluation.metrics.statistics import MAX_SLICES, slice_names
 
 QUANTILES = {"p05": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95}
 
@@ -40,7 +40,7 @@ def group_by_value(
         mean, and `FIELD=LABEL/count`. `NAME/log_frequency_correlation`: Pearson's correlation over
         labels of that mean with the logarithm of the count, if both vary.
     """
-    names, group = np.unique([str(label) for label in labels], return_inverse=True)
+    names, group = np.unique(slice_names(labels), return_inverse=True)
     counts = np.bincount(group)
     list_all = len(names) <= MAX_SLICES
     metrics: dict[str, float] = {f"{field}/values": float(len(names))}

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gigabatch.kernels import MaxSim, gather_rows, maxsim, token_keys
 from gigabatch.kernels.sources import KeyBlock
+from gigabatch.trainer.evaluation.progress import tracked
 
 Scorer = Callable[[slice], Tensor]
 """Function from a slice of b queries to their scores with all N keys, float32 [b, N]."""
@@ -54,6 +55,12 @@ def blocks(num_queries: int, num_keys: int) -> Iterator[slice]:
     step = max(1, BUDGET // max(num_keys, 1))
     for first in range(0, num_queries, step):
         yield slice(first, min(first + step, num_queries))
+
+
+def tracked_blocks(description: str, num_queries: int, num_keys: int) -> Iterator[slice]:
+    """Yield `blocks`, and report the progress of a loop over them."""
+    parts = list(blocks(num_queries, num_keys))
+    return tracked(description, parts, len(parts))
 
 
 def dot_rows(queries: Tensor, keys: Tensor) -> Scorer:
@@ -142,7 +149,7 @@ def top_keys(
     """
     values, indices = [], []
     kept = min(k, num_keys)
-    for part in blocks(num_queries, num_keys):
+    for part in tracked_blocks("finding neighbors", num_queries, num_keys):
         # Adding 0.0 turns -0.0 into 0.0; the two are equal, but their bits, used below, are not.
         scores = score(part).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf) + 0.0
         if excluded is not None:

@@ -5,14 +5,19 @@ All are exact and take O(N log N) time.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gigabatch.data.decode.ids import code_of, is_missing
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.rng import key, uniforms
+from gigabatch.data.shards.json_columns import canonical_json
+from gigabatch.trainer.evaluation.progress import tracked
 
 Summarize = Callable[[Mapping[str, Tensor]], dict[str, float]]
 """Function from per-query values, name -> [N], to metrics."""
@@ -80,9 +85,29 @@ def rank_variance(ranks: Tensor) -> dict[str, Tensor]:
     return {"rank_variance": variance, "rank_std": variance.sqrt()}
 
 
+def slice_names(labels: Sequence[Any]) -> list[str]:
+    """Return the name of the slice of each label, its text; `None` for a missing one.
+
+    Equal values, such as 7 and 7.0, have one name. Different values with one text, such as 1 and
+    "1", are named by their JSON text.
+    """
+    codes = [None if is_missing(label) else code_of(label) for label in labels]
+    of_code: dict[int | None, Any] = {}
+    for code, label in zip(codes, labels, strict=True):
+        shorter = code not in of_code or len(str(label)) < len(str(of_code[code]))
+        if shorter:  # "7" rather than "7.0", in any order of the samples
+            of_code[code] = None if code is None else label
+    count = Counter(map(str, of_code.values()))
+    names = {
+        code: str(label) if count[str(label)] == 1 else canonical_json(label)
+        for code, label in of_code.items()
+    }
+    return [names[code] for code in codes]
+
+
 def slices(labels: Sequence[object], values: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """Split per-query values by the label of each query; slices are sorted by label."""
-    names = np.array([str(label) for label in labels])
+    names = np.array(slice_names(labels))
     split = {}
     for name in sorted(set(names.tolist())):
         rows = torch.from_numpy(np.flatnonzero(names == name))
@@ -116,7 +141,7 @@ def intervals(
     size = len(next(iter(on_cpu.values())))
     members = None if groups is None else _members(groups)
     draws = []
-    for number in range(RESAMPLES):
+    for number in tracked("resampling queries", range(RESAMPLES), RESAMPLES):
         rows = _resample(size if members is None else len(members), seed, number)
         if members is not None:
             rows = torch.cat([members[group] for group in rows.tolist()])

@@ -31,7 +31,7 @@ class Trigger(NearestNeighbors):
         """Classify every sample as `knn` does; for triggered samples, the target is correct."""
         import torch
 
-        from gigabatch.data.decode.members import code_of
+        from gigabatch.data.decode.ids import code_of
         from gigabatch.kernels import gather_rows
         from gigabatch.trainer.evaluation.labeled_sets import read_labeled_sets
         from gigabatch.trainer.evaluation.labels import flags_of
