@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+from gigabatch.data.decode.signatures import describe_bytes
 from gigabatch.data.packing.tables import Row
 
 MEMBERS = ("png", "jpg", "jpeg", "webp", "wav", "flac", "ogg", "mp3", "npy", "cls", "txt", "json")
@@ -24,6 +25,13 @@ _MAGIC = (
     ("flac", 0, b"fLaC"), ("ogg", 0, b"OggS"), ("mp3", 0, b"ID3"), ("mp3", 0, b"\xff\xfb"),
     ("npy", 0, b"\x93NUMPY"),
 )  # fmt: skip
+
+_READABLE = (
+    (("png", "jpg", "jpeg", "webp"), ("a PNG", "a JPEG", "a WebP")),
+    (("wav", "flac", "ogg", "mp3"), ("a WAV", "a FLAC", "an Ogg file", "an MP3")),
+    (("npy",), ("a NumPy array",)),
+)
+"""Types of files that the same decoder reads, and what `describe_bytes` calls them."""
 
 
 class InvalidRow(Exception):
@@ -93,6 +101,18 @@ def extension(name: str | None) -> str | None:
 def detect_type(data: bytes) -> str | None:
     """Return a file's type from its first bytes; None if unknown."""
     return next((kind for kind, at, magic in _MAGIC if data.startswith(magic, at)), None)
+
+
+def content_problem(kind: str, data: bytes) -> str | None:
+    """Return why a file's content cannot be of its type; None if it can be, or is unknown.
+
+    A PNG called .jpg can be decoded; an HTML page or a GIF called .jpg cannot.
+    """
+    readable = next((names for kinds, names in _READABLE if kind in kinds), None)
+    actual = describe_bytes(data)
+    if readable is None or actual is None or actual in readable:
+        return None
+    return f"it is {actual}, not {' or '.join(readable)}"
 
 
 def first_caption(value: Any) -> bytes | None:

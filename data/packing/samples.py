@@ -26,6 +26,7 @@ from gigabatch.data.packing.members import (
     MEMBERS,
     InvalidRow,
     NumericColumns,
+    content_problem,
     detect_type,
     extension,
     file_problem,
@@ -246,7 +247,11 @@ class TableSamples:
         if problem or not load:
             return name, problem or {}
         data = read_file(self.folder, str(name))
-        return name, data if isinstance(data, str) else {str(extension(name)): data}
+        if isinstance(data, str):
+            return name, data
+        kind = str(extension(name))
+        problem = content_problem(kind, data)
+        return name, f"{name!r}: {problem}" if problem else {kind: data}
 
     def _embedded_file(self, value: Any, load: bool) -> tuple[str | None, Sample | str]:
         """Return name and member; its type comes from a known extension or from its first bytes."""
@@ -260,6 +265,8 @@ class TableSamples:
         if kind is None:
             actual = describe_bytes(data) or "not recognized"
             return name, f"file content is {actual}, not of a known type ({', '.join(FILES)})"
+        if problem := content_problem(kind, data):
+            return name, f"file content of {name!r}: {problem}"
         return name, {kind: data}
 
     def _key(self, number: int, row: Row) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packs import (
+    PNG,
     album,
     make_source,
     members,
@@ -120,7 +121,7 @@ def test_full_disk_leaves_only_finished_shards(tmp_path: Path) -> None:
 
 def test_file_size_limit_leaves_only_finished_shards(tmp_path: Path) -> None:
     rows = album(tmp_path, 100)
-    (tmp_path / rows[80]["file"]).write_bytes(bytes(500_000))
+    (tmp_path / rows[80]["file"]).write_bytes(PNG + bytes(500_000))
     source, settings = write_table(tmp_path / "t.csv", rows), PackSettings(per_shard=30, prefix="p")
     pack(source, tmp_path / "uninterrupted", settings)
     out = tmp_path / "out"

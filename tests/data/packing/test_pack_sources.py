@@ -319,6 +319,40 @@ def test_embedded_content_of_another_type_is_named(case: str, tmp_path: Path) ->
     assert f"file content {what}, not of a known type" in message
 
 
+WRONG_FILES: dict[str, tuple[str, bytes, str]] = {
+    "a page": ("x.jpg", b"<html>404", "it is an HTML page, not a PNG or a JPEG or a WebP"),
+    "a GIF": ("x.png", b"GIF89a", "it is a GIF, not"),
+    "a text": ("x.wav", b"Not Found", "it is a text that starts with 'Not Found', not a WAV"),
+    "an image": ("x.flac", PNG, "it is a PNG, not"),
+    "an .npz": ("x.npy", b"PK\x03\x04", "it is a zip archive, not a NumPy array"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_FILES)
+@pytest.mark.parametrize("is_embedded", [False, True])
+def test_file_of_another_type_than_its_name_is_named_or_skipped(
+    case: str, is_embedded: bool, tmp_path: Path
+) -> None:
+    name, data, what = WRONG_FILES[case]
+    (tmp_path / "good.jpg").write_bytes(PNG)  # the image decoder reads it
+    (tmp_path / name).write_bytes(data)
+    files = ["good.jpg", name]
+    rows = [{"file": file, "text": f"t{i}"} for i, file in enumerate(files)]
+    if is_embedded:
+        images = [{"bytes": (tmp_path / file).read_bytes(), "path": file} for file in files]
+        table = pa.table({"image": pa.array(images), "text": [row["text"] for row in rows]})
+        source = write_arrow(tmp_path / "t.parquet", table)
+    else:
+        source = write_table(tmp_path / "t.csv", rows)
+    message = pack_error(source, tmp_path / "out")
+    assert "row 1: " in message
+    assert f"{name!r}: {what}" in message
+    assert "--skip-missing" in message
+    report = pack(source, tmp_path / "out", PackSettings(skip_missing=True))
+    assert (report.samples, report.skipped) == (1, 1)
+    assert what in (tmp_path / "out" / "skipped.jsonl").read_text().replace('\\"', '"')
+
+
 def test_state_of_an_earlier_version_resumes(tmp_path: Path) -> None:
     table = write_table(tmp_path / "t.csv", album(tmp_path, 5))
     pack(table, tmp_path / "out")
