@@ -71,7 +71,8 @@ def rehearse(config: Config, data: TrainData, tokenizer: Tokenizer) -> None:
         _check_text_models(towers, config, tokenizer)
         _rehearse_step(towers.train(), config, replace(data, config=config), run.tokenizer)
         _rehearse_evaluations(towers.eval(), config, run)
-        log.debug("rehearsal: %.2f s beyond building the towers", time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log.info("rehearsal passed: %.1f s beyond building the towers", seconds)
 
 
 def rehearse_evaluations(config: Config, tokenizer: Tokenizer, sets: Sequence[str]) -> None:
