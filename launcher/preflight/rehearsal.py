@@ -71,7 +71,8 @@ def rehearse(config: Config, data: TrainData, tokenizer: Tokenizer) -> None:
         _check_text_models(towers, config, tokenizer)
         _rehearse_step(towers.train(), config, replace(data, config=config), run.tokenizer)
         _rehearse_evaluations(towers.eval(), config, run)
-        log.debug("rehearsal: %.2f s beyond building the towers", time.monotonic() - began)
+        seconds = time.monotonic() - began
+        log.info("rehearsal passed: %.1f s beyond building the towers", seconds)
 
 
 def rehearse_evaluations(config: Config, tokenizer: Tokenizer, sets: Sequence[str]) -> None:
@@ -215,12 +216,20 @@ def _read(stream: Any, indexes: Sequence[Index], key: str) -> Iterator[MicroBatc
     try:
         yield from stream
     except GigabatchError as error:
-        raise GigabatchError(f"{key}: {error}{fields_message(indexes)}") from error
+        raise GigabatchError(f"{key}: {_with_fields(error, indexes)}") from error
     except Exception as error:
         raise GigabatchError(
             f"{key}: reading {SAMPLES} samples failed: {reason(error)}. Fix the stage of "
             f"data.stages, or the shards. {OFF}"
         ) from error
+
+
+def _with_fields(error: GigabatchError, indexes: Sequence[Index]) -> str:
+    """Add the json fields that exist to an error about one that does not."""
+    text = str(error)
+    is_of_a_field = any(word in text for word in ("json", "caption", "field"))
+    lacks_a_list = is_of_a_field and "json fields are" not in text
+    return text + (fields_message(indexes) if lacks_a_list else "")
 
 
 def _embed(
@@ -293,7 +302,7 @@ def _rehearse_evaluations(towers: Towers, config: Config, run: RunFolder) -> Non
                 embed, index, config, run, ALONE, positives, never, limit=SAMPLES
             )
         except GigabatchError as error:
-            raise GigabatchError(f"eval.sets: {name}: {error}{fields_message([index])}") from error
+            raise GigabatchError(f"eval.sets: {name}: {_with_fields(error, [index])}") from error
         except Exception as error:
             raise GigabatchError(
                 f"eval.sets: evaluating {SAMPLES} samples of {name} failed: {reason(error)}. Fix "

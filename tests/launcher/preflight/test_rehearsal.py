@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import webdataset as wds
+from PIL import Image
 from support import losses
 
 from gigabatch.data.errors import GigabatchError
@@ -25,10 +27,12 @@ def sets(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets")
     for name in ("train", "val"):
         shutil.copytree(shards / name, root / name)
-    png = bytes(12)
+    png, good = bytes(12), BytesIO()
+    Image.new("RGB", (16, 16)).save(good, "png")
     for name, sample in {
         "torn": {"png": png, "txt": "alpha", "json": {"concept": 1}},
         "captionless": {"png": png, "json": {"concept": 1}},
+        "textless": {"png": good.getvalue(), "json": {"concept": 1, "title": "alpha"}},
         "fieldless": {"png": png, "txt": "alpha", "json": {"title": "alpha"}},
     }.items():
         (root / name).mkdir()
@@ -96,6 +100,8 @@ VECTOR = "{kind: vector, fields: [concept], size: 1}"
         (["objective.positives=prodct"], "The json fields are: concept, colour."),
         (["data.captions={member: json, field: captoin}"],
          "The json fields are: concept, colour."),
+        (["eval.sets=[val, textless]", "data.captions={member: json, field: colour}"],
+         "The json fields are: concept, title."),
         (["eval.sets=[val, captionless]"], "captionless"),
         (["eval.sets=[val, torn]"], "eval.sets: torn: "),
         (["eval.sets=[val, fieldless]"], "The json fields are: title."),
