@@ -148,7 +148,7 @@ def test_configs_of_any_content_are_read_or_refused(tmp_path: Path) -> None:
         overrides = [override(rng, keys) for _ in range(rng.choice([1, 1, 2, 4]))]
         text = config_text(rng, tree) if number % 3 == 0 else yaml.safe_dump(tree)
         guard.run("config", read_config, text, overrides if number % 3 else [])
-    guard.check(values=50, errors=300)
+    guard.check(values=20, errors=300)
 
 
 def read_config(text: str, overrides: list[str]) -> Config:
