@@ -12,6 +12,7 @@ with the complete batch. If your loop sums gradients over ranks instead, divide 
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from gigabatch.kernels.sources import accumulator_dtype, all_sum
 DIST_IMPLS: dict[str | None, GatherMode] = {
     None: "gather", "gather": "gather", "bidir": "ring", "shift": "ring", "reduce": "ring",
 }  # fmt: skip
+FEATURE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 class _DistributedLoss(nn.Module):
@@ -48,6 +50,8 @@ class _DistributedLoss(nn.Module):
         group = self.group
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
+        if not isinstance(group, dist.ProcessGroup | None):  # new_group returns -100 to others
+            raise ValueError("this process is not a member of group; call the loss on its members")
         size, rank = (1, 0) if group is None else (group.size(), dist.get_rank(group))
         if self.world_size not in (None, size):
             raise ValueError(
@@ -236,11 +240,15 @@ class _WithValue(torch.autograd.Function):
 
 def _check_features(image_features: Tensor, text_features: Tensor) -> None:
     images, texts = image_features, text_features
+    for name, value in (("image_features", images), ("text_features", texts)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor [n, D]; got {type(value).__name__}")
     if images.ndim != 2 or images.shape != texts.shape:
         raise ValueError("image_features and text_features must have the same shape [n, D]; got "
                          f"{tuple(images.shape)} and {tuple(texts.shape)}")  # fmt: skip
-    if not images.is_floating_point() or images.dtype != texts.dtype:
-        raise TypeError("image_features and text_features must share a floating dtype; got "
+    if images.dtype not in FEATURE_DTYPES or images.dtype != texts.dtype:
+        raise TypeError("image_features and text_features must share a floating dtype (bfloat16, "
+                        "float16, float32 or float64); got "
                         f"{images.dtype} and {texts.dtype}")  # fmt: skip
     if images.device != texts.device:
         raise ValueError("image_features and text_features must share a device; got "
@@ -250,6 +258,8 @@ def _check_features(image_features: Tensor, text_features: Tensor) -> None:
 def _scalar(name: str, value: Tensor | float, features: Tensor) -> Tensor:
     """Return a 0-dim tensor on the features' device, differentiable if `value` is."""
     if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name} must be a number, 0-dim or [1]; got {type(value).__name__}")
         dtype = accumulator_dtype(features.dtype)
         return torch.tensor(float(value), dtype=dtype, device=features.device)
     if value.shape not in ((), (1,)):

@@ -145,7 +145,8 @@ class Gather(KeySource):
         padded[: len(value)] = value.detach()
         parts = [torch.empty_like(padded) for _ in self.sizes]
         dist.all_gather(parts, padded, group=self.group)
-        return torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
+        with no_autocast(value):  # autocast on a CPU does not concatenate float16
+            return torch.cat([part[:n] for part, n in zip(parts, self.sizes, strict=True)])
 
     def _merge_lse(self, z: Tensor) -> Tensor:
         maximum = z.clone()

@@ -11,12 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from module_ranks import DIM, ROWS, TwoTowers, batch
 from torch import Tensor
@@ -199,6 +201,18 @@ def test_options_reach_the_engine() -> None:
         SigmoidLoss(backend="fast")(image, text, 5.0)
 
 
+@pytest.fixture(params=["no group", "group"])
+def maybe_group(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A default process group of one rank, or none unless an earlier test left one."""
+    creates = request.param == "group" and not dist.is_initialized()
+    if creates:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    if creates:  # DeepSpeed keeps a reference to a group that it uses
+        dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("maybe_group")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_logits_of_half_precision_features_are_float32(dtype: torch.dtype) -> None:
     """open_clip rounds them to the features' dtype."""
@@ -212,6 +226,7 @@ def test_logits_of_half_precision_features_are_float32(dtype: torch.dtype) -> No
 
 
 IMAGE, TEXT = torch.zeros(4, 3), torch.zeros(4, 3)
+FLOAT8 = torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize("loss", [ContrastiveLoss(), SigmoidLoss()], ids=["softmax", "sigmoid"])
@@ -221,11 +236,19 @@ IMAGE, TEXT = torch.zeros(4, 3), torch.zeros(4, 3)
         ({"image_features": torch.zeros(4)}, ValueError, r"same shape \[n, D\]; got \(4,\) and"),
         ({"text_features": torch.zeros(5, 3)}, ValueError, r"got \(4, 3\) and \(5, 3\)"),
         ({"text_features": torch.zeros(4, 2)}, ValueError, r"got \(4, 3\) and \(4, 2\)"),
-        ({"text_features": TEXT.double()}, TypeError, "share a floating dtype; got .*float32 and"),
+        ({"text_features": TEXT.double()}, TypeError, r"dtype \(bfloat16, .*; got .*float32 and"),
         (
             {"image_features": IMAGE.long(), "text_features": TEXT.long()},
-            TypeError, "share a floating dtype; got torch.int64",
+            TypeError, "share a floating dtype .*; got torch.int64",
         ),
+        (
+            {"image_features": IMAGE.to(FLOAT8), "text_features": TEXT.to(FLOAT8)},
+            TypeError, "share a floating dtype .*; got torch.float8",
+        ),
+        ({"image_features": [[0.0] * 3] * 4}, TypeError, r"image_features must be a tensor \[n, D"),
+        ({"text_features": TEXT.numpy()}, TypeError, "must be a tensor .* got ndarray"),
+        ({"logit_scale": None}, TypeError, "logit_scale must be a number, .* got NoneType"),
+        ({"logit_bias": "a"}, TypeError, "logit_bias must be a number, .* got str"),
         ({"text_features": TEXT.to("meta")}, ValueError, "share a device; got cpu and meta"),
         ({"logit_scale": torch.ones(4)}, ValueError, r"logit_scale must be .* got shape \(4,\)"),
         ({"logit_scale": torch.ones(1, 1)}, ValueError, r"0-dim or \[1\]; got shape \(1, 1\)"),
@@ -251,6 +274,10 @@ def test_invalid_tensors_raise_one_sentence(
         (lambda: SigmoidLoss(use_horovod=True), "use_horovod=True is not supported"),
         (lambda: SigmoidLoss(dist_impl="tree"), "choose one of gather, bidir, shift, reduce"),
         (lambda: ContrastiveLoss(world_size=4)(IMAGE, TEXT, 1.0), "init_process_group first"),
+        (
+            lambda: ContrastiveLoss(group=dist.GroupMember.NON_GROUP_MEMBER)(IMAGE, TEXT, 1.0),
+            "not a member of group",
+        ),
     ],
 )
 def test_invalid_constructor_arguments_raise_value_error(call: Any, message: str) -> None:
