@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.failures import LostProcess, as_failure
+from gigabatch.data.failures import as_failure
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.console import Console
 from gigabatch.launcher.output import write, write_stderr
@@ -38,6 +38,12 @@ from gigabatch.launcher.signals import (
 )
 from gigabatch.launcher.slurm import join_slurm_step
 from gigabatch.launcher.torchrun import run_torchrun
+from gigabatch.launcher.unplanned_ends import (
+    exit_overdue,
+    overdue_message,
+    raise_with_resume,
+    shown_path,
+)
 from gigabatch.trainer.checkpoints.download import (
     fetch_newer_checkpoint,
     fetch_run,
@@ -302,29 +308,29 @@ def _launch(run: RunFolder) -> int:
     """Run the workers, print their log, and return the exit code."""
     config = run.config()
     is_inline = config.cluster.launcher == "inline"
-    on_overdue = partial(_exit_overdue, run) if is_inline else interrupt_main
+    on_overdue = partial(exit_overdue, run) if is_inline else interrupt_main
     with (
         Console(run.log) as console,
         stop_on_signals(config.cluster.grace_s, on_overdue, run.request_stop) as stop,
     ):
-        console.say(f"run {_relative(run.path)}")
+        console.say(f"run {shown_path(run.path)}")
         try:
             _run_workers(run, config, stop, console)
         except KeyboardInterrupt as error:
             if ctrl_c_received() and not stop.overdue:
                 raise
             if not stop.overdue:
-                _raise_with_resume(run, error)
+                raise_with_resume(run, error)
         except GigabatchError:
             raise
         except BaseException as error:
-            _raise_with_resume(run, error)
+            raise_with_resume(run, error)
     if failure := run.failure():
         raise GigabatchError(failure)
     if run.is_finished():
         return 0
     if run.stopped() and not stop.overdue:
-        write(f"to continue: gigabatch resume {_relative(run.path)}\n")
+        write(f"to continue: gigabatch resume {shown_path(run.path)}\n")
         return stop.exit_code
     if stop.overdue:
         write_stderr(overdue_message(run))
@@ -333,40 +339,6 @@ def _launch(run: RunFolder) -> int:
     raise GigabatchError(
         f"{run.path}: the workers failed:\n{crash.rstrip()}\n"
         f"`gigabatch resume {run.path}` continues from the last checkpoint."
-    )
-
-
-def _raise_with_resume(run: RunFolder, error: BaseException) -> NoReturn:
-    """Raise the failure of a run in this process, with the command that continues it."""
-    failure = as_failure(error)
-    resume = f"`gigabatch resume {_relative(run.path)}` continues from the last checkpoint."
-    if isinstance(failure, LostProcess):
-        raise GigabatchError(f"{run.path}: {failure}\n{resume}") from error
-    if isinstance(failure, GigabatchError):
-        raise failure from error
-    failure.add_note(f"gigabatch: {resume}")
-    if failure is error:
-        raise failure
-    raise failure from error
-
-
-def _exit_overdue(run: RunFolder, stop: StopRequest) -> None:
-    write_stderr(overdue_message(run))
-    exit_now(stop.exit_code)
-
-
-def overdue_message(run: RunFolder) -> str:
-    """Return the message for a stop that took longer than `cluster.grace_s`."""
-    saved = run.steps_saved()
-    last = f"the checkpoint of step {saved[-1]}" if saved else "no checkpoint"
-    unfinished = (
-        "the copy of the checkpoint was" if run.stopped()
-        else "the current step and its checkpoint were"
-    )  # fmt: skip
-    return (
-        f"gigabatch: {unfinished} not finished within "
-        f"cluster.grace_s={run.config().cluster.grace_s:g} s; the run has {last}.\n"
-        f"to continue: gigabatch resume {_relative(run.path)}"
     )
 
 
@@ -387,12 +359,6 @@ def _run_workers(run: RunFolder, config: Config, stop: StopRequest, console: Con
 def _worker_range(config: Config) -> str:
     low, high = config.cluster.min_workers, config.cluster.max_workers
     return f"{high} worker{'s' * (high > 1)}" if low == high else f"{low} to {high} workers"
-
-
-def _relative(path: Path) -> Path:
-    """Return a path as the user would type it: relative if it is below the working directory."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _exit_as_rank(open_run: OpenRun, config: Config) -> NoReturn:
@@ -429,9 +395,9 @@ def _train_as_rank(open_run: OpenRun, config: Config) -> int:
         run = RunFolder(Path(text))
         if world.is_main:
             console = stack.enter_context(Console(run.log))
-            console.say(f"run {_relative(run.path)}")
+            console.say(f"run {shown_path(run.path)}")
         grace = run.config().cluster.grace_s
-        stop = stack.enter_context(stop_on_signals(grace, partial(_exit_overdue, run)))
+        stop = stack.enter_context(stop_on_signals(grace, partial(exit_overdue, run)))
         try:
             return 0 if run_training(run, stop) else stop.exit_code
         except GigabatchError:
@@ -439,4 +405,4 @@ def _train_as_rank(open_run: OpenRun, config: Config) -> int:
         except BaseException as error:
             if isinstance(error, KeyboardInterrupt) and ctrl_c_received():
                 raise
-            _raise_with_resume(run, error)
+            raise_with_resume(run, error)

@@ -26,7 +26,8 @@ from gigabatch.data.errors import BadSample
 from gigabatch.data.text.captions import ExtraText, read_captions
 from gigabatch.data.text.tokenizer import load_tokenizer
 from gigabatch.launcher.cluster.workers import scaling, start_settings, worker_settings
-from gigabatch.launcher.start import overdue_message, prepare_run
+from gigabatch.launcher.start import prepare_run
+from gigabatch.launcher.unplanned_ends import overdue_message
 from gigabatch.trainer.checkpoints.format import write_checkpoint
 from gigabatch.trainer.checkpoints.remote import RemoteRun
 from gigabatch.trainer.checkpoints.saver import Saver
