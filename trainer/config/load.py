@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.imports import OBJECT_PATH
 from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.keys import (
@@ -211,7 +212,8 @@ def _explain_one(error: ErrorDetails) -> str:
     place = _place_of(error["loc"])
     key, context = place.key, error.get("ctx", {})
     message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    given = repr(error["input"])
+    value = "" if isinstance(error["input"], dict) or given in message else f" (given: {given})"
     match error["type"]:
         case "union_tag_invalid":
             tag = str(context["tag"])
@@ -233,6 +235,8 @@ def _explain_one(error: ErrorDetails) -> str:
             )
         case "extra_forbidden" if place.kind:
             message = f"not a key of {place.choice}"
+        case "string_pattern_mismatch" if context["pattern"] == OBJECT_PATH:
+            message = "is not of the form package.mod:Class"
         case "value_error" if place.kind and key == place.section:
             message = f"with {place.choice}, {message}"
     return f"{key}: {message}{value}" if key else message

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
 
 from gigabatch.data.decode.vectors import VectorSettings
+from gigabatch.data.imports import OBJECT_PATH
 from gigabatch.trainer.objectives.registry import load_class, name_of
 from gigabatch.trainer.objectives.settings import ObjectiveSettings, SingleSettings
 
@@ -17,11 +18,17 @@ if TYPE_CHECKING:
 class ModuleSettings(ObjectiveSettings):
     name: Literal["module"]
     """Your own objective."""
-    module: str = Field(pattern=r"^[\w.]+:\w+$")
+    module: str = Field(pattern=OBJECT_PATH)
     """`package.mod:Class`, a subclass of `gigabatch.trainer.objectives.base.Objective`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keys of its `Settings`."""
     _settings: ObjectiveSettings = PrivateAttr()
+
+    @field_validator("module")
+    @classmethod
+    def _check_module(cls, path: str) -> str:
+        load_class(path)  # here, so that the message has the key of the path
+        return path
 
     @model_validator(mode="after")
     def _load(self) -> Self:
