@@ -26,6 +26,7 @@ from gigabatch.trainer.config.keys import (
     models_at,
     nearest,
     select,
+    selected_keys,
     selector_of,
 )
 from gigabatch.trainer.config.names import suggest_kind, suggest_objective
@@ -181,7 +182,10 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _reject_unknown(tree: Mapping[str, Any], where: str) -> None:
-    """Raise GigabatchError for the first key that no kind of any section has."""
+    """Raise GigabatchError for the first key that no kind of any section has.
+
+    It suggests a key of the kinds that the config selects.
+    """
     known = set(known_keys(Config))
     sections = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
     free = [key for key in known if key.endswith(FREE_FORM)]
@@ -190,7 +194,7 @@ def _reject_unknown(tree: Mapping[str, Any], where: str) -> None:
         is_inside = any(key == f or key.startswith(f"{f}.") for f in free)
         if key in known or key in sections or is_inside:
             continue
-        meant = nearest(key, known)
+        meant = nearest(given, selected_keys([Config], tree))
         hint = f" Did you mean {meant}?" if meant else " `gigabatch config --explain` lists all."
         raise GigabatchError(f"{where}: unknown key {given}.{hint}")
 
@@ -229,6 +233,12 @@ def _explain_one(error: ErrorDetails) -> str:
             place = replace(_place_of(error["loc"][:-1]), key=key)
             message = f"is missing; {place.choice or place.key.rpartition('.')[0]} needs it"
             message += f": {meaning}" if (meaning := _meaning(place)) else ""
+        case "extra_forbidden" if place.kind == "module" and place.selector == "name":
+            name = key.removeprefix(f"{place.section}.")
+            message = (
+                f"not a key of {place.choice}, which has module and args. A key of your own class "
+                f"goes into args: {place.section}.args.{name}"
+            )
         case "extra_forbidden" if place.kind and place.selector == "name":
             message = (
                 f"not a key of {place.kind}; `gigabatch objectives {place.kind}` lists its keys"

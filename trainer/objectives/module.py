@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails
 
 from gigabatch.data.decode.vectors import VectorSettings
 from gigabatch.data.imports import OBJECT_PATH
@@ -36,9 +38,7 @@ class ModuleSettings(ObjectiveSettings):
         try:
             self._settings = kind.model_validate({"name": name_of(kind), **self.args})
         except ValidationError as error:
-            lines = (
-                f"args.{'.'.join(map(str, line['loc']))}: {line['msg']}" for line in error.errors()
-            )
+            lines = (_explain(kind, line) for line in error.errors())
             raise ValueError(f"{self.module}: {'; '.join(lines)}") from error
         return self
 
@@ -77,3 +77,15 @@ class ModuleSettings(ObjectiveSettings):
 
     def check(self, config: Config) -> None:
         self._settings.check(config)
+
+
+def _explain(settings: type[ObjectiveSettings], error: ErrorDetails) -> str:
+    """Return the key in `args` and what is wrong with it; a wrong key with those that exist."""
+    key = ".".join(map(str, error["loc"]))
+    if error["type"] != "extra_forbidden" or len(error["loc"]) != 1:
+        message = error["msg"].removeprefix("Value error, ")
+        return f"args.{key}: {message}" if key else message
+    known = [name for name in settings.model_fields if name != "name"]
+    close = difflib.get_close_matches(key, known, 1, 0.6)
+    hint = f"Did you mean {close[0]}?" if close else f"Its keys: {', '.join(known)}"
+    return f"args.{key}: unknown key. {hint}"

@@ -111,3 +111,21 @@ def test_explain_is_bold_only_on_a_terminal_that_allows_it(
     assert run("--explain", "train.steps")[1].startswith("\x1b[1mtrain.steps\x1b[0m = ")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in run("--explain", "train.steps")[1]
+
+
+def test_explain_takes_several_keys_without_a_config(run: Run) -> None:
+    code, out, _ = run("--explain", "train.steps", "optimizer.lr")
+    assert (code, out.count("train.steps = "), out.count("optimizer.lr = ")) == (0, 1, 1)
+    assert run("--explain", "checkpoint", "optimizer")[0] == 0
+    code, _, err = run("--explain", "train.stpes", "optimizer.lr")
+    assert (code, "Did you mean train.steps?" in err) == (2, True)
+    code, _, err = run("--explain", "quickstrat", "optimizer.lr")
+    assert (code, "Did you mean the recipe quickstart?" in err) == (2, True)
+
+
+def test_explain_of_a_renamed_key_explains_the_new_one(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, out, _ = run("--explain", "objective.scale")
+    assert (code, out.startswith("objective.init_logit_scale = ")) == (0, True)
+    assert "objective.scale is now called objective.init_logit_scale" in caplog.text
