@@ -31,6 +31,7 @@ from gigabatch.trainer.config.keys import (
 )
 from gigabatch.trainer.config.names import suggest_kind, suggest_objective
 from gigabatch.trainer.config.overrides import apply_overrides
+from gigabatch.trainer.config.strict_yaml import DuplicateKeyError, load_yaml
 
 FREE_FORM = (".config", ".args", ".env")
 """Suffixes of keys whose value is a free-form mapping."""
@@ -112,7 +113,9 @@ def parse_run_config(text: str, where: str, overrides: Sequence[str] = ()) -> Co
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = load_yaml(text) or {}
+    except DuplicateKeyError as error:
+        raise GigabatchError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
         raise GigabatchError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.keys import models_at, select, selector_of, tag_in, tags_of
+from gigabatch.trainer.config.strict_yaml import DuplicateKeyError, load_yaml
 
 Tree = dict[str, Any]
 
@@ -71,7 +72,9 @@ def _parse(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise GigabatchError(f"{override!r}: an override is key=value, such as train.steps=100.")
     try:
-        return key, yaml.safe_load(text)
+        return key, load_yaml(text)
+    except DuplicateKeyError as error:
+        raise GigabatchError(f"{override!r}: {error}") from error
     except yaml.YAMLError as error:
         raise GigabatchError(f"{override!r}: the value is not valid YAML.") from error
 
