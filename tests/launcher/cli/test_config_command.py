@@ -35,6 +35,10 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
         assert parse_config(run(name)[1], "printed") == recipe
     (tmp_path / "quickstart").write_text("train: {steps: 3}")
     assert parse_config(run("quickstart")[1], "printed").train.steps == 3
+    for text in ("", "# nothing\n", "{}"):
+        (tmp_path / "quickstart").write_text(text)
+        code, _, err = run("quickstart")
+        assert (code, "empty and hides the recipe quickstart" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,8 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
         ("mien.yaml", "Did you mean mine.yaml?"),
         ("zzz", "`gigabatch config --list` lists the recipes"),
         ("runs", "runs: is a folder"),
+        ("z" * 5000, "z...: there is no such config file or recipe"),
+        ("z" * 5000 + "/a.yaml", "there is no such config file or recipe"),
         ("runs/a", "`gigabatch resume runs/a` continues the run"),
     ],
 )
