@@ -9,6 +9,9 @@ import shlex
 from itertools import chain, islice
 from pathlib import Path
 
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.remote.locations import is_remote
+
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".parquet", ".arrow", ".feather")
 """Tables that `gigabatch data pack` reads."""
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -47,6 +50,19 @@ def pack_hint(source: str) -> str | None:
     if any(mark in source for mark in "*?[{"):
         return _pattern_hint(source)
     return None
+
+
+def check_root(root: str) -> None:
+    """Check that `data.root` is a URL or a folder; a demo set is not checked here.
+
+    Raises:
+        GigabatchError: if it is neither.
+    """
+    is_folder = os.path.isdir(root)  # `Path.is_dir` raises for a path that is too long
+    hint = None if is_folder else pack_hint(root)
+    if hint or not (is_folder or is_remote(root)):
+        hint = hint or "Set it to a folder of shards."
+        raise GigabatchError(f"data.root: {root} is not a folder. {hint}")
 
 
 def _pattern_hint(pattern: str) -> str | None:
