@@ -11,7 +11,6 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from gigabatch.data.decode.collate import Collate
 from gigabatch.data.decode.fields import Fields, Sample
 from gigabatch.data.errors import BadSample, GigabatchError
-from gigabatch.data.failures import name_of
+from gigabatch.data.imports import import_object
 from gigabatch.data.loader_errors import errors_as_values, prepare_worker, raise_errors
 from gigabatch.data.order.assignment import MicroBatchPlan
 from gigabatch.data.order.mixture import to_sample_number
@@ -264,16 +263,7 @@ def load_stage(path: str) -> Stage:
     Raises:
         GigabatchError: if it cannot be imported or called.
     """
-    module, _, name = path.partition(":")
-    try:
-        stage = getattr(import_module(module), name)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # the module is user code, which may even call sys.exit
-        reason = str(error) if isinstance(error, ImportError | AttributeError) else name_of(error)
-        raise GigabatchError(
-            f"data.stages: {path!r} cannot be imported: {reason}. Name it as package.mod:name."
-        ) from error
+    stage: Stage = import_object(path, "data.stages")
     if not callable(stage):
         raise GigabatchError(
             f"data.stages: {path!r} is not callable. Name a function of an iterator of samples."

@@ -7,46 +7,34 @@ import re
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 from gigabatch.trainer.config.reference import config_reference
 
 ROOT = Path(__file__).parent.parent
-CONFIG_INTRO = """# Config reference
-
-Every key of a run's YAML file. This page is generated from the settings. Set any key on the command
-line, as in `train.steps=2000`. `gigabatch config CONFIG` prints a config with all its values, and
-`gigabatch config CONFIG --explain KEY` explains a key.
-
-"""
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
 
 
-def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages."""
-    pages = {"reference/config.md": CONFIG_INTRO + config_reference(), "recipes.md": recipes()}
-    for uri, content in pages.items():
-        files.append(File.generated(config, uri, content=content))
-    return files
-
-
 def recipes() -> str:
-    """Return a page with every config of configs/, under its file name."""
-    lines = [
-        "# Recipes",
-        "",
-        "The configs in `configs/`. Train one by its name, as in `gigabatch train clip`, or start",
-        "a config of your own from it: `gigabatch config clip > my.yaml`.",
-    ]
+    """Return every config of configs/, under its file name."""
+    lines = []
     for path in sorted((ROOT / "configs").glob("*.yaml")):
         lines += ["", f"## {path.stem}", "", "```yaml", path.read_text().rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
+GENERATED = {"recipes.md": recipes, "reference/config.md": config_reference}
+"""Page -> function that returns its generated part, which replaces the part after MARK."""
+MARK = "<!-- generated -->"
+"""Line of a page; what follows is for readers of the files, as on GitHub."""
+
+
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links to folders, to their README.md, and links out of docs/: those to a config lead
-    to its recipe, all others become plain text."""
+    """Fill in the generated part of a page. Rewrite links to folders, to their README.md, and links
+    out of docs/: those to a config lead to its recipe, all others become plain text."""
+    if generate := GENERATED.get(page.file.src_uri):
+        return markdown.partition(MARK)[0] + generate()
     folder = posixpath.dirname(page.file.src_uri)
 
     def rewrite(match: re.Match[str]) -> str:

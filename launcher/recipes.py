@@ -10,6 +10,8 @@ import os
 import re
 from pathlib import Path
 
+import yaml
+
 import gigabatch.configs
 from gigabatch.data.errors import GigabatchError
 
@@ -37,29 +39,49 @@ def find_config(name: str) -> Path:
     Raises:
         GigabatchError: if there is neither; the message suggests the nearest name.
     """
-    path = Path(name)
-    if os.path.exists(name) and not path.is_dir():
+    path, known = Path(name), recipes()
+    is_folder = os.path.isdir(name)  # `Path.is_dir` raises for a name longer than a path may be
+    if os.path.exists(name) and not is_folder:
+        if name in known:
+            _check_not_empty(path)
         return path
-    known = recipes()
     stem = name.removesuffix(".yaml")
     if stem in known:
         return known[stem]
-    if (path / "config.yaml").exists():
+    if os.path.exists(path / "config.yaml"):
         raise GigabatchError(
             f"{name}: is a run folder, not a config file. `gigabatch resume {name}` continues the "
             f"run; {path / 'config.yaml'} is its config."
         )
-    if path.is_dir():
+    if is_folder:
         raise GigabatchError(f"{name}: is a folder. Name a YAML file, or a recipe.{_LIST}")
-    raise GigabatchError(f"{name}: there is no such config file or recipe.{_suggest(path)}{_LIST}")
+    shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
+    raise GigabatchError(f"{shown}: there is no such config file or recipe.{_suggest(path)}{_LIST}")
 
 
+LONGEST_NAME = 200
 _LIST = " `gigabatch config --list` lists the recipes."
+
+
+def _check_not_empty(path: Path) -> None:
+    """Raise GigabatchError if a file that hides a recipe sets no key."""
+    try:
+        is_empty = os.path.isfile(path) and not yaml.safe_load(path.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return  # reported when the config is read
+    if is_empty:
+        raise GigabatchError(
+            f"{path}: this file of the working folder is empty and hides the recipe {path}. Remove "
+            "or rename it, or name a config by its path, such as my.yaml."
+        )
 
 
 def _suggest(path: Path) -> str:
     """Return " Did you mean ...?" for the nearest file of the same folder or the nearest recipe."""
-    nearby = [file for suffix in ("yaml", "yml") for file in path.parent.glob(f"*.{suffix}")]
+    try:
+        nearby = [file for suffix in ("yaml", "yml") for file in path.parent.glob(f"*.{suffix}")]
+    except OSError:  # a path that is too long, or a folder that cannot be read
+        nearby = []
     files = difflib.get_close_matches(path.name, [file.name for file in nearby], 1, 0.75)
     names = difflib.get_close_matches(path.stem, recipes(), 1)
     if files:

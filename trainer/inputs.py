@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ from gigabatch.data.remote.locations import is_remote
 from gigabatch.data.rng import key
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.indexing import Progress, open_index
-from gigabatch.data.shards.pack_hint import pack_hint
+from gigabatch.data.shards.pack_hint import check_root, pack_hint
 from gigabatch.data.shards.reader import Reader
 from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
 from gigabatch.data.stages import NamedStage
@@ -101,11 +102,7 @@ def data_root(config: Config) -> str:
         return str(glyphs.glyphs_root())
     if root.startswith("demo:"):
         raise GigabatchError(f"data.root: there is no demo set {root!r}. Use {glyphs.NAME}.")
-    is_folder = is_remote(root) or Path(root).is_dir()
-    hint = None if Path(root).is_dir() else pack_hint(root)
-    if hint or not is_folder:
-        hint = hint or "Set it to a folder of shards."
-        raise GigabatchError(f"data.root: {root} is not a folder. {hint}")
+    check_root(root)
     return root
 
 
@@ -137,7 +134,7 @@ def _locate(config: Config, path: str) -> str:
     if is_remote(path) or local.is_absolute():
         return path if is_remote(path) else str(local)
     root = data_root(config)
-    is_missing = not is_remote(root) and not (Path(root) / path).exists()
+    is_missing = not is_remote(root) and not os.path.exists(Path(root) / path)
     if is_missing and (hint := pack_hint(root)):
         raise GigabatchError(f"data.root: {root} contains no {path}. {hint}")
     return f"{root.rstrip('/')}/{path}" if is_remote(root) else str(Path(root) / path)

@@ -23,6 +23,7 @@ from gigabatch.launcher.cli.arguments import (
     Overrides,
     RunPath,
     RunPathOrURL,
+    check_data_root,
 )
 from gigabatch.launcher.cli.bench import bench
 from gigabatch.launcher.cli.config import config
@@ -96,6 +97,7 @@ def train(config: ConfigPath, overrides: Overrides = None) -> int:
       gigabatch train my.yaml train.steps=1000 cluster.workers=8
       gigabatch train clip data.root=/data/pairs train.epochs=3
     """
+    check_data_root(config, overrides or [])
     # Ctrl-C is deferred during the imports: some libraries catch it, others stay broken after it.
     with ctrl_c_deferred():
         from gigabatch.launcher.start import start_run

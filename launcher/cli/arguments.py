@@ -4,6 +4,7 @@ command imports torch, so that a typing error is reported at once."""
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -50,6 +51,32 @@ def check_exists(source: str) -> str:
         if not is_remote(source):
             expand([source])
     return source
+
+
+def check_data_root(config: Path, overrides: Sequence[str]) -> None:
+    """Check `data.root` as it is written; reading all keys needs torch, which takes seconds.
+
+    Raises:
+        GigabatchError: if it is a local path that is no folder.
+    """
+    import yaml
+
+    from gigabatch.data.shards.pack_hint import check_root
+
+    try:
+        # A pipe, such as /dev/stdin, can be read only once.
+        text = config.read_text(encoding="utf-8") if config.is_file() else ""
+        section = (yaml.safe_load(text) or {}).get("data")
+        root = section.get("root") if isinstance(section, dict) else None
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key == "data":  # replaces the section
+                return
+            root = yaml.safe_load(value) if key == "data.root" else root
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return  # reported when all keys are read
+    if isinstance(root, str) and not root.startswith("demo:"):
+        check_root(root if "://" in root else str(Path(os.path.expanduser(root)).absolute()))
 
 
 def check_set(name: str | None) -> str | None:

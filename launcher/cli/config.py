@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -93,7 +94,7 @@ def _print_explanation(words: Sequence[str]) -> None:
         try:
             path = find_config(words[0])
         except GigabatchError:
-            if len(words) > 1 or Path(words[0]).suffix in (".yaml", ".yml"):
+            if not _may_be_key(words):
                 raise
     from gigabatch.trainer.config.explain import explain_keys
     from gigabatch.trainer.config.load import load_config, parse_config, resolve
@@ -110,6 +111,18 @@ def _print_explanation(words: Sequence[str]) -> None:
     bold = is_terminal and "NO_COLOR" not in os.environ
     blocks = [_block(entry, width, bold) for entry in explain_keys(config, names)]
     write("\n\n".join(blocks) + "\n")
+
+
+def _may_be_key(words: Sequence[str]) -> bool:
+    """Return whether the first word, which is no config, may be meant as a key or a section."""
+    first = words[0]
+    if "/" in first or Path(first).suffix in (".yaml", ".yml"):
+        return False
+    if len(words) == 1 or re.fullmatch(r"\w+(\.\w+)+", first):
+        return True
+    from gigabatch.trainer.config import Config  # takes seconds
+
+    return first in Config.model_fields
 
 
 def _block(entry: KeyHelp, width: int, bold: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,9 +12,17 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.launcher.cli.arguments import JSON_HELP
 from gigabatch.launcher.output import write
 
+if TYPE_CHECKING:
+    from gigabatch.trainer.objectives.settings import ObjectiveSettings
+
 WIDTH = 96
 HINT = """Explain one: gigabatch objectives NAME. Combine several as a weighted sum:
     objective: {name: sum, terms: [{name: infonce}, {name: siglip}], weights: [1, 0.5]}"""
+
+MODULE_TITLE = "an objective of your own"
+MODULE_HINT = (
+    "Train one: gigabatch train CONFIG 'objective={module: \"package.mod:Class\", args: {KEY: 1}}'"
+)
 
 
 def objectives(
@@ -38,6 +46,9 @@ def objectives(
     from gigabatch.trainer.config.names import suggest_objective
     from gigabatch.trainer.objectives import OBJECTIVES
 
+    if name == "module":
+        _write_module(as_json)
+        return
     if name is not None and name not in OBJECTIVES:
         raise GigabatchError(f"there is no objective {name!r}. {suggest_objective(name)}")
     if markdown:
@@ -62,11 +73,27 @@ def describe(name: str) -> dict[str, Any]:
 
     from gigabatch.trainer.objectives import OBJECTIVES
 
-    keys = {
-        key: {"default": _default(field), "help": " ".join((field.description or "").split())}
-        for key, field in OBJECTIVES[name].Settings.model_fields.items() if key != "name"
-    }  # fmt: skip
+    keys = _keys(OBJECTIVES[name].Settings)
     return {**asdict(OBJECTIVES[name].card), "needs": _needs(name), "keys": keys}
+
+
+def _write_module(as_json: bool) -> None:
+    """Explain the objective `module`, which has keys but no formula of its own."""
+    from gigabatch.trainer.objectives.module import ModuleSettings
+
+    keys = _keys(ModuleSettings)
+    if as_json:
+        write(json.dumps({"title": MODULE_TITLE, "keys": keys}) + "\n")
+    else:
+        write("\n".join([f"module: {MODULE_TITLE}", *_key_lines(keys), "", MODULE_HINT]) + "\n")
+
+
+def _keys(settings: type[ObjectiveSettings]) -> dict[str, Any]:
+    """Return default and help of every key."""
+    return {
+        key: {"default": _default(field), "help": " ".join((field.description or "").split())}
+        for key, field in settings.model_fields.items() if key != "name"
+    }  # fmt: skip
 
 
 def _needs(name: str) -> dict[str, Any]:
@@ -89,6 +116,8 @@ def _needs(name: str) -> dict[str, Any]:
 def _default(field: Any) -> Any:
     if field.is_required():
         return "required"
+    if field.default_factory is not None:
+        return field.default_factory()
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
@@ -111,8 +140,12 @@ def _explanation(name: str, card: dict[str, Any]) -> list[str]:
     lines = [f"{name}: {card['title']}", ""]
     for label, text in parts.items():
         lines += textwrap.wrap(f"{label}: {text}", WIDTH, subsequent_indent="    ")
-    lines += ["", "Keys, inside `objective:`, with their defaults:"]
-    for key, entry in card["keys"].items():
+    return [*lines, *_key_lines(card["keys"])]
+
+
+def _key_lines(keys: dict[str, Any]) -> list[str]:
+    lines = ["", "Keys, inside `objective:`, with their defaults:"]
+    for key, entry in keys.items():
         lines.append(f"  {key}: {json.dumps(entry['default'])}")
         indent = " " * 6
         lines += textwrap.wrap(

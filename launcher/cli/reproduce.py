@@ -68,10 +68,10 @@ def reproduce(
     if name is None:
         write("\n".join(_list_lines(STUDIES, on_real_data)) + "\n")
         return 0
-    # Imported late, because it imports torch, which takes seconds.
+    studies, papers = _select(name, STUDIES, on_real_data, has_data=data is not None)
+    # Imported after the name is checked, because it imports torch, which takes seconds.
     from gigabatch.launcher.experiments.session import run_studies
 
-    studies, papers = _select(name, STUDIES, on_real_data, has_data=data is not None)
     for paper in papers:
         _write_unmeasured(paper, as_json)
     return run_studies(studies, seeds, out, report, as_json)

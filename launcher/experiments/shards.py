@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset as wds
 
 SAMPLES_PER_SHARD = 1024
 Array = np.ndarray[Any, Any]
@@ -21,6 +20,8 @@ def write_set(folder: Path, members: Mapping[str, Sequence[Any] | Array]) -> Non
         members: File extension -> one value per sample: dicts for `json`, arrays for `npy` or
             `NAME.npy`, strings for `txt`, uint8 [H, W, 3] or encoded bytes for `png`.
     """
+    import webdataset as wds  # here, because it imports torch, which takes seconds
+
     folder.mkdir(parents=True)
     count = len(next(iter(members.values())))
     for shard, first in enumerate(range(0, count, SAMPLES_PER_SHARD)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,13 +19,15 @@ from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.keys import (
     ANY,
     generic,
-    known_keys,
     models_in,
     nearest,
     select,
     selector_of,
     tags_of,
 )
+from gigabatch.trainer.config.overrides import RENAMED_KEYS
+
+logger = logging.getLogger(__name__)
 
 REQUIRED = "required"
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path"}
@@ -70,11 +73,14 @@ def explain_keys(config: Config | None, names: Sequence[str] = ()) -> list[KeyHe
     if not names:
         return shown
     keys: list[KeyHelp] = []
-    for name in names:
+    for given in names:
+        name = RENAMED_KEYS.get(given, given)
+        if name != given:
+            logger.warning("%s is now called %s", given, name)
         matches = [entry for entry in shown if _is_in(entry.key, name)]
         matches = matches or [entry for entry in everything if _is_in(entry.key, generic(name))]
         if not matches:
-            meant = nearest(name, known_keys(Config))
+            meant = nearest(name, (entry.key for entry in shown))
             hint = f"Did you mean {meant}?" if meant else "`gigabatch config --explain` lists all."
             raise GigabatchError(f"{name}: there is no such config key. {hint}")
         keys += matches

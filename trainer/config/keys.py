@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
@@ -67,7 +67,7 @@ def tags_of(model: type[BaseModel], selector: str) -> tuple[str, ...]:
     return get_args(info.annotation) if info is not None and is_literal else ()
 
 
-def select(models: Models, selector: str, tag: str | None) -> type[BaseModel] | None:
+def select(models: Models, selector: str, tag: Any) -> type[BaseModel] | None:
     """Return the class that a tag selects.
 
     Returns the default class if `tag` is None, or None if no class has the tag.
@@ -81,10 +81,49 @@ def generic(key: str) -> str:
     return re.sub(r"^(towers\.more)\.[^.]+", rf"\1.{ANY}", key)
 
 
+def tag_in(section: Mapping[str, Any], selector: str) -> Any:
+    """Return the tag in a section of a config; None selects the default class.
+
+    Without a name, a user's own module implies `name: module`.
+    """
+    implied = "module" if selector == "name" and "module" in section else None
+    return section.get(selector, implied)
+
+
+def selected_keys(models: Models, section: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of the kinds that a section of a config selects; keys may repeat."""
+    section = section if isinstance(section, Mapping) else {}
+    if selector := selector_of(models):
+        chosen = select(models, selector, tag_in(section, selector))
+        models = [chosen] if chosen else models
+    for model in models:
+        for name, info in model.model_fields.items():
+            inner, origin = models_in(info.annotation), get_origin(info.annotation)
+            if not inner or origin in (tuple, list):
+                yield f"{prefix}{name}"
+            elif origin is dict:
+                for item, value in (section.get(name) or {ANY: None}).items():
+                    yield from selected_keys(inner, value, f"{prefix}{name}.{item}.")
+            else:
+                yield from selected_keys(inner, section.get(name), f"{prefix}{name}.")
+
+
 def nearest(key: str, known: Iterable[str]) -> str | None:
-    """Return the known key that a misspelled one most likely means."""
+    """Return the known key that a misspelled one most likely means.
+
+    That is one of the same name in another section, else one of a similar name in its section,
+    else, if there is no such section, one that is similar as a whole.
+    """
     names = sorted(set(known))
-    last = key.rpartition(".")[2]
-    close = difflib.get_close_matches(key, names, 1, 0.6)
-    close = close or [name for name in names if name.rpartition(".")[2] == last]
+    section, _, last = key.rpartition(".")
+    elsewhere = [name for name in names if name.rpartition(".")[2] == last]
+    if elsewhere:
+        return difflib.get_close_matches(key, elsewhere, 1, 0.0)[0]
+    siblings = {
+        name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == section
+    }
+    if close := difflib.get_close_matches(last, siblings, 1, 0.6):
+        return siblings[close[0]]
+    is_section = any(name.startswith(f"{section}.") for name in names)
+    close = [] if is_section else difflib.get_close_matches(key, names, 1, 0.6)
     return close[0] if close else None

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.imports import OBJECT_PATH
 from gigabatch.data.remote.locations import is_remote
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.keys import (
@@ -25,10 +26,12 @@ from gigabatch.trainer.config.keys import (
     models_at,
     nearest,
     select,
+    selected_keys,
     selector_of,
 )
 from gigabatch.trainer.config.names import suggest_kind, suggest_objective
 from gigabatch.trainer.config.overrides import apply_overrides
+from gigabatch.trainer.config.strict_yaml import DuplicateKeyError, load_yaml
 
 FREE_FORM = (".config", ".args", ".env")
 """Suffixes of keys whose value is a free-form mapping."""
@@ -110,7 +113,9 @@ def parse_run_config(text: str, where: str, overrides: Sequence[str] = ()) -> Co
 
 def _parse_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(text) or {}
+        tree = load_yaml(text) or {}
+    except DuplicateKeyError as error:
+        raise GigabatchError(f"{where}: {error}") from error
     except yaml.YAMLError as error:
         raise GigabatchError(f"{where}: not valid YAML: {error}") from error
     if not isinstance(tree, dict):
@@ -180,7 +185,10 @@ def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _reject_unknown(tree: Mapping[str, Any], where: str) -> None:
-    """Raise GigabatchError for the first key that no kind of any section has."""
+    """Raise GigabatchError for the first key that no kind of any section has.
+
+    It suggests a key of the kinds that the config selects.
+    """
     known = set(known_keys(Config))
     sections = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 1)}
     free = [key for key in known if key.endswith(FREE_FORM)]
@@ -189,7 +197,7 @@ def _reject_unknown(tree: Mapping[str, Any], where: str) -> None:
         is_inside = any(key == f or key.startswith(f"{f}.") for f in free)
         if key in known or key in sections or is_inside:
             continue
-        meant = nearest(key, known)
+        meant = nearest(given, selected_keys([Config], tree))
         hint = f" Did you mean {meant}?" if meant else " `gigabatch config --explain` lists all."
         raise GigabatchError(f"{where}: unknown key {given}.{hint}")
 
@@ -211,7 +219,8 @@ def _explain_one(error: ErrorDetails) -> str:
     place = _place_of(error["loc"])
     key, context = place.key, error.get("ctx", {})
     message = error["msg"].removeprefix("Value error, ")
-    value = "" if isinstance(error["input"], dict) else f" (given: {error['input']!r})"
+    given = repr(error["input"])
+    value = "" if isinstance(error["input"], dict) or given in message else f" (given: {given})"
     match error["type"]:
         case "union_tag_invalid":
             tag = str(context["tag"])
@@ -227,12 +236,20 @@ def _explain_one(error: ErrorDetails) -> str:
             place = replace(_place_of(error["loc"][:-1]), key=key)
             message = f"is missing; {place.choice or place.key.rpartition('.')[0]} needs it"
             message += f": {meaning}" if (meaning := _meaning(place)) else ""
+        case "extra_forbidden" if place.kind == "module" and place.selector == "name":
+            name = key.removeprefix(f"{place.section}.")
+            message = (
+                f"not a key of {place.choice}, which has module and args. A key of your own class "
+                f"goes into args: {place.section}.args.{name}"
+            )
         case "extra_forbidden" if place.kind and place.selector == "name":
             message = (
                 f"not a key of {place.kind}; `gigabatch objectives {place.kind}` lists its keys"
             )
         case "extra_forbidden" if place.kind:
             message = f"not a key of {place.choice}"
+        case "string_pattern_mismatch" if context["pattern"] == OBJECT_PATH:
+            message = "is not of the form package.mod:Class"
         case "value_error" if place.kind and key == place.section:
             message = f"with {place.choice}, {message}"
     return f"{key}: {message}{value}" if key else message

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
-from gigabatch.trainer.config.keys import models_at, select, selector_of, tags_of
+from gigabatch.trainer.config.keys import models_at, select, selector_of, tag_in, tags_of
+from gigabatch.trainer.config.strict_yaml import DuplicateKeyError, load_yaml
 
 Tree = dict[str, Any]
 
@@ -33,7 +34,8 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], where: str) -> None:
     """Set keys in a config's tree, in place; values are YAML.
 
     An override of a selector (`towers.image.kind`, `objective.name`) also removes the file's keys
-    that belong to the old kind and logs their names. Keys that an earlier override set stay.
+    that belong to the old kind and logs their names. Keys that an earlier override set stay. An
+    override of `objective.module` implies `objective.name=module`.
 
     Args:
         tree: Nested mapping of a config file, changed in place.
@@ -56,6 +58,9 @@ def apply_overrides(tree: Tree, overrides: Sequence[str], where: str) -> None:
         if key == "train.steps" and value is None:  # train.epochs sets the number of steps
             _remove(tree, key)
         else:
+            if key == "objective.module" and value and "objective.name" not in done:
+                _drop_old_kind(tree, "objective.name", "module", done)
+                _remove(tree, "objective.name")  # the module implies it
             _drop_old_kind(tree, key, value, done)
             _set(tree, key, value, override)
         done.append(key)
@@ -67,7 +72,9 @@ def _parse(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise GigabatchError(f"{override!r}: an override is key=value, such as train.steps=100.")
     try:
-        return key, yaml.safe_load(text)
+        return key, load_yaml(text)
+    except DuplicateKeyError as error:
+        raise GigabatchError(f"{override!r}: {error}") from error
     except yaml.YAMLError as error:
         raise GigabatchError(f"{override!r}: the value is not valid YAML.") from error
 
@@ -109,9 +116,7 @@ def _drop_old_kind(tree: Tree, key: str, value: Any, done: Sequence[str]) -> Non
     section = _section(tree, path) if path else None
     if section is None or name != selector_of(models):
         return
-    # Without a name, a user's own module implies name=module.
-    implied = "module" if name == "name" and "module" in section else None
-    old = select(models, name, section.get(name, implied))
+    old = select(models, name, tag_in(section, name))
     new = select(models, name, value)
     if old is None or new is None or old is new:
         return

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.imports import import_object
 from gigabatch.trainer.evaluation import tasks
 from gigabatch.trainer.evaluation.task import EvalTask, RunTask, SetTask
 
@@ -70,14 +71,7 @@ def find_task(name: str) -> type[EvalTask]:
 
 def _user_task(path: str) -> type[EvalTask]:
     """Import a user's task from `package.mod:Class`."""
-    module, _, class_name = path.partition(":")
-    try:
-        task = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise GigabatchError(
-            f"--task {path}: cannot be imported: {error}. The module must be installed or on "
-            "PYTHONPATH."
-        ) from error
+    task = import_object(path, "--task")
     if not (isinstance(task, type) and issubclass(task, SetTask | RunTask)):
         raise GigabatchError(
             f"--task {path}: not a task. Derive the class from SetTask or RunTask of "

@@ -8,6 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
+from gigabatch.data.errors import GigabatchError
+from gigabatch.data.imports import import_object
 from gigabatch.trainer.objectives.base import Objective
 from gigabatch.trainer.objectives.settings import ObjectiveSettings
 
@@ -49,20 +51,24 @@ def load_class(path: str) -> type[Objective[Any]]:
     """Import a user's objective, `package.mod:Class`.
 
     Raises:
-        ValueError: If the class cannot be imported or is not an objective.
+        ValueError: If the class cannot be imported, is not an objective, or has no settings.
     """
-    module, _, name = path.partition(":")
     try:
-        cls = getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise ValueError(
-            f"{path!r} cannot be imported: {error}. Install the package, or add its folder to "
-            "PYTHONPATH"
-        ) from error
+        cls = import_object(path)
+    except GigabatchError as error:
+        raise ValueError(str(error).rstrip(".")) from error
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise ValueError(
             f"{path!r} is not a subclass of gigabatch.trainer.objectives.base.Objective"
         )
+    settings = getattr(cls, "Settings", None)
+    if not (isinstance(settings, type) and issubclass(settings, ObjectiveSettings)):
+        raise ValueError(
+            f"{path!r} needs a class attribute Settings, a subclass of "
+            "gigabatch.trainer.objectives.settings.ObjectiveSettings"
+        )
+    if len(get_args(settings.model_fields["name"].annotation)) != 1:
+        raise ValueError(f'{path!r}: its Settings need a field name: Literal["..."]')
     _CLASSES[cls.Settings] = cls
     return cls
 

@@ -25,4 +25,5 @@ def find_run(where: str, home: Path = HOME) -> Path:
     nearest = difflib.get_close_matches(Path(where).name, known, 1)
     hint = f" Did you mean {nearest[0]}?" if nearest else ""
     hint += f" Runs in {home}: {', '.join(known[-5:])}." if known else ""
+    where = where if len(where) <= 200 else f"{where[:200]}..."
     raise GigabatchError(f"{where}: not a run folder (it contains no config.yaml).{hint}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -12,13 +11,14 @@ from gigabatch.data.decode.audio import AudioSettings
 from gigabatch.data.decode.fields import ExtraModality
 from gigabatch.data.decode.vectors import VectorSettings, VectorsSettings
 from gigabatch.data.errors import GigabatchError
+from gigabatch.data.imports import OBJECT_PATH, import_object
 from gigabatch.trainer.towers.base import TowerInput, TowerKind, reason, tower_kind
 
 
 class OwnModuleKind(TowerKind):
     """Base class of the kinds `module`: keys that name a user's own module."""
 
-    module: str = Field(pattern=r"^[\w.]+:\w+$")
+    module: str = Field(pattern=OBJECT_PATH)
     """Import path of your own `nn.Module`, as `package.mod:Class`."""
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments for the constructor of your own module."""
@@ -85,14 +85,8 @@ def module_encoder(settings: OwnModuleKind, where: str) -> nn.Module:
     Raises:
         GigabatchError: if the import or the call fails, or the result is not an encoder.
     """
-    module_name, _, class_name = settings.module.partition(":")
-    try:
-        encoder_class = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # the user's file may raise anything while it is imported
-        raise GigabatchError(
-            f"{where}: {settings.module!r} cannot be imported: {reason(error)}. Install it, or add "
-            "its folder to PYTHONPATH, on every node."
-        ) from error
+    encoder_class = import_object(settings.module, where)
+    class_name = settings.module.partition(":")[2]
     try:
         encoder: Any = encoder_class(**settings.args)
     except Exception as error:

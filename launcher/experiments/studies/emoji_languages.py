@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.data.text.tokenizer import PAD, TextSettings, train_bpe
 from gigabatch.launcher.experiments.studies import emoji
 from gigabatch.launcher.experiments.studies.emoji import ARTIST, CONCEPT, SETS, TRAIN, Drawing
 from gigabatch.launcher.experiments.study import DATA, Check, Metric, Study, Variant
@@ -121,6 +120,9 @@ def _write_vocabulary(folder: Path, drawings: list[Drawing]) -> None:
 
     A run would train a tokenizer on the captions it reads, which in some variants are English only.
     """
+    # Imported here, because it imports torch, which takes seconds.
+    from gigabatch.data.text.tokenizer import PAD, TextSettings, train_bpe
+
     names = [drawing.fields["names"][language] for drawing in drawings for language in LANGUAGES]
     tokenizer = train_bpe(names, TextSettings(vocab_size=4096, length=LENGTH))
     folder.mkdir()

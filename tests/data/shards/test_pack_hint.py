@@ -37,6 +37,13 @@ def root(tmp_path: Path) -> Path:
         ("parquet/data/part-{0..9}.PARQUET", "pack '{}/parquet/data/part-{0..9}.PARQUET' OUT"),
         ("a b", "gigabatch data pack '{}/a b' OUT"),
         ("images", "`gigabatch data pack TABLE OUT`"),
+        ("images/*/*.jpg", "This is a pattern of image files"),
+        ("images/*/*.JPG", "`gigabatch data pack TABLE OUT`"),
+        ("images/cat/*.{png,jpg}", "`gigabatch data pack TABLE OUT`"),
+        ("images/cat/*", "`gigabatch data pack TABLE OUT`"),
+        ("images/cat/1.jpg", "This is an image file"),
+        ("*.zip", "Unzip it"),
+        ("csv/*.{csv,tsv}", "pack '{}/csv/*.{csv,tsv}' OUT"),
         ("set.zip", "Unzip it, then write shards with `gigabatch data pack TABLE OUT`"),
         ("zips", "Unzip it"),
     ],
@@ -49,7 +56,19 @@ def test_hint_contains_the_pack_command(source: str, command: str, root: Path) -
 
 @pytest.mark.parametrize(
     "source",
-    ["shards", "nested", "view", "index", "notes", "missing", "shards/*.tar", "shards/a.tar"],
+    [
+        "shards",
+        "nested",
+        "view",
+        "index",
+        "notes",
+        "missing",
+        "shards/*.tar",
+        "shards/a.tar",
+        "shards/a*",
+        "shards/{a,b}.tar",
+        "missing/*",
+    ],
 )
 def test_other_sources_get_no_hint(source: str, root: Path) -> None:
     assert pack_hint(f"{root}/{source}") is None
@@ -57,6 +76,7 @@ def test_other_sources_get_no_hint(source: str, root: Path) -> None:
 
 def test_hint_for_remote_tables_asks_for_a_download() -> None:
     assert "Download them" in str(pack_hint("hf://datasets/a/b/*.parquet"))
+    assert "List them in a table" in str(pack_hint("https://host/a/*.jpg"))
     assert pack_hint("s3://bucket/*.tar") is None
 
 
@@ -64,7 +84,7 @@ def test_hint_and_pack_use_the_same_table_suffixes() -> None:
     assert module.SUFFIXES is SUFFIXES
 
 
-@pytest.mark.parametrize("source", ["csv", "csv/*.csv", "set.zip", "images"])
+@pytest.mark.parametrize("source", ["csv", "csv/*.csv", "set.zip", "images", "images/*/*.jpg"])
 def test_indexing_a_source_to_pack_raises_with_the_hint(source: str, root: Path) -> None:
     with pytest.raises(GigabatchError, match="gigabatch data pack"):
         open_index(f"{root}/{source}")

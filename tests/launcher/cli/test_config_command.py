@@ -35,6 +35,10 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
         assert parse_config(run(name)[1], "printed") == recipe
     (tmp_path / "quickstart").write_text("train: {steps: 3}")
     assert parse_config(run("quickstart")[1], "printed").train.steps == 3
+    for text in ("", "# nothing\n", "{}"):
+        (tmp_path / "quickstart").write_text(text)
+        code, _, err = run("quickstart")
+        assert (code, "empty and hides the recipe quickstart" in err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +49,8 @@ def test_recipe_is_found_by_name_unless_a_file_has_that_name(run: Run, tmp_path:
         ("mien.yaml", "Did you mean mine.yaml?"),
         ("zzz", "`gigabatch config --list` lists the recipes"),
         ("runs", "runs: is a folder"),
+        ("z" * 5000, "z...: there is no such config file or recipe"),
+        ("z" * 5000 + "/a.yaml", "there is no such config file or recipe"),
         ("runs/a", "`gigabatch resume runs/a` continues the run"),
     ],
 )
@@ -111,3 +117,21 @@ def test_explain_is_bold_only_on_a_terminal_that_allows_it(
     assert run("--explain", "train.steps")[1].startswith("\x1b[1mtrain.steps\x1b[0m = ")
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in run("--explain", "train.steps")[1]
+
+
+def test_explain_takes_several_keys_without_a_config(run: Run) -> None:
+    code, out, _ = run("--explain", "train.steps", "optimizer.lr")
+    assert (code, out.count("train.steps = "), out.count("optimizer.lr = ")) == (0, 1, 1)
+    assert run("--explain", "checkpoint", "optimizer")[0] == 0
+    code, _, err = run("--explain", "train.stpes", "optimizer.lr")
+    assert (code, "Did you mean train.steps?" in err) == (2, True)
+    code, _, err = run("--explain", "quickstrat", "optimizer.lr")
+    assert (code, "Did you mean the recipe quickstart?" in err) == (2, True)
+
+
+def test_explain_of_a_renamed_key_explains_the_new_one(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    code, out, _ = run("--explain", "objective.scale")
+    assert (code, out.startswith("objective.init_logit_scale = ")) == (0, True)
+    assert "objective.scale is now called objective.init_logit_scale" in caplog.text

@@ -42,6 +42,12 @@ def test_one_objective_is_explained_as_text_or_json(run: Run) -> None:
     assert json.loads(run("objectives", "sogclr", "--json")[1])["needs"]["tables"] == {"state": 2}
 
 
+def test_user_objective_is_explained(run: Run) -> None:
+    code, out, _ = run("objectives", "module")
+    assert (code, "package.mod:Class" in out) == (0, True)
+    assert list(json.loads(run("objectives", "module", "--json")[1])["keys"]) == ["module", "args"]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -44,6 +44,14 @@ MISSING_OPTION_PATHS = (
     ("submit", "run/config.yaml", "--with", "missing.py", *URL),
     ("data", "pack", "run/config.yaml", "out", "--folder", "missing"),
 )
+WRONG_NAMES = (
+    (("reproduce", "symlie"), "Did you mean symile?"),
+    (("train", "quickstart", "data.root=/missing"), "data.root: /missing is not a folder."),
+    (("train", "quickstart", "data.root=missing"), "/missing is not a folder."),
+    (("train", "root.yaml"), "/missing is not a folder."),
+    (("train", "quickstart", "data.root=/" + "z" * 5000), "is not a folder."),
+    (("config", "z" * 5000), "there is no such config file or recipe."),
+)
 NO_PATHS = {
     ("objectives",), ("jobs", "list"), ("jobs", "status"), ("jobs", "logs"), ("jobs", "stop"),
     ("bench", "memory"), ("bench", "engine"), ("bench", "kernels"), ("bench", "objectives"),
@@ -98,6 +106,16 @@ def test_missing_paths_are_rejected_without_heavy_imports(tmp_path: Path) -> Non
     for line, (code, out, err) in zip(lines, result["outcomes"], strict=True):
         assert (code, out) == (2, ""), (line, err)
         assert "missing" in err
+        assert "Traceback" not in err
+    assert not set(HEAVY) & set(result["modules"])
+
+
+def test_wrong_names_are_rejected_without_heavy_imports(tmp_path: Path) -> None:
+    (tmp_path / "root.yaml").write_text("data: {root: missing}")
+    result = run_all([line for line, _ in WRONG_NAMES], tmp_path)
+    for (line, message), (code, out, err) in zip(WRONG_NAMES, result["outcomes"], strict=True):
+        assert (code, out) == (2, ""), (line, err)
+        assert message in err
         assert "Traceback" not in err
     assert not set(HEAVY) & set(result["modules"])
 

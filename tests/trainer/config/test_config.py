@@ -14,6 +14,7 @@ from gigabatch.trainer.config.load import (
     parse_config,
     resolve,
 )
+from gigabatch.trainer.config.strict_yaml import load_yaml
 
 
 def test_overrides_win_over_the_file_which_wins_over_defaults() -> None:
@@ -182,3 +183,30 @@ def test_data_group_raises_for_objective_without_groups() -> None:
     with pytest.raises(GigabatchError, match="such as infonce or queue"):
         parse_config("", "c", ["data.group=lang", "objective={name: siglip}"])
     parse_config("", "c", ["data.group=lang", "objective={name: queue}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        (
+            "train: {steps: 3}\ndata: {}\ntrain: {epochs: 1}\n", [],
+            "c: line 3: the key train is already set on line 1; keep one of them.",
+        ),
+        ("train:\n  steps: 3\n  'steps': 4\n", [], "c: line 3: the key steps is already set on"),
+        ("objective: {name: sum, terms: [{name: siglip, name: x}]}", [], "line 1: the key name"),
+        ("", ["train={steps: 3, steps: 4}"], "'train={steps: 3, steps: 4}': line 1: the key steps"),
+    ],
+)  # fmt: skip
+def test_key_that_is_set_twice_is_rejected(text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(GigabatchError) as error:
+        parse_config(text, "c", overrides)
+    assert message in str(error.value)
+
+
+def test_merged_mapping_may_be_overridden() -> None:
+    tree = load_yaml(
+        "run: {in: &base {name: a, seed: 1}, deep: {in: &more {<<: *base, seed: 3}}}\n"
+        "other: {<<: *base, seed: 2}\nthird: {<<: *more}"
+    )
+    assert tree["third"] == {"name": "a", "seed": 3}
+    assert tree["other"] == {"name": "a", "seed": 2}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 
 import pytest
 
@@ -110,6 +111,80 @@ def test_alias_of_an_objective_suggests_it(alias: str) -> None:
 def test_objective_name_override_replaces_user_objective() -> None:
     text = "objective: {module: 'my.mod:Loss', args: {a: 1}}"
     assert parse_config(text, "c", ["objective.name=siglip"]).objective.name == "siglip"
+
+
+@pytest.fixture
+def dcl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return the path of the tutorial's objective in a module of the user."""
+    source = Path(__file__).parents[3] / "docs" / "tutorials" / "dcl.py"
+    (tmp_path / "override_losses.py").write_text(source.read_text().replace("@register\n", ""))
+    monkeypatch.syspath_prepend(tmp_path)
+    return "override_losses:DCL"
+
+
+@pytest.mark.parametrize("text", [FILE, "", "objective: {label_smoothing: 0.1}"])
+def test_module_override_implies_the_kind_and_drops_old_keys(text: str, dcl: str) -> None:
+    config = parse_config(
+        text, "c", [f"objective.module={dcl}", "objective.args={taps: [text, image]}"]
+    )
+    assert (
+        config.objective
+        == parse_config(
+            f"objective: {{module: '{dcl}', args: {{taps: [text, image]}}}}", "c"
+        ).objective
+    )
+
+
+def test_module_override_keeps_the_name_of_an_earlier_override(dcl: str) -> None:
+    with pytest.raises(GigabatchError, match=r"objective\.module: not a key of siglip"):
+        parse_config(FILE, "c", ["objective.name=siglip", f"objective.module={dcl}"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            "taps: [image, text]",
+            "objective.taps: not a key of objective.name=module, which has module and args. A key "
+            "of your own class goes into args: objective.args.taps",
+        ),
+        ("args: {init_logit_scal: 3}", "args.init_logit_scal: unknown key. Did you mean init_logi"),
+        ("args: {zzzz: 3}", "args.zzzz: unknown key. Its keys: "),
+        ("args: {init_logit_scale: many}", "args.init_logit_scale: Input should be a valid number"),
+    ],
+)
+def test_wrong_key_of_a_user_objective_raises_with_the_fix(
+    keys: str, message: str, dcl: str
+) -> None:
+    with pytest.raises(GigabatchError) as error:
+        parse_config(f"objective: {{module: '{dcl}', {keys}}}", "c")
+    assert message in str(error.value)
+    assert "Extra inputs" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("objective.init_logit_scal=3", "objective.init_logit_scale"),
+        ("objective.zzzz=3", None),
+        ("objective.gama=3", None),  # gamma is a key of other objectives
+        ("objective={name: sogclr, gama: 0.5}", "objective.gamma"),
+        ("objective={name: sogclr, label_smoothin: 0.5}", None),
+        ("towers.image.pol=cls", None),  # pool is a key of kind huggingface
+        ("towers.image={kind: huggingface, name: x, pol: cls}", "towers.image.pool"),
+        (
+            "towers.more={gps: {kind: vector, size: 2, feilds: [a]}}",
+            "towers.more.gps.fields",
+        ),
+        ("trian.stepz=3", "train.steps"),
+        ("optimizer.steps=3", "train.steps"),
+    ],
+)
+def test_suggestion_is_a_key_of_the_selected_kind(override: str, meant: str | None) -> None:
+    with pytest.raises(GigabatchError, match="unknown key") as error:
+        parse_config("", "c", [override])
+    hint = f"Did you mean {meant}?" if meant else "`gigabatch config --explain` lists all."
+    assert str(error.value).endswith(hint)
 
 
 def test_override_of_a_renamed_key_replaces_the_files_value() -> None:

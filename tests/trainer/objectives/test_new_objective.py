@@ -79,3 +79,26 @@ def test_invalid_module_raises_with_its_problem(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(GigabatchError, match=message):
         parse_config(f"objective: {objective}", "c")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("", "needs a class attribute Settings"),
+        ("Settings = int", "needs a class attribute Settings"),
+        ("Settings = None", "needs a class attribute Settings"),
+        ("Settings = ObjectiveSettings", "its Settings need a field name"),
+    ],
+)
+def test_class_without_settings_raises_with_its_key(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"losses_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(
+        "from gigabatch.trainer.objectives.base import Objective\n"
+        "from gigabatch.trainer.objectives.settings import ObjectiveSettings\n"
+        f"class A(Objective):\n    {line or 'pass'}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(GigabatchError, match=rf"objective\.module: '{name}:A'.* {message}"):
+        parse_config(f"objective: {{module: '{name}:A'}}", "c")
