@@ -11,6 +11,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from gigabatch.trainer.config.reference import config_reference
+from gigabatch.trainer.objectives.documentation import with_generated_table
 
 ROOT = Path(__file__).parent.parent
 CONFIG_INTRO = """# Config reference
@@ -45,8 +46,13 @@ def recipes() -> str:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Rewrite links to folders, to their README.md, and links out of docs/: those to a config lead
-    to its recipe, all others become plain text."""
+    """Generate the table of objectives, and rewrite links.
+
+    Links to folders lead to their README.md. Of links out of docs/, those to a config lead to its
+    recipe, and all others become plain text.
+    """
+    if page.file.src_uri == "objectives.md":
+        markdown = with_generated_table(markdown)
     folder = posixpath.dirname(page.file.src_uri)
 
     def rewrite(match: re.Match[str]) -> str:
