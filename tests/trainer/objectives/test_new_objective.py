@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from harness import selected
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import columns_of, taps_of
@@ -114,6 +115,29 @@ def test_printed_command_tests_a_new_objective(extended: Path) -> None:
 @pytest.mark.slow
 def test_new_files_need_no_change_of_any_other_file(extended: Path) -> None:
     run_in(extended, f"pytest -q {' '.join(AFFECTED)}")
+
+
+def test_environment_limits_the_collected_tests() -> None:
+    files = ("test_keys.py", "test_registry.py", "test_rehearsed_objectives.py")
+    command = [
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider",
+        *(str(Path(__file__).with_name(name)) for name in files),
+    ]  # fmt: skip
+
+    done = subprocess.run(
+        command, env=os.environ | {"OBJECTIVES": "siglip"}, cwd=ROOT, capture_output=True,
+        text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    ids = re.findall(r"::\w+\[(.*)\]", done.stdout)
+    assert len(ids) > 10
+    assert [label for label in ids if "siglip" not in label] == []
+
+
+def test_unknown_name_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBJECTIVES", "siglip siglop")
+    with pytest.raises(ValueError, match="no objective is registered as siglop"):
+        selected()
 
 
 def test_config_loads_a_user_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
