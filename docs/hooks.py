@@ -11,6 +11,7 @@ from mkdocs.structure.files import Files
 from mkdocs.structure.pages import Page
 
 from gigabatch.trainer.config.reference import config_reference
+from gigabatch.trainer.objectives.documentation import with_generated_table
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#\s]+)(#[^)]*)?\)")
@@ -31,10 +32,15 @@ MARK = "<!-- generated -->"
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the generated part of a page. Rewrite links to folders, to their README.md, and links
-    out of docs/: those to a config lead to its recipe, all others become plain text."""
+    """Fill in the generated parts of a page, and rewrite links.
+
+    Links to folders lead to their README.md. Of links out of docs/, those to a config lead to its
+    recipe, and all others become plain text.
+    """
     if generate := GENERATED.get(page.file.src_uri):
         return markdown.partition(MARK)[0] + generate()
+    if page.file.src_uri == "objectives.md":
+        markdown = with_generated_table(markdown)
     folder = posixpath.dirname(page.file.src_uri)
 
     def rewrite(match: re.Match[str]) -> str:

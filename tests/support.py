@@ -47,8 +47,13 @@ cluster: {{launcher: inline, workers: 1, threads: 1}}
 """
 
 
-def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
-    """Write samples of noisy colored images, each with a caption and one of 50 concepts."""
+def write_samples(
+    folder: Path, count: int, per_shard: int, seed: int, *, flags: bool = False
+) -> None:
+    """Write samples of noisy colored images, each with a caption and one of 50 concepts.
+
+    With `flags`, every second sample of a concept has `changed: true`, and the others `false`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for shard, first in enumerate(range(0, count, per_shard)):
@@ -59,12 +64,15 @@ def write_samples(folder: Path, count: int, per_shard: int, seed: int) -> None:
                 pixels = np.clip(shade + random.normal(0, 40, (SIDE, SIDE, 3)), 0, 255)
                 png = BytesIO()
                 Image.fromarray(pixels.astype(np.uint8)).save(png, "png")
+                fields: dict[str, Any] = {"concept": concept, "colour": f"shade {concept}"}
+                if flags:
+                    fields["changed"] = bool(number // 50 % 2)
                 writer.write(
                     {
                         "__key__": f"s{number:05d}",
                         "png": png.getvalue(),
                         "txt": unicodedata.name(chr(0x3B1 + concept), f"COLOUR {concept}").lower(),
-                        "json": {"concept": concept, "colour": f"shade {concept}"},
+                        "json": fields,
                     }
                 )
 

@@ -32,7 +32,7 @@ from gigabatch.launcher.cli.eval import EvalCommand, evaluate
 from gigabatch.launcher.cli.jobs import jobs, submit
 from gigabatch.launcher.cli.objectives import objectives
 from gigabatch.launcher.cli.reproduce import reproduce
-from gigabatch.launcher.cli.template import template
+from gigabatch.launcher.cli.template import TemplateCommand, template
 from gigabatch.launcher.output import write, write_stderr
 from gigabatch.launcher.signals import INTERRUPTED, ctrl_c_received, remember_ctrl_c
 
@@ -175,7 +175,7 @@ def board(
 
 
 app.command()(submit)
-app.command()(template)
+app.command(cls=TemplateCommand)(template)
 app.command()(objectives)
 app.command()(reproduce)
 app.add_typer(jobs, name="jobs")

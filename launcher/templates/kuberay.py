@@ -16,7 +16,6 @@ from gigabatch.launcher.templates.plan import (
     to_yaml,
 )
 from gigabatch.launcher.templates.registry import template
-from gigabatch.trainer.config.load import dump_config
 
 _FOLDER = "/etc/gigabatch"
 _WEEK = 7 * 24 * 3600
@@ -25,6 +24,8 @@ _WEEK = 7 * 24 * 3600
 @template("kuberay", starts_ray=True)
 def kuberay(plan: Plan) -> str:
     """Return a ConfigMap and a RayJob as YAML."""
+    from gigabatch.trainer.config.load import dump_config
+
     config_map = {
         "apiVersion": "v1",
         "kind": "ConfigMap",

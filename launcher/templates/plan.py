@@ -6,13 +6,15 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.locations import is_remote
-from gigabatch.trainer.config import Config
+
+if TYPE_CHECKING:  # it imports torch, which `gigabatch template --help` does without
+    from gigabatch.trainer.config import Config
 
 SECRETS = "gigabatch-secrets"
 """Name under which the cluster stores secrets such as HF_TOKEN; templates contain no secrets."""

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gigabatch.data.errors import GigabatchError
-from gigabatch.launcher.cluster.submit import resolve_for_cluster
 from gigabatch.launcher.templates.plan import Plan
 from gigabatch.launcher.templates.registry import all_templates
-from gigabatch.trainer.config.load import parse_config, read_config
 
 
 def render(
@@ -30,6 +28,9 @@ def render(
     Raises:
         GigabatchError: if the template is unknown, the config is invalid, or the two do not fit.
     """
+    from gigabatch.launcher.cluster.submit import resolve_for_cluster
+    from gigabatch.trainer.config.load import parse_config, read_config
+
     templates = all_templates()
     if kind not in templates:
         raise GigabatchError(f"unknown template {kind!r}; choose {', '.join(templates)}.")

@@ -55,7 +55,7 @@ def test_user_objective_is_explained(run: Run) -> None:
         ("late-interaction", "Did you mean late_interaction ("),
         ("clip", "Did you mean infonce ("),
         ("simclr", "Did you mean supcon ("),
-        ("no-such", "Choose one of infonce, barlow, "),
+        ("no-such", f"Choose one of {', '.join(OBJECTIVES)}"),
     ],
 )
 def test_unknown_objective_suggests_a_name(name: str, message: str, run: Run) -> None:

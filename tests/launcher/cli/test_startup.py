@@ -14,6 +14,7 @@ import pytest
 import typer
 
 from gigabatch.launcher.cli.app import app
+from gigabatch.launcher.templates.registry import all_templates
 
 COMMAND = (sys.executable, "-m", "gigabatch.launcher")
 CPU_SECONDS = 1.5
@@ -152,6 +153,16 @@ def test_answer_takes_little_cpu_time(line: tuple[str, ...], tmp_path: Path) -> 
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == (0 if line[0].startswith("--") else 2)
     assert usage.ru_utime < CPU_SECONDS
+
+
+def test_template_help_lists_every_registered_template(tmp_path: Path) -> None:
+    result = run_all([("template", "--help")], tmp_path)
+    ((code, out, _),) = result["outcomes"]
+    assert code == 0
+    rows = [line.split() for line in out.partition("Kinds:")[2].strip().splitlines()]
+    assert [row[0] for row in rows] == list(all_templates())
+    assert "requires --image and cluster.launcher=ray" in out
+    assert not set(HEAVY) & set(result["modules"])
 
 
 def test_version_option_prints_the_package_version(tmp_path: Path) -> None:

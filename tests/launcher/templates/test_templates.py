@@ -54,8 +54,8 @@ from gigabatch.launcher.templates.plan import Plan
 from gigabatch.launcher.templates.registry import template
 
 
-@template("nomad", needs_image=False)
-def nomad(plan: Plan) -> str:
+@template("new-system", needs_image=False)
+def new_system(plan: Plan) -> str:
     return f"job {plan.label} on {plan.nodes} nodes"
 """
 
@@ -63,11 +63,16 @@ def nomad(plan: Plan) -> str:
 def test_new_file_is_a_new_template(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "nomad.py").write_text(NEW)
-    monkeypatch.setattr(registry, "_TEMPLATES", all_templates())
+    (tmp_path / "new_system.py").write_text(NEW)
+    before = all_templates()
+    monkeypatch.setattr(registry, "_TEMPLATES", dict(before))
     monkeypatch.setattr(templates, "__path__", [*templates.__path__, str(tmp_path)])
-    assert render("nomad", tiny, ["run.name=a"], None, 0) == "job a on 1 nodes"
-    assert list(all_templates()) == ["kuberay", "nomad", "ray-cluster", "skypilot", "slurm"]
+    assert render("new-system", tiny, ["run.name=a"], None, 0) == "job a on 1 nodes"
+    assert list(all_templates()) == sorted([*before, "new-system"])
+
+
+def test_built_in_templates_are_registered() -> None:
+    assert all_templates().keys() >= {"kuberay", "ray-cluster", "skypilot", "slurm"}
 
 
 def test_second_template_of_a_name_is_rejected() -> None:
@@ -169,8 +174,8 @@ def test_skypilot_starts_torchrun_on_each_node(awkward: Path) -> None:
 
 
 def test_invalid_template_options_are_rejected(tiny: Path) -> None:
-    with pytest.raises(GigabatchError, match="choose kuberay, ray-cluster, skypilot, slurm"):
-        render_template("nomad", tiny)
+    with pytest.raises(GigabatchError, match=f"choose {', '.join(all_templates())}"):
+        render_template("no-such-system", tiny)
     with pytest.raises(GigabatchError, match="--image"):
         render("kuberay", tiny, RAY, None, 2)
     with pytest.raises(GigabatchError, match=r"cluster\.launcher=ray"):

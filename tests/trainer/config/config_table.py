@@ -86,6 +86,13 @@ MORE: dict[str, tuple[str, str, list[str]]] = {
     "reads.seconds": ("0.05", "sensors", USER_AUDIO),
 }
 
+# The tower kinds whose keys the table lists. A new kind needs no rows: test_kinds.py tests it.
+KINDS: dict[str, set[str]] = {
+    "image": {"conv", "huggingface", "module"},
+    "text": {"conv", "huggingface", "module"},
+    "more": {"audio", "module", "sequence", "set", "vector"},
+}
+
 # key: (value, probe, overrides of both sides). A value that starts with `data.` is a full override.
 KEYS: dict[str, tuple[str, str, list[str]]] = {
     "run.name": ("other", "run", []),

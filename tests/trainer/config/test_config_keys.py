@@ -7,21 +7,41 @@ from typing import Any
 
 import pytest
 from config_probes import PROBES
-from config_table import KEYS
+from config_table import KEYS, KINDS
 from support import TINY
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import Config
 from gigabatch.trainer.config.load import known_keys, parse_config, resolve
+from gigabatch.trainer.towers.base import kinds_of
 
 COMMAND = "command"
 SLOW = ("train.max_rewinds",)  # several runs
+SECTIONS = {
+    "towers.image.": "image",
+    "towers.text.": "text",
+    "towers.more.NAME.": "more",
+    "towers.more.NAME.tower.": "text",
+}
+"""Section of the config -> slot of the kinds that it accepts."""
 
 
 def test_table_lists_every_key() -> None:
     # tests/trainer/objectives/test_keys.py tests the keys of objectives.
     keys = {key for key in known_keys(Config) if not key.startswith("objective.")}
+    keys -= tower_keys(built_in=False) - tower_keys(built_in=True)
     assert {key for key in KEYS if not key.startswith("objective.")} == keys
+
+
+def tower_keys(built_in: bool) -> set[str]:
+    """Return the keys of the tower kinds that the table lists, or of all others."""
+    return {
+        key
+        for section, slot in SECTIONS.items()
+        for kind, cls in kinds_of(slot).items()
+        if (kind in KINDS[slot]) == built_in
+        for key in known_keys(cls, section)
+    }
 
 
 @pytest.mark.parametrize(

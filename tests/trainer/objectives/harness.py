@@ -33,17 +33,23 @@ ROWS, WIDTH, TOKENS, SEED = 12, 6, 4, 5
 Result = dict[str, Tensor]
 
 
+def selected() -> dict[str, type[Objective[Any]]]:
+    """Return the objectives to test, by name: those in the environment variable OBJECTIVES.
+
+    It holds names separated by spaces. Without it, these are all registered objectives.
+    """
+    names = os.environ.get("OBJECTIVES", "").split() or list(OBJECTIVES)
+    if unknown := [name for name in names if name not in OBJECTIVES]:
+        raise ValueError(f"OBJECTIVES: no objective is registered as {', '.join(unknown)}")
+    return {name: kind for name, kind in OBJECTIVES.items() if name in names}
+
+
 @cache
 def examples() -> dict[str, tuple[ObjectiveSettings, Example]]:
-    """Return the examples of all registered objectives, by `NAME: LABEL`.
-
-    The environment variable OBJECTIVES, names separated by spaces, limits them to these objectives.
-    """
-    selected = os.environ.get("OBJECTIVES", "").split() or OBJECTIVES
+    """Return the examples of the selected objectives, by `NAME: LABEL`."""
     return {
         f"{name}: {label}": (parse_settings({"name": name, **example.settings}), example)
-        for name, kind in OBJECTIVES.items()
-        if name in selected
+        for name, kind in selected().items()
         for label, example in kind.examples.items()
     }
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 import torch.distributed as dist
-from harness import Example, Result, build, examples, one_step
+from harness import Example, Result, build, examples, one_step, selected
 from pydantic.fields import FieldInfo
 
 from gigabatch.kernels import Dot, Ring
@@ -26,7 +26,7 @@ from gigabatch.trainer.objectives import OBJECTIVES, parse_settings
 RUN_KEYS = {"momentum", "module", "args"}
 KEYS = [
     (name, key)
-    for name, kind in OBJECTIVES.items()
+    for name, kind in selected().items()
     for key in kind.Settings.model_fields
     if key not in {"name", *RUN_KEYS}
 ]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from harness import selected
 
 from gigabatch.data.errors import GigabatchError
 from gigabatch.trainer.config import columns_of, taps_of
@@ -17,34 +19,125 @@ from gigabatch.trainer.objectives import build_objective
 
 ROOT = Path(__file__).parents[3]
 TUTORIAL = ROOT / "docs" / "tutorials"
-HERE = Path(__file__).parent
+
+
+TASK = '''
+"""Task `count-rows`."""
+
+from gigabatch.trainer.evaluation.registry import register
+from gigabatch.trainer.evaluation.task import RunTask
+
+
+@register
+class CountRows(RunTask):
+    """Number of rows."""
+
+    name = "count-rows"
+    summary = "number of rows"
+
+    scale: float = 1.0
+    """Factor of the number."""
+
+    def read(self, run):
+        return {"rows": self.scale * len(run.steps_evaluated())}
+'''
+TEMPLATE = '''
+"""Template `nomad`."""
+
+from gigabatch.launcher.templates.plan import Plan
+from gigabatch.launcher.templates.registry import template
+
+
+@template("nomad", needs_image=False)
+def nomad(plan: Plan) -> str:
+    """Return a line."""
+    return f"job {plan.label} on {plan.nodes} nodes"
+'''
+AFFECTED = (
+    "tests/test_docs.py", "tests/test_layout.py", "tests/test_readme.py", "tests/configs",
+    "tests/trainer/config/test_config_keys.py::test_table_lists_every_key",
+    "tests/trainer/config/test_config.py", "tests/trainer/config/test_explain.py",
+    "tests/trainer/config/test_overrides.py", "tests/trainer/evaluation/test_task_registry.py",
+    "tests/trainer/towers/test_kinds.py", "tests/launcher/templates",
+    "tests/launcher/cli/test_objectives_command.py", "tests/launcher/cli/test_startup.py",
+)  # fmt: skip
+"""Fast tests that read a registry, apart from those of tests/trainer/objectives."""
+
+
+@pytest.fixture
+def extended(tmp_path: Path) -> Path:
+    """A copy of the repository with a new objective and its test, tower kind, task and template."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for path in (".src", "configs", "data", "docs", "examples", "kernels", "launcher", "tests",
+                 "trainer", "README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md",
+                 "CITATION.cff", "pyproject.toml", "mkdocs.yml"):  # fmt: skip
+        if (ROOT / path).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", Path(__file__).name)
+            shutil.copytree(ROOT / path, copy / path, symlinks=True, ignore=ignored)
+        else:
+            shutil.copy(ROOT / path, copy)
+    shutil.copy(TUTORIAL / "dcl.py", copy / "trainer" / "objectives")
+    shutil.copy(TUTORIAL / "test_dcl.py", copy / "tests" / "trainer" / "objectives")
+    shutil.copy(TUTORIAL / "mean_color.py", copy / "trainer" / "towers")
+    (copy / "trainer" / "evaluation" / "tasks" / "count_rows.py").write_text(TASK)
+    (copy / "launcher" / "templates" / "nomad.py").write_text(TEMPLATE)
+    return copy
+
+
+def run_in(copy: Path, command: str) -> str:
+    """Run a command of bash in a copy of the repository; return its output."""
+    environment = os.environ | {
+        "PYTHONPATH": str(copy / ".src"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    done = subprocess.run(
+        ["bash", "-c", command], env=environment, cwd=copy, capture_output=True, text=True,
+        timeout=550,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_new_file_passes_all_registry_tests(tmp_path: Path) -> None:
-    """Add only the tutorial's two files to a copy of the package; install nothing."""
-    package, tests = tmp_path / "gigabatch", tmp_path / "tests"
-    package.mkdir()
-    for folder in ("launcher", "data", "kernels", "configs"):
-        (package / folder).symlink_to(ROOT / folder)
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "trainer", package / "trainer", ignore=ignored)
-    shutil.copytree(HERE, tests, ignore=shutil.ignore_patterns("__pycache__", Path(__file__).name))
-    shutil.copy(TUTORIAL / "dcl.py", package / "trainer" / "objectives")
-    shutil.copy(TUTORIAL / "test_dcl.py", tests)
-    paths = [str(tmp_path), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+def test_printed_command_tests_a_new_objective(extended: Path) -> None:
+    page = (TUTORIAL / "own-objective.md").read_text()
+    (command,) = re.findall(r"(?m)^OBJECTIVES=dcl .*$", page)
+    output = run_in(extended, f"{command} -v")
+    # Value, resume and state on 1, 2 and 4 ranks; rehearsal, passes, documentation and benchmark;
+    # 7 keys.
+    assert len(re.findall(r"PASSED \S*\[(?:\d-)?dcl\b", output)) == 3 * 3 + 4 + 7, output
+    assert re.search(r"PASSED \S*::test_dcl_of_equal_scores_is_zero", output), output
+
+
+@pytest.mark.slow
+def test_new_files_need_no_change_of_any_other_file(extended: Path) -> None:
+    run_in(extended, f"pytest -q {' '.join(AFFECTED)}")
+
+
+def test_environment_limits_the_collected_tests() -> None:
+    files = ("test_keys.py", "test_registry.py", "test_rehearsed_objectives.py")
     command = [
-        sys.executable, "-m", "pytest", "-q", "-n", "0", "-k", "dcl", "-m", "slow or not slow",
-        "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(tests), str(tests),
+        sys.executable, "-m", "pytest", "--collect-only", "-q", "-n", "0", "-p", "no:cacheprovider",
+        *(str(Path(__file__).with_name(name)) for name in files),
     ]  # fmt: skip
+
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OBJECTIVES": "dcl"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=550,
+        command, env=os.environ | {"OBJECTIVES": "siglip"}, cwd=ROOT, capture_output=True,
+        text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    passed = int(done.stdout.split(" passed")[0].split()[-1])
-    # Value and resume on 1, 2 and 4 ranks; passes, documentation, benchmark; 7 keys; test_dcl.py.
-    assert passed == 3 * 2 + 3 + 7 + 1, done.stdout
+    assert done.returncode == 0, done.stdout
+    ids = re.findall(r"::\w+\[(.*)\]", done.stdout)
+    assert len(ids) > 10
+    assert [label for label in ids if "siglip" not in label] == []
+
+
+def test_unknown_name_in_the_environment_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OBJECTIVES", "siglip siglop")
+    with pytest.raises(ValueError, match="no objective is registered as siglop"):
+        selected()
 
 
 def test_config_loads_a_user_objective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import losses
+from support import losses, write_samples
 
 from gigabatch.trainer.config.load import load_config
 from gigabatch.trainer.inputs import make_tokenizer, open_train
@@ -26,7 +26,7 @@ ALL_OBJECTIVES = """objective={name: sum, terms: [
     {name: supcon, positives: concept},
     {name: late_interaction},
     {name: symile, taps: [image, text, image@1]},
-    {name: hard_negatives, pair: concept, changed: concept, own_weight: 2.0},
+    {name: hard_negatives, pair: concept, changed: changed, own_weight: 2.0},
     {name: label_distance, label: concept, mixed_negatives: true, mixed_positives: 2},
     {name: barlow, taps: [image.projection, image.projection@1]},
     {name: byol, momentum: 0.9},
@@ -34,6 +34,15 @@ ALL_OBJECTIVES = """objective={name: sum, terms: [
 ]}"""
 # Ten steps are more than one epoch of 200 samples: `noisy` splits the samples after the first.
 SETTINGS = ["train.steps=10", "eval.sets=[]", "checkpoint.every_steps=0", ALL_OBJECTIVES]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sets of `shards` in conftest.py, whose samples also have flags."""
+    root = tmp_path_factory.mktemp("flags")
+    write_samples(root / "train", 200, 50, seed=1, flags=True)
+    write_samples(root / "val", 60, 60, seed=2)
+    return root
 
 
 @pytest.fixture(autouse=True)

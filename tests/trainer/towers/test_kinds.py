@@ -60,12 +60,12 @@ def test_class_without_a_kind_raises() -> None:
 
 
 def test_new_file_is_discovered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mean_color.py").write_text(MEAN_COLOR)
+    (tmp_path / "new_kind.py").write_text(MEAN_COLOR.replace("mean_color", "new_kind"))
     before = kinds_of("image")
     monkeypatch.setattr(base, "_KINDS", {slot: kinds_of(slot) for slot in SLOTS})
     folders = [*gigabatch.trainer.towers.__path__, str(tmp_path)]
     monkeypatch.setattr(gigabatch.trainer.towers, "__path__", folders)
-    assert kinds_of("image").keys() - before.keys() == {"mean_color"}
+    assert kinds_of("image").keys() - before.keys() == {"new_kind"}
 
 
 @pytest.mark.slow
