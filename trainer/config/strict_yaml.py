@@ -13,7 +13,7 @@ class DuplicateKeyError(yaml.YAMLError):
 
 class _Loader(yaml.SafeLoader):
     # Not `construct_mapping`: it may see a mapping after another was merged into it by `<<`.
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value:
