@@ -236,8 +236,8 @@ def column_keys(config: Config) -> dict[str, str]:
     """Return field of the samples' json -> key of the config that names it, for messages."""
     keys = {config.data.group: "data.group"} if config.data.group else {}
     columns = config.objective.columns()
-    found = _named_leaves(config.objective.model_dump(), "objective")
-    return keys | {value: key for key, value in reversed([*found]) if value in columns}
+    leaves = _named_leaves(config.objective.model_dump(), "objective")
+    return keys | {value: key for key, value in reversed([*leaves]) if value in columns}
 
 
 def _named_leaves(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
