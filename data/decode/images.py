@@ -187,20 +187,22 @@ def _resize_and_crop(
     """Return the center of the image that a resize to `resized` would give."""
     side, filter = settings.size, _FILTERS[settings.interpolation]
     left, top = (_crop_offset(length - side, settings.crop) for length in resized)
-    if filter == Image.Resampling.NEAREST and math.prod(resized) <= 16 * side * side:
-        # Rounding the box to float32 could choose a neighboring pixel.
+    if math.prod(resized) <= 16 * side * side:
+        # Pillow orders its two passes by the shape of the result, and rounds between them.
         whole = upright.image.resize(resized, filter, box=(*upright.begin, *upright.end))
-        return whole.crop((left, top, left + side, top + side))
+        # A crop: `Image.crop` applies Pillow's own limit on pixels.
+        area = (left, top, left + side, top + side)
+        return whole.resize((side, side), Image.Resampling.NEAREST, box=area)
     # Resize only the square: an image of 1 x 60,000 pixels would take gigabytes. The filter still
-    # sees pixels beyond the box.
+    # sees pixels beyond the box, but rounding differs: by up to 16 of 255 in binary noise.
     box = []
     for first, length, begin, end in zip(
         (left, top), resized, upright.begin, upright.end, strict=True
     ):
         scale = (end - begin) / length
         box += [begin + first * scale, min(end, begin + (first + side) * scale)]
-    area = (box[0], box[2], box[1], box[3])
-    return upright.image.resize((side, side), filter, box=area)
+    part = (box[0], box[2], box[1], box[3])
+    return upright.image.resize((side, side), filter, box=part)
 
 
 def _crop_offset(surplus: int, crop: str) -> int:

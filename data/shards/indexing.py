@@ -28,7 +28,13 @@ from gigabatch.data.shards.index_build import (
 )
 from gigabatch.data.shards.pack_hint import ZIP, pack_hint
 from gigabatch.data.shards.scan import IndexSettings
-from gigabatch.data.shards.unread import count_splits, files_by_split, split_pattern, unread_data
+from gigabatch.data.shards.unread import (
+    count_splits,
+    files_by_split,
+    folders_by_split,
+    split_pattern,
+    unread_data,
+)
 
 log = logging.getLogger(__name__)
 
@@ -169,6 +175,13 @@ def _warnings(source: str, shards: Sequence[str], omitted: Sequence[str]) -> Ite
             f"{source}: its shards are of several splits, which this set merges: "
             f"{count_splits(splits)}. To keep them apart, name them by pattern: "
             f"{', '.join(patterns)}"
+        )
+    if folders := folders_by_split(shards):
+        names = ", ".join(shlex.quote(of_split[0]) for of_split in folders.values())
+        yield (
+            f"{source}: its shards are of several splits, which this set merges, as their folders "
+            f"state: {', '.join(folders)}. To keep them apart, name one folder for each set: "
+            f"{names}"
         )
 
 

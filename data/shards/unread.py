@@ -25,8 +25,9 @@ _UNFINISHED = re.compile(r"\.tar\.(part|partial|tmp|temp|download|crdownload|inc
 _SUSPECT = re.compile(r"\.(tar|tgz|tzst|tbz2|txz|zip|7z|rar)", re.IGNORECASE)
 _SPLIT_WORDS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation",
-    "validation": "validation", "dev": "validation", "test": "test", "testing": "test",
-    "eval": "test", "evaluation": "test",
+    "validation": "validation", "dev": "validation", "devset": "validation",
+    "minival": "validation", "heldout": "validation", "holdout": "validation", "test": "test",
+    "testing": "test", "testset": "test", "tst": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
 
 
@@ -56,14 +57,30 @@ def unread_data(names: Sequence[str], folder: str | None = None) -> list[str]:
     phrases += _phrase(unfinished, "unfinished download", "unfinished downloads", "download again")
     if folder is not None:
         deeper = list(islice(_shards_below(folder), ENTRIES))
-        pattern = shlex.quote(f"{folder}/**/*.tar")
         phrases += _phrase(
             deeper,
             "shard in a subfolder",
             "shards in subfolders",
-            f"the pattern {pattern} reads all",
+            _subfolder_remedy(folder, deeper),
         )
     return phrases
+
+
+def _subfolder_remedy(folder: str, shards: Sequence[str]) -> str:
+    """Return how to read shards below a folder, without merging splits."""
+    if folders := folders_by_split(f"{folder}/{name}" for name in shards):
+        first = next(iter(folders.values()))[0]
+        return f"the subfolders hold several splits; name one of them, such as {shlex.quote(first)}"
+    return f"the pattern {shlex.quote(f'{folder}/**/*.tar')} reads all"
+
+
+def folders_by_split(shards: Iterable[str]) -> dict[str, list[str]]:
+    """Return split -> folders of its shards; empty unless the folders state several splits."""
+    splits: dict[str, list[str]] = {}
+    for folder in sorted({os.path.dirname(shard) for shard in shards}):
+        if split := split_of(folder):
+            splits.setdefault(split, []).append(folder)
+    return splits if len(splits) > 1 else {}
 
 
 def _phrase(names: Sequence[str], singular: str, plural: str, remedy: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,9 @@ from gigabatch.trainer.objectives.settings import (
     unique,
 )
 from gigabatch.trainer.taps import parse_tap
+
+if TYPE_CHECKING:  # The config is built from the objectives.
+    from gigabatch.trainer.config import Config
 
 ZERO_WEIGHT = 1e-30
 """Replaces a weight of 0, so that its logarithm is finite."""
@@ -60,9 +63,19 @@ class HardNegativesSettings(ScaledSettings, CachedSettings, WidthsSettings):
         return named_fields(self.changed)
 
     def ordered_texts(self) -> tuple[str, ...]:
-        if self.changed is not None:  # the negatives are samples, not further texts
-            return ()
         return unique(parse_tap(tap).modality for tap in self.taps)
+
+    def check(self, config: Config) -> None:
+        captions = config.data.captions
+        has_negatives = captions.choose == "all" and captions.most > 1
+        if self.pair is None and not has_negatives and config.data.fields_version > 1:
+            raise ValueError(
+                f"objective.name={self.name}: with data.captions.choose={captions.choose} and "
+                f"most={captions.most}, samples have no hard negatives. Set data.captions.choose="
+                "all and most to at least 2 (the positive, then its negatives), or "
+                "objective.pair and objective.changed"
+            )
+        super().check(config)
 
     @model_validator(mode="after")
     def _check_pair(self) -> Self:

@@ -101,8 +101,24 @@ def processor_settings(processor: Mapping[str, Any], where: str) -> dict[str, An
         where: Name of the model, for messages.
 
     Raises:
-        GigabatchError: if the images are not square.
+        GigabatchError: if the images are not square, their channels are in a different order, or a
+            value is malformed.
     """
+    if processor.get("do_flip_channel_order"):
+        raise GigabatchError(
+            f"{where}: its processor flips the channels to BGR (do_flip_channel_order), and images "
+            "of a run are RGB. Choose a different model."
+        )
+    try:
+        return _processor_settings(processor, where)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise GigabatchError(
+            f"{where}: its preprocessor_config.json has a malformed value: {error}. Correct the "
+            "file, or set data.image.size, mean and std yourself and remove it."
+        ) from error
+
+
+def _processor_settings(processor: Mapping[str, Any], where: str) -> dict[str, Any]:
     values: dict[str, Any] = {"draft": False, "crop": "huggingface"}
     if processor.get("do_resize", True):
         values |= _resizing(processor, where)
@@ -115,13 +131,26 @@ def processor_settings(processor: Mapping[str, Any], where: str) -> dict[str, An
                 "%s). Compare the key with the model's training.",
                 where, number,
             )  # fmt: skip
+    else:
+        log.warning(
+            "%s: its processor resizes no image (do_resize: false); images of a run are resized to "
+            "data.image.size.",
+            where,
+        )
     # The processor computes (v * factor - offset - mean) / std of bytes v; here (v/255 - m) / s.
     rescale = processor.get("do_rescale", True)
     factor = 255 * float(processor.get("rescale_factor") or 1 / 255) if rescale else 255.0
     offset = 1.0 if rescale and processor.get("rescale_offset") else 0.0
-    normal = processor.get("do_normalize", True) and processor.get("image_mean") is not None
-    mean = _numbers(processor["image_mean"] if normal else 0.0)
-    std = _numbers(processor.get("image_std") or 1.0 if normal else 1.0)
+    normal = processor.get("do_normalize", True)
+    mean = _numbers(processor.get("image_mean") or ()) if normal else (0.0,)
+    std = _numbers(processor.get("image_std") or ()) if normal else (1.0,)
+    if len(mean) not in (1, 3) or len(std) not in (1, 3):
+        log.warning(
+            "%s: its processor names no mean and standard deviation of the channels (image_mean: "
+            "%s, image_std: %s). Compare data.image.mean and std with the model's training.",
+            where, processor.get("image_mean"), processor.get("image_std"),
+        )  # fmt: skip
+        return values
     values["mean"] = _one_or_more(tuple((m + offset) / factor for m in mean))
     values["std"] = _one_or_more(tuple(s / factor for s in std))
     return values
@@ -136,7 +165,18 @@ def _resizing(processor: Mapping[str, Any], where: str) -> dict[str, Any]:
     sides = _square(size, where), _square(crop, where)
     resized, cropped = sides
     if resized is None and cropped is None:
+        log.warning(
+            "%s: its processor's size (%s) is not adopted. Compare data.image.size and resize with "
+            "the model's training.",
+            where, size,
+        )  # fmt: skip
         return {}
+    if isinstance(size, Mapping) and "shortest_edge" in size and "longest_edge" in size:
+        log.warning(
+            "%s: its processor also limits the longer side to %s pixels; "
+            "data.image.resize=shortest crops the center instead.",
+            where, size["longest_edge"],
+        )  # fmt: skip
     squashed = bool(size and "height" in size)
     if resized and cropped and resized != cropped:
         log.warning(

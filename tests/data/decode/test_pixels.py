@@ -69,6 +69,24 @@ def test_pixels_equal_those_of_other_libraries(reference: str, changes: dict[str
     assert {name: most for name, most in differences.items() if most > 1} == {}
 
 
+@pytest.mark.parametrize("size", [(61, 97), (97, 61), (64, 97), (97, 64), (500, 375), (375, 500)])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "P"])
+def test_noise_is_resized_whole_and_cropped(size: tuple[int, int], mode: str) -> None:
+    """Pillow's two passes round in between, in an order that depends on the shape."""
+    noise = np.random.default_rng(0).integers(0, 2, (*size[::-1], 3), np.uint8) * 255
+    image = Image.fromarray(noise).convert(mode)
+    data = saved(image, transparency=0) if mode == "P" else saved(image)
+    if mode == "P":
+        image = Image.open(io.BytesIO(data)).convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", size, "white"), image)
+    side = 32
+    width, height = (int(side * length / min(size)) for length in size)
+    whole = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    expected = np.asarray(whole.crop((left, top, left + side, top + side)), np.int64)
+    assert (decoded(data, ImageSettings(size=side)) == expected).all()
+
+
 def test_references_tell_crops_apart() -> None:
     one, other = REFERENCES["torchvision"], REFERENCES["huggingface"]
     assert sum((one != other).any((1, 2, 3))) >= 5

@@ -117,6 +117,24 @@ def test_folder_with_only_unread_data_says_so(tmp_path: Path) -> None:
     assert "1 shard in a subfolder (sub/3.tar: " in str(error.value)
 
 
+def test_subfolders_of_several_splits_are_not_merged_without_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("train", "heldout"):
+        (tmp_path / name).mkdir()
+        shard(tmp_path / name / "0.tar", name)
+    with pytest.raises(GigabatchError) as error:
+        open_index(tmp_path)
+    folder = re.search(r"hold several splits; name one of them, such as (\S+)\)", str(error.value))
+    assert folder is not None
+    assert len(open_index(folder[1])) == 3
+    assert not caplog.records
+    assert len(open_index(f"{tmp_path}/**/*.tar")) == 6
+    (message,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "several splits, which this set merges, as their folders state: validation" in message
+    assert f"{tmp_path}/heldout, {tmp_path}/train" in message
+
+
 COMPRESSORS = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress}
 
 
@@ -195,7 +213,8 @@ def test_shards_of_several_splits_are_named_with_patterns(
         ("train-00000-of-00002.parquet", "train"), ("coco_val2017.csv", "validation"),
         ("my.dev.tsv", "validation"), ("flickr_test_1k.tar", "test"), ("00012.tar", None),
         ("trainers.csv", None), ("latest.tar", None), ("contest-1.tar", None),
-        ("validated.tsv", None), ("wiki-train-00000.arrow", "train"),
+        ("validated.tsv", None), ("tst2014.csv", "test"), ("heldout-1.tar", "validation"),
+        ("coco-minival.tar", "validation"), ("wiki-train-00000.arrow", "train"),
     ],
 )  # fmt: skip
 def test_split_is_a_word_of_the_name(name: str, split: str | None) -> None:

@@ -70,6 +70,7 @@ def test_resolved_config_has_absolute_folders_and_a_thread_count(tmp_path: Path)
         ("towers.image.kind=vision", "towers.image"),
         ("towers.image={kind: huggingface}", "set either `name`"),
         ("towers.image={kind: module, module: nonsense}", "towers.image.module: "),
+        ("objective={name: hard_negatives}", "samples have no hard negatives"),
         ("cluster.launcher=inline", "cluster.workers=1"),
         (
             "cluster.workers=many",

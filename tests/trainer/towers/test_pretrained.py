@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -143,6 +144,47 @@ def test_processor_is_converted_to_keys(
     actual = {name: values[name] for name in expected}
     assert actual == pytest.approx(expected) if "mean" in expected else actual == expected
     assert (values["draft"], values["crop"]) == (False, "huggingface")
+
+
+SIZE = {"height": 8, "width": 8}
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"size": SIZE, "resample": 2, "image_std": [0.5]}, "names no mean and standard deviation"),
+        ({"size": SIZE, "resample": 2, "image_mean": [0.1, 0.2], "image_std": [1.0]},
+         r"image_mean: \[0.1, 0.2\]"),
+        ({"size": {"longest_edge": 384}, "resample": 2, "image_mean": [0.1], "image_std": [1.0]},
+         r"size \({'longest_edge': 384}\) is not adopted"),
+        ({"size": [8, 8], "resample": 2, "image_mean": [0.1], "image_std": [1.0]},
+         r"size \(\[8, 8\]\) is not adopted"),
+        ({"size": {"shortest_edge": 8, "longest_edge": 13}, "resample": 2, "image_mean": [0.1],
+          "image_std": [1.0]}, "limits the longer side to 13 pixels"),
+        ({"do_resize": False, "image_mean": [0.1], "image_std": [0.2]}, "resizes no image"),
+    ],
+)  # fmt: skip
+def test_part_of_a_processor_that_is_not_adopted_is_named(
+    processor: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    values = processor_settings(processor, "m")
+    assert re.search(message, caplog.text)
+    assert ("mean" in values) == (processor.get("image_mean") == [0.1])
+    assert ("size" in values) == ("resizes no" not in message and "not adopted" not in message)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rescale_factor": "x"}, "malformed value: could not convert"),
+        ({"image_mean": "abc"}, "malformed value"),
+        ({"size": {"shortest_edge": "a"}}, "malformed value: invalid literal"),
+        ({"do_flip_channel_order": True}, "flips the channels to BGR"),
+    ],
+)
+def test_processor_that_cannot_be_followed_raises(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(GigabatchError, match=message):
+        processor_settings({**CLIP_PIXELS, **changes}, "m")
 
 
 @pytest.mark.parametrize(
