@@ -177,7 +177,11 @@ def write_named(folder: Path) -> None:
     ("arguments", "message"),
     [
         (["--task", "knn", "label=concept"], "--on: knn needs a set"),
-        (["--on", "val", "--task", "knn", "label=lang"], "no field 'lang'; its fields: colour, co"),
+        (
+            ["--on", "val", "--task", "knn", "label=lang"],
+            "60 of 60 samples have no field 'lang' in",
+        ),
+        (["--on", "val", "--task", "knn", "label=lang"], "its fields: colour, concept"),
         (["--on", "val", "--task", "probe", "label=concept", "tap=neck"], "no such module"),
         (["--on", "train", "--task", "probe", "label=concept"], "also the training set"),
         (["--on", "val", "--task", "zero-shot", "label=colour", "templates=a"], "has no {}"),
