@@ -95,8 +95,8 @@ def test_only_the_objectives_folder_uses_objective_classes() -> None:
     ],
 )
 def test_imports_are_found_in_every_form(source: str, imported: str | None) -> None:
-    found = set(imports(source, "gigabatch.trainer"))
-    assert (imported in found) if imported else not found
+    names = set(imports(source, "gigabatch.trainer"))
+    assert (imported in names) if imported else not names
 
 
 @pytest.mark.parametrize(

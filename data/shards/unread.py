@@ -45,9 +45,9 @@ def unread_data(names: Sequence[str], folder: str | None = None) -> list[str]:
     lower = {name: name.lower() for name in suspects}
     phrases = []
     for suffix, unpacker in _UNPACKERS.items():
-        found = [name for name, low in lower.items() if low.endswith(suffix)]
+        compressed = [name for name, low in lower.items() if low.endswith(suffix)]
         phrases += _phrase(
-            found, "compressed shard", "compressed shards", f"unpack with `{unpacker}`"
+            compressed, "compressed shard", "compressed shards", f"unpack with `{unpacker}`"
         )
     upper = [name for name, low in lower.items() if low.endswith(".tar") and name[-4:] != ".tar"]
     phrases += _phrase(upper, "shard", "shards", "rename to end in .tar")

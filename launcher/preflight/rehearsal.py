@@ -242,8 +242,8 @@ def _embed(
         bases = bases_in_view(taps, view)
         read = {parse_tap(base).modality for base in bases} if view else inputs.keys()
         for name in (name for name in inputs if name in read):
-            own = [base for base in bases if parse_tap(base).modality == name]
-            embedded = call_tower(towers, config, name, inputs[name], own)
+            taps_read = [base for base in bases if parse_tap(base).modality == name]
+            embedded = call_tower(towers, config, name, inputs[name], taps_read)
             outputs |= {with_view(base, view): rows for base, rows in embedded.items()}
     return outputs
 
@@ -332,11 +332,11 @@ class _OneRowTowers:
     ) -> dict[str, Tensor]:
         outputs: dict[str, Tensor] = {}
         for name, arguments in inputs.items():
-            own = [tap for tap in taps if parse_tap(tap).modality == name]
-            shapes = (name, *own, *((a.shape[1:], a.dtype) for a in arguments))
+            taps_read = [tap for tap in taps if parse_tap(tap).modality == name]
+            shapes = (name, *taps_read, *((a.shape[1:], a.dtype) for a in arguments))
             if shapes not in self.known:
                 first = tuple(argument[:1] for argument in arguments)
-                self.known[shapes] = call_tower(self.towers, self.config, name, first, own)
+                self.known[shapes] = call_tower(self.towers, self.config, name, first, taps_read)
             rows = len(arguments[0])
             outputs |= {tap: v.repeat_interleave(rows, 0) for tap, v in self.known[shapes].items()}
         return outputs

@@ -320,9 +320,11 @@ def test_full_disk_names_the_space_and_folder_and_the_remedies_work(
             open_index(source)
         message = str(error.value)
         assert message.startswith(f"{source}/.gigabatch: ")
-        found = re.search(r"full\. The index of 1\.9 MB of shards needs about ([\d.]+) MB", message)
-        assert found is not None
-        assert 0 < float(found[1]) < 1
+        needed = re.search(
+            r"full\. The index of 1\.9 MB of shards needs about ([\d.]+) MB", message
+        )
+        assert needed is not None
+        assert 0 < float(needed[1]) < 1
         command = re.search(r"`(chmod [^`]+)`", message)
         assert command is not None
         run(command[1])
@@ -330,6 +332,6 @@ def test_full_disk_names_the_space_and_folder_and_the_remedies_work(
         assert len(elsewhere) == 1800
         assert elsewhere.folder.is_relative_to(tmp_path / "cache")
         source.chmod(0o755)
-        enough = f"remount,size={used + int(size[:-1]) + int(float(found[1]) * 1000) + 8}k"
+        enough = f"remount,size={used + int(size[:-1]) + int(float(needed[1]) * 1000) + 8}k"
         subprocess.run(["mount", "-o", enough, disk], check=True)
         assert open_index(source).folder == source / ".gigabatch"
