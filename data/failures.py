@@ -111,7 +111,13 @@ def _lost_process(pid: str, signal_name: str) -> GigabatchError:
             "memory; `dmesg` names the process. Lower data.workers, data.prefetch or "
             "batch.micro_size, or request more memory."
         )
-    end = f"died of a signal ({signal_name})" if signal_name else "exited without a message"
+    end = (
+        f"died of a signal ({signal_name})"
+        if signal_name
+        else (
+            "exited without a message or was killed, usually because the machine ran out of memory"
+        )
+    )
     return LostProcess(
         f"loader worker {pid} {end}, in a library or in a stage of data.stages. data.workers=0 "
         "reads in the training process, which shows where."
