@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from gigabatch.data.decode.vectors import VectorSettings, read_vectors
@@ -12,6 +14,7 @@ from gigabatch.data.errors import GigabatchError
 from gigabatch.data.remote.cache import ShardCache
 from gigabatch.data.shards.index import Index
 from gigabatch.data.shards.reader import Reader
+from gigabatch.data.shards.sources import SOURCE_COLUMN, indexed_codes
 from gigabatch.data.stream import load_stage
 from gigabatch.launcher.environment import in_ray_job
 from gigabatch.launcher.progress import progress_bar
@@ -25,6 +28,8 @@ from gigabatch.trainer.inputs import (
     open_train,
 )
 from gigabatch.trainer.required_fields import check_columns, check_eval_columns
+
+log = logging.getLogger(__name__)
 
 
 def examine_data(config: Config) -> str:
@@ -64,6 +69,7 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
         load_stage(path)
     data = open_train(config, progress)
     data.mixture.samples_before(0)  # raises if weights or groups are invalid
+    _check_groups(data)
     sets = [open_eval(config, name, progress) for name in config.eval.sets]
     vectors = vectors_of(config.objective)
     fields_of(config, vectors=vectors).members(data.indexes)
@@ -76,6 +82,28 @@ def check_data(config: Config, progress: Callable[[int, int], None]) -> TrainDat
         for settings in vectors.values():
             _check_vector(index, settings, cache_of(config))
     return data
+
+
+def _check_groups(data: TrainData) -> None:
+    """Check that groups have several samples: a sample is compared within its group only.
+
+    Raises:
+        GigabatchError: if every group has one sample, unless the run began before this check.
+    """
+    name, version = data.config.data.group, data.config.data.fields_version
+    if name is None or name == SOURCE_COLUMN:
+        return
+    for number, index in enumerate(data.indexes):
+        _, sizes = np.unique(indexed_codes(index, name, number, version), return_counts=True)
+        alone = int((sizes == 1).sum())
+        problem = (
+            f"data.group: {alone:,} of {len(index):,} samples of {index.source} are the only ones "
+            f"with their value of {name!r}, so they are compared with no other sample."
+        )
+        if alone == len(index) and version > 1:
+            raise GigabatchError(f"{problem} Name a field that several samples share.")
+        if alone:
+            log.warning("%s", problem)
 
 
 def _check_vector(index: Index, settings: VectorSettings, cache: ShardCache) -> None:

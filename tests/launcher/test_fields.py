@@ -117,13 +117,32 @@ def test_unknown_ids_equal_only_themselves_if_a_key_says_so(
     results = []
     for number, (missing, is_indexed) in enumerate([(None, False), (None, True), (NAN, True)]):
         folder = tmp_path / str(number)
-        write_records(folder, products(missing))
+        records = products(missing)
+        for record in records[:16]:
+            record["product"] = 0  # a group of one sample is compared with nothing
+        write_records(folder, records)
         if is_indexed:
             assert run("data", "index", folder, "--columns", "product")[0] == 0
         settings = [f"data.root={folder}", f"run.name=r{number}", "data.missing_ids=unique"]
         assert run("train", override, *settings)[0] == 0
         results.append(losses(tmp_path / "runs" / f"r{number}")[1])
     assert results[0] == results[1] == results[2]
+
+
+def test_groups_of_one_sample_are_named_and_refused_if_there_are_no_others(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_records(tmp_path, [{"product": min(row, 20)} for row in range(32)])
+    code, message = run("train", "data.group=product")
+    assert code == 0
+    assert "data.group: 20 of 32 samples" in caplog.text
+    (tmp_path / "a.tar").unlink()
+    write_records(tmp_path, [{"product": row} for row in range(32)])
+    code, message = run("train", "data.group=product", "run.name=alone")
+    assert code == 2
+    assert "data.group: 32 of 32 samples" in message
+    assert "Name a field that several samples share" in message
+    assert not (tmp_path / "runs" / "alone").exists()
 
 
 def passages(first: Any, every: int) -> list[dict[str, Any]]:
