@@ -2,7 +2,7 @@
 
 Only weights are taken: the optimizer, the schedule and the objective start fresh. The checkpoint is
 chosen when the run is created and recorded in its config. It is read only while the run has no
-checkpoint of its own.
+checkpoint yet.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class TooLarge(Exception):
 def open_image(data: bytes) -> ImageFile.ImageFile:
     """Open a PNG, JPEG or WebP file and decode its header only.
 
-    Unlike `Image.open`, this has no limit of its own on the number of pixels, which warns at one
-    size and raises at another: `check_memory` is the limit.
+    Unlike `Image.open`, which warns or raises for many pixels, this has no limit: `check_memory`
+    applies the one of the config.
 
     Raises:
         TooLarge: if a WebP file has more pixels than Pillow decodes.

@@ -25,7 +25,7 @@ class GroupedOrder:
 
     Args:
         codes: Group of every sample, integers [n]. Every value is a group; a sample without a
-            value has a code of its own, and so comes in mixed batches.
+            value has a unique code, and so comes in mixed batches.
         batch: Number of positions in a batch.
         seed: Seed that selects the order.
     """

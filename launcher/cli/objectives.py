@@ -78,7 +78,7 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def _write_module(as_json: bool) -> None:
-    """Explain the objective `module`, which has keys but no formula of its own."""
+    """Explain the objective `module`, which has keys but no formula."""
     from gigabatch.trainer.objectives.module import ModuleSettings
 
     keys = _keys(ModuleSettings)

@@ -160,7 +160,7 @@ def rehearse_objective(
     teacher: Mapping[str, Tensor],
     meta: Mapping[str, Tensor],
 ) -> None:
-    """Run an objective forward and backward, and commit its updates to state of its own.
+    """Run an objective forward and backward, and commit its updates to a separate state.
 
     Args:
         objective: The objective; its buffers change.

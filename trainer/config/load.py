@@ -219,8 +219,8 @@ def _explain_one(error: ErrorDetails) -> str:
     place = _place_of(error["loc"])
     key, context = place.key, error.get("ctx", {})
     message = error["msg"].removeprefix("Value error, ")
-    given = repr(error["input"])
-    value = "" if isinstance(error["input"], dict) or given in message else f" (given: {given})"
+    shown = repr(error["input"])
+    value = "" if isinstance(error["input"], dict) or shown in message else f" (given: {shown})"
     match error["type"]:
         case "union_tag_invalid":
             tag = str(context["tag"])

@@ -125,7 +125,7 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
     except Exception as error:  # a broken dependency of `transformers` raises any type
         raise _cannot_build(settings, data.key, call, error) from error
     if getattr(model.config, "is_encoder_decoder", False):
-        model = model.get_encoder()  # the decoder would need texts of its own
+        model = model.get_encoder()  # the decoder would need separate texts
     _check_sizes(half, data)
     # All weights get float32, the dtype of checkpoints and ZeRO; autocast lowers it in use.
     model = model.to(torch.float32)
@@ -134,7 +134,7 @@ def huggingface_encoder(settings: HuggingFaceTower, data: TowerInput) -> Hugging
 
 
 def half_config(settings: HuggingFaceTower, slot: str, tower_key: str) -> Any:
-    """Return the `transformers` config of a tower: of its own half if the model has two.
+    """Return the `transformers` config of a tower: of its half if the model has two.
 
     Raises:
         GigabatchError: if it cannot be loaded.
